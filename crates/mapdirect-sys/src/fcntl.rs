@@ -1,0 +1,255 @@
+//! fcntl(2): leases and open-file-description locks, the two ways to learn
+//! who else has a file open.
+
+use crate::seam::{self, Call};
+use crate::{Errno, Result, checked};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// The two leases of `F_SETLEASE`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lease {
+    /// `F_RDLCK`: granted only while no description of the inode is open for
+    /// writing. The description itself must be read-only.
+    NoWriter,
+    /// `F_WRLCK`: granted only if this description is the only one of the
+    /// inode, memory mappings and kernel users (loop devices, swap files)
+    /// included; `O_PATH` descriptors do not count.
+    Sole,
+}
+
+/// Asks the kernel whether the condition of `lease` holds right now, by
+/// taking the lease and giving it back at once.
+///
+/// This is a proof, not a guess: `check_conflicting_open` (fs/locks.c, 6.1 to
+/// 7.3) compares the inode's counts of writable and read-only descriptions
+/// with this one's share. An `open(2)` under way counts from before its
+/// permission check, so an open that escaped a fanotify mark made earlier is
+/// seen here.
+///
+/// A lease left for a moment can be broken by an open; the signal of that
+/// (`SIGIO`) must be ignored by the calling process.
+///
+/// # Errors
+///
+/// `EACCES` for a file of another user without `CAP_LEASE`, `EINVAL` where
+/// leases do not exist (`/proc/sys/fs/leases-enable` is 0, or the filesystem
+/// has none).
+pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
+    seam::check(Call::SetLease)?;
+    let kind = match lease {
+        Lease::NoWriter => libc::F_RDLCK,
+        Lease::Sole => libc::F_WRLCK,
+    };
+    // F_SETLEASE makes the caller the owner of the description's signals;
+    // whoever was must get them back.
+    let owner = signal_owner(file)?;
+    // SAFETY: F_SETLEASE takes an integer; `file` is open for the call.
+    let taken = checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) });
+    let holds = match taken {
+        Ok(_) => true,
+        Err(Errno::AGAIN) => false,
+        Err(other) => return Err(other),
+    };
+    if holds {
+        // SAFETY: as above.
+        checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) })?;
+        // The old owner may have died since (ESRCH): then there is nobody to
+        // give them back to.
+        let _ = set_signal_owner(file, owner);
+    }
+    Ok(holds)
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct FOwnerEx {
+    kind: libc::c_int,
+    pid: libc::pid_t,
+}
+
+const F_SETOWN_EX: libc::c_int = 15;
+const F_GETOWN_EX: libc::c_int = 16;
+
+fn signal_owner(file: BorrowedFd<'_>) -> Result<FOwnerEx> {
+    let mut owner = FOwnerEx { kind: 0, pid: 0 };
+    // SAFETY: F_GETOWN_EX writes one `struct f_owner_ex`, which FOwnerEx
+    // mirrors (include/uapi/asm-generic/fcntl.h), to the pointer given.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), F_GETOWN_EX, &raw mut owner) })?;
+    Ok(owner)
+}
+
+fn set_signal_owner(file: BorrowedFd<'_>, owner: FOwnerEx) -> Result<()> {
+    // SAFETY: F_SETOWN_EX reads one `struct f_owner_ex` from the pointer.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), F_SETOWN_EX, &raw const owner) }).map(drop)
+}
+
+/// A lock found on a file by [`conflicting_lock`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FoundLock {
+    /// First byte of the lock.
+    pub start: u64,
+    /// Length in bytes; 0 means to the end of all offsets.
+    pub length: u64,
+    /// The process that holds it, or `None` for a lock that belongs to an
+    /// open file description.
+    pub pid: Option<i32>,
+}
+
+/// Takes a shared lock on one byte through `file`'s open file description
+/// (`F_OFD_SETLK`). The lock lives exactly as long as the description: through
+/// fork, descriptor passing and `close`, until the last mapping made from it
+/// is gone.
+///
+/// Shared rather than exclusive, so that other programs' shared locks "to the
+/// end of the file" do not collide with it.
+///
+/// # Errors
+///
+/// `EAGAIN` when somebody holds an exclusive lock over the byte.
+pub fn lock_byte_shared(file: BorrowedFd<'_>, byte: u64) -> Result<()> {
+    seam::check(Call::OfdSetLock)?;
+    let lock = flock(libc::F_RDLCK, byte, 1)?;
+    // SAFETY: F_OFD_SETLK reads one `struct flock` from the pointer.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
+}
+
+/// A lock that an exclusive lock of `length` bytes at `start` (0: to the end)
+/// through `file`'s description would collide with; `file`'s own locks never
+/// count.
+///
+/// # Errors
+///
+/// `EINVAL` for an offset beyond `i64::MAX`.
+pub fn conflicting_lock(
+    file: BorrowedFd<'_>,
+    start: u64,
+    length: u64,
+) -> Result<Option<FoundLock>> {
+    let mut lock = flock(libc::F_WRLCK, start, length)?;
+    // SAFETY: F_OFD_GETLK reads and writes one `struct flock`.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) })?;
+    if i32::from(lock.l_type) == libc::F_UNLCK {
+        return Ok(None);
+    }
+    Ok(Some(FoundLock {
+        start: lock.l_start.cast_unsigned(),
+        length: lock.l_len.cast_unsigned(),
+        pid: (lock.l_pid > 0).then_some(lock.l_pid),
+    }))
+}
+
+/// Who owns a record lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockOwner {
+    /// The process (`F_SETLK`, POSIX): lost when the process closes *any*
+    /// descriptor of the file.
+    Process,
+    /// The open file description (`F_OFD_SETLK`).
+    Description,
+}
+
+/// What to do with a byte range of record locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LockKind {
+    /// Lock shared.
+    Shared,
+    /// Lock exclusively.
+    Exclusive,
+    /// Unlock.
+    Unlock,
+}
+
+/// Sets or clears a record lock without waiting; `length` 0 means to the end.
+///
+/// # Errors
+///
+/// `EAGAIN` or `EACCES` on conflict.
+pub fn set_lock(
+    file: BorrowedFd<'_>,
+    owner: LockOwner,
+    kind: LockKind,
+    start: u64,
+    length: u64,
+) -> Result<()> {
+    let command = match owner {
+        LockOwner::Process => libc::F_SETLK,
+        LockOwner::Description => libc::F_OFD_SETLK,
+    };
+    let kind = match kind {
+        LockKind::Shared => libc::F_RDLCK,
+        LockKind::Exclusive => libc::F_WRLCK,
+        LockKind::Unlock => libc::F_UNLCK,
+    };
+    let lock = flock(kind, start, length)?;
+    // SAFETY: both commands read one `struct flock` from the pointer.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), command, &raw const lock) }).map(drop)
+}
+
+fn flock(kind: libc::c_int, start: u64, length: u64) -> Result<libc::flock> {
+    Ok(libc::flock {
+        l_type: libc::c_short::try_from(kind).map_err(|_| Errno::INVAL)?,
+        l_whence: 0, // SEEK_SET
+        l_start: i64::try_from(start).map_err(|_| Errno::INVAL)?,
+        l_len: i64::try_from(length).map_err(|_| Errno::INVAL)?,
+        l_pid: 0,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    fn two_descriptions() -> (tempfile::NamedTempFile, File) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let second = File::options()
+            .read(true)
+            .write(true)
+            .open(file.path())
+            .unwrap();
+        (file, second)
+    }
+
+    #[test]
+    fn a_byte_lock_is_seen_by_others_and_not_by_its_own_description() {
+        let (first, second) = two_descriptions();
+        let byte = (1 << 62) + 7;
+        lock_byte_shared(first.as_file().as_fd(), byte).unwrap();
+        let found = conflicting_lock(second.as_fd(), byte, 1).unwrap();
+        assert_eq!(
+            found,
+            Some(FoundLock {
+                start: byte,
+                length: 1,
+                pid: None
+            })
+        );
+        let own = conflicting_lock(first.as_file().as_fd(), byte, 1).unwrap();
+        assert_eq!(own, None);
+        drop(first);
+        let found = conflicting_lock(second.as_fd(), byte, 1).unwrap();
+        assert_eq!(found, None);
+    }
+
+    #[test]
+    fn offsets_beyond_the_kernels_are_refused() {
+        let (first, _second) = two_descriptions();
+        let refused = lock_byte_shared(first.as_file().as_fd(), u64::MAX);
+        assert_eq!(refused, Err(Errno::INVAL));
+    }
+
+    #[test]
+    fn a_sole_lease_fails_beside_a_second_description() {
+        let (first, second) = two_descriptions();
+        assert_eq!(
+            lease_holds(first.as_file().as_fd(), Lease::Sole),
+            Ok(false),
+            "a second description is open"
+        );
+        drop(second);
+        assert_eq!(lease_holds(first.as_file().as_fd(), Lease::Sole), Ok(true));
+        // And the lease was given back: opening again does not block.
+        drop(File::open(first.path()).unwrap());
+    }
+}

@@ -1,0 +1,48 @@
+//! How mapdirect talks to the kernel.
+//!
+//! One file per kernel interface, named after its man page. This crate is the
+//! only home of raw system calls and of the constants that distribution
+//! headers do not have yet; everything it exports is safe to call unless it
+//! says otherwise, takes and returns owned or borrowed descriptors, and fails
+//! with the exact errno.
+//!
+//! What `rustix` already wraps well (sockets, `statx`, `mmap`, ...) is used
+//! directly by the other crates and not wrapped a second time.
+
+#[cfg(not(target_os = "linux"))]
+compile_error!("mapdirect speaks to Linux interfaces only");
+#[cfg(not(target_pointer_width = "64"))]
+compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
+
+pub mod capget;
+pub mod fanotify;
+pub mod fcntl;
+pub mod fiemap;
+pub mod inode_flags;
+pub mod memfd;
+pub mod mmap;
+pub mod proc;
+pub mod proc_locks;
+pub mod proc_mountinfo;
+pub mod seam;
+pub mod signal;
+pub mod unix;
+pub mod xfs_geometry;
+
+/// The error of every call in this crate: exactly what the kernel answered.
+pub use rustix::io::Errno;
+
+/// Result of a system call.
+pub type Result<T> = std::result::Result<T, Errno>;
+
+/// Turns the `-1, errno` convention of libc into a `Result`.
+fn checked(ret: libc::c_int) -> Result<libc::c_int> {
+    if ret < 0 { Err(last_errno()) } else { Ok(ret) }
+}
+
+/// `errno` of the calling thread, as left by the libc call just made.
+fn last_errno() -> Errno {
+    std::io::Error::last_os_error()
+        .raw_os_error()
+        .map_or(Errno::IO, Errno::from_raw_os_error)
+}

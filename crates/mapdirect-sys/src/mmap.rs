@@ -1,0 +1,122 @@
+//! mmap(2): raw mappings of files.
+
+use crate::seam::{self, Call};
+use crate::{Result, checked, last_errno};
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// `MAP_SHARED`.
+pub const MAP_SHARED: i32 = libc::MAP_SHARED;
+/// `MAP_PRIVATE`.
+pub const MAP_PRIVATE: i32 = libc::MAP_PRIVATE;
+/// `MAP_SHARED_VALIDATE`: like `MAP_SHARED`, but unknown flags are refused.
+pub const MAP_SHARED_VALIDATE: i32 = libc::MAP_SHARED_VALIDATE;
+/// `MAP_TYPE`: the bits that hold one of the three above.
+pub const MAP_TYPE: i32 = 0x0f;
+/// `MAP_FIXED`.
+pub const MAP_FIXED: i32 = libc::MAP_FIXED;
+/// `MAP_FIXED_NOREPLACE`.
+pub const MAP_FIXED_NOREPLACE: i32 = libc::MAP_FIXED_NOREPLACE;
+/// `MAP_ANONYMOUS`.
+pub const MAP_ANONYMOUS: i32 = libc::MAP_ANONYMOUS;
+/// `MAP_HUGETLB`.
+pub const MAP_HUGETLB: i32 = libc::MAP_HUGETLB;
+/// `MAP_POPULATE`.
+pub const MAP_POPULATE: i32 = libc::MAP_POPULATE;
+/// `MAP_SYNC`.
+pub const MAP_SYNC: i32 = 0x80000;
+
+/// The flags `MAP_SHARED_VALIDATE` lets through, besides the type:
+/// `LEGACY_MAP_MASK` of include/linux/mman.h (6.18), `MAP_SYNC`, and
+/// `MAP_FIXED_NOREPLACE`, which the kernel itself forgot in that mask.
+pub const MAP_VALIDATED: i32 = MAP_FIXED
+    | MAP_FIXED_NOREPLACE
+    | MAP_ANONYMOUS
+    | MAP_HUGETLB
+    | MAP_POPULATE
+    | MAP_SYNC
+    | libc::MAP_DENYWRITE
+    | libc::MAP_EXECUTABLE
+    | libc::MAP_GROWSDOWN
+    | libc::MAP_LOCKED
+    | libc::MAP_NORESERVE
+    | libc::MAP_NONBLOCK
+    | libc::MAP_STACK
+    | 0x0400_0000 // MAP_UNINITIALIZED
+    | MAP_32BIT
+    | (0x1f << 26); // MAP_HUGE_2MB | MAP_HUGE_1GB
+
+#[cfg(target_arch = "x86_64")]
+const MAP_32BIT: i32 = libc::MAP_32BIT | 0x80; // and MAP_ABOVE4G
+#[cfg(not(target_arch = "x86_64"))]
+const MAP_32BIT: i32 = 0;
+
+/// `PROT_READ`.
+pub const PROT_READ: i32 = libc::PROT_READ;
+/// `PROT_WRITE`.
+pub const PROT_WRITE: i32 = libc::PROT_WRITE;
+
+/// `mmap(2)`.
+///
+/// # Errors
+///
+/// As the man page has them.
+///
+/// # Safety
+///
+/// With `MAP_FIXED` whatever was mapped at `address` is gone: nothing may
+/// refer to it any more. Without it the call is safe; what is done with the
+/// address afterwards may not be.
+pub unsafe fn map(
+    address: usize,
+    length: usize,
+    prot: i32,
+    flags: i32,
+    file: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<usize> {
+    seam::check(Call::Mmap)?;
+    let offset = i64::try_from(offset).map_err(|_| crate::Errno::OVERFLOW)?;
+    let address = std::ptr::without_provenance_mut(address);
+    // SAFETY: the caller answers for MAP_FIXED; otherwise mmap only adds a
+    // mapping where there is none.
+    let mapped =
+        unsafe { libc::mmap(address, length, prot, flags, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(last_errno());
+    }
+    Ok(mapped.expose_provenance())
+}
+
+/// `munmap(2)`.
+///
+/// # Errors
+///
+/// `EINVAL` for an address off a page boundary or a length of 0.
+///
+/// # Safety
+///
+/// Nothing may refer to `length` bytes at `address` any more.
+pub unsafe fn unmap(address: usize, length: usize) -> Result<()> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the caller's promise.
+    checked(unsafe { libc::munmap(address, length) }).map(drop)
+}
+
+/// `msync(2)` with `MS_SYNC`: the pages that meet the range are written back
+/// and the device told to flush.
+///
+/// # Errors
+///
+/// `EIO`, `ENOSPC`, and `ENOMEM` when part of the range is not mapped.
+pub fn sync(address: usize, length: usize) -> Result<()> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: msync reads nothing of ours and changes no memory; an address
+    // that is not mapped is answered with ENOMEM.
+    checked(unsafe { libc::msync(address, length, libc::MS_SYNC) }).map(drop)
+}
+
+/// The size of a page in bytes.
+#[must_use]
+pub fn page_size() -> u64 {
+    rustix::param::page_size() as u64
+}

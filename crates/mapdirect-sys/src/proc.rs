@@ -1,0 +1,368 @@
+//! proc(5): what a thread is doing, and who has which file open.
+//!
+//! Everything read here is text of the kernel about processes that may vanish
+//! or change at any moment. The parsers take whatever comes; the readers
+//! never follow a link into another filesystem unless they say so.
+
+use crate::{Errno, Result};
+use rustix::fs::{Mode, OFlags};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+/// What `/proc/<tid>/syscall` says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SyscallState {
+    /// The thread was on a processor or waiting for one; nothing is known.
+    Running,
+    /// The thread sleeps, but not inside a system call.
+    Outside,
+    /// The thread sleeps inside a system call.
+    Inside(Syscall),
+}
+
+/// The registers a sleeping thread entered the kernel with.
+///
+/// They are what the kernel itself uses (`task_current_syscall`), not memory
+/// of the process, so nobody can change them while the thread sleeps. But:
+/// the number counts in the table of the ABI that was used, which is not
+/// told; a kernel thread shows number 0 and zeros; an io_uring worker shows
+/// its creator's registers. The last two have `sp` 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Syscall {
+    /// System call number.
+    pub number: i64,
+    /// The six arguments.
+    pub args: [u64; 6],
+    /// Stack pointer of the user program.
+    pub sp: u64,
+    /// Program counter of the user program.
+    pub pc: u64,
+}
+
+impl Syscall {
+    /// Whether the registers belong to a program that made the call itself.
+    #[must_use]
+    pub const fn is_genuine(&self) -> bool {
+        self.sp != 0 && self.pc != 0
+    }
+}
+
+/// Parses `/proc/<tid>/syscall`; `None` for text of no known form.
+#[must_use]
+pub fn parse_syscall(text: &[u8]) -> Option<SyscallState> {
+    let text = std::str::from_utf8(text).ok()?.trim_end();
+    if text == "running" {
+        return Some(SyscallState::Running);
+    }
+    let mut words = text.split(' ');
+    let number: i64 = words.next()?.parse().ok()?;
+    let mut hex = words.map(|word| {
+        word.strip_prefix("0x")
+            .and_then(|digits| u64::from_str_radix(digits, 16).ok())
+    });
+    if number == -1 {
+        return Some(SyscallState::Outside);
+    }
+    let mut args = [0; 6];
+    for arg in &mut args {
+        *arg = hex.next()??;
+    }
+    let sp = hex.next()??;
+    let pc = hex.next()??;
+    Some(SyscallState::Inside(Syscall {
+        number,
+        args,
+        sp,
+        pc,
+    }))
+}
+
+/// The kernel functions a sleeping thread is inside of, innermost first, from
+/// the text of `/proc/<tid>/stack`. Suffixes the compiler adds to clones of a
+/// function are taken off.
+pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
+    text.lines().filter_map(|line| {
+        let frame = line.split_once(' ').map_or(line, |(_, frame)| frame);
+        let name = frame.split_once('+').map_or(frame, |(name, _)| name);
+        let name = name.split_once('.').map_or(name, |(name, _)| name);
+        (!name.is_empty()).then_some(name)
+    })
+}
+
+/// Opens a file below `/proc/<id>`, for processes and threads alike.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when the thread is gone, `EACCES` or `EPERM`.
+pub fn open_task_file(id: i32, name: &str) -> Result<OwnedFd> {
+    let path = format!("/proc/{id}/{name}");
+    Ok(rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?)
+}
+
+/// Reads a small proc file from its start into `buffer`, returning the part
+/// that was filled; what does not fit is cut off.
+///
+/// # Errors
+///
+/// `ESRCH` when the thread is gone.
+pub fn reread<'buffer>(file: BorrowedFd<'_>, buffer: &'buffer mut [u8]) -> Result<&'buffer [u8]> {
+    loop {
+        match rustix::io::pread(file, &mut *buffer, 0) {
+            Ok(length) => return Ok(&buffer[..length]),
+            Err(Errno::INTR) => {}
+            Err(other) => return Err(other),
+        }
+    }
+}
+
+/// The whole of a proc file.
+///
+/// # Errors
+///
+/// As [`open_task_file`] and [`reread`].
+pub fn read_task_file(id: i32, name: &str) -> Result<String> {
+    let file = open_task_file(id, name)?;
+    let mut text = Vec::new();
+    let mut chunk = [0; 8192];
+    loop {
+        match rustix::io::read(file.as_fd(), &mut chunk) {
+            Ok(0) => break,
+            Ok(length) => text.extend_from_slice(&chunk[..length]),
+            Err(Errno::INTR) => {}
+            Err(other) => return Err(other),
+        }
+    }
+    // Names of files are whatever bytes somebody chose.
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// The name of a thread (`/proc/<tid>/comm`), with control characters
+/// replaced: any process chooses its own.
+#[must_use]
+pub fn command(tid: i32) -> String {
+    read_task_file(tid, "comm").map_or_else(
+        |_| String::from("?"),
+        |text| printable(text.trim_end_matches('\n')),
+    )
+}
+
+/// `text` with every control character replaced, fit for a terminal.
+#[must_use]
+pub fn printable(text: &str) -> String {
+    text.chars()
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
+/// The numeric names in a directory of proc: processes in `/proc`, threads in
+/// `/proc/<pid>/task`, descriptors in `/proc/<pid>/fd`.
+///
+/// # Errors
+///
+/// `ENOENT` when the directory is gone, `EACCES`.
+pub fn numbers_in(path: &str) -> Result<Vec<i32>> {
+    let directory = rustix::fs::open(
+        path,
+        OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let mut numbers = Vec::new();
+    for entry in rustix::fs::Dir::new(directory)? {
+        let entry = entry?;
+        if let Ok(Ok(number)) = entry.file_name().to_str().map(str::parse) {
+            numbers.push(number);
+        }
+    }
+    Ok(numbers)
+}
+
+/// What `/proc/<pid>/fdinfo/<fd>` tells about a descriptor.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FdInfo {
+    /// Open flags, as `fcntl(2)` with `F_GETFL` has them, and `O_CLOEXEC`.
+    pub flags: u32,
+    /// Inode number; since 5.14.
+    pub inode: u64,
+    /// Number of descriptors on their way through this socket.
+    pub in_flight: u64,
+    /// Paths of files registered with this io_uring.
+    pub registered: Vec<String>,
+    /// Record and whole-file locks that belong to the descriptor's
+    /// description or, through it, to the process.
+    pub locks: Vec<crate::proc_locks::Lock>,
+}
+
+impl FdInfo {
+    /// Whether the description allows writing.
+    #[must_use]
+    pub const fn is_writable(&self) -> bool {
+        self.flags & 0o3 != 0 && self.flags & libc::O_PATH.cast_unsigned() == 0
+    }
+
+    /// Whether the description is a mere path.
+    #[must_use]
+    pub const fn is_path(&self) -> bool {
+        self.flags & libc::O_PATH.cast_unsigned() != 0
+    }
+}
+
+/// Parses the text of an fdinfo file; fields that are missing stay zero.
+#[must_use]
+pub fn parse_fdinfo(text: &str) -> FdInfo {
+    let mut info = FdInfo::default();
+    let mut registered = 0usize;
+    for line in text.lines() {
+        if registered > 0 {
+            registered -= 1;
+            if let Some((slot, path)) = line.trim_start().split_once(": ")
+                && slot.parse::<u32>().is_ok()
+            {
+                info.registered.push(path.to_owned());
+                continue;
+            }
+        }
+        let Some((key, value)) = line.split_once(':') else {
+            continue;
+        };
+        let value = value.trim();
+        match key {
+            "flags" => info.flags = u32::from_str_radix(value, 8).unwrap_or(0),
+            "ino" => info.inode = value.parse().unwrap_or(0),
+            "scm_fds" => info.in_flight = value.parse().unwrap_or(0),
+            "UserFiles" => registered = value.parse().unwrap_or(0),
+            "lock" => info.locks.extend(crate::proc_locks::parse_line(value)),
+            _ => {}
+        }
+    }
+    info
+}
+
+/// One mapping of `/proc/<pid>/maps`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MapsEntry {
+    /// First address.
+    pub start: u64,
+    /// Address behind the last.
+    pub end: u64,
+    /// `PROT_WRITE` is set.
+    pub writable: bool,
+    /// `PROT_EXEC` is set.
+    pub executable: bool,
+    /// `MAP_SHARED`.
+    pub shared: bool,
+    /// Offset in the file.
+    pub offset: u64,
+    /// Major number of the filesystem's device.
+    pub major: u32,
+    /// Minor number.
+    pub minor: u32,
+    /// Inode number.
+    pub inode: u64,
+}
+
+/// Parses a line of `/proc/<pid>/maps`.
+#[must_use]
+pub fn parse_maps_line(line: &str) -> Option<MapsEntry> {
+    let mut words = line.split_ascii_whitespace();
+    let (start, end) = words.next()?.split_once('-')?;
+    let permissions = words.next()?.as_bytes();
+    let offset = words.next()?;
+    let (major, minor) = words.next()?.split_once(':')?;
+    let inode = words.next()?;
+    Some(MapsEntry {
+        start: u64::from_str_radix(start, 16).ok()?,
+        end: u64::from_str_radix(end, 16).ok()?,
+        writable: permissions.get(1) == Some(&b'w'),
+        executable: permissions.get(2) == Some(&b'x'),
+        shared: permissions.get(3) == Some(&b's'),
+        offset: u64::from_str_radix(offset, 16).ok()?,
+        major: u32::from_str_radix(major, 16).ok()?,
+        minor: u32::from_str_radix(minor, 16).ok()?,
+        inode: inode.parse().ok()?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn a_sleeping_thread_shows_its_call() {
+        let text = b"17 0x3 0x7f 0xa 0x1000 0x0 0x0 0x7fffc2 0x7f41be\n";
+        let Some(SyscallState::Inside(call)) = parse_syscall(text) else {
+            panic!("not parsed");
+        };
+        assert_eq!((call.number, call.args[3]), (17, 0x1000));
+        assert!(call.is_genuine());
+    }
+
+    #[test]
+    fn the_other_forms_of_syscall() {
+        assert_eq!(parse_syscall(b"running\n"), Some(SyscallState::Running));
+        assert_eq!(
+            parse_syscall(b"-1 0x7ffc 0x7f10\n"),
+            Some(SyscallState::Outside)
+        );
+        let kthread = b"0 0x0 0x0 0x0 0x0 0x0 0x0 0x0 0x0\n";
+        let Some(SyscallState::Inside(call)) = parse_syscall(kthread) else {
+            panic!("not parsed");
+        };
+        assert!(!call.is_genuine(), "a kernel thread looks like read(2)");
+    }
+
+    #[test]
+    fn stack_frames_lose_offsets_and_suffixes() {
+        let text = "[<0>] fanotify_handle_event+0x19/0x20\n\
+                    [<0>] rw_verify_area.part.0+0xb1/0x150\n\
+                    [<0>] xfs_file_ioctl+0x1/0x2 [xfs]\n";
+        let names: Vec<_> = stack_functions(text).collect();
+        assert_eq!(
+            names,
+            ["fanotify_handle_event", "rw_verify_area", "xfs_file_ioctl"]
+        );
+    }
+
+    #[test]
+    fn an_fdinfo_with_everything() {
+        let text = "pos:\t0\nflags:\t02100002\nmnt_id:\t30\nino:\t131\nscm_fds: 2\n\
+                    UserFiles:\t2\n    0: /mnt/x\n    1: /mnt/y: z\nUserBufs:\t0\n\
+                    lock:\t1: OFDLCK ADVISORY  READ -1 fe:00:131 5 5\n";
+        let info = parse_fdinfo(text);
+        assert!(info.is_writable());
+        assert_eq!((info.inode, info.in_flight), (131, 2));
+        assert_eq!(info.registered, ["/mnt/x", "/mnt/y: z"]);
+        assert_eq!(info.locks.len(), 1);
+    }
+
+    #[test]
+    fn a_line_of_maps() {
+        let line = "7f0000000000-7f0000200000 rw-s 00001000 07:0a 131     /mnt/a file (deleted)";
+        let entry = parse_maps_line(line).unwrap();
+        assert_eq!((entry.major, entry.minor, entry.inode), (7, 10, 131));
+        assert!(entry.shared && entry.writable && !entry.executable);
+        assert_eq!(entry.offset, 0x1000);
+    }
+
+    #[test]
+    fn this_process_is_readable() {
+        let text = read_task_file(std::process::id().cast_signed(), "maps").unwrap();
+        assert!(text.lines().all(|line| parse_maps_line(line).is_some()));
+        assert!(!numbers_in("/proc/self/task").unwrap().is_empty());
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_upsets_a_parser(text in ".{0,200}") {
+            let _ = parse_syscall(text.as_bytes());
+            let _ = stack_functions(&text).count();
+            let _ = parse_fdinfo(&text);
+            let _ = parse_maps_line(&text);
+            let _ = crate::proc_locks::parse_line(&text);
+            let _ = crate::proc_mountinfo::parse_line(&text);
+        }
+    }
+}

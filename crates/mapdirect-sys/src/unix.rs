@@ -1,0 +1,364 @@
+//! unix(7): whole messages with descriptors between processes that know who
+//! is speaking.
+
+use crate::{Errno, Result, checked};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
+};
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+use std::time::Duration;
+
+/// Most descriptors in one message.
+pub const MAX_FDS: usize = 4;
+
+/// A socket that carries whole messages (`SOCK_SEQPACKET`).
+#[derive(Debug)]
+pub struct Socket {
+    fd: OwnedFd,
+}
+
+/// A message as received.
+#[derive(Debug)]
+pub struct Received {
+    /// Bytes of it in the buffer.
+    pub length: usize,
+    /// The message was longer than the buffer or carried more descriptors
+    /// than [`MAX_FDS`]; the rest is gone.
+    pub truncated: bool,
+    /// Descriptors that came with it, all close-on-exec.
+    pub fds: Vec<OwnedFd>,
+    /// Process that sent it, as the kernel knows it; only on a socket told to
+    /// [`tell_senders`](Socket::tell_senders).
+    pub sender: Option<Sender>,
+}
+
+/// The credentials the kernel attaches to a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sender {
+    /// Process id in the receiver's namespace.
+    pub pid: i32,
+    /// Real user id.
+    pub uid: u32,
+}
+
+impl Socket {
+    /// A socket that listens at `path`, where nothing may exist yet.
+    ///
+    /// # Errors
+    ///
+    /// `EADDRINUSE`, and whatever making a file there answers.
+    pub fn listen(path: &Path, backlog: i32) -> Result<Self> {
+        let socket = Self::new()?;
+        rustix::net::bind(&socket.fd, &SocketAddrUnix::new(path)?)?;
+        rustix::net::listen(&socket.fd, backlog)?;
+        Ok(socket)
+    }
+
+    /// A socket connected to the one listening at `path`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOENT` or `ECONNREFUSED` when nobody listens there, `EACCES`.
+    pub fn connect(path: &Path) -> Result<Self> {
+        let socket = Self::new()?;
+        let address = SocketAddrUnix::new(path)?;
+        loop {
+            match rustix::net::connect(&socket.fd, &address) {
+                Ok(()) => return Ok(socket),
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
+    /// Two sockets connected to each other.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENFILE`.
+    pub fn pair() -> Result<(Self, Self)> {
+        let (one, other) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        Ok((Self { fd: one }, Self { fd: other }))
+    }
+
+    fn new() -> Result<Self> {
+        let fd = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        Ok(Self { fd })
+    }
+
+    /// Waits for a client.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENFILE`; `ECONNABORTED` when the client left again.
+    pub fn accept(&self) -> Result<Self> {
+        loop {
+            match rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC) {
+                Ok(fd) => return Ok(Self { fd }),
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
+    /// Has the kernel attach the sender's process and user to every message
+    /// received from now on (`SO_PASSCRED`).
+    ///
+    /// # Errors
+    ///
+    /// None in practice.
+    pub fn tell_senders(&self) -> Result<()> {
+        Ok(rustix::net::sockopt::set_socket_passcred(&self.fd, true)?)
+    }
+
+    /// Ends [`send`](Self::send) with `EAGAIN` when the peer does not read
+    /// for so long.
+    ///
+    /// # Errors
+    ///
+    /// `EDOM` for a duration the kernel cannot represent.
+    pub fn set_send_timeout(&self, timeout: Duration) -> Result<()> {
+        Ok(rustix::net::sockopt::set_socket_timeout(
+            &self.fd,
+            rustix::net::sockopt::Timeout::Send,
+            Some(timeout),
+        )?)
+    }
+
+    /// Ends [`receive`](Self::receive) with `EAGAIN` when nothing comes for
+    /// so long; `None` waits for ever.
+    ///
+    /// # Errors
+    ///
+    /// `EDOM` for a duration the kernel cannot represent.
+    pub fn set_receive_timeout(&self, timeout: Option<Duration>) -> Result<()> {
+        Ok(rustix::net::sockopt::set_socket_timeout(
+            &self.fd,
+            rustix::net::sockopt::Timeout::Recv,
+            timeout,
+        )?)
+    }
+
+    /// The process at the other end: the one that connected
+    /// (`SO_PEERPIDFD`, 6.5). The descriptor names that very process even
+    /// after its number is used again.
+    ///
+    /// # Errors
+    ///
+    /// `ESRCH` when it is gone already, `ENOPROTOOPT` before 6.5.
+    pub fn peer_pidfd(&self) -> Result<OwnedFd> {
+        const SO_PEERPIDFD: libc::c_int = 77;
+        let mut fd: libc::c_int = -1;
+        let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>())
+            .map_err(|_| Errno::INVAL)?;
+        // SAFETY: the option writes one int, the size `length` says.
+        checked(unsafe {
+            libc::getsockopt(
+                self.fd.as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_PEERPIDFD,
+                (&raw mut fd).cast(),
+                &raw mut length,
+            )
+        })?;
+        // SAFETY: the kernel just gave us this descriptor.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Process and user that connected, as they were then.
+    ///
+    /// # Errors
+    ///
+    /// `ENOTCONN`.
+    pub fn peer(&self) -> Result<Sender> {
+        let credentials = rustix::net::sockopt::socket_peercred(&self.fd)?;
+        Ok(Sender {
+            pid: credentials.pid.as_raw_nonzero().get(),
+            uid: credentials.uid.as_raw(),
+        })
+    }
+
+    /// Sends one message with descriptors.
+    ///
+    /// # Errors
+    ///
+    /// `EPIPE` or `ECONNRESET` when the peer is gone, `EAGAIN` after the send
+    /// timeout, `EMSGSIZE`.
+    pub fn send(&self, bytes: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.send_flags(bytes, fds, SendFlags::NOSIGNAL)
+    }
+
+    /// [`send`](Self::send) that never waits: `EAGAIN` when the peer's queue
+    /// is full.
+    ///
+    /// # Errors
+    ///
+    /// As [`send`](Self::send).
+    pub fn send_now(&self, bytes: &[&[u8]], fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.send_flags(bytes, fds, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+    }
+
+    fn send_flags(&self, bytes: &[&[u8]], fds: &[BorrowedFd<'_>], flags: SendFlags) -> Result<()> {
+        let mut slices = [IoSlice::new(&[]); 4];
+        if bytes.len() > slices.len() || fds.len() > MAX_FDS {
+            return Err(Errno::MSGSIZE);
+        }
+        for (slice, part) in slices.iter_mut().zip(bytes) {
+            *slice = IoSlice::new(part);
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            control.push(SendAncillaryMessage::ScmRights(fds));
+        }
+        loop {
+            match rustix::net::sendmsg(&self.fd, &slices[..bytes.len()], &mut control, flags) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
+    /// Waits for one message. A length of 0 means that the peer closed its
+    /// end.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` after the receive timeout, `ECONNRESET`.
+    pub fn receive(&self, buffer: &mut [u8]) -> Result<Received> {
+        let mut space = [MaybeUninit::uninit();
+            rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let message = loop {
+            match rustix::net::recvmsg(
+                &self.fd,
+                &mut [IoSliceMut::new(buffer)],
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Ok(message) => break message,
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        };
+        let mut received = Received {
+            length: message.bytes,
+            truncated: message
+                .flags
+                .intersects(rustix::net::ReturnFlags::TRUNC | rustix::net::ReturnFlags::CTRUNC),
+            fds: Vec::new(),
+            sender: None,
+        };
+        for ancillary in control.drain() {
+            match ancillary {
+                RecvAncillaryMessage::ScmRights(fds) => received.fds.extend(fds),
+                RecvAncillaryMessage::ScmCredentials(credentials) => {
+                    received.sender = Some(Sender {
+                        pid: credentials.pid.as_raw_nonzero().get(),
+                        uid: credentials.uid.as_raw(),
+                    });
+                }
+                _ => {}
+            }
+        }
+        Ok(received)
+    }
+
+    /// Whether the peer has closed its end, without reading anything.
+    ///
+    /// # Errors
+    ///
+    /// Whatever `poll(2)` answers.
+    pub fn peer_is_gone(&self) -> Result<bool> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        loop {
+            match poll(&mut fds, Some(&now)) {
+                Ok(_) => break,
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        }
+        Ok(fds[0]
+            .revents()
+            .intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
+    }
+}
+
+impl std::os::fd::AsFd for Socket {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    #[test]
+    fn messages_stay_whole_and_name_their_sender() {
+        let (one, other) = Socket::pair().unwrap();
+        other.tell_senders().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        one.send(&[b"ab", b"c"], &[file.as_fd()]).unwrap();
+        one.send(&[b"d"], &[]).unwrap();
+        let mut buffer = [0; 16];
+        let first = other.receive(&mut buffer).unwrap();
+        assert_eq!(&buffer[..first.length], b"abc");
+        assert_eq!((first.fds.len(), first.truncated), (1, false));
+        assert_eq!(
+            first.sender.unwrap().pid,
+            std::process::id().cast_signed()
+        );
+        assert_eq!(other.receive(&mut buffer).unwrap().length, 1);
+    }
+
+    #[test]
+    fn a_message_too_long_is_marked() {
+        let (one, other) = Socket::pair().unwrap();
+        one.send(&[&[7; 100]], &[]).unwrap();
+        let received = other.receive(&mut [0; 10]).unwrap();
+        assert!(received.truncated);
+    }
+
+    #[test]
+    fn a_peer_that_left_is_seen() {
+        let (one, other) = Socket::pair().unwrap();
+        assert_eq!(other.peer_is_gone(), Ok(false));
+        drop(one);
+        assert_eq!(other.peer_is_gone(), Ok(true));
+        assert_eq!(other.receive(&mut [0; 4]).unwrap().length, 0);
+    }
+
+    #[test]
+    fn a_reader_that_sleeps_does_not_block_for_ever() {
+        let (one, _other) = Socket::pair().unwrap();
+        one.set_send_timeout(Duration::from_millis(10)).unwrap();
+        let error = loop {
+            if let Err(errno) = one.send(&[&[0; 60_000]], &[]) {
+                break errno;
+            }
+        };
+        assert_eq!(error, Errno::AGAIN);
+    }
+}
