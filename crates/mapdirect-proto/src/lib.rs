@@ -1,0 +1,54 @@
+//! What a holder and the guard say to each other.
+//!
+//! Messages travel whole over a `SOCK_SEQPACKET` socket, one request and its
+//! reply at a time. Each is a header and one fixed record of little-endian
+//! integers, for some followed by texts and records whose lengths the fixed
+//! part gives. Records are extensible the way of `openat2(2)`: a receiver
+//! takes a longer record if the part it does not know is zero, and reads a
+//! shorter one as if zeros followed. No I/O happens here, and no bytes can
+//! make a decoder panic, loop or allocate more than they fill.
+//!
+//! ```text
+//! holder                                   guard
+//!   Hello            ───────────────────▶
+//!                    ◀───────────────────  Welcome (challenge)
+//!   Prove + memfd    ───────────────────▶         once per connection
+//!                    ◀───────────────────  Done
+//!   Pin + file       ───────────────────▶
+//!                    ◀───────────────────  Swap + file      only if the
+//!   Swapped          ───────────────────▶                   file was opened
+//!                    ◀───────────────────  StillOpen        before the gate
+//!   Swapped          ───────────────────▶                   closed
+//!                    ◀───────────────────  Granted + file, or Refused
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod extent;
+pub mod message;
+pub mod reason;
+pub mod status;
+mod wire;
+
+pub use extent::{BlockMap, DeviceId, Extent, ExtentState};
+pub use message::{Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal, Reply, Request};
+pub use reason::Reason;
+pub use wire::DecodeError;
+
+/// Version of the protocol spoken here.
+pub const VERSION: u32 = 1;
+
+/// First field of a hello: "MAPDIRCT".
+pub const MAGIC: u64 = u64::from_be_bytes(*b"MAPDIRCT");
+
+/// Longest message in bytes; what is longer travels in a sealed memory file.
+pub const MAX_MESSAGE: usize = 32 * 1024;
+
+/// Most extents sent inside a message.
+pub const MAX_INLINE_EXTENTS: usize = 512;
+
+/// Where the guard listens unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/mapdirect/guard.sock";
+
+/// Environment variable that names another socket, for every client.
+pub const SOCKET_VARIABLE: &str = "MAPDIRECT_SOCKET";

@@ -1,0 +1,454 @@
+//! The state of a guard, as it travels in a sealed memory file.
+//!
+//! A sequence of records, each with its own length and kind in front, so that
+//! a reader skips what it does not know.
+
+use crate::extent::DeviceId;
+use crate::message::{Flags, Gate};
+use crate::wire::{DecodeError, Reader, clipped, wire_len};
+use std::ops::Range;
+use zerocopy::little_endian::{I32, U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// Most bytes of a status that a reader takes.
+pub const MAX_STATUS: usize = 64 << 20;
+
+/// How a process holds a pin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Process id, as the guard sees it.
+    pub pid: i32,
+    /// Name of the command.
+    pub command: String,
+    /// Bytes of the pinned file it maps.
+    pub mapped: u64,
+    /// Descriptors it has of the file.
+    pub descriptors: u32,
+}
+
+/// One pin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PinStatus {
+    /// Names the pin.
+    pub pin: u64,
+    /// Bytes, rounded out to blocks.
+    pub range: Range<u64>,
+    /// What was asked for.
+    pub flags: Flags,
+    /// Process that asked for it.
+    pub pid: i32,
+    /// Its user.
+    pub uid: u32,
+    /// Seconds since it was granted.
+    pub age: u64,
+    /// Bytes in stable blocks.
+    pub stable: u64,
+    /// Bytes in frozen blocks.
+    pub frozen: u64,
+}
+
+/// A file with pins.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileStatus {
+    /// Device of the filesystem.
+    pub device: DeviceId,
+    /// Inode number.
+    pub inode: u64,
+    /// Path when the first pin was granted; empty for whoever may not know.
+    pub path: String,
+    /// Its pins.
+    pub pins: Vec<PinStatus>,
+    /// The processes that map it or have it open.
+    pub holders: Vec<Holder>,
+}
+
+/// A refusal that happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RefusedOperation {
+    /// Seconds since the epoch.
+    pub time: u64,
+    /// Thread that was refused.
+    pub tid: i32,
+    /// Name of its command.
+    pub command: String,
+    /// What it tried.
+    pub operation: String,
+    /// Device of the file.
+    pub device: DeviceId,
+    /// Inode number of the file.
+    pub inode: u64,
+    /// Byte range of the attempt, if it had one.
+    pub range: Option<Range<u64>>,
+}
+
+/// The whole state.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The gate in force.
+    pub gate: Gate,
+    /// Process id of the guard.
+    pub pid: i32,
+    /// Seconds it has been running.
+    pub uptime: u64,
+    /// Clients connected.
+    pub clients: u32,
+    /// Events judged.
+    pub judged: u64,
+    /// Refusals by operation.
+    pub refused: Vec<(String, u64)>,
+    /// Files with pins.
+    pub files: Vec<FileStatus>,
+    /// The latest refusals, oldest first.
+    pub recent: Vec<RefusedOperation>,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RecordHeader {
+    /// Length of the record with this header and its text.
+    length: U32,
+    kind: U16,
+    /// Length of the fixed part.
+    fixed: U16,
+}
+
+mod kind {
+    pub(super) const GUARD: u16 = 1;
+    pub(super) const REFUSED: u16 = 2;
+    pub(super) const FILE: u16 = 3;
+    pub(super) const PIN: u16 = 4;
+    pub(super) const HOLDER: u16 = 5;
+    pub(super) const RECENT: u16 = 6;
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct GuardRecord {
+    gate: U32,
+    pid: I32,
+    uptime: U64,
+    clients: U32,
+    reserved: U32,
+    judged: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RefusedRecord {
+    count: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct FileRecord {
+    major: U32,
+    minor: U32,
+    inode: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct PinRecord {
+    pin: U64,
+    start: U64,
+    end: U64,
+    flags: U32,
+    pid: I32,
+    uid: U32,
+    reserved: U32,
+    age: U64,
+    stable: U64,
+    frozen: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct HolderRecord {
+    pid: I32,
+    descriptors: U32,
+    mapped: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct RecentRecord {
+    time: U64,
+    tid: I32,
+    /// Length of the command; the operation is the rest of the text.
+    command: U32,
+    major: U32,
+    minor: U32,
+    inode: U64,
+    /// `u64::MAX` for no range.
+    start: U64,
+    end: U64,
+}
+
+const MAX_TEXT: usize = 4096;
+
+fn put(bytes: &mut Vec<u8>, kind: u16, fixed: &(impl IntoBytes + Immutable), texts: &[&str]) {
+    let fixed = fixed.as_bytes();
+    let header = size_of::<RecordHeader>();
+    let text: usize = texts.iter().map(|text| text.len()).sum();
+    let record = RecordHeader {
+        length: wire_len(header + fixed.len() + text),
+        kind: kind.into(),
+        fixed: u16::try_from(fixed.len()).unwrap_or(u16::MAX).into(),
+    };
+    bytes.extend_from_slice(record.as_bytes());
+    bytes.extend_from_slice(fixed);
+    for text in texts {
+        bytes.extend_from_slice(text.as_bytes());
+    }
+}
+
+impl Status {
+    /// The bytes of it.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        let guard = GuardRecord {
+            gate: self.gate.number().into(),
+            pid: self.pid.into(),
+            uptime: self.uptime.into(),
+            clients: self.clients.into(),
+            reserved: 0.into(),
+            judged: self.judged.into(),
+        };
+        put(&mut bytes, kind::GUARD, &guard, &[]);
+        for (name, count) in &self.refused {
+            let record = RefusedRecord {
+                count: (*count).into(),
+            };
+            put(&mut bytes, kind::REFUSED, &record, &[clipped(name, MAX_TEXT)]);
+        }
+        for file in &self.files {
+            let record = FileRecord {
+                major: file.device.major.into(),
+                minor: file.device.minor.into(),
+                inode: file.inode.into(),
+            };
+            put(&mut bytes, kind::FILE, &record, &[clipped(&file.path, MAX_TEXT)]);
+            for pin in &file.pins {
+                put(&mut bytes, kind::PIN, &pin_record(pin), &[]);
+            }
+            for holder in &file.holders {
+                let record = HolderRecord {
+                    pid: holder.pid.into(),
+                    descriptors: holder.descriptors.into(),
+                    mapped: holder.mapped.into(),
+                };
+                let command = clipped(&holder.command, MAX_TEXT);
+                put(&mut bytes, kind::HOLDER, &record, &[command]);
+            }
+        }
+        for refused in &self.recent {
+            let command = clipped(&refused.command, MAX_TEXT);
+            let range = refused.range.clone().unwrap_or(u64::MAX..u64::MAX);
+            let record = RecentRecord {
+                time: refused.time.into(),
+                tid: refused.tid.into(),
+                command: wire_len(command.len()),
+                major: refused.device.major.into(),
+                minor: refused.device.minor.into(),
+                inode: refused.inode.into(),
+                start: range.start.into(),
+                end: range.end.into(),
+            };
+            let operation = clipped(&refused.operation, MAX_TEXT);
+            put(&mut bytes, kind::RECENT, &record, &[command, operation]);
+        }
+        bytes
+    }
+
+    /// Reads what [`encode`](Self::encode) wrote, skipping records of kinds
+    /// it does not know.
+    ///
+    /// # Errors
+    ///
+    /// [`DecodeError`] for anything else.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let mut reader = Reader::new(bytes);
+        let mut status = Self {
+            gate: Gate::Other(0),
+            pid: 0,
+            uptime: 0,
+            clients: 0,
+            judged: 0,
+            refused: Vec::new(),
+            files: Vec::new(),
+            recent: Vec::new(),
+        };
+        while !reader.is_empty() {
+            let header: RecordHeader = reader.record()?;
+            let length = (header.length.get() as usize)
+                .checked_sub(size_of::<RecordHeader>())
+                .ok_or(DecodeError::Length)?;
+            let body = Reader::new(reader.take(length)?);
+            status.take(header.kind.get(), header.fixed.get().into(), body)?;
+        }
+        Ok(status)
+    }
+
+    fn take(&mut self, kind: u16, fixed: usize, mut body: Reader<'_>) -> Result<(), DecodeError> {
+        match kind {
+            kind::GUARD => {
+                let record: GuardRecord = body.extensible(fixed)?;
+                self.gate = Gate::from_number(record.gate.get());
+                self.pid = record.pid.get();
+                self.uptime = record.uptime.get();
+                self.clients = record.clients.get();
+                self.judged = record.judged.get();
+            }
+            kind::REFUSED => {
+                let record: RefusedRecord = body.extensible(fixed)?;
+                let name = body.text(body.remaining())?;
+                self.refused.push((name, record.count.get()));
+            }
+            kind::FILE => {
+                let record: FileRecord = body.extensible(fixed)?;
+                self.files.push(FileStatus {
+                    device: DeviceId {
+                        major: record.major.get(),
+                        minor: record.minor.get(),
+                    },
+                    inode: record.inode.get(),
+                    path: body.text(body.remaining())?,
+                    pins: Vec::new(),
+                    holders: Vec::new(),
+                });
+            }
+            kind::PIN => {
+                let record: PinRecord = body.extensible(fixed)?;
+                let file = self.files.last_mut().ok_or(DecodeError::Value("file"))?;
+                file.pins.push(PinStatus {
+                    pin: record.pin.get(),
+                    range: record.start.get()..record.end.get(),
+                    flags: Flags::from_known_bits(record.flags.get()),
+                    pid: record.pid.get(),
+                    uid: record.uid.get(),
+                    age: record.age.get(),
+                    stable: record.stable.get(),
+                    frozen: record.frozen.get(),
+                });
+            }
+            kind::HOLDER => {
+                let record: HolderRecord = body.extensible(fixed)?;
+                let file = self.files.last_mut().ok_or(DecodeError::Value("file"))?;
+                file.holders.push(Holder {
+                    pid: record.pid.get(),
+                    command: body.text(body.remaining())?,
+                    mapped: record.mapped.get(),
+                    descriptors: record.descriptors.get(),
+                });
+            }
+            kind::RECENT => {
+                let record: RecentRecord = body.extensible(fixed)?;
+                let start = record.start.get();
+                self.recent.push(RefusedOperation {
+                    time: record.time.get(),
+                    tid: record.tid.get(),
+                    command: body.text(record.command.get() as usize)?,
+                    operation: body.text(body.remaining())?,
+                    device: DeviceId {
+                        major: record.major.get(),
+                        minor: record.minor.get(),
+                    },
+                    inode: record.inode.get(),
+                    range: (start != u64::MAX).then(|| start..record.end.get()),
+                });
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn pin_record(pin: &PinStatus) -> PinRecord {
+    PinRecord {
+        pin: pin.pin.into(),
+        start: pin.range.start.into(),
+        end: pin.range.end.into(),
+        flags: pin.flags.bits().into(),
+        pid: pin.pid.into(),
+        uid: pin.uid.into(),
+        reserved: 0.into(),
+        age: pin.age.into(),
+        stable: pin.stable.into(),
+        frozen: pin.frozen.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn status() -> Status {
+        Status {
+            gate: Gate::Fanotify,
+            pid: 12,
+            uptime: 34,
+            clients: 5,
+            judged: 600,
+            refused: vec![("truncate".into(), 3), ("open-write".into(), 1)],
+            files: vec![FileStatus {
+                device: DeviceId { major: 7, minor: 0 },
+                inode: 131,
+                path: "/mnt/å b".into(),
+                pins: vec![PinStatus {
+                    pin: 9,
+                    range: 4096..8192,
+                    flags: Flags::MAP | Flags::CACHED,
+                    pid: 77,
+                    uid: 1000,
+                    age: 2,
+                    stable: 4096,
+                    frozen: 0,
+                }],
+                holders: vec![Holder {
+                    pid: 77,
+                    command: "db".into(),
+                    mapped: 4096,
+                    descriptors: 1,
+                }],
+            }],
+            recent: vec![RefusedOperation {
+                time: 1,
+                tid: 80,
+                command: "dd".into(),
+                operation: "open-write".into(),
+                device: DeviceId { major: 7, minor: 0 },
+                inode: 131,
+                range: None,
+            }],
+        }
+    }
+
+    #[test]
+    fn a_status_survives() {
+        assert_eq!(Status::decode(&status().encode()), Ok(status()));
+    }
+
+    #[test]
+    fn unknown_records_are_skipped() {
+        let mut bytes = status().encode();
+        put(&mut bytes, 999, &[1u8, 2, 3], &["whatever"]);
+        assert_eq!(Status::decode(&bytes), Ok(status()));
+    }
+
+    proptest! {
+        #[test]
+        fn a_changed_byte_never_upsets_the_decoder(
+            at in any::<prop::sample::Index>(),
+            byte in any::<u8>(),
+            cut in any::<prop::sample::Index>(),
+        ) {
+            let mut bytes = status().encode();
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+            let _ = Status::decode(&bytes);
+            let _ = Status::decode(&bytes[..cut.index(bytes.len())]);
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! Reading and writing records.
+
+use std::fmt;
+use zerocopy::{FromBytes, IntoBytes, KnownLayout};
+
+/// Why bytes are no message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DecodeError {
+    /// They end too early.
+    Short,
+    /// The length in them does not fit the bytes.
+    Length,
+    /// A record is longer than this version knows and the rest is not zero:
+    /// the sender asks for something that cannot be given.
+    Newer,
+    /// A kind of message nobody has defined.
+    Kind(u16),
+    /// A field holds a value that means nothing.
+    Value(&'static str),
+}
+
+impl fmt::Display for DecodeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Short => f.write_str("the message ends too early"),
+            Self::Length => f.write_str("the message has another length than it says"),
+            Self::Newer => f.write_str("the message uses fields this version does not know"),
+            Self::Kind(kind) => write!(f, "there is no message of kind {kind}"),
+            Self::Value(field) => write!(f, "field `{field}` holds a value without meaning"),
+        }
+    }
+}
+
+impl std::error::Error for DecodeError {}
+
+/// A cursor over received bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Reader<'bytes> {
+    bytes: &'bytes [u8],
+}
+
+impl<'bytes> Reader<'bytes> {
+    pub(crate) fn new(bytes: &'bytes [u8]) -> Self {
+        Self { bytes }
+    }
+
+    pub(crate) fn take(&mut self, length: usize) -> Result<&'bytes [u8], DecodeError> {
+        let (taken, rest) = self
+            .bytes
+            .split_at_checked(length)
+            .ok_or(DecodeError::Short)?;
+        self.bytes = rest;
+        Ok(taken)
+    }
+
+    /// A record of exactly this version's length.
+    pub(crate) fn record<T: FromBytes>(&mut self) -> Result<T, DecodeError> {
+        T::read_from_bytes(self.take(size_of::<T>())?).map_err(|_| DecodeError::Short)
+    }
+
+    /// A record of `length` bytes that may be older or newer than `T`.
+    pub(crate) fn extensible<T: FromBytes + IntoBytes + KnownLayout>(
+        &mut self,
+        length: usize,
+    ) -> Result<T, DecodeError> {
+        let bytes = self.take(length)?;
+        let known = bytes.len().min(size_of::<T>());
+        if bytes[known..].iter().any(|byte| *byte != 0) {
+            return Err(DecodeError::Newer);
+        }
+        let mut record = T::new_zeroed();
+        record.as_mut_bytes()[..known].copy_from_slice(&bytes[..known]);
+        Ok(record)
+    }
+
+    /// A text of `length` bytes; what is not UTF-8 is replaced.
+    pub(crate) fn text(&mut self, length: usize) -> Result<String, DecodeError> {
+        Ok(String::from_utf8_lossy(self.take(length)?).into_owned())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.bytes.is_empty()
+    }
+
+    pub(crate) fn remaining(&self) -> usize {
+        self.bytes.len()
+    }
+}
+
+/// `text` cut to at most `limit` bytes, at a character.
+pub(crate) fn clipped(text: &str, limit: usize) -> &str {
+    &text[..text.floor_char_boundary(limit)]
+}
+
+/// A length that is known to be small, as the wire has it.
+pub(crate) fn wire_len(length: usize) -> zerocopy::little_endian::U32 {
+    u32::try_from(length).unwrap_or(u32::MAX).into()
+}
