@@ -187,6 +187,27 @@ impl Group {
         }
     }
 
+    /// [`remove`](Self::remove) for a descriptor that is only a path
+    /// (`O_PATH`), which `fanotify_mark(2)` does not take itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`remove`](Self::remove).
+    pub fn remove_at(&self, mask: Mask, path: BorrowedFd<'_>) -> Result<()> {
+        let name = crate::proc::own_fd_path(path);
+        // SAFETY: the name is a C string that outlives the call.
+        let ret = unsafe {
+            libc::fanotify_mark(
+                self.fd.as_raw_fd(),
+                FAN_MARK_REMOVE,
+                mask.bits(),
+                libc::AT_FDCWD,
+                name.as_ptr(),
+            )
+        };
+        crate::checked(ret).map(drop)
+    }
+
     fn mark(&self, flags: libc::c_uint, mask: Mask, file: BorrowedFd<'_>) -> Result<()> {
         // SAFETY: a null path with a descriptor names the descriptor's own
         // inode (fanotify_mark(2)); both descriptors are borrowed for the

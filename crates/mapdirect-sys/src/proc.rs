@@ -4,9 +4,11 @@
 //! or change at any moment. The parsers take whatever comes; the readers
 //! never follow a link into another filesystem unless they say so.
 
+use crate::seam::{self, Call};
 use crate::{Errno, Result};
 use rustix::fs::{Mode, OFlags};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// What `/proc/<tid>/syscall` says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +88,32 @@ pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
         let name = name.split_once('.').map_or(name, |(name, _)| name);
         (!name.is_empty()).then_some(name)
     })
+}
+
+/// `/proc/self/fd/N` of a descriptor.
+pub(crate) fn own_fd_path(file: BorrowedFd<'_>) -> CString {
+    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    // A number holds no NUL.
+    CString::new(name).unwrap_or_default()
+}
+
+/// Opens the inode behind `file` once more: a second description, with access
+/// and flags of its own. Works for files that were renamed or unlinked since.
+///
+/// # Errors
+///
+/// As `open(2)`: `EACCES`, `EROFS`, and `ETXTBSY` from a gate.
+pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
+    seam::check(Call::Reopen)?;
+    let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
+    Ok(rustix::fs::open(own_fd_path(file), flags, Mode::empty())?)
+}
+
+/// Where a descriptor's file was last seen, for a person to read.
+#[must_use]
+pub fn path_of(file: BorrowedFd<'_>) -> String {
+    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref())
+        .map_or_else(|_| String::from("?"), |path| path.to_string_lossy().into_owned())
 }
 
 /// Opens a file below `/proc/<id>`, for processes and threads alike.

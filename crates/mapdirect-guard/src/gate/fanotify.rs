@@ -1,0 +1,398 @@
+//! The fanotify gate: one thread that answers permission events.
+//!
+//! Rules of this thread, each of which somebody's machine has hung for:
+//!
+//! * The queue is unlimited, since the kernel lets an event pass that does
+//!   not fit ([`Group::pre_content`]).
+//! * It never opens, reads or maps a file behind the gate, never logs, and
+//!   takes no lock that others hold: what it looks up is swapped in whole.
+//! * It closes an event's descriptor before it answers: the waiting thread
+//!   still holds the file then, so the close cannot be the last one, with
+//!   whatever work of the filesystem that brings.
+//! * It answers every event exactly once, many with one system call, and
+//!   leaves the group's descriptor to no child.
+
+use crate::audit::Refused;
+use crate::gate::classify::{self, Asked};
+use crate::gate::threads::{Look, ThreadDescriptors, Threads};
+use crate::policy::{Operation, OperationKind as K};
+use crate::table::{InodeId, Opinion, Pin, Watched};
+use crate::wake::Waker;
+use crate::{Errno, Guard};
+use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
+use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::proc;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicUsize, fence};
+use std::time::{Duration, Instant};
+
+/// What is asked for on an inode behind the gate.
+pub(crate) const MASK: Mask = Mask::from_bits(Mask::OPEN_PERM.bits() | Mask::PRE_ACCESS.bits());
+
+/// How long an operation waits for a grant to finish before it is refused.
+const WAIT_FOR_GRANT: Duration = Duration::from_secs(5);
+/// How long a thread may take to fall asleep before it is judged unseen.
+const WAIT_FOR_SLEEP: Duration = Duration::from_secs(1);
+
+/// The group, and how to reach the thread that serves it.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    pub(crate) group: Group,
+    waker: Waker,
+    /// Events held back until a grant is finished.
+    waiting: AtomicUsize,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            group: Group::pre_content()?,
+            waker: Waker::new()?,
+            waiting: AtomicUsize::new(0),
+        })
+    }
+
+    /// Has the thread look again at the events it holds back, if any.
+    pub(crate) fn reconsider(&self) {
+        // Pairs with the fence in `Server::run`: either the thread sees what
+        // changed, or we see that it waits.
+        fence(SeqCst);
+        if self.waiting.load(SeqCst) > 0 {
+            self.waker.wake();
+        }
+    }
+
+    /// Ends the thread once nothing is waiting any more.
+    pub(crate) fn wake(&self) {
+        self.waker.wake();
+    }
+}
+
+/// A decision about an event.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Verdict {
+    Allow,
+    Refuse,
+    /// Ask again when the thread sleeps.
+    NotYet,
+    /// Ask again when a grant is finished.
+    Hold,
+}
+
+/// An event without an answer.
+struct Waiting {
+    file: OwnedFd,
+    event: About,
+    since: Instant,
+    looks: u32,
+    /// A grant will say when to look again.
+    held: bool,
+}
+
+/// What an event says, without its descriptor.
+#[derive(Clone, Copy)]
+struct About {
+    mask: Mask,
+    tid: i32,
+    range: Option<(u64, u64)>,
+}
+
+/// The thread's own state.
+struct Server<'guard> {
+    guard: &'guard Guard,
+    gate: &'guard Gate,
+    threads: Threads,
+    waiting: Vec<Waiting>,
+    answers: Vec<Response>,
+}
+
+/// Serves the gate until the guard stops.
+///
+/// # Errors
+///
+/// When the kernel's events cannot be read or answered any more. The gate is
+/// open then, and the process must end so that holders are told.
+pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+    let mut server = Server {
+        guard,
+        gate,
+        threads: Threads::default(),
+        waiting: Vec::new(),
+        answers: Vec::new(),
+    };
+    server.run()
+}
+
+impl Server<'_> {
+    fn run(&mut self) -> Result<(), Errno> {
+        // Some eighty events: enough to share the cost of answering, few
+        // enough that the first does not wait for long.
+        let mut buffer = vec![0; 4096];
+        let mut events = Vec::new();
+        loop {
+            match self.gate.group.read(&mut buffer, |event| events.push(event)) {
+                Ok(_) => {}
+                Err(Errno::AGAIN) => {
+                    if self.guard.is_stopping() && self.waiting.is_empty() {
+                        return Ok(());
+                    }
+                    self.sleep()?;
+                }
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+            self.reconsider();
+            for event in events.drain(..) {
+                self.take(event);
+            }
+            self.gate.waiting.store(self.waiting.len(), SeqCst);
+            fence(SeqCst);
+            self.flush()?;
+        }
+    }
+
+    /// Waits for an event, or until something held back may be answered.
+    fn sleep(&self) -> Result<(), Errno> {
+        let timeout = self.waiting.iter().map(Waiting::pause).min();
+        if timeout == Some(Duration::ZERO) {
+            std::thread::yield_now();
+            return Ok(());
+        }
+        let fds = [self.gate.group.as_fd(), self.gate.waker.as_fd()];
+        if crate::wake::wait_any(&fds, timeout)?[1] {
+            self.gate.waker.clear();
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, event: Event) {
+        let Some(file) = event.file else {
+            // Only an overflow has no file, and an unlimited queue has none.
+            return;
+        };
+        self.guard.audit.judged();
+        let waiting = Waiting {
+            file,
+            event: About {
+                mask: event.mask,
+                tid: event.tid,
+                range: event.range,
+            },
+            since: Instant::now(),
+            looks: 0,
+            held: false,
+        };
+        self.settle(waiting);
+    }
+
+    /// Looks again at everything held back.
+    fn reconsider(&mut self) {
+        for mut waiting in std::mem::take(&mut self.waiting) {
+            waiting.looks = waiting.looks.saturating_add(1);
+            self.settle(waiting);
+        }
+    }
+
+    /// Answers, or holds back.
+    fn settle(&mut self, mut waiting: Waiting) {
+        let fd = waiting.file.as_raw_fd();
+        let late = waiting.since.elapsed();
+        let answer = match self.decide(&waiting.event, waiting.file.as_fd(), late) {
+            Verdict::Allow => Response::allow(fd),
+            Verdict::Refuse => Response::deny(fd, Errno::TXTBSY),
+            verdict @ (Verdict::NotYet | Verdict::Hold) => {
+                waiting.held = verdict == Verdict::Hold;
+                self.waiting.push(waiting);
+                return;
+            }
+        };
+        // Close first, answer then: see the head of this file. No event is
+        // read in between, so the number cannot name another event yet.
+        drop(waiting.file);
+        self.answers.push(answer);
+    }
+
+    fn flush(&mut self) -> Result<(), Errno> {
+        if self.answers.is_empty() {
+            return Ok(());
+        }
+        let result = self.gate.group.respond(&self.answers);
+        self.answers.clear();
+        result
+    }
+
+    fn decide(&mut self, event: &About, file: BorrowedFd<'_>, late: Duration) -> Verdict {
+        if self.guard.own.contains(event.tid) {
+            return Verdict::Allow;
+        }
+        let syscall = match self.threads.look(event.tid) {
+            Look::Gone => return Verdict::Refuse,
+            Look::NotYet if late < WAIT_FOR_SLEEP => return Verdict::NotYet,
+            Look::NotYet => None,
+            Look::Sleeps(syscall) => syscall,
+        };
+        if event.mask.intersects(Mask::PRE_ACCESS)
+            && syscall.as_ref().is_some_and(classify::is_plain_read)
+        {
+            return Verdict::Allow;
+        }
+        let Ok(stat) = rustix::fs::fstat(file) else {
+            return Verdict::Refuse;
+        };
+        let id = InodeId {
+            dev: stat.st_dev,
+            inode: stat.st_ino,
+        };
+        let Some(watched) = self.guard.table.get(id) else {
+            return Verdict::Allow;
+        };
+        let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+        let operation = if event.mask.intersects(Mask::OPEN_PERM) {
+            if watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
+                return Verdict::Hold;
+            }
+            let kind = classify::classify_open(syscall.as_ref());
+            if kind == K::OpenWrite && watched.take_announced(event.tid) {
+                return Verdict::Allow;
+            }
+            Operation::new(kind, 0..u64::MAX)
+        } else {
+            let stack = self.threads.stack(event.tid);
+            let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+            let asked = Asked {
+                range: event.range,
+                syscall: syscall.as_ref(),
+                functions: &functions,
+                reflink: watched.reflink,
+                size,
+            };
+            let descriptors = ThreadDescriptors {
+                tid: event.tid,
+                inode: id.inode,
+            };
+            classify::classify(&asked, &descriptors)
+        };
+        let verdict = self.judge(&watched, &operation, size, file, late);
+        if verdict == Verdict::Refuse {
+            self.note(&watched, event, &operation);
+        }
+        verdict
+    }
+
+    /// Judges a classified operation, and notes what a later grant must know
+    /// about those let in.
+    fn judge(
+        &self,
+        watched: &Watched,
+        operation: &Operation,
+        size: u64,
+        file: BorrowedFd<'_>,
+        late: Duration,
+    ) -> Verdict {
+        if operation.kind.is_harmless() {
+            return Verdict::Allow;
+        }
+        let verdict = self.ask_pins(watched, operation, size, file, late);
+        if verdict != Verdict::Allow {
+            return verdict;
+        }
+        // It may go on, so a grant that comes now must hear of it: note it,
+        // and then look once more for a pin. A grant does the same the other
+        // way round: it publishes its pin and then looks for notes.
+        let note = match operation.kind {
+            K::OpenWrite => &watched.writers_let_in,
+            K::MapWrite => &watched.mapped_writable,
+            _ => &watched.unrest,
+        };
+        let before = note.swap(true, SeqCst);
+        fence(SeqCst);
+        let verdict = self.ask_pins(watched, operation, size, file, late);
+        if verdict != Verdict::Allow && !before {
+            // It did not go on after all. Nobody else sets notes.
+            note.store(false, SeqCst);
+        }
+        if verdict == Verdict::Allow && operation.kind == K::OpenTruncate {
+            watched.writers_let_in.store(true, SeqCst);
+        }
+        verdict
+    }
+
+    fn ask_pins(
+        &self,
+        watched: &Watched,
+        operation: &Operation,
+        size: u64,
+        file: BorrowedFd<'_>,
+        late: Duration,
+    ) -> Verdict {
+        let pins = watched.pins.load();
+        let mut held = false;
+        // What this gate cannot see, a descriptor open for writing can do
+        // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
+        // new ones.
+        let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
+        let reach = if exclusive {
+            0..u64::MAX
+        } else {
+            operation.reach(size)
+        };
+        for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
+            let opinion = match pin.opinion(operation, size) {
+                Opinion::Allow if exclusive => Opinion::Refuse,
+                opinion => opinion,
+            };
+            match opinion {
+                Opinion::Allow => {}
+                Opinion::Wait => held = true,
+                Opinion::Refuse if is_alive(pin, file) => return Verdict::Refuse,
+                Opinion::Refuse => {
+                    // Its last mapping is gone, only the notice is not here
+                    // yet.
+                    pin.bury();
+                    self.guard.lifetime.kick(watched.id);
+                }
+            }
+        }
+        match held {
+            false => Verdict::Allow,
+            true if late < WAIT_FOR_GRANT => Verdict::Hold,
+            true => Verdict::Refuse,
+        }
+    }
+
+    fn note(&self, watched: &Watched, event: &About, operation: &Operation) {
+        watched.refused[operation.kind as usize].fetch_add(1, SeqCst);
+        let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate | K::Unknown);
+        self.guard.audit.refused(Refused {
+            tid: event.tid,
+            command: proc::command(event.tid),
+            kind: operation.kind,
+            id: watched.id,
+            range: by_range.then(|| operation.range.clone()),
+        });
+    }
+}
+
+impl Waiting {
+    /// How long to wait before looking again.
+    fn pause(&self) -> Duration {
+        match self.looks {
+            // Once more without delay, now that it is known that we wait.
+            0 if self.held => Duration::ZERO,
+            _ if self.held => Duration::from_millis(100),
+            // It was just about to sleep: let it.
+            0..8 => Duration::ZERO,
+            8..32 => Duration::from_micros(50),
+            _ => Duration::from_millis(1),
+        }
+    }
+}
+
+/// Whether the description a pin lives in still exists. `file` is another
+/// description of the inode.
+fn is_alive(pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    // Somebody's lock to the end of all offsets can hide ours: then it
+    // counts as alive until the lifetime thread has read the list of locks.
+    conflicting_lock(file, pin.lock_byte(), 1) != Ok(None)
+}

@@ -1,0 +1,859 @@
+//! Granting a pin: a promise is made only when it can be kept.
+//!
+//! In order: judge the request; publish the pin, so that whoever comes now
+//! waits for the outcome; close the gate; prove that nobody holds a
+//! description from before, and that nobody is still in the middle of
+//! something the gate let pass; replace the caller's own description by one
+//! from behind the gate; read the block map twice; settle.
+//!
+//! On an inode that is behind the gate already, and where nothing was let in
+//! since the last proof, all of that holds, and what remains is to open a
+//! description, lock its byte and read the block map.
+
+use crate::gate::fanotify::MASK;
+use crate::lifetime::CLOSES;
+use crate::rest::{self, Busy, Openers};
+use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
+use crate::{Errno, Guard};
+use mapdirect::eligibility::{FileFacts, Obstacle};
+use mapdirect_proto::{
+    BlockMap, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
+};
+use mapdirect_proto::{MAX_INLINE_EXTENTS, PinnedRange};
+use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds, lock_byte_shared};
+use mapdirect_sys::unix::Sender;
+use mapdirect_sys::{fsync, memfd, proc};
+use rustix::fs::{OFlags, SeekFrom};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::fence;
+use std::sync::{Arc, MutexGuard};
+use std::time::{Duration, Instant};
+
+/// A pin, and the descriptors that go to its holder.
+#[derive(Debug)]
+pub(crate) struct Grant {
+    pub(crate) granted: Granted,
+    /// The description whose life is the pin.
+    pub(crate) file: OwnedFd,
+    /// The extents, if there are too many for a message.
+    pub(crate) extents: Option<OwnedFd>,
+}
+
+/// The holder's part in a grant.
+pub(crate) trait Conversation {
+    /// Has the holder put `replacement` in the place of the descriptor it
+    /// sent.
+    fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+    /// Has the holder replace other descriptors of the old description too,
+    /// which `byte` tells apart.
+    fn still_open(&mut self, byte: u64) -> Result<(), Refusal>;
+}
+
+/// Longest patience a request can ask for.
+const MOST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a replaced description may take to go away: an operation of
+/// another thread may be using it.
+const LETTING_GO: Duration = Duration::from_millis(200);
+
+pub(crate) fn refusal(
+    reason: Reason,
+    errno: Errno,
+    obstacle: impl Into<String>,
+    mend: impl Into<String>,
+) -> Refusal {
+    Refusal {
+        errno: errno.raw_os_error(),
+        reason,
+        obstacle: obstacle.into(),
+        mend: mend.into(),
+        openers: Vec::new(),
+    }
+}
+
+fn system(call: &str, errno: Errno) -> Refusal {
+    refusal(Reason::System, errno, format!("{call} failed: {errno}"), "")
+}
+
+fn obstructed(obstacle: Obstacle) -> Refusal {
+    refusal(
+        obstacle.reason,
+        obstacle.errno,
+        obstacle.text,
+        obstacle.mend,
+    )
+}
+
+/// Grants a pin on `file`, which its holder opened, or says why not. Nothing
+/// is left behind in that case.
+pub(crate) fn grant(
+    guard: &Guard,
+    request: &PinRequest,
+    file: OwnedFd,
+    owner: Sender,
+    talk: &mut dyn Conversation,
+) -> Result<Grant, Refusal> {
+    let judged = judge(guard, request, file.as_fd())?;
+    let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
+    let deadline = Instant::now() + patience;
+    loop {
+        let watched = guard.table.get_or_insert(judged.id, || {
+            Watched::new(judged.id, judged.facts.reflink, judged.path.clone())
+        });
+        let mut state = lock(&watched, deadline)?;
+        if state.retired {
+            continue;
+        }
+        let pin = Arc::new(Pin::unsettled(
+            guard.next_id(),
+            judged.range.clone(),
+            request.flags,
+            owner,
+        ));
+        let mut attempt = Attempt {
+            guard,
+            judged: &judged,
+            watched: &watched,
+            state: &mut state,
+            pin: &pin,
+            deadline,
+            talk,
+            file,
+        };
+        let result = attempt.run();
+        let file = attempt.file;
+        if result.is_err() {
+            abandon(guard, &watched, &mut state, &pin, file.as_fd());
+        }
+        // Whoever waited for the outcome is judged by it now.
+        guard.gate.reconsider();
+        let (granted, extents) = result?;
+        return Ok(Grant {
+            granted,
+            file,
+            extents,
+        });
+    }
+}
+
+/// What the request and the file say by themselves.
+struct Judged {
+    id: InodeId,
+    facts: FileFacts,
+    path: String,
+    /// The range to pin: the one asked for, rounded out to blocks.
+    range: Range<u64>,
+    /// The range that will be mapped.
+    mapped: Option<Range<u64>>,
+    /// Open flags of the holder's description.
+    open_flags: OFlags,
+}
+
+impl Judged {
+    fn is_writable(&self) -> bool {
+        self.open_flags & OFlags::ACCMODE != OFlags::RDONLY
+    }
+}
+
+fn judge(guard: &Guard, request: &PinRequest, file: BorrowedFd<'_>) -> Result<Judged, Refusal> {
+    let flags = request.flags;
+    let open_flags = rustix::fs::fcntl_getfl(file).map_err(|errno| system("F_GETFL", errno))?;
+    if open_flags.contains(OFlags::PATH) {
+        return Err(refusal(
+            Reason::Arguments,
+            Errno::BADF,
+            "the descriptor is only a path (O_PATH)",
+            "open the file for reading and writing",
+        ));
+    }
+    let access = open_flags & OFlags::ACCMODE;
+    let wanted = if flags.contains(Flags::MAP) {
+        access == OFlags::RDWR
+    } else {
+        access != OFlags::WRONLY
+    };
+    let facts = FileFacts::read(file).map_err(|errno| system("reading the file's facts", errno))?;
+    let obstacles = facts.obstacles();
+    // A file of the wrong kind is that before it is anything else.
+    if let Some(obstacle) = obstacles.first()
+        && obstacle.reason == Reason::FileType
+    {
+        return Err(obstructed(obstacle.clone()));
+    }
+    if !wanted {
+        return Err(refusal(
+            Reason::NotReadWrite,
+            Errno::ACCESS,
+            "the descriptor is not open for what the pin needs",
+            "open the file for reading and writing (a pin without mapping: for reading)",
+        ));
+    }
+    if let Some(obstacle) = obstacles.into_iter().next() {
+        return Err(obstructed(obstacle));
+    }
+    if flags.contains(Flags::MAP) && !facts.dax && !flags.contains(Flags::CACHED) {
+        return Err(refusal(
+            Reason::NoDax,
+            Errno::OPNOTSUPP,
+            "the file has no DAX, so stores would go to the page cache",
+            "put it on persistent memory mounted with dax, or accept the page cache \
+             (option, or MAPDIRECT_CACHED=1)",
+        ));
+    }
+    let asked = range_of(request, &facts)?;
+    let range = if flags.contains(Flags::WHOLE_FILE) {
+        let block = u64::from(facts.block_size).max(1);
+        0..facts.size.max(1).next_multiple_of(block).max(asked.end)
+    } else {
+        asked.clone()
+    };
+    let id = InodeId {
+        dev: facts.dev,
+        inode: facts.inode,
+    };
+    let path = proc::path_of(file);
+    if let Some(mount_point) = guard.overlays.above(file, &path, id, facts.links) {
+        return Err(refusal(
+            Reason::OverlayUpper,
+            Errno::OPNOTSUPP,
+            format!("the overlay at {mount_point} writes to it behind every gate"),
+            "unmount the overlay, or move the file out of its upper directory",
+        ));
+    }
+    Ok(Judged {
+        id,
+        facts,
+        path,
+        range,
+        mapped: flags.contains(Flags::MAP).then_some(asked),
+        open_flags,
+    })
+}
+
+/// The range asked for, rounded out to blocks.
+fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refusal> {
+    let block = u64::from(facts.block_size).max(1);
+    let overflow = || {
+        refusal(
+            Reason::Arguments,
+            Errno::OVERFLOW,
+            "the range ends beyond the largest file",
+            "give a smaller offset or length",
+        )
+    };
+    let (start, end) = if request.length > 0 {
+        let end = request.offset.checked_add(request.length);
+        (request.offset, end.ok_or_else(overflow)?)
+    } else if request.flags.contains(Flags::WHOLE_FILE) {
+        (0, facts.size.max(1))
+    } else {
+        (request.offset, facts.size)
+    };
+    if start >= end {
+        return Err(refusal(
+            Reason::Arguments,
+            Errno::INVAL,
+            format!("the range is empty: the file ends at byte {}", facts.size),
+            "give a range of at least one byte",
+        ));
+    }
+    let end = end.checked_next_multiple_of(block).ok_or_else(overflow)?;
+    if end > i64::MAX.cast_unsigned() {
+        return Err(overflow());
+    }
+    Ok(start - start % block..end)
+}
+
+fn lock(watched: &Watched, deadline: Instant) -> Result<MutexGuard<'_, GrantState>, Refusal> {
+    // Another grant on the inode may rightly take as long as its patience.
+    let deadline = deadline + MOST_PATIENCE;
+    let mut pause = Duration::from_micros(50);
+    loop {
+        if let Some(state) = watched.try_grant() {
+            return Ok(state);
+        }
+        if Instant::now() >= deadline {
+            return Err(refusal(
+                Reason::StillChanging,
+                Errno::TXTBSY,
+                "another request for this file has not been decided yet",
+                "try again later",
+            ));
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
+    }
+}
+
+/// Takes back what a grant that failed has done.
+fn abandon(
+    guard: &Guard,
+    watched: &Arc<Watched>,
+    state: &mut GrantState,
+    pin: &Pin,
+    file: BorrowedFd<'_>,
+) {
+    watched.remove(|other| other.id == pin.id);
+    if watched.pins.load().is_empty() {
+        state.retired = true;
+        guard.table.remove(watched);
+        // No mark may be there yet, or any more.
+        let _ = guard.gate.group.remove(MASK, file);
+        let _ = guard.lifetime.closes.remove(CLOSES, file);
+    }
+}
+
+/// One attempt at a grant.
+struct Attempt<'a> {
+    guard: &'a Guard,
+    judged: &'a Judged,
+    watched: &'a Arc<Watched>,
+    state: &'a mut GrantState,
+    pin: &'a Arc<Pin>,
+    deadline: Instant,
+    talk: &'a mut dyn Conversation,
+    /// A description of the inode: the holder's, later the pin's.
+    file: OwnedFd,
+}
+
+impl Attempt<'_> {
+    fn run(&mut self) -> Result<(Granted, Option<OwnedFd>), Refusal> {
+        let gate = &self.guard.gate;
+        let marked = gate.group.has_mark(self.file.as_fd());
+        // Marks go with their inode, on unmount for one: what was proven then
+        // is worth nothing now.
+        let was_closed = self.state.closed && marked == Ok(true);
+        self.state.closed = was_closed;
+        if !was_closed {
+            for note in [
+                &self.watched.writers_let_in,
+                &self.watched.unrest,
+                &self.watched.mapped_writable,
+            ] {
+                note.store(false, SeqCst);
+            }
+        }
+        self.watched.add(self.pin);
+        // The other half of `Server::judge` in the gate: publish, then look
+        // for notes.
+        fence(SeqCst);
+        let settled = if was_closed {
+            self.prove_again()?
+        } else {
+            self.close_the_gate()?;
+            self.prove_from_scratch()?;
+            false
+        };
+        if !was_closed && (self.judged.is_writable() || self.judged.facts.reflink) {
+            self.replace_description()?;
+        } else {
+            self.file = self.open_for_pin()?;
+        }
+        self.take_lock()?;
+        self.state.closed = true;
+        let map = self.read_map(settled)?;
+        self.check_map(&map)?;
+        self.pin.settle(&map);
+        self.hand_out(&map)
+    }
+
+    fn close_the_gate(&self) -> Result<(), Refusal> {
+        let file = self.file.as_fd();
+        let result = self
+            .guard
+            .gate
+            .group
+            .add(MASK, file)
+            .and_then(|()| self.guard.lifetime.closes.add(CLOSES, file));
+        result.map_err(|errno| {
+            refusal(
+                Reason::NoGate,
+                Errno::OPNOTSUPP,
+                format!("the kernel cannot watch this file (fanotify_mark: {errno})"),
+                "run `mapdirect doctor` to see what this kernel offers",
+            )
+        })
+    }
+
+    /// Nobody may hold a description from before the gate closed.
+    fn prove_from_scratch(&mut self) -> Result<(), Refusal> {
+        let mark = self.guard.next_lock_byte();
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if self.lease_proves()? {
+                break;
+            }
+            let over = Instant::now() >= self.deadline;
+            if self.judged.facts.reflink && !over {
+                std::thread::sleep(pause.min(Duration::from_millis(20)));
+                pause *= 2;
+                continue;
+            }
+            // Without reflink a reader from before the gate can do no harm,
+            // but a lease cannot tell readers beside the holder's own
+            // descriptor from writers: look who they are.
+            self.mark_own_description(mark)?;
+            let found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
+            let explained = !found.others.is_empty() && found.hidden.is_empty();
+            if !self.judged.facts.reflink && explained && !found.has_writer() {
+                self.refuse_executed(&found)?;
+                break;
+            }
+            if over {
+                return Err(self.open_elsewhere(found));
+            }
+            std::thread::sleep(pause.min(Duration::from_millis(20)));
+            pause *= 2;
+        }
+        self.no_truncation_under_way()
+    }
+
+    fn lease_proves(&self) -> Result<bool, Refusal> {
+        let file = self.file.as_fd();
+        let proven = match lease_holds(file, Lease::Sole) {
+            Ok(false) if !self.judged.is_writable() && !self.judged.facts.reflink => {
+                let no_writer = lease_holds(file, Lease::NoWriter);
+                if no_writer == Ok(true) {
+                    let found = rest::openers(self.judged.id, &self.judged.path, None);
+                    self.refuse_executed(&found)?;
+                }
+                no_writer
+            }
+            proven => proven,
+        };
+        match proven {
+            Ok(proven) => Ok(proven),
+            // No leases here: only looking around is left.
+            Err(Errno::INVAL) => Ok(false),
+            Err(other) => Err(system("F_SETLEASE", other)),
+        }
+    }
+
+    /// A gate switches the kernel's own protection of running programs off.
+    fn refuse_executed(&self, found: &Openers) -> Result<(), Refusal> {
+        let Some(opener) = &found.executing else {
+            return Ok(());
+        };
+        Err(Refusal {
+            openers: vec![opener.clone()],
+            ..refusal(
+                Reason::Executing,
+                Errno::TXTBSY,
+                format!("pid {} ({}) is executing it", opener.pid, opener.command),
+                "end that program first",
+            )
+        })
+    }
+
+    fn mark_own_description(&self, mark: u64) -> Result<(), Refusal> {
+        lock_byte_shared(self.file.as_fd(), mark).map_err(|errno| self.lock_refused(errno, mark))
+    }
+
+    fn lock_refused(&self, errno: Errno, byte: u64) -> Refusal {
+        if errno != Errno::AGAIN {
+            return system("F_OFD_SETLK", errno);
+        }
+        let holder = conflicting_lock(self.file.as_fd(), byte, 1)
+            .ok()
+            .flatten()
+            .and_then(|lock| lock.pid);
+        let who = holder.map_or_else(
+            || String::from("somebody"),
+            |pid| format!("pid {pid} ({})", proc::command(pid)),
+        );
+        refusal(
+            Reason::Locked,
+            Errno::TXTBSY,
+            format!("{who} holds an exclusive record lock to the end of all offsets"),
+            format!("lock no further than byte {LOCK_BASE} (2^62), where pins are marked"),
+        )
+    }
+
+    fn open_elsewhere(&self, found: Openers) -> Refusal {
+        let own = found.others.iter().all(|opener| opener.pid == self.pin.pid);
+        let reason = if own && !found.others.is_empty() {
+            Reason::OpenHere
+        } else {
+            Reason::OpenElsewhere
+        };
+        let mut obstacle = if found.others.is_empty() {
+            String::from(
+                "somebody has it open that /proc does not show (a descriptor on its way \
+                 through a socket, a mount of another kind, an NFS export)",
+            )
+        } else if reason == Reason::OpenHere {
+            String::from("this process has it open or mapped a second time")
+        } else if self.judged.facts.reflink {
+            String::from(
+                "somebody else has it open; on a filesystem with reflink a reader can \
+                 share its blocks, too",
+            )
+        } else {
+            String::from("somebody else has it open for writing")
+        };
+        for hidden in &found.hidden {
+            obstacle.push_str("; perhaps through ");
+            obstacle.push_str(hidden);
+        }
+        Refusal {
+            openers: found.others,
+            ..refusal(
+                reason,
+                Errno::TXTBSY,
+                obstacle,
+                "have it closed there, or ask with more patience",
+            )
+        }
+    }
+
+    fn no_truncation_under_way(&self) -> Result<(), Refusal> {
+        still_changing(&self.guard.truncations.wait(self.scan_patience()))
+    }
+
+    /// How long a scan of all threads may take. It ends as soon as it can;
+    /// a busy processor needs some time to show that a thread goes on.
+    fn scan_patience(&self) -> Duration {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        left.max(Duration::from_secs(1))
+    }
+
+    /// Nothing that was let in since the last proof may still matter. Says
+    /// whether there was nothing at all.
+    fn prove_again(&mut self) -> Result<bool, Refusal> {
+        let writers = self.watched.writers_let_in.load(SeqCst);
+        let unrest = self.watched.unrest.load(SeqCst);
+        if writers {
+            self.no_other_writer()?;
+            self.watched.writers_let_in.store(false, SeqCst);
+        }
+        if unrest {
+            self.no_truncation_under_way()?;
+            still_changing(&rest::wait_for_changes(Instant::now() + self.scan_patience()))?;
+            self.watched.unrest.store(false, SeqCst);
+        }
+        Ok(!writers && !unrest)
+    }
+
+    /// Nobody else may have it open for writing. All descriptions are behind
+    /// the gate here, but some things the gate cannot see.
+    fn no_other_writer(&self) -> Result<(), Refusal> {
+        let mark = self.guard.next_lock_byte();
+        let pins = self.watched.pins.load();
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if self.lease_proves()? {
+                return Ok(());
+            }
+            self.mark_own_description(mark)?;
+            let mut found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
+            // Holders of pins may have theirs, and have been asked.
+            let is_holder = |opener: &Opener| pins.iter().any(|pin| pin.pid == opener.pid);
+            found
+                .others
+                .retain(|opener| opener.writable && !is_holder(opener));
+            if found.others.is_empty() && found.hidden.is_empty() {
+                return Ok(());
+            }
+            if Instant::now() >= self.deadline {
+                return Err(self.open_elsewhere(found));
+            }
+            std::thread::sleep(pause.min(Duration::from_millis(20)));
+            pause *= 2;
+        }
+    }
+
+    /// Opens the description that will be the pin.
+    fn open_for_pin(&self) -> Result<OwnedFd, Refusal> {
+        let access = if self.judged.is_writable() {
+            OFlags::RDWR
+        } else {
+            OFlags::RDONLY
+        };
+        self.reopen(access)
+    }
+
+    fn reopen(&self, flags: OFlags) -> Result<OwnedFd, Refusal> {
+        self.guard
+            .own
+            .during(|| proc::reopen(self.file.as_fd(), flags))
+            .map_err(|errno| system("opening the file again", errno))
+    }
+
+    /// Puts a description from behind the gate in the place of the holder's,
+    /// and makes sure the old one is gone.
+    fn replace_description(&mut self) -> Result<(), Refusal> {
+        // The old description is marked by a lock that goes when it does.
+        let mark = self.guard.next_lock_byte();
+        self.mark_own_description(mark)?;
+        let kept = OFlags::ACCMODE
+            | OFlags::APPEND
+            | OFlags::DIRECT
+            | OFlags::DSYNC
+            | OFlags::SYNC
+            | OFlags::NOATIME
+            | OFlags::NONBLOCK;
+        let replacement = self.reopen(self.judged.open_flags & kept)?;
+        let position = rustix::fs::seek(&self.file, SeekFrom::Current(0))
+            .and_then(|at| rustix::fs::seek(&replacement, SeekFrom::Start(at)));
+        position.map_err(|errno| system("lseek", errno))?;
+        let for_pin = self.open_for_pin()?;
+        let _held = HoldOpens::new(self.guard, self.watched);
+        self.talk.swap(replacement.as_fd())?;
+        // Our own copy goes with this; from now on the pin's description
+        // stands for the inode.
+        self.file = for_pin;
+        if self.is_gone(mark)? {
+            return Ok(());
+        }
+        self.talk.still_open(mark)?;
+        if self.is_gone(mark)? {
+            return Ok(());
+        }
+        let mut found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
+        found.marked.extend(
+            found
+                .others
+                .drain(..)
+                .filter(|opener| opener.mapped || opener.pid == 0),
+        );
+        Err(Refusal {
+            openers: found.marked,
+            ..refusal(
+                Reason::OpenHere,
+                Errno::TXTBSY,
+                "the descriptor given has a duplicate, a mapping made through it, or an \
+                 operation under way that the gate cannot watch",
+                "close duplicates in other processes, unmap it, let operations finish; \
+                 then try again",
+            )
+        })
+    }
+
+    /// Whether the description that holds a lock on `mark` is gone.
+    fn is_gone(&self, mark: u64) -> Result<bool, Refusal> {
+        let deadline = Instant::now() + LETTING_GO;
+        let mut pause = Duration::from_micros(20);
+        loop {
+            let found = conflicting_lock(self.file.as_fd(), mark, 1)
+                .map_err(|errno| system("F_OFD_GETLK", errno))?;
+            if found.is_none() {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            std::thread::sleep(pause);
+            pause = (pause * 2).min(Duration::from_millis(10));
+        }
+    }
+
+    fn take_lock(&self) -> Result<(), Refusal> {
+        let byte = self.pin.lock_byte();
+        lock_byte_shared(self.file.as_fd(), byte).map_err(|errno| self.lock_refused(errno, byte))
+    }
+
+    /// Reads the block map; unless nothing was let in since it was last at
+    /// rest, after writing everything back, and until it stays the same.
+    fn read_map(&self, settled: bool) -> Result<BlockMap, Refusal> {
+        let read = || {
+            mapdirect::extents::read(self.file.as_fd(), self.judged.range.clone())
+                .map_err(|errno| system("FIEMAP", errno))
+        };
+        let write_back =
+            || fsync::fsync(self.file.as_fd()).map_err(|errno| system("fsync", errno));
+        if !settled {
+            write_back()?;
+        }
+        let mut map = read()?;
+        if settled && !is_moving(&map) {
+            return Ok(map);
+        }
+        loop {
+            let again = read()?;
+            if again == map && !is_moving(&again) {
+                return Ok(again);
+            }
+            if Instant::now() >= self.deadline {
+                return Err(refusal(
+                    Reason::StillChanging,
+                    Errno::TXTBSY,
+                    "its block map keeps changing although nobody has it open",
+                    "try again later",
+                ));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            write_back()?;
+            map = again;
+        }
+    }
+
+    fn check_map(&self, map: &BlockMap) -> Result<(), Refusal> {
+        for (state, reason, text) in [
+            (ExtentState::Inline, Reason::InlineData, "lies inside the inode"),
+            (ExtentState::Encoded, Reason::Encoded, "is encrypted or compressed"),
+        ] {
+            if map.total(state) > 0 {
+                return Err(refusal(
+                    reason,
+                    Errno::OPNOTSUPP,
+                    format!("part of the range {text}"),
+                    "",
+                ));
+            }
+        }
+        if map.is_stable() {
+            return Ok(());
+        }
+        if let Some(mapped) = &self.judged.mapped {
+            let under: Vec<_> = map
+                .frozen()
+                .filter_map(|extent| extent.clipped(mapped))
+                .collect();
+            if let Some(first) = under.first() {
+                let bytes: u64 = under.iter().map(|extent| extent.length).sum();
+                return Err(refusal(
+                    Reason::FrozenBlocks,
+                    Errno::OPNOTSUPP,
+                    format!(
+                        "{bytes} bytes of the range cannot be stored to as they are; the \
+                         first: {} bytes at {} ({})",
+                        first.length, first.offset, first.state
+                    ),
+                    "write real data there first (and unshare it), or pin without mapping",
+                ));
+            }
+        }
+        if let Some(obstacle) = self.judged.facts.obstacle_to_frozen() {
+            return Err(obstructed(obstacle));
+        }
+        if self.watched.mapped_writable.load(SeqCst) {
+            self.no_store_over_frozen(map)?;
+        }
+        Ok(())
+    }
+
+    /// A mapping made while nothing here was pinned could still store to what
+    /// is to be frozen.
+    fn no_store_over_frozen(&self, map: &BlockMap) -> Result<(), Refusal> {
+        let found = rest::openers(self.judged.id, &self.judged.path, None);
+        let over = found.writable_mappings.into_iter().find(|(_, mapped)| {
+            map.frozen().any(|extent| {
+                extent.offset.max(mapped.start) < extent.end().min(mapped.end)
+            })
+        });
+        let Some((opener, mapped)) = over else {
+            return Ok(());
+        };
+        Err(Refusal {
+            openers: vec![opener],
+            ..refusal(
+                Reason::OpenElsewhere,
+                Errno::TXTBSY,
+                format!(
+                    "a writable mapping of bytes {} to {} covers blocks that cannot be \
+                     stored to as they are",
+                    mapped.start, mapped.end
+                ),
+                "unmap it first, or fill and unshare the range",
+            )
+        })
+    }
+
+    fn hand_out(&self, map: &BlockMap) -> Result<(Granted, Option<OwnedFd>), Refusal> {
+        let extents = map.extents();
+        let inline = extents.len() <= MAX_INLINE_EXTENTS;
+        let sealed = (!inline)
+            .then(|| memfd::sealed("mapdirect-extents", &extent::encode_extents(extents)))
+            .transpose()
+            .map_err(|errno| system("memfd_create", errno))?;
+        let granted = Granted {
+            pin: self.pin.id,
+            range: map.range(),
+            file_size: map.file_size(),
+            block_size: map.block_size(),
+            device: map.device(),
+            extent_count: extents.len() as u64,
+            extents: if inline { extents.to_vec() } else { Vec::new() },
+        };
+        Ok((granted, sealed))
+    }
+}
+
+/// Some of it has no place yet.
+fn is_moving(map: &BlockMap) -> bool {
+    map.total(ExtentState::Delalloc) + map.total(ExtentState::Unknown) > 0
+}
+
+fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
+    if busy.is_empty() {
+        return Ok(());
+    }
+    let who: Vec<_> = busy
+        .iter()
+        .take(4)
+        .map(|busy| format!("thread {} ({}) in {}", busy.tid, busy.command, busy.doing))
+        .collect();
+    let openers = busy.iter().map(|busy| Opener {
+        pid: busy.tid,
+        fd: None,
+        writable: true,
+        mapped: false,
+        command: busy.command.clone(),
+    });
+    Err(Refusal {
+        openers: openers.collect(),
+        ..refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            format!(
+                "somebody may be in the middle of changing it: {}",
+                who.join(", ")
+            ),
+            "try again when that is over, or ask with more patience",
+        )
+    })
+}
+
+/// Holds back every open of an inode while it exists.
+struct HoldOpens<'a> {
+    guard: &'a Guard,
+    watched: &'a Watched,
+}
+
+impl<'a> HoldOpens<'a> {
+    fn new(guard: &'a Guard, watched: &'a Watched) -> Self {
+        watched.hold_opens.store(true, SeqCst);
+        Self { guard, watched }
+    }
+}
+
+impl Drop for HoldOpens<'_> {
+    fn drop(&mut self) {
+        self.watched.hold_opens.store(false, SeqCst);
+        self.guard.gate.reconsider();
+    }
+}
+
+/// The pins of a file, for whoever has it open.
+pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>, Refusal> {
+    let stat = rustix::fs::fstat(file).map_err(|errno| system("fstat", errno))?;
+    let id = InodeId {
+        dev: stat.st_dev,
+        inode: stat.st_ino,
+    };
+    let Some(watched) = guard.table.get(id) else {
+        return Ok(Vec::new());
+    };
+    let pins = watched.pins.load();
+    Ok(pins
+        .iter()
+        .filter(|pin| pin.settled().is_some() && !pin.is_dead())
+        .map(|pin| PinnedRange {
+            pin: pin.id,
+            range: pin.shown.clone(),
+            flags: pin.flags,
+            pid: pin.pid,
+        })
+        .collect())
+}

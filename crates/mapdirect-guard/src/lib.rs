@@ -1,0 +1,96 @@
+//! The guard: keeps the blocks of pinned files where they are.
+//!
+//! ```text
+//!  clients ──▶ session (a thread each) ──▶ grant ──▶ table ◀── gate thread ◀── kernel
+//!                                            │         ▲            │
+//!                                            ▼         │            ▼
+//!                                          rest     lifetime      audit
+//! ```
+//!
+//! [`policy`] and [`ledger`] are pure: what may be done, and what is pinned.
+//! A grant makes a promise only when it can be kept, the gate keeps it, the
+//! lifetime thread notices when the last mapping is gone, the audit thread
+//! tells who was refused.
+
+#![forbid(unsafe_code)]
+
+mod audit;
+mod gate;
+mod grant;
+mod lifetime;
+pub mod ledger;
+mod overlay;
+pub mod policy;
+mod rest;
+mod server;
+mod session;
+mod status;
+mod table;
+mod wake;
+
+use mapdirect_sys::Errno;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::time::Instant;
+
+pub use mapdirect_proto::status::RefusedOperation;
+pub use server::{Config, Running, StartError, start};
+
+/// Everything the threads of a guard share.
+#[derive(Debug)]
+pub(crate) struct Guard {
+    gate: gate::fanotify::Gate,
+    lifetime: lifetime::Lifetime,
+    table: table::Table,
+    own: table::OwnOpens,
+    audit: audit::Audit,
+    overlays: overlay::Overlays,
+    truncations: rest::TruncationScan,
+    clients: AtomicUsize,
+    next: AtomicU64,
+    started: Instant,
+    stopping: AtomicBool,
+}
+
+impl Guard {
+    fn new() -> Result<Self, Errno> {
+        // Pins of a guard that died may live on in their holders, with locks
+        // on bytes of their own: begin somewhere else.
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        let first = u64::from_le_bytes(random) >> 16;
+        Ok(Self {
+            gate: gate::fanotify::Gate::new()?,
+            lifetime: lifetime::Lifetime::new()?,
+            table: table::Table::new(),
+            own: table::OwnOpens::new(),
+            audit: audit::Audit::new(),
+            overlays: overlay::Overlays::default(),
+            truncations: rest::TruncationScan::default(),
+            clients: AtomicUsize::new(0),
+            next: AtomicU64::new(first),
+            started: Instant::now(),
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// A number nobody else has: for a pin.
+    fn next_id(&self) -> u64 {
+        self.next.fetch_add(1, Relaxed)
+    }
+
+    /// A byte that nobody else locks.
+    fn next_lock_byte(&self) -> u64 {
+        table::LOCK_BASE + self.next_id()
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.stopping.load(SeqCst)
+    }
+
+    fn stop(&self) {
+        self.stopping.store(true, SeqCst);
+        self.gate.wake();
+        self.lifetime.wake();
+        self.audit.stop();
+    }
+}

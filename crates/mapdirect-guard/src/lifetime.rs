@@ -1,0 +1,335 @@
+//! When a pin ends, and what is done then.
+//!
+//! A pin lives as long as its description does: until the last mapping made
+//! from it is gone, in whichever process. The description holds a lock on a
+//! byte of its own; a close event on the inode says when to look whether the
+//! lock still stands. The event comes a moment before the lock goes (`__fput`,
+//! fs/file_table.c), so what still stands is looked at once more.
+//!
+//! An inode whose last pin ended stays behind the gate for a while if
+//! somebody still has it open: a pin that comes back finds it closed and
+//! proven. Nothing is held open for that; if nobody else has the file open,
+//! the gate lets go of it at once, so that its filesystem can be unmounted.
+
+use crate::gate::fanotify::MASK;
+use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
+use crate::wake::{Waker, wait_any};
+use crate::{Errno, Guard};
+use crossbeam_queue::SegQueue;
+use mapdirect_sys::fanotify::{Group, Mask};
+use mapdirect_sys::fcntl::{FoundLock, Lease, conflicting_lock, lease_holds};
+use mapdirect_sys::{proc, proc_locks};
+use rustix::fs::OFlags;
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Which closes are heard of.
+pub(crate) const CLOSES: Mask =
+    Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
+
+/// How long an inode without pins stays behind the gate while others have it
+/// open.
+const LINGER: Duration = Duration::from_millis(250);
+/// Between two rounds, so that many closes are looked at together.
+const ROUND: Duration = Duration::from_micros(300);
+/// When to look once more at pins whose lock still stood after a close.
+const SECOND_LOOK: Duration = Duration::from_millis(20);
+/// Pins of one inode beyond which the list of all locks is read instead of
+/// asking for each.
+const ASK_EACH: usize = 64;
+
+/// The group that hears of closes, and how to reach the thread that reads it.
+#[derive(Debug)]
+pub(crate) struct Lifetime {
+    pub(crate) closes: Group,
+    waker: Waker,
+    kicked: SegQueue<InodeId>,
+}
+
+impl Lifetime {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            closes: Group::notification()?,
+            waker: Waker::new()?,
+            kicked: SegQueue::new(),
+        })
+    }
+
+    /// Has the thread look at an inode soon.
+    pub(crate) fn kick(&self, id: InodeId) {
+        self.kicked.push(id);
+        self.waker.wake();
+    }
+
+    /// Has the thread notice that the guard stops.
+    pub(crate) fn wake(&self) {
+        self.waker.wake();
+    }
+}
+
+/// An inode that stays behind the gate without pins.
+struct Lingering {
+    watched: Arc<Watched>,
+    /// `O_PATH`: it is no description that a lease would count, but it does
+    /// keep the filesystem mounted, as whoever has the file open does too.
+    path: OwnedFd,
+    until: Instant,
+}
+
+struct Keeper<'guard> {
+    guard: &'guard Guard,
+    lingering: HashMap<InodeId, Lingering>,
+    second_looks: HashMap<InodeId, SecondLook>,
+}
+
+/// An inode to look at once more, with an `O_PATH` descriptor of it.
+struct SecondLook {
+    path: OwnedFd,
+    at: Instant,
+}
+
+/// Serves the close events until the guard stops.
+///
+/// # Errors
+///
+/// When events cannot be read any more.
+pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
+    let mut keeper = Keeper {
+        guard,
+        lingering: HashMap::new(),
+        second_looks: HashMap::new(),
+    };
+    let mut buffer = vec![0; 64 * 1024];
+    let mut undecided: Vec<(InodeId, OwnedFd)> = Vec::new();
+    while !guard.is_stopping() {
+        let lifetime = &guard.lifetime;
+        let timeout = if undecided.is_empty() {
+            keeper.next_deadline()
+        } else {
+            Some(Duration::ZERO)
+        };
+        let [_, kicked] = wait_any(&[lifetime.closes.as_fd(), lifetime.waker.as_fd()], timeout)?;
+        if kicked {
+            lifetime.waker.clear();
+        }
+        for (id, file) in std::mem::take(&mut undecided) {
+            if !keeper.tend(id, file.as_fd()) {
+                keeper.look_again(id, file.as_fd());
+            }
+        }
+        let mut closed = HashMap::new();
+        let read = lifetime.closes.read(&mut buffer, |event| {
+            if let Some(file) = event.file
+                && let Ok(stat) = rustix::fs::fstat(&file)
+            {
+                let id = InodeId {
+                    dev: stat.st_dev,
+                    inode: stat.st_ino,
+                };
+                closed.insert(id, file);
+            }
+        });
+        match read {
+            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(other) => return Err(other),
+        }
+        let busy = !closed.is_empty();
+        for (id, file) in closed {
+            if !keeper.tend(id, file.as_fd()) {
+                undecided.push((id, file));
+            }
+        }
+        while let Some(id) = lifetime.kicked.pop() {
+            keeper.tend_by_list(id);
+        }
+        keeper.look_at_what_is_due();
+        if busy {
+            std::thread::sleep(ROUND);
+        }
+    }
+    Ok(())
+}
+
+impl Keeper<'_> {
+    fn next_deadline(&self) -> Option<Duration> {
+        let lingering = self.lingering.values().map(|entry| entry.until);
+        let looks = self.second_looks.values().map(|look| look.at);
+        let due = lingering.chain(looks).min()?;
+        Some(due.saturating_duration_since(Instant::now()))
+    }
+
+    fn look_again(&mut self, id: InodeId, file: BorrowedFd<'_>) {
+        if let Entry::Vacant(entry) = self.second_looks.entry(id)
+            && let Ok(path) = proc::reopen(file, OFlags::PATH)
+        {
+            entry.insert(SecondLook {
+                path,
+                at: Instant::now() + SECOND_LOOK,
+            });
+        }
+    }
+
+    fn look_at_what_is_due(&mut self) {
+        let now = Instant::now();
+        let due: Vec<_> = self
+            .second_looks
+            .extract_if(|_, look| look.at <= now)
+            .collect();
+        for (id, look) in due {
+            self.tend_by_list(id);
+            if let Some(watched) = self.guard.table.get(id)
+                && watched.pins.load().is_empty()
+                && !self.lingering.contains_key(&id)
+            {
+                self.stop_lingering(Lingering {
+                    watched,
+                    path: look.path,
+                    until: now,
+                });
+            }
+        }
+        let over: Vec<_> = self
+            .lingering
+            .extract_if(|_, entry| entry.until <= now)
+            .map(|(_, entry)| entry)
+            .collect();
+        for entry in over {
+            self.stop_lingering(entry);
+        }
+    }
+
+    /// Ends the pins of an inode whose lock is gone; `file` is a description
+    /// of it that is closed soon. Says whether that settles the matter: no
+    /// when pins are left, any of which may have been meant.
+    fn tend(&mut self, id: InodeId, file: BorrowedFd<'_>) -> bool {
+        let Some(watched) = self.guard.table.get(id) else {
+            return true;
+        };
+        let pins = watched.pins.load_full();
+        let ended: HashSet<u64> = if pins.len() > ASK_EACH {
+            match standing_locks(id) {
+                Some(standing) => pins
+                    .iter()
+                    .filter(|pin| has_ended(pin, || !standing.contains(&pin.lock_byte())))
+                    .map(|pin| pin.id)
+                    .collect(),
+                None => HashSet::new(),
+            }
+        } else {
+            pins.iter()
+                .filter(|pin| has_ended(pin, || lock_is_gone(file, pin, id)))
+                .map(|pin| pin.id)
+                .collect()
+        };
+        if !ended.is_empty() {
+            watched.remove(|pin| ended.contains(&pin.id));
+        }
+        if watched.pins.load().is_empty() {
+            self.let_go(&watched, file);
+            return true;
+        }
+        !ended.is_empty()
+    }
+
+    /// The same without a description, from the list of all locks.
+    fn tend_by_list(&mut self, id: InodeId) {
+        let Some(watched) = self.guard.table.get(id) else {
+            return;
+        };
+        if let Some(standing) = standing_locks(id) {
+            watched.remove(|pin| has_ended(pin, || !standing.contains(&pin.lock_byte())));
+        }
+        // If that was the last, the close event that comes with its end has a
+        // description to let the inode go with.
+    }
+
+    /// An inode without pins: open the gate for it, now or a little later.
+    fn let_go(&mut self, watched: &Arc<Watched>, file: BorrowedFd<'_>) {
+        let Some(mut state) = watched.try_grant() else {
+            // A grant is under way: it will have a pin, or let go itself.
+            return;
+        };
+        if state.retired || !watched.pins.load().is_empty() {
+            return;
+        }
+        let alone = lease_holds(file, Lease::Sole).unwrap_or(true);
+        if !alone {
+            if let Ok(path) = proc::reopen(file, OFlags::PATH) {
+                let until = Instant::now() + LINGER;
+                self.lingering.insert(
+                    watched.id,
+                    Lingering {
+                        watched: Arc::clone(watched),
+                        path,
+                        until,
+                    },
+                );
+                return;
+            }
+        }
+        self.lingering.remove(&watched.id);
+        self.second_looks.remove(&watched.id);
+        state.retired = true;
+        self.guard.table.remove(watched);
+        // Gone marks are as good as removed ones.
+        let _ = self.guard.gate.group.remove(MASK, file);
+        let _ = self.guard.lifetime.closes.remove(CLOSES, file);
+    }
+
+    fn stop_lingering(&mut self, mut entry: Lingering) {
+        let Some(mut state) = entry.watched.try_grant() else {
+            entry.until = Instant::now() + LINGER;
+            let watched = Arc::clone(&entry.watched);
+            self.lingering.insert(watched.id, entry);
+            return;
+        };
+        if state.retired || !entry.watched.pins.load().is_empty() {
+            return;
+        }
+        state.retired = true;
+        self.guard.table.remove(&entry.watched);
+        let path = entry.path.as_fd();
+        let _ = self.guard.gate.group.remove_at(MASK, path);
+        let _ = self.guard.lifetime.closes.remove_at(CLOSES, path);
+        drop(state);
+    }
+}
+
+fn has_ended(pin: &Pin, lock_is_gone: impl FnOnce() -> bool) -> bool {
+    pin.is_dead() || pin.settled().is_some() && lock_is_gone()
+}
+
+fn lock_is_gone(file: BorrowedFd<'_>, pin: &Pin, id: InodeId) -> bool {
+    let byte = pin.lock_byte();
+    match conflicting_lock(file, byte, 1) {
+        Ok(None) => true,
+        Ok(Some(FoundLock {
+            start, length: 1, ..
+        })) if start == byte => false,
+        // A longer lock of somebody may hide that ours is gone.
+        Ok(Some(_)) => standing_locks(id).is_some_and(|standing| !standing.contains(&byte)),
+        Err(_) => false,
+    }
+}
+
+/// The bytes of pins on which a description of the inode holds a lock.
+fn standing_locks(id: InodeId) -> Option<HashSet<u64>> {
+    let device = id.device();
+    let locks = proc_locks::read_all().ok()?;
+    Some(
+        locks
+            .into_iter()
+            .filter(|lock| {
+                lock.kind == proc_locks::Kind::Description
+                    && lock.inode == id.inode
+                    && (lock.major, lock.minor) == (device.major, device.minor)
+                    && lock.start >= LOCK_BASE
+                    && lock.last == Some(lock.start)
+            })
+            .map(|lock| lock.start)
+            .collect(),
+    )
+}

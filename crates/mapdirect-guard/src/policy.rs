@@ -1,0 +1,540 @@
+//! What may be done to a file while ranges of it are pinned. Pure.
+//!
+//! [`RULES`] is the contract as data: for every operation, which bytes it
+//! reaches and what it may not meet there. Gates classify what they see into
+//! [`Operation`]s and ask [`judge`]; a gate that cannot see precisely asks
+//! about the worst operation it could be.
+
+use mapdirect_proto::{BlockMap, ExtentState};
+use std::ops::Range;
+
+/// What somebody does, or may be doing, to a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OperationKind {
+    /// Reads, sends or splices from.
+    Read,
+    /// Opens for reading.
+    OpenRead,
+    /// Maps without being able to write through the mapping.
+    MapRead,
+    /// Maps shared, writable now or later.
+    MapWrite,
+    /// Opens for writing. A gate that judges every write allows it; one that
+    /// cannot refuses it whenever a pin exists.
+    OpenWrite,
+    /// Opens and truncates, or may.
+    OpenTruncate,
+    /// Writes, in place where blocks are written and unshared.
+    Write,
+    /// Writes so that a crash tears nothing, which XFS does by remapping.
+    WriteUntorn,
+    /// Sets the size to a value in `range.start ..= range.end`.
+    Truncate,
+    /// `fallocate(2)` allocating, growing the file if need be.
+    Allocate,
+    /// `fallocate(2)` allocating with `FALLOC_FL_KEEP_SIZE`.
+    AllocateKeepSize,
+    /// `FALLOC_FL_PUNCH_HOLE`, `MADV_REMOVE`, discard.
+    PunchHole,
+    /// `FALLOC_FL_ZERO_RANGE`.
+    ZeroRange,
+    /// `FALLOC_FL_WRITE_ZEROES`.
+    WriteZeroes,
+    /// `FALLOC_FL_UNSHARE_RANGE`.
+    UnshareRange,
+    /// `FALLOC_FL_COLLAPSE_RANGE`.
+    CollapseRange,
+    /// `FALLOC_FL_INSERT_RANGE`.
+    InsertRange,
+    /// `fallocate(2)` in a mode that cannot be seen.
+    Reshape,
+    /// `FICLONE`, `FICLONERANGE`, on either side.
+    Clone,
+    /// `FIDEDUPERANGE`, on either side.
+    Dedupe,
+    /// `copy_file_range(2)` where the filesystem would share blocks, on
+    /// either side.
+    CopyRange,
+    /// `XFS_IOC_EXCHANGE_RANGE`, `XFS_IOC_COMMIT_RANGE`, `XFS_IOC_SWAPEXT`,
+    /// `EXT4_IOC_MOVE_EXT` and their like, on either side.
+    Exchange,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// The bytes an operation reaches.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reach {
+    /// None whose place could change.
+    Nothing,
+    /// Its range.
+    Range,
+    /// From the start of its range to the end of all files.
+    ToTheEnd,
+    /// What lies beyond the new size.
+    BeyondSize,
+    /// The whole file.
+    Everything,
+}
+
+/// What an operation may not meet within its reach.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Meets {
+    /// A frozen block of a pin.
+    Frozen,
+    /// Any block of a pin.
+    Any,
+}
+
+/// One row of the contract.
+#[derive(Clone, Copy, Debug)]
+pub struct Rule {
+    /// The operation.
+    pub kind: OperationKind,
+    /// A word for audit records and counters.
+    pub name: &'static str,
+    /// What it reaches.
+    pub reach: Reach,
+    /// What it may not meet there.
+    pub refused_on: Meets,
+    /// It grows the file when its range ends beyond the size: then the block
+    /// that holds the old end of file is zeroed behind the end, and a shared
+    /// one is copied for that.
+    pub grows: bool,
+}
+
+const fn rule(
+    kind: OperationKind,
+    name: &'static str,
+    reach: Reach,
+    refused_on: Meets,
+    grows: bool,
+) -> Rule {
+    Rule {
+        kind,
+        name,
+        reach,
+        refused_on,
+        grows,
+    }
+}
+
+/// The contract, in the order of [`OperationKind`].
+pub const RULES: [Rule; 23] = {
+    use Meets::{Any, Frozen};
+    use OperationKind as K;
+    use Reach::{BeyondSize, Everything, Nothing, Range, ToTheEnd};
+    [
+        rule(K::Read, "read", Nothing, Any, false),
+        rule(K::OpenRead, "open-read", Nothing, Any, false),
+        rule(K::MapRead, "mmap-read", Nothing, Any, false),
+        rule(K::MapWrite, "mmap-write", Range, Frozen, false),
+        rule(K::OpenWrite, "open-write", Nothing, Any, false),
+        rule(K::OpenTruncate, "open-truncate", Everything, Any, false),
+        rule(K::Write, "write", Range, Frozen, true),
+        rule(K::WriteUntorn, "write-untorn", Range, Any, true),
+        rule(K::Truncate, "truncate", BeyondSize, Any, true),
+        rule(K::Allocate, "allocate", Range, Frozen, true),
+        rule(K::AllocateKeepSize, "allocate-keep-size", Range, Frozen, false),
+        rule(K::PunchHole, "punch-hole", Range, Any, false),
+        rule(K::ZeroRange, "zero-range", Range, Any, true),
+        rule(K::WriteZeroes, "write-zeroes", Range, Any, true),
+        rule(K::UnshareRange, "unshare-range", Range, Any, true),
+        rule(K::CollapseRange, "collapse-range", ToTheEnd, Any, false),
+        rule(K::InsertRange, "insert-range", ToTheEnd, Any, false),
+        rule(K::Reshape, "fallocate", ToTheEnd, Any, true),
+        rule(K::Clone, "clone", Range, Any, true),
+        rule(K::Dedupe, "dedupe", Range, Any, false),
+        rule(K::CopyRange, "copy-range", Range, Any, true),
+        rule(K::Exchange, "exchange-range", Range, Any, false),
+        rule(K::Unknown, "unknown", Everything, Any, false),
+    ]
+};
+
+impl OperationKind {
+    /// The row of this operation.
+    #[must_use]
+    pub const fn rule(self) -> &'static Rule {
+        &RULES[self as usize]
+    }
+
+    /// The word for it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        self.rule().name
+    }
+
+    /// It changes neither bytes nor their places, nor lets its caller do so
+    /// later.
+    #[must_use]
+    pub const fn is_harmless(self) -> bool {
+        matches!(self, Self::Read | Self::OpenRead | Self::MapRead)
+    }
+}
+
+/// An operation on bytes `range` of a file. For [`OperationKind::Truncate`]
+/// the range holds the new size: `start` is the smallest and `end` the
+/// largest it can be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Operation {
+    /// What it is.
+    pub kind: OperationKind,
+    /// Where, in bytes.
+    pub range: Range<u64>,
+    /// Where it may be instead, as far as can be seen: an appending write
+    /// goes to the end of file whatever its offset says.
+    pub or: Option<Range<u64>>,
+}
+
+impl Operation {
+    /// An operation.
+    #[must_use]
+    pub const fn new(kind: OperationKind, range: Range<u64>) -> Self {
+        Self {
+            kind,
+            range,
+            or: None,
+        }
+    }
+
+    /// Bytes outside of which no pin can mind it, in a file of `size` bytes.
+    #[must_use]
+    pub fn reach(&self, size: u64) -> Range<u64> {
+        let rule = self.kind.rule();
+        let mut reach = match rule.reach {
+            Reach::Nothing => return 0..0,
+            Reach::Range => self.range.clone(),
+            Reach::ToTheEnd | Reach::BeyondSize => self.range.start..u64::MAX,
+            Reach::Everything => 0..u64::MAX,
+        };
+        if let Some(or) = &self.or {
+            reach = reach.start.min(or.start)..reach.end.max(or.end);
+        }
+        if rule.grows && reach.end.max(self.range.end) > size {
+            reach.start = reach.start.min(size.saturating_sub(1));
+        }
+        reach
+    }
+}
+
+/// What a pin keeps still, as far as verdicts need it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pinned {
+    /// The range, rounded out to blocks; to the end of all files for a pin of
+    /// the whole file.
+    range: Range<u64>,
+    /// A size below this would free blocks of the pin, or bytes that were in
+    /// it.
+    size_floor: u64,
+    /// The size itself is pinned to this.
+    size: Option<u64>,
+    /// Frozen runs, in file order.
+    frozen: Box<[(Range<u64>, ExtentState)]>,
+    block: u64,
+}
+
+impl Pinned {
+    /// The facts of a pin over `map`; `whole_file` pins the size as well.
+    #[must_use]
+    pub fn new(map: &BlockMap, whole_file: bool) -> Self {
+        let mut range = map.range();
+        let mut frozen: Vec<_> = map
+            .frozen()
+            .map(|extent| (extent.offset..extent.end(), extent.state))
+            .collect();
+        let size_floor = range.end.min(map.file_size());
+        if whole_file {
+            frozen.push((range.end..u64::MAX, ExtentState::Hole));
+            range.end = u64::MAX;
+        }
+        Self {
+            range,
+            size_floor,
+            size: whole_file.then_some(map.file_size()),
+            frozen: frozen.into(),
+            block: u64::from(map.block_size()).max(1),
+        }
+    }
+
+    /// Bytes in frozen blocks.
+    #[must_use]
+    pub fn has_frozen(&self) -> bool {
+        !self.frozen.is_empty()
+    }
+
+    /// The frozen runs that meet `reach`.
+    fn frozen_in(&self, reach: Range<u64>) -> impl Iterator<Item = &(Range<u64>, ExtentState)> {
+        let from = self.frozen.partition_point(|(run, _)| run.end <= reach.start);
+        self.frozen[from..]
+            .iter()
+            .take_while(move |(run, _)| run.start < reach.end)
+    }
+}
+
+/// Whether an operation may go on, as far as one pin is concerned, in a file
+/// of `size` bytes. Every rule refuses on what it meets, so an operation may
+/// go on under many pins exactly when it may under each.
+#[must_use]
+pub fn judge(operation: &Operation, pinned: &Pinned, size: u64) -> bool {
+    let rule = operation.kind.rule();
+    judge_range(rule, &operation.range, pinned, size)
+        && operation
+            .or
+            .as_ref()
+            .is_none_or(|range| judge_range(rule, range, pinned, size))
+}
+
+fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> bool {
+    let reach = match rule.reach {
+        Reach::Nothing => return true,
+        Reach::Everything => return false,
+        Reach::Range => range.clone(),
+        Reach::ToTheEnd => range.start..u64::MAX,
+        Reach::BeyondSize => {
+            let resized = pinned.size.is_some_and(|size| *range != (size..size));
+            if range.start < pinned.size_floor || resized {
+                return false;
+            }
+            0..0
+        }
+    };
+    let meets = match rule.refused_on {
+        Meets::Any => intersects(&reach, &pinned.range),
+        Meets::Frozen => !reach.is_empty() && pinned.frozen_in(reach).next().is_some(),
+    };
+    if meets {
+        return false;
+    }
+    // Growing zeroes the rest of the block that holds the old end of file.
+    // Written, it is zeroed in place; a hole or unwritten, it is left alone;
+    // shared, it is copied.
+    if rule.grows && range.end > size && size % pinned.block != 0 {
+        let last = size - size % pinned.block;
+        return !pinned
+            .frozen_in(last..size)
+            .any(|(_, state)| *state == ExtentState::Shared);
+    }
+    true
+}
+
+fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start.max(other.start) < one.end.min(other.end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use OperationKind as K;
+    use mapdirect_proto::{DeviceId, Extent};
+    use proptest::prelude::*;
+
+    const BLOCK: u64 = 4096;
+
+    fn map(size: u64, range: Range<u64>, states: &[ExtentState]) -> BlockMap {
+        let extents = states.iter().enumerate().map(|(at, state)| {
+            let offset = at as u64 * BLOCK;
+            let physical = (*state != ExtentState::Hole).then_some((1 << 30) + 7 * offset);
+            Extent::new(offset, physical, BLOCK, *state)
+        });
+        let device = DeviceId { major: 7, minor: 0 };
+        let block = u32::try_from(BLOCK).unwrap();
+        BlockMap::new(device, block, size, range, extents)
+    }
+
+    fn may(kind: K, range: Range<u64>, pinned: &Pinned, size: u64) -> bool {
+        judge(&Operation::new(kind, range), pinned, size)
+    }
+
+    /// What each operation does to single blocks, spelled out one block at a
+    /// time: the meaning the table must have.
+    fn blocks_changed(kind: K, range: &Range<u64>, map: &BlockMap, size: u64) -> bool {
+        let block_range = |at: u64| at * BLOCK..(at + 1) * BLOCK;
+        let blocks = map.range().start / BLOCK..map.range().end / BLOCK;
+        blocks.into_iter().any(|at| {
+            let block = block_range(at);
+            let state = map.find(block.start).unwrap().state;
+            let inside = intersects(range, &block);
+            let beyond = block.end > range.start;
+            let tail_of_file = size % BLOCK != 0 && at == size / BLOCK;
+            let grown = range.end > size && tail_of_file && state == ExtentState::Shared;
+            match kind {
+                K::Write | K::Allocate => inside && !state.is_stable() || grown,
+                K::AllocateKeepSize | K::MapWrite => inside && !state.is_stable(),
+                K::PunchHole | K::Exchange | K::Dedupe => inside,
+                K::ZeroRange | K::WriteZeroes | K::UnshareRange | K::Clone | K::CopyRange => {
+                    inside || grown
+                }
+                K::CollapseRange | K::InsertRange => beyond,
+                K::Truncate => {
+                    // Bytes of the file that were in the block go.
+                    range.start < block.end.min(map.file_size()).max(block.start)
+                        && block.start < map.file_size()
+                        || grown
+                }
+                _ => unreachable!(),
+            }
+        })
+    }
+
+    fn any_state() -> impl Strategy<Value = ExtentState> {
+        prop_oneof![
+            Just(ExtentState::Written),
+            Just(ExtentState::Unwritten),
+            Just(ExtentState::Hole),
+            Just(ExtentState::Shared),
+        ]
+    }
+
+    const PRECISE: [K; 14] = [
+        K::Write,
+        K::Allocate,
+        K::AllocateKeepSize,
+        K::MapWrite,
+        K::PunchHole,
+        K::ZeroRange,
+        K::WriteZeroes,
+        K::UnshareRange,
+        K::CollapseRange,
+        K::InsertRange,
+        K::Clone,
+        K::Dedupe,
+        K::CopyRange,
+        K::Exchange,
+    ];
+
+    proptest! {
+        #[test]
+        fn the_table_means_what_happens_to_blocks(
+            states in proptest::collection::vec(any_state(), 1..12),
+            first in 0u64..11,
+            count in 1u64..12,
+            size in 1u64..12 * BLOCK,
+            start in 0u64..13 * BLOCK,
+            length in 1u64..5 * BLOCK,
+            kind in proptest::sample::select(&PRECISE[..]),
+        ) {
+            let range = first * BLOCK..(first + count) * BLOCK;
+            let map = map(size, range, &states);
+            let pinned = Pinned::new(&map, false);
+            let operation = start..start + length;
+            let expected = !blocks_changed(kind, &operation, &map, size);
+            prop_assert_eq!(may(kind, operation, &pinned, size), expected);
+        }
+
+        #[test]
+        fn truncation_keeps_every_byte_of_the_pin(
+            states in proptest::collection::vec(any_state(), 1..12),
+            first in 0u64..11,
+            count in 1u64..12,
+            size in 1u64..12 * BLOCK,
+            new_size in 0u64..14 * BLOCK,
+        ) {
+            let range = first * BLOCK..(first + count) * BLOCK;
+            let map = map(size, range, &states);
+            let pinned = Pinned::new(&map, false);
+            let operation = new_size..new_size;
+            let expected = !blocks_changed(K::Truncate, &operation, &map, size);
+            // Where the whole pin lies beyond the end of file there are no
+            // bytes to lose, and the rule may refuse a little more.
+            prop_assume!(map.range().start < size);
+            prop_assert_eq!(may(K::Truncate, operation, &pinned, size), expected);
+        }
+
+        #[test]
+        fn a_pin_out_of_reach_never_minds(
+            states in proptest::collection::vec(any_state(), 1..12),
+            first in 0u64..11,
+            count in 1u64..12,
+            size in 1u64..12 * BLOCK,
+            start in 0u64..13 * BLOCK,
+            length in 0u64..5 * BLOCK,
+            append in any::<bool>(),
+            kind in proptest::sample::select(RULES.map(|rule| rule.kind).to_vec()),
+        ) {
+            let map = map(size, first * BLOCK..(first + count) * BLOCK, &states);
+            let pinned = Pinned::new(&map, false);
+            let mut operation = Operation::new(kind, start..start + length);
+            operation.or = append.then_some(size..size + length);
+            let reach = operation.reach(size);
+            if !intersects(&reach, &map.range()) {
+                prop_assert!(judge(&operation, &pinned, size));
+            }
+        }
+
+        #[test]
+        fn less_certainty_never_allows_more(
+            states in proptest::collection::vec(any_state(), 1..12),
+            size in 1u64..12 * BLOCK,
+            start in 0u64..13 * BLOCK,
+            length in 1u64..5 * BLOCK,
+            kind in proptest::sample::select(&PRECISE[4..12]),
+        ) {
+            let map = map(size, BLOCK..5 * BLOCK, &states);
+            let pinned = Pinned::new(&map, false);
+            let range = start..start + length;
+            let pages = start - start % BLOCK..(start + length).next_multiple_of(BLOCK);
+            // A range rounded out to pages, a fallocate of unknown mode, an
+            // unknown operation: each refuses whatever the former refuses.
+            let exact = may(kind, range.clone(), &pinned, size);
+            let rounded = may(kind, pages.clone(), &pinned, size);
+            prop_assert!(exact || !rounded);
+            if !matches!(kind, K::Clone | K::Dedupe) {
+                prop_assert!(exact || !may(K::Reshape, pages, &pinned, size));
+            }
+            prop_assert!(!may(K::Unknown, range, &pinned, size));
+        }
+    }
+
+    #[test]
+    fn the_rules_stand_in_the_order_of_the_kinds() {
+        for (at, rule) in RULES.iter().enumerate() {
+            assert_eq!(rule.kind as usize, at, "{}", rule.name);
+        }
+    }
+
+    #[test]
+    fn reading_is_always_allowed() {
+        let map = map(8 * BLOCK, 0..8 * BLOCK, &[ExtentState::Shared; 8]);
+        for whole in [false, true] {
+            let pinned = Pinned::new(&map, whole);
+            for kind in [K::Read, K::OpenRead, K::MapRead] {
+                assert!(may(kind, 0..u64::MAX, &pinned, 8 * BLOCK));
+            }
+        }
+    }
+
+    #[test]
+    fn the_end_of_a_pin_is_capped_by_the_size_of_the_file() {
+        // 5000 bytes, pinned to the end of their second block.
+        let map = map(5000, 0..2 * BLOCK, &[ExtentState::Written; 2]);
+        let pinned = Pinned::new(&map, false);
+        assert!(may(K::Truncate, 5000..5000, &pinned, 5000));
+        assert!(!may(K::Truncate, 4999..4999, &pinned, 5000));
+        assert!(may(K::Truncate, 1 << 40..1 << 40, &pinned, 5000));
+    }
+
+    #[test]
+    fn a_whole_file_keeps_its_size() {
+        let map = map(2 * BLOCK, 0..2 * BLOCK, &[ExtentState::Written; 2]);
+        let pinned = Pinned::new(&map, true);
+        let size = 2 * BLOCK;
+        assert!(may(K::Truncate, size..size, &pinned, size));
+        assert!(!may(K::Truncate, size + 1..size + 1, &pinned, size));
+        assert!(may(K::Write, 0..size, &pinned, size));
+        assert!(!may(K::Write, size - 1..size + 1, &pinned, size));
+        assert!(!may(K::AllocateKeepSize, size..size + BLOCK, &pinned, size));
+    }
+
+    #[test]
+    fn growing_spares_a_shared_end_of_file() {
+        let map = map(5000, 0..2 * BLOCK, &[ExtentState::Written, ExtentState::Shared]);
+        let pinned = Pinned::new(&map, false);
+        assert!(!may(K::Write, 100_000..100_001, &pinned, 5000));
+        assert!(!may(K::Truncate, 100_000..100_000, &pinned, 5000));
+        let written = Pinned::new(
+            &self::map(5000, 0..2 * BLOCK, &[ExtentState::Written; 2]),
+            false,
+        );
+        assert!(may(K::Write, 100_000..100_001, &written, 5000));
+    }
+}

@@ -1,0 +1,557 @@
+//! Whether a file is at rest: who has it open, and who is still in the middle
+//! of changing it.
+//!
+//! Everything here reads `/proc`, which shows what processes have and do, but
+//! not everything a kernel can hold. It decides only where the exact proof (a
+//! lease) cannot be had, and it explains refusals.
+
+use crate::table::InodeId;
+use mapdirect_proto::Opener;
+use mapdirect_sys::proc::{self, Syscall, SyscallState};
+use mapdirect_sys::proc_locks;
+use rustix::fs::{AtFlags, StatxFlags};
+use std::ops::Range;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What is known about who has a file open.
+#[derive(Debug, Default)]
+pub(crate) struct Openers {
+    /// Everybody found, except through the marked description.
+    pub(crate) others: Vec<Opener>,
+    /// Descriptors of the marked description.
+    pub(crate) marked: Vec<Opener>,
+    /// Bytes of the file that are mapped so that they can be stored to.
+    pub(crate) writable_mappings: Vec<(Opener, Range<u64>)>,
+    /// The file is mapped executable as somebody's program.
+    pub(crate) executing: Option<Opener>,
+    /// Places a description could hide in that cannot be looked into.
+    pub(crate) hidden: Vec<String>,
+}
+
+impl Openers {
+    /// Somebody other than the marked description can write.
+    pub(crate) fn has_writer(&self) -> bool {
+        self.others.iter().any(|opener| opener.writable)
+    }
+}
+
+/// Looks for everybody who has an inode open. Descriptors whose description
+/// holds a lock on `mark` are told apart.
+pub(crate) fn openers(id: InodeId, path: &str, mark: Option<u64>) -> Openers {
+    let mut found = Openers::default();
+    let own = std::process::id().cast_signed();
+    for pid in proc::numbers_in("/proc").unwrap_or_default() {
+        if pid != own {
+            scan_process(pid, id, path, mark, &mut found);
+        }
+    }
+    scan_kernel(id, path, &mut found);
+    found
+}
+
+fn scan_process(pid: i32, id: InodeId, path: &str, mark: Option<u64>, found: &mut Openers) {
+    let mut command = None;
+    let mut named = || {
+        command
+            .get_or_insert_with(|| proc::command(pid))
+            .clone()
+    };
+    // Threads may have descriptor tables of their own (CLONE_FILES left out).
+    let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
+    let mut tables = vec![pid];
+    tables.extend(
+        threads
+            .into_iter()
+            .filter(|tid| *tid != pid && !mapdirect_sys::kcmp::same_descriptors(pid, *tid)),
+    );
+    for tid in tables {
+        for fd in proc::numbers_in(&format!("/proc/{tid}/fd")).unwrap_or_default() {
+            let link = format!("/proc/{tid}/fd/{fd}");
+            let Ok(target) = std::fs::read_link(&link) else {
+                continue;
+            };
+            let target = target.to_string_lossy();
+            let is_file = target.starts_with('/');
+            let is_ring = target.starts_with("anon_inode:[io_uring]");
+            if !is_file && !is_ring && !target.starts_with("socket:") {
+                continue;
+            }
+            let Ok(text) = proc::read_task_file(tid, &format!("fdinfo/{fd}")) else {
+                continue;
+            };
+            let info = proc::parse_fdinfo(&text);
+            if info.in_flight > 0 {
+                found.hidden.push(format!(
+                    "{} descriptors on their way through a socket of pid {pid} ({})",
+                    info.in_flight,
+                    named()
+                ));
+            }
+            if info.registered.iter().any(|registered| registered == path) {
+                found.hidden.push(format!(
+                    "a file registered with an io_uring of pid {pid} ({})",
+                    named()
+                ));
+            }
+            if !is_file || info.inode != id.inode || info.is_path() || !is_inode(&link, id) {
+                continue;
+            }
+            let opener = Opener {
+                pid,
+                fd: Some(fd),
+                writable: info.is_writable(),
+                mapped: false,
+                command: named(),
+            };
+            let is_marked = mark.is_some_and(|byte| {
+                info.locks.iter().any(|lock| {
+                    lock.kind == proc_locks::Kind::Description && lock.start == byte
+                })
+            });
+            if is_marked {
+                found.marked.push(opener);
+            } else {
+                found.others.push(opener);
+            }
+        }
+    }
+    let Ok(maps) = proc::read_task_file(pid, "maps") else {
+        return;
+    };
+    let device = id.device();
+    let mut mapped: Option<Opener> = None;
+    for entry in maps.lines().filter_map(proc::parse_maps_line) {
+        if entry.inode != id.inode || (entry.major, entry.minor) != (device.major, device.minor) {
+            continue;
+        }
+        // A shared mapping that may not be written through now may become so,
+        // if its description allows it: VmFlags tell.
+        let writable =
+            entry.shared && (entry.writable || may_become_writable(pid, entry.start));
+        let opener = mapped.get_or_insert_with(|| Opener {
+            pid,
+            fd: None,
+            writable: false,
+            mapped: true,
+            command: named(),
+        });
+        opener.writable |= writable;
+        if writable {
+            let bytes = entry.offset..entry.offset.saturating_add(entry.end - entry.start);
+            found.writable_mappings.push((opener.clone(), bytes));
+        }
+        if entry.executable && is_inode(&format!("/proc/{pid}/exe"), id) {
+            found.executing.get_or_insert_with(|| opener.clone());
+        }
+    }
+    found.others.extend(mapped);
+}
+
+/// Whether `link` leads to the inode. The inode number is known to match, so
+/// the link is followed without asking a server behind a network filesystem.
+fn is_inode(link: &str, id: InodeId) -> bool {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    rustix::fs::statx(rustix::fs::CWD, link, flags, StatxFlags::INO).is_ok_and(|stat| {
+        stat.stx_ino == id.inode
+            && rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor) == id.dev
+    })
+}
+
+/// Whether `mprotect(2)` could make the mapping at `start` writable (`mw` in
+/// VmFlags). Yes if that cannot be told.
+fn may_become_writable(pid: i32, start: u64) -> bool {
+    let Ok(text) = proc::read_task_file(pid, "smaps") else {
+        return true;
+    };
+    let head = format!("{start:08x}-");
+    text.lines()
+        .skip_while(|line| !line.starts_with(&head))
+        .find_map(|line| line.strip_prefix("VmFlags:"))
+        .is_none_or(|flags| flags.split_ascii_whitespace().any(|flag| flag == "mw"))
+}
+
+/// Users of the file inside the kernel that can be found.
+fn scan_kernel(id: InodeId, path: &str, found: &mut Openers) {
+    let mut report = |what: String| {
+        found.others.push(Opener {
+            pid: 0,
+            fd: None,
+            writable: true,
+            mapped: false,
+            command: what,
+        });
+    };
+    for entry in std::fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let backing = entry.path().join("loop/backing_file");
+        if let Ok(backing) = std::fs::read_to_string(backing)
+            && (backing.trim_end() == path || is_inode(backing.trim_end(), id))
+        {
+            report(format!("loop device /dev/{name}"));
+        }
+    }
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    for line in swaps.lines().skip(1) {
+        let Some(file) = line.split_ascii_whitespace().next() else {
+            continue;
+        };
+        if file == path || is_inode(file, id) {
+            report(String::from("swap space (swapoff it first)"));
+        }
+    }
+}
+
+/// A thread that may be in the middle of something.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Busy {
+    pub(crate) tid: i32,
+    pub(crate) command: String,
+    pub(crate) doing: &'static str,
+}
+
+/// What a scan looks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LookFor {
+    /// Truncation by path, which needs no description.
+    Truncations,
+    /// Whatever may change a block map.
+    Changes,
+}
+
+/// The functions a thread is inside of while it truncates by path or opens
+/// with `O_TRUNC`, from before the permission check to the end.
+const TRUNCATING: [&str; 5] = [
+    "vfs_truncate",
+    "do_sys_truncate",
+    "do_truncate",
+    "handle_truncate",
+    "notify_change",
+];
+
+/// The functions a thread is inside of while it changes a file.
+const CHANGING: [&str; 24] = [
+    "vfs_write",
+    "vfs_writev",
+    "vfs_iter_write",
+    "vfs_iocb_iter_write",
+    "do_iter_write",
+    "aio_write",
+    "io_write",
+    "vfs_fallocate",
+    "do_ftruncate",
+    "do_sys_ftruncate",
+    "vfs_truncate",
+    "do_sys_truncate",
+    "do_truncate",
+    "notify_change",
+    "vfs_clone_file_range",
+    "vfs_dedupe_file_range",
+    "vfs_copy_file_range",
+    "do_splice",
+    "do_sendfile",
+    "splice_direct_to_actor",
+    "xfs_exchange_range",
+    "xfs_ioc_swapext",
+    "ext4_move_extents",
+    "ext4_ioctl",
+];
+
+/// Where writes end that are none to a file.
+const NOT_A_FILE: [&str; 9] = [
+    "pipe_write",
+    "anon_pipe_write",
+    "sock_write_iter",
+    "sock_sendmsg",
+    "unix_stream_sendmsg",
+    "tcp_sendmsg",
+    "tty_write",
+    "file_tty_write",
+    "eventfd_write",
+];
+
+fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static str> {
+    let functions = || proc::stack_functions(stack);
+    let inside = |names: &'static [&'static str]| {
+        names
+            .iter()
+            .copied()
+            .find(|name| functions().any(|function| function == *name))
+    };
+    match look_for {
+        LookFor::Truncations => inside(&TRUNCATING).or_else(|| {
+            // Opening with O_TRUNC, or possibly so: it truncates after the
+            // permission check. A FIFO only waits for its other end.
+            let opening = functions().any(|name| name == "path_openat" || name == "do_open");
+            let truncates =
+                crate::gate::classify::classify_open(Some(syscall)).name() == "open-truncate";
+            let fifo = functions().any(|name| name == "fifo_open");
+            (opening && truncates && !fifo).then_some("opening")
+        }),
+        LookFor::Changes => inside(&CHANGING).filter(|_| inside(&NOT_A_FILE).is_none()),
+    }
+}
+
+/// Registers that rule a change out without a look at the stack: a thread
+/// that sleeps in one of the calls most threads sleep in.
+#[cfg(target_arch = "x86_64")]
+fn is_idle(syscall: &Syscall) -> bool {
+    // poll, select, nanosleep, pause, wait4, futex, epoll_wait, pselect6,
+    // ppoll, epoll_pwait, waitid, clock_nanosleep, rt_sigtimedwait,
+    // restart_syscall, recvfrom, recvmsg, accept, accept4. In i386 these
+    // numbers are old calls that change no file, but for truncate64 = 193 and
+    // its like, which are not among them.
+    const IDLE: [i64; 18] = [
+        7, 23, 35, 34, 61, 202, 232, 270, 271, 281, 247, 230, 128, 219, 45, 47, 43, 288,
+    ];
+    syscall.is_genuine() && IDLE.contains(&syscall.number)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn is_idle(_syscall: &Syscall) -> bool {
+    false
+}
+
+/// A thread found on a processor, or waiting for one.
+struct Running {
+    tid: i32,
+    /// Nanoseconds it had run when first seen.
+    had_run: u64,
+}
+
+/// A thread that has run for so long since it was first seen is past the few
+/// instructions between a permission check and the counts a lease looks at.
+const PAST_THE_WINDOW: u64 = 50_000;
+
+/// Processor time a thread has had (`/proc/<tid>/schedstat`, which every
+/// distribution kernel has: `CONFIG_SCHED_INFO`).
+fn nanoseconds_run(tid: i32) -> Option<u64> {
+    let text = proc::read_task_file(tid, "schedstat").ok()?;
+    text.split_ascii_whitespace().next()?.parse().ok()
+}
+
+/// Looks at every thread of the system until none is busy any more or the
+/// time is over, and tells who still is. Those that begin later are not
+/// waited for: they meet a closed gate.
+fn wait_for(look_for: LookFor, deadline: Instant) -> Vec<Busy> {
+    let own_pid = std::process::id().cast_signed();
+    let mut sleeping = Vec::new();
+    let mut running = Vec::new();
+    for pid in proc::numbers_in("/proc").unwrap_or_default() {
+        if pid == own_pid {
+            continue;
+        }
+        for tid in proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default() {
+            match look(look_for, tid) {
+                Seen::Idle => {}
+                Seen::Busy(doing) => sleeping.push((tid, doing)),
+                Seen::Running => running.push(Running {
+                    tid,
+                    had_run: nanoseconds_run(tid).unwrap_or(0),
+                }),
+            }
+        }
+    }
+    let mut pause = Duration::from_micros(100);
+    loop {
+        sleeping.retain(|(tid, _)| matches!(look(look_for, *tid), Seen::Busy(_)));
+        let mut fell_asleep = Vec::new();
+        running.retain(|thread| match look(look_for, thread.tid) {
+            Seen::Idle => false,
+            Seen::Busy(doing) => {
+                fell_asleep.push((thread.tid, doing));
+                false
+            }
+            Seen::Running => {
+                nanoseconds_run(thread.tid)
+                    .is_none_or(|run| run < thread.had_run + PAST_THE_WINDOW)
+            }
+        });
+        sleeping.extend(fell_asleep);
+        let done = sleeping.is_empty() && running.is_empty();
+        if done || Instant::now() >= deadline {
+            let busy = |tid, doing| Busy {
+                tid,
+                command: proc::command(tid),
+                doing,
+            };
+            let asleep = sleeping.into_iter().map(|(tid, doing)| busy(tid, doing));
+            let awake = running
+                .into_iter()
+                .map(|thread| busy(thread.tid, "running"));
+            return asleep.chain(awake).collect();
+        }
+        std::thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(5));
+    }
+}
+
+enum Seen {
+    Idle,
+    Busy(&'static str),
+    Running,
+}
+
+fn look(look_for: LookFor, tid: i32) -> Seen {
+    let Ok(text) = proc::read_task_file(tid, "syscall") else {
+        return Seen::Idle;
+    };
+    match proc::parse_syscall(text.as_bytes()) {
+        Some(SyscallState::Running) => Seen::Running,
+        Some(SyscallState::Inside(syscall)) if !is_idle(&syscall) => {
+            let Ok(stack) = proc::read_task_file(tid, "stack") else {
+                return Seen::Idle;
+            };
+            is_busy(look_for, &syscall, &stack).map_or(Seen::Idle, Seen::Busy)
+        }
+        _ => Seen::Idle,
+    }
+}
+
+/// Waits until everybody who was changing any file has finished.
+pub(crate) fn wait_for_changes(deadline: Instant) -> Vec<Busy> {
+    wait_for(LookFor::Changes, deadline)
+}
+
+/// Scans for truncations by path, one for all grants that wait for one.
+///
+/// A truncation by path has no description that a lease could count, so a
+/// thread caught between its permission check and the truncation must be
+/// looked for among all threads of the system. Grants that close their gate
+/// before a scan begins share it.
+#[derive(Debug, Default)]
+pub(crate) struct TruncationScan {
+    state: Mutex<ScanState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct ScanState {
+    /// Scans begun, and scans finished.
+    begun: u64,
+    finished: u64,
+    running: bool,
+    /// What the last finished scan left.
+    busy: Vec<Busy>,
+}
+
+impl TruncationScan {
+    /// Waits until no truncation by path is under way that began before this
+    /// call, and tells who still is at it when the time is over.
+    pub(crate) fn wait(&self, patience: Duration) -> Vec<Busy> {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        // A scan that is running now may have passed a thread before it went
+        // into the kernel: the next one counts.
+        let wanted = state.begun + 1;
+        loop {
+            if state.finished >= wanted {
+                return state.busy.clone();
+            }
+            if !state.running {
+                state.running = true;
+                state.begun += 1;
+                drop(state);
+                let busy = wait_for(LookFor::Truncations, Instant::now() + patience);
+                state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                state.running = false;
+                state.finished = state.begun;
+                state.busy = busy;
+                self.changed.notify_all();
+                continue;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+
+    fn id_of(file: &std::fs::File) -> InodeId {
+        let stat = rustix::fs::fstat(file).unwrap();
+        InodeId {
+            dev: stat.st_dev,
+            inode: stat.st_ino,
+        }
+    }
+
+    fn truncating(number: i64, stack: &str) -> Option<&'static str> {
+        let syscall = Syscall {
+            number,
+            args: [0, 0, 0o2001, 0, 0, 0],
+            sp: 1,
+            pc: 1,
+        };
+        is_busy(LookFor::Truncations, &syscall, stack)
+    }
+
+    #[test]
+    fn truncations_by_path_are_seen_and_fifos_are_not() {
+        let frozen = "[<0>] percpu_rwsem_wait+0x1/0x2\n[<0>] vfs_truncate+0x1/0x2\n";
+        assert_eq!(truncating(76, frozen), Some("vfs_truncate"));
+        let fifo = "[<0>] fifo_open+0x1/0x2\n[<0>] do_dentry_open+0x1/0x2\n\
+                    [<0>] path_openat+0x1/0x2\n";
+        assert_eq!(truncating(437, fifo), None);
+        let opening = "[<0>] xfs_ilock+0x1/0x2\n[<0>] path_openat+0x1/0x2\n";
+        assert_eq!(truncating(437, opening), Some("opening"));
+        assert_eq!(truncating(257, opening), None, "no O_TRUNC among its flags");
+    }
+
+    #[test]
+    fn a_write_to_a_pipe_is_no_change() {
+        let syscall = Syscall {
+            number: 1,
+            args: [0; 6],
+            sp: 1,
+            pc: 1,
+        };
+        let pipe = "[<0>] anon_pipe_write+0x1/0x2\n[<0>] vfs_write+0x1/0x2\n";
+        assert_eq!(is_busy(LookFor::Changes, &syscall, pipe), None);
+        let file = "[<0>] percpu_rwsem_wait+0x1/0x2\n[<0>] vfs_write+0x1/0x2\n";
+        assert_eq!(is_busy(LookFor::Changes, &syscall, file), Some("vfs_write"));
+    }
+
+    #[test]
+    fn this_process_is_not_its_own_opener() {
+        let file = tempfile::tempfile().unwrap();
+        let path = proc::path_of(file.as_fd());
+        let found = openers(id_of(&file), &path, None);
+        assert!(found.others.is_empty(), "{found:?}");
+    }
+
+    #[test]
+    fn a_child_with_the_file_open_is_found() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(file.reopen().unwrap())
+            .spawn()
+            .unwrap();
+        let path = proc::path_of(file.as_file().as_fd());
+        let found = openers(id_of(file.as_file()), &path, None);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let [opener] = &found.others[..] else {
+            panic!("{found:?}");
+        };
+        assert_eq!(opener.pid, child.id().cast_signed());
+        assert_eq!((opener.fd, opener.writable), (Some(0), true));
+    }
+
+    #[test]
+    fn scans_are_shared_and_end() {
+        let scan = TruncationScan::default();
+        std::thread::scope(|scope| {
+            for _ in 0..8 {
+                scope.spawn(|| scan.wait(Duration::from_millis(200)));
+            }
+        });
+        let state = scan.state.lock().unwrap();
+        assert!(state.begun <= 9 && state.finished == state.begun);
+    }
+}

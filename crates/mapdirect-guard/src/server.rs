@@ -1,0 +1,343 @@
+//! Starting and stopping a guard, and letting clients in.
+
+use crate::session::Session;
+use crate::wake::Waker;
+use crate::{Errno, Guard, audit, gate, lifetime};
+use mapdirect_proto::status::RefusedOperation;
+use mapdirect_proto::{Reason, Refusal, Reply};
+use mapdirect_sys::unix::Socket;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// What a guard is told.
+pub struct Config {
+    /// Where to listen.
+    pub socket: PathBuf,
+    /// Called for every refusal, by a thread that may block, with the number
+    /// of refusals lost before it because they came too fast.
+    pub on_refusal: Box<dyn Fn(&RefusedOperation, u64) + Send>,
+}
+
+/// Why a guard did not start.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// It lacks privilege.
+    #[error("watching files needs CAP_SYS_ADMIN; run the guard as root")]
+    NotPrivileged,
+    /// It would not see who does what.
+    #[error(
+        "the guard must run in the initial PID namespace, where it can see every process; \
+         run it on the host, not in a container"
+    )]
+    PidNamespace,
+    /// The kernel cannot do it.
+    #[error("this kernel has no permission events to watch files with ({0}); see `mapdirect doctor`")]
+    NoGate(Errno),
+    /// Another guard is there already.
+    #[error("another guard listens at {0}; end it first, or give another --socket")]
+    AlreadyRunning(PathBuf),
+    /// The socket could not be made.
+    #[error("cannot listen at {path}: {errno}")]
+    Socket {
+        /// Where.
+        path: PathBuf,
+        /// Why not.
+        errno: Errno,
+    },
+    /// Something else.
+    #[error("{call} failed: {errno}")]
+    System {
+        /// What.
+        call: &'static str,
+        /// Why.
+        errno: Errno,
+    },
+}
+
+/// A guard that is running.
+#[derive(Debug)]
+pub struct Running {
+    shared: Arc<Shared>,
+    socket: PathBuf,
+    identity: Option<(u64, u64)>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    guard: Guard,
+    failed: Waker,
+    failure: OnceLock<String>,
+}
+
+impl Shared {
+    fn fail(&self, what: &str, errno: Errno) {
+        let _ = self.failure.set(format!("{what}: {errno}"));
+        self.failed.wake();
+    }
+}
+
+/// Clients served at once, and those of one user other than root.
+const MAX_CLIENTS: usize = 8192;
+const MAX_CLIENTS_OF_USER: usize = 2048;
+/// Stack of a client's thread: a grant needs some 40 KiB.
+const SESSION_STACK: usize = 256 * 1024;
+
+/// Starts a guard: when this returns, it listens.
+///
+/// The calling process must not fork for as long as the guard runs, and must
+/// block or ignore the signals it does not want to die of beforehand.
+///
+/// # Errors
+///
+/// [`StartError`]; nothing is left behind then.
+pub fn start(config: Config) -> Result<Running, StartError> {
+    require_initial_pid_namespace()?;
+    // A lease taken for a moment raises it, and its default is to die.
+    mapdirect_sys::signal::ignore(libc::SIGIO).map_err(|errno| StartError::System {
+        call: "ignoring SIGIO",
+        errno,
+    })?;
+    raise_descriptor_limit();
+    let guard = Guard::new().map_err(|errno| match errno {
+        Errno::PERM => StartError::NotPrivileged,
+        other => StartError::NoGate(other),
+    })?;
+    let shared = Arc::new(Shared {
+        guard,
+        failed: Waker::new().map_err(|errno| StartError::System {
+            call: "eventfd",
+            errno,
+        })?,
+        failure: OnceLock::new(),
+    });
+    let listener = listen(&config.socket)?;
+    let identity = rustix::fs::lstat(&config.socket)
+        .ok()
+        .map(|stat| (stat.st_dev, stat.st_ino));
+
+    let spawn = |name: &str, run: Box<dyn FnOnce(&Shared) + Send>| {
+        let shared = Arc::clone(&shared);
+        thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || run(&shared))
+            .map_err(|error| StartError::System {
+                call: "starting a thread",
+                errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
+            })
+    };
+    spawn(
+        "gate",
+        Box::new(|shared| {
+            if let Err(errno) = gate::fanotify::run(&shared.guard, &shared.guard.gate) {
+                shared.fail("the gate cannot go on", errno);
+            }
+        }),
+    )?;
+    spawn(
+        "lifetime",
+        Box::new(|shared| {
+            if let Err(errno) = lifetime::run(&shared.guard) {
+                shared.fail("ends of pins cannot be noticed any more", errno);
+            }
+        }),
+    )?;
+    let tell = config.on_refusal;
+    spawn(
+        "audit",
+        Box::new(move |shared| audit::Audit::run(&shared.guard.audit, &*tell)),
+    )?;
+    let accepting = Arc::clone(&shared);
+    spawn(
+        "accept",
+        Box::new(move |_| accept_clients(&accepting, &listener)),
+    )?;
+    Ok(Running {
+        shared,
+        socket: config.socket,
+        identity,
+    })
+}
+
+impl Running {
+    /// Becomes readable when the guard cannot go on; [`failure`](Self::failure)
+    /// says why. The process must end then, so that holders are told.
+    #[must_use]
+    pub fn failed(&self) -> BorrowedFd<'_> {
+        self.shared.failed.as_fd()
+    }
+
+    /// Why the guard cannot go on.
+    #[must_use]
+    pub fn failure(&self) -> Option<&str> {
+        self.shared.failure.get().map(String::as_str)
+    }
+
+    /// How many pins there are.
+    #[must_use]
+    pub fn pins(&self) -> usize {
+        let files = self.shared.guard.table.all();
+        files.iter().map(|file| file.pins.load().len()).sum()
+    }
+
+    /// Stops letting clients in and takes the socket away. Pins end when the
+    /// process does, which tells their holders.
+    pub fn stop(self) {
+        let there = rustix::fs::lstat(&self.socket)
+            .ok()
+            .map(|stat| (stat.st_dev, stat.st_ino));
+        // Somebody may have put another one in its place.
+        if there.is_some() && there == self.identity {
+            let _ = rustix::fs::unlink(&self.socket);
+        }
+        self.shared.guard.stop();
+    }
+}
+
+/// `/proc/<tid>` of every process that raises an event must be readable.
+fn require_initial_pid_namespace() -> Result<(), StartError> {
+    // PROC_PID_INIT_INO of include/linux/proc_ns.h.
+    const INITIAL: &str = "pid:[4026531836]";
+    match std::fs::read_link("/proc/self/ns/pid") {
+        Ok(link) if link.as_os_str() == INITIAL => Ok(()),
+        _ => Err(StartError::PidNamespace),
+    }
+}
+
+/// Events and clients take descriptors; the soft limit is made for programs
+/// that use select(2).
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Fewer clients fit if it fails.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+fn listen(path: &Path) -> Result<Socket, StartError> {
+    let failed = |errno| StartError::Socket {
+        path: path.to_owned(),
+        errno,
+    };
+    let directory = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    std::fs::create_dir_all(directory)
+        .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+    // Two guards that start at once must not take each other's socket for a
+    // stale one.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let directory = rustix::fs::open(directory, flags, Mode::empty()).map_err(failed)?;
+    rustix::fs::flock(&directory, FlockOperation::LockExclusive).map_err(failed)?;
+    let socket = match Socket::listen(path, 1024) {
+        Err(Errno::ADDRINUSE) => {
+            match Socket::connect(path) {
+                // Only a socket that nobody listens at is in the way; a file
+                // of any other kind stays.
+                Err(Errno::CONNREFUSED) if is_socket(path) => {}
+                Err(Errno::CONNREFUSED) => return Err(failed(Errno::EXIST)),
+                _ => return Err(StartError::AlreadyRunning(path.to_owned())),
+            }
+            rustix::fs::unlink(path).map_err(failed)?;
+            Socket::listen(path, 1024).map_err(failed)?
+        }
+        listening => listening.map_err(failed)?,
+    };
+    // Anyone may connect; each request is judged by who makes it.
+    rustix::fs::chmod(path, Mode::from_raw_mode(0o666)).map_err(failed)?;
+    Ok(socket)
+}
+
+fn is_socket(path: &Path) -> bool {
+    rustix::fs::lstat(path).is_ok_and(|stat| {
+        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket
+    })
+}
+
+fn accept_clients(shared: &Arc<Shared>, listener: &Socket) {
+    let users: Arc<Mutex<HashMap<u32, usize>>> = Arc::default();
+    while !shared.guard.is_stopping() {
+        let Ok(socket) = listener.accept() else {
+            // Out of descriptors or memory: others must let go of some first.
+            thread::sleep(Duration::from_millis(50));
+            continue;
+        };
+        let Ok(peer) = socket.peer() else {
+            continue;
+        };
+        let Some(place) = Place::take(shared, &users, peer.uid) else {
+            let _ = socket.send_now(&[&Reply::Refused(too_many()).encode()], &[]);
+            continue;
+        };
+        let serve = Arc::clone(shared);
+        // If there is no thread, the client sees its connection close.
+        let _ = thread::Builder::new()
+            .name(String::from("session"))
+            .stack_size(SESSION_STACK)
+            .spawn(move || {
+                let _place = place;
+                if let Ok(session) = Session::new(&serve.guard, socket) {
+                    session.run();
+                }
+            });
+    }
+}
+
+fn too_many() -> Refusal {
+    Refusal {
+        errno: Errno::AGAIN.raw_os_error(),
+        reason: Reason::Limit,
+        obstacle: String::from("the guard serves as many clients as it can"),
+        mend: String::from("close connections that are not needed, or try again later"),
+        openers: Vec::new(),
+    }
+}
+
+/// A client's place among those served.
+struct Place {
+    shared: Arc<Shared>,
+    users: Arc<Mutex<HashMap<u32, usize>>>,
+    uid: u32,
+}
+
+impl Place {
+    fn take(
+        shared: &Arc<Shared>,
+        users: &Arc<Mutex<HashMap<u32, usize>>>,
+        uid: u32,
+    ) -> Option<Self> {
+        let mut counts = users.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(uid).or_default();
+        let clients = &shared.guard.clients;
+        if clients.load(SeqCst) >= MAX_CLIENTS || uid != 0 && *count >= MAX_CLIENTS_OF_USER {
+            return None;
+        }
+        *count += 1;
+        clients.fetch_add(1, SeqCst);
+        Some(Self {
+            shared: Arc::clone(shared),
+            users: Arc::clone(users),
+            uid,
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut counts = self.users.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&self.uid) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&self.uid);
+            }
+        }
+        self.shared.guard.clients.fetch_sub(1, SeqCst);
+    }
+}

@@ -1,0 +1,324 @@
+//! One client: what it says, whether it may, what it is told.
+//!
+//! Every client has a thread of its own, since whatever it sends may make the
+//! thread wait: a descriptor of a filesystem whose server never answers, a
+//! file with gigabytes to write back. Only that client waits then.
+
+use crate::grant::{self, Conversation, refusal};
+use crate::table::InodeId;
+use crate::{Errno, Guard, status};
+use mapdirect_proto::{
+    DecodeError, Flags, Gate, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request, VERSION,
+};
+use mapdirect_sys::unix::{Received, Sender, Socket};
+use mapdirect_sys::{capget, memfd};
+use rustix::fs::OFlags;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+/// How long a client may take to read a reply.
+const SEND_PATIENCE: Duration = Duration::from_secs(2);
+/// How long it may take to replace a descriptor.
+const SWAP_PATIENCE: Duration = Duration::from_secs(2);
+
+pub(crate) struct Session<'guard> {
+    guard: &'guard Guard,
+    socket: Socket,
+    /// Process that connected, and its user then.
+    peer: Sender,
+    challenge: [u8; 32],
+    greeted: bool,
+    /// It has proven the capability.
+    proven: bool,
+}
+
+/// Why a conversation ends.
+enum End {
+    /// The client left, or does not read.
+    Gone,
+    /// It said something that makes no sense.
+    Nonsense,
+}
+
+impl From<Errno> for End {
+    fn from(_errno: Errno) -> Self {
+        Self::Gone
+    }
+}
+
+impl<'guard> Session<'guard> {
+    /// Prepares to talk to whoever is at the other end of `socket`.
+    pub(crate) fn new(guard: &'guard Guard, socket: Socket) -> Result<Self, Errno> {
+        socket.tell_senders()?;
+        socket.set_send_timeout(SEND_PATIENCE)?;
+        let peer = socket.peer()?;
+        let mut challenge = [0; 32];
+        rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
+        Ok(Self {
+            guard,
+            socket,
+            peer,
+            challenge,
+            greeted: false,
+            proven: false,
+        })
+    }
+
+    /// Talks until the client leaves or talks nonsense.
+    pub(crate) fn run(mut self) {
+        let mut buffer = vec![0; MAX_MESSAGE + 1];
+        while let Ok(received) = self.socket.receive(&mut buffer) {
+            if received.length == 0 {
+                return;
+            }
+            match self.answer(&buffer, received) {
+                Ok(()) => {}
+                Err(End::Gone) => return,
+                Err(End::Nonsense) => {
+                    // The reply is on its way. Whoever speaks another
+                    // language gets no second chance to confuse us.
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(&mut self, buffer: &[u8], received: Received) -> Result<(), End> {
+        let request = match understand(buffer, &received) {
+            Ok(request) => request,
+            Err(refusal) => {
+                self.refuse(refusal)?;
+                return Err(End::Nonsense);
+            }
+        };
+        let sender = received.sender.unwrap_or(self.peer);
+        let mut fds = received.fds;
+        match (&request, fds.pop()) {
+            (Request::Hello { .. }, None) => {
+                self.greeted = true;
+                Ok(self.send(
+                    &Reply::Welcome {
+                        version: VERSION,
+                        gate: Gate::Fanotify,
+                        pid: std::process::id().cast_signed(),
+                        challenge: self.challenge,
+                    },
+                    &[],
+                )?)
+            }
+            _ if !self.greeted => {
+                self.refuse(protocol("a conversation begins with a hello"))?;
+                Err(End::Nonsense)
+            }
+            (Request::Prove, Some(proof)) => self.prove(proof.as_fd()),
+            (Request::Pin(pin), Some(file)) => self.pin(pin, file, sender),
+            (Request::Announce { tid }, Some(file)) => self.announce(*tid, file.as_fd(), sender),
+            (Request::Query, Some(file)) => self.query(file.as_fd()),
+            (Request::Status, None) => self.status(),
+            (Request::Swapped, None) => {
+                self.refuse(protocol("nothing was to be swapped"))?;
+                Err(End::Nonsense)
+            }
+            _ => {
+                self.refuse(protocol("this request needs another number of descriptors"))?;
+                Err(End::Nonsense)
+            }
+        }
+    }
+
+    fn send(&self, reply: &Reply, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        self.socket.send(&[&reply.encode()], fds)
+    }
+
+    fn refuse(&self, refusal: Refusal) -> Result<(), End> {
+        Ok(self.send(&Reply::Refused(refusal), &[])?)
+    }
+
+    fn prove(&mut self, proof: BorrowedFd<'_>) -> Result<(), End> {
+        match memfd::check_immutable_capability(proof, &self.challenge) {
+            Ok(true) => {
+                self.proven = true;
+                Ok(self.send(&Reply::Done, &[])?)
+            }
+            _ => self.refuse(not_capable()),
+        }
+    }
+
+    /// Whether the sender of a request may pin: the capability was proven on
+    /// this connection, by the very process that speaks now, and it has not
+    /// been given up since.
+    fn authorise(&self, sender: Sender) -> Result<(), Refusal> {
+        if !self.proven {
+            return Err(not_capable());
+        }
+        if sender.pid != self.peer.pid {
+            return Err(refusal(
+                Reason::NotCapable,
+                Errno::ACCESS,
+                format!(
+                    "process {} speaks on the connection of process {}",
+                    sender.pid, self.peer.pid
+                ),
+                "connect again in every process",
+            ));
+        }
+        match capget::effective(sender.pid) {
+            Ok(effective) if capget::contains(effective, capget::CAP_LINUX_IMMUTABLE) => Ok(()),
+            _ => Err(not_capable()),
+        }
+    }
+
+    fn pin(&mut self, pin: &PinRequest, file: OwnedFd, sender: Sender) -> Result<(), End> {
+        let granted = self
+            .authorise(sender)
+            .and_then(|()| self.check_mapping(pin))
+            .and_then(|()| grant::grant(self.guard, pin, file, sender, self));
+        match granted {
+            Ok(grant) => {
+                let mut fds = vec![grant.file.as_fd()];
+                fds.extend(grant.extents.as_ref().map(AsFd::as_fd));
+                // If the client is gone the description goes with this
+                // message, and the pin with it.
+                Ok(self.send(&Reply::Granted(grant.granted.clone()), &fds)?)
+            }
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    /// What `mmap(2)` itself would say.
+    fn check_mapping(&self, pin: &PinRequest) -> Result<(), Refusal> {
+        if !pin.flags.contains(Flags::MAP) {
+            return Ok(());
+        }
+        let page = mapdirect_sys::mmap::page_size();
+        if pin.length == 0 || pin.offset % page != 0 {
+            return Err(refusal(
+                Reason::Arguments,
+                Errno::INVAL,
+                "a mapping needs a length, and an offset on a page boundary",
+                format!("pages have {page} bytes here"),
+            ));
+        }
+        Ok(())
+    }
+
+    fn announce(&self, tid: i32, path: BorrowedFd<'_>, sender: Sender) -> Result<(), End> {
+        let result = self.authorise(sender).and_then(|()| {
+            let task = format!("/proc/{}/task/{tid}", sender.pid);
+            let is_thread = tid > 0 && rustix::fs::stat(task).is_ok();
+            let is_path = rustix::fs::fcntl_getfl(path)
+                .is_ok_and(|flags| flags.contains(OFlags::PATH));
+            if !is_thread || !is_path {
+                return Err(protocol("an announcement names a thread and a path"));
+            }
+            let stat = rustix::fs::fstat(path)
+                .map_err(|errno| refusal(Reason::System, errno, "fstat failed", ""))?;
+            let id = InodeId {
+                dev: stat.st_dev,
+                inode: stat.st_ino,
+            };
+            match self.guard.table.get(id) {
+                Some(watched) if !watched.announce(tid) => Err(refusal(
+                    Reason::Limit,
+                    Errno::AGAIN,
+                    "too many others are about to open it",
+                    "try again",
+                )),
+                _ => Ok(()),
+            }
+        });
+        match result {
+            Ok(()) => Ok(self.send(&Reply::Done, &[])?),
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    fn query(&self, file: BorrowedFd<'_>) -> Result<(), End> {
+        match grant::pins_of(self.guard, file) {
+            Ok(pins) => Ok(self.send(&Reply::Pins(pins, 0), &[])?),
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    fn status(&self) -> Result<(), End> {
+        let privileged = self.proven || self.peer.uid == 0;
+        let status = status::gather(self.guard, (!privileged).then_some(self.peer.uid));
+        match memfd::sealed("mapdirect-status", &status.encode()) {
+            Ok(file) => Ok(self.send(&Reply::Status, &[file.as_fd()])?),
+            Err(errno) => self.refuse(refusal(
+                Reason::System,
+                errno,
+                format!("memfd_create failed: {errno}"),
+                "",
+            )),
+        }
+    }
+
+    fn wait_for_swapped(&self) -> Result<(), Refusal> {
+        let failed = |errno: Errno| {
+            refusal(
+                Reason::Protocol,
+                Errno::TIMEDOUT,
+                format!("the descriptor was not replaced in time ({errno})"),
+                "",
+            )
+        };
+        self.socket
+            .set_receive_timeout(Some(SWAP_PATIENCE))
+            .map_err(failed)?;
+        let mut buffer = [0; 256];
+        let received = self.socket.receive(&mut buffer);
+        self.socket.set_receive_timeout(None).map_err(failed)?;
+        let received = received.map_err(failed)?;
+        match understand(&buffer, &received) {
+            Ok(Request::Swapped) => Ok(()),
+            _ => Err(protocol("the descriptor should have been replaced now")),
+        }
+    }
+}
+
+impl Conversation for Session<'_> {
+    fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal> {
+        self.send(&Reply::Swap, &[replacement])
+            .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
+        self.wait_for_swapped()
+    }
+
+    fn still_open(&mut self, byte: u64) -> Result<(), Refusal> {
+        self.send(&Reply::StillOpen { byte }, &[])
+            .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
+        self.wait_for_swapped()
+    }
+}
+
+/// Reads a request and counts its descriptors.
+fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
+    if received.truncated {
+        return Err(protocol("the message is too long"));
+    }
+    let bytes = buffer.get(..received.length).unwrap_or_default();
+    let request = Request::decode(bytes).map_err(|error: DecodeError| protocol(error))?;
+    if received.fds.len() == request.descriptors() {
+        Ok(request)
+    } else {
+        Err(protocol("the message carries another number of descriptors than it must"))
+    }
+}
+
+fn protocol(what: impl std::fmt::Display) -> Refusal {
+    refusal(
+        Reason::Protocol,
+        Errno::PROTO,
+        what.to_string(),
+        "use the library of the same version as the guard",
+    )
+}
+
+fn not_capable() -> Refusal {
+    refusal(
+        Reason::NotCapable,
+        Errno::ACCESS,
+        "the caller lacks CAP_LINUX_IMMUTABLE in the initial user namespace",
+        "run it as root, or give it the capability: setcap cap_linux_immutable+ep PROGRAM",
+    )
+}

@@ -1,0 +1,91 @@
+//! The state of the guard, for `mapdirect status`.
+
+use crate::Guard;
+use crate::rest;
+use crate::table::Watched;
+use mapdirect_proto::Gate;
+use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering::Relaxed;
+
+/// Gathers the state. Whoever is not privileged sees names, processes and
+/// refusals only of files that `only_uid` itself has pinned.
+pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
+    let mut files: Vec<_> = guard
+        .table
+        .all()
+        .iter()
+        .filter_map(|watched| file_status(watched, only_uid))
+        .collect();
+    files.sort_by(|one, other| {
+        (&one.path, one.device, one.inode).cmp(&(&other.path, other.device, other.inode))
+    });
+    let shown = |inode, device| {
+        files
+            .iter()
+            .any(|file| (file.inode, file.device) == (inode, device) && !file.path.is_empty())
+    };
+    let mut recent = guard.audit.recent();
+    recent.retain(|refused| only_uid.is_none() || shown(refused.inode, refused.device));
+    Status {
+        gate: Gate::Fanotify,
+        pid: std::process::id().cast_signed(),
+        uptime: guard.started.elapsed().as_secs(),
+        clients: u32::try_from(guard.clients.load(Relaxed)).unwrap_or(u32::MAX),
+        judged: guard.audit.total_judged(),
+        refused: guard.audit.counts(),
+        files,
+        recent,
+    }
+}
+
+fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
+    let pins = watched.pins.load_full();
+    let live: Vec<_> = pins
+        .iter()
+        .filter(|pin| !pin.is_dead())
+        .filter_map(|pin| Some((pin, pin.settled()?)))
+        .map(|(pin, settled)| PinStatus {
+            pin: pin.id,
+            range: pin.shown.clone(),
+            flags: pin.flags,
+            pid: pin.pid,
+            uid: pin.uid,
+            age: pin.since.elapsed().as_secs(),
+            stable: settled.stable,
+            frozen: settled.frozen,
+        })
+        .collect();
+    if live.is_empty() {
+        return None;
+    }
+    let known = only_uid.is_none_or(|uid| live.iter().any(|pin| pin.uid == uid));
+    Some(FileStatus {
+        device: watched.id.device(),
+        inode: watched.id.inode,
+        path: if known { watched.path.clone() } else { String::new() },
+        holders: if known { holders(watched) } else { Vec::new() },
+        pins: live,
+    })
+}
+
+/// The processes that have a pinned file mapped or open.
+fn holders(watched: &Watched) -> Vec<Holder> {
+    let found = rest::openers(watched.id, &watched.path, None);
+    let mut holders: BTreeMap<i32, Holder> = BTreeMap::new();
+    for opener in found.others.iter().filter(|opener| opener.pid > 0) {
+        let holder = holders.entry(opener.pid).or_insert_with(|| Holder {
+            pid: opener.pid,
+            command: opener.command.clone(),
+            mapped: 0,
+            descriptors: 0,
+        });
+        holder.descriptors += u32::from(opener.fd.is_some());
+    }
+    for (opener, bytes) in found.writable_mappings {
+        if let Some(holder) = holders.get_mut(&opener.pid) {
+            holder.mapped += bytes.end - bytes.start;
+        }
+    }
+    holders.into_values().collect()
+}

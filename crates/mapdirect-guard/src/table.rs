@@ -1,0 +1,410 @@
+//! The inodes behind the gate, and what is pinned of each.
+//!
+//! The gate thread looks things up here while other threads wait in the
+//! kernel for its answer, so no look-up takes a lock: every value it reads is
+//! swapped in whole. Changes are made by grants and by the lifetime thread.
+
+use crate::ledger::{PinSet, Ranged};
+use crate::policy::{Operation, Pinned, RULES, judge};
+use arc_swap::ArcSwap;
+use mapdirect_proto::{BlockMap, DeviceId, Flags};
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Instant;
+
+/// Names an inode as long as it is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct InodeId {
+    pub(crate) dev: u64,
+    pub(crate) inode: u64,
+}
+
+impl InodeId {
+    pub(crate) fn device(self) -> DeviceId {
+        DeviceId {
+            major: rustix::fs::major(self.dev),
+            minor: rustix::fs::minor(self.dev),
+        }
+    }
+}
+
+/// The bytes of a file that record locks of this guard's pins live on: far
+/// beyond any data, one byte for each pin.
+pub(crate) const LOCK_BASE: u64 = 1 << 62;
+
+/// One pin.
+#[derive(Debug)]
+pub(crate) struct Pin {
+    pub(crate) id: u64,
+    /// What is judged: the range rounded out to blocks, or everything for a
+    /// pin of the whole file.
+    range: Range<u64>,
+    /// What was asked for, rounded out to blocks.
+    pub(crate) shown: Range<u64>,
+    pub(crate) flags: Flags,
+    pub(crate) pid: i32,
+    pub(crate) uid: u32,
+    pub(crate) since: Instant,
+    /// Missing while the grant is still settling.
+    settled: OnceLock<Settled>,
+    /// The description it lived in is gone.
+    dead: AtomicBool,
+}
+
+/// What is known of a pin once its block map is at rest.
+#[derive(Debug)]
+pub(crate) struct Settled {
+    pub(crate) pinned: Pinned,
+    pub(crate) stable: u64,
+    pub(crate) frozen: u64,
+}
+
+impl Ranged for Pin {
+    fn range(&self) -> Range<u64> {
+        self.range.clone()
+    }
+    fn id(&self) -> u64 {
+        self.id
+    }
+}
+
+/// What one pin says about an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Opinion {
+    /// It does not mind.
+    Allow,
+    /// It is refused.
+    Refuse,
+    /// It would be refused, but the grant is not finished yet.
+    Wait,
+}
+
+impl Pin {
+    pub(crate) fn unsettled(
+        id: u64,
+        shown: Range<u64>,
+        flags: Flags,
+        owner: mapdirect_sys::unix::Sender,
+    ) -> Self {
+        let whole_file = flags.contains(Flags::WHOLE_FILE);
+        Self {
+            id,
+            range: if whole_file {
+                0..u64::MAX
+            } else {
+                shown.clone()
+            },
+            shown,
+            flags,
+            pid: owner.pid,
+            uid: owner.uid,
+            since: Instant::now(),
+            settled: OnceLock::new(),
+            dead: AtomicBool::new(false),
+        }
+    }
+
+    /// The byte its description holds a lock on.
+    pub(crate) fn lock_byte(&self) -> u64 {
+        LOCK_BASE + self.id
+    }
+
+    /// From now on its blocks are known and refusals are final.
+    pub(crate) fn settle(&self, map: &BlockMap) {
+        let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
+        let range = map.range();
+        // Settled once, by the one grant that made the pin.
+        let _ = self.settled.set(Settled {
+            pinned: Pinned::new(map, self.flags.contains(Flags::WHOLE_FILE)),
+            stable: range.end - range.start - frozen,
+            frozen,
+        });
+    }
+
+    pub(crate) fn settled(&self) -> Option<&Settled> {
+        self.settled.get()
+    }
+
+    pub(crate) fn bury(&self) {
+        self.dead.store(true, SeqCst);
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.dead.load(SeqCst)
+    }
+
+    /// What it says about `operation` on a file of `size` bytes.
+    pub(crate) fn opinion(&self, operation: &Operation, size: u64) -> Opinion {
+        if self.is_dead() || operation.kind.is_harmless() {
+            return Opinion::Allow;
+        }
+        match self.settled() {
+            Some(settled) if judge(operation, &settled.pinned, size) => Opinion::Allow,
+            Some(_) => Opinion::Refuse,
+            // Its blocks are not known yet: any of them may be frozen.
+            None => Opinion::Wait,
+        }
+    }
+}
+
+/// An inode behind the gate.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    pub(crate) id: InodeId,
+    /// Files of this filesystem can share blocks.
+    pub(crate) reflink: bool,
+    /// Where it was when the gate closed.
+    pub(crate) path: String,
+    /// What is pinned of it.
+    pub(crate) pins: ArcSwap<PinSet<Pin>>,
+    /// An open for writing was let in while nothing was pinned.
+    pub(crate) writers_let_in: AtomicBool,
+    /// Something that may change the block map was let in and may still be
+    /// under way.
+    pub(crate) unrest: AtomicBool,
+    /// A mapping through which somebody can store was let in.
+    pub(crate) mapped_writable: AtomicBool,
+    /// No open gets an answer while this is set: a description is being
+    /// replaced, and its record locks with it.
+    pub(crate) hold_opens: AtomicBool,
+    /// Threads that may open it for writing once, 0 for none.
+    announced: [AtomicI32; 8],
+    /// Refusals by operation.
+    pub(crate) refused: [AtomicU64; RULES.len()],
+    grant: Mutex<GrantState>,
+}
+
+/// What grants on one inode know. Held for the whole of a grant.
+#[derive(Debug, Default)]
+pub(crate) struct GrantState {
+    /// It was proven that every description that matters was opened behind
+    /// the gate.
+    pub(crate) closed: bool,
+    /// The entry left the table: look it up again.
+    pub(crate) retired: bool,
+}
+
+impl Watched {
+    pub(crate) fn new(id: InodeId, reflink: bool, path: String) -> Self {
+        Self {
+            id,
+            reflink,
+            path,
+            pins: ArcSwap::default(),
+            writers_let_in: AtomicBool::new(false),
+            unrest: AtomicBool::new(false),
+            mapped_writable: AtomicBool::new(false),
+            hold_opens: AtomicBool::new(false),
+            announced: Default::default(),
+            refused: [const { AtomicU64::new(0) }; RULES.len()],
+            grant: Mutex::default(),
+        }
+    }
+
+    /// The grant state, if nobody is granting.
+    pub(crate) fn try_grant(&self) -> Option<MutexGuard<'_, GrantState>> {
+        match self.grant.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        }
+    }
+
+    pub(crate) fn add(&self, pin: &Arc<Pin>) {
+        self.pins.rcu(|pins| pins.with(Arc::clone(pin)));
+    }
+
+    pub(crate) fn remove(&self, gone: impl Fn(&Pin) -> bool) {
+        self.pins.rcu(|pins| pins.without(&gone));
+    }
+
+    /// Lets thread `tid` open it for writing, once. Says no when too many
+    /// have been announced and not come.
+    pub(crate) fn announce(&self, tid: i32) -> bool {
+        self.announced
+            .iter()
+            .any(|slot| slot.compare_exchange(0, tid, SeqCst, SeqCst).is_ok())
+    }
+
+    pub(crate) fn take_announced(&self, tid: i32) -> bool {
+        tid != 0
+            && self
+                .announced
+                .iter()
+                .any(|slot| slot.compare_exchange(tid, 0, SeqCst, SeqCst).is_ok())
+    }
+}
+
+const SHARDS: usize = 1024;
+
+/// Every inode behind the gate.
+#[derive(Debug)]
+pub(crate) struct Table {
+    shards: Vec<ArcSwap<Vec<Arc<Watched>>>>,
+    /// Whoever changes the table.
+    changing: Mutex<()>,
+}
+
+impl Table {
+    pub(crate) fn new() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| ArcSwap::default()).collect(),
+            changing: Mutex::new(()),
+        }
+    }
+
+    fn shard(&self, id: InodeId) -> &ArcSwap<Vec<Arc<Watched>>> {
+        // Inode numbers grow with the directory they are made in: the lower
+        // bits spread well, mixed with those above by a Fibonacci hash.
+        let mixed = (id.inode ^ id.dev.rotate_left(32)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let at = usize::try_from(mixed >> 54).unwrap_or(0);
+        &self.shards[at % SHARDS]
+    }
+
+    /// The entry of an inode. Takes no lock.
+    pub(crate) fn get(&self, id: InodeId) -> Option<Arc<Watched>> {
+        self.shard(id)
+            .load()
+            .iter()
+            .find(|watched| watched.id == id)
+            .cloned()
+    }
+
+    /// The entry of an inode, made if there is none.
+    pub(crate) fn get_or_insert(&self, id: InodeId, make: impl FnOnce() -> Watched) -> Arc<Watched> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = self.get(id) {
+            return found;
+        }
+        let made = Arc::new(make());
+        let shard = self.shard(id);
+        let mut entries = Vec::clone(&shard.load());
+        entries.push(Arc::clone(&made));
+        shard.store(Arc::new(entries));
+        made
+    }
+
+    /// Takes an entry out.
+    pub(crate) fn remove(&self, watched: &Arc<Watched>) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let shard = self.shard(watched.id);
+        let mut entries = Vec::clone(&shard.load());
+        entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+        shard.store(Arc::new(entries));
+    }
+
+    /// Every entry there is right now.
+    pub(crate) fn all(&self) -> Vec<Arc<Watched>> {
+        self.shards
+            .iter()
+            .flat_map(|shard| Vec::clone(&shard.load()))
+            .collect()
+    }
+}
+
+/// Threads of the guard that are about to open a file behind its own gate:
+/// their opens are let in without question.
+#[derive(Debug)]
+pub(crate) struct OwnOpens {
+    slots: [AtomicI32; 64],
+}
+
+impl OwnOpens {
+    pub(crate) fn new() -> Self {
+        Self {
+            slots: [const { AtomicI32::new(0) }; 64],
+        }
+    }
+
+    /// Runs `open` with the calling thread's opens let in.
+    pub(crate) fn during<T>(&self, open: impl FnOnce() -> T) -> T {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let slot = loop {
+            let taken = self
+                .slots
+                .iter()
+                .find(|slot| slot.compare_exchange(0, tid, SeqCst, SeqCst).is_ok());
+            match taken {
+                Some(slot) => break slot,
+                // 64 opens at once: each is over in microseconds.
+                None => std::thread::yield_now(),
+            }
+        };
+        let result = open();
+        slot.store(0, SeqCst);
+        result
+    }
+
+    pub(crate) fn contains(&self, tid: i32) -> bool {
+        tid != 0 && self.slots.iter().any(|slot| slot.load(SeqCst) == tid)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::OperationKind;
+    use mapdirect_proto::{Extent, ExtentState};
+    use mapdirect_sys::unix::Sender;
+
+    const OWNER: Sender = Sender { pid: 1, uid: 0 };
+
+    fn id(inode: u64) -> InodeId {
+        InodeId { dev: 7, inode }
+    }
+
+    #[test]
+    fn entries_come_and_go() {
+        let table = Table::new();
+        let made: Vec<_> = (0..5000)
+            .map(|inode| {
+                table.get_or_insert(id(inode), || Watched::new(id(inode), true, String::new()))
+            })
+            .collect();
+        let again = table.get_or_insert(id(17), || panic!("it is there already"));
+        assert!(Arc::ptr_eq(&made[17], &again));
+        assert_eq!(table.all().len(), 5000);
+        table.remove(&made[17]);
+        assert!(table.get(id(17)).is_none());
+        assert!(table.get(id(18)).is_some());
+    }
+
+    #[test]
+    fn an_unsettled_pin_makes_others_wait_and_a_dead_one_does_not() {
+        let pin = Pin::unsettled(1, 0..4096, Flags::NONE, OWNER);
+        let write = Operation::new(OperationKind::Write, 0..10);
+        let read = Operation::new(OperationKind::Read, 0..10);
+        assert_eq!(pin.opinion(&write, 4096), Opinion::Wait);
+        assert_eq!(pin.opinion(&read, 4096), Opinion::Allow);
+        let device = DeviceId { major: 7, minor: 0 };
+        let written = Extent::new(0, Some(0), 4096, ExtentState::Written);
+        pin.settle(&BlockMap::new(device, 4096, 4096, 0..4096, [written]));
+        assert_eq!(pin.opinion(&write, 4096), Opinion::Allow);
+        let punch = Operation::new(OperationKind::PunchHole, 0..10);
+        assert_eq!(pin.opinion(&punch, 4096), Opinion::Refuse);
+        pin.bury();
+        assert_eq!(pin.opinion(&punch, 4096), Opinion::Allow);
+    }
+
+    #[test]
+    fn an_announcement_is_good_once() {
+        let watched = Watched::new(id(1), false, String::new());
+        assert!(!watched.take_announced(0), "an empty slot is no thread");
+        assert!(watched.announce(5));
+        assert!(watched.take_announced(5));
+        assert!(!watched.take_announced(5));
+        assert!((1..=8).all(|tid| watched.announce(tid)));
+        assert!(!watched.announce(9));
+    }
+
+    #[test]
+    fn only_the_opening_thread_is_ours() {
+        let own = OwnOpens::new();
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        assert!(!own.contains(tid));
+        own.during(|| assert!(own.contains(tid)));
+        assert!(!own.contains(tid));
+        assert!(!own.contains(0));
+    }
+}
