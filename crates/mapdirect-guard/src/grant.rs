@@ -46,9 +46,6 @@ pub(crate) trait Conversation {
     /// Has the holder put `replacement` in the place of the descriptor it
     /// sent.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
-    /// Has the holder replace other descriptors of the old description too,
-    /// which `byte` tells apart.
-    fn still_open(&mut self, byte: u64) -> Result<(), Refusal>;
 }
 
 /// Longest patience a request can ask for.
@@ -529,7 +526,9 @@ impl Attempt<'_> {
         }
         if unrest {
             self.no_truncation_under_way()?;
-            still_changing(&rest::wait_for_changes(Instant::now() + self.scan_patience()))?;
+            still_changing(&rest::wait_for_changes(
+                Instant::now() + self.scan_patience(),
+            ))?;
             self.watched.unrest.store(false, SeqCst);
         }
         Ok(!writers && !unrest)
@@ -606,10 +605,6 @@ impl Attempt<'_> {
         if self.is_gone(mark)? {
             return Ok(());
         }
-        self.talk.still_open(mark)?;
-        if self.is_gone(mark)? {
-            return Ok(());
-        }
         let mut found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
         found.marked.extend(
             found
@@ -660,8 +655,7 @@ impl Attempt<'_> {
             mapdirect::extents::read(self.file.as_fd(), self.judged.range.clone())
                 .map_err(|errno| system("FIEMAP", errno))
         };
-        let write_back =
-            || fsync::fsync(self.file.as_fd()).map_err(|errno| system("fsync", errno));
+        let write_back = || fsync::fsync(self.file.as_fd()).map_err(|errno| system("fsync", errno));
         if !settled {
             write_back()?;
         }
@@ -690,8 +684,16 @@ impl Attempt<'_> {
 
     fn check_map(&self, map: &BlockMap) -> Result<(), Refusal> {
         for (state, reason, text) in [
-            (ExtentState::Inline, Reason::InlineData, "lies inside the inode"),
-            (ExtentState::Encoded, Reason::Encoded, "is encrypted or compressed"),
+            (
+                ExtentState::Inline,
+                Reason::InlineData,
+                "lies inside the inode",
+            ),
+            (
+                ExtentState::Encoded,
+                Reason::Encoded,
+                "is encrypted or compressed",
+            ),
         ] {
             if map.total(state) > 0 {
                 return Err(refusal(
@@ -738,9 +740,8 @@ impl Attempt<'_> {
     fn no_store_over_frozen(&self, map: &BlockMap) -> Result<(), Refusal> {
         let found = rest::openers(self.judged.id, &self.judged.path, None);
         let over = found.writable_mappings.into_iter().find(|(_, mapped)| {
-            map.frozen().any(|extent| {
-                extent.offset.max(mapped.start) < extent.end().min(mapped.end)
-            })
+            map.frozen()
+                .any(|extent| extent.offset.max(mapped.start) < extent.end().min(mapped.end))
         });
         let Some((opener, mapped)) = over else {
             return Ok(());

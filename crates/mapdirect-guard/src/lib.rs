@@ -17,8 +17,8 @@
 mod audit;
 mod gate;
 mod grant;
-mod lifetime;
 pub mod ledger;
+mod lifetime;
 mod overlay;
 pub mod policy;
 mod rest;

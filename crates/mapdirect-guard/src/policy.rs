@@ -135,7 +135,13 @@ pub const RULES: [Rule; 23] = {
         rule(K::WriteUntorn, "write-untorn", Range, Any, true),
         rule(K::Truncate, "truncate", BeyondSize, Any, true),
         rule(K::Allocate, "allocate", Range, Frozen, true),
-        rule(K::AllocateKeepSize, "allocate-keep-size", Range, Frozen, false),
+        rule(
+            K::AllocateKeepSize,
+            "allocate-keep-size",
+            Range,
+            Frozen,
+            false,
+        ),
         rule(K::PunchHole, "punch-hole", Range, Any, false),
         rule(K::ZeroRange, "zero-range", Range, Any, true),
         rule(K::WriteZeroes, "write-zeroes", Range, Any, true),
@@ -264,7 +270,9 @@ impl Pinned {
 
     /// The frozen runs that meet `reach`.
     fn frozen_in(&self, reach: Range<u64>) -> impl Iterator<Item = &(Range<u64>, ExtentState)> {
-        let from = self.frozen.partition_point(|(run, _)| run.end <= reach.start);
+        let from = self
+            .frozen
+            .partition_point(|(run, _)| run.end <= reach.start);
         self.frozen[from..]
             .iter()
             .take_while(move |(run, _)| run.start < reach.end)
@@ -527,7 +535,11 @@ mod tests {
 
     #[test]
     fn growing_spares_a_shared_end_of_file() {
-        let map = map(5000, 0..2 * BLOCK, &[ExtentState::Written, ExtentState::Shared]);
+        let map = map(
+            5000,
+            0..2 * BLOCK,
+            &[ExtentState::Written, ExtentState::Shared],
+        );
         let pinned = Pinned::new(&map, false);
         assert!(!may(K::Write, 100_000..100_001, &pinned, 5000));
         assert!(!may(K::Truncate, 100_000..100_000, &pinned, 5000));

@@ -52,11 +52,7 @@ pub(crate) fn openers(id: InodeId, path: &str, mark: Option<u64>) -> Openers {
 
 fn scan_process(pid: i32, id: InodeId, path: &str, mark: Option<u64>, found: &mut Openers) {
     let mut command = None;
-    let mut named = || {
-        command
-            .get_or_insert_with(|| proc::command(pid))
-            .clone()
-    };
+    let mut named = || command.get_or_insert_with(|| proc::command(pid)).clone();
     // Threads may have descriptor tables of their own (CLONE_FILES left out).
     let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
     let mut tables = vec![pid];
@@ -105,9 +101,9 @@ fn scan_process(pid: i32, id: InodeId, path: &str, mark: Option<u64>, found: &mu
                 command: named(),
             };
             let is_marked = mark.is_some_and(|byte| {
-                info.locks.iter().any(|lock| {
-                    lock.kind == proc_locks::Kind::Description && lock.start == byte
-                })
+                info.locks
+                    .iter()
+                    .any(|lock| lock.kind == proc_locks::Kind::Description && lock.start == byte)
             });
             if is_marked {
                 found.marked.push(opener);
@@ -127,8 +123,7 @@ fn scan_process(pid: i32, id: InodeId, path: &str, mark: Option<u64>, found: &mu
         }
         // A shared mapping that may not be written through now may become so,
         // if its description allows it: VmFlags tell.
-        let writable =
-            entry.shared && (entry.writable || may_become_writable(pid, entry.start));
+        let writable = entry.shared && (entry.writable || may_become_writable(pid, entry.start));
         let opener = mapped.get_or_insert_with(|| Opener {
             pid,
             fd: None,
@@ -182,7 +177,11 @@ fn scan_kernel(id: InodeId, path: &str, found: &mut Openers) {
             command: what,
         });
     };
-    for entry in std::fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+    for entry in std::fs::read_dir("/sys/block")
+        .into_iter()
+        .flatten()
+        .flatten()
+    {
         let name = entry.file_name().to_string_lossy().into_owned();
         let backing = entry.path().join("loop/backing_file");
         if let Ok(backing) = std::fs::read_to_string(backing)
@@ -363,8 +362,7 @@ fn wait_for(look_for: LookFor, deadline: Instant) -> Vec<Busy> {
                 false
             }
             Seen::Running => {
-                nanoseconds_run(thread.tid)
-                    .is_none_or(|run| run < thread.had_run + PAST_THE_WINDOW)
+                nanoseconds_run(thread.tid).is_none_or(|run| run < thread.had_run + PAST_THE_WINDOW)
             }
         });
         sleeping.extend(fell_asleep);

@@ -38,7 +38,9 @@ pub enum StartError {
     )]
     PidNamespace,
     /// The kernel cannot do it.
-    #[error("this kernel has no permission events to watch files with ({0}); see `mapdirect doctor`")]
+    #[error(
+        "this kernel has no permission events to watch files with ({0}); see `mapdirect doctor`"
+    )]
     NoGate(Errno),
     /// Another guard is there already.
     #[error("another guard listens at {0}; end it first, or give another --socket")]

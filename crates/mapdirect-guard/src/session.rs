@@ -206,8 +206,8 @@ impl<'guard> Session<'guard> {
         let result = self.authorise(sender).and_then(|()| {
             let task = format!("/proc/{}/task/{tid}", sender.pid);
             let is_thread = tid > 0 && rustix::fs::stat(task).is_ok();
-            let is_path = rustix::fs::fcntl_getfl(path)
-                .is_ok_and(|flags| flags.contains(OFlags::PATH));
+            let is_path =
+                rustix::fs::fcntl_getfl(path).is_ok_and(|flags| flags.contains(OFlags::PATH));
             if !is_thread || !is_path {
                 return Err(protocol("an announcement names a thread and a path"));
             }
@@ -283,12 +283,6 @@ impl Conversation for Session<'_> {
             .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
         self.wait_for_swapped()
     }
-
-    fn still_open(&mut self, byte: u64) -> Result<(), Refusal> {
-        self.send(&Reply::StillOpen { byte }, &[])
-            .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
-        self.wait_for_swapped()
-    }
 }
 
 /// Reads a request and counts its descriptors.
@@ -301,7 +295,9 @@ fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
     if received.fds.len() == request.descriptors() {
         Ok(request)
     } else {
-        Err(protocol("the message carries another number of descriptors than it must"))
+        Err(protocol(
+            "the message carries another number of descriptors than it must",
+        ))
     }
 }
 

@@ -63,7 +63,11 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
     Some(FileStatus {
         device: watched.id.device(),
         inode: watched.id.inode,
-        path: if known { watched.path.clone() } else { String::new() },
+        path: if known {
+            watched.path.clone()
+        } else {
+            String::new()
+        },
         holders: if known { holders(watched) } else { Vec::new() },
         pins: live,
     })

@@ -272,7 +272,11 @@ impl Table {
     }
 
     /// The entry of an inode, made if there is none.
-    pub(crate) fn get_or_insert(&self, id: InodeId, make: impl FnOnce() -> Watched) -> Arc<Watched> {
+    pub(crate) fn get_or_insert(
+        &self,
+        id: InodeId,
+        make: impl FnOnce() -> Watched,
+    ) -> Arc<Watched> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = self.get(id) {
             return found;

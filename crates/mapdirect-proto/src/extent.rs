@@ -248,7 +248,9 @@ impl BlockMap {
 
     /// The extents that a pin cannot let anybody store to.
     pub fn frozen(&self) -> impl Iterator<Item = &Extent> {
-        self.extents.iter().filter(|extent| !extent.state.is_stable())
+        self.extents
+            .iter()
+            .filter(|extent| !extent.state.is_stable())
     }
 
     /// Whether every block is allocated, written and not shared.
@@ -260,8 +262,12 @@ impl BlockMap {
     /// The extent that holds byte `offset` of the file.
     #[must_use]
     pub fn find(&self, offset: u64) -> Option<&Extent> {
-        let at = self.extents.partition_point(|extent| extent.end() <= offset);
-        self.extents.get(at).filter(|extent| extent.offset <= offset)
+        let at = self
+            .extents
+            .partition_point(|extent| extent.end() <= offset);
+        self.extents
+            .get(at)
+            .filter(|extent| extent.offset <= offset)
     }
 
     /// Bytes in `state`.
@@ -326,8 +332,8 @@ pub fn decode_extents(bytes: &[u8]) -> Result<Vec<Extent>, crate::DecodeError> {
     records
         .iter()
         .map(|bytes| {
-            let record = ExtentRecord::read_from_bytes(bytes)
-                .map_err(|_| crate::DecodeError::Short)?;
+            let record =
+                ExtentRecord::read_from_bytes(bytes).map_err(|_| crate::DecodeError::Short)?;
             let state = ExtentState::from_number(record.state.get())
                 .ok_or(crate::DecodeError::Value("extent state"))?;
             let physical = Some(record.physical.get()).filter(|at| *at != u64::MAX);
@@ -358,10 +364,9 @@ mod tests {
 
     fn extent() -> impl Strategy<Value = Extent> {
         let physical = proptest::option::of(0u64..1 << 40);
-        (0u64..1000, physical, 0u64..300, state())
-            .prop_map(|(offset, physical, length, state)| {
-                Extent::new(offset, physical, length, state)
-            })
+        (0u64..1000, physical, 0u64..300, state()).prop_map(|(offset, physical, length, state)| {
+            Extent::new(offset, physical, length, state)
+        })
     }
 
     proptest! {

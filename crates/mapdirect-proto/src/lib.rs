@@ -17,8 +17,8 @@
 //!   Pin + file       ───────────────────▶
 //!                    ◀───────────────────  Swap + file      only if the
 //!   Swapped          ───────────────────▶                   file was opened
-//!                    ◀───────────────────  StillOpen        before the gate
-//!   Swapped          ───────────────────▶                   closed
+//!                                                           before the gate
+//!                                                           closed
 //!                    ◀───────────────────  Granted + file, or Refused
 //! ```
 

@@ -223,13 +223,6 @@ pub enum Reply {
     /// The description that came with the request predates the gate: put the
     /// one that comes with this in its place.
     Swap,
-    /// The old description lives on. Descriptors of this process that still
-    /// refer to it are those through which `byte` shows no lock while others
-    /// see one.
-    StillOpen {
-        /// Byte locked through the old description.
-        byte: u64,
-    },
     /// The pin holds.
     Granted(Granted),
     /// There is no pin.
@@ -264,11 +257,10 @@ mod kind {
     pub(super) const WELCOME: u16 = 101;
     pub(super) const DONE: u16 = 102;
     pub(super) const SWAP: u16 = 103;
-    pub(super) const STILL_OPEN: u16 = 104;
-    pub(super) const GRANTED: u16 = 105;
-    pub(super) const REFUSED: u16 = 106;
-    pub(super) const PINS: u16 = 107;
-    pub(super) const STATUS_REPLY: u16 = 108;
+    pub(super) const GRANTED: u16 = 104;
+    pub(super) const REFUSED: u16 = 105;
+    pub(super) const PINS: u16 = 106;
+    pub(super) const STATUS_REPLY: u16 = 107;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -307,12 +299,6 @@ struct WelcomeRecord {
     pid: I32,
     reserved: U32,
     challenge: [u8; 32],
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
-#[repr(C)]
-struct StillOpenRecord {
-    byte: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -561,12 +547,6 @@ impl Reply {
             }
             Self::Done => message(kind::DONE, &Empty {}, &[]),
             Self::Swap => message(kind::SWAP, &Empty {}, &[]),
-            Self::StillOpen { byte } => {
-                let record = StillOpenRecord {
-                    byte: (*byte).into(),
-                };
-                message(kind::STILL_OPEN, &record, &[])
-            }
             Self::Granted(granted) => encode_granted(granted),
             Self::Refused(refusal) => encode_refusal(refusal),
             Self::Pins(pins, omitted) => encode_pins(pins, *omitted),
@@ -598,12 +578,6 @@ impl Reply {
             kind::SWAP => {
                 let Empty {} = body.only()?;
                 Self::Swap
-            }
-            kind::STILL_OPEN => {
-                let record: StillOpenRecord = body.only()?;
-                Self::StillOpen {
-                    byte: record.byte.get(),
-                }
             }
             kind::GRANTED => Self::Granted(decode_granted(body)?),
             kind::REFUSED => Self::Refused(decode_refusal(body)?),
@@ -838,21 +812,25 @@ mod tests {
                 })
             },
         );
-        let pin = (any::<u64>(), any::<u64>(), any::<u64>(), 0u32..8, any::<i32>()).prop_map(
-            |(pin, start, end, flags, pid)| PinnedRange {
+        let pin = (
+            any::<u64>(),
+            any::<u64>(),
+            any::<u64>(),
+            0u32..8,
+            any::<i32>(),
+        )
+            .prop_map(|(pin, start, end, flags, pid)| PinnedRange {
                 pin,
                 range: start..end,
                 flags: Flags(flags),
                 pid,
-            },
-        );
+            });
         let pins = (proptest::collection::vec(pin, 0..9), any::<u32>())
             .prop_map(|(pins, omitted)| Reply::Pins(pins, omitted.into()));
         prop_oneof![
             welcome,
             Just(Reply::Done),
             Just(Reply::Swap),
-            any::<u64>().prop_map(|byte| Reply::StillOpen { byte }),
             granted,
             refused,
             pins,

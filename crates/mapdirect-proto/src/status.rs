@@ -220,7 +220,12 @@ impl Status {
             let record = RefusedRecord {
                 count: (*count).into(),
             };
-            put(&mut bytes, kind::REFUSED, &record, &[clipped(name, MAX_TEXT)]);
+            put(
+                &mut bytes,
+                kind::REFUSED,
+                &record,
+                &[clipped(name, MAX_TEXT)],
+            );
         }
         for file in &self.files {
             let record = FileRecord {
@@ -228,7 +233,12 @@ impl Status {
                 minor: file.device.minor.into(),
                 inode: file.inode.into(),
             };
-            put(&mut bytes, kind::FILE, &record, &[clipped(&file.path, MAX_TEXT)]);
+            put(
+                &mut bytes,
+                kind::FILE,
+                &record,
+                &[clipped(&file.path, MAX_TEXT)],
+            );
             for pin in &file.pins {
                 put(&mut bytes, kind::PIN, &pin_record(pin), &[]);
             }

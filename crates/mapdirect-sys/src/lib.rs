@@ -15,6 +15,7 @@ compile_error!("mapdirect speaks to Linux interfaces only");
 compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
 
 pub mod capget;
+pub mod dup;
 pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;

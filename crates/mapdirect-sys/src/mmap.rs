@@ -79,8 +79,7 @@ pub unsafe fn map(
     let address = std::ptr::without_provenance_mut(address);
     // SAFETY: the caller answers for MAP_FIXED; otherwise mmap only adds a
     // mapping where there is none.
-    let mapped =
-        unsafe { libc::mmap(address, length, prot, flags, file.as_raw_fd(), offset) };
+    let mapped = unsafe { libc::mmap(address, length, prot, flags, file.as_raw_fd(), offset) };
     if mapped == libc::MAP_FAILED {
         return Err(last_errno());
     }

@@ -112,8 +112,10 @@ pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
 /// Where a descriptor's file was last seen, for a person to read.
 #[must_use]
 pub fn path_of(file: BorrowedFd<'_>) -> String {
-    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref())
-        .map_or_else(|_| String::from("?"), |path| path.to_string_lossy().into_owned())
+    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref()).map_or_else(
+        |_| String::from("?"),
+        |path| path.to_string_lossy().into_owned(),
+    )
 }
 
 /// Opens a file below `/proc/<id>`, for processes and threads alike.

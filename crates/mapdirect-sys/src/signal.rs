@@ -2,6 +2,40 @@
 
 use crate::{Result, checked, last_errno};
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Sent by the kernel itself.
+const SI_KERNEL: i32 = 0x80;
+
+/// Numbers of signals.
+#[derive(Clone, Copy, Debug)]
+pub struct Signal;
+
+impl Signal {
+    /// `SIGINT`.
+    pub const INTERRUPT: i32 = libc::SIGINT;
+    /// `SIGTERM`.
+    pub const TERMINATE: i32 = libc::SIGTERM;
+    /// `SIGHUP`.
+    pub const HANGUP: i32 = libc::SIGHUP;
+    /// `SIGCHLD`.
+    pub const CHILD: i32 = libc::SIGCHLD;
+    /// `SIGKILL`.
+    pub const KILL: i32 = libc::SIGKILL;
+    /// `SIGIO`.
+    pub const IO: i32 = libc::SIGIO;
+}
+
+/// A signal that arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Received {
+    /// Its number.
+    pub number: i32,
+    /// The kernel sent it, for a key on the terminal: every process of the
+    /// foreground group got it.
+    pub from_terminal: bool,
+}
 
 /// A set of signals, blocked in the calling thread (and the threads it makes
 /// from then on) and readable from a descriptor instead.
@@ -36,20 +70,26 @@ impl SignalFd {
         Ok(Self { fd })
     }
 
-    /// Waits for one of the signals and returns its number.
+    /// Waits for one of the signals.
     ///
     /// # Errors
     ///
     /// Whatever `read(2)` answers.
-    pub fn wait(&self) -> Result<i32> {
+    pub fn wait(&self) -> Result<Received> {
         let mut record = [0u8; size_of::<libc::signalfd_siginfo>()];
         loop {
             match rustix::io::read(&self.fd, &mut record) {
                 Ok(_) => {
-                    // ssi_signo is the first field.
-                    let mut number = [0; 4];
-                    number.copy_from_slice(&record[..4]);
-                    return Ok(i32::from_ne_bytes(number));
+                    // ssi_signo and ssi_code: the first and third field.
+                    let field = |at: usize| {
+                        let mut number = [0; 4];
+                        number.copy_from_slice(&record[at..at + 4]);
+                        i32::from_ne_bytes(number)
+                    };
+                    return Ok(Received {
+                        number: field(0),
+                        from_terminal: field(8) == SI_KERNEL,
+                    });
                 }
                 Err(crate::Errno::INTR) => {}
                 Err(other) => return Err(other),
@@ -64,22 +104,23 @@ impl std::os::fd::AsFd for SignalFd {
     }
 }
 
-/// Unblocks every signal in the calling thread, as a program about to be
-/// executed expects it. Async-signal-safe.
-///
-/// # Errors
-///
-/// None in practice.
-pub fn unblock_all() -> Result<()> {
+/// Has `command` run with no signal blocked, as programs expect it: a mask
+/// set for [`SignalFd::block`] would be inherited.
+pub fn unblocked_in_child(command: &mut Command) {
     let set = signal_set(&[]);
-    // SAFETY: reads the set only.
-    let ret =
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) };
-    if ret == 0 {
-        Ok(())
-    } else {
-        Err(crate::Errno::from_raw_os_error(ret))
-    }
+    let unblock = move || {
+        // SAFETY: reads the set only, and is async-signal-safe.
+        let ret =
+            unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const set, std::ptr::null_mut()) };
+        if ret == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
+    };
+    // SAFETY: between fork and exec the closure makes one async-signal-safe
+    // call and neither allocates nor locks.
+    unsafe { command.pre_exec(unblock) };
 }
 
 /// Ignores a signal in the whole process. Meant for `SIGIO`, which a lease
@@ -127,8 +168,23 @@ mod tests {
     #[test]
     fn a_blocked_signal_is_read() {
         let signals = SignalFd::block(&[libc::SIGUSR2]).unwrap();
+        // SAFETY: takes nothing and cannot fail.
+        let own = unsafe { libc::pthread_self() };
         // SAFETY: sends a blocked signal to the calling thread alone.
-        unsafe { libc::pthread_kill(libc::pthread_self(), libc::SIGUSR2) };
-        assert_eq!(signals.wait(), Ok(libc::SIGUSR2));
+        unsafe { libc::pthread_kill(own, libc::SIGUSR2) };
+        let received = signals.wait().unwrap();
+        assert_eq!(received.number, libc::SIGUSR2);
+        assert!(!received.from_terminal);
+    }
+
+    #[test]
+    fn a_child_has_nothing_blocked() {
+        let _signals = SignalFd::block(&[libc::SIGUSR1]).unwrap();
+        let mut command = Command::new("grep");
+        command.args(["SigBlk", "/proc/self/status"]);
+        unblocked_in_child(&mut command);
+        let output = command.output().unwrap().stdout;
+        let text = String::from_utf8(output).unwrap();
+        assert_eq!(text.trim(), "SigBlk:\t0000000000000000");
     }
 }

@@ -163,8 +163,8 @@ impl Socket {
     pub fn peer_pidfd(&self) -> Result<OwnedFd> {
         const SO_PEERPIDFD: libc::c_int = 77;
         let mut fd: libc::c_int = -1;
-        let mut length = libc::socklen_t::try_from(size_of::<libc::c_int>())
-            .map_err(|_| Errno::INVAL)?;
+        let mut length =
+            libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(|_| Errno::INVAL)?;
         // SAFETY: the option writes one int, the size `length` says.
         checked(unsafe {
             libc::getsockopt(
@@ -241,8 +241,8 @@ impl Socket {
     ///
     /// `EAGAIN` after the receive timeout, `ECONNRESET`.
     pub fn receive(&self, buffer: &mut [u8]) -> Result<Received> {
-        let mut space = [MaybeUninit::uninit();
-            rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
+        let mut space =
+            [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS), ScmCredentials(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let message = loop {
             match rustix::net::recvmsg(
@@ -326,10 +326,7 @@ mod tests {
         let first = other.receive(&mut buffer).unwrap();
         assert_eq!(&buffer[..first.length], b"abc");
         assert_eq!((first.fds.len(), first.truncated), (1, false));
-        assert_eq!(
-            first.sender.unwrap().pid,
-            std::process::id().cast_signed()
-        );
+        assert_eq!(first.sender.unwrap().pid, std::process::id().cast_signed());
         assert_eq!(other.receive(&mut buffer).unwrap().length, 1);
     }
 

@@ -48,7 +48,13 @@ pub fn features(file: BorrowedFd<'_>) -> Result<u32> {
     let mut geometry = std::mem::MaybeUninit::<GeometryV1>::zeroed();
     // SAFETY: the ioctl writes at most 112 bytes, the size that is part of
     // its number and of the assert above.
-    checked(unsafe { libc::ioctl(file.as_raw_fd(), XFS_IOC_FSGEOMETRY_V1, geometry.as_mut_ptr()) })?;
+    checked(unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            XFS_IOC_FSGEOMETRY_V1,
+            geometry.as_mut_ptr(),
+        )
+    })?;
     // SAFETY: every field is an integer, so the zeroed bytes the kernel may
     // have left are valid too.
     Ok(unsafe { geometry.assume_init() }.flags)

@@ -80,9 +80,10 @@ pub fn read(file: BorrowedFd<'_>, range: Range<u64>) -> Result<BlockMap, Errno> 
     // What lies beyond the end of file comes and goes with speculative
     // preallocation and its garbage collection; it holds no bytes of the
     // file and is left out.
-    let end = range
-        .end
-        .min(size.checked_next_multiple_of(u64::from(block_size)).unwrap_or(size));
+    let end = range.end.min(
+        size.checked_next_multiple_of(u64::from(block_size))
+            .unwrap_or(size),
+    );
     if range.start < end {
         fiemap(file, range.start, end - range.start, |extent| {
             reported.extend(from_raw(&extent).clipped(&(range.start..end)));

@@ -1,8 +1,66 @@
-//! wip
-#![allow(missing_docs, reason = "wip")]
+//! Files mapped so that nobody can move, free, share or allocate the blocks
+//! under the mapping: the semantics of `MAP_DIRECT`, an mmap flag that Linux
+//! never merged, on the kernels people already run.
+//!
+//! A [`DirectMap`] is a shared mapping whose blocks stay where they are; a
+//! [`Pin`] holds a block map still without mapping anything. While either
+//! exists, an operation by anybody that would change the block map of the
+//! range fails with `ETXTBSY`. A guard keeps that promise: `mapdirect guard`,
+//! run by root. The caller needs `CAP_LINUX_IMMUTABLE`.
+//!
+//! ```no_run
+//! use mapdirect::{MapOptions, PinOptions, Status};
+//!
+//! let file = std::fs::File::options().read(true).write(true).open("data")?;
+//!
+//! // Stores go to the file's own blocks; no truncation can turn them into SIGBUS.
+//! let map = MapOptions::new().range(0..1 << 20).accept_page_cache(true).map(&file)?;
+//! map.write_at(0, b"hello")?;
+//! map.persist(0..5)?;
+//!
+//! // Extents that stay true, for whoever goes to the blocks by itself.
+//! let pin = PinOptions::new().range(0..1 << 20).pin(&file)?;
+//! assert!(pin.block_map().is_stable());
+//! assert_eq!(pin.status(), Status::Kept);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! Not every block can be mapped: holes, unwritten and shared blocks are
+//! *frozen* under a pin, since a store to them would have to change the block
+//! map. They can be pinned; mapping a range that has some is refused with
+//! `EOPNOTSUPP`.
+
+#![deny(unsafe_code)]
+
+#[expect(unsafe_code, reason = "atomic access to mapped memory")]
+mod access;
+#[doc(hidden)]
 pub mod eligibility;
-pub mod error;
+mod error;
+mod establish;
+#[doc(hidden)]
 pub mod extents;
+mod guard;
+mod locks;
+#[expect(
+    unsafe_code,
+    reason = "mappings are made, handed out and unmapped here"
+)]
+mod mapping;
+mod open;
+mod pin;
+#[expect(
+    unsafe_code,
+    reason = "the system call takes an address from its caller"
+)]
+pub mod raw;
+
+pub use error::{Error, Kind, Result};
+pub use establish::Scope;
 pub use extents::block_map;
-pub use mapdirect_proto::{BlockMap, ExtentState};
-pub struct Pin;
+pub use guard::Guard;
+pub use mapdirect_proto::status;
+pub use mapdirect_proto::{BlockMap, DeviceId, Extent, ExtentState, Gate, Opener, PinnedRange};
+pub use mapping::{DirectMap, MapOptions, Status};
+pub use open::open;
+pub use pin::{Pin, PinOptions};

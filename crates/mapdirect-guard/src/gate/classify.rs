@@ -129,9 +129,7 @@ fn open_call(number: i64) -> Option<Call> {
 /// them.
 #[must_use]
 pub(crate) fn is_plain_read(syscall: &Syscall) -> bool {
-    cfg!(target_arch = "x86_64")
-        && syscall.is_genuine()
-        && call(syscall.number) == Some(Call::Read)
+    cfg!(target_arch = "x86_64") && syscall.is_genuine() && call(syscall.number) == Some(Call::Read)
 }
 
 /// What an `open` is for.
@@ -246,30 +244,59 @@ fn classify_rw(
     descriptors: &impl Descriptors,
 ) -> Operation {
     match caller {
-        "vfs_read" | "vfs_readv" | "do_iter_read" | "vfs_iter_read" | "vfs_iocb_iter_read"
-        | "aio_read" | "io_read" | "__io_read" | "kernel_read" | "__kernel_read"
-        | "vfs_splice_read" | "do_splice_read" | "splice_file_to_pipe" | "do_splice_to" => {
-            Operation::new(K::Read, range)
-        }
-        "vfs_write" | "vfs_writev" | "do_iter_write" | "vfs_iter_write"
-        | "vfs_iocb_iter_write" | "aio_write" | "io_write" | "kernel_write"
-        | "__kernel_write" | "__kernel_write_iter" => {
-            classify_write(asked, caller, range, descriptors)
-        }
+        "vfs_read"
+        | "vfs_readv"
+        | "do_iter_read"
+        | "vfs_iter_read"
+        | "vfs_iocb_iter_read"
+        | "aio_read"
+        | "io_read"
+        | "__io_read"
+        | "kernel_read"
+        | "__kernel_read"
+        | "vfs_splice_read"
+        | "do_splice_read"
+        | "splice_file_to_pipe"
+        | "do_splice_to" => Operation::new(K::Read, range),
+        "vfs_write"
+        | "vfs_writev"
+        | "do_iter_write"
+        | "vfs_iter_write"
+        | "vfs_iocb_iter_write"
+        | "aio_write"
+        | "io_write"
+        | "kernel_write"
+        | "__kernel_write"
+        | "__kernel_write_iter" => classify_write(asked, caller, range, descriptors),
         "do_sendfile" => {
             // sendfile(out, in): the same function asks about both sides.
             let into = genuine(asked).filter(|(call, _)| *call == Call::Sendfile);
-            transfer(into.map(|(_, args)| descriptor(args[0])), range, asked, descriptors)
+            transfer(
+                into.map(|(_, args)| descriptor(args[0])),
+                range,
+                asked,
+                descriptors,
+            )
         }
         "do_splice" | "__do_splice" => {
             let into = genuine(asked).filter(|(call, _)| *call == Call::Splice);
-            transfer(into.map(|(_, args)| descriptor(args[2])), range, asked, descriptors)
+            transfer(
+                into.map(|(_, args)| descriptor(args[2])),
+                range,
+                asked,
+                descriptors,
+            )
         }
         // Both sides again. Where blocks can be shared they will be.
         "vfs_copy_file_range" if asked.reflink => Operation::new(K::CopyRange, range),
         "vfs_copy_file_range" => {
             let into = genuine(asked).filter(|(call, _)| *call == Call::CopyFileRange);
-            transfer(into.map(|(_, args)| descriptor(args[2])), range, asked, descriptors)
+            transfer(
+                into.map(|(_, args)| descriptor(args[2])),
+                range,
+                asked,
+                descriptors,
+            )
         }
         _ => Operation::new(K::Unknown, 0..u64::MAX),
     }
@@ -499,23 +526,59 @@ mod tests {
     #[test]
     fn stacks_of_a_real_kernel() {
         for (frames, reflink, expected) in [
-            (&["rw_verify_area", "vfs_read", "ksys_read"][..], true, K::Read),
+            (
+                &["rw_verify_area", "vfs_read", "ksys_read"][..],
+                true,
+                K::Read,
+            ),
             (&["rw_verify_area", "vfs_readv", "do_preadv"], true, K::Read),
-            (&["rw_verify_area", "io_read", "io_issue_sqe"], true, K::Read),
-            (&["rw_verify_area", "vfs_write", "ksys_write"], true, K::Write),
-            (&["rw_verify_area", "io_write", "io_issue_sqe"], false, K::Write),
-            (&["rw_verify_area", "io_write", "io_issue_sqe"], true, K::WriteUntorn),
+            (
+                &["rw_verify_area", "io_read", "io_issue_sqe"],
+                true,
+                K::Read,
+            ),
+            (
+                &["rw_verify_area", "vfs_write", "ksys_write"],
+                true,
+                K::Write,
+            ),
+            (
+                &["rw_verify_area", "io_write", "io_issue_sqe"],
+                false,
+                K::Write,
+            ),
+            (
+                &["rw_verify_area", "io_write", "io_issue_sqe"],
+                true,
+                K::WriteUntorn,
+            ),
             (&["rw_verify_area", "aio_write"], true, K::WriteUntorn),
-            (&["rw_verify_area", "vfs_copy_file_range"], true, K::CopyRange),
+            (
+                &["rw_verify_area", "vfs_copy_file_range"],
+                true,
+                K::CopyRange,
+            ),
             (&["rw_verify_area", "vfs_copy_file_range"], false, K::Write),
             (&["rw_verify_area", "do_sendfile"], true, K::Write),
             (&["rw_verify_area", "something_new"], true, K::Unknown),
             (&["vfs_fallocate", "io_fallocate"], true, K::Reshape),
             (&["do_ftruncate", "do_sys_ftruncate"], true, K::Truncate),
             (&["vfs_truncate", "__x64_sys_truncate"], true, K::Truncate),
-            (&["remap_verify_area", "vfs_clone_file_range"], true, K::Clone),
-            (&["remap_verify_area", "vfs_dedupe_file_range_one"], true, K::Dedupe),
-            (&["remap_verify_area", "xfs_exchange_range"], true, K::Exchange),
+            (
+                &["remap_verify_area", "vfs_clone_file_range"],
+                true,
+                K::Clone,
+            ),
+            (
+                &["remap_verify_area", "vfs_dedupe_file_range_one"],
+                true,
+                K::Dedupe,
+            ),
+            (
+                &["remap_verify_area", "xfs_exchange_range"],
+                true,
+                K::Exchange,
+            ),
             (&["vm_mmap_pgoff", "ksys_mmap_pgoff"], true, K::MapWrite),
             (&["a_hook_of_the_future"], true, K::Unknown),
             (&[], true, K::Unknown),
@@ -641,7 +704,10 @@ mod tests {
             let frames = stack(&["rw_verify_area", "vfs_write"]);
             let call = syscall(18, [3, 0x7f00, 10, 5000, 0, 0]);
             let operation = |flags| {
-                let fds = Fds { watched: &[], flags };
+                let fds = Fds {
+                    watched: &[],
+                    flags,
+                };
                 classify(&asked(&frames, Some(&call), (4096, 4096), true), &fds)
             };
             let in_place = operation(Some(0o2));

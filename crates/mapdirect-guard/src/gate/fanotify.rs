@@ -131,7 +131,11 @@ impl Server<'_> {
         let mut buffer = vec![0; 4096];
         let mut events = Vec::new();
         loop {
-            match self.gate.group.read(&mut buffer, |event| events.push(event)) {
+            match self
+                .gate
+                .group
+                .read(&mut buffer, |event| events.push(event))
+            {
                 Ok(_) => {}
                 Err(Errno::AGAIN) => {
                     if self.guard.is_stopping() && self.waiting.is_empty() {

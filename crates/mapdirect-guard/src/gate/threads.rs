@@ -76,7 +76,9 @@ impl Threads {
             .stack
             .as_ref()
             .and_then(|stack| proc::reread(stack.as_fd(), &mut buffer).ok());
-        text.map_or_else(String::new, |text| String::from_utf8_lossy(text).into_owned())
+        text.map_or_else(String::new, |text| {
+            String::from_utf8_lossy(text).into_owned()
+        })
     }
 
     fn files(&mut self, tid: i32) -> Option<&mut Files> {

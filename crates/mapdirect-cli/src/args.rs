@@ -1,0 +1,136 @@
+//! The command line.
+
+use crate::size::{ByteRange, parse_range};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+const AFTER: &str = "\
+Exit status:
+  0    it worked
+  1    it was refused, or failed
+  2    the command line makes no sense
+  3    no guard answers
+  4    the guard went away while a pin was held
+`pin -- COMMAND` passes COMMAND's own status on (128 + N if signal N killed it), and ends
+with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found.
+
+Environment:
+  MAPDIRECT_SOCKET   where the guard listens (default: /run/mapdirect/guard.sock)
+  MAPDIRECT_CACHED   1 lets programs map files without DAX, through the page cache";
+
+/// Keep the blocks of files where they are.
+///
+/// While a range of a file is pinned or mapped MAP_DIRECT, nobody can move,
+/// free, share or allocate the blocks under it: whoever tries gets ETXTBSY.
+#[derive(Debug, Parser)]
+#[command(name = "mapdirect", version, after_help = AFTER, after_long_help = AFTER)]
+pub struct Mapdirect {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run the guard in the foreground until SIGTERM or SIGINT
+    Guard(GuardArgs),
+    /// Pin a range of a file, without mapping it, and print its extents
+    Pin(PinArgs),
+    /// Draw the block map of a file
+    Show(ShowArgs),
+    /// What the guard is doing: pins, holders, refusals
+    Status(StatusArgs),
+    /// What this machine offers, what is missing, and how to mend it
+    Doctor(DoctorArgs),
+}
+
+/// Which gate to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum GateChoice {
+    /// The best one this kernel has
+    Auto,
+    /// Permission events: Linux 6.14 and later; excludes writers
+    Fanotify,
+    /// BPF LSM programs; not part of this version
+    Bpf,
+}
+
+/// How much a pin covers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ScopeChoice {
+    /// The range, rounded out to blocks
+    Range,
+    /// The whole file, its size included
+    File,
+}
+
+/// Arguments of `guard`.
+#[derive(Debug, Args)]
+pub struct GuardArgs {
+    /// Where to listen
+    #[arg(long, value_name = "PATH", env = "MAPDIRECT_SOCKET",
+          default_value = mapdirect_proto::DEFAULT_SOCKET)]
+    pub socket: PathBuf,
+    /// What refuses operations that would break a pin
+    #[arg(long, value_enum, default_value = "auto")]
+    pub gate: GateChoice,
+    /// Do not print refusals
+    #[arg(long, short)]
+    pub quiet: bool,
+}
+
+/// Arguments of `pin`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
+Prints the extents, then holds the pin until COMMAND ends, or until SIGINT or SIGTERM.")]
+pub struct PinArgs {
+    /// The file
+    pub file: PathBuf,
+    /// Bytes to pin, as in 1M:2M; OFFSET: goes to the end [default: the whole file as it is now]
+    #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
+    pub range: Option<ByteRange>,
+    /// Pin the range, or the whole file with its size
+    #[arg(long, value_enum, default_value = "range")]
+    pub scope: ScopeChoice,
+    /// How long to wait for others to let go of the file, in milliseconds
+    #[arg(long, value_name = "MS", default_value = "100")]
+    pub patience: u32,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Command to run while the pin is held
+    #[arg(last = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
+}
+
+/// Arguments of `show`.
+#[derive(Debug, Args)]
+pub struct ShowArgs {
+    /// The file
+    pub file: PathBuf,
+    /// List every extent, too
+    #[arg(long, short)]
+    pub extents: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `status`.
+#[derive(Debug, Args)]
+pub struct StatusArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `doctor`.
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,159 @@
+//! Block maps as pictures.
+
+use crate::size::human;
+use mapdirect::{BlockMap, ExtentState};
+use std::fmt::Write;
+use std::ops::Range;
+
+/// The character of a state.
+fn glyph(state: ExtentState) -> char {
+    match state {
+        ExtentState::Written => '█',
+        ExtentState::Shared => '▓',
+        ExtentState::Unwritten => '░',
+        ExtentState::Hole => '·',
+        ExtentState::Delalloc => '~',
+        _ => '?',
+    }
+}
+
+/// A cell that holds several states.
+const MIXED: char = '▞';
+/// Below a cell that is pinned, wholly or in part.
+const PINNED: char = '━';
+
+/// Most rows a picture has.
+const ROWS: u64 = 16;
+
+/// Draws a block map, a line of marks under what is pinned.
+pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>], width: usize) -> String {
+    let range = map.range();
+    let length = range.end - range.start;
+    let block = u64::from(map.block_size()).max(1);
+    // Room for the offset in front of every row.
+    let columns = width.saturating_sub(14).clamp(16, 128) as u64;
+    let cell = length
+        .div_ceil(columns * ROWS)
+        .max(1)
+        .next_multiple_of(block);
+    let cells = length.div_ceil(cell);
+    let mut picture = String::new();
+    let mut row = 0;
+    while row < cells {
+        let here = row..cells.min(row + columns);
+        let start = range.start + here.start * cell;
+        let bytes = |at: u64| {
+            let start = range.start + at * cell;
+            start..range.end.min(start + cell)
+        };
+        let line: String = here.clone().map(|at| state_of(map, &bytes(at))).collect();
+        let _ = writeln!(picture, "{start:>12}  {line}");
+        let marks: String = here
+            .map(|at| {
+                let bytes = bytes(at);
+                let is_pinned = pinned
+                    .iter()
+                    .any(|pin| pin.start.max(bytes.start) < pin.end.min(bytes.end));
+                if is_pinned { PINNED } else { ' ' }
+            })
+            .collect();
+        if marks.contains(PINNED) {
+            let _ = writeln!(picture, "{:>12}  {}", "pinned", marks.trim_end());
+        }
+        row += columns;
+    }
+    let _ = writeln!(
+        picture,
+        "{:>12}  one character = {}; {} written  {} shared  {} unwritten  {} hole  {MIXED} mixed",
+        "",
+        human(cell),
+        glyph(ExtentState::Written),
+        glyph(ExtentState::Shared),
+        glyph(ExtentState::Unwritten),
+        glyph(ExtentState::Hole),
+    );
+    picture
+}
+
+fn state_of(map: &BlockMap, bytes: &Range<u64>) -> char {
+    let mut found: Option<ExtentState> = None;
+    let extents = map.extents();
+    let first = extents.partition_point(|extent| extent.end() <= bytes.start);
+    for extent in &extents[first..] {
+        if extent.offset >= bytes.end {
+            break;
+        }
+        if found.is_some_and(|state| state != extent.state) {
+            return MIXED;
+        }
+        found = Some(extent.state);
+    }
+    found.map_or(' ', glyph)
+}
+
+/// The extents as a table.
+pub(crate) fn extent_table(map: &BlockMap) -> String {
+    let mut table = format!(
+        "{:>16} {:>16} {:>16}  state\n",
+        "file offset", "physical offset", "length"
+    );
+    for extent in map.extents() {
+        let physical = extent
+            .physical
+            .map_or_else(|| String::from("-"), |at| at.to_string());
+        let _ = writeln!(
+            table,
+            "{:>16} {physical:>16} {:>16}  {}",
+            extent.offset, extent.length, extent.state
+        );
+    }
+    table
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mapdirect::{DeviceId, Extent};
+    use proptest::prelude::*;
+
+    fn map(range: Range<u64>, extents: Vec<Extent>) -> BlockMap {
+        let device = DeviceId { major: 7, minor: 0 };
+        BlockMap::new(device, 4096, range.end, range, extents)
+    }
+
+    #[test]
+    fn a_small_file_shows_every_block() {
+        let map = map(
+            0..5 * 4096,
+            vec![
+                Extent::new(0, Some(4096), 8192, ExtentState::Written),
+                Extent::new(12288, Some(65536), 4096, ExtentState::Shared),
+                Extent::new(16384, Some(99 << 12), 4096, ExtentState::Unwritten),
+            ],
+        );
+        let picture = block_map(&map, &[4096..8192], 80);
+        let lines: Vec<_> = picture.lines().collect();
+        assert_eq!(lines[0].trim_start(), "0  ██·▓░");
+        assert_eq!(lines[1].trim_start(), "pinned   ━");
+    }
+
+    proptest! {
+        #[test]
+        fn any_map_fits_the_picture(
+            start in 0u64..1 << 40,
+            length in 1u64..1 << 45,
+            width in 0usize..300,
+            offsets in proptest::collection::vec(0u64..1 << 45, 0..9),
+        ) {
+            let mut offsets = offsets;
+            offsets.sort_unstable();
+            let extents = offsets
+                .into_iter()
+                .map(|at| Extent::new(at, Some(0), 8192, ExtentState::Written))
+                .collect();
+            let map = map(start..start + length, extents);
+            let picture = block_map(&map, &[0..u64::MAX], width);
+            prop_assert!(picture.lines().count() as u64 <= 2 * ROWS + 3);
+        }
+    }
+}

@@ -1,0 +1,70 @@
+//! How the process ends.
+
+use crate::output;
+use mapdirect::{Error, Kind};
+use std::process::ExitCode;
+
+/// An exit status, as the manual documents it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exit(u8);
+
+impl Exit {
+    /// It worked.
+    pub const SUCCESS: Self = Self(0);
+    /// It was refused, or failed.
+    pub const FAILURE: Self = Self(1);
+    /// The command line makes no sense.
+    pub const USAGE: Self = Self(2);
+    /// No guard answers.
+    pub const NO_GUARD: Self = Self(3);
+    /// The guard went away while a pin was held.
+    pub const PIN_LOST: Self = Self(4);
+    /// `pin -- COMMAND`: the pin was not granted, COMMAND was not run.
+    pub const COMMAND_NOT_RUN: Self = Self(125);
+    /// `pin -- COMMAND`: COMMAND cannot be executed.
+    pub const CANNOT_EXECUTE: Self = Self(126);
+    /// `pin -- COMMAND`: there is no COMMAND.
+    pub const NOT_FOUND: Self = Self(127);
+
+    /// The status of a command that ended so: its own, or 128 and the number
+    /// of the signal that killed it.
+    #[must_use]
+    pub fn of_command(status: std::process::ExitStatus) -> Self {
+        use std::os::unix::process::ExitStatusExt;
+        let number = status
+            .code()
+            .or_else(|| status.signal().map(|signal| 128 + signal))
+            .unwrap_or(1);
+        Self(u8::try_from(number).unwrap_or(u8::MAX))
+    }
+
+    /// The number.
+    #[must_use]
+    pub const fn code(self) -> u8 {
+        self.0
+    }
+}
+
+impl From<Exit> for ExitCode {
+    fn from(exit: Exit) -> Self {
+        Self::from(exit.0)
+    }
+}
+
+/// Says on stderr what went wrong, and which status that is.
+pub(crate) fn explain(error: &anyhow::Error) -> Exit {
+    match error.downcast_ref::<Error>() {
+        Some(error) => {
+            output::complain(&format!("{error:#}"));
+            match error.kind() {
+                Kind::NoGuard => Exit::NO_GUARD,
+                Kind::Arguments => Exit::USAGE,
+                _ => Exit::FAILURE,
+            }
+        }
+        None => {
+            output::complain(&format!("{error:#}"));
+            Exit::FAILURE
+        }
+    }
+}

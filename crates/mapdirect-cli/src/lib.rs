@@ -1,0 +1,62 @@
+//! The `mapdirect` command, one file per verb.
+
+#![forbid(unsafe_code)]
+
+pub mod args;
+mod draw;
+mod exit;
+mod json;
+mod output;
+mod size;
+mod verbs;
+
+pub use exit::Exit;
+
+use args::{Command, Mapdirect};
+use clap::Parser;
+use clap::error::ErrorKind;
+use std::ffi::OsString;
+
+/// Runs the command line `args`, the program's name first, and says how the
+/// process shall end.
+pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
+    let parsed = match Mapdirect::try_parse_from(args) {
+        Ok(parsed) => parsed,
+        Err(error) => return usage(&error),
+    };
+    let result = match parsed.command {
+        Command::Guard(args) => verbs::guard::run(&args),
+        Command::Pin(args) => verbs::pin::run(&args),
+        Command::Show(args) => verbs::show::run(&args),
+        Command::Status(args) => verbs::status::run(&args),
+        Command::Doctor(args) => verbs::doctor::run(&args),
+    };
+    result.unwrap_or_else(|error| exit::explain(&error))
+}
+
+/// Help and version go to stdout; everything else is one line on stderr.
+fn usage(error: &clap::Error) -> Exit {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            output::line(error.render().to_string().trim_end());
+            Exit::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            output::complain("tell me what to do; `mapdirect --help` says what there is");
+            Exit::USAGE
+        }
+        _ => {
+            let text = error.render().to_string();
+            // clap's first paragraph says what is wrong, the rest is advice.
+            let wrong: Vec<&str> = text
+                .lines()
+                .take_while(|line| !line.is_empty())
+                .map(str::trim)
+                .collect();
+            let wrong = wrong.join(" ");
+            let wrong = wrong.strip_prefix("error: ").unwrap_or(&wrong);
+            output::complain(&format!("{wrong}; see --help"));
+            Exit::USAGE
+        }
+    }
+}

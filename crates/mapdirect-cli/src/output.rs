@@ -1,0 +1,22 @@
+//! Writing to the terminal, where nobody may be listening any more.
+
+use std::io::Write;
+
+/// Writes a line to stdout, and makes sure it is out. A reader that has left
+/// is no reason to panic or to let go of a pin.
+pub(crate) fn line(text: &str) {
+    let mut stdout = std::io::stdout().lock();
+    let _ = writeln!(stdout, "{text}");
+    let _ = stdout.flush();
+}
+
+/// Writes one complaint to stderr.
+pub(crate) fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr().lock(), "mapdirect: {text}");
+}
+
+/// Width to draw in: that of the terminal, or 80 columns where there is none.
+pub(crate) fn width() -> usize {
+    let stdout = std::io::stdout();
+    rustix::termios::tcgetwinsize(&stdout).map_or(80, |size| usize::from(size.ws_col).max(40))
+}

@@ -1,0 +1,402 @@
+//! `mapdirect doctor`: what this machine offers, and how to mend what is
+//! missing. Runs for everybody; what only root can find out says so.
+
+use crate::args::DoctorArgs;
+use crate::{Exit, output};
+use anyhow::Result;
+use mapdirect::Guard;
+use mapdirect_sys::fanotify::Group;
+use mapdirect_sys::{Errno, capget, memfd, proc_mountinfo};
+use serde_json::{Value, json};
+use std::os::fd::AsFd;
+
+/// How a finding turned out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Outcome {
+    /// As it should be.
+    Good,
+    /// Something works less well, or not for everybody.
+    Note,
+    /// Pins are not possible like this.
+    Bad,
+}
+
+impl Outcome {
+    fn key(self) -> &'static str {
+        match self {
+            Self::Good => "good",
+            Self::Note => "note",
+            Self::Bad => "bad",
+        }
+    }
+
+    fn mark(self) -> &'static str {
+        match self {
+            Self::Good => "ok  ",
+            Self::Note => "note",
+            Self::Bad => "BAD ",
+        }
+    }
+}
+
+/// One finding.
+struct Finding {
+    name: &'static str,
+    outcome: Outcome,
+    text: String,
+    mend: String,
+}
+
+impl Finding {
+    fn new(
+        name: &'static str,
+        outcome: Outcome,
+        text: impl Into<String>,
+        mend: impl Into<String>,
+    ) -> Self {
+        Self {
+            name,
+            outcome,
+            text: text.into(),
+            mend: mend.into(),
+        }
+    }
+
+    fn good(name: &'static str, text: impl Into<String>) -> Self {
+        Self::new(name, Outcome::Good, text, "")
+    }
+}
+
+pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy();
+    let mut findings = vec![Finding::good("kernel", format!("Linux {release}"))];
+    findings.push(fanotify(&release));
+    findings.push(bpf());
+    findings.push(holder_capability());
+    findings.push(guard_capability());
+    findings.push(pid_namespace());
+    findings.extend(guard_needs());
+    findings.push(running_guard());
+    findings.push(dax());
+    findings.push(filesystems());
+    let bad = findings
+        .iter()
+        .any(|finding| finding.outcome == Outcome::Bad);
+    if args.json {
+        let listed: Vec<Value> = findings
+            .iter()
+            .map(|finding| {
+                json!({
+                    "name": finding.name,
+                    "outcome": finding.outcome.key(),
+                    "text": finding.text,
+                    "mend": finding.mend,
+                })
+            })
+            .collect();
+        let value = json!({
+            "kernel": release,
+            "gate": if bad { Value::Null } else { json!("fanotify") },
+            "findings": listed,
+            "holes": HOLES,
+        });
+        output::line(&value.to_string());
+    } else {
+        for finding in &findings {
+            output::line(&format!(
+                "{}  {}: {}",
+                finding.outcome.mark(),
+                finding.name,
+                finding.text
+            ));
+            if !finding.mend.is_empty() {
+                output::line(&format!("      to mend it: {}", finding.mend));
+            }
+        }
+        output::line("what the fanotify gate cannot refuse:");
+        for hole in HOLES {
+            output::line(&format!("  - {hole}"));
+        }
+    }
+    Ok(if bad { Exit::FAILURE } else { Exit::SUCCESS })
+}
+
+/// What remains open under the fanotify gate.
+const HOLES: [&str; 4] = [
+    "a holder moving blocks through its own descriptor (XFS_IOC_SWAPEXT, EXT4_IOC_MOVE_EXT, \
+     EXT4_IOC_SWAP_BOOT), or growing a mapping of its own over frozen blocks with mremap(2)",
+    "an NFS client setting the size of an exported file (the server does not ask)",
+    "an overlay mounted later over the directory of a pinned file",
+    "everything, once the guard has been killed: holders are told then",
+];
+
+/// Fanotify pre-content events: Linux 6.14.
+fn fanotify(release: &str) -> Finding {
+    const NAME: &str = "fanotify gate";
+    let group = match Group::pre_content() {
+        Ok(group) => group,
+        Err(Errno::PERM) => {
+            let recent = version(release).is_some_and(|version| version >= (6, 14));
+            return if recent {
+                Finding::new(
+                    NAME,
+                    Outcome::Note,
+                    "this kernel should have it (6.14 and later); only root can tell",
+                    "run `mapdirect doctor` as root",
+                )
+            } else {
+                no_pre_content()
+            };
+        }
+        Err(Errno::MFILE) => {
+            return Finding::new(
+                NAME,
+                Outcome::Bad,
+                "there are as many fanotify groups as one user may have",
+                "end other watchers, or raise fs.fanotify.max_user_groups",
+            );
+        }
+        Err(_) => return no_pre_content(),
+    };
+    // A mask the kernel knows is refused for the filesystem; one it does not
+    // know is refused as such.
+    let probe = memfd::sealed("mapdirect-probe", b"")
+        .and_then(|file| group.add(mapdirect_sys::fanotify::Mask::PRE_ACCESS, file.as_fd()));
+    match probe {
+        Ok(()) | Err(Errno::OPNOTSUPP) => Finding::good(NAME, "available (pre-content events)"),
+        Err(Errno::INVAL) => no_pre_content(),
+        Err(other) => Finding::new(NAME, Outcome::Bad, format!("cannot be probed: {other}"), ""),
+    }
+}
+
+fn no_pre_content() -> Finding {
+    Finding::new(
+        "fanotify gate",
+        Outcome::Bad,
+        "this kernel has no pre-content permission events",
+        "boot Linux 6.14 or later with CONFIG_FANOTIFY_ACCESS_PERMISSIONS",
+    )
+}
+
+/// Major and minor version of a kernel release.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn bpf() -> Finding {
+    let lsm = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
+    let has_lsm = lsm.trim().split(',').any(|name| name == "bpf");
+    let has_types = std::path::Path::new("/sys/kernel/btf/vmlinux").exists();
+    let kernel = match (has_lsm, has_types) {
+        (true, true) => "the kernel has BPF LSM and BTF",
+        (false, true) => "the kernel has BTF but not bpf in its lsm= list",
+        (true, false) => "the kernel has BPF LSM but no BTF",
+        (false, false) => "the kernel shows neither BPF LSM nor BTF",
+    };
+    Finding::new(
+        "bpf gate",
+        Outcome::Note,
+        format!("not part of this version ({kernel})"),
+        "use the fanotify gate",
+    )
+}
+
+fn capable(capability: u32) -> bool {
+    capget::effective(0).is_ok_and(|effective| capget::contains(effective, capability))
+}
+
+fn in_initial(namespace: &str, number: u64) -> bool {
+    std::fs::read_link(format!("/proc/self/ns/{namespace}"))
+        .is_ok_and(|link| link.to_string_lossy() == format!("{namespace}:[{number}]"))
+}
+
+fn holder_capability() -> Finding {
+    const NAME: &str = "to pin";
+    const MEND: &str =
+        "run as root, or give the program the capability: setcap cap_linux_immutable+ep PROGRAM";
+    if !capable(capget::CAP_LINUX_IMMUTABLE) {
+        return Finding::new(
+            NAME,
+            Outcome::Note,
+            "this process lacks CAP_LINUX_IMMUTABLE",
+            MEND,
+        );
+    }
+    // PROC_USER_INIT_INO of include/linux/proc_ns.h.
+    if !in_initial("user", 4_026_531_837) {
+        return Finding::new(
+            NAME,
+            Outcome::Note,
+            "CAP_LINUX_IMMUTABLE counts only in the initial user namespace, and this is another",
+            MEND,
+        );
+    }
+    match memfd::prove_immutable_capability(b"doctor") {
+        Ok(_) => Finding::good(NAME, "this process has CAP_LINUX_IMMUTABLE and can prove it"),
+        Err(errno) => Finding::new(
+            NAME,
+            Outcome::Bad,
+            format!("CAP_LINUX_IMMUTABLE cannot be proven: inode flags on tmpfs: {errno}"),
+            "boot Linux 6.0 or later with CONFIG_TMPFS",
+        ),
+    }
+}
+
+fn guard_capability() -> Finding {
+    if capable(capget::CAP_SYS_ADMIN) && in_initial("user", 4_026_531_837) {
+        Finding::good("to guard", "this process has CAP_SYS_ADMIN")
+    } else {
+        Finding::new(
+            "to guard",
+            Outcome::Note,
+            "this process could not run the guard: it lacks CAP_SYS_ADMIN in the initial \
+             user namespace",
+            "run `mapdirect guard` as root",
+        )
+    }
+}
+
+fn pid_namespace() -> Finding {
+    // PROC_PID_INIT_INO of include/linux/proc_ns.h.
+    if in_initial("pid", 4_026_531_836) {
+        Finding::good("processes", "this is the initial PID namespace")
+    } else {
+        Finding::new(
+            "processes",
+            Outcome::Note,
+            "this is not the initial PID namespace: a guard here would not see who does what",
+            "run the guard on the host",
+        )
+    }
+}
+
+/// Small things the guard cannot do without.
+fn guard_needs() -> Vec<Finding> {
+    let mut found = Vec::new();
+    for (path, what, mend) in [
+        (
+            "/proc/self/syscall",
+            "what a thread is doing cannot be read",
+            "boot a kernel with CONFIG_HAVE_ARCH_TRACEHOOK",
+        ),
+        (
+            "/proc/self/stack",
+            "what a thread is inside of cannot be read",
+            "boot a kernel with CONFIG_STACKTRACE",
+        ),
+        (
+            "/proc/self/schedstat",
+            "whether a thread goes on cannot be read",
+            "boot a kernel with CONFIG_SCHED_INFO",
+        ),
+    ] {
+        if !std::path::Path::new(path).exists() {
+            found.push(Finding::new(
+                "proc",
+                Outcome::Bad,
+                format!("{path}: {what}"),
+                mend,
+            ));
+        }
+    }
+    let leases = std::fs::read_to_string("/proc/sys/fs/leases-enable").unwrap_or_default();
+    if leases.trim() == "1" {
+        found.push(Finding::good("leases", "enabled"));
+    } else {
+        found.push(Finding::new(
+            "leases",
+            Outcome::Bad,
+            "disabled: that nobody else has a file open cannot be proven",
+            "sysctl fs.leases-enable=1",
+        ));
+    }
+    found
+}
+
+fn running_guard() -> Finding {
+    let guard = Guard::from_env();
+    match guard.gate() {
+        Ok(gate) => Finding::good(
+            "guard",
+            format!("answers at {}, gate {}", guard.socket().display(), gate.name()),
+        ),
+        Err(error) => Finding::new("guard", Outcome::Note, error.obstacle(), error.mend()),
+    }
+}
+
+fn dax() -> Finding {
+    const NAME: &str = "dax";
+    let mounts = proc_mountinfo::read(None).unwrap_or_default();
+    let mounted: Vec<_> = mounts
+        .iter()
+        .filter(|mount| {
+            mount
+                .option("dax")
+                .is_some_and(|mode| mode != "never" && mode != "inode")
+        })
+        .map(|mount| format!("{} ({})", mount.mount_point, mount.fs_type))
+        .collect();
+    if !mounted.is_empty() {
+        return Finding::good(NAME, format!("mounted with DAX: {}", mounted.join(", ")));
+    }
+    let devices: Vec<_> = std::fs::read_dir("/sys/block")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            std::fs::read_to_string(entry.path().join("queue/dax"))
+                .is_ok_and(|text| text.trim() == "1")
+        })
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
+    if devices.is_empty() {
+        return Finding::new(
+            NAME,
+            Outcome::Note,
+            "no device with DAX: mappings need the page cache to be accepted",
+            "MAPDIRECT_CACHED=1, or persistent memory in fsdax mode",
+        );
+    }
+    Finding::new(
+        NAME,
+        Outcome::Note,
+        format!("devices with DAX ({}), none mounted with it", devices.join(", ")),
+        "mount -o dax=always (XFS with reflink needs Linux 6.0 or later)",
+    )
+}
+
+fn filesystems() -> Finding {
+    let mounts = proc_mountinfo::read(None).unwrap_or_default();
+    let mut able: Vec<_> = mounts
+        .iter()
+        .filter(|mount| mount.fs_type == "xfs" || mount.fs_type == "ext4")
+        .map(|mount| format!("{} ({})", mount.mount_point, mount.fs_type))
+        .collect();
+    able.dedup();
+    if able.is_empty() {
+        Finding::new(
+            "filesystems",
+            Outcome::Note,
+            "neither XFS nor ext4 is mounted: no file here can be pinned",
+            "put files to pin on XFS or ext4",
+        )
+    } else {
+        able.truncate(8);
+        Finding::good("filesystems", format!("can be pinned on: {}", able.join(", ")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_real_kernels() {
+        assert_eq!(version("6.18.44-fc-v669"), Some((6, 18)));
+        assert_eq!(version("7.3-1-amd64"), Some((7, 3)));
+        assert_eq!(version("6.1.0-32-amd64"), Some((6, 1)));
+        assert_eq!(version(""), None);
+    }
+}

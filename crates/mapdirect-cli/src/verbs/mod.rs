@@ -1,0 +1,7 @@
+//! One file per verb.
+
+pub(crate) mod doctor;
+pub(crate) mod guard;
+pub(crate) mod pin;
+pub(crate) mod show;
+pub(crate) mod status;

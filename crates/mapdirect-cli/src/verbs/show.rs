@@ -1,0 +1,233 @@
+//! `mapdirect show`: the block map of a file, drawn.
+
+use crate::args::ShowArgs;
+use crate::size::human;
+use crate::{Exit, draw, json, output};
+use anyhow::{Context, Result};
+use mapdirect::eligibility::FileFacts;
+use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange};
+use mapdirect_sys::capget;
+use rustix::fs::{Mode, OFlags};
+use serde_json::{Value, json};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::path::Path;
+
+/// Opens a file to look at it: a FIFO must not make us wait for its writer.
+pub(crate) fn open(path: &Path) -> Result<File> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::open(path, flags, Mode::empty())
+        .with_context(|| format!("cannot open {}", path.display()))?;
+    Ok(File::from(file))
+}
+
+/// One reason why the file could not be mapped `MAP_DIRECT` here and now.
+struct Hindrance {
+    key: &'static str,
+    text: String,
+    mend: String,
+    /// Accepting the page cache does away with it.
+    cured_by_cache: bool,
+}
+
+pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
+    let file = open(&args.file)?;
+    let name = args.file.display().to_string();
+    let facts =
+        FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
+    let regular = file.metadata()?.is_file();
+    anyhow::ensure!(regular, "{name} is not a regular file");
+    let map = if facts.size == 0 {
+        None
+    } else {
+        Some(mapdirect::block_map(&file, 0..facts.size)?)
+    };
+    let guard = Guard::from_env();
+    let pins = guard.pinned_ranges(&file);
+    let hindrances = hindrances(&facts, map.as_ref(), pins.as_ref().err());
+    let pins = pins.unwrap_or_default();
+    if args.json {
+        let value = as_json(&name, &facts, map.as_ref(), &pins, &hindrances);
+        output::line(&value.to_string());
+        return Ok(Exit::SUCCESS);
+    }
+    output::line(&format!(
+        "{name}: {} ({} bytes), blocks of {} bytes on device {}",
+        human(facts.size),
+        facts.size,
+        facts.block_size,
+        facts.device,
+    ));
+    if let Some(map) = &map {
+        let ranges: Vec<Range<u64>> = pins.iter().map(|pin| pin.range.clone()).collect();
+        output::line(draw::block_map(map, &ranges, output::width()).trim_end());
+        if args.extents {
+            output::line(draw::extent_table(map).trim_end());
+        }
+        output::line(&totals(map));
+    }
+    for pin in &pins {
+        output::line(&format!(
+            "pinned: bytes {} to {}{} by pid {}",
+            pin.range.start,
+            pin.range.end,
+            if pin.flags.contains(mapdirect_proto::Flags::WHOLE_FILE) {
+                ", the whole file and its size,"
+            } else {
+                ""
+            },
+            pin.pid
+        ));
+    }
+    tell_verdict(&hindrances);
+    Ok(Exit::SUCCESS)
+}
+
+fn totals(map: &BlockMap) -> String {
+    let totals: Vec<_> = ExtentState::ALL
+        .iter()
+        .map(|state| (state, map.total(*state)))
+        .filter(|(_, bytes)| *bytes > 0)
+        .map(|(state, bytes)| format!("{} {state}", human(bytes)))
+        .collect();
+    format!(
+        "{} extents: {}",
+        map.extents().len(),
+        totals.join(", ")
+    )
+}
+
+fn tell_verdict(hindrances: &[Hindrance]) {
+    if hindrances.is_empty() {
+        output::line("could be mapped MAP_DIRECT: yes");
+        return;
+    }
+    let cached = hindrances.iter().all(|hindrance| hindrance.cured_by_cache);
+    output::line(if cached {
+        "could be mapped MAP_DIRECT: only with the page cache accepted"
+    } else {
+        "could be mapped MAP_DIRECT: no"
+    });
+    for hindrance in hindrances {
+        output::line(&format!("  - {}", hindrance.text));
+        if !hindrance.mend.is_empty() {
+            output::line(&format!("    to mend it: {}", hindrance.mend));
+        }
+    }
+}
+
+fn hindrances(
+    facts: &FileFacts,
+    map: Option<&BlockMap>,
+    no_guard: Option<&mapdirect::Error>,
+) -> Vec<Hindrance> {
+    let mut found: Vec<_> = facts
+        .obstacles()
+        .into_iter()
+        .map(|obstacle| Hindrance {
+            key: obstacle.reason.key(),
+            text: obstacle.text,
+            mend: obstacle.mend,
+            cured_by_cache: false,
+        })
+        .collect();
+    if !facts.dax {
+        found.push(Hindrance {
+            key: "no-dax",
+            text: String::from("it has no DAX: stores go through the page cache"),
+            mend: String::from(
+                "use persistent memory mounted with dax, or accept the page cache \
+                 (MAPDIRECT_CACHED=1)",
+            ),
+            cured_by_cache: true,
+        });
+    }
+    match map {
+        None => found.push(Hindrance {
+            key: "empty",
+            text: String::from("it is empty"),
+            mend: String::from("write data to it first"),
+            cured_by_cache: false,
+        }),
+        Some(map) if !map.is_stable() => {
+            let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
+            found.push(Hindrance {
+                key: "frozen-blocks",
+                text: format!(
+                    "{} of it are holes, unwritten or shared: ranges without them can be mapped",
+                    human(frozen)
+                ),
+                mend: String::from("write real data there, and unshare it"),
+                cured_by_cache: false,
+            });
+        }
+        Some(_) => {}
+    }
+    if let Some(error) = no_guard {
+        found.push(Hindrance {
+            key: "no-guard",
+            text: error.obstacle().to_owned(),
+            mend: error.mend().to_owned(),
+            cured_by_cache: false,
+        });
+    }
+    let capable = capget::effective(0)
+        .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
+    if !capable {
+        found.push(Hindrance {
+            key: "not-capable",
+            text: String::from("you lack CAP_LINUX_IMMUTABLE"),
+            mend: String::from("run as root, or setcap cap_linux_immutable+ep PROGRAM"),
+            cured_by_cache: false,
+        });
+    }
+    found
+}
+
+fn as_json(
+    name: &str,
+    facts: &FileFacts,
+    map: Option<&BlockMap>,
+    pins: &[PinnedRange],
+    hindrances: &[Hindrance],
+) -> Value {
+    let pinned: Vec<Value> = pins
+        .iter()
+        .map(|pin| {
+            json!({
+                "pin": pin.pin,
+                "offset": pin.range.start,
+                "length": pin.range.end - pin.range.start,
+                "pid": pin.pid,
+                "whole_file": pin.flags.contains(mapdirect_proto::Flags::WHOLE_FILE),
+            })
+        })
+        .collect();
+    let reasons: Vec<Value> = hindrances
+        .iter()
+        .map(|hindrance| {
+            json!({
+                "reason": hindrance.key,
+                "text": hindrance.text,
+                "mend": hindrance.mend,
+            })
+        })
+        .collect();
+    json!({
+        "file": name,
+        "file_size": facts.size,
+        "block_size": facts.block_size,
+        "device": facts.device.to_string(),
+        "inode": facts.inode,
+        "dax": facts.dax,
+        "extents": map.map_or_else(|| json!([]), json::extents),
+        "totals": map.map_or_else(|| json!({}), json::totals),
+        "pinned": pinned,
+        "mappable": {
+            "direct": hindrances.is_empty(),
+            "cached": hindrances.iter().all(|hindrance| hindrance.cured_by_cache),
+            "reasons": reasons,
+        },
+    })
+}

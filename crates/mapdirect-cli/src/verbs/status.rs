@@ -1,0 +1,190 @@
+//! `mapdirect status`: what the guard is doing.
+
+use crate::args::StatusArgs;
+use crate::size::human;
+use crate::{Exit, output};
+use anyhow::Result;
+use mapdirect::Guard;
+use mapdirect::status::{FileStatus, RefusedOperation, Status};
+use mapdirect_proto::Flags;
+use mapdirect_sys::proc::printable;
+use serde_json::{Map, Value, json};
+
+pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
+    let status = Guard::from_env().status()?;
+    if args.json {
+        output::line(&as_json(&status).to_string());
+        return Ok(Exit::SUCCESS);
+    }
+    let pins: usize = status.files.iter().map(|file| file.pins.len()).sum();
+    output::line(&format!(
+        "guard: pid {}, gate {}, up {} s, {} clients, {} events judged",
+        status.pid,
+        status.gate.name(),
+        status.uptime,
+        status.clients,
+        status.judged
+    ));
+    output::line(&format!("pins: {pins} on {} files", status.files.len()));
+    for file in &status.files {
+        tell_file(file);
+    }
+    if status.refused.is_empty() {
+        output::line("refused: nothing");
+    } else {
+        output::line("refused:");
+        for (operation, count) in &status.refused {
+            output::line(&format!("  {count:>8}  {operation}"));
+        }
+    }
+    for refused in status.recent.iter().rev().take(8) {
+        output::line(&format!("  {}", recent(refused)));
+    }
+    Ok(Exit::SUCCESS)
+}
+
+fn name_of(file: &FileStatus) -> String {
+    if file.path.is_empty() {
+        format!("inode {} of {}", file.inode, file.device)
+    } else {
+        printable(&file.path)
+    }
+}
+
+fn tell_file(file: &FileStatus) {
+    output::line(&format!("  {}", name_of(file)));
+    for pin in &file.pins {
+        let mut notes = Vec::new();
+        if pin.flags.contains(Flags::MAP) {
+            notes.push("mapped");
+        }
+        if pin.flags.contains(Flags::CACHED) {
+            notes.push("page cache");
+        }
+        if pin.flags.contains(Flags::WHOLE_FILE) {
+            notes.push("whole file");
+        }
+        if pin.frozen > 0 {
+            notes.push("has frozen blocks");
+        }
+        output::line(&format!(
+            "    bytes {} to {} ({} stable, {} frozen), {} s, by pid {}{}",
+            pin.range.start,
+            pin.range.end,
+            human(pin.stable),
+            human(pin.frozen),
+            pin.age,
+            pin.pid,
+            if notes.is_empty() {
+                String::new()
+            } else {
+                format!(" [{}]", notes.join(", "))
+            }
+        ));
+    }
+    for holder in &file.holders {
+        output::line(&format!(
+            "    held by pid {} ({}): maps {}, {} descriptors",
+            holder.pid,
+            printable(&holder.command),
+            human(holder.mapped),
+            holder.descriptors
+        ));
+    }
+}
+
+fn recent(refused: &RefusedOperation) -> String {
+    let range = refused
+        .range
+        .as_ref()
+        .map_or_else(String::new, |range| format!(" at {}", range.start));
+    format!(
+        "{} by thread {} ({}) on inode {} of {}{range}",
+        refused.operation,
+        refused.tid,
+        printable(&refused.command),
+        refused.inode,
+        refused.device
+    )
+}
+
+fn as_json(status: &Status) -> Value {
+    let refused: Map<String, Value> = status
+        .refused
+        .iter()
+        .map(|(operation, count)| (operation.clone(), (*count).into()))
+        .collect();
+    let files: Vec<Value> = status.files.iter().map(file_json).collect();
+    let recent: Vec<Value> = status
+        .recent
+        .iter()
+        .map(|refused| {
+            json!({
+                "time": refused.time,
+                "tid": refused.tid,
+                "command": refused.command,
+                "operation": refused.operation,
+                "device": refused.device.to_string(),
+                "inode": refused.inode,
+                "offset": refused.range.as_ref().map(|range| range.start),
+                "length": refused
+                    .range
+                    .as_ref()
+                    .filter(|range| range.end != u64::MAX)
+                    .map(|range| range.end - range.start),
+            })
+        })
+        .collect();
+    json!({
+        "gate": status.gate.name(),
+        "pid": status.pid,
+        "uptime": status.uptime,
+        "clients": status.clients,
+        "judged": status.judged,
+        "pins": status.files.iter().map(|file| file.pins.len()).sum::<usize>(),
+        "files": files,
+        "refused": refused,
+        "recent": recent,
+    })
+}
+
+fn file_json(file: &FileStatus) -> Value {
+    let pins: Vec<Value> = file
+        .pins
+        .iter()
+        .map(|pin| {
+            json!({
+                "pin": pin.pin,
+                "offset": pin.range.start,
+                "length": pin.range.end - pin.range.start,
+                "mapped": pin.flags.contains(Flags::MAP),
+                "cached": pin.flags.contains(Flags::CACHED),
+                "whole_file": pin.flags.contains(Flags::WHOLE_FILE),
+                "pid": pin.pid,
+                "uid": pin.uid,
+                "age": pin.age,
+                "stable": pin.stable,
+                "frozen": pin.frozen,
+            })
+        })
+        .collect();
+    let holders: Vec<Value> = file
+        .holders
+        .iter()
+        .map(|holder| {
+            json!({
+                "pid": holder.pid,
+                "command": holder.command,
+                "mapped": holder.mapped,
+                "descriptors": holder.descriptors,
+            })
+        })
+        .collect();
+    json!({
+        "file": file.path,
+        "device": file.device.to_string(),
+        "inode": file.inode,
+        "pins": pins,
+        "holders": holders,
+    })
+}

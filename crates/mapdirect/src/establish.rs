@@ -1,0 +1,111 @@
+//! Asking for a pin: the holder's part of a grant.
+
+use crate::error::{Error, Result};
+use crate::guard::{Connection, Guard, unexpected};
+use crate::{guard, locks};
+use mapdirect_proto::{
+    BlockMap, Flags, Granted, PinRequest, Reply, Request, extent, extent::EXTENT_RECORD,
+};
+use mapdirect_sys::{dup, memfd};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How much of a file a pin covers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Scope {
+    /// The range, rounded out to blocks. The file may grow, and may be
+    /// changed elsewhere.
+    #[default]
+    Range,
+    /// The whole file, its size included.
+    File,
+}
+
+/// What a holder knows of its pin.
+#[derive(Debug)]
+pub(crate) struct Established {
+    pub(crate) id: u64,
+    pub(crate) map: BlockMap,
+    /// The description whose life is the pin.
+    pub(crate) file: OwnedFd,
+    pub(crate) connection: Arc<Connection>,
+}
+
+/// How long to wait for others to let go of the file, unless told otherwise:
+/// enough for a program that is just ending.
+pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
+
+pub(crate) fn establish(
+    guard: &Guard,
+    file: BorrowedFd<'_>,
+    range: (u64, u64),
+    flags: Flags,
+    patience: Duration,
+) -> Result<Established> {
+    guard::require_capability()?;
+    locks::refuse_posix_locks(file)?;
+    let request = Request::Pin(PinRequest {
+        offset: range.0,
+        length: range.1,
+        flags,
+        patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
+    });
+    let connection = guard.connect()?;
+    let (granted, mut fds) = connection.converse(&request, file, |talk, reply, mut fds| {
+        match reply {
+            Reply::Granted(granted) => return Ok(Some((granted, fds))),
+            Reply::Swap => {
+                let new = fds.pop().ok_or_else(unexpected)?;
+                locks::carry(file, new.as_fd())?;
+                dup::replace(file, new.as_fd()).map_err(|errno| Error::system("dup3", errno))?;
+            }
+            _ => return Err(unexpected()),
+        }
+        talk.say(&Request::Swapped, &[])?;
+        Ok(None)
+    })?;
+    // The second descriptor, if there is one, has the extents.
+    let extents = (fds.len() > 1).then(|| fds.pop()).flatten();
+    let file = fds.pop().ok_or_else(unexpected)?;
+    Ok(Established {
+        id: granted.pin,
+        map: block_map(granted, extents)?,
+        file,
+        connection,
+    })
+}
+
+fn block_map(granted: Granted, sealed: Option<OwnedFd>) -> Result<BlockMap> {
+    let Granted {
+        range,
+        file_size,
+        block_size,
+        device,
+        extent_count,
+        extents,
+        ..
+    } = granted;
+    let extents = match sealed {
+        None => extents,
+        Some(sealed) => {
+            let limit = usize::try_from(extent_count)
+                .ok()
+                .and_then(|count| count.checked_mul(EXTENT_RECORD))
+                .ok_or_else(unexpected)?;
+            let bytes = memfd::read_sealed(sealed.as_fd(), limit)
+                .map_err(|errno| Error::system("reading the extents", errno))?;
+            extent::decode_extents(&bytes).map_err(|_| unexpected())?
+        }
+    };
+    if extents.len() as u64 != extent_count {
+        return Err(unexpected());
+    }
+    Ok(BlockMap::new(device, block_size, file_size, range, extents))
+}
+
+/// The bytes of a range as a request has them.
+pub(crate) fn offset_and_length(range: Option<&Range<u64>>) -> (u64, u64) {
+    range.map_or((0, 0), |range| (range.start, range.end - range.start))
+}

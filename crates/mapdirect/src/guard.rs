@@ -1,0 +1,327 @@
+//! Talking to the guard.
+
+use crate::error::{Error, Kind, Result};
+use mapdirect_proto::status::{MAX_STATUS, Status};
+use mapdirect_proto::{
+    DEFAULT_SOCKET, Gate, MAX_MESSAGE, PinnedRange, Reply, Request, SOCKET_VARIABLE, VERSION,
+};
+use mapdirect_sys::unix::Socket;
+use mapdirect_sys::{Errno, capget, memfd};
+use std::cell::Cell;
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+/// A guard to ask: where it listens.
+///
+/// Connections are made when they are needed and kept for the process; a
+/// child of `fork(2)` makes its own.
+///
+/// # Examples
+///
+/// ```no_run
+/// let guard = mapdirect::Guard::from_env();
+/// println!("{} files pinned", guard.status()?.files.len());
+/// # Ok::<(), mapdirect::Error>(())
+/// ```
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Guard {
+    socket: PathBuf,
+}
+
+impl Default for Guard {
+    fn default() -> Self {
+        Self::from_env()
+    }
+}
+
+impl Guard {
+    /// The guard that listens at `socket`.
+    pub fn at(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            socket: socket.into(),
+        }
+    }
+
+    /// The guard the environment variable `MAPDIRECT_SOCKET` names, or the
+    /// one at `/run/mapdirect/guard.sock`.
+    #[must_use]
+    pub fn from_env() -> Self {
+        let socket = std::env::var_os(SOCKET_VARIABLE).filter(|value| !value.is_empty());
+        Self::at(socket.map_or_else(|| PathBuf::from(DEFAULT_SOCKET), PathBuf::from))
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// What it is doing: pins, holders, refusals. Callers that are neither
+    /// root nor capable of pinning see details only of their own pins.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` when no guard answers.
+    pub fn status(&self) -> Result<Status> {
+        let asked = |error: Error| error.asking("read the guard's status");
+        let connection = self.connect().map_err(asked)?;
+        let (reply, mut fds) = connection.call(&Request::Status, &[]).map_err(asked)?;
+        let (Reply::Status, Some(file)) = (reply, fds.pop()) else {
+            return Err(asked(unexpected()));
+        };
+        let bytes = memfd::read_sealed(file.as_fd(), MAX_STATUS)
+            .map_err(|errno| asked(Error::system("reading the status", errno)))?;
+        Status::decode(&bytes).map_err(|_| asked(unexpected()))
+    }
+
+    /// The ranges of `file` that are pinned.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` when no guard answers.
+    pub fn pinned_ranges(&self, file: &impl AsFd) -> Result<Vec<PinnedRange>> {
+        let asked = |error: Error| error.asking("ask which ranges are pinned");
+        let connection = self.connect().map_err(asked)?;
+        let (reply, _) = connection
+            .call(&Request::Query, &[file.as_fd()])
+            .map_err(asked)?;
+        match reply {
+            Reply::Pins(pins, _) => Ok(pins),
+            _ => Err(asked(unexpected())),
+        }
+    }
+
+    /// Which gate it keeps its promises with.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` when no guard answers.
+    pub fn gate(&self) -> Result<Gate> {
+        Ok(self.connect()?.gate)
+    }
+
+    /// The connection of this process, made if there is none that works.
+    pub(crate) fn connect(&self) -> Result<Arc<Connection>> {
+        type Connections = HashMap<PathBuf, Arc<Connection>>;
+        static OPEN: OnceLock<Mutex<Connections>> = OnceLock::new();
+        let open = OPEN.get_or_init(Mutex::default);
+        let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connection) = open.get(&self.socket)
+            && connection.is_usable()
+        {
+            return Ok(Arc::clone(connection));
+        }
+        let connection = Arc::new(Connection::open(&self.socket)?);
+        open.insert(self.socket.clone(), Arc::clone(&connection));
+        Ok(connection)
+    }
+}
+
+/// A conversation with a guard.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    socket: Socket,
+    /// The process that made it: the guard knows no other on it.
+    pid: u32,
+    gate: Gate,
+    /// Whoever is asking holds this until the answer is there; says whether
+    /// the capability was proven.
+    turn: Mutex<bool>,
+    challenge: [u8; 32],
+    /// A conversation was left in the middle: what comes next would be an
+    /// answer to something else.
+    broken: AtomicBool,
+}
+
+impl Connection {
+    fn open(path: &Path) -> Result<Self> {
+        let socket = Socket::connect(path).map_err(|errno| no_guard(path, errno))?;
+        let talk = Talk {
+            socket: &socket,
+            refused: Cell::new(false),
+        };
+        talk.say(&Request::Hello { version: VERSION }, &[])?;
+        let (reply, _) = talk.hear()?;
+        let Reply::Welcome {
+            gate, challenge, ..
+        } = reply
+        else {
+            return Err(unexpected());
+        };
+        Ok(Self {
+            socket,
+            pid: std::process::id(),
+            gate,
+            turn: Mutex::new(false),
+            challenge,
+            broken: AtomicBool::new(false),
+        })
+    }
+
+    fn is_usable(&self) -> bool {
+        self.pid == std::process::id() && !self.broken.load(Relaxed) && self.is_alive()
+    }
+
+    /// Whether the guard is still there.
+    pub(crate) fn is_alive(&self) -> bool {
+        self.socket.peer_is_gone() == Ok(false)
+    }
+
+    /// Asks once, and returns the answer, unless that is a refusal.
+    pub(crate) fn call(
+        &self,
+        request: &Request,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Reply, Vec<OwnedFd>)> {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.whole(|talk| {
+            talk.say(request, fds)?;
+            talk.hear()
+        })
+    }
+
+    /// Asks for something that needs the capability; `more` answers what the
+    /// guard asks back, until it returns something.
+    pub(crate) fn converse<T>(
+        &self,
+        request: &Request,
+        file: BorrowedFd<'_>,
+        mut more: impl FnMut(&Talk<'_>, Reply, Vec<OwnedFd>) -> Result<Option<T>>,
+    ) -> Result<T> {
+        let mut proven = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if !*proven {
+            let proof = memfd::prove_immutable_capability(&self.challenge).map_err(not_capable)?;
+            self.whole(|talk| {
+                talk.say(&Request::Prove, &[proof.as_fd()])?;
+                talk.hear()
+            })?;
+            *proven = true;
+        }
+        self.whole(|talk| {
+            talk.say(request, &[file])?;
+            loop {
+                let (reply, fds) = talk.hear()?;
+                if let Some(result) = more(talk, reply, fds)? {
+                    return Ok(result);
+                }
+            }
+        })
+    }
+
+    /// Runs a conversation, and lets nobody continue one that did not come to
+    /// its end: with the answer asked for, or with a refusal.
+    fn whole<T>(&self, conversation: impl FnOnce(&Talk<'_>) -> Result<T>) -> Result<T> {
+        let talk = Talk {
+            socket: &self.socket,
+            refused: Cell::new(false),
+        };
+        let result = conversation(&talk);
+        if result.is_err() && !talk.refused.get() {
+            self.broken.store(true, Relaxed);
+        }
+        result
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+/// One side of a conversation.
+pub(crate) struct Talk<'socket> {
+    socket: &'socket Socket,
+    /// The last thing heard was a refusal.
+    refused: Cell<bool>,
+}
+
+impl Talk<'_> {
+    pub(crate) fn say(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        self.socket
+            .send(&[&request.encode()], fds)
+            .map_err(|errno| lost(&errno))
+    }
+
+    fn hear(&self) -> Result<(Reply, Vec<OwnedFd>)> {
+        let mut buffer = [0; MAX_MESSAGE];
+        let received = self
+            .socket
+            .receive(&mut buffer)
+            .map_err(|errno| lost(&errno))?;
+        if received.length == 0 {
+            return Err(lost(&Errno::PIPE));
+        }
+        if received.truncated {
+            return Err(unexpected());
+        }
+        match Reply::decode(&buffer[..received.length]) {
+            Ok(Reply::Refused(refusal)) => {
+                self.refused.set(true);
+                Err(Error::refused(refusal))
+            }
+            Ok(reply) => Ok((reply, received.fds)),
+            Err(_) => Err(unexpected()),
+        }
+    }
+}
+
+fn no_guard(path: &Path, errno: Errno) -> Error {
+    Error::new(
+        Kind::NoGuard,
+        Errno::OPNOTSUPP,
+        format!("no guard answers at {}: {errno}", path.display()),
+        "start one as root: mapdirect guard (or name another socket in MAPDIRECT_SOCKET)",
+    )
+}
+
+fn lost(errno: &Errno) -> Error {
+    Error::new(
+        Kind::NoGuard,
+        Errno::OPNOTSUPP,
+        format!("the guard went away in the middle of the conversation: {errno}"),
+        "see whether it still runs: mapdirect status",
+    )
+}
+
+pub(crate) fn unexpected() -> Error {
+    Error::new(
+        Kind::Protocol,
+        Errno::PROTO,
+        "the guard said something that makes no sense here",
+        "use the library of the same version as the guard",
+    )
+}
+
+fn not_capable(errno: Errno) -> Error {
+    match errno {
+        Errno::PERM => missing_capability(),
+        other => Error::new(
+            Kind::System,
+            Errno::OPNOTSUPP,
+            format!("the capability cannot be proven (memfd_create, FS_IOC_SETFLAGS: {other})"),
+            "the proof needs tmpfs with inode flags, Linux 6.0 or later",
+        ),
+    }
+}
+
+fn missing_capability() -> Error {
+    Error::new(
+        Kind::NotCapable,
+        Errno::ACCESS,
+        "the caller lacks CAP_LINUX_IMMUTABLE in the initial user namespace",
+        "run it as root, or give it the capability: setcap cap_linux_immutable+ep PROGRAM",
+    )
+}
+
+/// The capability of the calling thread, which may have given it up since the
+/// connection was made.
+pub(crate) fn require_capability() -> Result<()> {
+    match capget::effective(0) {
+        Ok(effective) if capget::contains(effective, capget::CAP_LINUX_IMMUTABLE) => Ok(()),
+        _ => Err(missing_capability()),
+    }
+}

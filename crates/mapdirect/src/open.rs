@@ -1,0 +1,53 @@
+//! Opening a file that is pinned already.
+
+use crate::error::{Error, Kind, Result};
+use crate::guard::{Guard, require_capability, unexpected};
+use mapdirect_proto::{Reply, Request};
+use mapdirect_sys::{Errno, proc};
+use rustix::fs::{Mode, OFlags};
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+
+/// Opens a file for reading and writing, also while somebody else has pinned
+/// a part of it.
+///
+/// The fanotify gate refuses everybody who opens a pinned file for writing
+/// with `ETXTBSY`. A process that may pin files itself can announce that it
+/// will open one as another holder; this does that where it is needed. What
+/// is done through the descriptor is judged like everything else.
+///
+/// # Errors
+///
+/// What `open(2)` answers, and what the guard answers to the announcement.
+pub fn open(path: impl AsRef<Path>, guard: &Guard) -> Result<File> {
+    let path = path.as_ref();
+    let asked = |error: Error| error.asking(format!("open {}", path.display()));
+    let failed = |errno: Errno| asked(Error::new(Kind::System, errno, errno.to_string(), ""));
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(file) => return Ok(File::from(file)),
+        Err(Errno::TXTBSY) => {}
+        Err(other) => return Err(failed(other)),
+    }
+    require_capability().map_err(asked)?;
+    let known =
+        rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
+    let connection = guard.connect().map_err(asked)?;
+    let announcement = Request::Announce {
+        tid: rustix::thread::gettid().as_raw_nonzero().get(),
+    };
+    connection
+        .converse(
+            &announcement,
+            known.as_fd(),
+            |_, reply, _: Vec<OwnedFd>| match reply {
+                Reply::Done => Ok(Some(())),
+                _ => Err(unexpected()),
+            },
+        )
+        .map_err(asked)?;
+    proc::reopen(known.as_fd(), OFlags::RDWR)
+        .map(File::from)
+        .map_err(failed)
+}
