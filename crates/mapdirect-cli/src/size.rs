@@ -115,8 +115,17 @@ mod tests {
         ] {
             assert_eq!(parse_size(text), Ok(expected), "{text}");
         }
-        for text in ["", "K", "4X", "-1", "4 K", "1.5G", "0x10", "99999999999999999999", "9999999T"]
-        {
+        for text in [
+            "",
+            "K",
+            "4X",
+            "-1",
+            "4 K",
+            "1.5G",
+            "0x10",
+            "99999999999999999999",
+            "9999999T",
+        ] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

@@ -234,7 +234,10 @@ fn holder_capability() -> Finding {
         );
     }
     match memfd::prove_immutable_capability(b"doctor") {
-        Ok(_) => Finding::good(NAME, "this process has CAP_LINUX_IMMUTABLE and can prove it"),
+        Ok(_) => Finding::good(
+            NAME,
+            "this process has CAP_LINUX_IMMUTABLE and can prove it",
+        ),
         Err(errno) => Finding::new(
             NAME,
             Outcome::Bad,
@@ -320,7 +323,11 @@ fn running_guard() -> Finding {
     match guard.gate() {
         Ok(gate) => Finding::good(
             "guard",
-            format!("answers at {}, gate {}", guard.socket().display(), gate.name()),
+            format!(
+                "answers at {}, gate {}",
+                guard.socket().display(),
+                gate.name()
+            ),
         ),
         Err(error) => Finding::new("guard", Outcome::Note, error.obstacle(), error.mend()),
     }
@@ -362,7 +369,10 @@ fn dax() -> Finding {
     Finding::new(
         NAME,
         Outcome::Note,
-        format!("devices with DAX ({}), none mounted with it", devices.join(", ")),
+        format!(
+            "devices with DAX ({}), none mounted with it",
+            devices.join(", ")
+        ),
         "mount -o dax=always (XFS with reflink needs Linux 6.0 or later)",
     )
 }
@@ -384,7 +394,10 @@ fn filesystems() -> Finding {
         )
     } else {
         able.truncate(8);
-        Finding::good("filesystems", format!("can be pinned on: {}", able.join(", ")))
+        Finding::good(
+            "filesystems",
+            format!("can be pinned on: {}", able.join(", ")),
+        )
     }
 }
 

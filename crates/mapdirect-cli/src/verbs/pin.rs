@@ -178,4 +178,3 @@ fn attend(pin: &Pin, signals: &SignalFd, mut child: Child) -> Result<Exit> {
         }
     }
 }
-

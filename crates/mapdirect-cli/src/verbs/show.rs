@@ -34,8 +34,7 @@ struct Hindrance {
 pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     let file = open(&args.file)?;
     let name = args.file.display().to_string();
-    let facts =
-        FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
+    let facts = FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
     let regular = file.metadata()?.is_file();
     anyhow::ensure!(regular, "{name} is not a regular file");
     let map = if facts.size == 0 {
@@ -91,11 +90,7 @@ fn totals(map: &BlockMap) -> String {
         .filter(|(_, bytes)| *bytes > 0)
         .map(|(state, bytes)| format!("{} {state}", human(bytes)))
         .collect();
-    format!(
-        "{} extents: {}",
-        map.extents().len(),
-        totals.join(", ")
-    )
+    format!("{} extents: {}", map.extents().len(), totals.join(", "))
 }
 
 fn tell_verdict(hindrances: &[Hindrance]) {

@@ -122,14 +122,21 @@ fn open_call(number: i64) -> Option<Call> {
     call(number)
 }
 
-/// Whether a pre-content event of a thread inside `syscall` is a read, told
-/// by the registers alone. On x86-64 none of these numbers raises a
-/// pre-content event in another ABI (i386: `restart_syscall`, `break`,
-/// `lseek`, `openat`, `signalfd4`), and elsewhere only 64-bit programs use
-/// them.
+/// What a pre-content event of a thread inside `syscall` is, where the
+/// registers alone tell: the two most frequent kinds. On x86-64 none of these
+/// numbers raises a pre-content event in another ABI (i386:
+/// `restart_syscall`, `break`, `lseek`, `openat`, `signalfd4`; `link`).
 #[must_use]
-pub(crate) fn is_plain_read(syscall: &Syscall) -> bool {
-    cfg!(target_arch = "x86_64") && syscall.is_genuine() && call(syscall.number) == Some(Call::Read)
+pub(crate) fn at_first_sight(syscall: &Syscall) -> Option<K> {
+    if !cfg!(target_arch = "x86_64") || !syscall.is_genuine() {
+        return None;
+    }
+    match call(syscall.number)? {
+        Call::Read => Some(K::Read),
+        // The worst it can be; whether it is so costs more to find out.
+        Call::Mmap => Some(K::MapWrite),
+        _ => None,
+    }
 }
 
 /// What an `open` is for.
@@ -348,18 +355,20 @@ fn classify_write(
         }
         _ => range,
     };
-    let operation = Operation::new(kind, exact);
-    let in_place = match genuine(asked) {
-        Some((Call::Pwritev2, args)) if args[5] & RWF_APPEND != 0 => false,
-        Some((Call::Write | Call::Pwrite | Call::Pwritev2, args)) => descriptors
-            .flags(descriptor(args[0]))
-            .is_some_and(|flags| flags & libc::O_APPEND.cast_unsigned() == 0),
-        _ => false,
-    };
-    if in_place {
-        operation
-    } else {
-        may_append(operation, asked.size)
+    let length = exact.end.saturating_sub(exact.start);
+    match genuine(asked) {
+        // It goes to the end of file, whatever its offset says.
+        Some((Call::Pwritev2, args)) if args[5] & RWF_APPEND != 0 => {
+            Operation::new(kind, asked.size..asked.size.saturating_add(length))
+        }
+        Some((Call::Write | Call::Pwrite | Call::Pwritev2, args))
+            if descriptors
+                .flags(descriptor(args[0]))
+                .is_some_and(|flags| flags & libc::O_APPEND.cast_unsigned() == 0) =>
+        {
+            Operation::new(kind, exact)
+        }
+        _ => may_append(Operation::new(kind, exact), asked.size),
     }
 }
 
@@ -620,8 +629,11 @@ mod tests {
             assert_eq!(classify_open(None), K::OpenTruncate);
             let mut kthread = syscall(0, [0; 6]);
             (kthread.sp, kthread.pc) = (0, 0);
-            assert!(!is_plain_read(&kthread));
-            assert!(is_plain_read(&syscall(0, [3, 0, 10, 0, 0, 0])));
+            assert_eq!(at_first_sight(&kthread), None);
+            let read = syscall(0, [3, 0, 10, 0, 0, 0]);
+            assert_eq!(at_first_sight(&read), Some(K::Read));
+            let write = syscall(1, [3, 0, 10, 0, 0, 0]);
+            assert_eq!(at_first_sight(&write), None);
         }
 
         #[test]

@@ -1,0 +1,44 @@
+//! Tests on real XFS and ext4, with a real guard and real attackers.
+//!
+//! They need root and loop devices. `cargo xtask test` runs them; a plain
+//! `cargo test` counts them as ignored.
+
+mod abuse;
+mod contract;
+mod doors;
+mod errors;
+mod grants;
+mod lifetime;
+mod random;
+mod world;
+
+use libtest_mimic::{Arguments, Trial};
+use std::process::ExitCode;
+use world::World;
+
+fn main() -> ExitCode {
+    if mapdirect_testkit::process::play_role(&world::roles()) {
+        return ExitCode::SUCCESS;
+    }
+    let mut arguments = Arguments::from_args();
+    // Cases time themselves against the system's own clock (patience, close
+    // events); twice as many as processors only disturb each other.
+    arguments.test_threads = arguments.test_threads.or(Some(2));
+    mapdirect_testkit::disk::remove_stale();
+    let listing = arguments.list;
+    let world = World::new();
+    let mut trials: Vec<Trial> = Vec::new();
+    trials.extend(contract::trials(&world));
+    trials.extend(doors::trials(&world));
+    trials.extend(errors::trials(&world));
+    trials.extend(grants::trials(&world));
+    trials.extend(lifetime::trials(&world));
+    trials.extend(abuse::trials(&world));
+    trials.extend(random::trials(&world));
+    let conclusion = libtest_mimic::run(&arguments, trials);
+    if !listing {
+        world.report();
+    }
+    drop(world);
+    conclusion.exit_code()
+}

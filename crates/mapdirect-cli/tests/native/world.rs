@@ -1,0 +1,173 @@
+//! What tests share: disks, made when the first test needs them, a guard, and
+//! the list of what could not be tried here.
+
+use anyhow::Result;
+use libtest_mimic::{Failed, Trial};
+use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
+use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::{Disk, Kind};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// The binary under test.
+pub const BINARY: &str = env!("CARGO_BIN_EXE_mapdirect");
+
+/// Everything tests share.
+#[derive(Clone)]
+pub struct World(Arc<Inner>);
+
+struct Inner {
+    disks: Mutex<BTreeMap<String, Arc<Disk>>>,
+    guard: Mutex<Option<Arc<GuardProcess>>>,
+    unavailable: Mutex<BTreeSet<String>>,
+    counts: Mutex<BTreeMap<&'static str, u64>>,
+}
+
+/// Programs this binary can play besides the tests.
+pub fn roles() -> Vec<(&'static str, fn(&[String]) -> Result<()>)> {
+    vec![
+        ("hold", crate::lifetime::play_holder),
+        ("random", crate::random::play_attacker),
+        ("mmap", crate::errors::play_mmap),
+        ("pin", crate::errors::play_pin),
+    ]
+}
+
+impl World {
+    pub fn new() -> Self {
+        Self(Arc::new(Inner {
+            disks: Mutex::default(),
+            guard: Mutex::default(),
+            unavailable: Mutex::default(),
+            counts: Mutex::default(),
+        }))
+    }
+
+    /// The disk of a kind, shared by all tests.
+    pub fn disk(&self, kind: Kind) -> Arc<Disk> {
+        let mut disks = self.0.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let disk = disks
+            .entry(kind.to_string())
+            .or_insert_with(|| Arc::new(Disk::new(kind, 512).unwrap()));
+        Arc::clone(disk)
+    }
+
+    /// The guard, shared by all tests that leave it alive.
+    pub fn guard(&self) -> Arc<GuardProcess> {
+        let mut guard = self.0.guard.lock().unwrap_or_else(PoisonError::into_inner);
+        let running =
+            guard.get_or_insert_with(|| Arc::new(GuardProcess::start(Path::new(BINARY)).unwrap()));
+        Arc::clone(running)
+    }
+
+    /// Notes something this kernel or device does not have.
+    pub fn unavailable(&self, what: String) {
+        let mut unavailable = self
+            .0
+            .unavailable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        unavailable.insert(what);
+    }
+
+    /// Counts something that was tried.
+    pub fn count(&self, what: &'static str, by: u64) {
+        let mut counts = self.0.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        *counts.entry(what).or_default() += by;
+    }
+
+    /// Says what was tried, and what could not be.
+    pub fn report(&self) {
+        let counts = self.0.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        for (what, count) in &*counts {
+            println!("tried: {count} {what}");
+        }
+        let unavailable = self
+            .0
+            .unavailable
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        for what in &*unavailable {
+            println!("not available here: {what}");
+        }
+    }
+
+    /// A trial that needs root.
+    pub fn trial(
+        &self,
+        name: impl Into<String>,
+        run: impl FnOnce(&World) + Send + 'static,
+    ) -> Trial {
+        let world = self.clone();
+        Trial::test(name, move || {
+            if !rustix::process::geteuid().is_root() {
+                return Err(Failed::from("needs root: run `cargo xtask test`"));
+            }
+            run(&world);
+            Ok(())
+        })
+        .with_ignored_flag(true)
+    }
+}
+
+/// Opens a file for reading and writing.
+pub fn open(path: &Path) -> File {
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+/// A new file of so many bytes, written and synced.
+pub fn written(disk: &Disk, name: &str, length: usize) -> PathBuf {
+    let path = disk.path(name);
+    std::fs::write(&path, vec![7; length]).unwrap();
+    File::open(&path).unwrap().sync_all().unwrap();
+    path
+}
+
+/// Longer than any test of another thread keeps a shared thing busy.
+pub const PATIENCE: Duration = Duration::from_secs(2);
+
+/// Maps a range with the page cache accepted.
+pub fn map(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> DirectMap {
+    MapOptions::new()
+        .range(range)
+        .accept_page_cache(true)
+        .patience(PATIENCE)
+        .guard(guard.clone())
+        .map(file)
+        .unwrap()
+}
+
+/// Pins a range.
+pub fn pin(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> Pin {
+    PinOptions::new()
+        .range(range)
+        .patience(PATIENCE)
+        .guard(guard.clone())
+        .pin(file)
+        .unwrap()
+}
+
+/// Whether anything of a file is pinned: nobody may open it for writing then.
+pub fn is_pinned(path: &Path) -> bool {
+    match File::options().write(true).open(path) {
+        Ok(_) => false,
+        Err(error) => {
+            assert_eq!(error.kind(), std::io::ErrorKind::ExecutableFileBusy);
+            true
+        }
+    }
+}
+
+/// Waits until nothing of a file is pinned any more; a second at most.
+pub fn wait_until_free(path: &Path) {
+    for _ in 0..500 {
+        if !is_pinned(path) {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!("{} is still pinned", path.display());
+}

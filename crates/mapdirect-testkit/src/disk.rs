@@ -1,0 +1,254 @@
+//! Real filesystems on loop devices.
+
+use anyhow::{Context, Result, ensure};
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Filesystems the promise is kept on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Kind {
+    /// XFS, with or without reflink, and its block size in bytes.
+    Xfs {
+        /// Files can share blocks.
+        reflink: bool,
+        /// Block size.
+        block: u32,
+    },
+    /// ext4 and its block size in bytes.
+    Ext4 {
+        /// Block size.
+        block: u32,
+    },
+}
+
+impl Kind {
+    /// XFS as `mkfs.xfs` makes it.
+    pub const XFS: Self = Self::Xfs {
+        reflink: true,
+        block: 4096,
+    };
+    /// XFS that cannot share blocks.
+    pub const XFS_PLAIN: Self = Self::Xfs {
+        reflink: false,
+        block: 4096,
+    };
+    /// ext4 as `mkfs.ext4` makes it.
+    pub const EXT4: Self = Self::Ext4 { block: 4096 };
+
+    /// Whether files can share blocks.
+    #[must_use]
+    pub const fn reflink(self) -> bool {
+        matches!(self, Self::Xfs { reflink: true, .. })
+    }
+
+    /// Whether it is XFS.
+    #[must_use]
+    pub const fn is_xfs(self) -> bool {
+        matches!(self, Self::Xfs { .. })
+    }
+
+    /// Block size in bytes.
+    #[must_use]
+    pub const fn block(self) -> u64 {
+        match self {
+            Self::Xfs { block, .. } | Self::Ext4 { block } => block as u64,
+        }
+    }
+
+    /// Its command to make one.
+    fn mkfs(self) -> Command {
+        match self {
+            Self::Xfs { reflink, block } => {
+                let mut command = Command::new("mkfs.xfs");
+                command.args(["-q", "-f", "-b", &format!("size={block}")]);
+                // Small blocks cannot hold version 5 inodes of 512 bytes in
+                // any other way; 4096 is the default.
+                command.args(["-m", &format!("reflink={}", u8::from(reflink))]);
+                command
+            }
+            Self::Ext4 { block } => {
+                let mut command = Command::new("mkfs.ext4");
+                command.args(["-q", "-F", "-b", &block.to_string()]);
+                command
+            }
+        }
+    }
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Xfs { reflink, .. } => {
+                write!(f, "xfs{}", if *reflink { "" } else { "-plain" })?;
+            }
+            Self::Ext4 { .. } => f.write_str("ext4")?,
+        }
+        if self.block() != 4096 {
+            write!(f, "-{}", self.block())?;
+        }
+        Ok(())
+    }
+}
+
+/// A filesystem in an image file on a loop device, mounted; unmounted and
+/// gone when dropped.
+#[derive(Debug)]
+pub struct Disk {
+    kind: Kind,
+    directory: PathBuf,
+}
+
+/// Where images lie: in memory where there is plenty, since a loop device
+/// turns every flush into an fsync of its image.
+fn place() -> PathBuf {
+    const ENOUGH: u64 = 8 << 30;
+    let memory = Path::new("/dev/shm");
+    let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);
+    if free >= ENOUGH {
+        memory.to_owned()
+    } else {
+        std::env::temp_dir()
+    }
+}
+
+/// Directories of disks: the process that made one is in the name, so that
+/// what a killed one left behind can be found.
+const PREFIX: &str = "mapdirect-disk-";
+
+impl Disk {
+    /// Makes and mounts one of `megabytes`; XFS needs 300.
+    ///
+    /// # Errors
+    ///
+    /// When a tool is missing or fails, with what it said.
+    pub fn new(kind: Kind, megabytes: u64) -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
+        let directory = place().join(name);
+        fs::create_dir(&directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+        // From here on dropping it cleans up.
+        let disk = Self { kind, directory };
+        let image = disk.directory.join("image");
+        File::create(&image)?.set_len(megabytes << 20)?;
+        let mut mkfs = kind.mkfs();
+        run(mkfs.arg(&image))?;
+        fs::create_dir(disk.root())?;
+        run(Command::new("mount")
+            .args(["-o", "loop"])
+            .arg(&image)
+            .arg(disk.root()))?;
+        Ok(disk)
+    }
+
+    /// What kind it is.
+    #[must_use]
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Where it is mounted.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.directory.join("mnt")
+    }
+
+    /// A path on it.
+    #[must_use]
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.root().join(name)
+    }
+
+    /// Unmounts it and says whether that worked, which dropping cannot.
+    ///
+    /// # Errors
+    ///
+    /// When it stays busy for five seconds.
+    pub fn unmount(self) -> Result<()> {
+        let result = unmount(&self.root());
+        drop(self);
+        result
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        remove(&self.directory);
+    }
+}
+
+/// Takes a disk's directory away, whatever state it is in.
+fn remove(directory: &Path) {
+    let root = directory.join("mnt");
+    if is_mounted(&root) && unmount(&root).is_err() {
+        // Somebody still has a file open: detach it, so that it goes when
+        // they do.
+        let _ = Command::new("umount").arg("-l").arg(&root).status();
+    }
+    let _ = fs::remove_dir(&root);
+    let _ = fs::remove_dir_all(directory);
+}
+
+fn is_mounted(path: &Path) -> bool {
+    let path = path.to_string_lossy();
+    mapdirect_sys::proc_mountinfo::read(None)
+        .is_ok_and(|mounts| mounts.iter().any(|mount| mount.mount_point == path))
+}
+
+fn unmount(root: &Path) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let output = Command::new("umount").arg(root).output()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "{}",
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Takes away the disks of processes that were killed.
+pub fn remove_stale() {
+    let places = [PathBuf::from("/dev/shm"), std::env::temp_dir()];
+    let entries = places.into_iter().flat_map(fs::read_dir);
+    for entry in entries.flatten().flatten() {
+        let name = entry.file_name();
+        let owner = name
+            .to_str()
+            .and_then(|name| name.strip_prefix(PREFIX))
+            .and_then(|rest| rest.split_once('-'))
+            .and_then(|(pid, _)| pid.parse::<u32>().ok());
+        if let Some(pid) = owner
+            && !Path::new(&format!("/proc/{pid}")).exists()
+        {
+            remove(&entry.path());
+        }
+    }
+}
+
+/// Runs a command that must succeed.
+///
+/// # Errors
+///
+/// When it cannot be started or fails, with what it wrote to stderr.
+pub fn run(command: &mut Command) -> Result<()> {
+    let output = command
+        .output()
+        .with_context(|| format!("cannot run {}", command.get_program().display()))?;
+    ensure!(
+        output.status.success(),
+        "{} failed: {}",
+        command.get_program().display(),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}

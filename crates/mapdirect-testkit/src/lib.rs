@@ -1,0 +1,22 @@
+//! How mapdirect is attacked.
+//!
+//! * [`disk`]: real XFS and ext4 on loop devices.
+//! * [`attack`]: the corpus of operations that read, write or reshape a file,
+//!   through every door the kernel has, made by real system calls.
+//! * [`contract`]: which of them must be refused where, as data.
+//! * [`process`]: guards, holders and attackers in processes of their own.
+
+#![deny(unsafe_code)]
+#![expect(
+    clippy::missing_errors_doc,
+    reason = "errors here are failures of a test, and say what failed"
+)]
+
+pub mod attack;
+pub mod contract;
+pub mod disk;
+pub mod process;
+#[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]
+pub mod raw;
+
+pub use disk::{Disk, Kind};

@@ -1,0 +1,367 @@
+//! Guards and attackers in processes of their own.
+//!
+//! A test binary is its own helper: run with `--mapdirect-helper ROLE ...` it
+//! plays that role instead of running tests, see [`play_role`].
+
+use crate::attack::{Attack, Door, Target};
+use anyhow::{Context, Result, bail, ensure};
+use mapdirect_sys::Errno;
+use mapdirect_sys::signal::{self, Signal};
+use rustix::fs::{Mode, OFlags};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// A guard on a socket of its own; ended when dropped.
+#[derive(Debug)]
+pub struct GuardProcess {
+    child: Child,
+    socket: PathBuf,
+    _directory: ScratchDirectory,
+}
+
+impl GuardProcess {
+    /// Starts `binary` as a guard and waits until it is ready.
+    pub fn start(binary: &Path) -> Result<Self> {
+        Self::start_with(binary, &[])
+    }
+
+    /// The same with more arguments.
+    pub fn start_with(binary: &Path, arguments: &[&str]) -> Result<Self> {
+        let directory = ScratchDirectory::new("guard")?;
+        let socket = directory.path().join("guard.sock");
+        let mut child = Command::new(binary)
+            .arg("guard")
+            .arg("--socket")
+            .arg(&socket)
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .with_context(|| format!("cannot run {}", binary.display()))?;
+        let stdout = child.stdout.take().context("no stdout")?;
+        let mut line = String::new();
+        BufReader::new(stdout).read_line(&mut line)?;
+        let guard = Self {
+            child,
+            socket,
+            _directory: directory,
+        };
+        ensure!(line.contains("ready"), "the guard said: {line:?}");
+        Ok(guard)
+    }
+
+    /// Where it listens.
+    #[must_use]
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// It as the library sees it.
+    #[must_use]
+    pub fn client(&self) -> mapdirect::Guard {
+        mapdirect::Guard::at(&self.socket)
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Ends it with SIGKILL and waits until it is gone.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Ends it with SIGTERM and returns its exit code.
+    pub fn terminate(&mut self) -> Result<Option<i32>> {
+        signal::kill(self.pid(), Signal::TERMINATE)?;
+        wait_for(Duration::from_secs(10), || {
+            Ok(self.child.try_wait()?.map(|status| status.code()))
+        })
+    }
+}
+
+impl Drop for GuardProcess {
+    fn drop(&mut self) {
+        // SIGTERM first: a guard that ends by itself takes its socket away.
+        let _ = signal::kill(self.pid(), Signal::TERMINATE);
+        let ended = wait_for(Duration::from_secs(2), || Ok(self.child.try_wait()?));
+        if ended.is_err() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Asks again and again until there is an answer.
+pub fn wait_for<T>(limit: Duration, mut ask: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if let Some(answer) = ask()? {
+            return Ok(answer);
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "nothing happened within {limit:?}"
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A directory that goes when it is dropped.
+#[derive(Debug)]
+pub struct ScratchDirectory(PathBuf);
+
+impl ScratchDirectory {
+    /// Makes one.
+    pub fn new(what: &str) -> Result<Self> {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mapdirect-{what}-{}-{number}", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        std::fs::create_dir(&path)?;
+        Ok(Self(path))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for ScratchDirectory {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Marks the command line of a helper.
+pub const HELPER: &str = "--mapdirect-helper";
+
+/// A helper: this program in another role.
+#[derive(Debug)]
+pub struct Helper {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Helper {
+    /// Starts this program in `role`.
+    pub fn start(role: &str, arguments: &[&str]) -> Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg(HELPER).arg(role).args(arguments);
+        Self::spawn(command)
+    }
+
+    /// Starts any command as a helper.
+    pub fn spawn(mut command: Command) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()?;
+        let stdin = child.stdin.take().context("no stdin")?;
+        let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
+        Ok(Self {
+            child,
+            stdin,
+            stdout,
+        })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.child.id().cast_signed()
+    }
+
+    /// Waits for its next line.
+    pub fn hear(&mut self) -> Result<String> {
+        let mut line = String::new();
+        let length = self.stdout.read_line(&mut line)?;
+        ensure!(length > 0, "the helper ended without a word");
+        Ok(line.trim_end().to_owned())
+    }
+
+    /// Tells it to go on.
+    pub fn tell(&mut self, line: &str) -> Result<()> {
+        writeln!(self.stdin, "{line}")?;
+        self.stdin.flush()?;
+        Ok(())
+    }
+
+    /// Ends it with SIGKILL.
+    pub fn kill(mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Lets it end by itself: its input ends.
+    pub fn finish(self) -> Result<Option<i32>> {
+        let Self {
+            mut child, stdin, ..
+        } = self;
+        drop(stdin);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            if let Some(status) = child.try_wait()? {
+                return Ok(status.code());
+            }
+            if Instant::now() >= deadline {
+                child.kill()?;
+                child.wait()?;
+                bail!("the helper did not end");
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// An attack by another process. Returns what it got: nothing, or an errno.
+pub fn attack_by_stranger(
+    attack: &Attack,
+    door: Door,
+    path: &Path,
+    other: &Path,
+    (offset, length): (u64, u64),
+    block: u64,
+) -> Result<std::result::Result<(), Errno>> {
+    let mut stranger = Stranger::start(attack, door, path, other, (offset, length), block, false)?;
+    stranger.attack()
+}
+
+/// Another process, ready to attack.
+#[derive(Debug)]
+pub struct Stranger {
+    helper: Helper,
+}
+
+impl Stranger {
+    /// Starts one. `early` makes it open the file now, for what the attack
+    /// needs; otherwise it opens it when it attacks.
+    pub fn start(
+        attack: &Attack,
+        door: Door,
+        path: &Path,
+        other: &Path,
+        (offset, length): (u64, u64),
+        block: u64,
+        early: bool,
+    ) -> Result<Self> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let mut helper = Helper::start(
+            "attack",
+            &[
+                attack.name,
+                door.name(),
+                &text(path),
+                &text(other),
+                &offset.to_string(),
+                &length.to_string(),
+                &block.to_string(),
+                if early { "early" } else { "late" },
+            ],
+        )?;
+        let line = helper.hear()?;
+        ensure!(line == "ready", "the stranger said: {line}");
+        Ok(Self { helper })
+    }
+
+    /// Its process id.
+    #[must_use]
+    pub fn pid(&self) -> i32 {
+        self.helper.pid()
+    }
+
+    /// Has it attack, and tells what it got.
+    pub fn attack(&mut self) -> Result<std::result::Result<(), Errno>> {
+        self.helper.tell("go")?;
+        let line = self.helper.hear()?;
+        match line.strip_prefix("errno ") {
+            None if line == "ok" => Ok(Ok(())),
+            Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),
+            None => bail!("the stranger said: {line}"),
+        }
+    }
+}
+
+/// Plays a role if the command line asks for one, with the roles of the
+/// caller beside those of this crate; says whether it did.
+pub fn play_role(roles: &[(&str, fn(&[String]) -> Result<()>)]) -> bool {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [marker, role, rest @ ..] = &arguments[..] else {
+        return false;
+    };
+    if marker != HELPER {
+        return false;
+    }
+    let own: [(&str, fn(&[String]) -> Result<()>); 1] = [("attack", play_attacker)];
+    let found = own.iter().chain(roles).find(|(name, _)| name == role);
+    let result = match found {
+        Some((_, play)) => play(rest),
+        None => Err(anyhow::anyhow!("no role {role}")),
+    };
+    if let Err(error) = result {
+        say(&format!("failed: {error:#}"));
+        std::process::exit(1);
+    }
+    true
+}
+
+/// A helper's line to its test.
+pub fn say(line: &str) {
+    let mut stdout = std::io::stdout().lock();
+    // Without a listener there is nobody to tell.
+    let _ = writeln!(stdout, "{line}");
+    let _ = stdout.flush();
+}
+
+/// Waits for a line from the test; `None` when its input has ended.
+pub fn listen() -> Result<Option<String>> {
+    let mut line = String::new();
+    let length = std::io::stdin().lock().read_line(&mut line)?;
+    Ok((length > 0).then(|| line.trim_end().to_owned()))
+}
+
+fn play_attacker(arguments: &[String]) -> Result<()> {
+    let [name, door, path, other, offset, length, block, when] = arguments else {
+        bail!("wrong arguments");
+    };
+    let attack = Attack::by_name(name).context("no such attack")?;
+    let mut target = Target {
+        path: path.into(),
+        other: other.into(),
+        offset: offset.parse()?,
+        length: length.parse()?,
+        block: block.parse()?,
+        door: Door::by_name(door).context("no such door")?,
+        file: None,
+    };
+    if when == "early" {
+        let flags = match attack.needs {
+            crate::attack::Needs::Write => OFlags::RDWR,
+            _ => OFlags::RDONLY,
+        };
+        target.file = Some(rustix::fs::open(
+            &target.path,
+            flags | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?);
+    }
+    say("ready");
+    while listen()?.is_some() {
+        match (attack.run)(&target) {
+            Ok(()) => say("ok"),
+            Err(errno) => say(&format!("errno {}", errno.raw_os_error())),
+        }
+    }
+    Ok(())
+}

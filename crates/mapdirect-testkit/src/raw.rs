@@ -1,0 +1,570 @@
+//! System calls that rustix has no safe wrapper for, or that must be made in
+//! an unusual way: as a 32-bit program, through aio, through io_uring.
+//!
+//! All of them act on descriptors and memory of the caller only.
+
+use io_uring::{IoUring, opcode, squeue, types};
+use mapdirect_sys::Errno;
+use std::ffi::CString;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+/// Result of a system call.
+pub type Result<T> = std::result::Result<T, Errno>;
+
+fn checked(ret: libc::c_long) -> Result<libc::c_long> {
+    if ret >= 0 {
+        return Ok(ret);
+    }
+    let errno = std::io::Error::last_os_error().raw_os_error();
+    Err(Errno::from_raw_os_error(errno.unwrap_or(libc::EIO)))
+}
+
+/// A C string of a path.
+#[must_use]
+pub fn c_path(path: &Path) -> CString {
+    use std::os::unix::ffi::OsStrExt;
+    CString::new(path.as_os_str().as_bytes()).unwrap_or_default()
+}
+
+fn signed(offset: u64) -> i64 {
+    i64::try_from(offset).unwrap_or(i64::MAX)
+}
+
+/// `ioctl(2)` with a structure the kernel reads and may write.
+pub fn ioctl<T>(file: BorrowedFd<'_>, request: u64, argument: &mut T) -> Result<i32> {
+    // SAFETY: the callers pair each request with the structure its number
+    // encodes the size of.
+    let ret = unsafe { libc::ioctl(file.as_raw_fd(), request, std::ptr::from_mut(argument)) };
+    checked(ret.into()).map(|_| ret)
+}
+
+/// `ioctl(2)` with an integer argument.
+pub fn ioctl_value(file: BorrowedFd<'_>, request: u64, argument: u64) -> Result<i32> {
+    // SAFETY: the request takes a number (FICLONE: a descriptor) or ignores
+    // its argument.
+    let ret = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
+    checked(ret.into()).map(|_| ret)
+}
+
+/// `fallocate(2)` with any mode bits.
+pub fn fallocate(file: BorrowedFd<'_>, mode: i32, offset: u64, length: u64) -> Result<()> {
+    // SAFETY: integers only.
+    let ret = unsafe { libc::fallocate(file.as_raw_fd(), mode, signed(offset), signed(length)) };
+    checked(ret.into()).map(drop)
+}
+
+/// `pwritev2(2)` of one buffer.
+pub fn pwritev2(file: BorrowedFd<'_>, bytes: &[u8], offset: u64, flags: i32) -> Result<usize> {
+    let vector = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    // SAFETY: one vector over a slice that outlives the call.
+    let ret = unsafe {
+        libc::pwritev2(
+            file.as_raw_fd(),
+            &raw const vector,
+            1,
+            signed(offset),
+            flags,
+        )
+    };
+    checked(ret as libc::c_long).map(|written| usize::try_from(written).unwrap_or(0))
+}
+
+/// `truncate(2)`.
+pub fn truncate(path: &CString, size: u64) -> Result<()> {
+    // SAFETY: a C string that outlives the call.
+    let ret = unsafe { libc::truncate(path.as_ptr(), signed(size)) };
+    checked(ret.into()).map(drop)
+}
+
+/// `creat(2)`.
+pub fn creat(path: &Path) -> Result<OwnedFd> {
+    let path = c_path(path);
+    // SAFETY: a C string that outlives the call.
+    let fd = unsafe { libc::syscall(libc::SYS_creat, path.as_ptr(), 0o644) };
+    checked(fd).map(owned)
+}
+
+fn owned(fd: libc::c_long) -> OwnedFd {
+    // SAFETY: the kernel just returned this descriptor to the caller.
+    unsafe { OwnedFd::from_raw_fd(i32::try_from(fd).unwrap_or(-1)) }
+}
+
+/// Opens by handle: `name_to_handle_at(2)` and `open_by_handle_at(2)`.
+pub fn open_by_handle(path: &Path, mount: BorrowedFd<'_>, flags: i32) -> Result<OwnedFd> {
+    #[repr(C)]
+    struct Handle {
+        bytes: u32,
+        kind: i32,
+        handle: [u8; 128],
+    }
+    let mut handle = Handle {
+        bytes: 128,
+        kind: 0,
+        handle: [0; 128],
+    };
+    let mut mount_id = 0i32;
+    let path = c_path(path);
+    // SAFETY: the handle has room for as many bytes as it says.
+    checked(unsafe {
+        libc::syscall(
+            libc::SYS_name_to_handle_at,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            &raw mut handle,
+            &raw mut mount_id,
+            0,
+        )
+    })?;
+    // SAFETY: as above; the handle is what the kernel filled in.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_open_by_handle_at,
+            mount.as_raw_fd(),
+            &raw mut handle,
+            flags | libc::O_CLOEXEC,
+        )
+    };
+    checked(fd).map(owned)
+}
+
+/// `openat2(2)`.
+pub fn openat2(path: &Path, flags: i32) -> Result<OwnedFd> {
+    #[repr(C)]
+    struct How {
+        flags: u64,
+        mode: u64,
+        resolve: u64,
+    }
+    let how = How {
+        flags: u64::from((flags | libc::O_CLOEXEC).cast_unsigned()),
+        mode: 0,
+        resolve: 0,
+    };
+    let path = c_path(path);
+    // SAFETY: the structure has the size given.
+    let fd = unsafe {
+        libc::syscall(
+            libc::SYS_openat2,
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            &raw const how,
+            size_of::<How>(),
+        )
+    };
+    checked(fd).map(owned)
+}
+
+/// One write through Linux aio: `io_setup(2)`, `io_submit(2)`,
+/// `io_getevents(2)`.
+pub fn aio_write(file: BorrowedFd<'_>, bytes: &[u8], offset: u64, rw_flags: i32) -> Result<usize> {
+    #[repr(C)]
+    struct Iocb {
+        data: u64,
+        key: u32,
+        rw_flags: i32,
+        opcode: u16,
+        priority: i16,
+        fd: u32,
+        buffer: u64,
+        length: u64,
+        offset: i64,
+        reserved: u64,
+        flags: u32,
+        event_fd: u32,
+    }
+    #[repr(C)]
+    #[derive(Default)]
+    struct Event {
+        data: u64,
+        object: u64,
+        result: i64,
+        result2: i64,
+    }
+    const PWRITE: u16 = 1;
+    let mut context = 0u64;
+    // SAFETY: io_setup writes one context id.
+    checked(unsafe { libc::syscall(libc::SYS_io_setup, 1, &raw mut context) })?;
+    let mut block = Iocb {
+        data: 0,
+        key: 0,
+        rw_flags,
+        opcode: PWRITE,
+        priority: 0,
+        fd: file.as_raw_fd().cast_unsigned(),
+        buffer: bytes.as_ptr() as u64,
+        length: bytes.len() as u64,
+        offset: signed(offset),
+        reserved: 0,
+        flags: 0,
+        event_fd: 0,
+    };
+    let mut blocks = [&raw mut block];
+    // SAFETY: one control block whose buffer outlives the wait below.
+    let submitted = unsafe { libc::syscall(libc::SYS_io_submit, context, 1, blocks.as_mut_ptr()) };
+    let result = checked(submitted).and_then(|_| {
+        let mut event = Event::default();
+        // SAFETY: room for one event; no timeout.
+        let events = unsafe {
+            libc::syscall(
+                libc::SYS_io_getevents,
+                context,
+                1,
+                1,
+                &raw mut event,
+                std::ptr::null_mut::<libc::timespec>(),
+            )
+        };
+        checked(events).and_then(|_| of_result(event.result))
+    });
+    // SAFETY: the context made above; nothing of it is in flight any more.
+    unsafe { libc::syscall(libc::SYS_io_destroy, context) };
+    result.map(|written| usize::try_from(written).unwrap_or(0))
+}
+
+fn of_result(result: i64) -> Result<i64> {
+    if result < 0 {
+        Err(Errno::from_raw_os_error(
+            i32::try_from(-result).unwrap_or(libc::EIO),
+        ))
+    } else {
+        Ok(result)
+    }
+}
+
+/// How an io_uring request is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Uring {
+    /// By the submitting thread where possible.
+    Inline,
+    /// By a worker (`IOSQE_ASYNC`).
+    Worker,
+    /// By the polling kernel thread (`IORING_SETUP_SQPOLL`).
+    Polled,
+}
+
+fn submit(how: Uring, entry: squeue::Entry) -> Result<i32> {
+    let mut builder = IoUring::builder();
+    if how == Uring::Polled {
+        builder.setup_sqpoll(50);
+    }
+    let mut ring: IoUring = builder.build(4).map_err(|error| of_io(&error))?;
+    let entry = if how == Uring::Worker {
+        entry.flags(squeue::Flags::ASYNC)
+    } else {
+        entry
+    };
+    // SAFETY: the callers keep what the entry points to alive until this
+    // function has seen the completion.
+    unsafe { ring.submission().push(&entry) }.map_err(|_| Errno::NOMEM)?;
+    ring.submit_and_wait(1).map_err(|error| of_io(&error))?;
+    let completion = ring.completion().next().ok_or(Errno::IO)?;
+    of_result(completion.result().into()).map(|result| i32::try_from(result).unwrap_or(i32::MAX))
+}
+
+fn of_io(error: &std::io::Error) -> Errno {
+    Errno::from_io_error(error).unwrap_or(Errno::IO)
+}
+
+/// `IORING_OP_WRITE`.
+pub fn uring_write(
+    how: Uring,
+    file: BorrowedFd<'_>,
+    bytes: &[u8],
+    offset: u64,
+    rw_flags: i32,
+) -> Result<i32> {
+    let length = u32::try_from(bytes.len()).map_err(|_| Errno::INVAL)?;
+    let entry = opcode::Write::new(types::Fd(file.as_raw_fd()), bytes.as_ptr(), length)
+        .offset(offset)
+        .rw_flags(rw_flags)
+        .build();
+    submit(how, entry)
+}
+
+/// `IORING_OP_READ`.
+pub fn uring_read(how: Uring, file: BorrowedFd<'_>, bytes: &mut [u8], offset: u64) -> Result<i32> {
+    let length = u32::try_from(bytes.len()).map_err(|_| Errno::INVAL)?;
+    let entry = opcode::Read::new(types::Fd(file.as_raw_fd()), bytes.as_mut_ptr(), length)
+        .offset(offset)
+        .build();
+    submit(how, entry)
+}
+
+/// `IORING_OP_FALLOCATE`.
+pub fn uring_fallocate(file: BorrowedFd<'_>, mode: i32, offset: u64, length: u64) -> Result<i32> {
+    let entry = opcode::Fallocate::new(types::Fd(file.as_raw_fd()), length)
+        .offset(offset)
+        .mode(mode)
+        .build();
+    submit(Uring::Inline, entry)
+}
+
+/// `IORING_OP_FTRUNCATE`.
+pub fn uring_ftruncate(file: BorrowedFd<'_>, size: u64) -> Result<i32> {
+    let entry = opcode::Ftruncate::new(types::Fd(file.as_raw_fd()), size).build();
+    submit(Uring::Inline, entry)
+}
+
+/// `IORING_OP_OPENAT`.
+pub fn uring_open(how: Uring, path: &Path, flags: i32) -> Result<OwnedFd> {
+    let path = c_path(path);
+    let entry = opcode::OpenAt::new(types::Fd(libc::AT_FDCWD), path.as_ptr())
+        .flags(flags | libc::O_CLOEXEC)
+        .build();
+    submit(how, entry).map(|fd| owned(fd.into()))
+}
+
+/// A mapping of a file made the plain way.
+#[derive(Debug)]
+pub struct PlainMap {
+    address: usize,
+    length: usize,
+}
+
+impl PlainMap {
+    /// `mmap(2)`.
+    pub fn new(
+        file: BorrowedFd<'_>,
+        prot: i32,
+        flags: i32,
+        offset: u64,
+        length: usize,
+    ) -> Result<Self> {
+        // SAFETY: without MAP_FIXED nothing is replaced.
+        let address = unsafe { mapdirect_sys::mmap::map(0, length, prot, flags, file, offset) }?;
+        Ok(Self { address, length })
+    }
+
+    fn pointer(&self) -> *mut libc::c_void {
+        std::ptr::with_exposed_provenance_mut(self.address)
+    }
+
+    /// `madvise(2)`.
+    pub fn advise(&self, advice: i32) -> Result<()> {
+        madvise(self.address, self.length, advice)
+    }
+
+    /// `mprotect(2)`.
+    pub fn protect(&self, prot: i32) -> Result<()> {
+        // SAFETY: no reference to the mapping exists.
+        let ret = unsafe { libc::mprotect(self.pointer(), self.length, prot) };
+        checked(ret.into()).map(drop)
+    }
+
+    /// Stores one byte. The caller knows that the mapping can take it.
+    pub fn store(&self, at: usize, value: u8) {
+        assert!(at < self.length);
+        let byte = std::ptr::with_exposed_provenance_mut::<u8>(self.address + at);
+        // SAFETY: inside the mapping, by the assertion; volatile, since
+        // others may look.
+        unsafe { byte.write_volatile(value) };
+    }
+
+    /// Loads one byte.
+    #[must_use]
+    pub fn load(&self, at: usize) -> u8 {
+        assert!(at < self.length);
+        let byte = std::ptr::with_exposed_provenance::<u8>(self.address + at);
+        // SAFETY: inside the mapping, by the assertion.
+        unsafe { byte.read_volatile() }
+    }
+}
+
+impl Drop for PlainMap {
+    fn drop(&mut self) {
+        // SAFETY: nothing refers to the mapping any more.
+        let _ = unsafe { mapdirect_sys::mmap::unmap(self.address, self.length) };
+    }
+}
+
+/// `madvise(2)` of an address range.
+pub fn madvise(address: usize, length: usize, advice: i32) -> Result<()> {
+    let pointer = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the advice used here (MADV_REMOVE and gentler) frees file
+    // blocks, not the mapping.
+    let ret = unsafe { libc::madvise(pointer, length, advice) };
+    checked(ret.into()).map(drop)
+}
+
+/// `munmap(2)` of part of somebody's mapping.
+///
+/// # Safety
+///
+/// Nothing may use that part any more.
+pub unsafe fn munmap(address: usize, length: usize) -> Result<()> {
+    // SAFETY: the caller's promise.
+    unsafe { mapdirect_sys::mmap::unmap(address, length) }
+}
+
+/// Runs `child` in a forked process and waits for it.
+///
+/// Meant for tests about fork: between fork and exit the child may only do
+/// what a single-threaded program may.
+pub fn fork(child: impl FnOnce() -> i32) -> Result<i32> {
+    // SAFETY: the child runs the closure and ends without returning, so no
+    // state of the caller is torn down twice.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        let status = child();
+        // SAFETY: ends the process at once.
+        unsafe { libc::_exit(status) };
+    }
+    checked(pid.into()).map(|_| pid)
+}
+
+/// Calls as a 32-bit program makes them: `int 0x80`, numbers and register
+/// layout of i386. The kernel takes them from any program.
+#[cfg(target_arch = "x86_64")]
+pub mod compat {
+    use super::{Errno, Result, c_path, owned};
+    use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+    use std::path::Path;
+
+    /// Whether this kernel takes i386 calls.
+    #[must_use]
+    pub fn available() -> bool {
+        // getpid
+        call(20, [0; 6]).is_ok()
+    }
+
+    fn call(number: u32, args: [u32; 6]) -> Result<u32> {
+        let ret: i32;
+        // SAFETY: enters the kernel as an i386 call; memory the kernel may
+        // touch is named by 32-bit pointers that the callers made. rbx and
+        // rbp are saved around the call, since LLVM keeps both for itself.
+        unsafe {
+            std::arch::asm!(
+                "push rbx",
+                "push rbp",
+                "mov ebx, r8d",
+                "mov ebp, r9d",
+                "int 0x80",
+                "pop rbp",
+                "pop rbx",
+                inlateout("eax") number => ret,
+                inlateout("r8d") args[0] => _,
+                in("ecx") args[1],
+                in("edx") args[2],
+                in("esi") args[3],
+                in("edi") args[4],
+                inlateout("r9d") args[5] => _,
+                // The kernel clears these on the way back to 32-bit code.
+                lateout("r10") _,
+                lateout("r11") _,
+            );
+        }
+        if (-4095..0).contains(&ret) {
+            Err(Errno::from_raw_os_error(-ret))
+        } else {
+            Ok(ret.cast_unsigned())
+        }
+    }
+
+    fn halves(value: u64) -> (u32, u32) {
+        let low = u32::try_from(value & 0xffff_ffff).unwrap_or(0);
+        let high = u32::try_from(value >> 32).unwrap_or(0);
+        (low, high)
+    }
+
+    fn number(file: BorrowedFd<'_>) -> u32 {
+        file.as_raw_fd().cast_unsigned()
+    }
+
+    /// Memory that 32-bit pointers reach, with `bytes` in it.
+    struct Low {
+        address: usize,
+        length: usize,
+    }
+
+    impl Low {
+        fn new(bytes: &[u8]) -> Result<Self> {
+            let length = bytes.len().max(1);
+            // SAFETY: a fresh anonymous mapping.
+            let address = unsafe {
+                libc::mmap(
+                    std::ptr::null_mut(),
+                    length,
+                    libc::PROT_READ | libc::PROT_WRITE,
+                    libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_32BIT,
+                    -1,
+                    0,
+                )
+            };
+            if address == libc::MAP_FAILED {
+                return Err(Errno::NOMEM);
+            }
+            // SAFETY: as long as the source, and just mapped.
+            unsafe {
+                std::ptr::copy_nonoverlapping(bytes.as_ptr(), address.cast(), bytes.len());
+            }
+            Ok(Self {
+                address: address.expose_provenance(),
+                length,
+            })
+        }
+
+        fn pointer(&self) -> u32 {
+            u32::try_from(self.address).unwrap_or(0)
+        }
+    }
+
+    impl Drop for Low {
+        fn drop(&mut self) {
+            // SAFETY: nothing refers to it any more.
+            let _ = unsafe { mapdirect_sys::mmap::unmap(self.address, self.length) };
+        }
+    }
+
+    /// `open`.
+    pub fn open(path: &Path, flags: i32) -> Result<OwnedFd> {
+        let path = Low::new(c_path(path).as_bytes_with_nul())?;
+        let flags = (flags | libc::O_CLOEXEC | 0o100_000).cast_unsigned(); // O_LARGEFILE
+        call(5, [path.pointer(), flags, 0o644, 0, 0, 0]).map(|fd| owned(fd.into()))
+    }
+
+    /// `pread64`.
+    pub fn pread(file: BorrowedFd<'_>, length: usize, offset: u64) -> Result<u32> {
+        let buffer = Low::new(&vec![0; length])?;
+        let (low, high) = halves(offset);
+        let length = u32::try_from(length).unwrap_or(0);
+        call(180, [number(file), buffer.pointer(), length, low, high, 0])
+    }
+
+    /// `pwrite64`.
+    pub fn pwrite(file: BorrowedFd<'_>, bytes: &[u8], offset: u64) -> Result<u32> {
+        let buffer = Low::new(bytes)?;
+        let (low, high) = halves(offset);
+        let length = u32::try_from(bytes.len()).unwrap_or(0);
+        call(181, [number(file), buffer.pointer(), length, low, high, 0])
+    }
+
+    /// `fallocate`.
+    pub fn fallocate(file: BorrowedFd<'_>, mode: i32, offset: u64, length: u64) -> Result<()> {
+        let (low, high) = halves(offset);
+        let (len_low, len_high) = halves(length);
+        let mode = mode.cast_unsigned();
+        call(324, [number(file), mode, low, high, len_low, len_high]).map(drop)
+    }
+
+    /// `ftruncate64`.
+    pub fn ftruncate(file: BorrowedFd<'_>, size: u64) -> Result<()> {
+        let (low, high) = halves(size);
+        call(194, [number(file), low, high, 0, 0, 0]).map(drop)
+    }
+
+    /// `truncate64`.
+    pub fn truncate(path: &Path, size: u64) -> Result<()> {
+        let path = Low::new(c_path(path).as_bytes_with_nul())?;
+        let (low, high) = halves(size);
+        call(193, [path.pointer(), low, high, 0, 0, 0]).map(drop)
+    }
+
+    /// `ioctl` with an integer argument.
+    pub fn ioctl_value(file: BorrowedFd<'_>, request: u32, argument: u32) -> Result<()> {
+        call(54, [number(file), request, argument, 0, 0, 0]).map(drop)
+    }
+}
