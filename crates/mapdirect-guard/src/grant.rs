@@ -14,7 +14,7 @@ use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::rest::{self, Busy, Openers};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
-use crate::{Errno, Guard};
+use crate::{Errno, Guard, thaw};
 use mapdirect::eligibility::{FileFacts, Obstacle};
 use mapdirect_proto::{
     BlockMap, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
@@ -50,6 +50,9 @@ pub(crate) trait Conversation {
 
 /// Longest patience a request can ask for.
 const MOST_PATIENCE: Duration = Duration::from_secs(60);
+/// How long to wait for truncations by path to get through, before asking
+/// whether their filesystem is frozen.
+const SCAN: Duration = Duration::from_millis(50);
 /// How long a replaced description may take to go away: an operation of
 /// another thread may be using it.
 const LETTING_GO: Duration = Duration::from_millis(200);
@@ -116,6 +119,7 @@ pub(crate) fn grant(
             pin: &pin,
             deadline,
             talk,
+            exact: false,
             file,
         };
         let result = attempt.run();
@@ -310,6 +314,8 @@ struct Attempt<'a> {
     pin: &'a Arc<Pin>,
     deadline: Instant,
     talk: &'a mut dyn Conversation,
+    /// A lease proved that nobody else has the file open.
+    exact: bool,
     /// A description of the inode: the holder's, later the pin's.
     file: OwnedFd,
 }
@@ -379,6 +385,7 @@ impl Attempt<'_> {
         let mut pause = Duration::from_millis(1);
         loop {
             if self.lease_proves()? {
+                self.exact = true;
                 break;
             }
             let over = Instant::now() >= self.deadline;
@@ -505,7 +512,24 @@ impl Attempt<'_> {
     }
 
     fn no_truncation_under_way(&self) -> Result<(), Refusal> {
-        still_changing(&self.guard.truncations.wait(self.scan_patience()))
+        let held = || self.guard.gate.held();
+        // Threads that are at it are through in no time, unless their
+        // filesystem is frozen.
+        let busy = self.guard.truncations.wait(&held, SCAN);
+        if busy.is_empty() {
+            return Ok(());
+        }
+        // If it is not this one that is frozen, they wait for another.
+        let deadline = Instant::now() + self.scan_patience();
+        if !thaw::is_thawed(self.file.as_fd(), deadline) {
+            return still_changing(&busy);
+        }
+        still_changing(&rest::still_truncating(&busy, deadline))?;
+        // Whoever was let go meanwhile is counted by now, or finished.
+        if self.exact && !self.lease_proves()? {
+            return still_changing(&busy);
+        }
+        Ok(())
     }
 
     /// How long a scan of all threads may take. It ends as soon as it can;
@@ -526,9 +550,9 @@ impl Attempt<'_> {
         }
         if unrest {
             self.no_truncation_under_way()?;
-            still_changing(&rest::wait_for_changes(
-                Instant::now() + self.scan_patience(),
-            ))?;
+            let held = || self.guard.gate.held();
+            let deadline = Instant::now() + self.scan_patience();
+            still_changing(&rest::wait_for_changes(&held, deadline))?;
             self.watched.unrest.store(false, SeqCst);
         }
         Ok(!writers && !unrest)

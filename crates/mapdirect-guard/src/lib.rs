@@ -26,6 +26,7 @@ mod server;
 mod session;
 mod status;
 mod table;
+mod thaw;
 mod wake;
 
 use mapdirect_sys::Errno;

@@ -12,7 +12,8 @@
 //! the gate lets go of it at once, so that its filesystem can be unmounted.
 
 use crate::gate::fanotify::MASK;
-use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
+use crate::rest;
+use crate::table::{InodeId, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
@@ -37,10 +38,6 @@ const LINGER: Duration = Duration::from_millis(250);
 const ROUND: Duration = Duration::from_micros(300);
 /// When to look once more at pins whose lock still stood after a close.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// Pins of one inode beyond which the list of all locks is read instead of
-/// asking for each.
-const ASK_EACH: usize = 64;
-
 /// The group that hears of closes, and how to reach the thread that reads it.
 #[derive(Debug)]
 pub(crate) struct Lifetime {
@@ -143,7 +140,11 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
             }
         }
         while let Some(id) = lifetime.kicked.pop() {
-            keeper.tend_by_list(id);
+            // The gate found pins dead. The close event that came with their
+            // end has a description to let the inode go with.
+            if let Some(watched) = guard.table.get(id) {
+                watched.remove(Pin::is_dead);
+            }
         }
         keeper.look_at_what_is_due();
         if busy {
@@ -179,16 +180,13 @@ impl Keeper<'_> {
             .extract_if(|_, look| look.at <= now)
             .collect();
         for (id, look) in due {
-            self.tend_by_list(id);
-            if let Some(watched) = self.guard.table.get(id)
-                && watched.pins.load().is_empty()
-                && !self.lingering.contains_key(&id)
-            {
-                self.stop_lingering(Lingering {
-                    watched,
-                    path: look.path,
-                    until: now,
-                });
+            let path = look.path.as_fd();
+            let reopened = self
+                .guard
+                .own
+                .during(|| proc::reopen(path, OFlags::RDONLY | OFlags::NONBLOCK));
+            if let Ok(file) = reopened {
+                self.tend(id, file.as_fd());
             }
         }
         let over: Vec<_> = self
@@ -209,21 +207,11 @@ impl Keeper<'_> {
             return true;
         };
         let pins = watched.pins.load_full();
-        let ended: HashSet<u64> = if pins.len() > ASK_EACH {
-            match standing_locks(id) {
-                Some(standing) => pins
-                    .iter()
-                    .filter(|pin| has_ended(pin, || !standing.contains(&pin.lock_byte())))
-                    .map(|pin| pin.id)
-                    .collect(),
-                None => HashSet::new(),
-            }
-        } else {
-            pins.iter()
-                .filter(|pin| has_ended(pin, || lock_is_gone(file, pin, id)))
-                .map(|pin| pin.id)
-                .collect()
-        };
+        let ended: HashSet<u64> = pins
+            .iter()
+            .filter(|pin| pin.is_dead() || pin.settled().is_some() && has_ended(&watched, pin, file))
+            .map(|pin| pin.id)
+            .collect();
         if !ended.is_empty() {
             watched.remove(|pin| ended.contains(&pin.id));
         }
@@ -232,18 +220,6 @@ impl Keeper<'_> {
             return true;
         }
         !ended.is_empty()
-    }
-
-    /// The same without a description, from the list of all locks.
-    fn tend_by_list(&mut self, id: InodeId) {
-        let Some(watched) = self.guard.table.get(id) else {
-            return;
-        };
-        if let Some(standing) = standing_locks(id) {
-            watched.remove(|pin| has_ended(pin, || !standing.contains(&pin.lock_byte())));
-        }
-        // If that was the last, the close event that comes with its end has a
-        // description to let the inode go with.
     }
 
     /// An inode without pins: open the gate for it, now or a little later.
@@ -298,38 +274,43 @@ impl Keeper<'_> {
     }
 }
 
-fn has_ended(pin: &Pin, lock_is_gone: impl FnOnce() -> bool) -> bool {
-    pin.is_dead() || pin.settled().is_some() && lock_is_gone()
-}
-
-fn lock_is_gone(file: BorrowedFd<'_>, pin: &Pin, id: InodeId) -> bool {
+/// Whether the description of a pin is gone; `file` is another one of the
+/// same inode.
+fn has_ended(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     let byte = pin.lock_byte();
     match conflicting_lock(file, byte, 1) {
         Ok(None) => true,
         Ok(Some(FoundLock {
             start, length: 1, ..
         })) if start == byte => false,
-        // A longer lock of somebody may hide that ours is gone.
-        Ok(Some(_)) => standing_locks(id).is_some_and(|standing| !standing.contains(&byte)),
+        // Somebody's lock to the end of all offsets hides whether ours still
+        // stands. The list of locks may skip some while it changes, and
+        // /proc does not show everything: believe them only together.
+        Ok(Some(_)) => {
+            let listed = (0..3).any(|_| is_listed(watched.id, byte));
+            let openers = || rest::openers(watched.id, &watched.path, Some(byte));
+            !listed && {
+                let found = openers();
+                found.marked.is_empty()
+                    && found.hidden.is_empty()
+                    && !found.others.iter().any(|opener| opener.mapped)
+            }
+        }
         Err(_) => false,
     }
 }
 
-/// The bytes of pins on which a description of the inode holds a lock.
-fn standing_locks(id: InodeId) -> Option<HashSet<u64>> {
+/// Whether the list of all locks shows one on this byte of the inode, or
+/// cannot be read.
+fn is_listed(id: InodeId, byte: u64) -> bool {
     let device = id.device();
-    let locks = proc_locks::read_all().ok()?;
-    Some(
-        locks
-            .into_iter()
-            .filter(|lock| {
-                lock.kind == proc_locks::Kind::Description
-                    && lock.inode == id.inode
-                    && (lock.major, lock.minor) == (device.major, device.minor)
-                    && lock.start >= LOCK_BASE
-                    && lock.last == Some(lock.start)
-            })
-            .map(|lock| lock.start)
-            .collect(),
-    )
+    proc_locks::read_all().is_ok_and(|locks| {
+        locks.iter().any(|lock| {
+            lock.kind == proc_locks::Kind::Description
+                && lock.inode == id.inode
+                && (lock.major, lock.minor) == (device.major, device.minor)
+                && lock.start == byte
+                && lock.last == Some(byte)
+        })
+    })
 }

@@ -11,7 +11,7 @@ use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use mapdirect_sys::proc_locks;
 use rustix::fs::{AtFlags, StatxFlags};
 use std::ops::Range;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What is known about who has a file open.
@@ -331,8 +331,9 @@ fn nanoseconds_run(tid: i32) -> Option<u64> {
 
 /// Looks at every thread of the system until none is busy any more or the
 /// time is over, and tells who still is. Those that begin later are not
-/// waited for: they meet a closed gate.
-fn wait_for(look_for: LookFor, deadline: Instant) -> Vec<Busy> {
+/// waited for: they meet a closed gate. Nor are those that `held` names: they
+/// have not passed it.
+fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Instant) -> Vec<Busy> {
     let own_pid = std::process::id().cast_signed();
     let mut sleeping = Vec::new();
     let mut running = Vec::new();
@@ -353,7 +354,10 @@ fn wait_for(look_for: LookFor, deadline: Instant) -> Vec<Busy> {
     }
     let mut pause = Duration::from_micros(100);
     loop {
-        sleeping.retain(|(tid, _)| matches!(look(look_for, *tid), Seen::Busy(_)));
+        let waiting = held();
+        sleeping.retain(|(tid, _)| {
+            !waiting.contains(tid) && matches!(look(look_for, *tid), Seen::Busy(_))
+        });
         let mut fell_asleep = Vec::new();
         running.retain(|thread| match look(look_for, thread.tid) {
             Seen::Idle => false,
@@ -406,9 +410,43 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
     }
 }
 
+/// Whether any of the threads found busy with a truncation can still be about
+/// to truncate a file of this filesystem, which is not frozen: a thread that
+/// sleeps waiting for a thaw waits for another one.
+pub(crate) fn still_truncating(busy: &[Busy], deadline: Instant) -> Vec<Busy> {
+    let mut left = busy.to_vec();
+    loop {
+        left.retain(|busy| match look(LookFor::Truncations, busy.tid) {
+            Seen::Idle => false,
+            // Woken by a thaw, perhaps: it will tell when it sleeps again.
+            Seen::Running => true,
+            Seen::Busy(_) => !waits_for_thaw(busy.tid),
+        });
+        if left.is_empty() || Instant::now() >= deadline {
+            return left;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Whether a thread sleeps waiting for a filesystem to thaw: in
+/// `sb_start_write`, which is inlined into `mnt_want_write`.
+fn waits_for_thaw(tid: i32) -> bool {
+    proc::read_task_file(tid, "stack").is_ok_and(|stack| {
+        proc::stack_functions(&stack).any(|function| {
+            matches!(function, "mnt_want_write" | "sb_start_write" | "__sb_start_write")
+                || function.starts_with("percpu_rwsem_wait")
+                || function.starts_with("__percpu_down_read")
+        })
+    })
+}
+
 /// Waits until everybody who was changing any file has finished.
-pub(crate) fn wait_for_changes(deadline: Instant) -> Vec<Busy> {
-    wait_for(LookFor::Changes, deadline)
+pub(crate) fn wait_for_changes(
+    held: &dyn Fn() -> Arc<Vec<i32>>,
+    deadline: Instant,
+) -> Vec<Busy> {
+    wait_for(LookFor::Changes, held, deadline)
 }
 
 /// Scans for truncations by path, one for all grants that wait for one.
@@ -436,7 +474,7 @@ struct ScanState {
 impl TruncationScan {
     /// Waits until no truncation by path is under way that began before this
     /// call, and tells who still is at it when the time is over.
-    pub(crate) fn wait(&self, patience: Duration) -> Vec<Busy> {
+    pub(crate) fn wait(&self, held: &dyn Fn() -> Arc<Vec<i32>>, patience: Duration) -> Vec<Busy> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // A scan that is running now may have passed a thread before it went
         // into the kernel: the next one counts.
@@ -449,7 +487,7 @@ impl TruncationScan {
                 state.running = true;
                 state.begun += 1;
                 drop(state);
-                let busy = wait_for(LookFor::Truncations, Instant::now() + patience);
+                let busy = wait_for(LookFor::Truncations, held, Instant::now() + patience);
                 state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.running = false;
                 state.finished = state.begun;
@@ -546,7 +584,7 @@ mod tests {
         let scan = TruncationScan::default();
         std::thread::scope(|scope| {
             for _ in 0..8 {
-                scope.spawn(|| scan.wait(Duration::from_millis(200)));
+                scope.spawn(|| scan.wait(&Arc::default, Duration::from_millis(200)));
             }
         });
         let state = scan.state.lock().unwrap();

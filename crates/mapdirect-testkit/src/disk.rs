@@ -126,6 +126,20 @@ impl Disk {
     ///
     /// When a tool is missing or fails, with what it said.
     pub fn new(kind: Kind, megabytes: u64) -> Result<Self> {
+        Self::with_options(kind, megabytes, &[], "")
+    }
+
+    /// The same with more arguments for mkfs and options for mount.
+    ///
+    /// # Errors
+    ///
+    /// As [`new`](Self::new).
+    pub fn with_options(
+        kind: Kind,
+        megabytes: u64,
+        mkfs_arguments: &[&str],
+        mount_options: &str,
+    ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{PREFIX}{}-{number}", std::process::id());
@@ -137,10 +151,11 @@ impl Disk {
         let image = disk.directory.join("image");
         File::create(&image)?.set_len(megabytes << 20)?;
         let mut mkfs = kind.mkfs();
-        run(mkfs.arg(&image))?;
+        run(mkfs.args(mkfs_arguments).arg(&image))?;
         fs::create_dir(disk.root())?;
         run(Command::new("mount")
-            .args(["-o", "loop"])
+            .arg("-o")
+            .arg(format!("loop,{mount_options}"))
             .arg(&image)
             .arg(disk.root()))?;
         Ok(disk)

@@ -265,6 +265,17 @@ fn submit(how: Uring, entry: squeue::Entry) -> Result<i32> {
     of_result(completion.result().into()).map(|result| i32::try_from(result).unwrap_or(i32::MAX))
 }
 
+/// An io_uring that has `file` registered, and nothing else that keeps it
+/// open.
+pub fn ring_with_file(file: std::fs::File) -> Result<IoUring> {
+    let ring: IoUring = IoUring::new(4).map_err(|error| of_io(&error))?;
+    ring.submitter()
+        .register_files(&[file.as_raw_fd()])
+        .map_err(|error| of_io(&error))?;
+    drop(file);
+    Ok(ring)
+}
+
 fn of_io(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }

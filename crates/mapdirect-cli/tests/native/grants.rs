@@ -1,17 +1,589 @@
-use crate::world::World;
+//! Grants: a promise is made only when it can be kept.
+
+use crate::world::{PATIENCE, World, is_pinned, map, open, pin, wait_until_free, written};
 use libtest_mimic::Trial;
-pub fn trials(_world: &World) -> Vec<Trial> {
-    Vec::new()
+use mapdirect::{ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions};
+use mapdirect_sys::fcntl::{LockKind, LockOwner, conflicting_lock, set_lock};
+use mapdirect_sys::unix::Socket;
+use mapdirect_sys::{Errno, inode_flags};
+use mapdirect_testkit::disk::run;
+use mapdirect_testkit::raw::{self, PlainMap};
+use mapdirect_testkit::{Disk, Kind};
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for kind in [Kind::XFS, Kind::EXT4] {
+        for (name, run) in [
+            ("who-has-it-open", who_has_it_open as fn(&World, Kind)),
+            ("patience", patience),
+            ("duplicate", duplicate),
+            ("inherited", inherited),
+            ("mapped-before", mapped_before),
+            ("in-flight", in_flight),
+            ("registered", registered),
+            ("frozen-truncate", frozen_truncate),
+            ("frozen-write", frozen_write),
+            ("frozen-write-behind-the-gate", frozen_write_behind_the_gate),
+            ("dirty", dirty),
+            ("description", description),
+            ("record-locks", record_locks),
+            ("foreign-locks", foreign_locks),
+            ("at-once", at_once),
+            ("many-extents", many_extents),
+            ("rounding", rounding),
+            ("beyond-the-end", beyond_the_end),
+            ("bytes", bytes),
+            ("gone", gone),
+            ("unmounted", unmounted),
+            ("busy-processor", busy_processor),
+        ] {
+            let name = format!("grants::{kind}::{name}");
+            trials.push(world.trial(name, move |world| run(world, kind)));
+        }
+    }
+    trials.push(world.trial("grants::xfs::extent-size-hint", extent_size_hint));
+    trials.push(world.trial("grants::xfs-plain::reader", reader_without_reflink));
+    trials
 }
-pub fn play_holder(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn subject(world: &World, kind: Kind, name: &str) -> (std::sync::Arc<Disk>, std::path::PathBuf) {
+    let disk = world.disk(kind);
+    let path = written(&disk, &format!("grants-{name}"), 1 << 20);
+    (disk, path)
 }
-pub fn play_attacker(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn impatient(guard: &Guard) -> PinOptions {
+    PinOptions::new()
+        .range(0..65536)
+        .patience(Duration::from_millis(20))
+        .guard(guard.clone())
 }
-pub fn play_mmap(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn refused(result: mapdirect::Result<Pin>) -> mapdirect::Error {
+    let error = result.unwrap_err();
+    assert_eq!(error.errno(), Errno::TXTBSY.raw_os_error(), "{error:#}");
+    error
 }
-pub fn play_pin(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn who_has_it_open(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "who");
+    let guard = world.guard().client();
+    let mut writer = Command::new("sleep")
+        .arg("60")
+        .stdin(open(&path))
+        .spawn()
+        .unwrap();
+    let error = refused(impatient(&guard).pin(&File::open(&path).unwrap()));
+    writer.kill().unwrap();
+    writer.wait().unwrap();
+    assert_eq!(error.kind(), Reason::OpenElsewhere);
+    let [opener] = error.openers() else {
+        panic!("exactly one: {error:#}");
+    };
+    assert_eq!(opener.pid, writer.id().cast_signed());
+    assert_eq!(opener.command, "sleep");
+    assert_eq!((opener.fd, opener.writable, opener.mapped), (Some(0), true, false));
+    assert!(!is_pinned(&path), "a refused pin leaves nothing behind");
+    drop(impatient(&guard).pin(&File::open(&path).unwrap()).unwrap());
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn patience(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "patience");
+    let guard = world.guard().client();
+    let writer = open(&path);
+    let closing = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(150));
+        drop(writer);
+    });
+    let pinned = impatient(&guard)
+        .patience(PATIENCE)
+        .pin(&File::open(&path).unwrap());
+    closing.join().unwrap();
+    drop(pinned.unwrap());
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn duplicate(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "duplicate");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let twin = file.try_clone().unwrap();
+    let error = refused(impatient(&guard).pin(&file));
+    assert_eq!(error.kind(), Reason::OpenHere, "{error:#}");
+    let own = std::process::id().cast_signed();
+    assert!(error.openers().iter().all(|opener| opener.pid == own));
+    drop(twin);
+    let held = impatient(&guard).pin(&file).unwrap();
+    // A duplicate made now is one from behind the gate.
+    let twin = file.try_clone().unwrap();
+    assert_eq!(rustix::fs::ftruncate(&twin, 0), Err(Errno::TXTBSY));
+    drop(held);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn inherited(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "inherited");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let mut child = Command::new("sleep")
+        .arg("60")
+        .stdin(file.try_clone().unwrap())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let error = refused(impatient(&guard).pin(&file));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let pid = child.id().cast_signed();
+    assert!(error.openers().iter().any(|opener| opener.pid == pid), "{error:#}");
+    drop(impatient(&guard).pin(&file).unwrap());
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn mapped_before(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "mapped");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let shared = mapdirect_sys::mmap::MAP_SHARED;
+    let both = mapdirect_sys::mmap::PROT_READ | mapdirect_sys::mmap::PROT_WRITE;
+    let plain = PlainMap::new(file.as_fd(), both, shared, 0, 65536).unwrap();
+    let error = refused(impatient(&guard).pin(&file));
+    assert!(error.openers().iter().any(|opener| opener.mapped), "{error:#}");
+    drop(plain);
+    let held = impatient(&guard).pin(&file).unwrap();
+    // Mapped now, it is behind the gate: removing pages is refused.
+    let plain = PlainMap::new(file.as_fd(), both, shared, 0, 65536).unwrap();
+    assert_eq!(plain.advise(9), Err(Errno::TXTBSY));
+    drop(held);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A descriptor nobody has, on its way through a socket.
+fn in_flight(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "flight");
+    let guard = world.guard().client();
+    let (one, other) = Socket::pair().unwrap();
+    one.send(&[b"x"], &[open(&path).as_fd()]).unwrap();
+    let error = refused(impatient(&guard).pin(&File::open(&path).unwrap()));
+    assert!(error.obstacle().contains("socket"), "{error:#}");
+    drop(other);
+    drop(impatient(&guard).patience(PATIENCE).pin(&File::open(&path).unwrap()).unwrap());
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A file registered with an io_uring, its descriptor closed.
+fn registered(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "registered");
+    let guard = world.guard().client();
+    let ring = raw::ring_with_file(open(&path)).unwrap();
+    let error = refused(impatient(&guard).pin(&File::open(&path).unwrap()));
+    assert!(error.obstacle().contains("io_uring"), "{error:#}");
+    drop(ring);
+    drop(impatient(&guard).patience(PATIENCE).pin(&File::open(&path).unwrap()).unwrap());
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A filesystem that is frozen; thawed when dropped.
+struct Frozen<'a>(&'a Disk);
+
+impl<'a> Frozen<'a> {
+    fn new(disk: &'a Disk) -> Self {
+        run(Command::new("fsfreeze").arg("-f").arg(disk.root())).unwrap();
+        Self(disk)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("-u").arg(self.0.root()).status();
+    }
+}
+
+/// Waits until a thread of this process is inside a kernel function.
+fn wait_until_inside(function: &str) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    loop {
+        let inside = mapdirect_sys::proc::numbers_in("/proc/self/task")
+            .unwrap()
+            .into_iter()
+            .any(|tid| {
+                mapdirect_sys::proc::read_task_file(tid, "stack")
+                    .is_ok_and(|stack| stack.contains(function))
+            });
+        if inside {
+            return;
+        }
+        assert!(Instant::now() < deadline, "nobody is inside {function}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// A truncation by path that passed its permission check before the gate
+/// closed, and waits for the filesystem to thaw.
+fn frozen_truncate(world: &World, kind: Kind) {
+    let disk = Disk::new(kind, 512).unwrap();
+    let path = written(&disk, "file", 1 << 20);
+    let guard = world.guard().client();
+    let reader = File::open(&path).unwrap();
+    let frozen = Frozen::new(&disk);
+    let victim = path.clone();
+    let truncating =
+        std::thread::spawn(move || raw::truncate(&raw::c_path(&victim), 0).unwrap());
+    wait_until_inside("vfs_truncate");
+    let error = refused(impatient(&guard).pin(&reader));
+    assert_eq!(error.kind(), Reason::StillChanging, "{error:#}");
+    drop(frozen);
+    truncating.join().unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 0);
+    drop(reader);
+}
+
+/// A write through the holder's own descriptor, from before the gate.
+fn frozen_write(world: &World, kind: Kind) {
+    let disk = Disk::new(kind, 512).unwrap();
+    let path = written(&disk, "file", 1 << 20);
+    let guard = world.guard().client();
+    let file = open(&path);
+    let frozen = Frozen::new(&disk);
+    std::thread::scope(|scope| {
+        let writing = scope.spawn(|| rustix::io::pwrite(&file, &[1; 4096], 2 << 20).unwrap());
+        wait_until_inside("vfs_write");
+        let error = refused(impatient(&guard).pin(&file));
+        assert_eq!(error.kind(), Reason::OpenHere, "{error:#}");
+        drop(frozen);
+        writing.join().unwrap();
+    });
+    drop(impatient(&guard).pin(&file).unwrap());
+}
+
+/// A write through a descriptor behind the gate, let in while only another
+/// range was pinned.
+fn frozen_write_behind_the_gate(world: &World, kind: Kind) {
+    let disk = Disk::new(kind, 512).unwrap();
+    let path = written(&disk, "file", 1 << 20);
+    let guard = world.guard().client();
+    let file = open(&path);
+    let first = map(&guard, &file, 0..65536);
+    let frozen = Frozen::new(&disk);
+    std::thread::scope(|scope| {
+        let punching = scope.spawn(|| raw::fallocate(file.as_fd(), 3, 524_288, 65536).unwrap());
+        wait_until_inside("vfs_fallocate");
+        let elsewhere = PinOptions::new()
+            .range(524_288..589_824)
+            .guard(guard.clone())
+            .pin(&file);
+        let error = refused(elsewhere);
+        assert_eq!(error.kind(), Reason::StillChanging, "{error:#}");
+        drop(frozen);
+        punching.join().unwrap();
+    });
+    let second = pin(&guard, &file, 524_288..589_824);
+    assert_eq!(second.block_map().total(ExtentState::Hole), 65536);
+    drop((first, second));
+}
+
+/// What was written but not yet allocated is allocated by the grant.
+fn dirty(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = disk.path("grants-dirty");
+    let guard = world.guard().client();
+    std::fs::write(&path, vec![3; 1 << 20]).unwrap();
+    let file = open(&path);
+    let held = map(&guard, &file, 0..1 << 20);
+    assert!(held.block_map().is_stable());
+    rustix::fs::sync();
+    assert_eq!(*held.block_map(), mapdirect::block_map(&file, 0..1 << 20).unwrap());
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// The new description is like the old one.
+fn description(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "description");
+    let guard = world.guard().client();
+    let mut file = File::options().read(true).append(true).open(&path).unwrap();
+    file.seek(SeekFrom::Start(777)).unwrap();
+    let number = std::os::fd::AsRawFd::as_raw_fd(&file);
+    let flags = rustix::fs::fcntl_getfl(&file).unwrap();
+    let held = impatient(&guard).pin(&file).unwrap();
+    assert_eq!(std::os::fd::AsRawFd::as_raw_fd(&file), number);
+    assert_eq!(rustix::fs::fcntl_getfl(&file).unwrap(), flags);
+    assert_eq!(file.stream_position().unwrap(), 777);
+    let closing = rustix::io::fcntl_getfd(&file).unwrap();
+    assert!(closing.contains(rustix::io::FdFlags::CLOEXEC));
+    file.write_all(b"at the end").unwrap();
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), (1 << 20) + 10);
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn record_locks(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "locks");
+    let guard = world.guard().client();
+    let file = open(&path);
+    // To the end of all offsets, where pins are marked.
+    let exclusive = LockKind::Exclusive;
+    set_lock(file.as_fd(), LockOwner::Description, exclusive, 100, 0).unwrap();
+    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
+    let held = impatient(&guard).pin(&file).unwrap();
+    let stranger = File::open(&path).unwrap();
+    let found = conflicting_lock(stranger.as_fd(), 100, 1).unwrap();
+    assert!(found.is_some(), "the lock is still there");
+    let shared = rustix::fs::FlockOperation::NonBlockingLockShared;
+    assert_eq!(rustix::fs::flock(&stranger, shared), Err(Errno::AGAIN));
+    drop((held, file, stranger));
+    wait_until_free(&path);
+    // POSIX locks would be lost, and that is said.
+    let file = open(&path);
+    set_lock(file.as_fd(), LockOwner::Process, exclusive, 0, 10).unwrap();
+    let error = refused(impatient(&guard).pin(&file));
+    assert_eq!(error.kind(), Reason::Locked, "{error:#}");
+    let stranger = File::open(&path).unwrap();
+    let found = conflicting_lock(stranger.as_fd(), 0, 10).unwrap();
+    assert!(found.is_some(), "and the lock is still there");
+    // Dropping the stranger costs this process the lock.
+    drop((stranger, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Somebody's shared lock to the end of all offsets covers the marks.
+fn foreign_locks(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "foreign");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let held = impatient(&guard).pin(&file).unwrap();
+    let reader = File::open(&path).unwrap();
+    set_lock(reader.as_fd(), LockOwner::Description, LockKind::Shared, 0, 0).unwrap();
+    let second = PinOptions::new()
+        .range(65536..131_072)
+        .guard(guard.clone())
+        .pin(&file)
+        .unwrap();
+    drop(held);
+    assert!(is_pinned(&path), "one is left");
+    drop((second, file));
+    wait_until_free(&path);
+    drop(reader);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Many threads pin one file at the same time.
+fn at_once(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "at-once");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let pins: Vec<Pin> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..16u64)
+            .map(|number| {
+                let (file, guard) = (&file, &guard);
+                scope.spawn(move || pin(guard, file, number * 65536..(number + 1) * 65536))
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(guard.pinned_ranges(&file).unwrap().len(), 16);
+    assert_eq!(rustix::fs::ftruncate(&file, (1 << 20) - 1), Err(Errno::TXTBSY));
+    drop(pins);
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// More extents than a message holds.
+fn many_extents(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = disk.path("grants-extents");
+    let guard = world.guard().client();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(&path)
+        .unwrap();
+    const EXTENTS: u64 = 2000;
+    for number in 0..EXTENTS {
+        file.write_all_at(&[5; 4096], number * 8192).unwrap();
+    }
+    file.sync_all().unwrap();
+    let held = pin(&guard, &file, 0..EXTENTS * 8192);
+    assert_eq!(held.extents().len() as u64, 2 * EXTENTS);
+    let read = mapdirect::block_map(&file, 0..EXTENTS * 8192).unwrap();
+    assert_eq!(*held.block_map(), read);
+    // A write to any of the holes is refused, to any of the rest is not.
+    for number in (0..EXTENTS).step_by(97) {
+        assert_eq!(rustix::io::pwrite(&file, b"x", number * 8192), Ok(1));
+        let refused = rustix::io::pwrite(&file, b"x", number * 8192 + 4096);
+        assert_eq!(refused, Err(Errno::TXTBSY));
+    }
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn rounding(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "rounding");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let held = pin(&guard, &file, 5000..5001);
+    assert_eq!(held.range(), 4096..8192);
+    let punch = |offset| raw::fallocate(file.as_fd(), 3, offset, 4096);
+    assert_eq!(punch(4096), Err(Errno::TXTBSY));
+    assert_eq!(punch(0), Ok(()));
+    assert_eq!(punch(8192), Ok(()));
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn beyond_the_end(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "grants-beyond", 10_000);
+    let guard = world.guard().client();
+    let file = open(&path);
+    let held = pin(&guard, &file, 0..1 << 20);
+    assert_eq!(held.block_map().total(ExtentState::Hole), (1 << 20) - 12_288);
+    // The end of the pin is capped by the size.
+    assert_eq!(rustix::fs::ftruncate(&file, 9_999), Err(Errno::TXTBSY));
+    assert_eq!(rustix::fs::ftruncate(&file, 10_000), Ok(()));
+    assert_eq!(rustix::fs::ftruncate(&file, 2 << 20), Ok(()));
+    assert_eq!(rustix::io::pwrite(&file, b"x", 20_000), Err(Errno::TXTBSY));
+    assert_eq!(rustix::io::pwrite(&file, b"x", 1 << 20), Ok(1));
+    let after = mapdirect::block_map(&file, 0..1 << 20).unwrap();
+    assert_eq!(held.extents(), after.extents());
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What is stored is in the file, for everybody.
+fn bytes(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "bytes");
+    let guard = world.guard().client();
+    let file = open(&path);
+    let held = map(&guard, &file, 4096..69_632);
+    let text = b"these bytes do not move";
+    held.write_at(12_345, text).unwrap();
+    held.persist(12_345..12_345 + text.len()).unwrap();
+    let mut read = vec![0; text.len()];
+    file.read_exact_at(&mut read, 4096 + 12_345).unwrap();
+    assert_eq!(read, text);
+    file.write_all_at(b"and back", 4096).unwrap();
+    let mut back = [0; 8];
+    held.read_at(0, &mut back).unwrap();
+    assert_eq!(&back, b"and back");
+    let error = held.read_at(65_530, &mut back).unwrap_err();
+    assert_eq!(error.errno(), Errno::INVAL.raw_os_error());
+    // The blocks on the device hold them, where the extents say.
+    let extent = held.block_map().find(4096 + 12_345).unwrap();
+    let at = extent.physical.unwrap() + (4096 + 12_345 - extent.offset);
+    file.sync_all().unwrap();
+    let device = held.block_map().device();
+    let name = std::fs::read_link(format!("/sys/dev/block/{device}")).unwrap();
+    let device = Path::new("/dev").join(name.file_name().unwrap());
+    let mut disk = File::open(device).unwrap();
+    disk.seek(SeekFrom::Start(at)).unwrap();
+    let mut raw = vec![0; text.len()];
+    disk.read_exact(&mut raw).unwrap();
+    assert_eq!(raw, text);
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn gone(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "gone");
+    let guard = world.guard().client();
+    let file = open(&path);
+    std::fs::remove_file(&path).unwrap();
+    let held = map(&guard, &file, 0..65536);
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Err(Errno::TXTBSY));
+    drop(held);
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
+}
+
+/// The filesystem is detached between opening and pinning.
+fn unmounted(world: &World, kind: Kind) {
+    let disk = Disk::new(kind, 512).unwrap();
+    let path = written(&disk, "file", 1 << 20);
+    let guard = world.guard().client();
+    let file = open(&path);
+    run(Command::new("umount").arg("-l").arg(disk.root())).unwrap();
+    let held = map(&guard, &file, 0..65536);
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Err(Errno::TXTBSY));
+    drop(held);
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
+}
+
+/// Threads that never sleep cannot be looked at, and must not block grants.
+fn busy_processor(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "busy");
+    let guard = world.guard().client();
+    let mut spinning: Vec<_> = (0..4)
+        .map(|_| {
+            Command::new("sh")
+                .args(["-c", "while :; do :; done"])
+                .spawn()
+                .unwrap()
+        })
+        .collect();
+    for _ in 0..5 {
+        let file = open(&path);
+        drop(impatient(&guard).pin(&file).unwrap());
+        drop(file);
+        wait_until_free(&path);
+    }
+    for child in &mut spinning {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn extent_size_hint(world: &World) {
+    let disk = world.disk(Kind::XFS);
+    let path = disk.path("grants-hint");
+    let guard = world.guard().client();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    run(Command::new("xfs_io").args(["-c", "extsize 64k"]).arg(&path)).unwrap();
+    let hint = inode_flags::extended(file.as_fd()).unwrap();
+    assert_eq!(hint.extent_size, 65536);
+    file.write_all_at(&[1; 65536], 0).unwrap();
+    file.set_len(1 << 20).unwrap();
+    file.sync_all().unwrap();
+    let error = PinOptions::new()
+        .guard(guard.clone())
+        .pin(&file)
+        .unwrap_err();
+    assert_eq!(error.kind(), Reason::ExtentSizeHint, "{error:#}");
+    let held = MapOptions::new()
+        .range(0..65536)
+        .accept_page_cache(true)
+        .guard(guard)
+        .map(&file)
+        .unwrap();
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Without reflink a reader can do no harm, wherever it came from.
+fn reader_without_reflink(world: &World) {
+    let (_disk, path) = subject(world, Kind::XFS_PLAIN, "reader");
+    let guard = world.guard().client();
+    let reader = File::open(&path).unwrap();
+    let file = open(&path);
+    let held = map(&guard, &file, 0..65536);
+    let mut bytes = vec![0; 65536];
+    reader.read_exact_at(&mut bytes, 0).unwrap();
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Err(Errno::TXTBSY));
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
 }

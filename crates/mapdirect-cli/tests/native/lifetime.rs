@@ -1,17 +1,497 @@
-use crate::world::World;
+//! Section 5 of the contract: how long a pin lasts.
+
+use crate::world::{BINARY, World, is_pinned, map, open, pin, wait_until_free, written};
+use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
-pub fn trials(_world: &World) -> Vec<Trial> {
-    Vec::new()
+use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions, Status};
+use mapdirect_sys::Errno;
+use mapdirect_testkit::process::{GuardProcess, Helper, listen, say, wait_for};
+use mapdirect_testkit::{Disk, Kind, raw};
+use std::fs::File;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for kind in [Kind::XFS, Kind::EXT4] {
+        for (name, run) in [
+            ("unmap", unmap as fn(&World, Kind)),
+            ("parts", parts),
+            ("close", close),
+            ("fork-parent-first", fork_parent_first),
+            ("fork-child-first", fork_child_first),
+            ("exec", exec),
+            ("sigkill", sigkill),
+            ("pin-sigkill", pin_sigkill),
+            ("unlinked", unlinked),
+            ("renamed", renamed),
+            ("union", union),
+            ("two-holders", two_holders),
+            ("many-files", many_files),
+            ("unmount-at-once", unmount_at_once),
+            ("again-and-again", again_and_again),
+            ("guard-killed", guard_killed),
+            ("guard-ended", guard_ended),
+            ("whole-file", whole_file),
+        ] {
+            let name = format!("lifetime::{kind}::{name}");
+            trials.push(world.trial(name, move |world| run(world, kind)));
+        }
+    }
+    trials
 }
-pub fn play_holder(_: &[String]) -> anyhow::Result<()> {
+
+/// Role: maps or pins a range and does as it is told. Arguments: socket,
+/// path, offset, length, `map` or `pin`.
+pub fn play_holder(arguments: &[String]) -> Result<()> {
+    let [socket, path, offset, length, how] = arguments else {
+        bail!("wrong arguments");
+    };
+    let guard = Guard::at(socket);
+    // A pin without a mapping needs no more than reading.
+    let mut file = Some(File::options().read(true).write(how == "map").open(path)?);
+    let start: u64 = offset.parse()?;
+    let range = start..start + length.parse::<u64>()?;
+    let opened = file.as_ref().context("just opened")?;
+    let mut map: Option<DirectMap> = None;
+    let mut pin: Option<Pin> = None;
+    let patience = Duration::from_secs(2);
+    if how == "map" {
+        let options = MapOptions::new().range(range).accept_page_cache(true);
+        map = Some(options.patience(patience).guard(guard).map(opened)?);
+    } else {
+        let options = PinOptions::new().range(range).patience(patience);
+        pin = Some(options.guard(guard).pin(opened)?);
+    }
+    say("held");
+    while let Some(order) = listen()? {
+        match order.as_str() {
+            "close" => file = None,
+            "unmap" => map = None,
+            "unpin" => pin = None,
+            "unmap-first-page" => {
+                let map = map.as_ref().context("not mapped")?;
+                // SAFETY: nothing in this process uses that page.
+                unsafe { raw::munmap(map.as_ptr() as usize, 4096) }?;
+            }
+            "unmap-rest" => {
+                let map = map.take().context("not mapped")?;
+                let (start, length) = (map.as_ptr() as usize, map.len());
+                std::mem::forget(map);
+                // SAFETY: as above.
+                unsafe { raw::munmap(start + 4096, length - 4096) }?;
+            }
+            "fork" => {
+                // The child keeps everything it inherited until it is killed.
+                let child = raw::fork(|| {
+                    loop {
+                        std::thread::sleep(Duration::from_secs(3600));
+                    }
+                })?;
+                say(&child.to_string());
+                continue;
+            }
+            "exec" => {
+                say("done");
+                let error = Command::new("sleep").arg("3600").exec();
+                bail!("exec: {error}");
+            }
+            "status" => {
+                let status = map
+                    .as_ref()
+                    .map(DirectMap::status)
+                    .or(pin.as_ref().map(Pin::status));
+                say(&format!("{status:?}"));
+                continue;
+            }
+            "store" => {
+                let map = map.as_ref().context("not mapped")?;
+                map.write_at(map.len() - 1, &[9])?;
+            }
+            other => bail!("what is {other}?"),
+        }
+        say("done");
+    }
     Ok(())
 }
-pub fn play_attacker(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+struct Holder(Helper);
+
+impl Holder {
+    fn start(guard: &GuardProcess, path: &Path, offset: u64, length: u64, how: &str) -> Self {
+        let mut helper = Helper::start(
+            "hold",
+            &[
+                &guard.socket().to_string_lossy(),
+                &path.to_string_lossy(),
+                &offset.to_string(),
+                &length.to_string(),
+                how,
+            ],
+        )
+        .unwrap();
+        assert_eq!(helper.hear().unwrap(), "held");
+        Self(helper)
+    }
+
+    fn order(&mut self, order: &str) -> String {
+        self.0.tell(order).unwrap();
+        self.0.hear().unwrap()
+    }
 }
-pub fn play_mmap(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn subject(world: &World, kind: Kind, name: &str) -> (std::sync::Arc<Disk>, std::path::PathBuf) {
+    let disk = world.disk(kind);
+    let path = written(&disk, &format!("lifetime-{name}"), 1 << 20);
+    (disk, path)
 }
-pub fn play_pin(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+/// How soon others see that a pin has ended, by the clock of the test.
+fn freed_at_once(path: &Path) {
+    // Not even a retry: the refusal itself looks whether the pin still lives.
+    assert!(!is_pinned(path), "{} is still pinned", path.display());
+}
+
+fn unmap(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "unmap");
+    let guard = world.guard();
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    assert!(is_pinned(&path));
+    drop(file);
+    held.unmap().unwrap();
+    freed_at_once(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn parts(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "parts");
+    let mut holder = Holder::start(&world.guard(), &path, 0, 65536, "map");
+    holder.order("close");
+    holder.order("unmap-first-page");
+    assert!(is_pinned(&path), "a partial munmap keeps the rest");
+    holder.order("unmap-rest");
+    freed_at_once(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn close(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "close");
+    let mut holder = Holder::start(&world.guard(), &path, 0, 65536, "map");
+    holder.order("close");
+    assert!(is_pinned(&path), "closing descriptors changes nothing");
+    holder.order("store");
+    holder.order("unmap");
+    freed_at_once(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn fork(holder: &mut Holder) -> i32 {
+    holder.order("fork").parse().unwrap()
+}
+
+fn kill(pid: i32) {
+    mapdirect_sys::signal::kill(pid, mapdirect_sys::signal::Signal::KILL).unwrap();
+}
+
+fn fork_parent_first(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "fork1");
+    let mut holder = Holder::start(&world.guard(), &path, 0, 65536, "map");
+    let child = fork(&mut holder);
+    holder.0.kill().unwrap();
+    assert!(is_pinned(&path), "the child shares the pin");
+    kill(child);
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn fork_child_first(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "fork2");
+    let mut holder = Holder::start(&world.guard(), &path, 0, 65536, "map");
+    let child = fork(&mut holder);
+    kill(child);
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(is_pinned(&path), "the parent still maps it");
+    holder.order("unmap");
+    holder.order("close");
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn exec(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "exec");
+    let mut holder = Holder::start(&world.guard(), &path, 0, 65536, "map");
+    assert!(is_pinned(&path));
+    holder.order("exec");
+    wait_until_free(&path);
+    holder.0.kill().unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn sigkill(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "sigkill");
+    let holder = Holder::start(&world.guard(), &path, 0, 65536, "map");
+    assert!(is_pinned(&path));
+    holder.0.kill().unwrap();
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn pin_sigkill(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "pinkill");
+    let mut holder = Holder::start(&world.guard(), &path, 0, 65536, "pin");
+    holder.order("close");
+    assert!(is_pinned(&path));
+    let child = fork(&mut holder);
+    holder.order("unpin");
+    assert!(is_pinned(&path), "the child still has it");
+    kill(child);
+    wait_until_free(&path);
+    let holder_again = Holder::start(&world.guard(), &path, 0, 65536, "pin");
+    holder.0.kill().unwrap();
+    assert!(is_pinned(&path));
+    holder_again.0.kill().unwrap();
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn unlinked(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "unlinked");
+    let guard = world.guard();
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    let before = mapdirect::block_map(&file, 0..65536).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    // By the descriptor it can still be reached, and is still pinned.
+    let pins = guard.client().pinned_ranges(&file).unwrap();
+    assert_eq!(pins.len(), 1);
+    let refused = rustix::fs::ftruncate(&file, 0);
+    assert_eq!(refused, Err(Errno::TXTBSY));
+    assert_eq!(before, mapdirect::block_map(&file, 0..65536).unwrap());
+    drop(held);
+    assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
+}
+
+fn renamed(world: &World, kind: Kind) {
+    let (disk, path) = subject(world, kind, "renamed");
+    let guard = world.guard();
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    let elsewhere = disk.path("lifetime-renamed-elsewhere");
+    std::fs::rename(&path, &elsewhere).unwrap();
+    assert!(is_pinned(&elsewhere));
+    std::fs::hard_link(&elsewhere, &path).unwrap();
+    assert!(is_pinned(&path));
+    drop((held, file));
+    freed_at_once(&path);
+    for path in [&path, &elsewhere] {
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+fn union(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "union");
+    let guard = world.guard();
+    let client = guard.client();
+    let file = open(&path);
+    let one = map(&client, &file, 0..65536);
+    let two = map(&client, &file, 32768..131_072);
+    let three = pin(&client, &file, 524_288..528_384);
+    let size = |size| rustix::fs::ftruncate(&file, size);
+    assert_eq!(size(528_383), Err(Errno::TXTBSY), "the end of the last pin");
+    drop(three);
+    assert_eq!(size(528_383), Ok(()), "no pin reaches there any more");
+    assert_eq!(size(131_071), Err(Errno::TXTBSY));
+    drop(two);
+    assert_eq!(size(131_071), Ok(()));
+    assert_eq!(size(65_535), Err(Errno::TXTBSY));
+    assert_eq!(client.pinned_ranges(&file).unwrap().len(), 1);
+    drop(one);
+    assert_eq!(size(0), Ok(()));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn two_holders(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "two");
+    let guard = world.guard();
+    let first = Holder::start(&guard, &path, 0, 65536, "map");
+    // Another process pins a part without mapping it, for which reading is
+    // enough,
+    let reader = File::open(&path).unwrap();
+    let second = pin(&guard.client(), &reader, 65536..131_072);
+    // and a third maps another, for which it announces that it will open it.
+    assert!(is_pinned(&path));
+    let writer = mapdirect::open(&path, &guard.client()).unwrap();
+    let third = map(&guard.client(), &writer, 131_072..196_608);
+    assert!(is_pinned(&path), "an announcement is good for one open");
+    let ranges = guard.client().pinned_ranges(&reader).unwrap();
+    assert_eq!(ranges.len(), 3);
+    first.0.kill().unwrap();
+    wait_for(Duration::from_secs(2), || {
+        let ranges = guard.client().pinned_ranges(&reader)?;
+        Ok((ranges.len() == 2).then_some(()))
+    })
+    .unwrap();
+    let size = |size| rustix::fs::ftruncate(&writer, size);
+    assert_eq!(size(196_607), Err(Errno::TXTBSY));
+    drop(third);
+    assert_eq!(size(131_071), Err(Errno::TXTBSY));
+    assert_eq!(size(131_072), Ok(()));
+    drop(second);
+    assert_eq!(size(0), Ok(()));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn many_files(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let guard = world.guard();
+    let held: Vec<_> = (0..300)
+        .map(|number| {
+            let path = written(&disk, &format!("many-{number}"), 8192);
+            let file = open(&path);
+            let held = map(&guard.client(), &file, 0..8192);
+            (path, held)
+        })
+        .collect();
+    assert!(held.iter().all(|(path, _)| is_pinned(path)));
+    for (at, (path, held)) in held.into_iter().enumerate() {
+        drop(held);
+        freed_at_once(&path);
+        if at % 50 == 0 {
+            let next = disk.path("many-299");
+            assert!(is_pinned(&next), "others are not touched");
+        }
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+/// A filesystem can be unmounted right after the last pin on it is gone.
+fn unmount_at_once(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let disk = Disk::new(kind, 512).unwrap();
+    let path = written(&disk, "file", 65536);
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    let busy = Command::new("umount").arg(disk.root()).output().unwrap();
+    assert!(!busy.status.success(), "it is mapped");
+    drop((held, file));
+    // The kernel hands the guard a reference with each close event: give it
+    // the time that starting umount(8) takes, which is more than it needs.
+    let started = Instant::now();
+    disk.unmount().unwrap();
+    assert!(started.elapsed() < Duration::from_secs(1));
+}
+
+fn again_and_again(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "again");
+    let guard = world.guard();
+    let file = open(&path);
+    for round in 0..300u64 {
+        let start = round % 16 * 4096;
+        let held = map(&guard.client(), &file, start..start + 65536);
+        if round % 10 == 0 {
+            // Every few rounds something is let in between two pins.
+            assert_eq!(rustix::fs::ftruncate(&file, 4096), Err(Errno::TXTBSY));
+            drop(held);
+            let end = 1 << 20;
+            rustix::io::pwrite(&file, &[1; 4096], end - 4096).unwrap();
+            drop(File::options().write(true).open(&path).unwrap());
+        }
+    }
+    drop(file);
+    freed_at_once(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn guard_killed(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "killed");
+    let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    let pinned = pin(&guard.client(), &file, 65536..131_072);
+    let mut elsewhere = Holder::start(&guard, &path, 131_072, 4096, "pin");
+    assert_eq!(held.status(), Status::Kept);
+    assert_eq!(elsewhere.order("status"), "Some(Kept)");
+    // Readers and writers at work while it dies must not hang.
+    let busy: Vec<_> = (0..4)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || {
+                let until = Instant::now() + Duration::from_millis(300);
+                while Instant::now() < until {
+                    let _ = std::fs::read(&path).unwrap();
+                    let _ = File::options().write(true).open(&path);
+                }
+            })
+        })
+        .collect();
+    std::thread::sleep(Duration::from_millis(100));
+    guard.kill().unwrap();
+    for thread in busy {
+        thread.join().unwrap();
+    }
+    assert_eq!(held.status(), Status::GuardGone);
+    assert_eq!(pinned.status(), Status::GuardGone);
+    assert_eq!(elsewhere.order("status"), "Some(GuardGone)");
+    let mut fds = [rustix::event::PollFd::from_borrowed_fd(
+        held.notice_fd(),
+        rustix::event::PollFlags::RDHUP,
+    )];
+    let now = rustix::event::Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    assert_eq!(rustix::event::poll(&mut fds, Some(&now)), Ok(1));
+    assert!(!is_pinned(&path), "nobody refuses any more");
+    // A new guard promises nothing about what others still have open.
+    let again = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let reader = File::open(&path).unwrap();
+    let refused = PinOptions::new()
+        .guard(again.client())
+        .pin(&reader)
+        .unwrap_err();
+    assert_eq!(refused.errno(), Errno::TXTBSY.raw_os_error());
+    assert!(!refused.openers().is_empty(), "{refused:#}");
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn guard_ended(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "ended");
+    let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let socket = guard.socket().to_owned();
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    assert_eq!(guard.terminate().unwrap(), Some(0));
+    assert!(!socket.exists(), "it takes its socket away");
+    assert_eq!(held.status(), Status::GuardGone);
+    let refused = MapOptions::new()
+        .guard(guard.client())
+        .accept_page_cache(true)
+        .map(&file)
+        .unwrap_err();
+    assert_eq!(refused.kind(), mapdirect::Kind::NoGuard);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn whole_file(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "whole");
+    let guard = world.guard();
+    let file = open(&path);
+    let held = PinOptions::new()
+        .scope(mapdirect::Scope::File)
+        .guard(guard.client())
+        .pin(&file)
+        .unwrap();
+    let size = 1 << 20;
+    for other in [0, size - 1, size + 1, 2 * size] {
+        assert_eq!(rustix::fs::ftruncate(&file, other), Err(Errno::TXTBSY), "{other}");
+    }
+    assert_eq!(rustix::fs::ftruncate(&file, size), Ok(()));
+    assert_eq!(rustix::io::pwrite(&file, b"x", size - 1), Ok(1));
+    assert_eq!(rustix::io::pwrite(&file, b"x", size), Err(Errno::TXTBSY));
+    drop(held);
+    assert_eq!(rustix::io::pwrite(&file, b"x", size), Ok(1));
+    std::fs::remove_file(&path).unwrap();
 }

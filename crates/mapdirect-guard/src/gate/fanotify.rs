@@ -19,10 +19,12 @@ use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Opinion, Pin, Watched};
 use crate::wake::Waker;
 use crate::{Errno, Guard};
+use arc_swap::ArcSwap;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
 use mapdirect_sys::fcntl::conflicting_lock;
 use mapdirect_sys::proc;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicUsize, fence};
 use std::time::{Duration, Instant};
@@ -42,6 +44,8 @@ pub(crate) struct Gate {
     waker: Waker,
     /// Events held back until a grant is finished.
     waiting: AtomicUsize,
+    /// The threads they belong to.
+    held: ArcSwap<Vec<i32>>,
 }
 
 impl Gate {
@@ -50,6 +54,7 @@ impl Gate {
             group: Group::pre_content()?,
             waker: Waker::new()?,
             waiting: AtomicUsize::new(0),
+            held: ArcSwap::default(),
         })
     }
 
@@ -61,6 +66,11 @@ impl Gate {
         if self.waiting.load(SeqCst) > 0 {
             self.waker.wake();
         }
+    }
+
+    /// The threads whose operations are held back at the gate.
+    pub(crate) fn held(&self) -> Arc<Vec<i32>> {
+        self.held.load_full()
     }
 
     /// Ends the thread once nothing is waiting any more.
@@ -142,11 +152,20 @@ impl Server<'_> {
             for event in events.drain(..) {
                 self.take(event);
             }
-            self.gate.waiting.store(self.waiting.len(), SeqCst);
+            self.publish_waiting();
             fence(SeqCst);
             self.flush()?;
         }
         Ok(())
+    }
+
+    /// Lets grants know who waits for them.
+    fn publish_waiting(&mut self) {
+        let before = self.gate.waiting.swap(self.waiting.len(), SeqCst);
+        if before > 0 || !self.waiting.is_empty() {
+            let tids = self.waiting.iter().map(|waiting| waiting.event.tid);
+            self.gate.held.store(Arc::new(tids.collect()));
+        }
     }
 
     /// Waits for an event, or until something held back may be answered.
