@@ -10,9 +10,10 @@
 //! since the last proof, all of that holds, and what remains is to open a
 //! description, lock its byte and read the block map.
 
+use crate::busy::{self, Busy};
 use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
-use crate::rest::{self, Busy, Openers};
+use crate::openers::{Openers, Wanted, openers};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::{Errno, Guard, thaw};
 use mapdirect::eligibility::{FileFacts, Obstacle};
@@ -34,6 +35,8 @@ use std::time::{Duration, Instant};
 /// A pin, and the descriptors that go to its holder.
 #[derive(Debug)]
 pub(crate) struct Grant {
+    /// To be handed over once `file` is closed here.
+    pub(crate) pin: Arc<Pin>,
     pub(crate) granted: Granted,
     /// The description whose life is the pin.
     pub(crate) file: OwnedFd,
@@ -131,6 +134,7 @@ pub(crate) fn grant(
         guard.gate.reconsider();
         let (granted, extents) = result?;
         return Ok(Grant {
+            pin,
             granted,
             file,
             extents,
@@ -398,7 +402,7 @@ impl Attempt<'_> {
             // but a lease cannot tell readers beside the holder's own
             // descriptor from writers: look who they are.
             self.mark_own_description(mark)?;
-            let found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
+            let found = self.openers(Some(mark));
             let explained = !found.others.is_empty() && found.hidden.is_empty();
             if !self.judged.facts.reflink && explained && !found.has_writer() {
                 self.refuse_executed(&found)?;
@@ -413,13 +417,21 @@ impl Attempt<'_> {
         self.no_truncation_under_way()
     }
 
+    fn openers(&self, mark: Option<u64>) -> Openers {
+        openers(Wanted {
+            id: self.judged.id,
+            path: &self.judged.path,
+            mark,
+        })
+    }
+
     fn lease_proves(&self) -> Result<bool, Refusal> {
         let file = self.file.as_fd();
         let proven = match lease_holds(file, Lease::Sole) {
             Ok(false) if !self.judged.is_writable() && !self.judged.facts.reflink => {
                 let no_writer = lease_holds(file, Lease::NoWriter);
                 if no_writer == Ok(true) {
-                    let found = rest::openers(self.judged.id, &self.judged.path, None);
+                    let found = self.openers(None);
                     self.refuse_executed(&found)?;
                 }
                 no_writer
@@ -524,7 +536,7 @@ impl Attempt<'_> {
         if !thaw::is_thawed(self.file.as_fd(), deadline) {
             return still_changing(&busy);
         }
-        still_changing(&rest::still_truncating(&busy, deadline))?;
+        still_changing(&busy::still_truncating(&busy, deadline))?;
         // Whoever was let go meanwhile is counted by now, or finished.
         if self.exact && !self.lease_proves()? {
             return still_changing(&busy);
@@ -552,7 +564,7 @@ impl Attempt<'_> {
             self.no_truncation_under_way()?;
             let held = || self.guard.gate.held();
             let deadline = Instant::now() + self.scan_patience();
-            still_changing(&rest::wait_for_changes(&held, deadline))?;
+            still_changing(&busy::wait_for_changes(&held, deadline))?;
             self.watched.unrest.store(false, SeqCst);
         }
         Ok(!writers && !unrest)
@@ -569,7 +581,7 @@ impl Attempt<'_> {
                 return Ok(());
             }
             self.mark_own_description(mark)?;
-            let mut found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
+            let mut found = self.openers(Some(mark));
             // Holders of pins may have theirs, and have been asked.
             let is_holder = |opener: &Opener| pins.iter().any(|pin| pin.pid == opener.pid);
             found
@@ -629,7 +641,7 @@ impl Attempt<'_> {
         if self.is_gone(mark)? {
             return Ok(());
         }
-        let mut found = rest::openers(self.judged.id, &self.judged.path, Some(mark));
+        let mut found = self.openers(Some(mark));
         found.marked.extend(
             found
                 .others
@@ -762,7 +774,7 @@ impl Attempt<'_> {
     /// A mapping made while nothing here was pinned could still store to what
     /// is to be frozen.
     fn no_store_over_frozen(&self, map: &BlockMap) -> Result<(), Refusal> {
-        let found = rest::openers(self.judged.id, &self.judged.path, None);
+        let found = self.openers(None);
         let over = found.writable_mappings.into_iter().find(|(_, mapped)| {
             map.frozen()
                 .any(|extent| extent.offset.max(mapped.start) < extent.end().min(mapped.end))

@@ -4,7 +4,7 @@
 //!  clients ──▶ session (a thread each) ──▶ grant ──▶ table ◀── gate thread ◀── kernel
 //!                                            │         ▲            │
 //!                                            ▼         │            ▼
-//!                                          rest     lifetime      audit
+//!                                     openers, busy  lifetime     audit
 //! ```
 //!
 //! [`policy`] and [`ledger`] are pure: what may be done, and what is pinned.
@@ -15,13 +15,14 @@
 #![forbid(unsafe_code)]
 
 mod audit;
+mod busy;
 mod gate;
 mod grant;
 pub mod ledger;
 mod lifetime;
+mod openers;
 mod overlay;
 pub mod policy;
-mod rest;
 mod server;
 mod session;
 mod status;
@@ -45,7 +46,7 @@ pub(crate) struct Guard {
     own: table::OwnOpens,
     audit: audit::Audit,
     overlays: overlay::Overlays,
-    truncations: rest::TruncationScan,
+    truncations: busy::TruncationScan,
     clients: AtomicUsize,
     next: AtomicU64,
     started: Instant,
@@ -66,7 +67,7 @@ impl Guard {
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
             overlays: overlay::Overlays::default(),
-            truncations: rest::TruncationScan::default(),
+            truncations: busy::TruncationScan::default(),
             clients: AtomicUsize::new(0),
             next: AtomicU64::new(first),
             started: Instant::now(),

@@ -12,7 +12,7 @@
 //! the gate lets go of it at once, so that its filesystem can be unmounted.
 
 use crate::gate::fanotify::MASK;
-use crate::rest;
+use crate::openers::{Wanted, openers};
 use crate::table::{InodeId, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
@@ -99,6 +99,7 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         lingering: HashMap::new(),
         second_looks: HashMap::new(),
     };
+    let own = rustix::thread::gettid().as_raw_nonzero().get();
     let mut buffer = vec![0; 64 * 1024];
     let mut undecided: Vec<(InodeId, OwnedFd)> = Vec::new();
     while !guard.is_stopping() {
@@ -119,7 +120,9 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         }
         let mut closed = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
-            if let Some(file) = event.file
+            // Our own second looks end with a close as well.
+            if event.tid != own
+                && let Some(file) = event.file
                 && let Ok(stat) = rustix::fs::fstat(&file)
             {
                 let id = InodeId {
@@ -209,7 +212,7 @@ impl Keeper<'_> {
         let pins = watched.pins.load_full();
         let ended: HashSet<u64> = pins
             .iter()
-            .filter(|pin| pin.is_dead() || pin.settled().is_some() && has_ended(&watched, pin, file))
+            .filter(|pin| pin.is_dead() || pin.is_handed_over() && has_ended(&watched, pin, file))
             .map(|pin| pin.id)
             .collect();
         if !ended.is_empty() {
@@ -288,9 +291,12 @@ fn has_ended(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
         // /proc does not show everything: believe them only together.
         Ok(Some(_)) => {
             let listed = (0..3).any(|_| is_listed(watched.id, byte));
-            let openers = || rest::openers(watched.id, &watched.path, Some(byte));
             !listed && {
-                let found = openers();
+                let found = openers(Wanted {
+                    id: watched.id,
+                    path: &watched.path,
+                    mark: Some(byte),
+                });
                 found.marked.is_empty()
                     && found.hidden.is_empty()
                     && !found.others.iter().any(|opener| opener.mapped)

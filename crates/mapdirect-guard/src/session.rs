@@ -4,7 +4,7 @@
 //! thread wait: a descriptor of a filesystem whose server never answers, a
 //! file with gigabytes to write back. Only that client waits then.
 
-use crate::grant::{self, Conversation, refusal};
+use crate::grant::{self, Conversation, Grant, refusal};
 use crate::table::InodeId;
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
@@ -174,12 +174,21 @@ impl<'guard> Session<'guard> {
             .and_then(|()| self.check_mapping(pin))
             .and_then(|()| grant::grant(self.guard, pin, file, sender, self));
         match granted {
-            Ok(grant) => {
-                let mut fds = vec![grant.file.as_fd()];
-                fds.extend(grant.extents.as_ref().map(AsFd::as_fd));
+            Ok(Grant {
+                pin,
+                granted,
+                file,
+                extents,
+            }) => {
+                let mut fds = vec![file.as_fd()];
+                fds.extend(extents.as_ref().map(AsFd::as_fd));
                 // If the client is gone the description goes with this
                 // message, and the pin with it.
-                Ok(self.send(&Reply::Granted(grant.granted.clone()), &fds)?)
+                let sent = self.send(&Reply::Granted(granted), &fds);
+                drop(file);
+                pin.hand_over();
+                self.guard.gate.reconsider();
+                Ok(sent?)
             }
             Err(refusal) => self.refuse(refusal),
         }

@@ -1,7 +1,7 @@
 //! The state of the guard, for `mapdirect status`.
 
 use crate::Guard;
-use crate::rest;
+use crate::openers::{Openers, Wanted, openers_of};
 use crate::table::Watched;
 use mapdirect_proto::Gate;
 use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
@@ -11,12 +11,29 @@ use std::sync::atomic::Ordering::Relaxed;
 /// Gathers the state. Whoever is not privileged sees names, processes and
 /// refusals only of files that `only_uid` itself has pinned.
 pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
-    let mut files: Vec<_> = guard
-        .table
-        .all()
+    let watched = guard.table.all();
+    let (mut files, known): (Vec<_>, Vec<_>) = watched
         .iter()
-        .filter_map(|watched| file_status(watched, only_uid))
+        .filter_map(|watched| Some((file_status(watched, only_uid)?, watched)))
+        .unzip();
+    // One look at every process for all files, and only for those whose
+    // details are told.
+    let told: Vec<usize> = (0..files.len())
+        .filter(|at| !files[*at].path.is_empty())
         .collect();
+    let wanted: Vec<Wanted<'_>> = told
+        .iter()
+        .map(|at| Wanted {
+            id: known[*at].id,
+            path: &known[*at].path,
+            mark: None,
+        })
+        .collect();
+    if !wanted.is_empty() {
+        for (at, found) in told.iter().zip(openers_of(&wanted)) {
+            files[*at].holders = holders(found);
+        }
+    }
     files.sort_by(|one, other| {
         (&one.path, one.device, one.inode).cmp(&(&other.path, other.device, other.inode))
     });
@@ -68,14 +85,13 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
         } else {
             String::new()
         },
-        holders: if known { holders(watched) } else { Vec::new() },
+        holders: Vec::new(),
         pins: live,
     })
 }
 
 /// The processes that have a pinned file mapped or open.
-fn holders(watched: &Watched) -> Vec<Holder> {
-    let found = rest::openers(watched.id, &watched.path, None);
+fn holders(found: Openers) -> Vec<Holder> {
     let mut holders: BTreeMap<i32, Holder> = BTreeMap::new();
     for opener in found.others.iter().filter(|opener| opener.pid > 0) {
         let holder = holders.entry(opener.pid).or_insert_with(|| Holder {

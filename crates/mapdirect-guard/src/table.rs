@@ -48,6 +48,9 @@ pub(crate) struct Pin {
     pub(crate) since: Instant,
     /// Missing while the grant is still settling.
     settled: OnceLock<Settled>,
+    /// The guard's own copy of its description is closed: from now on the
+    /// description is gone when its holders have let go of it.
+    handed_over: AtomicBool,
     /// The description it lived in is gone.
     dead: AtomicBool,
 }
@@ -76,7 +79,8 @@ pub(crate) enum Opinion {
     Allow,
     /// It is refused.
     Refuse,
-    /// It would be refused, but the grant is not finished yet.
+    /// It would be refused, but the grant is not finished yet: it may fail,
+    /// or its holder may have let go of it already.
     Wait,
 }
 
@@ -101,6 +105,7 @@ impl Pin {
             uid: owner.uid,
             since: Instant::now(),
             settled: OnceLock::new(),
+            handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
         }
     }
@@ -126,6 +131,15 @@ impl Pin {
         self.settled.get()
     }
 
+    /// The guard's own copy of the description is closed.
+    pub(crate) fn hand_over(&self) {
+        self.handed_over.store(true, SeqCst);
+    }
+
+    pub(crate) fn is_handed_over(&self) -> bool {
+        self.handed_over.load(SeqCst)
+    }
+
     pub(crate) fn bury(&self) {
         self.dead.store(true, SeqCst);
     }
@@ -141,7 +155,8 @@ impl Pin {
         }
         match self.settled() {
             Some(settled) if judge(operation, &settled.pinned, size) => Opinion::Allow,
-            Some(_) => Opinion::Refuse,
+            Some(_) if self.is_handed_over() => Opinion::Refuse,
+            Some(_) => Opinion::Wait,
             // Its blocks are not known yet: any of them may be frozen.
             None => Opinion::Wait,
         }
@@ -386,6 +401,8 @@ mod tests {
         pin.settle(&BlockMap::new(device, 4096, 4096, 0..4096, [written]));
         assert_eq!(pin.opinion(&write, 4096), Opinion::Allow);
         let punch = Operation::new(OperationKind::PunchHole, 0..10);
+        assert_eq!(pin.opinion(&punch, 4096), Opinion::Wait);
+        pin.hand_over();
         assert_eq!(pin.opinion(&punch, 4096), Opinion::Refuse);
         pin.bury();
         assert_eq!(pin.opinion(&punch, 4096), Opinion::Allow);

@@ -16,6 +16,7 @@ pub mod attack;
 pub mod contract;
 pub mod disk;
 pub mod process;
+pub mod random;
 #[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]
 pub mod raw;
 

@@ -427,6 +427,20 @@ pub fn fork(child: impl FnOnce() -> i32) -> Result<i32> {
     checked(pid.into()).map(|_| pid)
 }
 
+/// Waits for a child and returns its exit status, or 128 and the signal that
+/// killed it.
+pub fn wait(pid: i32) -> Result<i32> {
+    let mut status = 0;
+    // SAFETY: writes one int.
+    let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    checked(waited.into())?;
+    Ok(if libc::WIFEXITED(status) {
+        libc::WEXITSTATUS(status)
+    } else {
+        128 + libc::WTERMSIG(status)
+    })
+}
+
 /// Calls as a 32-bit program makes them: `int 0x80`, numbers and register
 /// layout of i386. The kernel takes them from any program.
 #[cfg(target_arch = "x86_64")]

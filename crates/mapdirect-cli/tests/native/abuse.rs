@@ -1,17 +1,599 @@
-use crate::world::World;
+//! Clients that talk nonsense, leave in the middle, do not listen, or come in
+//! crowds. The guard must survive all of them, and nobody else may notice.
+
+use crate::world::{BINARY, World, is_pinned, map, open, wait_until_free, written};
 use libtest_mimic::Trial;
-pub fn trials(_world: &World) -> Vec<Trial> {
-    Vec::new()
+use mapdirect::PinOptions;
+use mapdirect_proto::{Flags, MAX_MESSAGE, PinRequest, Reason, Reply, Request, VERSION};
+use mapdirect_sys::unix::Socket;
+use mapdirect_sys::{Errno, memfd};
+use mapdirect_testkit::Kind;
+use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::random::Random;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    for (name, run) in [
+        ("garbage", garbage as fn(&World)),
+        ("wrong-order", wrong_order),
+        ("wrong-descriptors", wrong_descriptors),
+        ("ranges", ranges),
+        ("unproven", unproven),
+        ("someone-elses-connection", someone_elses_connection),
+        ("leaves-in-the-middle", leaves_in_the_middle),
+        ("never-swaps", never_swaps),
+        ("never-reads", never_reads),
+        ("thousand-clients", thousand_clients),
+        ("second-guard", second_guard),
+        ("socket-in-the-way", socket_in_the_way),
+        ("unprivileged-status", unprivileged_status),
+        ("command-line", command_line),
+    ] {
+        trials.push(world.trial(format!("abuse::{name}"), run));
+    }
+    trials
 }
-pub fn play_holder(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+/// The guard still does its work.
+fn is_well(world: &World, guard: &GuardProcess) {
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, &format!("abuse-well-{}", guard.pid()), 65536);
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    assert!(is_pinned(&path));
+    drop((held, file));
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
 }
-pub fn play_attacker(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn connect(guard: &GuardProcess) -> Socket {
+    let socket = Socket::connect(guard.socket()).unwrap();
+    socket
+        .set_receive_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    socket
 }
-pub fn play_mmap(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn hear(socket: &Socket) -> Option<(Reply, Vec<OwnedFd>)> {
+    let mut buffer = vec![0; MAX_MESSAGE];
+    let received = socket.receive(&mut buffer).ok()?;
+    if received.length == 0 {
+        return None;
+    }
+    Some((
+        Reply::decode(&buffer[..received.length]).unwrap(),
+        received.fds,
+    ))
 }
-pub fn play_pin(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn ask(socket: &Socket, request: &Request, fds: &[BorrowedFd<'_>]) -> Option<Reply> {
+    socket.send(&[&request.encode()], fds).ok()?;
+    hear(socket).map(|(reply, _)| reply)
+}
+
+/// A connection that may pin.
+fn proven(guard: &GuardProcess) -> Socket {
+    let socket = connect(guard);
+    let Some(Reply::Welcome { challenge, .. }) =
+        ask(&socket, &Request::Hello { version: VERSION }, &[])
+    else {
+        panic!("no welcome");
+    };
+    let proof = memfd::prove_immutable_capability(&challenge).unwrap();
+    assert_eq!(
+        ask(&socket, &Request::Prove, &[proof.as_fd()]),
+        Some(Reply::Done)
+    );
+    socket
+}
+
+fn pin_request(offset: u64, length: u64) -> Request {
+    Request::Pin(PinRequest {
+        offset,
+        length,
+        flags: Flags::NONE,
+        patience_ms: 0,
+    })
+}
+
+fn garbage(world: &World) {
+    let guard = world.guard();
+    let mut random = Random::new(1);
+    let file = File::open("/dev/null").unwrap();
+    for round in 0..2000u32 {
+        let socket = connect(&guard);
+        if round % 2 == 0 {
+            let hello = Request::Hello { version: VERSION };
+            assert!(ask(&socket, &hello, &[]).is_some());
+        }
+        let mut bytes = match random.below(4) {
+            0 => Vec::new(),
+            1 => pin_request(random.next(), random.next()).encode(),
+            2 => Request::Prove.encode(),
+            _ => vec![0; 16],
+        };
+        let longer = usize::try_from(random.below(300)).unwrap();
+        bytes.resize(bytes.len() + longer, 0);
+        for _ in 0..random.below(8) {
+            if let Some(last) = bytes.len().checked_sub(1) {
+                let at = usize::try_from(random.below(last as u64 + 1)).unwrap();
+                bytes[at] = random.byte();
+            }
+        }
+        let fds = vec![file.as_fd(); usize::try_from(random.below(4)).unwrap()];
+        // An empty message looks like the end of a conversation.
+        let _ = socket.send(&[&bytes], &fds);
+        if random.below(2) == 0 {
+            let _ = hear(&socket);
+        }
+    }
+    // Far too long, with and without descriptors.
+    let socket = connect(&guard);
+    let _ = socket.send(&[&vec![7; 150_000]], &[file.as_fd(); 4]);
+    assert!(matches!(hear(&socket), Some((Reply::Refused(_), _))));
+    is_well(world, &guard);
+    world.count("messages of garbage", 2001);
+}
+
+fn wrong_order(world: &World) {
+    let guard = world.guard();
+    let file = File::open("/dev/null").unwrap();
+    for (request, fds) in [
+        (pin_request(0, 1), vec![file.as_fd()]),
+        (Request::Prove, vec![file.as_fd()]),
+        (Request::Swapped, vec![]),
+        (Request::Status, vec![]),
+        (Request::Announce { tid: 1 }, vec![file.as_fd()]),
+    ] {
+        let socket = connect(&guard);
+        let reply = ask(&socket, &request, &fds);
+        assert!(
+            matches!(reply, Some(Reply::Refused(_))),
+            "{request:?}: {reply:?}"
+        );
+        assert!(hear(&socket).is_none(), "the conversation is over");
+    }
+    let socket = connect(&guard);
+    assert!(ask(&socket, &Request::Hello { version: 99 }, &[]).is_some());
+    let reply = ask(&socket, &Request::Swapped, &[]);
+    assert!(matches!(reply, Some(Reply::Refused(_))));
+    is_well(world, &guard);
+}
+
+fn wrong_descriptors(world: &World) {
+    let guard = world.guard();
+    let (pipe, _writer) = std::io::pipe().unwrap();
+    let (socket, _other) = Socket::pair().unwrap();
+    let kinds: Vec<(&str, OwnedFd, Errno)> = vec![
+        ("directory", File::open("/").unwrap().into(), Errno::NODEV),
+        ("pipe", pipe.into(), Errno::NODEV),
+        (
+            "socket",
+            socket.as_fd().try_clone_to_owned().unwrap(),
+            Errno::NODEV,
+        ),
+        (
+            "null",
+            File::open("/dev/null").unwrap().into(),
+            Errno::OPNOTSUPP,
+        ),
+        (
+            "proc",
+            File::open("/proc/self/maps").unwrap().into(),
+            Errno::OPNOTSUPP,
+        ),
+        (
+            "memory",
+            memfd::sealed("x", b"y").unwrap(),
+            Errno::OPNOTSUPP,
+        ),
+        (
+            "eventfd",
+            rustix::event::eventfd(0, rustix::event::EventfdFlags::empty()).unwrap(),
+            Errno::NODEV,
+        ),
+        (
+            "path",
+            rustix::fs::open("/", rustix::fs::OFlags::PATH, rustix::fs::Mode::empty()).unwrap(),
+            Errno::BADF,
+        ),
+    ];
+    let connection = proven(&guard);
+    for (name, fd, errno) in &kinds {
+        let reply = ask(&connection, &pin_request(0, 4096), &[fd.as_fd()]);
+        let Some(Reply::Refused(refusal)) = reply else {
+            panic!("{name}: {reply:?}");
+        };
+        assert_eq!(refusal.errno, errno.raw_os_error(), "{name}: {refusal:?}");
+        assert!(ask(&connection, &Request::Query, &[fd.as_fd()]).is_some());
+        let proof = ask(&connection, &Request::Prove, &[fd.as_fd()]);
+        assert!(matches!(proof, Some(Reply::Refused(_))), "{name}");
+    }
+    // None, and too many.
+    for fds in [vec![], vec![kinds[0].1.as_fd(); 2]] {
+        let connection = proven(&guard);
+        let reply = ask(&connection, &pin_request(0, 4096), &fds);
+        assert!(matches!(reply, Some(Reply::Refused(_))), "{reply:?}");
+    }
+    is_well(world, &guard);
+}
+
+fn ranges(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-ranges", 65536);
+    let file = File::open(&path).unwrap();
+    let connection = proven(&guard);
+    for (offset, length, errno) in [
+        (u64::MAX, 1, Errno::OVERFLOW),
+        (1, u64::MAX, Errno::OVERFLOW),
+        (0, u64::MAX, Errno::OVERFLOW),
+        (0, i64::MAX.cast_unsigned(), Errno::OVERFLOW),
+        (65536, 0, Errno::INVAL),
+        (u64::MAX, 0, Errno::INVAL),
+    ] {
+        let reply = ask(&connection, &pin_request(offset, length), &[file.as_fd()]);
+        let Some(Reply::Refused(refusal)) = reply else {
+            panic!("{offset}, {length}: {reply:?}");
+        };
+        assert_eq!(refusal.errno, errno.raw_os_error(), "{offset}, {length}");
+    }
+    drop(file);
+    assert!(!is_pinned(&path));
+    is_well(world, &guard);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Without the proof there is no pin, whatever else is said.
+fn unproven(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-unproven", 65536);
+    let file = File::open(&path).unwrap();
+    let socket = connect(&guard);
+    ask(&socket, &Request::Hello { version: VERSION }, &[]).unwrap();
+    // A memory file that holds nothing, one that is not immutable, and one
+    // made for another connection.
+    let other = proven(&guard);
+    let stale = memfd::prove_immutable_capability(&[0; 32]).unwrap();
+    for proof in [
+        memfd::sealed("x", b"").unwrap(),
+        memfd::sealed("x", &[0; 32]).unwrap(),
+        stale,
+    ] {
+        let reply = ask(&socket, &Request::Prove, &[proof.as_fd()]);
+        assert!(matches!(reply, Some(Reply::Refused(_))), "{reply:?}");
+    }
+    let reply = ask(&socket, &pin_request(0, 4096), &[file.as_fd()]);
+    let Some(Reply::Refused(refusal)) = reply else {
+        panic!("{reply:?}");
+    };
+    assert_eq!(refusal.errno, Errno::ACCESS.raw_os_error());
+    assert_eq!(refusal.reason, Reason::NotCapable);
+    drop((other, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A child that inherited a proven connection is not the one that proved.
+fn someone_elses_connection(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-inherited", 65536);
+    let file = File::open(&path).unwrap();
+    let connection = proven(&guard);
+    let request = pin_request(0, 4096).encode();
+    let child = mapdirect_testkit::raw::fork(|| {
+        i32::from(connection.send(&[&request], &[file.as_fd()]).is_err())
+    })
+    .unwrap();
+    assert_eq!(mapdirect_testkit::raw::wait(child), Ok(0));
+    let Some((Reply::Refused(refusal), _)) = hear(&connection) else {
+        panic!("a child must not pin on its parent's connection");
+    };
+    assert_eq!(refusal.errno, Errno::ACCESS.raw_os_error());
+    drop(file);
+    assert!(!is_pinned(&path));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// At every point where the guard waits for it.
+fn leaves_in_the_middle(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-leaves", 65536);
+    for round in 0..60 {
+        let file = open(&path);
+        let connection = proven(&guard);
+        let request = pin_request(0, 4096).encode();
+        connection.send(&[&request], &[file.as_fd()]).unwrap();
+        // It does not even wait for the answer, or hears that it should swap
+        // (or that it need not) and leaves, or swaps and leaves.
+        if round % 3 > 0
+            && let Some((Reply::Swap, fds)) = hear(&connection)
+            && round % 3 == 2
+        {
+            mapdirect_sys::dup::replace(file.as_fd(), fds[0].as_fd()).unwrap();
+            connection.send(&[&Request::Swapped.encode()], &[]).unwrap();
+        }
+        drop((connection, file));
+        wait_until_free(&path);
+    }
+    is_well(world, &guard);
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn never_swaps(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-never-swaps", 65536);
+    let file = open(&path);
+    let connection = proven(&guard);
+    let request = pin_request(0, 4096).encode();
+    connection.send(&[&request], &[file.as_fd()]).unwrap();
+    let Some((Reply::Swap, fds)) = hear(&connection) else {
+        panic!("no swap");
+    };
+    // Meanwhile others are not kept waiting for ever.
+    let started = Instant::now();
+    let opened = File::open(&path);
+    assert!(opened.is_ok() && started.elapsed() < Duration::from_secs(6));
+    let Some((Reply::Refused(refusal), _)) = hear(&connection) else {
+        panic!("it must be refused in the end");
+    };
+    assert_eq!(refusal.reason, Reason::Protocol);
+    drop((fds, opened, connection, file));
+    wait_until_free(&path);
+    // And one that says it did, and did not.
+    let file = open(&path);
+    let connection = proven(&guard);
+    connection.send(&[&request], &[file.as_fd()]).unwrap();
+    let Some((Reply::Swap, _fds)) = hear(&connection) else {
+        panic!("no swap");
+    };
+    connection.send(&[&Request::Swapped.encode()], &[]).unwrap();
+    let Some((Reply::Refused(refusal), _)) = hear(&connection) else {
+        panic!("it must be refused");
+    };
+    assert_eq!(refusal.reason, Reason::OpenHere, "{refusal:?}");
+    drop((connection, file));
+    is_well(world, &guard);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Asks and asks and never reads an answer.
+fn never_reads(world: &World) {
+    let guard = world.guard();
+    let connection = proven(&guard);
+    connection
+        .set_send_timeout(Duration::from_millis(200))
+        .unwrap();
+    let request = Request::Status.encode();
+    let started = Instant::now();
+    let mut sent = 0;
+    while started.elapsed() < Duration::from_secs(8) {
+        match connection.send(&[&request], &[]) {
+            Ok(()) => sent += 1,
+            Err(Errno::AGAIN) => {}
+            Err(_) => break,
+        }
+    }
+    assert!(sent > 0);
+    assert!(
+        started.elapsed() < Duration::from_secs(8),
+        "the guard must hang up at last"
+    );
+    is_well(world, &guard);
+}
+
+fn thousand_clients(world: &World) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let disk = world.disk(Kind::XFS);
+    let started = Instant::now();
+    let clients: Vec<Socket> = (0..1000).map(|_| proven(&guard)).collect();
+    // All of them ask for a pin of their own before anybody reads an answer.
+    let paths: Vec<_> = (0..1000)
+        .map(|number| {
+            let path = disk.path(&format!("abuse-crowd-{number}"));
+            std::fs::write(&path, [1; 4096]).unwrap();
+            path
+        })
+        .collect();
+    rustix::fs::sync();
+    let request = pin_request(0, 4096).encode();
+    for (client, path) in clients.iter().zip(&paths) {
+        let file = File::open(path).unwrap();
+        client.send(&[&request], &[file.as_fd()]).unwrap();
+    }
+    let mut granted = Vec::new();
+    for client in &clients {
+        client
+            .set_receive_timeout(Some(Duration::from_secs(60)))
+            .unwrap();
+        let mut reply = hear(client);
+        if let Some((Reply::Swap, _)) = &reply {
+            // The descriptor that was sent is closed here already.
+            client.send(&[&Request::Swapped.encode()], &[]).unwrap();
+            reply = hear(client);
+        }
+        match reply {
+            Some((Reply::Granted(pin), fds)) => granted.push((pin, fds)),
+            other => panic!("not granted: {other:?}"),
+        }
+    }
+    assert_eq!(granted.len(), 1000);
+    assert!(paths.iter().all(|path| is_pinned(path)));
+    let status = guard.client().status().unwrap();
+    assert_eq!(status.files.len(), 1000);
+    assert!(status.clients >= 1000);
+    drop((granted, clients));
+    for path in &paths {
+        wait_until_free(path);
+        std::fs::remove_file(path).unwrap();
+    }
+    println!("a thousand clients took {:?}", started.elapsed());
+    is_well(world, &guard);
+}
+
+fn second_guard(_world: &World) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let second = std::process::Command::new(BINARY)
+        .arg("guard")
+        .arg("--socket")
+        .arg(guard.socket())
+        .output()
+        .unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(text.contains("another guard listens"), "{text}");
+    assert!(guard.client().status().is_ok(), "the first goes on");
+}
+
+/// A socket left behind is taken over; any other file is not.
+fn socket_in_the_way(_world: &World) {
+    let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let socket = guard.socket().to_owned();
+    guard.kill().unwrap();
+    assert!(socket.exists(), "nobody took it away");
+    let start = || {
+        let mut child = std::process::Command::new(BINARY)
+            .arg("guard")
+            .arg("--socket")
+            .arg(&socket)
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        let stdout = child.stdout.take().unwrap();
+        std::io::BufRead::read_line(&mut std::io::BufReader::new(stdout), &mut line).unwrap();
+        (child, line)
+    };
+    let (mut child, line) = start();
+    assert!(line.contains("ready"), "{line}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+    std::fs::remove_file(&socket).unwrap();
+    std::fs::write(&socket, "something precious").unwrap();
+    let (mut child, line) = start();
+    assert_eq!(line, "");
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(std::fs::read(&socket).unwrap(), b"something precious");
+}
+
+/// Others may ask, and learn nothing about pins of strangers.
+fn unprivileged_status(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-secret-name", 65536);
+    let file = File::open(&path).unwrap();
+    let held = PinOptions::new().guard(guard.client()).pin(&file).unwrap();
+    std::process::Command::new("chmod")
+        .arg("755")
+        .arg(guard.socket().parent().unwrap())
+        .status()
+        .unwrap();
+    // The binary may lie where nobody else can reach it.
+    let copy = mapdirect_testkit::process::ScratchDirectory::new("bin").unwrap();
+    let binary = copy.path().join("mapdirect");
+    std::fs::copy(BINARY, &binary).unwrap();
+    for path in [copy.path(), &binary] {
+        std::process::Command::new("chmod")
+            .arg("755")
+            .arg(path)
+            .status()
+            .unwrap();
+    }
+    let run = |arguments: &[&str]| {
+        std::process::Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
+            .arg(&binary)
+            .args(arguments)
+            .env("MAPDIRECT_SOCKET", guard.socket())
+            .output()
+            .unwrap()
+    };
+    let output = run(&["status", "--json"]);
+    assert!(output.status.success(), "{output:?}");
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!text.contains("secret"), "{text}");
+    let output = run(&["doctor"]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("lacks CAP_LINUX_IMMUTABLE"), "{text}");
+    let output = run(&["guard", "--socket", "/tmp/mapdirect-nobody.sock"]);
+    assert_eq!(output.status.code(), Some(1));
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains("root"), "{text}");
+    drop(held);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Wrong input gets one clear line and a documented status.
+fn command_line(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-command-line", 65536);
+    let file = path.to_string_lossy().into_owned();
+    let run = |arguments: &[&str], socket: &Path| {
+        std::process::Command::new(BINARY)
+            .args(arguments)
+            .env("MAPDIRECT_SOCKET", socket)
+            .output()
+            .unwrap()
+    };
+    for arguments in [
+        &["pin", &file, "--range", "nonsense"][..],
+        &["pin", &file, "--range", "0:0"],
+        &["pin", &file, "--range", "4X:1"],
+        &["pin", &file, "--range", "9999999999G:1"],
+        &["pin", &file, "--scope", "galaxy"],
+        &["pin"],
+        &["frobnicate"],
+        &["guard", "--gate", "none"],
+        &[],
+        &["status", "--no-such-option"],
+    ] {
+        let output = run(arguments, guard.socket());
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {text}");
+        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
+        assert!(text.starts_with("mapdirect: "), "{text}");
+    }
+    let nowhere = Path::new("/nonexistent/guard.sock");
+    for arguments in [&["status"][..], &["pin", &file]] {
+        let output = run(arguments, nowhere);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(3), "{text}");
+        assert!(text.contains("mapdirect guard"), "how to start one: {text}");
+    }
+    // `show` needs no guard, and says what is missing.
+    let output = run(&["show", &file], nowhere);
+    assert!(output.status.success());
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(text.contains("no guard answers"), "{text}");
+    let pin = |command: &[&str]| {
+        let arguments = [&["pin", &file, "--range", "0:4K", "--"], command].concat();
+        run(&arguments, guard.socket()).status.code()
+    };
+    assert_eq!(pin(&["true"]), Some(0));
+    assert_eq!(pin(&["sh", "-c", "exit 7"]), Some(7));
+    assert_eq!(pin(&["sh", "-c", "kill -9 $$"]), Some(128 + 9));
+    assert_eq!(pin(&["/nonexistent/command"]), Some(127));
+    assert_eq!(pin(&["/dev/null"]), Some(126));
+    let attack = format!("truncate -s 0 {file}; test $? -ne 0");
+    assert_eq!(pin(&["sh", "-c", &attack]), Some(0));
+    let missing = run(&["pin", "/nonexistent", "--", "true"], guard.socket());
+    assert_eq!(missing.status.code(), Some(125));
+    for strange in ["/dev/null", "/", "/proc/self/maps"] {
+        let output = run(&["show", strange], guard.socket());
+        assert!(output.status.code() <= Some(1), "{output:?}");
+        let output = run(&["pin", strange], guard.socket());
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(1), "{strange}: {text}");
+    }
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
 }

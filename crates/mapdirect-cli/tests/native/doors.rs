@@ -18,18 +18,24 @@ pub fn trials(world: &World) -> Vec<Trial> {
             let name = format!("doors::{kind}::{}", door.name());
             trials.push(world.trial(name, move |world| try_door(world, kind, door)));
         }
-        trials.push(world.trial(format!("doors::{kind}::loop-device"), move |world| {
-            loop_device(world, kind);
-        }));
+        trials.push(
+            world.trial(format!("doors::{kind}::loop-device"), move |world| {
+                loop_device(world, kind);
+            }),
+        );
         trials.push(world.trial(format!("doors::{kind}::swapon"), move |world| {
             swapon(world, kind);
         }));
-        trials.push(world.trial(format!("doors::{kind}::overlay"), move |world| {
-            overlay(world, kind);
-        }));
-        trials.push(world.trial(format!("doors::{kind}::execute"), move |world| {
-            execute(world, kind);
-        }));
+        trials.push(
+            world.trial(format!("doors::{kind}::overlay"), move |world| {
+                overlay(world, kind);
+            }),
+        );
+        trials.push(
+            world.trial(format!("doors::{kind}::execute"), move |world| {
+                execute(world, kind);
+            }),
+        );
     }
     trials
 }
@@ -42,7 +48,11 @@ struct Bind {
 impl Bind {
     fn new(of: &Path) -> Self {
         let place = ScratchDirectory::new("bind").unwrap();
-        run(Command::new("mount").arg("--bind").arg(of).arg(place.path())).unwrap();
+        run(Command::new("mount")
+            .arg("--bind")
+            .arg(of)
+            .arg(place.path()))
+        .unwrap();
         Self { place }
     }
 
@@ -240,7 +250,12 @@ fn execute(world: &World, kind: Kind) {
     child.wait().unwrap();
     let refused = refused.unwrap_err();
     assert_eq!(refused.errno(), Errno::TXTBSY.raw_os_error(), "{refused:#}");
-    assert!(refused.openers().iter().any(|opener| opener.pid == child.id().cast_signed()));
+    assert!(
+        refused
+            .openers()
+            .iter()
+            .any(|opener| opener.pid == child.id().cast_signed())
+    );
     // and what is pinned can be executed.
     let held = pin().unwrap();
     let status = Command::new(&path).arg("0").status().unwrap();

@@ -69,7 +69,16 @@ pub fn play_mmap(arguments: &[String]) -> Result<()> {
         // neighbour: a page that is certainly in use.
         "taken" => {
             // SAFETY: no MAP_FIXED.
-            unsafe { sys::map(0, 4096, BOTH, sys::MAP_PRIVATE, File::open("/proc/self/exe")?.as_fd(), 0) }?
+            unsafe {
+                sys::map(
+                    0,
+                    4096,
+                    BOTH,
+                    sys::MAP_PRIVATE,
+                    File::open("/proc/self/exe")?.as_fd(),
+                    0,
+                )
+            }?
         }
         _ => bail!("where?"),
     };
@@ -88,7 +97,11 @@ pub fn play_mmap(arguments: &[String]) -> Result<()> {
     match result {
         Ok(mapped) => say(&format!(
             "ok {}",
-            if address == mapped { "there" } else { "somewhere" }
+            if address == mapped {
+                "there"
+            } else {
+                "somewhere"
+            }
         )),
         Err(error) => say(&format!("errno {} {}", error.errno(), error.kind())),
     }
@@ -207,7 +220,10 @@ fn arguments(world: &World, kind: Kind) {
         call.make(guard.socket())
     };
     assert_eq!(call(|_| {}), "ok somewhere");
-    assert_eq!(call(|c| c.flags = sys::MAP_SHARED | MAP_DIRECT), "ok somewhere");
+    assert_eq!(
+        call(|c| c.flags = sys::MAP_SHARED | MAP_DIRECT),
+        "ok somewhere"
+    );
     for flags in [
         sys::MAP_PRIVATE | MAP_DIRECT,
         VALIDATE | sys::MAP_ANONYMOUS,
@@ -223,7 +239,10 @@ fn arguments(world: &World, kind: Kind) {
     expect(&call(|c| c.flags |= 1 << 24), Errno::OPNOTSUPP);
     expect(&call(|c| c.length = u64::MAX), Errno::NOMEM);
     expect(&call(|c| c.length = 1 << 62), Errno::OPNOTSUPP);
-    expect(&call(|c| c.offset = i64::MAX.cast_unsigned() & !4095), Errno::OVERFLOW);
+    expect(
+        &call(|c| c.offset = i64::MAX.cast_unsigned() & !4095),
+        Errno::OVERFLOW,
+    );
     expect(&call(|c| c.how = "path"), Errno::BADF);
     expect(&call(|c| c.how = "socket"), Errno::NODEV);
     std::fs::remove_file(&path).unwrap();
@@ -246,8 +265,17 @@ fn access(world: &World, kind: Kind) {
 fn capability(world: &World, kind: Kind) {
     let guard = world.guard();
     let path = file_on(&world.disk(kind), "capability");
-    let nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"];
-    let without = ["setpriv", "--bounding-set=-linux_immutable", "--inh-caps=-linux_immutable"];
+    let nobody = [
+        "setpriv",
+        "--reuid=65534",
+        "--regid=65534",
+        "--clear-groups",
+    ];
+    let without = [
+        "setpriv",
+        "--bounding-set=-linux_immutable",
+        "--inh-caps=-linux_immutable",
+    ];
     let own_namespace = ["unshare", "--user", "--map-root-user"];
     for wrapper in [&nobody[..], &without[..], &own_namespace[..]] {
         let call = Call {
@@ -299,7 +327,12 @@ fn frozen(world: &World, kind: Kind) {
     let guard = world.guard();
     let path = file_on(&disk, "frozen");
     // A hole behind the data, and beyond the end of file.
-    File::options().write(true).open(&path).unwrap().set_len(131_072).unwrap();
+    File::options()
+        .write(true)
+        .open(&path)
+        .unwrap()
+        .set_len(131_072)
+        .unwrap();
     for (offset, length) in [(65536, 4096), (61440, 8192), (131_072, 4096), (0, 1 << 20)] {
         let call = Call {
             offset,
@@ -345,13 +378,22 @@ fn filesystems(world: &World) {
     std::fs::remove_file(memory).unwrap();
     expect(&said, Errno::OPNOTSUPP);
     assert!(said.ends_with("filesystem"), "{said}");
-    expect(&Call::new(Path::new("/dev/zero")).make(guard.socket()), Errno::OPNOTSUPP);
+    expect(
+        &Call::new(Path::new("/dev/zero")).make(guard.socket()),
+        Errno::OPNOTSUPP,
+    );
     let directory = Call::new(Path::new("/"));
     expect(&directory.pin(guard.socket()), Errno::NODEV);
     // ext4 without extents, with inline data, with journalled data.
     let small = &["-O", "inline_data", "-I", "1024"];
     for (name, disk, length, attribute, reason) in [
-        ("indirect", Disk::new(Kind::EXT4, 64), 8192, "-e", "not-extent-mapped"),
+        (
+            "indirect",
+            Disk::new(Kind::EXT4, 64),
+            8192,
+            "-e",
+            "not-extent-mapped",
+        ),
         (
             "inline",
             Disk::with_options(Kind::EXT4, 64, small, ""),
@@ -369,7 +411,11 @@ fn filesystems(world: &World) {
     ] {
         let disk = disk.unwrap();
         let path = written(&disk, name, length);
-        let status = Command::new("chattr").arg(attribute).arg(&path).status().unwrap();
+        let status = Command::new("chattr")
+            .arg(attribute)
+            .arg(&path)
+            .status()
+            .unwrap();
         assert!(status.success());
         let said = Call::new(&path).make(guard.socket());
         expect(&said, Errno::OPNOTSUPP);
@@ -381,7 +427,11 @@ fn filesystems(world: &World) {
     File::create(&file).unwrap().set_len(256 << 20).unwrap();
     std::fs::create_dir(&root).unwrap();
     run(Command::new("mkfs.btrfs").arg("-q").arg(&file)).unwrap();
-    run(Command::new("mount").args(["-o", "loop"]).arg(&file).arg(&root)).unwrap();
+    run(Command::new("mount")
+        .args(["-o", "loop"])
+        .arg(&file)
+        .arg(&root))
+    .unwrap();
     let path = root.join("file");
     std::fs::write(&path, vec![1; 8192]).unwrap();
     let said = Call::new(&path).make(guard.socket());

@@ -89,7 +89,10 @@ fn who_has_it_open(world: &World, kind: Kind) {
     };
     assert_eq!(opener.pid, writer.id().cast_signed());
     assert_eq!(opener.command, "sleep");
-    assert_eq!((opener.fd, opener.writable, opener.mapped), (Some(0), true, false));
+    assert_eq!(
+        (opener.fd, opener.writable, opener.mapped),
+        (Some(0), true, false)
+    );
     assert!(!is_pinned(&path), "a refused pin leaves nothing behind");
     drop(impatient(&guard).pin(&File::open(&path).unwrap()).unwrap());
     std::fs::remove_file(&path).unwrap();
@@ -143,7 +146,10 @@ fn inherited(world: &World, kind: Kind) {
     child.kill().unwrap();
     child.wait().unwrap();
     let pid = child.id().cast_signed();
-    assert!(error.openers().iter().any(|opener| opener.pid == pid), "{error:#}");
+    assert!(
+        error.openers().iter().any(|opener| opener.pid == pid),
+        "{error:#}"
+    );
     drop(impatient(&guard).pin(&file).unwrap());
     std::fs::remove_file(&path).unwrap();
 }
@@ -156,7 +162,10 @@ fn mapped_before(world: &World, kind: Kind) {
     let both = mapdirect_sys::mmap::PROT_READ | mapdirect_sys::mmap::PROT_WRITE;
     let plain = PlainMap::new(file.as_fd(), both, shared, 0, 65536).unwrap();
     let error = refused(impatient(&guard).pin(&file));
-    assert!(error.openers().iter().any(|opener| opener.mapped), "{error:#}");
+    assert!(
+        error.openers().iter().any(|opener| opener.mapped),
+        "{error:#}"
+    );
     drop(plain);
     let held = impatient(&guard).pin(&file).unwrap();
     // Mapped now, it is behind the gate: removing pages is refused.
@@ -175,7 +184,12 @@ fn in_flight(world: &World, kind: Kind) {
     let error = refused(impatient(&guard).pin(&File::open(&path).unwrap()));
     assert!(error.obstacle().contains("socket"), "{error:#}");
     drop(other);
-    drop(impatient(&guard).patience(PATIENCE).pin(&File::open(&path).unwrap()).unwrap());
+    drop(
+        impatient(&guard)
+            .patience(PATIENCE)
+            .pin(&File::open(&path).unwrap())
+            .unwrap(),
+    );
     std::fs::remove_file(&path).unwrap();
 }
 
@@ -187,7 +201,12 @@ fn registered(world: &World, kind: Kind) {
     let error = refused(impatient(&guard).pin(&File::open(&path).unwrap()));
     assert!(error.obstacle().contains("io_uring"), "{error:#}");
     drop(ring);
-    drop(impatient(&guard).patience(PATIENCE).pin(&File::open(&path).unwrap()).unwrap());
+    drop(
+        impatient(&guard)
+            .patience(PATIENCE)
+            .pin(&File::open(&path).unwrap())
+            .unwrap(),
+    );
     std::fs::remove_file(&path).unwrap();
 }
 
@@ -203,7 +222,10 @@ impl<'a> Frozen<'a> {
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        let _ = Command::new("fsfreeze").arg("-u").arg(self.0.root()).status();
+        let _ = Command::new("fsfreeze")
+            .arg("-u")
+            .arg(self.0.root())
+            .status();
     }
 }
 
@@ -235,9 +257,8 @@ fn frozen_truncate(world: &World, kind: Kind) {
     let reader = File::open(&path).unwrap();
     let frozen = Frozen::new(&disk);
     let victim = path.clone();
-    let truncating =
-        std::thread::spawn(move || raw::truncate(&raw::c_path(&victim), 0).unwrap());
-    wait_until_inside("vfs_truncate");
+    let truncating = std::thread::spawn(move || raw::truncate(&raw::c_path(&victim), 0).unwrap());
+    wait_until_inside("percpu_rwsem_wait");
     let error = refused(impatient(&guard).pin(&reader));
     assert_eq!(error.kind(), Reason::StillChanging, "{error:#}");
     drop(frozen);
@@ -255,7 +276,7 @@ fn frozen_write(world: &World, kind: Kind) {
     let frozen = Frozen::new(&disk);
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| rustix::io::pwrite(&file, &[1; 4096], 2 << 20).unwrap());
-        wait_until_inside("vfs_write");
+        wait_until_inside("percpu_rwsem_wait");
         let error = refused(impatient(&guard).pin(&file));
         assert_eq!(error.kind(), Reason::OpenHere, "{error:#}");
         drop(frozen);
@@ -275,7 +296,7 @@ fn frozen_write_behind_the_gate(world: &World, kind: Kind) {
     let frozen = Frozen::new(&disk);
     std::thread::scope(|scope| {
         let punching = scope.spawn(|| raw::fallocate(file.as_fd(), 3, 524_288, 65536).unwrap());
-        wait_until_inside("vfs_fallocate");
+        wait_until_inside("percpu_rwsem_wait");
         let elsewhere = PinOptions::new()
             .range(524_288..589_824)
             .guard(guard.clone())
@@ -300,7 +321,10 @@ fn dirty(world: &World, kind: Kind) {
     let held = map(&guard, &file, 0..1 << 20);
     assert!(held.block_map().is_stable());
     rustix::fs::sync();
-    assert_eq!(*held.block_map(), mapdirect::block_map(&file, 0..1 << 20).unwrap());
+    assert_eq!(
+        *held.block_map(),
+        mapdirect::block_map(&file, 0..1 << 20).unwrap()
+    );
     drop((held, file));
     std::fs::remove_file(&path).unwrap();
 }
@@ -361,7 +385,14 @@ fn foreign_locks(world: &World, kind: Kind) {
     let file = open(&path);
     let held = impatient(&guard).pin(&file).unwrap();
     let reader = File::open(&path).unwrap();
-    set_lock(reader.as_fd(), LockOwner::Description, LockKind::Shared, 0, 0).unwrap();
+    set_lock(
+        reader.as_fd(),
+        LockOwner::Description,
+        LockKind::Shared,
+        0,
+        0,
+    )
+    .unwrap();
     let second = PinOptions::new()
         .range(65536..131_072)
         .guard(guard.clone())
@@ -387,10 +418,16 @@ fn at_once(world: &World, kind: Kind) {
                 scope.spawn(move || pin(guard, file, number * 65536..(number + 1) * 65536))
             })
             .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap())
+            .collect()
     });
     assert_eq!(guard.pinned_ranges(&file).unwrap().len(), 16);
-    assert_eq!(rustix::fs::ftruncate(&file, (1 << 20) - 1), Err(Errno::TXTBSY));
+    assert_eq!(
+        rustix::fs::ftruncate(&file, (1 << 20) - 1),
+        Err(Errno::TXTBSY)
+    );
     drop(pins);
     assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
     std::fs::remove_file(&path).unwrap();
@@ -447,7 +484,10 @@ fn beyond_the_end(world: &World, kind: Kind) {
     let guard = world.guard().client();
     let file = open(&path);
     let held = pin(&guard, &file, 0..1 << 20);
-    assert_eq!(held.block_map().total(ExtentState::Hole), (1 << 20) - 12_288);
+    assert_eq!(
+        held.block_map().total(ExtentState::Hole),
+        (1 << 20) - 12_288
+    );
     // The end of the pin is capped by the size.
     assert_eq!(rustix::fs::ftruncate(&file, 9_999), Err(Errno::TXTBSY));
     assert_eq!(rustix::fs::ftruncate(&file, 10_000), Ok(()));
@@ -553,7 +593,10 @@ fn extent_size_hint(world: &World) {
         .create_new(true)
         .open(&path)
         .unwrap();
-    run(Command::new("xfs_io").args(["-c", "extsize 64k"]).arg(&path)).unwrap();
+    run(Command::new("xfs_io")
+        .args(["-c", "extsize 64k"])
+        .arg(&path))
+    .unwrap();
     let hint = inode_flags::extended(file.as_fd()).unwrap();
     assert_eq!(hint.extent_size, 65536);
     file.write_all_at(&[1; 65536], 0).unwrap();

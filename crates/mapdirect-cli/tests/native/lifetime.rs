@@ -486,7 +486,11 @@ fn whole_file(world: &World, kind: Kind) {
         .unwrap();
     let size = 1 << 20;
     for other in [0, size - 1, size + 1, 2 * size] {
-        assert_eq!(rustix::fs::ftruncate(&file, other), Err(Errno::TXTBSY), "{other}");
+        assert_eq!(
+            rustix::fs::ftruncate(&file, other),
+            Err(Errno::TXTBSY),
+            "{other}"
+        );
     }
     assert_eq!(rustix::fs::ftruncate(&file, size), Ok(()));
     assert_eq!(rustix::io::pwrite(&file, b"x", size - 1), Ok(1));

@@ -368,7 +368,8 @@ impl Server<'_> {
         };
         for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
             let opinion = match pin.opinion(operation, size) {
-                Opinion::Allow if exclusive => Opinion::Refuse,
+                Opinion::Allow if exclusive && pin.is_handed_over() => Opinion::Refuse,
+                Opinion::Allow if exclusive => Opinion::Wait,
                 opinion => opinion,
             };
             match opinion {

@@ -1,205 +1,12 @@
-//! Whether a file is at rest: who has it open, and who is still in the middle
-//! of changing it.
+//! Who may be in the middle of changing a file.
 //!
-//! Everything here reads `/proc`, which shows what processes have and do, but
-//! not everything a kernel can hold. It decides only where the exact proof (a
-//! lease) cannot be had, and it explains refusals.
+//! A lease proves that nobody has a file open, but a truncation by path needs
+//! no description, and what the gate let in through one behind it may still
+//! be under way. Both are looked for among all threads of the system.
 
-use crate::table::InodeId;
-use mapdirect_proto::Opener;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
-use mapdirect_sys::proc_locks;
-use rustix::fs::{AtFlags, StatxFlags};
-use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
-
-/// What is known about who has a file open.
-#[derive(Debug, Default)]
-pub(crate) struct Openers {
-    /// Everybody found, except through the marked description.
-    pub(crate) others: Vec<Opener>,
-    /// Descriptors of the marked description.
-    pub(crate) marked: Vec<Opener>,
-    /// Bytes of the file that are mapped so that they can be stored to.
-    pub(crate) writable_mappings: Vec<(Opener, Range<u64>)>,
-    /// The file is mapped executable as somebody's program.
-    pub(crate) executing: Option<Opener>,
-    /// Places a description could hide in that cannot be looked into.
-    pub(crate) hidden: Vec<String>,
-}
-
-impl Openers {
-    /// Somebody other than the marked description can write.
-    pub(crate) fn has_writer(&self) -> bool {
-        self.others.iter().any(|opener| opener.writable)
-    }
-}
-
-/// Looks for everybody who has an inode open. Descriptors whose description
-/// holds a lock on `mark` are told apart.
-pub(crate) fn openers(id: InodeId, path: &str, mark: Option<u64>) -> Openers {
-    let mut found = Openers::default();
-    let own = std::process::id().cast_signed();
-    for pid in proc::numbers_in("/proc").unwrap_or_default() {
-        if pid != own {
-            scan_process(pid, id, path, mark, &mut found);
-        }
-    }
-    scan_kernel(id, path, &mut found);
-    found
-}
-
-fn scan_process(pid: i32, id: InodeId, path: &str, mark: Option<u64>, found: &mut Openers) {
-    let mut command = None;
-    let mut named = || command.get_or_insert_with(|| proc::command(pid)).clone();
-    // Threads may have descriptor tables of their own (CLONE_FILES left out).
-    let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
-    let mut tables = vec![pid];
-    tables.extend(
-        threads
-            .into_iter()
-            .filter(|tid| *tid != pid && !mapdirect_sys::kcmp::same_descriptors(pid, *tid)),
-    );
-    for tid in tables {
-        for fd in proc::numbers_in(&format!("/proc/{tid}/fd")).unwrap_or_default() {
-            let link = format!("/proc/{tid}/fd/{fd}");
-            let Ok(target) = std::fs::read_link(&link) else {
-                continue;
-            };
-            let target = target.to_string_lossy();
-            let is_file = target.starts_with('/');
-            let is_ring = target.starts_with("anon_inode:[io_uring]");
-            if !is_file && !is_ring && !target.starts_with("socket:") {
-                continue;
-            }
-            let Ok(text) = proc::read_task_file(tid, &format!("fdinfo/{fd}")) else {
-                continue;
-            };
-            let info = proc::parse_fdinfo(&text);
-            if info.in_flight > 0 {
-                found.hidden.push(format!(
-                    "{} descriptors on their way through a socket of pid {pid} ({})",
-                    info.in_flight,
-                    named()
-                ));
-            }
-            if info.registered.iter().any(|registered| registered == path) {
-                found.hidden.push(format!(
-                    "a file registered with an io_uring of pid {pid} ({})",
-                    named()
-                ));
-            }
-            if !is_file || info.inode != id.inode || info.is_path() || !is_inode(&link, id) {
-                continue;
-            }
-            let opener = Opener {
-                pid,
-                fd: Some(fd),
-                writable: info.is_writable(),
-                mapped: false,
-                command: named(),
-            };
-            let is_marked = mark.is_some_and(|byte| {
-                info.locks
-                    .iter()
-                    .any(|lock| lock.kind == proc_locks::Kind::Description && lock.start == byte)
-            });
-            if is_marked {
-                found.marked.push(opener);
-            } else {
-                found.others.push(opener);
-            }
-        }
-    }
-    let Ok(maps) = proc::read_task_file(pid, "maps") else {
-        return;
-    };
-    let device = id.device();
-    let mut mapped: Option<Opener> = None;
-    for entry in maps.lines().filter_map(proc::parse_maps_line) {
-        if entry.inode != id.inode || (entry.major, entry.minor) != (device.major, device.minor) {
-            continue;
-        }
-        // A shared mapping that may not be written through now may become so,
-        // if its description allows it: VmFlags tell.
-        let writable = entry.shared && (entry.writable || may_become_writable(pid, entry.start));
-        let opener = mapped.get_or_insert_with(|| Opener {
-            pid,
-            fd: None,
-            writable: false,
-            mapped: true,
-            command: named(),
-        });
-        opener.writable |= writable;
-        if writable {
-            let bytes = entry.offset..entry.offset.saturating_add(entry.end - entry.start);
-            found.writable_mappings.push((opener.clone(), bytes));
-        }
-        if entry.executable && is_inode(&format!("/proc/{pid}/exe"), id) {
-            found.executing.get_or_insert_with(|| opener.clone());
-        }
-    }
-    found.others.extend(mapped);
-}
-
-/// Whether `link` leads to the inode. The inode number is known to match, so
-/// the link is followed without asking a server behind a network filesystem.
-fn is_inode(link: &str, id: InodeId) -> bool {
-    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-    rustix::fs::statx(rustix::fs::CWD, link, flags, StatxFlags::INO).is_ok_and(|stat| {
-        stat.stx_ino == id.inode
-            && rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor) == id.dev
-    })
-}
-
-/// Whether `mprotect(2)` could make the mapping at `start` writable (`mw` in
-/// VmFlags). Yes if that cannot be told.
-fn may_become_writable(pid: i32, start: u64) -> bool {
-    let Ok(text) = proc::read_task_file(pid, "smaps") else {
-        return true;
-    };
-    let head = format!("{start:08x}-");
-    text.lines()
-        .skip_while(|line| !line.starts_with(&head))
-        .find_map(|line| line.strip_prefix("VmFlags:"))
-        .is_none_or(|flags| flags.split_ascii_whitespace().any(|flag| flag == "mw"))
-}
-
-/// Users of the file inside the kernel that can be found.
-fn scan_kernel(id: InodeId, path: &str, found: &mut Openers) {
-    let mut report = |what: String| {
-        found.others.push(Opener {
-            pid: 0,
-            fd: None,
-            writable: true,
-            mapped: false,
-            command: what,
-        });
-    };
-    for entry in std::fs::read_dir("/sys/block")
-        .into_iter()
-        .flatten()
-        .flatten()
-    {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let backing = entry.path().join("loop/backing_file");
-        if let Ok(backing) = std::fs::read_to_string(backing)
-            && (backing.trim_end() == path || is_inode(backing.trim_end(), id))
-        {
-            report(format!("loop device /dev/{name}"));
-        }
-    }
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    for line in swaps.lines().skip(1) {
-        let Some(file) = line.split_ascii_whitespace().next() else {
-            continue;
-        };
-        if file == path || is_inode(file, id) {
-            report(String::from("swap space (swapoff it first)"));
-        }
-    }
-}
 
 /// A thread that may be in the middle of something.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -434,18 +241,17 @@ pub(crate) fn still_truncating(busy: &[Busy], deadline: Instant) -> Vec<Busy> {
 fn waits_for_thaw(tid: i32) -> bool {
     proc::read_task_file(tid, "stack").is_ok_and(|stack| {
         proc::stack_functions(&stack).any(|function| {
-            matches!(function, "mnt_want_write" | "sb_start_write" | "__sb_start_write")
-                || function.starts_with("percpu_rwsem_wait")
+            matches!(
+                function,
+                "mnt_want_write" | "sb_start_write" | "__sb_start_write"
+            ) || function.starts_with("percpu_rwsem_wait")
                 || function.starts_with("__percpu_down_read")
         })
     })
 }
 
 /// Waits until everybody who was changing any file has finished.
-pub(crate) fn wait_for_changes(
-    held: &dyn Fn() -> Arc<Vec<i32>>,
-    deadline: Instant,
-) -> Vec<Busy> {
+pub(crate) fn wait_for_changes(held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Instant) -> Vec<Busy> {
     wait_for(LookFor::Changes, held, deadline)
 }
 
@@ -506,15 +312,6 @@ impl TruncationScan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
-
-    fn id_of(file: &std::fs::File) -> InodeId {
-        let stat = rustix::fs::fstat(file).unwrap();
-        InodeId {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-        }
-    }
 
     fn truncating(number: i64, stack: &str) -> Option<&'static str> {
         let syscall = Syscall {
@@ -550,33 +347,6 @@ mod tests {
         assert_eq!(is_busy(LookFor::Changes, &syscall, pipe), None);
         let file = "[<0>] percpu_rwsem_wait+0x1/0x2\n[<0>] vfs_write+0x1/0x2\n";
         assert_eq!(is_busy(LookFor::Changes, &syscall, file), Some("vfs_write"));
-    }
-
-    #[test]
-    fn this_process_is_not_its_own_opener() {
-        let file = tempfile::tempfile().unwrap();
-        let path = proc::path_of(file.as_fd());
-        let found = openers(id_of(&file), &path, None);
-        assert!(found.others.is_empty(), "{found:?}");
-    }
-
-    #[test]
-    fn a_child_with_the_file_open_is_found() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let mut child = std::process::Command::new("sleep")
-            .arg("60")
-            .stdin(file.reopen().unwrap())
-            .spawn()
-            .unwrap();
-        let path = proc::path_of(file.as_file().as_fd());
-        let found = openers(id_of(file.as_file()), &path, None);
-        child.kill().unwrap();
-        child.wait().unwrap();
-        let [opener] = &found.others[..] else {
-            panic!("{found:?}");
-        };
-        assert_eq!(opener.pid, child.id().cast_signed());
-        assert_eq!((opener.fd, opener.writable), (Some(0), true));
     }
 
     #[test]
