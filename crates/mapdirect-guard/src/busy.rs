@@ -4,7 +4,11 @@
 //! no description, and what the gate let in through one behind it may still
 //! be under way. Both are looked for among all threads of the system.
 
+use crate::gate::classify::classify_open;
+use crate::policy::OperationKind;
+use crate::thaw;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,8 +23,11 @@ pub(crate) struct Busy {
 /// What a scan looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LookFor {
-    /// Truncation by path, which needs no description.
+    /// Truncation by path, which needs no description. A lease asked for
+    /// afterwards counts whoever is past the permission check by then.
     Truncations,
+    /// Opens of any kind.
+    Opens,
     /// Whatever may change a block map.
     Changes,
 }
@@ -78,6 +85,11 @@ const NOT_A_FILE: [&str; 9] = [
 
 fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static str> {
     let functions = || proc::stack_functions(stack);
+    // A FIFO only waits for its other end.
+    let opening = || {
+        functions().any(|name| name == "path_openat" || name == "do_open")
+            && !functions().any(|name| name == "fifo_open")
+    };
     let inside = |names: &'static [&'static str]| {
         names
             .iter()
@@ -87,13 +99,11 @@ fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static
     match look_for {
         LookFor::Truncations => inside(&TRUNCATING).or_else(|| {
             // Opening with O_TRUNC, or possibly so: it truncates after the
-            // permission check. A FIFO only waits for its other end.
-            let opening = functions().any(|name| name == "path_openat" || name == "do_open");
-            let truncates =
-                crate::gate::classify::classify_open(Some(syscall)).name() == "open-truncate";
-            let fifo = functions().any(|name| name == "fifo_open");
-            (opening && truncates && !fifo).then_some("opening")
+            // permission check.
+            let truncates = classify_open(Some(syscall)) == OperationKind::OpenTruncate;
+            (opening() && truncates).then_some("opening")
         }),
+        LookFor::Opens => opening().then_some("opening"),
         LookFor::Changes => inside(&CHANGING).filter(|_| inside(&NOT_A_FILE).is_none()),
     }
 }
@@ -103,12 +113,11 @@ fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static
 #[cfg(target_arch = "x86_64")]
 fn is_idle(syscall: &Syscall) -> bool {
     // poll, select, nanosleep, pause, wait4, futex, epoll_wait, pselect6,
-    // ppoll, epoll_pwait, waitid, clock_nanosleep, rt_sigtimedwait,
-    // restart_syscall, recvfrom, recvmsg, accept, accept4. In i386 these
-    // numbers are old calls that change no file, but for truncate64 = 193 and
-    // its like, which are not among them.
-    const IDLE: [i64; 18] = [
-        7, 23, 35, 34, 61, 202, 232, 270, 271, 281, 247, 230, 128, 219, 45, 47, 43, 288,
+    // ppoll, epoll_pwait, waitid, clock_nanosleep, rt_sigtimedwait, recvfrom,
+    // recvmsg, accept, accept4. In i386 these numbers are calls that change
+    // no file.
+    const IDLE: [i64; 17] = [
+        7, 23, 35, 34, 61, 202, 232, 270, 271, 281, 247, 230, 128, 45, 47, 43, 288,
     ];
     syscall.is_genuine() && IDLE.contains(&syscall.number)
 }
@@ -121,19 +130,48 @@ fn is_idle(_syscall: &Syscall) -> bool {
 /// A thread found on a processor, or waiting for one.
 struct Running {
     tid: i32,
-    /// Nanoseconds it had run when first seen.
-    had_run: u64,
+    /// What it had run when first seen.
+    had: Run,
 }
 
-/// A thread that has run for so long since it was first seen is past the few
-/// instructions between a permission check and the counts a lease looks at.
-const PAST_THE_WINDOW: u64 = 50_000;
+/// How much a thread has run.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    /// Nanoseconds in all (`/proc/<tid>/schedstat`, which every distribution
+    /// kernel has: `CONFIG_SCHED_INFO`).
+    all: u64,
+    /// Clock ticks outside the kernel (`/proc/<tid>/stat`, field 14).
+    outside: u64,
+}
 
-/// Processor time a thread has had (`/proc/<tid>/schedstat`, which every
-/// distribution kernel has: `CONFIG_SCHED_INFO`).
-fn nanoseconds_run(tid: i32) -> Option<u64> {
-    let text = proc::read_task_file(tid, "schedstat").ok()?;
-    text.split_ascii_whitespace().next()?.parse().ok()
+impl Run {
+    fn of(tid: i32) -> Option<Self> {
+        let schedstat = proc::read_task_file(tid, "schedstat").ok()?;
+        let stat = proc::read_task_file(tid, "stat").ok()?;
+        // The command in parentheses may hold anything, parentheses too.
+        let (_, behind) = stat.rsplit_once(')')?;
+        Some(Self {
+            all: schedstat.split_ascii_whitespace().next()?.parse().ok()?,
+            outside: behind.split_ascii_whitespace().nth(11)?.parse().ok()?,
+        })
+    }
+}
+
+impl Running {
+    /// Whether it has got out of what it may have been in the middle of, by
+    /// what it has run since.
+    fn has_moved_on(&self, look_for: LookFor) -> bool {
+        let Some(now) = Run::of(self.tid) else {
+            return false;
+        };
+        match look_for {
+            // Past the few instructions between a permission check and the
+            // counts that a lease looks at.
+            LookFor::Truncations => now.all >= self.had.all + 50_000,
+            // It has been outside of the kernel.
+            LookFor::Opens | LookFor::Changes => now.outside > self.had.outside,
+        }
+    }
 }
 
 /// Looks at every thread of the system until none is busy any more or the
@@ -154,7 +192,7 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
                 Seen::Busy(doing) => sleeping.push((tid, doing)),
                 Seen::Running => running.push(Running {
                     tid,
-                    had_run: nanoseconds_run(tid).unwrap_or(0),
+                    had: Run::of(tid).unwrap_or_default(),
                 }),
             }
         }
@@ -172,9 +210,7 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
                 fell_asleep.push((thread.tid, doing));
                 false
             }
-            Seen::Running => {
-                nanoseconds_run(thread.tid).is_none_or(|run| run < thread.had_run + PAST_THE_WINDOW)
-            }
+            Seen::Running => !thread.has_moved_on(look_for),
         });
         sleeping.extend(fell_asleep);
         let done = sleeping.is_empty() && running.is_empty();
@@ -217,13 +253,13 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
     }
 }
 
-/// Whether any of the threads found busy with a truncation can still be about
-/// to truncate a file of this filesystem, which is not frozen: a thread that
-/// sleeps waiting for a thaw waits for another one.
-pub(crate) fn still_truncating(busy: &[Busy], deadline: Instant) -> Vec<Busy> {
+/// Whether any of the threads found busy can still be about to change a file
+/// of this filesystem, which is not frozen: a thread that sleeps waiting for
+/// a thaw waits for another one.
+fn still_busy_here(look_for: LookFor, busy: &[Busy], deadline: Instant) -> Vec<Busy> {
     let mut left = busy.to_vec();
     loop {
-        left.retain(|busy| match look(LookFor::Truncations, busy.tid) {
+        left.retain(|busy| match look(look_for, busy.tid) {
             Seen::Idle => false,
             // Woken by a thaw, perhaps: it will tell when it sleeps again.
             Seen::Running => true,
@@ -233,6 +269,50 @@ pub(crate) fn still_truncating(busy: &[Busy], deadline: Instant) -> Vec<Busy> {
             return left;
         }
         std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// How long to wait for threads to get through, before asking whether their
+/// filesystem is frozen.
+const BEFORE_ASKING: Duration = Duration::from_millis(50);
+
+/// A file that nobody shall be in the middle of changing.
+pub(crate) struct Quiet<'a> {
+    /// Any descriptor of it.
+    pub(crate) file: BorrowedFd<'a>,
+    /// Threads that wait at the gate: they have not passed it.
+    pub(crate) held: &'a dyn Fn() -> Arc<Vec<i32>>,
+    pub(crate) deadline: Instant,
+}
+
+impl Quiet<'_> {
+    /// Waits until every truncation by path that began before this call has
+    /// either finished or is counted by the inode; ask for a lease then.
+    /// Tells who may still be at it when the time is over.
+    pub(crate) fn wait_for_truncations(&self, scan: &TruncationScan) -> Vec<Busy> {
+        let busy = scan.wait(self.held, BEFORE_ASKING);
+        self.leave_out_other_filesystems(LookFor::Truncations, busy)
+    }
+
+    /// Waits until every open that began before this call has finished.
+    pub(crate) fn wait_for_opens(&self) -> Vec<Busy> {
+        wait_for(LookFor::Opens, self.held, self.deadline)
+    }
+
+    /// Waits until everybody who was changing any file has finished.
+    pub(crate) fn wait_for_changes(&self) -> Vec<Busy> {
+        let soon = self.deadline.min(Instant::now() + BEFORE_ASKING);
+        let busy = wait_for(LookFor::Changes, self.held, soon);
+        self.leave_out_other_filesystems(LookFor::Changes, busy)
+    }
+
+    /// If it is not this filesystem that is frozen, whoever waits for a thaw
+    /// waits for another.
+    fn leave_out_other_filesystems(&self, look_for: LookFor, busy: Vec<Busy>) -> Vec<Busy> {
+        if busy.is_empty() || !thaw::is_thawed(self.file, self.deadline) {
+            return busy;
+        }
+        still_busy_here(look_for, &busy, self.deadline)
     }
 }
 
@@ -248,11 +328,6 @@ fn waits_for_thaw(tid: i32) -> bool {
                 || function.starts_with("__percpu_down_read")
         })
     })
-}
-
-/// Waits until everybody who was changing any file has finished.
-pub(crate) fn wait_for_changes(held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Instant) -> Vec<Busy> {
-    wait_for(LookFor::Changes, held, deadline)
 }
 
 /// Scans for truncations by path, one for all grants that wait for one.
@@ -280,7 +355,7 @@ struct ScanState {
 impl TruncationScan {
     /// Waits until no truncation by path is under way that began before this
     /// call, and tells who still is at it when the time is over.
-    pub(crate) fn wait(&self, held: &dyn Fn() -> Arc<Vec<i32>>, patience: Duration) -> Vec<Busy> {
+    fn wait(&self, held: &dyn Fn() -> Arc<Vec<i32>>, patience: Duration) -> Vec<Busy> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // A scan that is running now may have passed a thread before it went
         // into the kernel: the next one counts.

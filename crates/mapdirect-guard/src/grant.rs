@@ -10,21 +10,24 @@
 //! since the last proof, all of that holds, and what remains is to open a
 //! description, lock its byte and read the block map.
 
-use crate::busy::{self, Busy};
+use crate::busy::{Busy, Quiet};
 use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
-use crate::{Errno, Guard, thaw};
+use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Obstacle};
 use mapdirect_proto::{
     BlockMap, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
 };
 use mapdirect_proto::{MAX_INLINE_EXTENTS, PinnedRange};
-use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds, lock_byte_shared};
+use mapdirect_sys::fcntl::{
+    Lease, LockKind, LockOwner, conflicting_lock, lease_holds, lock_byte_shared, set_lock,
+};
 use mapdirect_sys::unix::Sender;
-use mapdirect_sys::{fsync, memfd, proc};
+use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
 use rustix::fs::{OFlags, SeekFrom};
+use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::SeqCst;
@@ -53,9 +56,6 @@ pub(crate) trait Conversation {
 
 /// Longest patience a request can ask for.
 const MOST_PATIENCE: Duration = Duration::from_secs(60);
-/// How long to wait for truncations by path to get through, before asking
-/// whether their filesystem is frozen.
-const SCAN: Duration = Duration::from_millis(50);
 /// How long a replaced description may take to go away: an operation of
 /// another thread may be using it.
 const LETTING_GO: Duration = Duration::from_millis(200);
@@ -99,12 +99,11 @@ pub(crate) fn grant(
 ) -> Result<Grant, Refusal> {
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
-    let deadline = Instant::now() + patience;
     loop {
         let watched = guard.table.get_or_insert(judged.id, || {
             Watched::new(judged.id, judged.facts.reflink, judged.path.clone())
         });
-        let mut state = lock(&watched, deadline)?;
+        let mut state = lock(&watched, patience)?;
         if state.retired {
             continue;
         }
@@ -120,12 +119,14 @@ pub(crate) fn grant(
             watched: &watched,
             state: &mut state,
             pin: &pin,
-            deadline,
+            patience,
+            mark: guard.next_lock_byte(),
+            marked: Cell::new(false),
             talk,
-            exact: false,
             file,
         };
         let result = attempt.run();
+        attempt.unmark();
         let file = attempt.file;
         if result.is_err() {
             abandon(guard, &watched, &mut state, &pin, file.as_fd());
@@ -270,9 +271,9 @@ fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refus
     Ok(start - start % block..end)
 }
 
-fn lock(watched: &Watched, deadline: Instant) -> Result<MutexGuard<'_, GrantState>, Refusal> {
+fn lock(watched: &Watched, patience: Duration) -> Result<MutexGuard<'_, GrantState>, Refusal> {
     // Another grant on the inode may rightly take as long as its patience.
-    let deadline = deadline + MOST_PATIENCE;
+    let deadline = Instant::now() + patience + MOST_PATIENCE;
     let mut pause = Duration::from_micros(50);
     loop {
         if let Some(state) = watched.try_grant() {
@@ -316,10 +317,12 @@ struct Attempt<'a> {
     watched: &'a Arc<Watched>,
     state: &'a mut GrantState,
     pin: &'a Arc<Pin>,
-    deadline: Instant,
+    /// How long to wait for others, each time there is something to wait for.
+    patience: Duration,
+    /// A byte to mark the holder's own description by.
+    mark: u64,
+    marked: Cell<bool>,
     talk: &'a mut dyn Conversation,
-    /// A lease proved that nobody else has the file open.
-    exact: bool,
     /// A description of the inode: the holder's, later the pin's.
     file: OwnedFd,
 }
@@ -355,7 +358,9 @@ impl Attempt<'_> {
         if !was_closed && (self.judged.is_writable() || self.judged.facts.reflink) {
             self.replace_description()?;
         } else {
-            self.file = self.open_for_pin()?;
+            let for_pin = self.open_for_pin()?;
+            self.unmark();
+            self.file = for_pin;
         }
         self.take_lock()?;
         self.state.closed = true;
@@ -383,38 +388,71 @@ impl Attempt<'_> {
         })
     }
 
-    /// Nobody may hold a description from before the gate closed.
-    fn prove_from_scratch(&mut self) -> Result<(), Refusal> {
-        let mark = self.guard.next_lock_byte();
+    /// Nobody may hold a description from before the gate closed, and nobody
+    /// may be in the middle of a truncation from before.
+    fn prove_from_scratch(&self) -> Result<(), Refusal> {
+        self.quietly(|quiet| quiet.wait_for_truncations(&self.guard.truncations))?;
+        let deadline = Instant::now() + self.patience;
         let mut pause = Duration::from_millis(1);
         loop {
+            // It counts writers and truncations alike, those under way too.
             if self.lease_proves()? {
-                self.exact = true;
-                break;
+                return Ok(());
             }
-            let over = Instant::now() >= self.deadline;
-            if self.judged.facts.reflink && !over {
-                std::thread::sleep(pause.min(Duration::from_millis(20)));
-                pause *= 2;
-                continue;
-            }
-            // Without reflink a reader from before the gate can do no harm,
-            // but a lease cannot tell readers beside the holder's own
-            // descriptor from writers: look who they are.
-            self.mark_own_description(mark)?;
-            let found = self.openers(Some(mark));
-            let explained = !found.others.is_empty() && found.hidden.is_empty();
-            if !self.judged.facts.reflink && explained && !found.has_writer() {
-                self.refuse_executed(&found)?;
-                break;
-            }
-            if over {
-                return Err(self.open_elsewhere(found));
+            let over = Instant::now() >= deadline;
+            if !self.judged.facts.reflink || over {
+                let found = self.look_around()?;
+                let Some(found) = found else {
+                    return Ok(());
+                };
+                if over {
+                    return Err(self.open_elsewhere(found));
+                }
             }
             std::thread::sleep(pause.min(Duration::from_millis(20)));
             pause *= 2;
         }
-        self.no_truncation_under_way()
+    }
+
+    /// Without reflink a reader from before the gate can do no harm, but a
+    /// lease cannot tell readers beside the holder's own descriptor from
+    /// writers: look who they are. Returns who stands in the way, or nothing
+    /// if nobody does.
+    fn look_around(&self) -> Result<Option<Openers>, Refusal> {
+        self.mark_own_description()?;
+        let harmless = |found: &Openers| {
+            // Somebody must be there: the lease says so. What is not seen
+            // may be anything.
+            let explained = !found.others.is_empty() && found.hidden.is_empty();
+            !self.judged.facts.reflink && explained && !found.has_writer()
+        };
+        let found = self.openers(Some(self.mark));
+        if !harmless(&found) {
+            return Ok(Some(found));
+        }
+        self.refuse_executed(&found)?;
+        // A descriptor may have been on its way into a table while we looked:
+        // from an open, or to a child. Those opens are over now, and a child
+        // is seen beside its parent.
+        self.quietly(|quiet| quiet.wait_for_opens())?;
+        let again = self.openers(Some(self.mark));
+        if !harmless(&again) {
+            return Ok(Some(again));
+        }
+        self.quietly(|quiet| quiet.wait_for_changes())?;
+        Ok(None)
+    }
+
+    /// Waits for others by `wait`, and refuses if they do not finish.
+    fn quietly(&self, wait: impl FnOnce(&Quiet<'_>) -> Vec<Busy>) -> Result<(), Refusal> {
+        let quiet = Quiet {
+            file: self.file.as_fd(),
+            held: &|| self.guard.gate.held(),
+            // It ends as soon as it can, and a busy processor needs some time
+            // to show that a thread goes on.
+            deadline: Instant::now() + self.patience.max(Duration::from_secs(1)),
+        };
+        still_changing(&wait(&quiet))
     }
 
     fn openers(&self, mark: Option<u64>) -> Openers {
@@ -462,8 +500,26 @@ impl Attempt<'_> {
         })
     }
 
-    fn mark_own_description(&self, mark: u64) -> Result<(), Refusal> {
-        lock_byte_shared(self.file.as_fd(), mark).map_err(|errno| self.lock_refused(errno, mark))
+    /// Has the holder's description told apart from others by a lock.
+    fn mark_own_description(&self) -> Result<(), Refusal> {
+        lock_byte_shared(self.file.as_fd(), self.mark)
+            .map_err(|errno| self.lock_refused(errno, self.mark))?;
+        self.marked.set(true);
+        Ok(())
+    }
+
+    /// Takes the mark off a description that stays.
+    fn unmark(&self) {
+        if self.marked.take() {
+            // A mark that stays tells nobody anything.
+            let _ = set_lock(
+                self.file.as_fd(),
+                LockOwner::Description,
+                LockKind::Unlock,
+                self.mark,
+                1,
+            );
+        }
     }
 
     fn lock_refused(&self, errno: Errno, byte: u64) -> Refusal {
@@ -523,34 +579,6 @@ impl Attempt<'_> {
         }
     }
 
-    fn no_truncation_under_way(&self) -> Result<(), Refusal> {
-        let held = || self.guard.gate.held();
-        // Threads that are at it are through in no time, unless their
-        // filesystem is frozen.
-        let busy = self.guard.truncations.wait(&held, SCAN);
-        if busy.is_empty() {
-            return Ok(());
-        }
-        // If it is not this one that is frozen, they wait for another.
-        let deadline = Instant::now() + self.scan_patience();
-        if !thaw::is_thawed(self.file.as_fd(), deadline) {
-            return still_changing(&busy);
-        }
-        still_changing(&busy::still_truncating(&busy, deadline))?;
-        // Whoever was let go meanwhile is counted by now, or finished.
-        if self.exact && !self.lease_proves()? {
-            return still_changing(&busy);
-        }
-        Ok(())
-    }
-
-    /// How long a scan of all threads may take. It ends as soon as it can;
-    /// a busy processor needs some time to show that a thread goes on.
-    fn scan_patience(&self) -> Duration {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        left.max(Duration::from_secs(1))
-    }
-
     /// Nothing that was let in since the last proof may still matter. Says
     /// whether there was nothing at all.
     fn prove_again(&mut self) -> Result<bool, Refusal> {
@@ -561,10 +589,7 @@ impl Attempt<'_> {
             self.watched.writers_let_in.store(false, SeqCst);
         }
         if unrest {
-            self.no_truncation_under_way()?;
-            let held = || self.guard.gate.held();
-            let deadline = Instant::now() + self.scan_patience();
-            still_changing(&busy::wait_for_changes(&held, deadline))?;
+            self.quietly(|quiet| quiet.wait_for_changes())?;
             self.watched.unrest.store(false, SeqCst);
         }
         Ok(!writers && !unrest)
@@ -573,15 +598,15 @@ impl Attempt<'_> {
     /// Nobody else may have it open for writing. All descriptions are behind
     /// the gate here, but some things the gate cannot see.
     fn no_other_writer(&self) -> Result<(), Refusal> {
-        let mark = self.guard.next_lock_byte();
         let pins = self.watched.pins.load();
+        let deadline = Instant::now() + self.patience;
         let mut pause = Duration::from_millis(1);
         loop {
             if self.lease_proves()? {
                 return Ok(());
             }
-            self.mark_own_description(mark)?;
-            let mut found = self.openers(Some(mark));
+            self.mark_own_description()?;
+            let mut found = self.openers(Some(self.mark));
             // Holders of pins may have theirs, and have been asked.
             let is_holder = |opener: &Opener| pins.iter().any(|pin| pin.pid == opener.pid);
             found
@@ -590,7 +615,7 @@ impl Attempt<'_> {
             if found.others.is_empty() && found.hidden.is_empty() {
                 return Ok(());
             }
-            if Instant::now() >= self.deadline {
+            if Instant::now() >= deadline {
                 return Err(self.open_elsewhere(found));
             }
             std::thread::sleep(pause.min(Duration::from_millis(20)));
@@ -619,8 +644,7 @@ impl Attempt<'_> {
     /// and makes sure the old one is gone.
     fn replace_description(&mut self) -> Result<(), Refusal> {
         // The old description is marked by a lock that goes when it does.
-        let mark = self.guard.next_lock_byte();
-        self.mark_own_description(mark)?;
+        self.mark_own_description()?;
         let kept = OFlags::ACCMODE
             | OFlags::APPEND
             | OFlags::DIRECT
@@ -638,10 +662,11 @@ impl Attempt<'_> {
         // Our own copy goes with this; from now on the pin's description
         // stands for the inode.
         self.file = for_pin;
-        if self.is_gone(mark)? {
+        self.marked.set(false);
+        if self.is_gone()? {
             return Ok(());
         }
-        let mut found = self.openers(Some(mark));
+        let mut found = self.openers(Some(self.mark));
         found.marked.extend(
             found
                 .others
@@ -661,12 +686,12 @@ impl Attempt<'_> {
         })
     }
 
-    /// Whether the description that holds a lock on `mark` is gone.
-    fn is_gone(&self, mark: u64) -> Result<bool, Refusal> {
+    /// Whether the marked description is gone.
+    fn is_gone(&self) -> Result<bool, Refusal> {
         let deadline = Instant::now() + LETTING_GO;
         let mut pause = Duration::from_micros(20);
         loop {
-            let found = conflicting_lock(self.file.as_fd(), mark, 1)
+            let found = conflicting_lock(self.file.as_fd(), self.mark, 1)
                 .map_err(|errno| system("F_OFD_GETLK", errno))?;
             if found.is_none() {
                 return Ok(true);
@@ -696,15 +721,32 @@ impl Attempt<'_> {
             write_back()?;
         }
         let mut map = read()?;
+        if !self.judged.facts.keeps_blocks_beyond_the_end() && reaches_beyond_the_end(&map) {
+            // They would go by themselves, or become part of the file when
+            // it grows.
+            let (owner, size) = (self.judged.facts.owner, map.file_size());
+            xfs_eofblocks::free(self.file.as_fd(), owner, size)
+                .map_err(|errno| system("XFS_IOC_FREE_EOFBLOCKS", errno))?;
+            map = read()?;
+            if reaches_beyond_the_end(&map) {
+                return Err(refusal(
+                    Reason::StillChanging,
+                    Errno::TXTBSY,
+                    "XFS keeps blocks beyond the end of the file for writes to come",
+                    "try again, or pin nothing beyond the end of the file",
+                ));
+            }
+        }
         if settled && !is_moving(&map) {
             return Ok(map);
         }
+        let deadline = Instant::now() + self.patience;
         loop {
             let again = read()?;
             if again == map && !is_moving(&again) {
                 return Ok(again);
             }
-            if Instant::now() >= self.deadline {
+            if Instant::now() >= deadline {
                 return Err(refusal(
                     Reason::StillChanging,
                     Errno::TXTBSY,
@@ -815,6 +857,15 @@ impl Attempt<'_> {
         };
         Ok((granted, sealed))
     }
+}
+
+/// Blocks behind the one that holds the end of the file are allocated.
+fn reaches_beyond_the_end(map: &BlockMap) -> bool {
+    let block = u64::from(map.block_size()).max(1);
+    let end = map.file_size().next_multiple_of(block);
+    map.extents()
+        .iter()
+        .any(|extent| extent.end() > end && extent.state != ExtentState::Hole)
 }
 
 /// Some of it has no place yet.

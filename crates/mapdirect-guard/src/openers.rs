@@ -4,7 +4,7 @@
 //! is found here decides only where the exact proof (a lease) cannot be had,
 //! and explains refusals.
 
-use crate::table::InodeId;
+use crate::table::{InodeId, LOCK_BASE};
 use mapdirect_proto::Opener;
 use mapdirect_sys::proc::{self, FdInfo};
 use mapdirect_sys::{kcmp, proc_locks};
@@ -134,9 +134,12 @@ impl Search<'_> {
                 command: process.command(),
             };
             let is_marked = wanted.mark.is_some_and(|byte| {
-                info.locks
-                    .iter()
-                    .any(|lock| lock.kind == proc_locks::Kind::Description && lock.start == byte)
+                // Neighbouring locks of one description are one.
+                info.locks.iter().any(|lock| {
+                    lock.kind == proc_locks::Kind::Description
+                        && (LOCK_BASE..=byte).contains(&lock.start)
+                        && lock.last.is_none_or(|last| last >= byte)
+                })
             });
             let found = &mut self.found[at];
             if is_marked {

@@ -5,7 +5,7 @@
 //! [`Operation`]s and ask [`judge`]; a gate that cannot see precisely asks
 //! about the worst operation it could be.
 
-use mapdirect_proto::{BlockMap, ExtentState};
+use mapdirect_proto::{BlockMap, Extent, ExtentState};
 use std::ops::Range;
 
 /// What somebody does, or may be doing, to a file.
@@ -248,7 +248,17 @@ impl Pinned {
             .frozen()
             .map(|extent| (extent.offset..extent.end(), extent.state))
             .collect();
-        let size_floor = range.end.min(map.file_size());
+        let block = u64::from(map.block_size()).max(1);
+        // Blocks beyond the end of the file go with any truncation to less
+        // than their end, to the same or a larger size too (XFS).
+        let ahead = map
+            .extents()
+            .iter()
+            .filter(|extent| extent.state != ExtentState::Hole)
+            .map(Extent::end)
+            .filter(|end| *end > map.file_size().next_multiple_of(block))
+            .max();
+        let size_floor = range.end.min(map.file_size()).max(ahead.unwrap_or(0));
         if whole_file {
             frozen.push((range.end..u64::MAX, ExtentState::Hole));
             range.end = u64::MAX;
@@ -258,7 +268,7 @@ impl Pinned {
             size_floor,
             size: whole_file.then_some(map.file_size()),
             frozen: frozen.into(),
-            block: u64::from(map.block_size()).max(1),
+            block,
         }
     }
 
@@ -333,7 +343,7 @@ fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {
 mod tests {
     use super::*;
     use OperationKind as K;
-    use mapdirect_proto::{DeviceId, Extent};
+    use mapdirect_proto::DeviceId;
     use proptest::prelude::*;
 
     const BLOCK: u64 = 4096;
@@ -374,9 +384,13 @@ mod tests {
                 }
                 K::CollapseRange | K::InsertRange => beyond,
                 K::Truncate => {
-                    // Bytes of the file that were in the block go.
+                    // Bytes of the file that were in the block go, or a block
+                    // that was allocated beyond the end of it.
                     range.start < block.end.min(map.file_size()).max(block.start)
                         && block.start < map.file_size()
+                        || block.start >= map.file_size()
+                            && state != ExtentState::Hole
+                            && range.start < block.end
                         || grown
                 }
                 _ => unreachable!(),
@@ -519,6 +533,20 @@ mod tests {
         assert!(may(K::Truncate, 5000..5000, &pinned, 5000));
         assert!(!may(K::Truncate, 4999..4999, &pinned, 5000));
         assert!(may(K::Truncate, 1 << 40..1 << 40, &pinned, 5000));
+    }
+
+    #[test]
+    fn blocks_beyond_the_end_are_kept_too() {
+        use ExtentState::{Hole, Unwritten, Written};
+        let map = map(
+            BLOCK,
+            0..6 * BLOCK,
+            &[Written, Hole, Unwritten, Hole, Hole, Hole],
+        );
+        let pinned = Pinned::new(&map, false);
+        assert!(!may(K::Truncate, BLOCK..BLOCK, &pinned, BLOCK));
+        assert!(!may(K::Truncate, 2 * BLOCK..2 * BLOCK, &pinned, BLOCK));
+        assert!(may(K::Truncate, 3 * BLOCK..3 * BLOCK, &pinned, BLOCK));
     }
 
     #[test]

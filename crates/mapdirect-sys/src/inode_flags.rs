@@ -59,6 +59,9 @@ pub struct ExtendedFlags {
 
 /// `FS_XFLAG_REALTIME`: the data lies on the realtime device (XFS).
 pub const XFLAG_REALTIME: u32 = 0x0000_0001;
+/// `FS_XFLAG_PREALLOC`: blocks beyond the end of the file were asked for
+/// (XFS).
+pub const XFLAG_PREALLOC: u32 = 0x0000_0002;
 /// `FS_XFLAG_EXTSIZE`: [`ExtendedFlags::extent_size`] is in force.
 pub const XFLAG_EXTSIZE: u32 = 0x0000_0800;
 

@@ -30,6 +30,7 @@ pub mod proc_mountinfo;
 pub mod seam;
 pub mod signal;
 pub mod unix;
+pub mod xfs_eofblocks;
 pub mod xfs_geometry;
 
 /// The error of every call in this crate: exactly what the kernel answered.

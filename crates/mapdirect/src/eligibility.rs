@@ -41,6 +41,8 @@ pub struct FileFacts {
     file_type: FileType,
     /// Links to it.
     pub links: u64,
+    /// Its owner.
+    pub owner: u32,
     /// All writes go to new places (zoned XFS).
     out_of_place: bool,
     /// Data goes through the journal.
@@ -142,6 +144,7 @@ impl FileFacts {
             dax: attributes & STATX_ATTR_DAX != 0,
             file_type,
             links: stat.st_nlink,
+            owner: stat.st_uid,
             out_of_place: false,
             journalled: false,
             inode_flags: 0,
@@ -242,6 +245,13 @@ impl FileFacts {
             ));
         }
         found
+    }
+
+    /// Blocks beyond the end of the file were asked for, and are not an
+    /// allocation ahead of need that XFS takes back some minutes later.
+    #[must_use]
+    pub fn keeps_blocks_beyond_the_end(&self) -> bool {
+        self.filesystem != Filesystem::Xfs || self.extended.flags & inode_flags::XFLAG_PREALLOC != 0
     }
 
     /// The obstacle of a range with frozen blocks: with an extent size hint,

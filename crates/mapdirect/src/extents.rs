@@ -14,8 +14,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 /// An unpinned file's block map is an observation that may be false a
 /// microsecond later; [`Pin`](crate::Pin) makes it stay true.
 ///
-/// The range may reach beyond the end of the file; what lies there is shown
-/// as a hole, allocated ahead or not.
+/// The range may reach beyond the end of the file; blocks that lie there,
+/// allocated ahead of need, are shown too.
 ///
 /// # Errors
 ///
@@ -77,18 +77,9 @@ pub fn read(file: BorrowedFd<'_>, range: Range<u64>) -> Result<BlockMap, Errno> 
     // For XFS and ext4 this is the size of a block.
     let block_size = u32::try_from(rustix::fs::fstatfs(file)?.f_bsize).unwrap_or(4096);
     let mut reported = Vec::new();
-    // What lies beyond the end of file comes and goes with speculative
-    // preallocation and its garbage collection; it holds no bytes of the
-    // file and is left out.
-    let end = range.end.min(
-        size.checked_next_multiple_of(u64::from(block_size))
-            .unwrap_or(size),
-    );
-    if range.start < end {
-        fiemap(file, range.start, end - range.start, |extent| {
-            reported.extend(from_raw(&extent).clipped(&(range.start..end)));
-        })?;
-    }
+    fiemap(file, range.start, range.end - range.start, |extent| {
+        reported.extend(from_raw(&extent).clipped(&range));
+    })?;
     Ok(BlockMap::new(device, block_size, size, range, reported))
 }
 

@@ -48,6 +48,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             trials.push(world.trial(name, move |world| run(world, kind)));
         }
     }
+    trials.push(world.trial("grants::xfs::allocated-ahead", allocated_ahead));
     trials.push(world.trial("grants::xfs::extent-size-hint", extent_size_hint));
     trials.push(world.trial("grants::xfs-plain::reader", reader_without_reflink));
     trials
@@ -496,6 +497,44 @@ fn beyond_the_end(world: &World, kind: Kind) {
     assert_eq!(rustix::io::pwrite(&file, b"x", 1 << 20), Ok(1));
     let after = mapdirect::block_map(&file, 0..1 << 20).unwrap();
     assert_eq!(held.extents(), after.extents());
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What XFS allocated beyond the end of the file, ahead of need, would become
+/// part of it when it grows; what somebody asked for there stays.
+fn allocated_ahead(world: &World) {
+    let disk = world.disk(Kind::XFS);
+    let path = disk.path("grants-ahead");
+    let guard = world.guard().client();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    // Appending in small pieces makes XFS allocate generously.
+    for number in 0..256u64 {
+        file.write_all_at(&[3; 4096], number * 4096).unwrap();
+    }
+    file.sync_all().unwrap();
+    let ahead = mapdirect::block_map(&file, 1 << 20..8 << 20).unwrap();
+    if ahead.total(ExtentState::Hole) == 7 << 20 {
+        world.unavailable(String::from("speculative preallocation on xfs"));
+    }
+    let held = pin(&guard, &file, 0..8 << 20);
+    assert_eq!(held.block_map().total(ExtentState::Hole), 7 << 20);
+    rustix::fs::ftruncate(&file, 8 << 20).unwrap();
+    let grown = mapdirect::block_map(&file, 0..8 << 20).unwrap();
+    assert_eq!(grown.extents(), held.extents());
+    drop(held);
+    rustix::fs::ftruncate(&file, 1 << 20).unwrap();
+    raw::fallocate(file.as_fd(), 1, 1 << 20, 1 << 20).unwrap();
+    let held = pin(&guard, &file, 0..8 << 20);
+    assert_eq!(held.block_map().total(ExtentState::Unwritten), 1 << 20);
+    rustix::fs::ftruncate(&file, 8 << 20).unwrap();
+    let grown = mapdirect::block_map(&file, 0..8 << 20).unwrap();
+    assert_eq!(grown.extents(), held.extents());
     drop((held, file));
     std::fs::remove_file(&path).unwrap();
 }

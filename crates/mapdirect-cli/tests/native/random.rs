@@ -1,17 +1,324 @@
-use crate::world::World;
+//! Random attacks by several processes on files whose ranges are pinned and
+//! let go all the time: not one block under a pin may change.
+
+use crate::world::{World, open};
+use anyhow::{Result, bail};
 use libtest_mimic::Trial;
-pub fn trials(_world: &World) -> Vec<Trial> {
-    Vec::new()
+use mapdirect::{BlockMap, Extent, ExtentState, Guard, MapOptions, PinOptions};
+use mapdirect_sys::Errno;
+use mapdirect_testkit::attack::{Attack, CORPUS, Door, Row, Target};
+use mapdirect_testkit::process::{Helper, say};
+use mapdirect_testkit::random::Random;
+use mapdirect_testkit::{Kind, raw};
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::Duration;
+
+/// So many that pins and attacks on one of them meet now and then, and do not
+/// merely keep each other out.
+const FILES: u64 = 24;
+const BLOCK: u64 = 4096;
+/// Blocks that attacks and pins range over.
+const BLOCKS: u64 = 128;
+const ATTACKERS: u64 = 4;
+const OPERATIONS: u64 = 13_000;
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    [Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4]
+        .into_iter()
+        .map(|kind| world.trial(format!("random::{kind}"), move |world| run(world, kind)))
+        .collect()
 }
-pub fn play_holder(_: &[String]) -> anyhow::Result<()> {
+
+/// `MAPDIRECT_SEED` repeats a run, as far as the scheduler lets it.
+fn seed() -> u64 {
+    std::env::var("MAPDIRECT_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(20_171_109)
+}
+
+fn file(directory: &Path, number: u64) -> PathBuf {
+    directory.join(format!("random-{number}"))
+}
+
+/// Role: attacks at random. Arguments: directory, whether blocks can be
+/// shared, filesystem, seed, number of operations.
+pub fn play_attacker(arguments: &[String]) -> Result<()> {
+    let [directory, reflink, xfs, seed, operations] = arguments else {
+        bail!("wrong arguments");
+    };
+    let directory = Path::new(directory);
+    let kind = match (reflink.as_str(), xfs.as_str()) {
+        ("true", _) => Kind::XFS,
+        (_, "true") => Kind::XFS_PLAIN,
+        _ => Kind::EXT4,
+    };
+    let attacks: Vec<&Attack> = CORPUS
+        .iter()
+        .filter(|attack| attack.place.includes(kind) && !is_slow(attack))
+        .collect();
+    let mut random = Random::new(seed.parse()?);
+    let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
+    for _ in 0..operations.parse::<u64>()? {
+        let number = random.below(FILES);
+        let other = (number + 1 + random.below(FILES - 1)) % FILES;
+        let start = random.below(BLOCKS);
+        let length = 1 + random.below(8);
+        let target = Target {
+            path: file(directory, number),
+            offset: start * BLOCK,
+            length: length * BLOCK,
+            block: BLOCK,
+            other: file(directory, other),
+            door: *random.pick(&[Door::Path, Door::Path, Door::Handle, Door::ProcSelfFd]),
+            file: None,
+        };
+        // Files that only lose blocks would soon have none to attack.
+        let result = if random.below(4) == 0 {
+            refill(&target.path, start, length)
+        } else {
+            let attack: &&Attack = random.pick(&attacks);
+            attack_once(attack, &target)
+        };
+        let outcome = match result {
+            Ok(()) => "worked",
+            Err(Errno::TXTBSY) => "refused",
+            Err(_) => "failed",
+        };
+        *counts.entry(outcome).or_default() += 1;
+    }
+    say(&format!("{counts:?}"));
     Ok(())
 }
-pub fn play_attacker(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+/// A mapping of a file that somebody else truncates raises SIGBUS: such
+/// attacks are made by a child.
+fn attack_once(attack: &Attack, target: &Target) -> std::result::Result<(), Errno> {
+    if !attack.name.starts_with("mmap") {
+        return (attack.run)(target);
+    }
+    let child = raw::fork(|| match (attack.run)(target) {
+        Ok(()) => 0,
+        Err(errno) => errno.raw_os_error(),
+    })?;
+    match raw::wait(child)? {
+        0 => Ok(()),
+        errno @ 1..128 => Err(Errno::from_raw_os_error(errno)),
+        _ => Err(Errno::FAULT),
+    }
 }
-pub fn play_mmap(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+/// They take so long that there would be little else.
+fn is_slow(attack: &Attack) -> bool {
+    attack.row == Row::Metadata
+        || attack.name.contains("sqpoll")
+        // A gigabyte of hole to shift or clone again and again.
+        || attack.row == Row::Grow && attack.name.ends_with("-up")
 }
-pub fn play_pin(_: &[String]) -> anyhow::Result<()> {
-    Ok(())
+
+fn refill(path: &Path, start: u64, length: u64) -> std::result::Result<(), Errno> {
+    let io = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
+    let file = File::options().write(true).open(path).map_err(io)?;
+    let bytes = vec![0x5a; usize::try_from(length * BLOCK).unwrap_or(0)];
+    file.write_all_at(&bytes, start * BLOCK).map_err(io)
+}
+
+/// Ends the pinners when it is dropped.
+struct Finished<'a>(&'a AtomicBool);
+
+impl Drop for Finished<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
+#[derive(Default)]
+struct Tally {
+    granted: AtomicU64,
+    refused: Mutex<BTreeMap<String, u64>>,
+    compared: AtomicU64,
+}
+
+fn run(world: &World, kind: Kind) {
+    // One at a time: on two processors there would be nothing but waiting.
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let disk = world.disk(kind);
+    let guard = world.guard();
+    let directory = disk.path("random");
+    std::fs::create_dir(&directory).unwrap();
+    for number in 0..FILES {
+        let length = usize::try_from(BLOCKS * BLOCK).unwrap();
+        std::fs::write(file(&directory, number), vec![1; length]).unwrap();
+    }
+    rustix::fs::sync();
+    let seed = seed();
+    let mut attackers: Vec<Helper> = (0..ATTACKERS)
+        .map(|number| {
+            Helper::start(
+                "random",
+                &[
+                    &directory.to_string_lossy(),
+                    &kind.reflink().to_string(),
+                    &kind.is_xfs().to_string(),
+                    &(seed + number).to_string(),
+                    &OPERATIONS.to_string(),
+                ],
+            )
+            .unwrap()
+        })
+        .collect();
+    let done = AtomicBool::new(false);
+    let tally = Tally::default();
+    // Also when an attacker dies, so that nobody waits for ever.
+    let said: Vec<String> = std::thread::scope(|scope| {
+        let finished = Finished(&done);
+        let pinners: Vec<_> = (0..4)
+            .map(|number| {
+                let (done, tally, directory) = (&done, &tally, &directory);
+                let guard = guard.client();
+                scope.spawn(move || {
+                    let mut random = Random::new(seed + 1000 + number);
+                    while !done.load(SeqCst) {
+                        pin_once(&guard, directory, &mut random, tally);
+                    }
+                })
+            })
+            .collect();
+        let said = attackers
+            .iter_mut()
+            .map(|attacker| attacker.hear().unwrap())
+            .collect();
+        drop(finished);
+        for pinner in pinners {
+            pinner.join().unwrap();
+        }
+        said
+    });
+    for attacker in attackers {
+        assert_eq!(attacker.finish().unwrap(), Some(0));
+    }
+    let (granted, compared) = (tally.granted.load(SeqCst), tally.compared.load(SeqCst));
+    println!(
+        "random::{kind} (seed {seed}): {granted} pins granted, refused {:?}, {compared} \
+         comparisons, attackers: {said:?}",
+        tally.refused.lock().unwrap()
+    );
+    assert!(granted >= 100, "too few pins to prove anything: {granted}");
+    assert!(said.iter().all(|counts| counts.contains("refused")));
+    world.count("random attacks", ATTACKERS * OPERATIONS);
+    world.count("pins under random attack", granted);
+    std::fs::remove_dir_all(&directory).unwrap();
+}
+
+/// Pins a random range for a moment and looks whether it holds still.
+fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally) {
+    let path = file(directory, random.below(FILES));
+    let start = random.below(BLOCKS) * BLOCK;
+    let range = start..start + (1 + random.below(32)) * BLOCK;
+    let patience = Duration::from_millis(100);
+    let hold = Duration::from_micros(random.below(15_000));
+    if random.below(3) == 0 {
+        let Ok(file) = File::options().read(true).write(true).open(&path) else {
+            return;
+        };
+        let mapped = MapOptions::new()
+            .range(range)
+            .accept_page_cache(true)
+            .patience(patience)
+            .guard(guard.clone())
+            .map(&file);
+        match mapped {
+            Ok(map) => {
+                map.write_at(0, &[random.byte(); 100]).unwrap();
+                watch(&file, map.block_map(), hold, tally);
+            }
+            Err(error) => refused(&error, tally),
+        }
+    } else {
+        let file = File::open(&path).unwrap_or_else(|_| open(&path));
+        let pinned = PinOptions::new()
+            .range(range)
+            .patience(patience)
+            .guard(guard.clone())
+            .pin(&file);
+        match pinned {
+            Ok(pin) => watch(&file, pin.block_map(), hold, tally),
+            Err(error) => refused(&error, tally),
+        }
+    }
+}
+
+fn refused(error: &mapdirect::Error, tally: &Tally) {
+    use mapdirect::Kind as Reason;
+    let expected = matches!(
+        error.kind(),
+        Reason::OpenElsewhere
+            | Reason::OpenHere
+            | Reason::StillChanging
+            | Reason::FrozenBlocks
+            | Reason::System
+    );
+    assert!(expected, "{error:#}");
+    // The file is opened again behind a gate that may refuse somebody else's
+    // moment, but nothing else may go wrong with it.
+    if error.kind() == Reason::System {
+        assert_eq!(error.errno(), Errno::TXTBSY.raw_os_error(), "{error:#}");
+    }
+    let mut refused = tally.refused.lock().unwrap();
+    *refused.entry(error.kind().to_string()).or_default() += 1;
+}
+
+/// Where every byte lies and what it is, except that a block stops being
+/// shared when the other file lets go of it, which is no change of this one.
+fn places(map: &BlockMap) -> BlockMap {
+    let extents = map.extents().iter().map(|extent| {
+        let state = match extent.state {
+            ExtentState::Shared => ExtentState::Written,
+            state => state,
+        };
+        Extent::new(extent.offset, extent.physical, extent.length, state)
+    });
+    BlockMap::new(
+        map.device(),
+        map.block_size(),
+        0,
+        map.range(),
+        extents.collect::<Vec<_>>(),
+    )
+}
+
+/// The block map and the bytes of a pinned range stay what they are.
+fn watch(file: &File, promised: &BlockMap, hold: Duration, tally: &Tally) {
+    tally.granted.fetch_add(1, SeqCst);
+    let range = promised.range();
+    let bytes = || {
+        let mut bytes = vec![0; usize::try_from(range.end - range.start).unwrap()];
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = range.start + done as u64;
+            match file.read_at(&mut bytes[done..], at).unwrap() {
+                0 => break,
+                read => done += read,
+            }
+        }
+        bytes
+    };
+    let before = bytes();
+    for _ in 0..3 {
+        std::thread::sleep(hold / 3);
+        let now = mapdirect::block_map(file, range.clone()).unwrap();
+        assert_eq!(
+            places(promised),
+            places(&now),
+            "the block map under a pin changed"
+        );
+        tally.compared.fetch_add(1, SeqCst);
+    }
+    assert_eq!(before, bytes(), "bytes under a pin changed");
 }
