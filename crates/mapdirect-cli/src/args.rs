@@ -70,7 +70,7 @@ pub enum ScopeChoice {
 #[derive(Debug, Args)]
 pub struct GuardArgs {
     /// Where to listen
-    #[arg(long, value_name = "PATH", env = "MAPDIRECT_SOCKET",
+    #[arg(long, value_name = "PATH", env = "MAPDIRECT_SOCKET", hide_env_values = true,
           default_value = mapdirect_proto::DEFAULT_SOCKET)]
     pub socket: PathBuf,
     /// What refuses operations that would break a pin

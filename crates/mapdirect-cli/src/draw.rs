@@ -23,7 +23,7 @@ const MIXED: char = '▞';
 const PINNED: char = '━';
 
 /// Most rows a picture has.
-const ROWS: u64 = 16;
+const ROWS: u64 = 8;
 
 /// Draws a block map, a line of marks under what is pinned.
 pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>], width: usize) -> String {
@@ -62,15 +62,21 @@ pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>], width: usize) -> 
         }
         row += columns;
     }
+    let legend: String = ExtentState::ALL
+        .iter()
+        .filter(|state| map.total(**state) > 0)
+        .map(|state| format!("  {} {state}", glyph(*state)))
+        .collect();
+    let mixed = if picture.contains(MIXED) {
+        format!("  {MIXED} mixed")
+    } else {
+        String::new()
+    };
     let _ = writeln!(
         picture,
-        "{:>12}  one character = {}; {} written  {} shared  {} unwritten  {} hole  {MIXED} mixed",
+        "{:>12}  one character = {};{legend}{mixed}",
         "",
         human(cell),
-        glyph(ExtentState::Written),
-        glyph(ExtentState::Shared),
-        glyph(ExtentState::Unwritten),
-        glyph(ExtentState::Hole),
     );
     picture
 }

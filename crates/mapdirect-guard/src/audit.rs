@@ -12,7 +12,7 @@ use mapdirect_proto::status::RefusedOperation;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -26,6 +26,7 @@ pub(crate) struct Refused {
     pub(crate) command: String,
     pub(crate) kind: OperationKind,
     pub(crate) id: InodeId,
+    pub(crate) path: Arc<str>,
     pub(crate) range: Option<Range<u64>>,
 }
 
@@ -111,6 +112,7 @@ impl Audit {
                     operation: refused.kind.name().to_owned(),
                     device: refused.id.device(),
                     inode: refused.id.inode,
+                    path: refused.path.to_string(),
                     range: refused.range,
                 };
                 tell(&record, self.lost.swap(0, Relaxed));

@@ -13,11 +13,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A thread that may be in the middle of something.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(crate) struct Busy {
     pub(crate) tid: i32,
     pub(crate) command: String,
     pub(crate) doing: &'static str,
+    /// What it had run when it was first seen running, if it was.
+    had: Option<Run>,
 }
 
 /// What a scan looks for.
@@ -135,7 +137,7 @@ struct Running {
 }
 
 /// How much a thread has run.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy, Debug)]
 struct Run {
     /// Nanoseconds in all (`/proc/<tid>/schedstat`, which every distribution
     /// kernel has: `CONFIG_SCHED_INFO`).
@@ -145,6 +147,12 @@ struct Run {
 }
 
 impl Run {
+    /// More than any thread runs.
+    const ENDLESS: Self = Self {
+        all: u64::MAX / 2,
+        outside: u64::MAX / 2,
+    };
+
     fn of(tid: i32) -> Option<Self> {
         let schedstat = proc::read_task_file(tid, "schedstat").ok()?;
         let stat = proc::read_task_file(tid, "stat").ok()?;
@@ -158,6 +166,12 @@ impl Run {
 }
 
 impl Running {
+    fn now(tid: i32) -> Self {
+        // If it cannot be read, no run is enough.
+        let had = Run::of(tid).unwrap_or(Run::ENDLESS);
+        Self { tid, had }
+    }
+
     /// Whether it has got out of what it may have been in the middle of, by
     /// what it has run since.
     fn has_moved_on(&self, look_for: LookFor) -> bool {
@@ -190,18 +204,26 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
             match look(look_for, tid) {
                 Seen::Idle => {}
                 Seen::Busy(doing) => sleeping.push((tid, doing)),
-                Seen::Running => running.push(Running {
-                    tid,
-                    had: Run::of(tid).unwrap_or_default(),
-                }),
+                Seen::Running => running.push(Running::now(tid)),
             }
         }
     }
     let mut pause = Duration::from_micros(100);
     loop {
         let waiting = held();
+        let mut woke_up = Vec::new();
         sleeping.retain(|(tid, _)| {
-            !waiting.contains(tid) && matches!(look(look_for, *tid), Seen::Busy(_))
+            if waiting.contains(tid) {
+                return false;
+            }
+            match look(look_for, *tid) {
+                Seen::Idle => false,
+                Seen::Busy(_) => true,
+                Seen::Running => {
+                    woke_up.push(Running::now(*tid));
+                    false
+                }
+            }
         });
         let mut fell_asleep = Vec::new();
         running.retain(|thread| match look(look_for, thread.tid) {
@@ -213,17 +235,21 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
             Seen::Running => !thread.has_moved_on(look_for),
         });
         sleeping.extend(fell_asleep);
+        running.extend(woke_up);
         let done = sleeping.is_empty() && running.is_empty();
         if done || Instant::now() >= deadline {
-            let busy = |tid, doing| Busy {
+            let busy = |tid, doing, had| Busy {
                 tid,
                 command: proc::command(tid),
                 doing,
+                had,
             };
-            let asleep = sleeping.into_iter().map(|(tid, doing)| busy(tid, doing));
+            let asleep = sleeping
+                .into_iter()
+                .map(|(tid, doing)| busy(tid, doing, None));
             let awake = running
                 .into_iter()
-                .map(|thread| busy(thread.tid, "running"));
+                .map(|thread| busy(thread.tid, "running", Some(thread.had)));
             return asleep.chain(awake).collect();
         }
         std::thread::sleep(pause);
@@ -259,10 +285,15 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
 fn still_busy_here(look_for: LookFor, busy: &[Busy], deadline: Instant) -> Vec<Busy> {
     let mut left = busy.to_vec();
     loop {
-        left.retain(|busy| match look(look_for, busy.tid) {
+        left.retain_mut(|busy| match look(look_for, busy.tid) {
             Seen::Idle => false,
-            // Woken by a thaw, perhaps: it will tell when it sleeps again.
-            Seen::Running => true,
+            Seen::Running => {
+                // Woken by a thaw, perhaps: it will tell when it sleeps
+                // again, or has run for long enough.
+                let tid = busy.tid;
+                let had = *busy.had.get_or_insert_with(|| Running::now(tid).had);
+                !Running { tid, had }.has_moved_on(look_for)
+            }
             Seen::Busy(_) => !waits_for_thaw(busy.tid),
         });
         if left.is_empty() || Instant::now() >= deadline {

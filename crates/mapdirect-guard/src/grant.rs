@@ -101,7 +101,7 @@ pub(crate) fn grant(
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
     loop {
         let watched = guard.table.get_or_insert(judged.id, || {
-            Watched::new(judged.id, judged.facts.reflink, judged.path.clone())
+            Watched::new(judged.id, judged.facts.reflink, Arc::clone(&judged.path))
         });
         let mut state = lock(&watched, patience)?;
         if state.retired {
@@ -147,7 +147,7 @@ pub(crate) fn grant(
 struct Judged {
     id: InodeId,
     facts: FileFacts,
-    path: String,
+    path: Arc<str>,
     /// The range to pin: the one asked for, rounded out to blocks.
     range: Range<u64>,
     /// The range that will be mapped.
@@ -218,7 +218,7 @@ fn judge(guard: &Guard, request: &PinRequest, file: BorrowedFd<'_>) -> Result<Ju
         dev: facts.dev,
         inode: facts.inode,
     };
-    let path = proc::path_of(file);
+    let path = Arc::from(proc::path_of(file));
     if let Some(mount_point) = guard.overlays.above(file, &path, id, facts.links) {
         return Err(refusal(
             Reason::OverlayUpper,

@@ -81,7 +81,7 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
         device: watched.id.device(),
         inode: watched.id.inode,
         path: if known {
-            watched.path.clone()
+            watched.path.to_string()
         } else {
             String::new()
         },

@@ -170,7 +170,7 @@ pub(crate) struct Watched {
     /// Files of this filesystem can share blocks.
     pub(crate) reflink: bool,
     /// Where it was when the gate closed.
-    pub(crate) path: String,
+    pub(crate) path: Arc<str>,
     /// What is pinned of it.
     pub(crate) pins: ArcSwap<PinSet<Pin>>,
     /// An open for writing was let in while nothing was pinned.
@@ -201,7 +201,7 @@ pub(crate) struct GrantState {
 }
 
 impl Watched {
-    pub(crate) fn new(id: InodeId, reflink: bool, path: String) -> Self {
+    pub(crate) fn new(id: InodeId, reflink: bool, path: Arc<str>) -> Self {
         Self {
             id,
             reflink,
@@ -378,7 +378,7 @@ mod tests {
         let table = Table::new();
         let made: Vec<_> = (0..5000)
             .map(|inode| {
-                table.get_or_insert(id(inode), || Watched::new(id(inode), true, String::new()))
+                table.get_or_insert(id(inode), || Watched::new(id(inode), true, Arc::default()))
             })
             .collect();
         let again = table.get_or_insert(id(17), || panic!("it is there already"));
@@ -410,7 +410,7 @@ mod tests {
 
     #[test]
     fn an_announcement_is_good_once() {
-        let watched = Watched::new(id(1), false, String::new());
+        let watched = Watched::new(id(1), false, Arc::default());
         assert!(!watched.take_announced(0), "an empty slot is no thread");
         assert!(watched.announce(5));
         assert!(watched.take_announced(5));

@@ -77,6 +77,8 @@ pub struct RefusedOperation {
     pub device: DeviceId,
     /// Inode number of the file.
     pub inode: u64,
+    /// Where the file was when it was first pinned.
+    pub path: String,
     /// Byte range of the attempt, if it had one.
     pub range: Option<Range<u64>>,
 }
@@ -174,7 +176,7 @@ struct HolderRecord {
 struct RecentRecord {
     time: U64,
     tid: I32,
-    /// Length of the command; the operation is the rest of the text.
+    /// Length of the command, the first of the texts.
     command: U32,
     major: U32,
     minor: U32,
@@ -182,6 +184,8 @@ struct RecentRecord {
     /// `u64::MAX` for no range.
     start: U64,
     end: U64,
+    /// Length of the operation; the path is the rest of the text.
+    operation: U32,
 }
 
 const MAX_TEXT: usize = 4096;
@@ -255,6 +259,8 @@ impl Status {
         for refused in &self.recent {
             let command = clipped(&refused.command, MAX_TEXT);
             let range = refused.range.clone().unwrap_or(u64::MAX..u64::MAX);
+            let operation = clipped(&refused.operation, MAX_TEXT);
+            let path = clipped(&refused.path, MAX_TEXT);
             let record = RecentRecord {
                 time: refused.time.into(),
                 tid: refused.tid.into(),
@@ -264,9 +270,14 @@ impl Status {
                 inode: refused.inode.into(),
                 start: range.start.into(),
                 end: range.end.into(),
+                operation: wire_len(operation.len()),
             };
-            let operation = clipped(&refused.operation, MAX_TEXT);
-            put(&mut bytes, kind::RECENT, &record, &[command, operation]);
+            put(
+                &mut bytes,
+                kind::RECENT,
+                &record,
+                &[command, operation, path],
+            );
         }
         bytes
     }
@@ -359,7 +370,8 @@ impl Status {
                     time: record.time.get(),
                     tid: record.tid.get(),
                     command: body.text(record.command.get() as usize)?,
-                    operation: body.text(body.remaining())?,
+                    operation: body.text(record.operation.get() as usize)?,
+                    path: body.text(body.remaining())?,
                     device: DeviceId {
                         major: record.major.get(),
                         minor: record.minor.get(),
@@ -430,6 +442,7 @@ mod tests {
                 operation: "open-write".into(),
                 device: DeviceId { major: 7, minor: 0 },
                 inode: 131,
+                path: "/mnt/å b".into(),
                 range: None,
             }],
         }

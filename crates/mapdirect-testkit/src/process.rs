@@ -142,6 +142,24 @@ impl Drop for ScratchDirectory {
     }
 }
 
+/// A command in the background, killed when dropped.
+#[derive(Debug)]
+pub struct Background(Child);
+
+impl Background {
+    /// Starts it.
+    pub fn spawn(command: &mut Command) -> Result<Self> {
+        Ok(Self(command.spawn()?))
+    }
+}
+
+impl Drop for Background {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Marks the command line of a helper.
 pub const HELPER: &str = "--mapdirect-helper";
 

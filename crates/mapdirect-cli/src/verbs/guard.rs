@@ -107,10 +107,11 @@ impl Log {
             }
         });
         output::complain(&format!(
-            "refused {} by thread {} ({}) on inode {} of {}{range}",
+            "refused {} by thread {} ({}) on {} (inode {} of {}){range}",
             refused.operation,
             refused.tid,
             printable(&refused.command),
+            printable(&refused.path),
             refused.inode,
             refused.device,
         ));

@@ -150,7 +150,7 @@ fn hindrances(
             found.push(Hindrance {
                 key: "frozen-blocks",
                 text: format!(
-                    "{} of it are holes, unwritten or shared: ranges without them can be mapped",
+                    "{} of it are not allocated, unwritten or shared: ranges without them can be mapped",
                     human(frozen)
                 ),
                 mend: String::from("write real data there, and unshare it"),

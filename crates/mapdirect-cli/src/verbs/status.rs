@@ -99,12 +99,11 @@ fn recent(refused: &RefusedOperation) -> String {
         .as_ref()
         .map_or_else(String::new, |range| format!(" at {}", range.start));
     format!(
-        "{} by thread {} ({}) on inode {} of {}{range}",
+        "{} by thread {} ({}) on {}{range}",
         refused.operation,
         refused.tid,
         printable(&refused.command),
-        refused.inode,
-        refused.device
+        printable(&refused.path),
     )
 }
 
@@ -126,6 +125,7 @@ fn as_json(status: &Status) -> Value {
                 "operation": refused.operation,
                 "device": refused.device.to_string(),
                 "inode": refused.inode,
+                "file": refused.path,
                 "offset": refused.range.as_ref().map(|range| range.start),
                 "length": refused
                     .range

@@ -7,6 +7,7 @@ use mapdirect_sys::fcntl::{LockKind, LockOwner, conflicting_lock, set_lock};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, inode_flags};
 use mapdirect_testkit::disk::run;
+use mapdirect_testkit::process::Background;
 use mapdirect_testkit::raw::{self, PlainMap};
 use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
@@ -601,12 +602,10 @@ fn unmounted(world: &World, kind: Kind) {
 fn busy_processor(world: &World, kind: Kind) {
     let (_disk, path) = subject(world, kind, "busy");
     let guard = world.guard().client();
-    let mut spinning: Vec<_> = (0..4)
+    let spinning: Vec<_> = (0..4)
         .map(|_| {
-            Command::new("sh")
-                .args(["-c", "while :; do :; done"])
-                .spawn()
-                .unwrap()
+            let mut command = Command::new("sh");
+            Background::spawn(command.args(["-c", "while :; do :; done"])).unwrap()
         })
         .collect();
     for _ in 0..5 {
@@ -615,10 +614,7 @@ fn busy_processor(world: &World, kind: Kind) {
         drop(file);
         wait_until_free(&path);
     }
-    for child in &mut spinning {
-        child.kill().unwrap();
-        child.wait().unwrap();
-    }
+    drop(spinning);
     std::fs::remove_file(&path).unwrap();
 }
 

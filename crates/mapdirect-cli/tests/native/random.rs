@@ -147,7 +147,9 @@ struct Tally {
 fn run(world: &World, kind: Kind) {
     // One at a time: on two processors there would be nothing but waiting.
     static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let _turn = TURN
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
     let disk = world.disk(kind);
     let guard = world.guard();
     let directory = disk.path("random");

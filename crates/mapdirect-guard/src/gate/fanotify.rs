@@ -399,6 +399,7 @@ impl Server<'_> {
             command: proc::command(event.tid),
             kind: operation.kind,
             id: watched.id,
+            path: Arc::clone(&watched.path),
             range: by_range.then(|| operation.range.clone()),
         });
     }

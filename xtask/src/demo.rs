@@ -1,0 +1,699 @@
+//! The main job, shown: real files on a real XFS and a real ext4, a range of
+//! them mapped `MAP_DIRECT`, and the tools everybody has trying to take the
+//! blocks away.
+
+use crate::table::Table;
+use crate::{build, packages};
+use anyhow::{Context, Result, ensure};
+use mapdirect::{BlockMap, DirectMap, MapOptions};
+use mapdirect_sys::Errno;
+use mapdirect_sys::signal::{Signal, SignalFd, unblocked_in_child};
+use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::{Disk, Kind, disk};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::FallocateFlags;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::time::{Duration, Instant};
+
+const MIB: u64 = 1 << 20;
+/// Size of the file, and what of it is pinned.
+const SIZE: u64 = 16 * MIB;
+const PINNED: Range<u64> = 4 * MIB..12 * MIB;
+/// A tool that takes longer hangs.
+const HANGS: Duration = Duration::from_secs(20);
+/// What the exit status of a shell would be after Ctrl-C.
+const INTERRUPTED: u8 = 130;
+
+/// Filesystems an operation makes sense on.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum On {
+    Both,
+    Xfs,
+    Ext4,
+}
+
+/// What comes of an operation.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    Works,
+    Refused,
+    /// ext4 cannot share blocks, pinned or not.
+    NotSupported,
+    Hangs,
+    Fails,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Works => "works",
+            Self::Refused => "ETXTBSY",
+            Self::NotSupported => "EOPNOTSUPP",
+            Self::Hangs => "hangs",
+            Self::Fails => "fails",
+        })
+    }
+}
+
+/// An operation by another process.
+struct Operation {
+    name: &'static str,
+    tool: &'static [&'static str],
+    on: On,
+    /// What comes of it while the range is pinned.
+    pinned: Outcome,
+    /// It moves, frees, shares or allocates blocks of the pinned range when
+    /// nothing stops it.
+    moves: bool,
+}
+
+const fn refused(name: &'static str, tool: &'static [&'static str], moves: bool) -> Operation {
+    Operation {
+        name,
+        tool,
+        on: On::Both,
+        pinned: Outcome::Refused,
+        moves,
+    }
+}
+
+const fn only(on: On, operation: Operation) -> Operation {
+    Operation { on, ..operation }
+}
+
+const fn allowed(name: &'static str, tool: &'static [&'static str]) -> Operation {
+    Operation {
+        pinned: Outcome::Works,
+        ..refused(name, tool, false)
+    }
+}
+
+const WRITER: &str = "import mmap, os; fd = os.open('data', os.O_RDWR); \
+                      m = mmap.mmap(fd, 4096, offset=5 << 20); m[0] = 1; m.flush()";
+
+/// What is tried, in the directory of the file `data`.
+const OPERATIONS: [Operation; 24] = [
+    refused("shrink into it", &["truncate", "-s", "6M", "data"], true),
+    refused("empty it", &["sh", "-c", ": > data"], true),
+    refused(
+        "write into it",
+        &[
+            "dd",
+            "if=/dev/zero",
+            "of=data",
+            "bs=1M",
+            "count=1",
+            "seek=5",
+            "conv=notrunc",
+        ],
+        false,
+    ),
+    refused(
+        "write beyond it",
+        &[
+            "dd",
+            "if=/dev/zero",
+            "of=data",
+            "bs=1M",
+            "count=1",
+            "seek=20",
+            "conv=notrunc",
+        ],
+        false,
+    ),
+    refused(
+        "punch a hole",
+        &["fallocate", "--punch-hole", "-o", "5M", "-l", "64K", "data"],
+        true,
+    ),
+    refused(
+        "zero a range",
+        &["fallocate", "--zero-range", "-o", "5M", "-l", "64K", "data"],
+        true,
+    ),
+    refused(
+        "collapse",
+        &[
+            "fallocate",
+            "--collapse-range",
+            "-o",
+            "1M",
+            "-l",
+            "64K",
+            "data",
+        ],
+        true,
+    ),
+    refused(
+        "insert",
+        &[
+            "fallocate",
+            "--insert-range",
+            "-o",
+            "1M",
+            "-l",
+            "64K",
+            "data",
+        ],
+        true,
+    ),
+    refused(
+        "allocate",
+        &["fallocate", "-o", "18M", "-l", "64K", "data"],
+        false,
+    ),
+    only(
+        On::Xfs,
+        refused(
+            "clone from it",
+            &["cp", "--reflink=always", "data", "copy"],
+            true,
+        ),
+    ),
+    Operation {
+        on: On::Ext4,
+        pinned: Outcome::NotSupported,
+        ..refused(
+            "clone from it",
+            &["cp", "--reflink=always", "data", "copy"],
+            false,
+        )
+    },
+    only(
+        On::Xfs,
+        refused(
+            "clone onto it",
+            &["cp", "--reflink=always", "twin", "data"],
+            true,
+        ),
+    ),
+    only(
+        On::Ext4,
+        // cp opens it with O_TRUNC before it finds out.
+        Operation {
+            moves: false,
+            ..refused(
+                "clone onto it",
+                &["cp", "--reflink=always", "twin", "data"],
+                false,
+            )
+        },
+    ),
+    only(
+        On::Xfs,
+        refused(
+            "reflink from it",
+            &["xfs_io", "-f", "-c", "reflink data 5m 0 64k", "copy"],
+            true,
+        ),
+    ),
+    only(
+        On::Xfs,
+        refused(
+            "reflink onto it",
+            &["xfs_io", "-c", "reflink twin 5m 5m 64k", "data"],
+            true,
+        ),
+    ),
+    only(
+        On::Xfs,
+        refused(
+            "dedupe with it",
+            &["xfs_io", "-c", "dedupe data 5m 5m 64k", "twin"],
+            true,
+        ),
+    ),
+    only(
+        On::Xfs,
+        refused(
+            "dedupe it",
+            &["xfs_io", "-c", "dedupe twin 5m 5m 64k", "data"],
+            true,
+        ),
+    ),
+    only(
+        On::Xfs,
+        refused("defragment it", &["xfs_fsr", "-v", "data"], true),
+    ),
+    only(
+        On::Ext4,
+        refused("defragment it", &["e4defrag", "-v", "data"], true),
+    ),
+    refused("store by mmap", &["python3", "-c", WRITER], false),
+    allowed("read it", &["cmp", "data", "twin"]),
+    allowed("copy it", &["cp", "--reflink=never", "data", "copy"]),
+    allowed("chmod", &["chmod", "600", "data"]),
+    allowed("rename", &["sh", "-c", "mv data moved && mv moved data"]),
+];
+
+type Attacks = Table<6>;
+
+fn attacks() -> Attacks {
+    Table::new([
+        ("operation", 15),
+        ("tool", 61),
+        ("expected", 10),
+        ("got", 10),
+        ("µs", 6),
+        ("blocks", 7),
+    ])
+}
+
+/// Ctrl-C and its relatives, noticed between two steps.
+struct Interruption(Arc<AtomicBool>);
+
+impl Interruption {
+    /// Must be called before any other thread is made.
+    fn notice() -> Result<Self> {
+        let signals = SignalFd::block(&[Signal::INTERRUPT, Signal::TERMINATE, Signal::HANGUP])?;
+        let flag = Arc::new(AtomicBool::new(false));
+        let set = Arc::clone(&flag);
+        std::thread::spawn(move || {
+            if signals.wait().is_ok() {
+                set.store(true, SeqCst);
+            }
+        });
+        Ok(Self(flag))
+    }
+
+    fn is_there(&self) -> bool {
+        self.0.load(SeqCst)
+    }
+
+    /// Ends the demo, by way of everything that cleans up after it.
+    fn check(&self) -> Result<()> {
+        ensure!(
+            !self.is_there(),
+            "interrupted; everything made here is gone"
+        );
+        Ok(())
+    }
+}
+
+/// Shows it.
+pub(crate) fn run() -> Result<ExitCode> {
+    packages::require_root()?;
+    packages::install_missing()?;
+    let binary = build::mapdirect()?;
+    let interruption = Interruption::notice()?;
+    disk::remove_stale();
+    let started = Instant::now();
+    let result = show(&binary, &interruption);
+    if interruption.is_there() {
+        println!("\ninterrupted; everything made here is gone");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    let unexpected = result?;
+    println!(
+        "\n{} in {:.1} s; everything made here is gone",
+        match unexpected {
+            0 => String::from("everything as expected"),
+            1 => String::from("1 thing was NOT as expected"),
+            many => format!("{many} things were NOT as expected"),
+        },
+        started.elapsed().as_secs_f64()
+    );
+    Ok(if unexpected == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
+    let guard = GuardProcess::start(binary).context(
+        "the guard did not start; `mapdirect doctor` says what this machine lacks \
+         (Linux 6.14 or later is needed)",
+    )?;
+    println!("a guard listens at {}", guard.socket().display());
+    let mut unexpected = 0;
+    for kind in [Kind::XFS, Kind::EXT4] {
+        interruption.check()?;
+        let disk = Disk::new(kind, 400)?;
+        println!(
+            "\n━━━ {kind} on a loop device, mounted at {} ━━━",
+            disk.root().display()
+        );
+        let scene = Scene {
+            binary,
+            guard: &guard,
+            directory: disk.root(),
+            kind,
+            interruption,
+        };
+        unexpected += scene.play()?;
+        disk.unmount().context("the filesystem stays busy")?;
+    }
+    interruption.check()?;
+    println!("\nwhat the guard says of it:");
+    let status = Command::new(binary)
+        .arg("status")
+        .env("MAPDIRECT_SOCKET", guard.socket())
+        .output()?;
+    for line in String::from_utf8_lossy(&status.stdout).lines().take(24) {
+        println!("  {line}");
+    }
+    Ok(unexpected)
+}
+
+/// One filesystem.
+struct Scene<'a> {
+    binary: &'a Path,
+    guard: &'a GuardProcess,
+    directory: PathBuf,
+    kind: Kind,
+    interruption: &'a Interruption,
+}
+
+impl Scene<'_> {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.join(name)
+    }
+
+    /// Returns how many things were not as expected.
+    fn play(&self) -> Result<usize> {
+        self.make_files()?;
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(self.path("data"))?;
+        let granting = Instant::now();
+        let map = MapOptions::new()
+            .range(PINNED)
+            .accept_page_cache(true)
+            .guard(self.guard.client())
+            .map(&file)
+            .context("the file cannot be mapped MAP_DIRECT")?;
+        println!(
+            "bytes {} to {} of data, mapped MAP_DIRECT in {} µs:",
+            PINNED.start,
+            PINNED.end,
+            granting.elapsed().as_micros()
+        );
+        self.draw()?;
+        let before = map.block_map().clone();
+        let table = attacks();
+        let mut unexpected = self.attack(&table, Some(&before))?;
+        unexpected += self.attack_by_holder(&table, &file, &before)?;
+        unexpected += Self::store(&map, &self.path("data"))?;
+        let after = self.block_map()?;
+        println!("\nthe block map after all that:");
+        self.draw()?;
+        if after.extents() == before.extents() {
+            println!("  it is what it was, extent by extent");
+        } else {
+            println!("  it is NOT what it was");
+            unexpected += 1;
+        }
+        drop(map);
+        drop(file);
+        println!("\nunmapped; the same operations again, each on the file as it was:");
+        let table = attacks();
+        unexpected += self.attack(&table, None)?;
+        Ok(unexpected)
+    }
+
+    /// Makes the file, in more than one piece, so that there is something to
+    /// defragment, and one with the same bytes.
+    fn make_files(&self) -> Result<()> {
+        let _ = std::fs::remove_file(self.path("copy"));
+        let piece = 2 * MIB;
+        let pieces = SIZE / piece;
+        for name in ["data", "twin"] {
+            let path = self.path(name);
+            let _ = std::fs::remove_file(&path);
+            let file = File::create_new(path)?;
+            let mut bytes = vec![0; usize::try_from(piece)?];
+            for at in 0..2 * pieces - 1 {
+                bytes.fill(b'a' + u8::try_from(at)?);
+                file.write_all_at(&bytes, at * piece)?;
+            }
+            file.sync_data()?;
+            // Every other piece is taken out again: what remains is apart.
+            for at in (0..pieces - 1).rev() {
+                let collapse = FallocateFlags::COLLAPSE_RANGE;
+                rustix::fs::fallocate(&file, collapse, (2 * at + 1) * piece, piece)?;
+            }
+            file.sync_all()?;
+        }
+        Ok(())
+    }
+
+    fn block_map(&self) -> Result<BlockMap> {
+        let file = File::open(self.path("data"))?;
+        Ok(mapdirect::block_map(&file, PINNED)?)
+    }
+
+    fn draw(&self) -> Result<()> {
+        let output = Command::new(self.binary)
+            .args(["show", "data"])
+            .current_dir(&self.directory)
+            .env("MAPDIRECT_SOCKET", self.guard.socket())
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "mapdirect show failed: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            println!("  {line}");
+        }
+        Ok(())
+    }
+
+    /// Has every tool try. `pinned` is the block map that must stay, if it
+    /// is pinned.
+    fn attack(&self, table: &Attacks, pinned: Option<&BlockMap>) -> Result<usize> {
+        let mut unexpected = 0;
+        let here = if self.kind.is_xfs() {
+            On::Xfs
+        } else {
+            On::Ext4
+        };
+        for operation in &OPERATIONS {
+            if operation.on != On::Both && operation.on != here {
+                continue;
+            }
+            self.interruption.check()?;
+            if pinned.is_none() {
+                self.make_files()?;
+            }
+            let before = match pinned {
+                Some(pinned) => pinned.clone(),
+                None => self.block_map()?,
+            };
+            let expected = if pinned.is_some() {
+                operation.pinned
+            } else if here == On::Ext4 && operation.tool.contains(&"--reflink=always") {
+                Outcome::NotSupported
+            } else {
+                Outcome::Works
+            };
+            let (got, took, said) = self.run_tool(operation.tool)?;
+            // What was refused may not have changed anything; what works
+            // must have, if it is of that kind.
+            let kept = self
+                .block_map()
+                .is_ok_and(|now| now.extents() == before.extents());
+            let as_expected = got == expected
+                && (pinned.is_none() || kept)
+                && !(pinned.is_none() && operation.moves && kept);
+            unexpected += usize::from(!as_expected);
+            table.row([
+                operation.name.to_owned(),
+                shown(operation.tool),
+                expected.to_string(),
+                mark(got, as_expected),
+                took.as_micros().to_string(),
+                String::from(if kept { "kept" } else { "changed" }),
+            ]);
+            if !as_expected {
+                said.lines().for_each(|line| println!("    {line}"));
+            }
+        }
+        Ok(unexpected)
+    }
+
+    /// Runs a tool to its end and says what came of it.
+    fn run_tool(&self, tool: &[&str]) -> Result<(Outcome, Duration, String)> {
+        let refusals = self.refusals()?;
+        let mut command = Command::new(tool[0]);
+        command
+            .args(&tool[1..])
+            .current_dir(&self.directory)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            // What a tool says must not depend on the language of whoever
+            // runs it.
+            .env("LC_ALL", "C");
+        unblocked_in_child(&mut command);
+        let started = Instant::now();
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("cannot run {}", tool[0]))?;
+        let ended = wait(&mut child)?;
+        let took = started.elapsed();
+        let Some(status) = ended else {
+            return Ok((Outcome::Hangs, took, String::new()));
+        };
+        self.interruption.check()?;
+        let mut text = String::new();
+        for stream in [
+            child
+                .stdout
+                .take()
+                .map(|stream| Box::new(stream) as Box<dyn Read>),
+            child
+                .stderr
+                .take()
+                .map(|stream| Box::new(stream) as Box<dyn Read>),
+        ] {
+            let mut bytes = Vec::new();
+            stream.context("no output")?.read_to_end(&mut bytes)?;
+            text.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        let outcome = if text.contains("Text file busy") {
+            Outcome::Refused
+        } else if text.contains("not supported") {
+            Outcome::NotSupported
+        } else if self.refusals()? > refusals {
+            // Some tools tell only the system log what stopped them.
+            Outcome::Refused
+        } else if status.success() {
+            Outcome::Works
+        } else {
+            Outcome::Fails
+        };
+        Ok((outcome, took, text))
+    }
+
+    /// How many operations the guard has refused.
+    fn refusals(&self) -> Result<u64> {
+        let status = self.guard.client().status()?;
+        Ok(status.refused.iter().map(|(_, count)| count).sum())
+    }
+
+    /// Not even the holder may.
+    fn attack_by_holder(&self, table: &Attacks, file: &File, before: &BlockMap) -> Result<usize> {
+        let mut unexpected = 0;
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        type Call<'a> = (
+            &'a str,
+            &'a str,
+            Outcome,
+            &'a dyn Fn() -> rustix::io::Result<()>,
+        );
+        let calls: [Call<'_>; 3] = [
+            ("holder shrinks", "ftruncate(2)", Outcome::Refused, &|| {
+                rustix::fs::ftruncate(file, PINNED.start)
+            }),
+            ("holder punches", "fallocate(2)", Outcome::Refused, &|| {
+                rustix::fs::fallocate(file, punch, PINNED.start, 65536)
+            }),
+            ("holder appends", "pwrite(2)", Outcome::Works, &|| {
+                rustix::io::pwrite(file, b"beyond the range", SIZE).map(drop)
+            }),
+        ];
+        for (name, tool, expected, call) in calls {
+            let started = Instant::now();
+            let got = match call() {
+                Ok(()) => Outcome::Works,
+                Err(Errno::TXTBSY) => Outcome::Refused,
+                Err(_) => Outcome::Fails,
+            };
+            let took = started.elapsed();
+            let kept = self.block_map()?.extents() == before.extents();
+            let as_expected = got == expected && kept;
+            unexpected += usize::from(!as_expected);
+            table.row([
+                name.to_owned(),
+                format!("{tool} through the descriptor it mapped"),
+                expected.to_string(),
+                mark(got, as_expected),
+                took.as_micros().to_string(),
+                String::from(if kept { "kept" } else { "changed" }),
+            ]);
+        }
+        Ok(unexpected)
+    }
+
+    /// A store through the mapping is in the file.
+    fn store(map: &DirectMap, path: &Path) -> Result<usize> {
+        let bytes = b"stored through the mapping";
+        let at = 4096;
+        let started = Instant::now();
+        map.write_at(at, bytes)?;
+        map.persist(at..at + bytes.len())?;
+        let took = started.elapsed();
+        let mut read = vec![0; bytes.len()];
+        File::open(path)?.read_exact_at(&mut read, PINNED.start + 4096)?;
+        let arrived = read == bytes;
+        println!(
+            "\n{} bytes stored through the mapping and persisted in {} µs: {}",
+            bytes.len(),
+            took.as_micros(),
+            if arrived {
+                "others read them in the file"
+            } else {
+                "NOT in the file"
+            }
+        );
+        Ok(usize::from(!arrived))
+    }
+}
+
+/// A tool's command line as one would type it.
+fn shown(tool: &[&str]) -> String {
+    if tool[0] == "python3" {
+        return String::from("python3: mmap.mmap(fd, 4096, offset=5M)[0] = 1");
+    }
+    let words: Vec<_> = tool
+        .iter()
+        .map(|word| {
+            if word.contains(' ') {
+                format!("'{word}'")
+            } else {
+                (*word).to_owned()
+            }
+        })
+        .collect();
+    words.join(" ")
+}
+
+fn mark(got: Outcome, as_expected: bool) -> String {
+    if as_expected {
+        got.to_string()
+    } else {
+        format!("{got} (!)")
+    }
+}
+
+/// Waits for a child; nothing if it hangs, and it is killed then.
+fn wait(child: &mut Child) -> Result<Option<ExitStatus>> {
+    let pid = Pid::from_child(child);
+    let ended = pidfd_open(pid, PidfdFlags::empty())?;
+    let deadline = Instant::now() + HANGS;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left)?;
+        match poll(&mut [PollFd::new(&ended, PollFlags::IN)], Some(&left)) {
+            Ok(0) => break,
+            Ok(_) => return Ok(Some(child.wait()?)),
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    child.kill()?;
+    child.wait()?;
+    Ok(None)
+}

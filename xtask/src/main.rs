@@ -1,0 +1,47 @@
+//! What developers of mapdirect run: `cargo xtask --help` says what there is.
+
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, reason = "a task tells what it does")]
+
+mod build;
+mod demo;
+mod man;
+mod packages;
+mod table;
+mod test;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+/// Tasks of the mapdirect workspace.
+#[derive(Debug, Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Show the main job on a real XFS and a real ext4: needs root
+    Demo,
+    /// Run every test but the soak, installing what they lack: needs root
+    Test(test::TestArgs),
+    /// Run the random attack for longer than `test` does: needs root
+    Soak(test::SoakArgs),
+    /// Write the manual pages from the command line's own description
+    Man,
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().task {
+        Task::Demo => demo::run(),
+        Task::Test(args) => test::run(&args),
+        Task::Soak(args) => test::soak(&args),
+        Task::Man => man::write(),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}

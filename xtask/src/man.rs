@@ -1,0 +1,64 @@
+//! Manual pages, made from the description the command line is parsed by, so
+//! that the two cannot drift apart.
+
+use crate::build::workspace;
+use anyhow::{Context, Result, ensure};
+use clap::CommandFactory;
+use mapdirect_cli::args::Mapdirect;
+use std::fs;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+fn directory() -> PathBuf {
+    workspace().join("man")
+}
+
+/// Name and text of every page.
+fn pages() -> Result<Vec<(String, Vec<u8>)>> {
+    let mut root = Mapdirect::command();
+    root.build();
+    let verbs: Vec<_> = root.get_subcommands().cloned().collect();
+    let mut pages = Vec::new();
+    for command in std::iter::once(root).chain(verbs) {
+        if command.get_name() == "help" {
+            continue;
+        }
+        let name = command
+            .get_display_name()
+            .unwrap_or(command.get_name())
+            .replace(' ', "-");
+        let mut text = Vec::new();
+        clap_mangen::Man::new(command)
+            .manual("mapdirect")
+            // The version is in `mapdirect --version`; a page that carried
+            // it would change with every release and nothing else.
+            .source("mapdirect")
+            .render(&mut text)?;
+        pages.push((format!("{name}.1"), text));
+    }
+    Ok(pages)
+}
+
+/// Writes the pages.
+pub(crate) fn write() -> Result<ExitCode> {
+    fs::create_dir_all(directory())?;
+    for (name, text) in pages()? {
+        let path = directory().join(name);
+        fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Checks that the pages in the tree are those of this command line.
+pub(crate) fn check() -> Result<()> {
+    for (name, text) in pages()? {
+        let path = directory().join(&name);
+        let there = fs::read(&path).unwrap_or_default();
+        ensure!(
+            there == text,
+            "man/{name} is not what the command line says; run `cargo xtask man`"
+        );
+    }
+    Ok(())
+}

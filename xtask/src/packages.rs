@@ -1,0 +1,83 @@
+//! Installing what tests and demo need and the machine lacks.
+
+use anyhow::{Context, Result, ensure};
+use std::process::{Command, Stdio};
+
+/// A command, and the Debian package that brings it.
+const NEEDED: [(&str, &str); 10] = [
+    ("mkfs.xfs", "xfsprogs"),
+    ("xfs_io", "xfsprogs"),
+    ("xfs_fsr", "xfsprogs"),
+    ("mkfs.ext4", "e2fsprogs"),
+    ("e4defrag", "e2fsprogs"),
+    ("chattr", "e2fsprogs"),
+    ("mkfs.btrfs", "btrfs-progs"),
+    ("fallocate", "util-linux"),
+    ("losetup", "mount"),
+    ("python3", "python3-minimal"),
+];
+
+/// Installs the packages of the commands that are missing.
+pub(crate) fn install_missing() -> Result<()> {
+    let missing: Vec<_> = NEEDED
+        .iter()
+        .filter(|(command, _)| !exists(command))
+        .collect();
+    let mut packages: Vec<_> = missing.iter().map(|(_, package)| *package).collect();
+    packages.dedup();
+    if packages.is_empty() {
+        return Ok(());
+    }
+    let list = packages.join(" ");
+    ensure!(
+        exists("apt-get"),
+        "missing here: {list}; install what brings these commands, then try again"
+    );
+    println!("installing {list}");
+    // The lists of packages may be missing or stale: fetch them first.
+    apt(&["update"])?;
+    let mut install = vec!["install", "--no-install-recommends"];
+    install.extend(&packages);
+    apt(&install)?;
+    for (command, package) in missing {
+        ensure!(
+            exists(command),
+            "{package} is installed, but there is no {command}"
+        );
+    }
+    Ok(())
+}
+
+fn apt(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("apt-get")
+        .args(["-qq", "-y"])
+        .args(arguments)
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run apt-get")?;
+    ensure!(
+        output.status.success(),
+        "apt-get {} failed: {}",
+        arguments.join(" "),
+        String::from_utf8_lossy(&output.stderr).trim()
+    );
+    Ok(())
+}
+
+fn exists(command: &str) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        // Debian leaves these out of an ordinary user's path.
+        .chain(["/usr/sbin".into(), "/sbin".into()])
+        .any(|directory| directory.join(command).is_file())
+}
+
+/// Everything here mounts filesystems.
+pub(crate) fn require_root() -> Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "this makes and mounts filesystems on loop devices: run it as root"
+    );
+    Ok(())
+}
