@@ -137,7 +137,7 @@ mod tests {
                 Extent::new(16384, Some(99 << 12), 4096, ExtentState::Unwritten),
             ],
         );
-        let picture = block_map(&map, &[4096..8192], 80);
+        let picture = block_map(&map, std::slice::from_ref(&(4096..8192)), 80);
         let lines: Vec<_> = picture.lines().collect();
         assert_eq!(lines[0].trim_start(), "0  ██·▓░");
         assert_eq!(lines[1].trim_start(), "pinned   ━");
@@ -158,7 +158,7 @@ mod tests {
                 .map(|at| Extent::new(at, Some(0), 8192, ExtentState::Written))
                 .collect();
             let map = map(start..start + length, extents);
-            let picture = block_map(&map, &[0..u64::MAX], width);
+            let picture = block_map(&map, std::slice::from_ref(&(0..u64::MAX)), width);
             prop_assert!(picture.lines().count() as u64 <= 2 * ROWS + 3);
         }
     }

@@ -86,7 +86,7 @@ pub(crate) fn parse_range(text: &str) -> Result<ByteRange, String> {
 pub(crate) fn human(bytes: u64) -> String {
     for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
         if bytes >> shift >= 10 || bytes != 0 && bytes.is_multiple_of(1 << shift) {
-            let tenths = u128::from(bytes) * 10 >> shift;
+            let tenths = (u128::from(bytes) * 10) >> shift;
             return if tenths.is_multiple_of(10) {
                 format!("{} {unit}", tenths / 10)
             } else {

@@ -35,7 +35,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, O
 use std::time::Instant;
 
 pub use mapdirect_proto::status::RefusedOperation;
-pub use server::{Config, Running, StartError, start};
+pub use server::{Config, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.
 #[derive(Debug)]

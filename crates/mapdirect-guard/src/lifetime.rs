@@ -235,19 +235,17 @@ impl Keeper<'_> {
             return;
         }
         let alone = lease_holds(file, Lease::Sole).unwrap_or(true);
-        if !alone {
-            if let Ok(path) = proc::reopen(file, OFlags::PATH) {
-                let until = Instant::now() + LINGER;
-                self.lingering.insert(
-                    watched.id,
-                    Lingering {
-                        watched: Arc::clone(watched),
-                        path,
-                        until,
-                    },
-                );
-                return;
-            }
+        if !alone && let Ok(path) = proc::reopen(file, OFlags::PATH) {
+            let until = Instant::now() + LINGER;
+            self.lingering.insert(
+                watched.id,
+                Lingering {
+                    watched: Arc::clone(watched),
+                    path,
+                    until,
+                },
+            );
+            return;
         }
         self.lingering.remove(&watched.id);
         self.second_looks.remove(&watched.id);

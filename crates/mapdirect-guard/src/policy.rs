@@ -326,7 +326,7 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
     // Growing zeroes the rest of the block that holds the old end of file.
     // Written, it is zeroed in place; a hole or unwritten, it is left alone;
     // shared, it is copied.
-    if rule.grows && range.end > size && size % pinned.block != 0 {
+    if rule.grows && range.end > size && !size.is_multiple_of(pinned.block) {
         let last = size - size % pinned.block;
         return !pinned
             .frozen_in(last..size)
@@ -373,7 +373,7 @@ mod tests {
             let state = map.find(block.start).unwrap().state;
             let inside = intersects(range, &block);
             let beyond = block.end > range.start;
-            let tail_of_file = size % BLOCK != 0 && at == size / BLOCK;
+            let tail_of_file = !size.is_multiple_of(BLOCK) && at == size / BLOCK;
             let grown = range.end > size && tail_of_file && state == ExtentState::Shared;
             match kind {
                 K::Write | K::Allocate => inside && !state.is_stable() || grown,

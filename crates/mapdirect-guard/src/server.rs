@@ -21,8 +21,11 @@ pub struct Config {
     pub socket: PathBuf,
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
-    pub on_refusal: Box<dyn Fn(&RefusedOperation, u64) + Send>,
+    pub on_refusal: Box<OnRefusal>,
 }
+
+/// Is told of a refusal.
+pub type OnRefusal = dyn Fn(&RefusedOperation, u64) + Send;
 
 /// Why a guard did not start.
 #[derive(Debug, thiserror::Error)]

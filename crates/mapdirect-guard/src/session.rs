@@ -200,7 +200,7 @@ impl<'guard> Session<'guard> {
             return Ok(());
         }
         let page = mapdirect_sys::mmap::page_size();
-        if pin.length == 0 || pin.offset % page != 0 {
+        if pin.length == 0 || !pin.offset.is_multiple_of(page) {
             return Err(refusal(
                 Reason::Arguments,
                 Errno::INVAL,

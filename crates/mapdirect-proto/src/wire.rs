@@ -90,7 +90,12 @@ impl<'bytes> Reader<'bytes> {
 
 /// `text` cut to at most `limit` bytes, at a character.
 pub(crate) fn clipped(text: &str, limit: usize) -> &str {
-    &text[..text.floor_char_boundary(limit)]
+    // `str::floor_char_boundary` is newer than the oldest compiler supported.
+    let mut end = limit.min(text.len());
+    while !text.is_char_boundary(end) {
+        end -= 1;
+    }
+    &text[..end]
 }
 
 /// A length that is known to be small, as the wire has it.

@@ -66,7 +66,7 @@ const ZERO_EXTENT: FiemapExtent = FiemapExtent {
 /// Extents fetched per call: 14 KiB, on the stack of a thread that maps a
 /// small range, and few enough calls for a large one (a file of a million
 /// extents takes 0.7 s to dump on 6.18, next to none of it per call).
-const BATCH: usize = 256;
+const BATCH: u32 = 256;
 
 #[repr(C)]
 struct Fiemap {
@@ -76,11 +76,11 @@ struct Fiemap {
     mapped_extents: u32,
     extent_count: u32,
     reserved: u32,
-    extents: [FiemapExtent; BATCH],
+    extents: [FiemapExtent; BATCH as usize],
 }
 
 const _: () = assert!(size_of::<FiemapExtent>() == 56);
-const _: () = assert!(size_of::<Fiemap>() == 32 + 56 * BATCH);
+const _: () = assert!(size_of::<Fiemap>() == 32 + 56 * BATCH as usize);
 
 /// `_IOWR('f', 11, struct fiemap)`; the size is that of the header alone.
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
@@ -108,9 +108,9 @@ pub fn fiemap(
         length,
         flags: 0,
         mapped_extents: 0,
-        extent_count: BATCH as u32,
+        extent_count: BATCH,
         reserved: 0,
-        extents: [ZERO_EXTENT; BATCH],
+        extents: [ZERO_EXTENT; BATCH as usize],
     };
     loop {
         request.start = at;

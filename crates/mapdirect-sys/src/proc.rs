@@ -106,7 +106,7 @@ pub(crate) fn own_fd_path(file: BorrowedFd<'_>) -> CString {
 pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
     seam::check(Call::Reopen)?;
     let flags = flags | OFlags::CLOEXEC | OFlags::NOCTTY;
-    Ok(rustix::fs::open(own_fd_path(file), flags, Mode::empty())?)
+    rustix::fs::open(own_fd_path(file), flags, Mode::empty())
 }
 
 /// Where a descriptor's file was last seen, for a person to read.
@@ -125,11 +125,7 @@ pub fn path_of(file: BorrowedFd<'_>) -> String {
 /// `ENOENT` or `ESRCH` when the thread is gone, `EACCES` or `EPERM`.
 pub fn open_task_file(id: i32, name: &str) -> Result<OwnedFd> {
     let path = format!("/proc/{id}/{name}");
-    Ok(rustix::fs::open(
-        path,
-        OFlags::RDONLY | OFlags::CLOEXEC,
-        Mode::empty(),
-    )?)
+    rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
 /// Reads a small proc file from its start into `buffer`, returning the part

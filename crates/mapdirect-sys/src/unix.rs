@@ -122,7 +122,7 @@ impl Socket {
     ///
     /// None in practice.
     pub fn tell_senders(&self) -> Result<()> {
-        Ok(rustix::net::sockopt::set_socket_passcred(&self.fd, true)?)
+        rustix::net::sockopt::set_socket_passcred(&self.fd, true)
     }
 
     /// Ends [`send`](Self::send) with `EAGAIN` when the peer does not read
@@ -132,11 +132,11 @@ impl Socket {
     ///
     /// `EDOM` for a duration the kernel cannot represent.
     pub fn set_send_timeout(&self, timeout: Duration) -> Result<()> {
-        Ok(rustix::net::sockopt::set_socket_timeout(
+        rustix::net::sockopt::set_socket_timeout(
             &self.fd,
             rustix::net::sockopt::Timeout::Send,
             Some(timeout),
-        )?)
+        )
     }
 
     /// Ends [`receive`](Self::receive) with `EAGAIN` when nothing comes for
@@ -146,11 +146,11 @@ impl Socket {
     ///
     /// `EDOM` for a duration the kernel cannot represent.
     pub fn set_receive_timeout(&self, timeout: Option<Duration>) -> Result<()> {
-        Ok(rustix::net::sockopt::set_socket_timeout(
+        rustix::net::sockopt::set_socket_timeout(
             &self.fd,
             rustix::net::sockopt::Timeout::Recv,
             timeout,
-        )?)
+        )
     }
 
     /// The process at the other end: the one that connected

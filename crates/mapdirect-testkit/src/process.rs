@@ -311,9 +311,12 @@ impl Stranger {
     }
 }
 
+/// Name of a role, and what plays it, given the rest of the command line.
+pub type Role = (&'static str, fn(&[String]) -> Result<()>);
+
 /// Plays a role if the command line asks for one, with the roles of the
 /// caller beside those of this crate; says whether it did.
-pub fn play_role(roles: &[(&str, fn(&[String]) -> Result<()>)]) -> bool {
+pub fn play_role(roles: &[Role]) -> bool {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [marker, role, rest @ ..] = &arguments[..] else {
         return false;
@@ -321,7 +324,7 @@ pub fn play_role(roles: &[(&str, fn(&[String]) -> Result<()>)]) -> bool {
     if marker != HELPER {
         return false;
     }
-    let own: [(&str, fn(&[String]) -> Result<()>); 1] = [("attack", play_attacker)];
+    let own: [Role; 1] = [("attack", play_attacker)];
     let found = own.iter().chain(roles).find(|(name, _)| name == role);
     let result = match found {
         Some((_, play)) => play(rest),

@@ -313,7 +313,7 @@ fn check(prot: i32, offset: u64, length: usize) -> Result<()> {
     if length == 0 {
         return Err(invalid("the length is 0"));
     }
-    if offset % page != 0 {
+    if !offset.is_multiple_of(page) {
         return Err(invalid("the offset is not on a page boundary"));
     }
     let rounded = (length as u64)

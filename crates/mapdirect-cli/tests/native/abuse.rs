@@ -112,7 +112,7 @@ fn garbage(world: &World) {
         }
         let mut bytes = match random.below(4) {
             0 => Vec::new(),
-            1 => pin_request(random.next(), random.next()).encode(),
+            1 => pin_request(random.number(), random.number()).encode(),
             2 => Request::Prove.encode(),
             _ => vec![0; 16],
         };

@@ -68,7 +68,7 @@ pub fn play_holder(arguments: &[String]) -> Result<()> {
     say("held");
     while let Some(order) = listen()? {
         match order.as_str() {
-            "close" => file = None,
+            "close" => drop(file.take()),
             "unmap" => map = None,
             "unpin" => pin = None,
             "unmap-first-page" => {

@@ -3,6 +3,12 @@
 //! They need root and loop devices. `cargo xtask test` runs them; a plain
 //! `cargo test` counts them as ignored.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "this is a test throughout, though it brings its own main"
+)]
+
 mod abuse;
 mod contract;
 mod doors;

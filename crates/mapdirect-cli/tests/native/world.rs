@@ -1,10 +1,9 @@
 //! What tests share: disks, made when the first test needs them, a guard, and
 //! the list of what could not be tried here.
 
-use anyhow::Result;
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
-use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
@@ -27,7 +26,7 @@ struct Inner {
 }
 
 /// Programs this binary can play besides the tests.
-pub fn roles() -> Vec<(&'static str, fn(&[String]) -> Result<()>)> {
+pub fn roles() -> Vec<Role> {
     vec![
         ("hold", crate::lifetime::play_holder),
         ("random", crate::random::play_attacker),
