@@ -1,0 +1,408 @@
+//! What a pin costs, measured against what one would do without it.
+//!
+//! Every figure has its peer measured in the same run, in turns, so that a
+//! machine that becomes slow slows both. Printed are the medians of both, the
+//! median of the ratios of neighbouring turns, and the range from the tenth
+//! to the ninetieth percentile of those ratios. Needs root and loop devices;
+//! goals are goals, and missing one fails nothing.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a benchmark that cannot run must stop, and is there to print"
+)]
+
+use anyhow::Result;
+use mapdirect::{MapOptions, Pin, PinOptions};
+use mapdirect_testkit::disk;
+use mapdirect_testkit::process::{GuardProcess, Helper, listen, play_role, say};
+use mapdirect_testkit::raw::PlainMap;
+use mapdirect_testkit::{Disk, Kind};
+use rustix::fs::FallocateFlags;
+use std::fs::File;
+use std::hint::black_box;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_mapdirect");
+const MIB: u64 = 1 << 20;
+const RANGE: u64 = 2 * MIB;
+
+fn main() -> ExitCode {
+    if play_role(&[("read", play_reader)]) {
+        return ExitCode::SUCCESS;
+    }
+    // `cargo test --benches` runs this, too.
+    if !std::env::args().any(|argument| argument == "--bench") {
+        println!("a benchmark: run it with `cargo bench`");
+        return ExitCode::SUCCESS;
+    }
+    if !rustix::process::geteuid().is_root() {
+        println!("this mounts filesystems on loop devices: run it as root");
+        return ExitCode::FAILURE;
+    }
+    disk::remove_stale();
+    let release = rustix::system::uname();
+    println!(
+        "Linux {}, {} processors; ours / peer: medians; ratio: median (10% to 90%)\n",
+        release.release().to_string_lossy(),
+        std::thread::available_parallelism().map_or(0, usize::from)
+    );
+    let xfs = Disk::new(Kind::XFS, 1024).unwrap();
+    one_processor(|| cycles(&xfs));
+    readers(&xfs);
+    neighbours(&xfs);
+    many_files(&xfs);
+    drop(xfs);
+    extents();
+    ExitCode::SUCCESS
+}
+
+/// Two things measured in turns.
+#[derive(Default)]
+struct Paired {
+    ours: Vec<f64>,
+    peer: Vec<f64>,
+}
+
+impl Paired {
+    /// Microseconds per operation.
+    fn add(&mut self, ours: f64, peer: f64) {
+        self.ours.push(ours);
+        self.peer.push(peer);
+    }
+
+    fn print(&self, name: &str, goal: Option<f64>) {
+        let ratios: Vec<f64> = self
+            .ours
+            .iter()
+            .zip(&self.peer)
+            .map(|(ours, peer)| ours / peer)
+            .collect();
+        let ratio = percentile(&ratios, 50);
+        let verdict = goal.map_or_else(String::new, |goal| {
+            let verdict = if ratio <= goal { "met" } else { "MISSED" };
+            format!("; goal {goal}x: {verdict}")
+        });
+        println!(
+            "{name}\n    {:.2} µs / {:.2} µs; ratio {ratio:.2} ({:.2} to {:.2}), {} turns{verdict}",
+            percentile(&self.ours, 50),
+            percentile(&self.peer, 50),
+            percentile(&ratios, 10),
+            percentile(&ratios, 90),
+            ratios.len(),
+        );
+    }
+}
+
+fn percentile(values: &[f64], percent: usize) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[(sorted.len() - 1) * percent / 100]
+}
+
+/// Microseconds each of `count` runs takes.
+fn each(count: u32, mut run: impl FnMut()) -> f64 {
+    let started = Instant::now();
+    for _ in 0..count {
+        run();
+    }
+    started.elapsed().as_secs_f64() * 1e6 / f64::from(count)
+}
+
+/// Runs on one processor, and whatever it starts as well.
+fn one_processor(run: impl FnOnce()) {
+    let all = rustix::thread::sched_getaffinity(None).unwrap();
+    let first = (0..rustix::thread::CpuSet::MAX_CPU)
+        .find(|cpu| all.is_set(*cpu))
+        .unwrap();
+    let mut one = rustix::thread::CpuSet::new();
+    one.set(first);
+    rustix::thread::sched_setaffinity(None, &one).unwrap();
+    run();
+    rustix::thread::sched_setaffinity(None, &all).unwrap();
+}
+
+fn written(path: &Path, length: u64) -> File {
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .open(path)
+        .unwrap();
+    let bytes = vec![7; usize::try_from(MIB).unwrap()];
+    for at in 0..length.div_ceil(MIB) {
+        file.write_all_at(&bytes, at * MIB).unwrap();
+    }
+    file.set_len(length).unwrap();
+    file.sync_all().unwrap();
+    file
+}
+
+fn options(guard: &GuardProcess) -> MapOptions {
+    MapOptions::new()
+        .range(0..RANGE)
+        .accept_page_cache(true)
+        .patience(Duration::from_secs(2))
+        .guard(guard.client())
+}
+
+fn plain(file: &File) {
+    let (prot, length) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        usize::try_from(RANGE).unwrap(),
+    );
+    black_box(PlainMap::new(file.as_fd(), prot, libc::MAP_SHARED, 0, length).unwrap());
+}
+
+/// Pin, map, unmap, unpin against mmap and munmap.
+fn cycles(disk: &Disk) {
+    let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+    let path = disk.path("cycles");
+    let plain_file = written(&disk.path("cycles-plain"), RANGE);
+    let options = options(&guard);
+
+    let file = written(&path, RANGE);
+    drop(options.map(&file).unwrap());
+    let mut paired = Paired::default();
+    for _ in 0..60 {
+        let ours = each(50, || drop(options.map(&file).unwrap()));
+        let peer = each(50, || plain(&plain_file));
+        paired.add(ours, peer);
+    }
+    paired.print(
+        "pin + map + unmap + unpin of 2 MiB against mmap + munmap, one processor,\n\
+         the file open and pinned again within a quarter of a second",
+        Some(6.5),
+    );
+
+    let mut paired = Paired::default();
+    for _ in 0..25 {
+        drop(options.map(&file).unwrap());
+        // The guard has let go of the file after this.
+        std::thread::sleep(Duration::from_millis(400));
+        let ours = each(1, || drop(options.map(&file).unwrap()));
+        let peer = each(1, || plain(&plain_file));
+        paired.add(ours, peer);
+    }
+    paired.print(
+        "the same, the first pin of a file (its gate closes, everything is proven anew)",
+        None,
+    );
+}
+
+/// Role: reads a block of a file again and again when told. Arguments: path,
+/// number of reads.
+fn play_reader(arguments: &[String]) -> Result<()> {
+    let [path, count] = arguments else {
+        anyhow::bail!("wrong arguments");
+    };
+    let count: u32 = count.parse()?;
+    let file = File::open(path)?;
+    let mut block = [0; 4096];
+    say("ready");
+    while listen()?.is_some() {
+        for _ in 0..count {
+            file.read_exact_at(&mut block, 8192)?;
+        }
+        say("done");
+    }
+    Ok(())
+}
+
+/// Judged reads: a pinned file against one that is not.
+fn readers(disk: &Disk) {
+    const READS: u32 = 300;
+    let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+    let pinned_path = disk.path("readers");
+    let free_path = disk.path("readers-free");
+    let file = written(&pinned_path, RANGE);
+    drop(written(&free_path, RANGE));
+    let held = options(&guard).map(&file).unwrap();
+    for clients in [1u32, 16] {
+        let start = |path: &Path| -> Vec<Helper> {
+            (0..clients)
+                .map(|_| {
+                    let count = READS.to_string();
+                    let mut helper =
+                        Helper::start("read", &[path.to_str().unwrap(), &count]).unwrap();
+                    assert_eq!(helper.hear().unwrap(), "ready");
+                    helper
+                })
+                .collect()
+        };
+        let mut on_pinned = start(&pinned_path);
+        let mut on_free = start(&free_path);
+        let time = |helpers: &mut [Helper]| {
+            let started = Instant::now();
+            for helper in helpers.iter_mut() {
+                helper.tell("go").unwrap();
+            }
+            for helper in helpers.iter_mut() {
+                assert_eq!(helper.hear().unwrap(), "done");
+            }
+            started.elapsed().as_secs_f64() * 1e6 / f64::from(READS * clients)
+        };
+        let mut paired = Paired::default();
+        for _ in 0..20 {
+            let ours = time(&mut on_pinned);
+            paired.add(ours, time(&mut on_free));
+        }
+        paired.print(
+            &format!(
+                "a read of 4 KiB of a pinned file against one of a free file, {clients} clients"
+            ),
+            None,
+        );
+        if clients == 16 {
+            let median = percentile(&paired.ours, 50);
+            let verdict = if median <= 14.0 { "met" } else { "MISSED" };
+            println!("    {median:.1} µs per judged read; goal 14 µs: {verdict}");
+        }
+        for helper in on_pinned.into_iter().chain(on_free) {
+            helper.finish().unwrap();
+        }
+    }
+    drop(held);
+}
+
+/// A file that is not pinned, beside one that is, against no guard at all.
+fn neighbours(disk: &Disk) {
+    let pinned = written(&disk.path("neighbours-pinned"), RANGE);
+    let path = disk.path("neighbours");
+    drop(written(&path, RANGE));
+    let work = || {
+        each(2000, || {
+            let file = File::options().read(true).write(true).open(&path).unwrap();
+            let mut block = [0; 4096];
+            file.read_exact_at(&mut block, 4096).unwrap();
+            file.write_all_at(&block, 8192).unwrap();
+        })
+    };
+    work();
+    let mut paired = Paired::default();
+    for _ in 0..30 {
+        let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+        let held = options(&guard).map(&pinned).unwrap();
+        let ours = work();
+        drop(held);
+        drop(guard);
+        paired.add(ours, work());
+    }
+    paired.print(
+        "open + read + write + close of a file that is not pinned, on a filesystem with a\n\
+         pinned one, against no guard",
+        Some(1.06),
+    );
+}
+
+/// Ten thousand files at once.
+fn many_files(disk: &Disk) {
+    const FILES: u32 = 10_000;
+    let directory = disk.path("many");
+    std::fs::create_dir(&directory).unwrap();
+    raise_descriptor_limit();
+    let paths: Vec<_> = (0..FILES)
+        .map(|number| directory.join(number.to_string()))
+        .collect();
+    for path in &paths {
+        std::fs::write(path, [7; 4096]).unwrap();
+    }
+    rustix::fs::syncfs(File::open(&directory).unwrap()).unwrap();
+    let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+    let one = PinOptions::new()
+        .guard(guard.client())
+        .patience(Duration::from_secs(2));
+    let mut pins: Vec<Pin> = Vec::new();
+    let mut paired = Paired::default();
+    for some in paths.chunks(500) {
+        let mut left = some.iter();
+        let ours = each(500, || {
+            let file = File::open(left.next().unwrap()).unwrap();
+            pins.push(one.pin(&file).unwrap());
+        });
+        let mut left = some.iter();
+        let peer = each(500, || {
+            let file = File::open(left.next().unwrap()).unwrap();
+            black_box(mapdirect::block_map(&file, 0..4096).unwrap());
+        });
+        paired.add(ours, peer);
+    }
+    paired.print(
+        "pins of 10000 files, each against open + FIEMAP + close of it",
+        None,
+    );
+    let memory = std::fs::read_to_string(format!("/proc/{}/status", guard.pid())).unwrap();
+    let resident = memory.lines().find(|line| line.starts_with("VmRSS"));
+    println!("    the guard then: {}", resident.unwrap_or("no VmRSS"));
+    let started = Instant::now();
+    drop(pins);
+    let last = &paths[paths.len() - 1];
+    while File::options().write(true).open(last).is_err() {
+        std::thread::yield_now();
+    }
+    println!("    all released in {:.0?}", started.elapsed());
+}
+
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+}
+
+/// A file of so many extents with two written MiB in the middle.
+fn scattered(path: &Path, extents: u64) -> File {
+    const BLOCK: u64 = 4096;
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(path)
+        .unwrap();
+    for number in 0..extents {
+        // One unwritten block, one hole; with room in the middle.
+        let gap = if number < extents / 2 { 0 } else { RANGE };
+        let at = number * 2 * BLOCK + gap;
+        rustix::fs::fallocate(&file, FallocateFlags::empty(), at, BLOCK).unwrap();
+    }
+    let middle = extents / 2 * 2 * BLOCK;
+    file.write_all_at(&vec![7; usize::try_from(RANGE).unwrap()], middle)
+        .unwrap();
+    file.sync_all().unwrap();
+    file
+}
+
+/// A pin in a file of many extents against one of few.
+fn extents() {
+    println!("(making a file of 1000000 extents)");
+    let disk = Disk::new(Kind::XFS, 12 * 1024).unwrap();
+    let few = scattered(&disk.path("few"), 1000);
+    let many = scattered(&disk.path("many"), 1_000_000);
+    let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+    let at = |extents: u64| {
+        let middle = extents / 2 * 2 * 4096;
+        options(&guard).range(middle..middle + RANGE)
+    };
+    let (few_options, many_options) = (at(1000), at(1_000_000));
+    for (name, pause, turns, count) in [
+        ("again", Duration::ZERO, 40, 25),
+        ("for the first time", Duration::from_millis(400), 15, 1),
+    ] {
+        let mut paired = Paired::default();
+        for _ in 0..turns {
+            std::thread::sleep(pause);
+            let ours = each(count, || drop(many_options.map(&many).unwrap()));
+            let peer = each(count, || drop(few_options.map(&few).unwrap()));
+            paired.add(ours, peer);
+        }
+        paired.print(
+            &format!("2 MiB pinned {name} in a file of 1000000 extents against one of 1000"),
+            Some(1.3),
+        );
+    }
+}
