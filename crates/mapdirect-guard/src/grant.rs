@@ -218,8 +218,15 @@ fn judge(guard: &Guard, request: &PinRequest, file: BorrowedFd<'_>) -> Result<Ju
         dev: facts.dev,
         inode: facts.inode,
     };
-    let path = Arc::from(proc::path_of(file));
-    if let Some(mount_point) = guard.overlays.above(file, &path, id, facts.links) {
+    let above = |path: &str| guard.overlays.above(file, path, id, facts.links);
+    // To ask where a file is takes longer than all the other questions.
+    let known = guard
+        .table
+        .get(id)
+        .map(|watched| Arc::clone(&watched.path))
+        .filter(|path| above(path).is_none());
+    let path = known.unwrap_or_else(|| Arc::from(proc::path_of(file)));
+    if let Some(mount_point) = above(&path) {
         return Err(refusal(
             Reason::OverlayUpper,
             Errno::OPNOTSUPP,
