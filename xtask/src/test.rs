@@ -69,7 +69,14 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         ran.push(manual_pages());
         ran.push(tests(
             "units and properties",
-            build::cargo(&["test", "--workspace", "--lib", "--bins"]),
+            build::cargo(&[
+                "test",
+                "--workspace",
+                "--lib",
+                "--bins",
+                "--",
+                "--include-ignored",
+            ]),
         )?);
         ran.push(tests(
             "examples in the documentation",

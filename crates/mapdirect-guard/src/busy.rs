@@ -7,6 +7,7 @@
 use crate::gate::classify::classify_open;
 use crate::policy::OperationKind;
 use crate::thaw;
+use crate::wake::Backoff;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -208,7 +209,11 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
             }
         }
     }
-    let mut pause = Duration::from_micros(100);
+    let mut backoff = Backoff::until(
+        deadline,
+        Duration::from_micros(100),
+        Duration::from_millis(5),
+    );
     loop {
         let waiting = held();
         let mut woke_up = Vec::new();
@@ -237,7 +242,7 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
         sleeping.extend(fell_asleep);
         running.extend(woke_up);
         let done = sleeping.is_empty() && running.is_empty();
-        if done || Instant::now() >= deadline {
+        if done || backoff.is_over() {
             let busy = |tid, doing, had| Busy {
                 tid,
                 command: proc::command(tid),
@@ -252,8 +257,7 @@ fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Insta
                 .map(|thread| busy(thread.tid, "running", Some(thread.had)));
             return asleep.chain(awake).collect();
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
+        backoff.pause();
     }
 }
 

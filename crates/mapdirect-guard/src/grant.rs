@@ -15,6 +15,7 @@ use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
+use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Obstacle};
 use mapdirect_proto::{
@@ -127,6 +128,8 @@ pub(crate) fn grant(
         };
         let result = attempt.run();
         attempt.unmark();
+        watched.refuse_opens.store(false, SeqCst);
+        watched.opens_wait.store(false, SeqCst);
         let file = attempt.file;
         if result.is_err() {
             abandon(guard, &watched, &mut state, &pin, file.as_fd());
@@ -280,13 +283,16 @@ fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refus
 
 fn lock(watched: &Watched, patience: Duration) -> Result<MutexGuard<'_, GrantState>, Refusal> {
     // Another grant on the inode may rightly take as long as its patience.
-    let deadline = Instant::now() + patience + MOST_PATIENCE;
-    let mut pause = Duration::from_micros(50);
+    let mut backoff = Backoff::until(
+        Instant::now() + patience + MOST_PATIENCE,
+        Duration::from_micros(50),
+        Duration::from_millis(5),
+    );
     loop {
         if let Some(state) = watched.try_grant() {
             return Ok(state);
         }
-        if Instant::now() >= deadline {
+        if backoff.is_over() {
             return Err(refusal(
                 Reason::StillChanging,
                 Errno::TXTBSY,
@@ -294,8 +300,7 @@ fn lock(watched: &Watched, patience: Duration) -> Result<MutexGuard<'_, GrantSta
                 "try again later",
             ));
         }
-        std::thread::sleep(pause);
-        pause = (pause * 2).min(Duration::from_millis(5));
+        backoff.pause();
     }
 }
 
@@ -395,18 +400,28 @@ impl Attempt<'_> {
         })
     }
 
+    fn patiently(&self) -> Backoff {
+        Backoff::until(
+            Instant::now() + self.patience,
+            Duration::from_millis(1),
+            Duration::from_millis(20),
+        )
+    }
+
     /// Nobody may hold a description from before the gate closed, and nobody
     /// may be in the middle of a truncation from before.
     fn prove_from_scratch(&self) -> Result<(), Refusal> {
         self.quietly(|quiet| quiet.wait_for_truncations(&self.guard.truncations))?;
-        let deadline = Instant::now() + self.patience;
-        let mut pause = Duration::from_millis(1);
+        let mut backoff = self.patiently();
         loop {
             // It counts writers and truncations alike, those under way too.
             if self.lease_proves()? {
                 return Ok(());
             }
-            let over = Instant::now() >= deadline;
+            if self.turn_openers_away()? {
+                continue;
+            }
+            let over = backoff.is_over();
             if !self.judged.facts.reflink || over {
                 let found = self.look_around()?;
                 let Some(found) = found else {
@@ -416,9 +431,26 @@ impl Attempt<'_> {
                     return Err(self.open_elsewhere(found));
                 }
             }
-            std::thread::sleep(pause.min(Duration::from_millis(20)));
-            pause *= 2;
+            backoff.pause();
         }
+    }
+
+    /// Whoever comes to open the file for writing in the middle of a grant
+    /// waits at the gate, and the lease counts it. If nobody else stands in
+    /// the way, it gets the answer it would get a moment later. Says whether
+    /// that is worth another try.
+    fn turn_openers_away(&self) -> Result<bool, Refusal> {
+        if !self.watched.opens_wait.load(SeqCst) || self.watched.refuse_opens.load(SeqCst) {
+            return Ok(false);
+        }
+        self.mark_own_description()?;
+        let found = self.openers(Some(self.mark));
+        if !found.others.is_empty() || !found.hidden.is_empty() {
+            return Ok(false);
+        }
+        self.watched.refuse_opens.store(true, SeqCst);
+        self.guard.gate.reconsider();
+        Ok(true)
     }
 
     /// Without reflink a reader from before the gate can do no harm, but a
@@ -606,8 +638,7 @@ impl Attempt<'_> {
     /// the gate here, but some things the gate cannot see.
     fn no_other_writer(&self) -> Result<(), Refusal> {
         let pins = self.watched.pins.load();
-        let deadline = Instant::now() + self.patience;
-        let mut pause = Duration::from_millis(1);
+        let mut backoff = self.patiently();
         loop {
             if self.lease_proves()? {
                 return Ok(());
@@ -622,11 +653,10 @@ impl Attempt<'_> {
             if found.others.is_empty() && found.hidden.is_empty() {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            if backoff.is_over() {
                 return Err(self.open_elsewhere(found));
             }
-            std::thread::sleep(pause.min(Duration::from_millis(20)));
-            pause *= 2;
+            backoff.pause();
         }
     }
 
@@ -695,19 +725,21 @@ impl Attempt<'_> {
 
     /// Whether the marked description is gone.
     fn is_gone(&self) -> Result<bool, Refusal> {
-        let deadline = Instant::now() + LETTING_GO;
-        let mut pause = Duration::from_micros(20);
+        let mut backoff = Backoff::until(
+            Instant::now() + LETTING_GO,
+            Duration::from_micros(20),
+            Duration::from_millis(10),
+        );
         loop {
             let found = conflicting_lock(self.file.as_fd(), self.mark, 1)
                 .map_err(|errno| system("F_OFD_GETLK", errno))?;
             if found.is_none() {
                 return Ok(true);
             }
-            if Instant::now() >= deadline {
+            if backoff.is_over() {
                 return Ok(false);
             }
-            std::thread::sleep(pause);
-            pause = (pause * 2).min(Duration::from_millis(10));
+            backoff.pause();
         }
     }
 
@@ -952,3 +984,6 @@ pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedR
         })
         .collect())
 }
+
+#[cfg(test)]
+mod tests;

@@ -183,6 +183,12 @@ pub(crate) struct Watched {
     /// No open gets an answer while this is set: a description is being
     /// replaced, and its record locks with it.
     pub(crate) hold_opens: AtomicBool,
+    /// Somebody waits at the gate to open it for writing.
+    pub(crate) opens_wait: AtomicBool,
+    /// Who waits at the gate to open it for writing is refused at once: the
+    /// kernel counts it as open for writing by then, and a grant waits for
+    /// that to end.
+    pub(crate) refuse_opens: AtomicBool,
     /// Threads that may open it for writing once, 0 for none.
     announced: [AtomicI32; 8],
     /// Refusals by operation.
@@ -211,6 +217,8 @@ impl Watched {
             unrest: AtomicBool::new(false),
             mapped_writable: AtomicBool::new(false),
             hold_opens: AtomicBool::new(false),
+            opens_wait: AtomicBool::new(false),
+            refuse_opens: AtomicBool::new(false),
             announced: Default::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             grant: Mutex::default(),

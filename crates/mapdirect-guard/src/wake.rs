@@ -1,9 +1,9 @@
-//! Waking a thread that waits for descriptors.
+//! Waiting: for a descriptor, for somebody to wake us, for a while.
 
 use crate::Errno;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A descriptor that becomes readable when somebody wakes its owner.
 #[derive(Debug)]
@@ -49,4 +49,52 @@ pub(crate) fn wait_any<const N: usize>(
         Err(other) => return Err(other),
     }
     Ok(polled.map(|fd| !fd.revents().is_empty()))
+}
+
+/// Waits again and again for something that nobody tells of, each time for
+/// twice as long, until the time is over.
+#[derive(Debug)]
+pub(crate) struct Backoff {
+    pause: Duration,
+    longest: Duration,
+    deadline: Instant,
+}
+
+impl Backoff {
+    /// Pauses of `first` to `longest`, until `deadline`.
+    pub(crate) fn until(deadline: Instant, first: Duration, longest: Duration) -> Self {
+        Self {
+            pause: first,
+            longest,
+            deadline,
+        }
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        Instant::now() >= self.deadline
+    }
+
+    pub(crate) fn pause(&mut self) {
+        std::thread::sleep(self.pause);
+        self.pause = self.pause.saturating_mul(2).min(self.longest);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_grow_to_the_longest_and_no_further() {
+        let deadline = Instant::now() + Duration::from_secs(3600);
+        let longest = Duration::from_micros(3);
+        let mut backoff = Backoff::until(deadline, Duration::from_nanos(1), longest);
+        for _ in 0..200 {
+            backoff.pause();
+        }
+        assert_eq!(backoff.pause, longest);
+        assert!(!backoff.is_over());
+        backoff.deadline = Instant::now();
+        assert!(backoff.is_over());
+    }
 }

@@ -8,6 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
 use rustix::fs::{Mode, OFlags};
+use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -18,7 +19,9 @@ use std::time::{Duration, Instant};
 pub struct GuardProcess {
     child: Child,
     socket: PathBuf,
-    _directory: ScratchDirectory,
+    directory: ScratchDirectory,
+    /// It was told to end, or killed.
+    ended: bool,
 }
 
 impl GuardProcess {
@@ -31,13 +34,16 @@ impl GuardProcess {
     pub fn start_with(binary: &Path, arguments: &[&str]) -> Result<Self> {
         let directory = ScratchDirectory::new("guard")?;
         let socket = directory.path().join("guard.sock");
+        // Refusals by the hundred are nobody's reading; what it says last, if
+        // it ends by itself, is.
+        let complaints = File::create(directory.path().join("stderr"))?;
         let mut child = Command::new(binary)
             .arg("guard")
             .arg("--socket")
             .arg(&socket)
             .args(arguments)
             .stdout(Stdio::piped())
-            .stderr(Stdio::null())
+            .stderr(complaints)
             .spawn()
             .with_context(|| format!("cannot run {}", binary.display()))?;
         let stdout = child.stdout.take().context("no stdout")?;
@@ -46,9 +52,14 @@ impl GuardProcess {
         let guard = Self {
             child,
             socket,
-            _directory: directory,
+            directory,
+            ended: false,
         };
-        ensure!(line.contains("ready"), "the guard said: {line:?}");
+        ensure!(
+            line.contains("ready"),
+            "the guard said: {line:?} {}",
+            guard.last_words()
+        );
         Ok(guard)
     }
 
@@ -70,8 +81,16 @@ impl GuardProcess {
         self.child.id().cast_signed()
     }
 
+    fn last_words(&self) -> String {
+        let path = self.directory.path().join("stderr");
+        let text = std::fs::read_to_string(path).unwrap_or_default();
+        let lines: Vec<_> = text.lines().collect();
+        lines[lines.len().saturating_sub(5)..].join("\n")
+    }
+
     /// Ends it with SIGKILL and waits until it is gone.
     pub fn kill(&mut self) -> Result<()> {
+        self.ended = true;
         self.child.kill()?;
         self.child.wait()?;
         Ok(())
@@ -79,6 +98,7 @@ impl GuardProcess {
 
     /// Ends it with SIGTERM and returns its exit code.
     pub fn terminate(&mut self) -> Result<Option<i32>> {
+        self.ended = true;
         signal::kill(self.pid(), Signal::TERMINATE)?;
         wait_for(Duration::from_secs(10), || {
             Ok(self.child.try_wait()?.map(|status| status.code()))
@@ -88,6 +108,14 @@ impl GuardProcess {
 
 impl Drop for GuardProcess {
     fn drop(&mut self) {
+        if !self.ended
+            && let Ok(Some(status)) = self.child.try_wait()
+        {
+            say(&format!(
+                "a guard ended by itself ({status}): {}",
+                self.last_words()
+            ));
+        }
         // SIGTERM first: a guard that ends by itself takes its socket away.
         let _ = signal::kill(self.pid(), Signal::TERMINATE);
         let ended = wait_for(Duration::from_secs(2), || Ok(self.child.try_wait()?));

@@ -31,7 +31,6 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("second-guard", second_guard),
         ("socket-in-the-way", socket_in_the_way),
         ("unprivileged-status", unprivileged_status),
-        ("command-line", command_line),
     ] {
         trials.push(world.trial(format!("abuse::{name}"), run));
     }
@@ -528,72 +527,5 @@ fn unprivileged_status(world: &World) {
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(text.contains("root"), "{text}");
     drop(held);
-    std::fs::remove_file(&path).unwrap();
-}
-
-/// Wrong input gets one clear line and a documented status.
-fn command_line(world: &World) {
-    let guard = world.guard();
-    let disk = world.disk(Kind::XFS);
-    let path = written(&disk, "abuse-command-line", 65536);
-    let file = path.to_string_lossy().into_owned();
-    let run = |arguments: &[&str], socket: &Path| {
-        std::process::Command::new(BINARY)
-            .args(arguments)
-            .env("MAPDIRECT_SOCKET", socket)
-            .output()
-            .unwrap()
-    };
-    for arguments in [
-        &["pin", &file, "--range", "nonsense"][..],
-        &["pin", &file, "--range", "0:0"],
-        &["pin", &file, "--range", "4X:1"],
-        &["pin", &file, "--range", "9999999999G:1"],
-        &["pin", &file, "--scope", "galaxy"],
-        &["pin"],
-        &["frobnicate"],
-        &["guard", "--gate", "none"],
-        &[],
-        &["status", "--no-such-option"],
-    ] {
-        let output = run(arguments, guard.socket());
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {text}");
-        assert_eq!(text.lines().count(), 1, "{arguments:?}: {text}");
-        assert!(text.starts_with("mapdirect: "), "{text}");
-    }
-    let nowhere = Path::new("/nonexistent/guard.sock");
-    for arguments in [&["status"][..], &["pin", &file]] {
-        let output = run(arguments, nowhere);
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(3), "{text}");
-        assert!(text.contains("mapdirect guard"), "how to start one: {text}");
-    }
-    // `show` needs no guard, and says what is missing.
-    let output = run(&["show", &file], nowhere);
-    assert!(output.status.success());
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    assert!(text.contains("no guard answers"), "{text}");
-    let pin = |command: &[&str]| {
-        let arguments = [&["pin", &file, "--range", "0:4K", "--"], command].concat();
-        run(&arguments, guard.socket()).status.code()
-    };
-    assert_eq!(pin(&["true"]), Some(0));
-    assert_eq!(pin(&["sh", "-c", "exit 7"]), Some(7));
-    assert_eq!(pin(&["sh", "-c", "kill -9 $$"]), Some(128 + 9));
-    assert_eq!(pin(&["/nonexistent/command"]), Some(127));
-    assert_eq!(pin(&["/dev/null"]), Some(126));
-    let attack = format!("truncate -s 0 {file}; test $? -ne 0");
-    assert_eq!(pin(&["sh", "-c", &attack]), Some(0));
-    let missing = run(&["pin", "/nonexistent", "--", "true"], guard.socket());
-    assert_eq!(missing.status.code(), Some(125));
-    for strange in ["/dev/null", "/", "/proc/self/maps"] {
-        let output = run(&["show", strange], guard.socket());
-        assert!(output.status.code() <= Some(1), "{output:?}");
-        let output = run(&["pin", strange], guard.socket());
-        let text = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert_eq!(output.status.code(), Some(1), "{strange}: {text}");
-    }
-    wait_until_free(&path);
     std::fs::remove_file(&path).unwrap();
 }

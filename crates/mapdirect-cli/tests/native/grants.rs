@@ -44,6 +44,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("gone", gone),
             ("unmounted", unmounted),
             ("busy-processor", busy_processor),
+            ("hammered", hammered),
         ] {
             let name = format!("grants::{kind}::{name}");
             trials.push(world.trial(name, move |world| run(world, kind)));
@@ -596,6 +597,38 @@ fn unmounted(world: &World, kind: Kind) {
     assert_eq!(rustix::fs::ftruncate(&file, 0), Err(Errno::TXTBSY));
     drop(held);
     assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
+}
+
+/// Others open it for writing all the time, and let go of it at once: they
+/// cannot keep a pin away for long.
+fn hammered(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "hammered");
+    let guard = world.guard().client();
+    let loops: Vec<_> = (0..2)
+        .map(|_| {
+            let mut command = Command::new("sh");
+            let script = "while :; do : >> \"$0\"; done 2> /dev/null";
+            Background::spawn(command.args(["-c", script]).arg(&path)).unwrap()
+        })
+        .collect();
+    for _ in 0..20 {
+        let file = open_in_between(&path);
+        drop(pin(&guard, &file, 0..65536));
+    }
+    drop(loops);
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Opens a file that is being let go of.
+fn open_in_between(path: &Path) -> File {
+    for _ in 0..500 {
+        if let Ok(file) = File::options().read(true).write(true).open(path) {
+            return file;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    panic!("{} is still pinned", path.display());
 }
 
 /// Threads that never sleep cannot be looked at, and must not block grants.

@@ -10,6 +10,7 @@
 )]
 
 mod abuse;
+mod cli;
 mod contract;
 mod doors;
 mod errors;
@@ -40,6 +41,7 @@ fn main() -> ExitCode {
     trials.extend(grants::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(abuse::trials(&world));
+    trials.extend(cli::trials(&world));
     trials.extend(random::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     if !listing {

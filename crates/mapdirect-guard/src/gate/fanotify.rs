@@ -384,6 +384,12 @@ impl Server<'_> {
                 }
             }
         }
+        if held && exclusive {
+            watched.opens_wait.store(true, SeqCst);
+            if watched.refuse_opens.load(SeqCst) {
+                return Verdict::Refuse;
+            }
+        }
         match held {
             false => Verdict::Allow,
             true if late < WAIT_FOR_GRANT => Verdict::Hold,
