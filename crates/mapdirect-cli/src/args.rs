@@ -35,14 +35,38 @@ pub struct Mapdirect {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run the guard in the foreground until SIGTERM or SIGINT
+    ///
+    /// Needs root, in the initial PID namespace. Prints one line when it is
+    /// ready, and a line to stderr for every operation it refuses. Anybody may
+    /// connect to its socket; each request is judged by the credentials of the
+    /// process that makes it. There is one guard per machine as a rule; several
+    /// may run on sockets of their own. When it ends, so do its promises, and
+    /// holders are told.
     Guard(GuardArgs),
     /// Pin a range of a file, without mapping it, and print its extents
+    ///
+    /// While the pin is held nobody can move, free, share or allocate the
+    /// blocks of the range: the extents printed stay true. It needs no DAX.
+    /// If the guard goes away, this says so: with status 4, or, when it runs a
+    /// COMMAND, by a line on stderr.
     Pin(PinArgs),
     /// Draw the block map of a file
+    ///
+    /// With totals by state, the ranges that are pinned, and whether the file
+    /// could be mapped MAP_DIRECT here and if not why. Needs no privilege but to
+    /// read the file.
     Show(ShowArgs),
     /// What the guard is doing: pins, holders, refusals
+    ///
+    /// The gate in force, the files with pins and who maps or opens them, how
+    /// often which operation was refused, and the last refusals. Others than
+    /// root see details of their own pins only.
     Status(StatusArgs),
     /// What this machine offers, what is missing, and how to mend it
+    ///
+    /// Kernel, gates, capabilities, the guard, DAX, filesystems, and what the
+    /// gate cannot refuse. Runs for everybody; what only root can find out says
+    /// so. Ends with status 1 if files cannot be pinned here.
     Doctor(DoctorArgs),
 }
 

@@ -286,10 +286,18 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
 /// Whether any of the threads found busy can still be about to change a file
 /// of this filesystem, which is not frozen: a thread that sleeps waiting for
 /// a thaw waits for another one.
-fn still_busy_here(look_for: LookFor, busy: &[Busy], deadline: Instant) -> Vec<Busy> {
+fn still_busy_here(
+    look_for: LookFor,
+    busy: &[Busy],
+    held: &dyn Fn() -> Arc<Vec<i32>>,
+    deadline: Instant,
+) -> Vec<Busy> {
     let mut left = busy.to_vec();
     loop {
+        let waiting = held();
         left.retain_mut(|busy| match look(look_for, busy.tid) {
+            // It has come to the gate since.
+            _ if waiting.contains(&busy.tid) => false,
             Seen::Idle => false,
             Seen::Running => {
                 // Woken by a thaw, perhaps: it will tell when it sleeps
@@ -347,7 +355,7 @@ impl Quiet<'_> {
         if busy.is_empty() || !thaw::is_thawed(self.file, self.deadline) {
             return busy;
         }
-        still_busy_here(look_for, &busy, self.deadline)
+        still_busy_here(look_for, &busy, self.held, self.deadline)
     }
 }
 

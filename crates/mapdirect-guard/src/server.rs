@@ -234,8 +234,12 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
         _ => Path::new("."),
     };
-    std::fs::create_dir_all(directory)
-        .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+    if !directory.exists() {
+        std::fs::create_dir_all(directory)
+            .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
+        // Clients must get through, whatever the umask says.
+        rustix::fs::chmod(directory, Mode::from_raw_mode(0o755)).map_err(failed)?;
+    }
     // Two guards that start at once must not take each other's socket for a
     // stale one.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

@@ -215,7 +215,12 @@ fn is_mounted(path: &Path) -> bool {
         .is_ok_and(|mounts| mounts.iter().any(|mount| mount.mount_point == path))
 }
 
-fn unmount(root: &Path) -> Result<()> {
+/// Unmounts what is mounted at `root`.
+///
+/// # Errors
+///
+/// When it stays busy for five seconds.
+pub fn unmount(root: &Path) -> Result<()> {
     let deadline = Instant::now() + Duration::from_secs(5);
     loop {
         let output = Command::new("umount").arg(root).output()?;

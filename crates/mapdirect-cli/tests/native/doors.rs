@@ -6,7 +6,7 @@ use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::attack::Door;
 use mapdirect_testkit::contract::Subject;
-use mapdirect_testkit::disk::run;
+use mapdirect_testkit::disk::{run, unmount};
 use mapdirect_testkit::process::ScratchDirectory;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -63,7 +63,9 @@ impl Bind {
 
 impl Drop for Bind {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.place.path()).status();
+        // The guard keeps a path of a file for a moment after its last pin,
+        // if somebody else has it open.
+        unmount(self.place.path()).unwrap();
     }
 }
 

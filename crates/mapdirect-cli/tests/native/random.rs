@@ -20,12 +20,12 @@ use std::time::Duration;
 
 /// So many that pins and attacks on one of them meet now and then, and do not
 /// merely keep each other out.
-const FILES: u64 = 24;
+const FILES: u64 = 32;
 const BLOCK: u64 = 4096;
 /// Blocks that attacks and pins range over.
 const BLOCKS: u64 = 128;
 const ATTACKERS: u64 = 4;
-const OPERATIONS: u64 = 13_000;
+const OPERATIONS: u64 = 26_000;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     [Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4]
