@@ -90,7 +90,9 @@ fn totals(map: &BlockMap) -> String {
         .filter(|(_, bytes)| *bytes > 0)
         .map(|(state, bytes)| format!("{} {state}", human(bytes)))
         .collect();
-    format!("{} extents: {}", map.extents().len(), totals.join(", "))
+    let count = map.extents().len();
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} extent{plural}: {}", totals.join(", "))
 }
 
 fn tell_verdict(hindrances: &[Hindrance]) {
