@@ -315,10 +315,11 @@ fn abandon(
     watched.remove(|other| other.id == pin.id);
     if watched.pins.load().is_empty() {
         state.retired = true;
-        guard.table.remove(watched);
-        // No mark may be there yet, or any more.
+        // Marks first: once the entry is gone another grant may set its own.
+        // None may be there yet, or any more.
         let _ = guard.gate.group.remove(MASK, file);
         let _ = guard.lifetime.closes.remove(CLOSES, file);
+        guard.table.remove(watched);
     }
 }
 
@@ -378,8 +379,26 @@ impl Attempt<'_> {
         self.state.closed = true;
         let map = self.read_map(settled)?;
         self.check_map(&map)?;
+        self.check_marks()?;
         self.pin.settle(&map);
         self.hand_out(&map)
+    }
+
+    /// Nothing else removes marks of an inode with a grant under way; if they
+    /// are gone all the same there is no gate.
+    fn check_marks(&self) -> Result<(), Refusal> {
+        let file = self.file.as_fd();
+        let gate = self.guard.gate.group.has_mark(file);
+        let closes = self.guard.lifetime.closes.has_mark(file);
+        if gate == Ok(true) && closes == Ok(true) {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            "the watch on the file went away while the pin was granted",
+            "try again",
+        ))
     }
 
     fn close_the_gate(&self) -> Result<(), Refusal> {
@@ -621,15 +640,16 @@ impl Attempt<'_> {
     /// Nothing that was let in since the last proof may still matter. Says
     /// whether there was nothing at all.
     fn prove_again(&mut self) -> Result<bool, Refusal> {
-        let writers = self.watched.writers_let_in.load(SeqCst);
-        let unrest = self.watched.unrest.load(SeqCst);
-        if writers {
-            self.no_other_writer()?;
-            self.watched.writers_let_in.store(false, SeqCst);
+        // Clear first, look then: what is let in meanwhile notes itself anew.
+        let writers = self.watched.writers_let_in.swap(false, SeqCst);
+        if writers && let Err(refusal) = self.no_other_writer() {
+            self.watched.writers_let_in.store(true, SeqCst);
+            return Err(refusal);
         }
-        if unrest {
-            self.quietly(|quiet| quiet.wait_for_changes())?;
-            self.watched.unrest.store(false, SeqCst);
+        let unrest = self.watched.unrest.swap(false, SeqCst);
+        if unrest && let Err(refusal) = self.quietly(|quiet| quiet.wait_for_changes()) {
+            self.watched.unrest.store(true, SeqCst);
+            return Err(refusal);
         }
         Ok(!writers && !unrest)
     }

@@ -11,7 +11,7 @@
 //! proven. Nothing is held open for that; if nobody else has the file open,
 //! the gate lets go of it at once, so that its filesystem can be unmounted.
 
-use crate::gate::fanotify::MASK;
+use crate::gate::fanotify::{MASK, is_final};
 use crate::openers::{Wanted, openers};
 use crate::table::{InodeId, Pin, Watched};
 use crate::wake::{Waker, wait_any};
@@ -133,8 +133,13 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
             }
         });
         match read {
-            Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(other) => return Err(other),
+            Ok(_) => {}
+            Err(errno) if is_final(errno) => return Err(errno),
+            // The notice of one close is lost: its filesystem is dead, or
+            // descriptors are short. The gate asks for itself whether a pin
+            // lives before it refuses.
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(_) => std::thread::sleep(ROUND),
         }
         let busy = !closed.is_empty();
         for (id, file) in closed {
@@ -250,10 +255,12 @@ impl Keeper<'_> {
         self.lingering.remove(&watched.id);
         self.second_looks.remove(&watched.id);
         state.retired = true;
-        self.guard.table.remove(watched);
-        // Gone marks are as good as removed ones.
+        // Marks first: once the entry is gone another grant may set its own,
+        // which must not be the ones removed here. Gone marks are as good as
+        // removed ones.
         let _ = self.guard.gate.group.remove(MASK, file);
         let _ = self.guard.lifetime.closes.remove(CLOSES, file);
+        self.guard.table.remove(watched);
     }
 
     fn stop_lingering(&mut self, mut entry: Lingering) {
@@ -267,10 +274,11 @@ impl Keeper<'_> {
             return;
         }
         state.retired = true;
-        self.guard.table.remove(&entry.watched);
+        // In this order, see above.
         let path = entry.path.as_fd();
         let _ = self.guard.gate.group.remove_at(MASK, path);
         let _ = self.guard.lifetime.closes.remove_at(CLOSES, path);
+        self.guard.table.remove(&entry.watched);
         drop(state);
     }
 }
@@ -288,16 +296,25 @@ fn has_ended(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
         // stands. The list of locks may skip some while it changes, and
         // /proc does not show everything: believe them only together.
         Ok(Some(_)) => {
-            let listed = (0..3).any(|_| is_listed(watched.id, byte));
+            let listed = (0..8).any(|look| {
+                if look > 0 {
+                    std::thread::sleep(Duration::from_micros(200));
+                }
+                is_listed(watched.id, byte)
+            });
             !listed && {
                 let found = openers(Wanted {
                     id: watched.id,
                     path: &watched.path,
                     mark: Some(byte),
                 });
+                // A mapping that can never be written to was not made from
+                // the description of a pin for mapping.
                 found.marked.is_empty()
-                    && found.hidden.is_empty()
-                    && !found.others.iter().any(|opener| opener.mapped)
+                    && !found
+                        .others
+                        .iter()
+                        .any(|opener| opener.mapped && opener.writable)
             }
         }
         Err(_) => false,

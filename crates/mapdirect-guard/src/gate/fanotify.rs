@@ -79,6 +79,13 @@ impl Gate {
     }
 }
 
+/// Whether an error of reading events says that there will be none any more.
+/// Others say that one event could not be delivered (`create_fd`,
+/// fs/notify/fanotify/fanotify_user.c).
+pub(crate) fn is_final(errno: Errno) -> bool {
+    matches!(errno, Errno::BADF | Errno::INVAL | Errno::FAULT)
+}
+
 /// A decision about an event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
@@ -145,7 +152,11 @@ impl Server<'_> {
                 let group = &self.gate.group;
                 match group.read(&mut buffer, |event| events.push(event)) {
                     Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
-                    Err(other) => return Err(other),
+                    Err(errno) if is_final(errno) => return Err(errno),
+                    // No descriptor could be made for one event: its
+                    // filesystem is dead, or descriptors are short. The
+                    // kernel has denied that one; the others need us.
+                    Err(_) => std::thread::sleep(Duration::from_millis(1)),
                 }
             }
             self.reconsider();
