@@ -88,6 +88,7 @@ const NOT_A_FILE: [&str; 9] = [
 
 fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static str> {
     let functions = || proc::stack_functions(stack);
+    let names: Vec<&str> = functions().collect();
     // A FIFO only waits for its other end.
     let opening = || {
         functions().any(|name| name == "path_openat" || name == "do_open")
@@ -103,31 +104,12 @@ fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static
         LookFor::Truncations => inside(&TRUNCATING).or_else(|| {
             // Opening with O_TRUNC, or possibly so: it truncates after the
             // permission check.
-            let truncates = classify_open(Some(syscall)) == OperationKind::OpenTruncate;
+            let truncates = classify_open(Some(syscall), &names) == OperationKind::OpenTruncate;
             (opening() && truncates).then_some("opening")
         }),
         LookFor::Opens => opening().then_some("opening"),
         LookFor::Changes => inside(&CHANGING).filter(|_| inside(&NOT_A_FILE).is_none()),
     }
-}
-
-/// Registers that rule a change out without a look at the stack: a thread
-/// that sleeps in one of the calls most threads sleep in.
-#[cfg(target_arch = "x86_64")]
-fn is_idle(syscall: &Syscall) -> bool {
-    // poll, select, nanosleep, pause, wait4, futex, epoll_wait, pselect6,
-    // ppoll, epoll_pwait, waitid, clock_nanosleep, rt_sigtimedwait, recvfrom,
-    // recvmsg, accept, accept4. In i386 these numbers are calls that change
-    // no file.
-    const IDLE: [i64; 17] = [
-        7, 23, 35, 34, 61, 202, 232, 270, 271, 281, 247, 230, 128, 45, 47, 43, 288,
-    ];
-    syscall.is_genuine() && IDLE.contains(&syscall.number)
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn is_idle(_syscall: &Syscall) -> bool {
-    false
 }
 
 /// A thread found on a processor, or waiting for one.
@@ -273,7 +255,7 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
     };
     match proc::parse_syscall(text.as_bytes()) {
         Some(SyscallState::Running) => Seen::Running,
-        Some(SyscallState::Inside(syscall)) if !is_idle(&syscall) => {
+        Some(SyscallState::Inside(syscall)) => {
             let Ok(stack) = proc::read_task_file(tid, "stack") else {
                 return Seen::Idle;
             };

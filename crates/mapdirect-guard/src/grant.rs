@@ -14,12 +14,13 @@ use crate::busy::{Busy, Quiet};
 use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers};
+use crate::policy::{self, Beside};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Obstacle};
 use mapdirect_proto::{
-    BlockMap, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
+    BlockMap, Extent, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
 };
 use mapdirect_proto::{MAX_INLINE_EXTENTS, PinnedRange};
 use mapdirect_sys::fcntl::{
@@ -111,6 +112,7 @@ pub(crate) fn grant(
         let pin = Arc::new(Pin::unsettled(
             guard.next_id(),
             judged.range.clone(),
+            judged.reach(),
             request.flags,
             owner,
         ));
@@ -160,6 +162,36 @@ struct Judged {
 }
 
 impl Judged {
+    /// Where somebody could be writing to and take blocks of the range along:
+    /// see [`Beside`].
+    fn reach(&self) -> Range<u64> {
+        if self.range.end > self.facts.size {
+            return 0..u64::MAX;
+        }
+        if let Some(window) = self.window() {
+            return window;
+        }
+        // One extent of ext4 (EXT_INIT_MAX_LEN, fs/ext4/ext4_extents.h).
+        let extent = 32768 * u64::from(self.facts.block_size);
+        let range = &self.range;
+        range.start.saturating_sub(extent)..range.end.saturating_add(extent)
+    }
+
+    /// The bytes around the range that XFS may copy together with it: aligned
+    /// out, and once more, since it may move such a window to make it fit.
+    fn window(&self) -> Option<Range<u64>> {
+        let size = self.facts.copy_window()?;
+        let around = policy::folios(&self.range);
+        let start = around.start - around.start % size;
+        let end = around.end.checked_next_multiple_of(size);
+        Some(
+            start.saturating_sub(size)
+                ..end
+                    .and_then(|end| end.checked_add(size))
+                    .unwrap_or(u64::MAX),
+        )
+    }
+
     fn is_writable(&self) -> bool {
         self.open_flags & OFlags::ACCMODE != OFlags::RDONLY
     }
@@ -379,8 +411,9 @@ impl Attempt<'_> {
         self.state.closed = true;
         let map = self.read_map(settled)?;
         self.check_map(&map)?;
+        let beside = self.look_beside(&map)?;
         self.check_marks()?;
-        self.pin.settle(&map);
+        self.pin.settle(&map, beside);
         self.hand_out(&map)
     }
 
@@ -799,6 +832,7 @@ impl Attempt<'_> {
         if settled && !is_moving(&map) {
             return Ok(map);
         }
+        self.free_copy_blocks()?;
         let deadline = Instant::now() + self.patience;
         loop {
             let again = read()?;
@@ -817,6 +851,76 @@ impl Attempt<'_> {
             write_back()?;
             map = again;
         }
+    }
+
+    /// Blocks that XFS has set aside for copies of shared blocks nearby would
+    /// take those of the range along when they are written to: it looks there
+    /// first (`xfs_map_blocks`, fs/xfs/xfs_aops.c). It does not show them to
+    /// anybody (only debug kernels do), so they are taken back unseen; it
+    /// does so for inodes without dirty pages (`xfs_can_free_cowblocks`).
+    fn free_copy_blocks(&self) -> Result<(), Refusal> {
+        if self.judged.facts.copy_window().is_none() {
+            return Ok(());
+        }
+        // fsync(2) leaves the inode marked as having dirty pages.
+        rustix::fs::syncfs(&self.file).map_err(|errno| system("syncfs", errno))?;
+        xfs_eofblocks::free(self.file.as_fd(), self.judged.facts.owner, 0)
+            .map_err(|errno| system("XFS_IOC_FREE_EOFBLOCKS", errno))
+    }
+
+    /// What beside the range would take blocks of it along when written to.
+    fn look_beside(&self, map: &BlockMap) -> Result<Beside, Refusal> {
+        let range = map.range();
+        let mut beside = Beside {
+            window: self.judged.window(),
+            grows_into: !self.judged.facts.keeps_blocks_beyond_the_end()
+                && range.end > map.file_size(),
+            ..Beside::default()
+        };
+        let failed = |errno| system("FIEMAP", errno);
+        if let Some(window) = &beside.window {
+            let around = mapdirect::extents::read(self.file.as_fd(), window.clone());
+            let around = around.map_err(failed)?;
+            beside.frozen.extend(
+                around
+                    .frozen()
+                    .filter(|extent| extent.state == ExtentState::Shared)
+                    .map(|extent| extent.offset..extent.end()),
+            );
+        } else {
+            // FIEMAP cuts extents to what is asked for: ask for more.
+            for edge in [range.start, range.end - 1] {
+                let unwritten = |extent: &&Extent| extent.state == ExtentState::Unwritten;
+                if map.find(edge).filter(unwritten).is_none() {
+                    continue;
+                }
+                let around = mapdirect::extents::read(self.file.as_fd(), self.judged.reach());
+                let around = around.map_err(failed)?;
+                if let Some(extent) = around.find(edge).filter(unwritten) {
+                    beside.frozen.push(extent.offset..extent.end());
+                }
+            }
+        }
+        beside.stores = self.judged.mapped.is_some() && !self.judged.facts.dax;
+        if beside.stores
+            && beside.window.is_some()
+            && let Some(first) = beside.frozen.first()
+        {
+            return Err(refusal(
+                Reason::FrozenBlocks,
+                Errno::OPNOTSUPP,
+                format!(
+                    "bytes {} to {} are shared, and so near that a store through the page \
+                     cache would copy both",
+                    first.start, first.end
+                ),
+                "unshare the file first (fallocate --unshare), or pin without mapping",
+            ));
+        }
+        if !beside.frozen.is_empty() && self.watched.mapped_writable.load(SeqCst) {
+            self.no_store_over(&beside.frozen)?;
+        }
+        Ok(beside)
     }
 
     fn check_map(&self, map: &BlockMap) -> Result<(), Refusal> {
@@ -867,18 +971,23 @@ impl Attempt<'_> {
             return Err(obstructed(obstacle));
         }
         if self.watched.mapped_writable.load(SeqCst) {
-            self.no_store_over_frozen(map)?;
+            let frozen: Vec<_> = map
+                .frozen()
+                .map(|extent| extent.offset..extent.end())
+                .collect();
+            self.no_store_over(&frozen)?;
         }
         Ok(())
     }
 
     /// A mapping made while nothing here was pinned could still store to what
     /// is to be frozen.
-    fn no_store_over_frozen(&self, map: &BlockMap) -> Result<(), Refusal> {
+    fn no_store_over(&self, frozen: &[Range<u64>]) -> Result<(), Refusal> {
         let found = self.openers(None);
         let over = found.writable_mappings.into_iter().find(|(_, mapped)| {
-            map.frozen()
-                .any(|extent| extent.offset.max(mapped.start) < extent.end().min(mapped.end))
+            frozen
+                .iter()
+                .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end))
         });
         let Some((opener, mapped)) = over else {
             return Ok(());

@@ -237,6 +237,41 @@ pub struct Pinned {
     /// Frozen runs, in file order.
     frozen: Box<[(Range<u64>, ExtentState)]>,
     block: u64,
+    beside: Beside,
+}
+
+/// What lies beside a pin and takes blocks of it along when it is written to.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Beside {
+    /// Runs that may not be written to: shared blocks whose copy would take
+    /// their neighbours with it (XFS), the rest of an unwritten extent that
+    /// is converted as a whole (ext4).
+    pub frozen: Vec<Range<u64>>,
+    /// A block that comes to be shared in here would be such a run.
+    pub window: Option<Range<u64>>,
+    /// The pin is mapped through the page cache: a store makes the whole
+    /// folio dirty, shared blocks of it included (`iomap_page_mkwrite`,
+    /// fs/iomap/buffered-io.c), so nothing in the window may come to be
+    /// shared at all.
+    pub stores: bool,
+    /// A write that makes the file grow allocates ahead, into holes of the
+    /// pin beyond the end of the file (XFS).
+    pub grows_into: bool,
+}
+
+impl Beside {
+    /// Whether writing to `range` of a file of `size` bytes takes blocks of
+    /// the pin along; `shared_since` if blocks of the window may have come to
+    /// be shared since it was looked at.
+    fn minds(&self, range: &Range<u64>, size: u64, shared_since: bool) -> bool {
+        self.frozen.iter().any(|run| intersects(run, range))
+            || self.grows_into && range.end > size
+            || shared_since
+                && self
+                    .window
+                    .as_ref()
+                    .is_some_and(|window| intersects(window, range))
+    }
 }
 
 impl Pinned {
@@ -269,7 +304,43 @@ impl Pinned {
             size: whole_file.then_some(map.file_size()),
             frozen: frozen.into(),
             block,
+            beside: Beside::default(),
         }
+    }
+
+    /// The same with what lies beside it.
+    #[must_use]
+    pub fn with_beside(mut self, beside: Beside) -> Self {
+        self.beside = beside;
+        self
+    }
+
+    /// Whether an operation changes blocks of the pin by what it does beside
+    /// it; see [`Beside`].
+    #[must_use]
+    pub fn minds_beside(&self, operation: &Operation, size: u64, shared_since: bool) -> bool {
+        use OperationKind as K;
+        let rule = operation.kind.rule();
+        if matches!(operation.kind, K::Clone | K::Dedupe | K::CopyRange) {
+            let window = self.beside.window.as_ref().filter(|_| self.beside.stores);
+            return window.is_some_and(|window| intersects(window, &operation.range));
+        }
+        if rule.reach != Reach::Range || rule.refused_on != Meets::Frozen {
+            return false;
+        }
+        if operation.kind == K::MapWrite {
+            let folios = folios(&operation.range);
+            if self.frozen_in(folios).next().is_some() {
+                return true;
+            }
+        }
+        std::iter::once(&operation.range)
+            .chain(&operation.or)
+            .any(|range| {
+                // What lies wholly inside is judged by its own blocks.
+                let inside = range.start >= self.range.start && range.end <= self.range.end;
+                !inside && self.beside.minds(range, size, shared_since)
+            })
     }
 
     /// Bytes in frozen blocks.
@@ -333,6 +404,16 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
             .any(|(_, state)| *state == ExtentState::Shared);
     }
     true
+}
+
+/// The bytes that folios of the page cache around `range` may hold: a store
+/// to one page makes all of its folio dirty.
+#[must_use]
+pub fn folios(range: &Range<u64>) -> Range<u64> {
+    /// The largest folio: a huge page.
+    const FOLIO: u64 = 2 << 20;
+    let end = range.end.checked_next_multiple_of(FOLIO);
+    range.start - range.start % FOLIO..end.unwrap_or(u64::MAX)
 }
 
 fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {

@@ -5,7 +5,7 @@
 //! swapped in whole. Changes are made by grants and by the lifetime thread.
 
 use crate::ledger::{PinSet, Ranged};
-use crate::policy::{Operation, Pinned, RULES, judge};
+use crate::policy::{Beside, Operation, Pinned, RULES, judge};
 use arc_swap::ArcSwap;
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
 use std::ops::Range;
@@ -88,17 +88,14 @@ impl Pin {
     pub(crate) fn unsettled(
         id: u64,
         shown: Range<u64>,
+        reach: Range<u64>,
         flags: Flags,
         owner: mapdirect_sys::unix::Sender,
     ) -> Self {
         let whole_file = flags.contains(Flags::WHOLE_FILE);
         Self {
             id,
-            range: if whole_file {
-                0..u64::MAX
-            } else {
-                shown.clone()
-            },
+            range: if whole_file { 0..u64::MAX } else { reach },
             shown,
             flags,
             pid: owner.pid,
@@ -116,12 +113,12 @@ impl Pin {
     }
 
     /// From now on its blocks are known and refusals are final.
-    pub(crate) fn settle(&self, map: &BlockMap) {
+    pub(crate) fn settle(&self, map: &BlockMap, beside: Beside) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
         // Settled once, by the one grant that made the pin.
         let _ = self.settled.set(Settled {
-            pinned: Pinned::new(map, self.flags.contains(Flags::WHOLE_FILE)),
+            pinned: Pinned::new(map, self.flags.contains(Flags::WHOLE_FILE)).with_beside(beside),
             stable: range.end - range.start - frozen,
             frozen,
         });
@@ -149,12 +146,18 @@ impl Pin {
     }
 
     /// What it says about `operation` on a file of `size` bytes.
-    pub(crate) fn opinion(&self, operation: &Operation, size: u64) -> Opinion {
+    /// `shared_since`: blocks near it may have come to be shared since.
+    pub(crate) fn opinion(&self, operation: &Operation, size: u64, shared_since: bool) -> Opinion {
         if self.is_dead() || operation.kind.is_harmless() {
             return Opinion::Allow;
         }
         match self.settled() {
-            Some(settled) if judge(operation, &settled.pinned, size) => Opinion::Allow,
+            Some(settled)
+                if judge(operation, &settled.pinned, size)
+                    && !settled.pinned.minds_beside(operation, size, shared_since) =>
+            {
+                Opinion::Allow
+            }
             Some(_) if self.is_handed_over() => Opinion::Refuse,
             Some(_) => Opinion::Wait,
             // Its blocks are not known yet: any of them may be frozen.
@@ -183,6 +186,8 @@ pub(crate) struct Watched {
     /// No open gets an answer while this is set: a description is being
     /// replaced, and its record locks with it.
     pub(crate) hold_opens: AtomicBool,
+    /// Blocks that were not pinned may have come to be shared under a pin.
+    pub(crate) shared_since: AtomicBool,
     /// Somebody waits at the gate to open it for writing.
     pub(crate) opens_wait: AtomicBool,
     /// Who waits at the gate to open it for writing is refused at once: the
@@ -217,6 +222,7 @@ impl Watched {
             unrest: AtomicBool::new(false),
             mapped_writable: AtomicBool::new(false),
             hold_opens: AtomicBool::new(false),
+            shared_since: AtomicBool::new(false),
             opens_wait: AtomicBool::new(false),
             refuse_opens: AtomicBool::new(false),
             announced: Default::default(),
@@ -399,21 +405,24 @@ mod tests {
 
     #[test]
     fn an_unsettled_pin_makes_others_wait_and_a_dead_one_does_not() {
-        let pin = Pin::unsettled(1, 0..4096, Flags::NONE, OWNER);
+        let pin = Pin::unsettled(1, 0..4096, 0..4096, Flags::NONE, OWNER);
         let write = Operation::new(OperationKind::Write, 0..10);
         let read = Operation::new(OperationKind::Read, 0..10);
-        assert_eq!(pin.opinion(&write, 4096), Opinion::Wait);
-        assert_eq!(pin.opinion(&read, 4096), Opinion::Allow);
+        assert_eq!(pin.opinion(&write, 4096, false), Opinion::Wait);
+        assert_eq!(pin.opinion(&read, 4096, false), Opinion::Allow);
         let device = DeviceId { major: 7, minor: 0 };
         let written = Extent::new(0, Some(0), 4096, ExtentState::Written);
-        pin.settle(&BlockMap::new(device, 4096, 4096, 0..4096, [written]));
-        assert_eq!(pin.opinion(&write, 4096), Opinion::Allow);
+        pin.settle(
+            &BlockMap::new(device, 4096, 4096, 0..4096, [written]),
+            Beside::default(),
+        );
+        assert_eq!(pin.opinion(&write, 4096, false), Opinion::Allow);
         let punch = Operation::new(OperationKind::PunchHole, 0..10);
-        assert_eq!(pin.opinion(&punch, 4096), Opinion::Wait);
+        assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Wait);
         pin.hand_over();
-        assert_eq!(pin.opinion(&punch, 4096), Opinion::Refuse);
+        assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Refuse);
         pin.bury();
-        assert_eq!(pin.opinion(&punch, 4096), Opinion::Allow);
+        assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Allow);
     }
 
     #[test]

@@ -55,6 +55,9 @@ pub struct ExtendedFlags {
     pub flags: u32,
     /// Extent size hint in bytes, 0 for none.
     pub extent_size: u32,
+    /// Size hint for copies of shared blocks (XFS), in bytes; 0 for the
+    /// default.
+    pub copy_extent_size: u32,
 }
 
 /// `FS_XFLAG_REALTIME`: the data lies on the realtime device (XFS).
@@ -90,5 +93,6 @@ pub fn extended(file: BorrowedFd<'_>) -> Result<ExtendedFlags> {
     Ok(ExtendedFlags {
         flags: found.xflags,
         extent_size: found.extsize,
+        copy_extent_size: found.cowextsize,
     })
 }

@@ -778,7 +778,8 @@ struct CloneRange {
     offset: u64,
 }
 
-pub(crate) fn clone_range(
+/// `FICLONERANGE`.
+pub fn clone_range(
     into: BorrowedFd<'_>,
     from: BorrowedFd<'_>,
     from_offset: u64,

@@ -254,6 +254,23 @@ impl FileFacts {
         self.filesystem != Filesystem::Xfs || self.extended.flags & inode_flags::XFLAG_PREALLOC != 0
     }
 
+    /// Size and alignment of the copies XFS sets blocks aside for when a shared
+    /// block is written to, in bytes; its neighbours within go along the next
+    /// time they are written, shared or not.
+    #[must_use]
+    pub fn copy_window(&self) -> Option<u64> {
+        // XFS_DEFAULT_COWEXTSZ_HINT, fs/xfs/xfs_inode.h
+        const DEFAULT_BLOCKS: u64 = 32;
+        (self.filesystem == Filesystem::Xfs && self.reflink).then(|| {
+            let hint = self
+                .extended
+                .copy_extent_size
+                .max(self.extended.extent_size);
+            let default = DEFAULT_BLOCKS * u64::from(self.block_size);
+            default.max(hint.into())
+        })
+    }
+
     /// The obstacle of a range with frozen blocks: with an extent size hint,
     /// writing beside them would allocate them.
     #[must_use]

@@ -6,6 +6,7 @@ use mapdirect::{ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions}
 use mapdirect_sys::fcntl::{LockKind, LockOwner, conflicting_lock, set_lock};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, inode_flags};
+use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::process::Background;
 use mapdirect_testkit::raw::{self, PlainMap};
@@ -52,6 +53,9 @@ pub fn trials(world: &World) -> Vec<Trial> {
     }
     trials.push(world.trial("grants::xfs::allocated-ahead", allocated_ahead));
     trials.push(world.trial("grants::xfs::extent-size-hint", extent_size_hint));
+    trials.push(world.trial("grants::xfs::copied-along", copied_along));
+    trials.push(world.trial("grants::xfs::allocated-into", allocated_into));
+    trials.push(world.trial("grants::ext4::converted-along", converted_along));
     trials.push(world.trial("grants::xfs-plain::reader", reader_without_reflink));
     trials
 }
@@ -599,6 +603,85 @@ fn unmounted(world: &World, kind: Kind) {
     assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
 }
 
+/// XFS copies the neighbours of a shared block along with it.
+fn copied_along(world: &World) {
+    let disk = world.disk(Kind::XFS);
+    let guard = world.guard().client();
+    let path = written(&disk, "grants-copied-along", 131_072);
+    let sharer = disk.path("grants-copied-along.sharer");
+    let file = open(&path);
+    let share = |offset| {
+        let into = File::create(&sharer).unwrap();
+        clone_range(into.as_fd(), file.as_fd(), offset, 4096, 0)
+    };
+    share(20 * 4096).unwrap();
+    let refused = MapOptions::new()
+        .range(0..65536)
+        .accept_page_cache(true)
+        .guard(guard.clone())
+        .map(&file)
+        .unwrap_err();
+    assert_eq!(refused.kind(), Reason::FrozenBlocks, "{refused:#}");
+    let held = pin(&guard, &file, 0..65536);
+    let result = rustix::io::pwrite(&file, &[8; 4096], 20 * 4096);
+    assert_eq!(result, Err(Errno::TXTBSY), "it would take the pin along");
+    drop(held);
+    // The copy leaves blocks behind that neighbours would go to.
+    file.write_all_at(&[8; 4096], 20 * 4096).unwrap();
+    let held = map(&guard, &file, 0..65536);
+    assert_eq!(share(18 * 4096), Err(Errno::TXTBSY));
+    for block in 0..16 {
+        held.write_at(block * 4096, &[9; 100]).unwrap();
+    }
+    held.persist(0..65536).unwrap();
+    file.sync_all().unwrap();
+    let now = mapdirect::block_map(&file, 0..65536).unwrap();
+    assert_eq!(now.extents(), held.block_map().extents());
+    drop((held, file));
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::remove_file(&sharer).unwrap();
+}
+
+/// XFS allocates ahead of a growing file, into a hole that is pinned.
+fn allocated_into(world: &World) {
+    let path = written(&world.disk(Kind::XFS), "grants-allocated-into", 262_144);
+    let file = open(&path);
+    let held = pin(&world.guard().client(), &file, 524_288..589_824);
+    let result = rustix::io::pwrite(&file, &[1; 131_072], 262_144);
+    assert_eq!(result, Err(Errno::TXTBSY));
+    assert_eq!(rustix::io::pwrite(&file, &[1; 4096], 0), Ok(4096));
+    let now = mapdirect::block_map(&file, 524_288..589_824).unwrap();
+    assert_eq!(now.extents(), held.block_map().extents());
+    drop((held, file));
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// ext4 converts a small unwritten extent as a whole.
+fn converted_along(world: &World) {
+    let disk = world.disk(Kind::EXT4);
+    let path = disk.path("grants-converted-along");
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)
+        .unwrap();
+    raw::fallocate(file.as_fd(), 0, 0, 28_672).unwrap();
+    file.sync_all().unwrap();
+    let held = pin(&world.guard().client(), &file, 0..4096);
+    let result = rustix::io::pwrite(&file, &[1; 4096], 16_384);
+    assert_eq!(result, Err(Errno::TXTBSY));
+    assert_eq!(rustix::io::pwrite(&file, &[1; 4096], 1 << 20), Ok(4096));
+    file.sync_all().unwrap();
+    let now = mapdirect::block_map(&file, 0..4096).unwrap();
+    assert_eq!(now.extents(), held.block_map().extents());
+    drop((held, file));
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
 /// Others open it for writing all the time, and let go of it at once: they
 /// cannot keep a pin away for long.
 fn hammered(world: &World, kind: Kind) {
@@ -643,7 +726,8 @@ fn busy_processor(world: &World, kind: Kind) {
         .collect();
     for _ in 0..5 {
         let file = open(&path);
-        drop(impatient(&guard).pin(&file).unwrap());
+        // A child of another test has it open until it gets to its exec.
+        drop(pin(&guard, &file, 0..65536));
         drop(file);
         wait_until_free(&path);
     }

@@ -122,27 +122,46 @@ fn open_call(number: i64) -> Option<Call> {
     call(number)
 }
 
-/// What a pre-content event of a thread inside `syscall` is, where the
-/// registers alone tell: the two most frequent kinds. On x86-64 none of these
-/// numbers raises a pre-content event in another ABI (i386:
-/// `restart_syscall`, `break`, `lseek`, `openat`, `signalfd4`; `link`).
+/// The registers a thread entered the kernel with, if what it does now is
+/// what it asked for with them. On the way back from any system call it may
+/// do other work first: operations of `io_uring` that were waiting for
+/// something, a core dump.
 #[must_use]
-pub(crate) fn at_first_sight(syscall: &Syscall) -> Option<K> {
-    if !cfg!(target_arch = "x86_64") || !syscall.is_genuine() {
-        return None;
-    }
-    match call(syscall.number)? {
-        Call::Read => Some(K::Read),
-        // The worst it can be; whether it is so costs more to find out.
-        Call::Mmap => Some(K::MapWrite),
-        _ => None,
-    }
+pub(crate) fn own_registers<'a>(
+    syscall: Option<&'a Syscall>,
+    functions: &[&str],
+) -> Option<&'a Syscall> {
+    let borrowed = functions.iter().any(|function| {
+        function.starts_with("io_")
+            || function.starts_with("__io_")
+            || function.starts_with("tctx_")
+            || matches!(
+                *function,
+                "task_work_run" | "get_signal" | "do_coredump" | "vfs_coredump"
+            )
+    });
+    syscall.filter(|syscall| !borrowed && syscall.is_genuine())
+}
+
+/// Whether the thread is inside of a system call that opens.
+fn is_opening(functions: &[&str]) -> bool {
+    functions.iter().any(|function| {
+        function.starts_with("do_sys_open")
+            || function.contains("_sys_open")
+            || function.contains("_sys_creat")
+            || function.contains("_sys_exec")
+            || function.starts_with("do_execve")
+            || *function == "do_handle_open"
+            || *function == "do_open_execat"
+            || *function == "open_exec"
+    })
 }
 
 /// What an `open` is for.
 #[must_use]
-pub(crate) fn classify_open(syscall: Option<&Syscall>) -> K {
-    let Some(syscall) = syscall.filter(|syscall| syscall.is_genuine()) else {
+pub(crate) fn classify_open(syscall: Option<&Syscall>, functions: &[&str]) -> K {
+    let own = own_registers(syscall, functions).filter(|_| is_opening(functions));
+    let Some(syscall) = own else {
         // An io_uring worker, a kernel thread (nfsd, swapon's own open is in
         // the caller): no flags to be seen.
         return K::OpenTruncate;
@@ -171,8 +190,11 @@ pub(crate) fn classify_open(syscall: Option<&Syscall>) -> K {
 pub(crate) trait Descriptors {
     /// Whether descriptor `fd` of the thread refers to the watched inode.
     fn is_watched(&self, fd: i32) -> bool;
+    /// Whether descriptor `fd` of the thread cannot write.
+    fn is_read_only(&self, fd: i32) -> bool;
     /// The open flags of descriptor `fd` of the thread; `None` if they cannot
-    /// be told.
+    /// be told. Asked only about a descriptor that the thread writes to the
+    /// watched file by, which only a holder has.
     fn flags(&self, fd: i32) -> Option<u32>;
 }
 
@@ -233,7 +255,7 @@ pub(crate) fn classify(asked: &Asked<'_>, descriptors: &impl Descriptors) -> Ope
 /// The call, if its registers are the thread's own and mean what the table
 /// says in every ABI that could have raised a pre-content event.
 fn genuine(asked: &Asked<'_>) -> Option<(Call, [u64; 6])> {
-    let syscall = asked.syscall.filter(|syscall| syscall.is_genuine())?;
+    let syscall = own_registers(asked.syscall, asked.functions)?;
     Some((call(syscall.number)?, syscall.args))
 }
 
@@ -456,11 +478,7 @@ fn classify_mmap(
         }
         // mprotect(2) can add PROT_WRITE later, unless the description is
         // read-only.
-        Some((Call::Mmap, args))
-            if descriptors
-                .flags(descriptor(args[4]))
-                .is_some_and(|flags| flags & 0o3 == 0) =>
-        {
+        Some((Call::Mmap, args)) if descriptors.is_read_only(descriptor(args[4])) => {
             Operation::new(K::MapRead, range)
         }
         _ => Operation::new(K::MapWrite, range),
@@ -480,6 +498,9 @@ mod tests {
     impl Descriptors for Fds {
         fn is_watched(&self, fd: i32) -> bool {
             self.watched.contains(&fd)
+        }
+        fn is_read_only(&self, _fd: i32) -> bool {
+            self.flags.is_some_and(|flags| flags & 0o3 == 0)
         }
         fn flags(&self, _fd: i32) -> Option<u32> {
             self.flags
@@ -602,7 +623,7 @@ mod tests {
 
         #[test]
         fn opens_by_their_flags() {
-            let o = |number, args| classify_open(Some(&syscall(number, args)));
+            let o = |number, args| classify_open(Some(&syscall(number, args)), &["do_sys_openat2"]);
             let path = 0x7f00;
             assert_eq!(o(257, [0, path, 0o2000000, 0, 0, 0]), K::OpenRead);
             assert_eq!(o(257, [0, path, 0o2, 0, 0, 0]), K::OpenWrite);
@@ -625,15 +646,26 @@ mod tests {
         fn a_worker_or_kernel_thread_hides_its_flags() {
             let mut borrowed = syscall(257, [0; 6]);
             borrowed.sp = 0;
-            assert_eq!(classify_open(Some(&borrowed)), K::OpenTruncate);
-            assert_eq!(classify_open(None), K::OpenTruncate);
-            let mut kthread = syscall(0, [0; 6]);
-            (kthread.sp, kthread.pc) = (0, 0);
-            assert_eq!(at_first_sight(&kthread), None);
-            let read = syscall(0, [3, 0, 10, 0, 0, 0]);
-            assert_eq!(at_first_sight(&read), Some(K::Read));
-            let write = syscall(1, [3, 0, 10, 0, 0, 0]);
-            assert_eq!(at_first_sight(&write), None);
+            assert_eq!(
+                classify_open(Some(&borrowed), &["do_sys_openat2"]),
+                K::OpenTruncate
+            );
+            assert_eq!(classify_open(None, &["do_sys_openat2"]), K::OpenTruncate);
+            // io_uring at the end of an openat that only reads.
+            let open = syscall(257, [0; 6]);
+            let late = [
+                "do_filp_open",
+                "io_openat2",
+                "io_issue_sqe",
+                "task_work_run",
+            ];
+            assert_eq!(classify_open(Some(&open), &late), K::OpenTruncate);
+            assert_eq!(
+                classify_open(Some(&open), &["do_filp_open"]),
+                K::OpenTruncate
+            );
+            let waits = ["io_schedule", "do_sys_openat2"];
+            assert_eq!(classify_open(Some(&open), &waits), K::OpenRead);
         }
 
         #[test]
@@ -755,7 +787,7 @@ mod tests {
             let functions = stack(&[frame, caller]);
             let asked = asked(&functions, Some(&call), (offset, count), true);
             let _ = classify(&asked, &NO_FDS);
-            let _ = classify_open(Some(&call));
+            let _ = classify_open(Some(&call), &[frame]);
         }
     }
 }

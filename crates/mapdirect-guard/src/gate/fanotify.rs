@@ -261,13 +261,6 @@ impl Server<'_> {
             Look::Sleeps(syscall) => syscall,
         };
         let pre_access = event.mask.intersects(Mask::PRE_ACCESS);
-        let sight = syscall
-            .as_ref()
-            .filter(|_| pre_access)
-            .and_then(classify::at_first_sight);
-        if sight.is_some_and(K::is_harmless) {
-            return Verdict::Allow;
-        }
         let Ok(stat) = rustix::fs::fstat(file) else {
             return Verdict::Refuse;
         };
@@ -279,27 +272,18 @@ impl Server<'_> {
             return Verdict::Allow;
         };
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-        // What no pin minds at its worst needs no closer look.
-        if let Some(kind) = sight
-            && let Some((offset, count)) = event.range
-        {
-            let worst = Operation::new(kind, offset..offset.saturating_add(count));
-            if self.judge(&watched, &worst, size, file, late) == Verdict::Allow {
-                return Verdict::Allow;
-            }
-        }
+        let stack = self.threads.stack(event.tid);
+        let functions: Vec<&str> = proc::stack_functions(&stack).collect();
         let operation = if !pre_access {
             if watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
                 return Verdict::Hold;
             }
-            let kind = classify::classify_open(syscall.as_ref());
+            let kind = classify::classify_open(syscall.as_ref(), &functions);
             if kind == K::OpenWrite && watched.take_announced(event.tid) {
                 return Verdict::Allow;
             }
             Operation::new(kind, 0..u64::MAX)
         } else {
-            let stack = self.threads.stack(event.tid);
-            let functions: Vec<&str> = proc::stack_functions(&stack).collect();
             let asked = Asked {
                 range: event.range,
                 syscall: syscall.as_ref(),
@@ -310,6 +294,8 @@ impl Server<'_> {
             let descriptors = ThreadDescriptors {
                 tid: event.tid,
                 inode: id.inode,
+                file,
+                links: stat.st_nlink,
             };
             classify::classify(&asked, &descriptors)
         };
@@ -345,12 +331,11 @@ impl Server<'_> {
             K::MapWrite => &watched.mapped_writable,
             _ => &watched.unrest,
         };
-        let before = note.swap(true, SeqCst);
+        note.store(true, SeqCst);
         fence(SeqCst);
         let verdict = self.ask_pins(watched, operation, size, file, late);
-        if verdict != Verdict::Allow && !before {
-            // It did not go on after all. Nobody else sets notes.
-            note.store(false, SeqCst);
+        if matches!(operation.kind, K::Clone | K::Dedupe | K::CopyRange) {
+            watched.shared_since.store(true, SeqCst);
         }
         if verdict == Verdict::Allow && operation.kind == K::OpenTruncate {
             watched.writers_let_in.store(true, SeqCst);
@@ -367,6 +352,7 @@ impl Server<'_> {
         late: Duration,
     ) -> Verdict {
         let pins = watched.pins.load();
+        let shared_since = watched.shared_since.load(SeqCst);
         let mut held = false;
         // What this gate cannot see, a descriptor open for writing can do
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
@@ -378,7 +364,7 @@ impl Server<'_> {
             operation.reach(size)
         };
         for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
-            let opinion = match pin.opinion(operation, size) {
+            let opinion = match pin.opinion(operation, size, shared_since) {
                 Opinion::Allow if exclusive && pin.is_handed_over() => Opinion::Refuse,
                 Opinion::Allow if exclusive => Opinion::Wait,
                 opinion => opinion,

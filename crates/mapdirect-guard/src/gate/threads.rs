@@ -8,7 +8,9 @@
 use crate::gate::classify::Descriptors;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 
 /// What could be learned about a waiting thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,29 +98,54 @@ impl Threads {
     }
 }
 
-/// The descriptors of a thread, read from its fdinfo files: text of the
-/// kernel about memory of the kernel, so that no foreign filesystem can make
-/// the reader wait.
-pub(crate) struct ThreadDescriptors {
+/// The descriptors of a thread.
+///
+/// Anybody who reads a pinned file can have the gate thread ask about any
+/// descriptor of its own, so what is asked must not depend on what the
+/// descriptor is: an epoll descriptor's fdinfo, for one, waits for a lock
+/// that its owner can hold for ever. The links in `/proc/<tid>/fd` are made of
+/// the kernel's own memory.
+pub(crate) struct ThreadDescriptors<'event> {
     pub(crate) tid: i32,
     pub(crate) inode: u64,
+    /// A descriptor of the watched file.
+    pub(crate) file: BorrowedFd<'event>,
+    /// Links to the watched file.
+    pub(crate) links: u64,
 }
 
-impl ThreadDescriptors {
-    fn info(&self, fd: i32) -> Option<proc::FdInfo> {
-        let text = proc::read_task_file(self.tid, &format!("fdinfo/{fd}")).ok()?;
-        Some(proc::parse_fdinfo(&text))
+impl ThreadDescriptors<'_> {
+    fn link(&self, fd: i32) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/fd/{fd}", self.tid))
     }
 }
 
-impl Descriptors for ThreadDescriptors {
-    /// By inode number alone: a file of the same number on another
-    /// filesystem is taken for the watched one, which refuses more, not less.
+impl Descriptors for ThreadDescriptors<'_> {
+    /// By name: whatever is called the same, wherever it is, is taken for the
+    /// watched file, and so is everything if that has several names. That
+    /// refuses more, not less.
     fn is_watched(&self, fd: i32) -> bool {
-        self.info(fd).is_none_or(|info| info.inode == self.inode)
+        if self.links > 1 {
+            return true;
+        }
+        let Ok(target) = std::fs::read_link(self.link(fd)) else {
+            return true;
+        };
+        let watched = PathBuf::from(proc::path_of(self.file));
+        // Pipes, sockets and the like have names without a slash.
+        target.is_absolute() && target.file_name() == watched.file_name()
+    }
+
+    fn is_read_only(&self, fd: i32) -> bool {
+        // The mode of the link is that of the description.
+        std::fs::symlink_metadata(self.link(fd))
+            .is_ok_and(|link| link.permissions().mode() & 0o200 == 0)
     }
 
     fn flags(&self, fd: i32) -> Option<u32> {
-        self.info(fd).map(|info| info.flags)
+        let text = proc::read_task_file(self.tid, &format!("fdinfo/{fd}")).ok()?;
+        let info = proc::parse_fdinfo(&text);
+        // Another descriptor may have taken its place.
+        (info.inode == self.inode).then_some(info.flags)
     }
 }
