@@ -32,7 +32,8 @@ pub struct Received {
     /// Descriptors that came with it, all close-on-exec.
     pub fds: Vec<OwnedFd>,
     /// Process that sent it, as the kernel knows it; only on a socket told to
-    /// [`tell_senders`](Socket::tell_senders).
+    /// [`tell_senders`](Socket::tell_senders), and only if it can be named
+    /// here.
     pub sender: Option<Sender>,
 }
 
@@ -46,7 +47,8 @@ pub struct Sender {
 }
 
 impl Socket {
-    /// A socket that listens at `path`, where nothing may exist yet.
+    /// A socket that listens at `path`, where nothing may exist yet. What
+    /// [`accept`](Self::accept) returns names the sender of every message.
     ///
     /// # Errors
     ///
@@ -54,6 +56,9 @@ impl Socket {
     pub fn listen(path: &Path, backlog: i32) -> Result<Self> {
         let socket = Self::new()?;
         rustix::net::bind(&socket.fd, &SocketAddrUnix::new(path)?)?;
+        // Connections inherit it. Told to each of them only when it has been
+        // accepted, a message could come before that and name nobody.
+        socket.tell_senders()?;
         rustix::net::listen(&socket.fd, backlog)?;
         Ok(socket)
     }
@@ -268,10 +273,10 @@ impl Socket {
             match ancillary {
                 RecvAncillaryMessage::ScmRights(fds) => received.fds.extend(fds),
                 RecvAncillaryMessage::ScmCredentials(credentials) => {
-                    received.sender = Some(Sender {
-                        pid: credentials.pid.as_raw_nonzero().get(),
-                        uid: credentials.uid.as_raw(),
-                    });
+                    // The kernel says 0 where it does not know.
+                    let pid = credentials.pid.as_raw_nonzero().get();
+                    let uid = credentials.uid.as_raw();
+                    received.sender = (pid > 0).then_some(Sender { pid, uid });
                 }
                 _ => {}
             }
@@ -328,6 +333,29 @@ mod tests {
         assert_eq!((first.fds.len(), first.truncated), (1, false));
         assert_eq!(first.sender.unwrap().pid, std::process::id().cast_signed());
         assert_eq!(other.receive(&mut buffer).unwrap().length, 1);
+    }
+
+    #[test]
+    fn whoever_is_accepted_names_its_senders_from_the_first() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listening = Socket::listen(&path, 1).unwrap();
+        let client = Socket::connect(&path).unwrap();
+        client.send(&[b"before"], &[]).unwrap();
+        let accepted = listening.accept().unwrap();
+        client.send(&[b"after"], &[]).unwrap();
+        for _ in 0..2 {
+            let received = accepted.receive(&mut [0; 16]).unwrap();
+            let pid = received.sender.map(|sender| sender.pid);
+            assert_eq!(pid, Some(std::process::id().cast_signed()));
+        }
+    }
+
+    #[test]
+    fn a_socket_that_was_not_told_names_nobody() {
+        let (one, other) = Socket::pair().unwrap();
+        one.send(&[b"x"], &[]).unwrap();
+        assert_eq!(other.receive(&mut [0; 4]).unwrap().sender, None);
     }
 
     #[test]
