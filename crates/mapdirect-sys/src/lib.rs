@@ -20,6 +20,7 @@ pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;
 pub mod fsync;
+pub mod getauxval;
 pub mod inode_flags;
 pub mod kcmp;
 pub mod memfd;

@@ -6,9 +6,10 @@ use mapdirect_proto::{
     DEFAULT_SOCKET, Gate, MAX_MESSAGE, PinnedRange, Reply, Request, SOCKET_VARIABLE, VERSION,
 };
 use mapdirect_sys::unix::Socket;
-use mapdirect_sys::{Errno, capget, memfd};
+use mapdirect_sys::{Errno, capget, getauxval, memfd};
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
@@ -47,9 +48,14 @@ impl Guard {
 
     /// The guard the environment variable `MAPDIRECT_SOCKET` names, or the
     /// one at `/run/mapdirect/guard.sock`.
+    ///
+    /// A program that runs with more privilege than its caller (set-user-ID,
+    /// set-group-ID, file capabilities: `AT_SECURE` of getauxval(3)) ignores
+    /// the variable: the caller could have it speak with a guard that is
+    /// none.
     #[must_use]
     pub fn from_env() -> Self {
-        let socket = std::env::var_os(SOCKET_VARIABLE).filter(|value| !value.is_empty());
+        let socket = environment(SOCKET_VARIABLE).filter(|value| !value.is_empty());
         Self::at(socket.map_or_else(|| PathBuf::from(DEFAULT_SOCKET), PathBuf::from))
     }
 
@@ -269,6 +275,15 @@ impl Talk<'_> {
     }
 }
 
+/// A variable of the environment, unless the program runs with more privilege
+/// than its caller, whose word the environment is.
+pub(crate) fn environment(name: &str) -> Option<OsString> {
+    if getauxval::is_secure_execution() {
+        return None;
+    }
+    std::env::var_os(name)
+}
+
 fn no_guard(path: &Path, errno: Errno) -> Error {
     Error::new(
         Kind::NoGuard,
@@ -302,8 +317,11 @@ fn not_capable(errno: Errno) -> Error {
         other => Error::new(
             Kind::System,
             Errno::OPNOTSUPP,
-            format!("the capability cannot be proven (memfd_create, FS_IOC_SETFLAGS: {other})"),
-            "the proof needs tmpfs with inode flags, Linux 6.0 or later",
+            format!(
+                "the capability cannot be proven (memfd_create, FS_IOC_SETFLAGS, /proc/self/stat: \
+                 {other})"
+            ),
+            "the proof needs tmpfs with inode flags, Linux 6.0 or later, and proc(5)",
         ),
     }
 }

@@ -93,7 +93,9 @@ impl MapOptions {
     /// Accepts the page cache where the file has no DAX: the block map is
     /// pinned all the same, stores go through the page cache, and
     /// [`DirectMap::persist`] means `msync(2)`. Unless this is called,
-    /// `MAPDIRECT_CACHED=1` in the environment says yes.
+    /// `MAPDIRECT_CACHED=1` in the environment says yes, except in a program
+    /// that runs with more privilege than its caller (`AT_SECURE` of
+    /// getauxval(3)).
     pub fn accept_page_cache(mut self, accept: bool) -> Self {
         self.cached = Some(accept);
         self
@@ -181,9 +183,11 @@ fn size_of_file(file: BorrowedFd<'_>) -> Result<u64> {
     u64::try_from(stat.st_size).map_err(|_| Error::system("fstat", Errno::OVERFLOW))
 }
 
-/// `MAPDIRECT_CACHED=1` in the environment.
+/// `MAPDIRECT_CACHED=1` in the environment; ignored by a program that runs
+/// with more privilege than its caller (`AT_SECURE` of getauxval(3)), which is
+/// not for the caller to loosen.
 pub(crate) fn cached_by_environment() -> bool {
-    std::env::var_os("MAPDIRECT_CACHED").is_some_and(|value| value == "1")
+    crate::guard::environment("MAPDIRECT_CACHED").is_some_and(|value| value == "1")
 }
 
 fn too_large() -> Error {

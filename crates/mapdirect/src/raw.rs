@@ -19,7 +19,8 @@ pub const MAP_DIRECT: i32 = 0x0200_0000;
 /// all its parts, exec, exit, or death; there is no object to keep.
 ///
 /// Without `MAP_DIRECT` among the flags this is `mmap(2)`. The guard is that
-/// of the environment; `MAPDIRECT_CACHED=1` accepts the page cache.
+/// of the environment; `MAPDIRECT_CACHED=1` accepts the page cache. A program
+/// that runs with more privilege than its caller ignores both.
 ///
 /// # Errors
 ///
