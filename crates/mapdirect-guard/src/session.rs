@@ -10,8 +10,9 @@ use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     DecodeError, Flags, Gate, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request, VERSION,
 };
+use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
-use mapdirect_sys::{capget, memfd};
+use mapdirect_sys::{capget, proc};
 use rustix::fs::OFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -28,8 +29,9 @@ pub(crate) struct Session<'guard> {
     peer: Sender,
     challenge: [u8; 32],
     greeted: bool,
-    /// It has proven the capability.
-    proven: bool,
+    /// The process that has proven the capability on this connection: the one
+    /// that connected.
+    proven: Option<Prover>,
 }
 
 /// Why a conversation ends.
@@ -60,7 +62,7 @@ impl<'guard> Session<'guard> {
             peer,
             challenge,
             greeted: false,
-            proven: false,
+            proven: None,
         })
     }
 
@@ -91,7 +93,7 @@ impl<'guard> Session<'guard> {
                 return Err(End::Nonsense);
             }
         };
-        let sender = received.sender.unwrap_or(self.peer);
+        let sender = received.sender;
         let mut fds = received.fds;
         match (&request, fds.pop()) {
             (Request::Hello { .. }, None) => {
@@ -110,7 +112,7 @@ impl<'guard> Session<'guard> {
                 self.refuse(protocol("a conversation begins with a hello"))?;
                 Err(End::Nonsense)
             }
-            (Request::Prove, Some(proof)) => self.prove(proof.as_fd()),
+            (Request::Prove, Some(proof)) => self.prove(proof.as_fd(), sender),
             (Request::Pin(pin), Some(file)) => self.pin(pin, file, sender),
             (Request::Announce { tid }, Some(file)) => self.announce(*tid, file.as_fd(), sender),
             (Request::Query, Some(file)) => self.query(file.as_fd()),
@@ -134,25 +136,44 @@ impl<'guard> Session<'guard> {
         Ok(self.send(&Reply::Refused(refusal), &[])?)
     }
 
-    fn prove(&mut self, proof: BorrowedFd<'_>) -> Result<(), End> {
-        match memfd::check_immutable_capability(proof, &self.challenge) {
-            Ok(true) => {
-                self.proven = true;
+    /// A proof counts for the process that made it, and only here: whoever
+    /// had it made by a privileged program hands in one that names another.
+    fn prove(&mut self, proof: BorrowedFd<'_>, sender: Option<Sender>) -> Result<(), End> {
+        let proven = match memfd::check_immutable_capability(proof, &self.challenge) {
+            Ok(Some(prover)) => self.require_prover(prover, sender).map(|()| prover),
+            _ => Err(not_capable()),
+        };
+        match proven {
+            Ok(prover) => {
+                self.proven = Some(prover);
                 Ok(self.send(&Reply::Done, &[])?)
             }
-            _ => self.refuse(not_capable()),
+            Err(refusal) => self.refuse(refusal),
         }
     }
 
-    /// Whether the sender of a request may pin: the capability was proven on
-    /// this connection, by the very process that speaks now, and it has not
-    /// been given up since.
-    fn authorise(&self, sender: Sender) -> Result<(), Refusal> {
-        if !self.proven {
-            return Err(not_capable());
+    fn require_prover(&self, prover: Prover, sender: Option<Sender>) -> Result<(), Refusal> {
+        let sender = self.require_peer(sender)?;
+        if prover.pid == sender.pid && proc::start_time(sender.pid) == Ok(prover.start) {
+            return Ok(());
         }
-        if sender.pid != self.peer.pid {
-            return Err(refusal(
+        Err(refusal(
+            Reason::NotCapable,
+            Errno::ACCESS,
+            format!(
+                "process {} hands in a proof that another made, process {} of its PID namespace",
+                sender.pid, prover.pid
+            ),
+            "prove in the process that asks, in the PID and time namespaces of the guard",
+        ))
+    }
+
+    /// The sender of a request, if it is the process that connected and the
+    /// kernel says so.
+    fn require_peer(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
+        match sender {
+            Some(sender) if sender.pid > 0 && sender.pid == self.peer.pid => Ok(sender),
+            Some(sender) => Err(refusal(
                 Reason::NotCapable,
                 Errno::ACCESS,
                 format!(
@@ -160,19 +181,43 @@ impl<'guard> Session<'guard> {
                     sender.pid, self.peer.pid
                 ),
                 "connect again in every process",
-            ));
-        }
-        match capget::effective(sender.pid) {
-            Ok(effective) if capget::contains(effective, capget::CAP_LINUX_IMMUTABLE) => Ok(()),
-            _ => Err(not_capable()),
+            )),
+            None => Err(refusal(
+                Reason::NotCapable,
+                Errno::ACCESS,
+                "the kernel does not say who asks",
+                "connect again",
+            )),
         }
     }
 
-    fn pin(&mut self, pin: &PinRequest, file: OwnedFd, sender: Sender) -> Result<(), End> {
-        let granted = self
-            .authorise(sender)
-            .and_then(|()| self.check_mapping(pin))
-            .and_then(|()| grant::grant(self.guard, pin, file, sender, self));
+    /// Whether the sender of a request may pin: the capability was proven on
+    /// this connection, by the very process that speaks now, and it has not
+    /// been given up since.
+    fn authorise(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
+        let Some(prover) = self.proven else {
+            return Err(not_capable());
+        };
+        let sender = self.require_peer(sender)?;
+        // In a user namespace of its own everybody has all capabilities.
+        let initial = proc::in_initial_user_namespace(sender.pid) == Ok(true);
+        let capable = capget::effective(sender.pid)
+            .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
+        // Last: if its number still names the process that proved, it did so
+        // before, too.
+        let same = proc::start_time(sender.pid) == Ok(prover.start);
+        if initial && capable && same {
+            Ok(sender)
+        } else {
+            Err(not_capable())
+        }
+    }
+
+    fn pin(&mut self, pin: &PinRequest, file: OwnedFd, sender: Option<Sender>) -> Result<(), End> {
+        let granted = self.authorise(sender).and_then(|sender| {
+            self.check_mapping(pin)?;
+            grant::grant(self.guard, pin, file, sender, self)
+        });
         match granted {
             Ok(Grant {
                 pin,
@@ -211,8 +256,8 @@ impl<'guard> Session<'guard> {
         Ok(())
     }
 
-    fn announce(&self, tid: i32, path: BorrowedFd<'_>, sender: Sender) -> Result<(), End> {
-        let result = self.authorise(sender).and_then(|()| {
+    fn announce(&self, tid: i32, path: BorrowedFd<'_>, sender: Option<Sender>) -> Result<(), End> {
+        let result = self.authorise(sender).and_then(|sender| {
             let task = format!("/proc/{}/task/{tid}", sender.pid);
             let is_thread = tid > 0 && rustix::fs::stat(task).is_ok();
             let is_path =
@@ -250,7 +295,7 @@ impl<'guard> Session<'guard> {
     }
 
     fn status(&self) -> Result<(), End> {
-        let privileged = self.proven || self.peer.uid == 0;
+        let privileged = self.proven.is_some() || self.peer.uid == 0;
         let status = status::gather(self.guard, (!privileged).then_some(self.peer.uid));
         match memfd::sealed("mapdirect-status", &status.encode()) {
             Ok(file) => Ok(self.send(&Reply::Status, &[file.as_fd()])?),

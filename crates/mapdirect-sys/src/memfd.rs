@@ -2,7 +2,7 @@
 //! privilege that the kernel itself checks.
 
 use crate::inode_flags::{self, IMMUTABLE};
-use crate::{Errno, Result};
+use crate::{Errno, Result, proc};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -71,25 +71,68 @@ pub fn read_sealed(file: BorrowedFd<'_>, limit: usize) -> Result<Vec<u8>> {
 /// another program by the time it is read: a client may send its request and
 /// then run a set-user-ID program. An act cannot be backdated.
 ///
+/// The act can be passed on, though: whoever makes a privileged program
+/// believe that it speaks with the daemon gets a proof for a challenge of
+/// somebody else. So the content names the process that made it, too.
+///
 /// # Errors
 ///
 /// `EPERM` without the capability, `ENOTTY` or `EOPNOTSUPP` where tmpfs lacks
-/// the flag.
+/// the flag, `ENOENT` without proc(5).
 pub fn prove_immutable_capability(challenge: &[u8]) -> Result<OwnedFd> {
-    let file = sealed("mapdirect-proof", challenge)?;
+    let prover = Prover {
+        pid: std::process::id().cast_signed(),
+        start: proc::own_start_time()?,
+    };
+    let file = sealed("mapdirect-proof", &prover.sign(challenge))?;
     inode_flags::set_flags(file.as_fd(), IMMUTABLE)?;
     Ok(file)
 }
 
-/// Whether `file` is what [`prove_immutable_capability`] makes of
-/// `challenge`.
+/// The process that made a proof, as it knows itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prover {
+    /// Its process id.
+    pub pid: i32,
+    /// When it began, see [`proc::start_time`].
+    pub start: u64,
+}
+
+impl Prover {
+    /// Bytes it takes behind the challenge.
+    const LENGTH: usize = 4 + 8;
+
+    fn sign(self, challenge: &[u8]) -> Vec<u8> {
+        let pid = self.pid.to_le_bytes();
+        let start = self.start.to_le_bytes();
+        [challenge, &pid, &start].concat()
+    }
+
+    /// Takes apart what [`sign`](Self::sign) put together.
+    fn signed(content: &[u8], challenge: &[u8]) -> Option<Self> {
+        let signature = content.strip_prefix(challenge)?;
+        let (pid, start) = signature.split_first_chunk()?;
+        Some(Self {
+            pid: i32::from_le_bytes(*pid),
+            start: u64::from_le_bytes(start.try_into().ok()?),
+        })
+    }
+}
+
+/// If `file` is what [`prove_immutable_capability`] makes of `challenge`, the
+/// process that it says made it. That was a capable one; whether it is the
+/// one that hands it in is for the caller to see.
 ///
 /// # Errors
 ///
 /// As [`read_sealed`].
-pub fn check_immutable_capability(file: BorrowedFd<'_>, challenge: &[u8]) -> Result<bool> {
-    let content = read_sealed(file, challenge.len())?;
-    Ok(content == challenge && inode_flags::flags(file)? & IMMUTABLE != 0)
+pub fn check_immutable_capability(
+    file: BorrowedFd<'_>,
+    challenge: &[u8],
+) -> Result<Option<Prover>> {
+    let content = read_sealed(file, challenge.len() + Prover::LENGTH)?;
+    let is_immutable = inode_flags::flags(file)? & IMMUTABLE != 0;
+    Ok(Prover::signed(&content, challenge).filter(|_| is_immutable))
 }
 
 #[cfg(test)]
@@ -113,11 +156,31 @@ mod tests {
     }
 
     #[test]
+    fn a_signature_comes_back_whole_or_not_at_all() {
+        let prover = Prover {
+            pid: 7,
+            start: u64::MAX - 1,
+        };
+        let content = prover.sign(b"challenge");
+        assert_eq!(Prover::signed(&content, b"challenge"), Some(prover));
+        assert_eq!(Prover::signed(&content, b"challengf"), None);
+        for length in 0..content.len() {
+            assert_eq!(Prover::signed(&content[..length], b"challenge"), None);
+        }
+        let longer = [&content[..], b"x"].concat();
+        assert_eq!(Prover::signed(&longer, b"challenge"), None);
+    }
+
+    #[test]
     fn a_proof_needs_the_act_and_the_challenge() {
-        let plain = sealed("test", b"challenge").unwrap();
+        let me = Prover {
+            pid: std::process::id().cast_signed(),
+            start: proc::own_start_time().unwrap(),
+        };
+        let plain = sealed("test", &me.sign(b"challenge")).unwrap();
         assert_eq!(
             check_immutable_capability(plain.as_fd(), b"challenge"),
-            Ok(false)
+            Ok(None)
         );
         let capable = crate::capget::contains(
             crate::capget::effective(0).unwrap(),
@@ -127,8 +190,8 @@ mod tests {
             Ok(proof) => {
                 assert!(capable);
                 let check = |challenge| check_immutable_capability(proof.as_fd(), challenge);
-                assert_eq!(check(b"challenge"), Ok(true));
-                assert_eq!(check(b"challengf"), Ok(false));
+                assert_eq!(check(b"challenge"), Ok(Some(me)));
+                assert_eq!(check(b"challengf"), Ok(None));
             }
             Err(errno) => assert_eq!((errno, capable), (Errno::PERM, false)),
         }

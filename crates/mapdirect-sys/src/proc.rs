@@ -150,7 +150,10 @@ pub fn reread<'buffer>(file: BorrowedFd<'_>, buffer: &'buffer mut [u8]) -> Resul
 ///
 /// As [`open_task_file`] and [`reread`].
 pub fn read_task_file(id: i32, name: &str) -> Result<String> {
-    let file = open_task_file(id, name)?;
+    read_text(&open_task_file(id, name)?)
+}
+
+fn read_text(file: &OwnedFd) -> Result<String> {
     let mut text = Vec::new();
     let mut chunk = [0; 8192];
     loop {
@@ -163,6 +166,49 @@ pub fn read_task_file(id: i32, name: &str) -> Result<String> {
     }
     // Names of files are whatever bytes somebody chose.
     Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// When a process or thread began, in clock ticks since boot: with its id, the
+/// name of one process for as long as the machine runs (an id alone is used
+/// again). `execve(2)` does not change it.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` for text of no known form.
+pub fn start_time(id: i32) -> Result<u64> {
+    parse_start_time(&read_task_file(id, "stat")?).ok_or(Errno::INVAL)
+}
+
+/// [`start_time`] of the calling process.
+///
+/// # Errors
+///
+/// `ENOENT` without proc(5), `EINVAL` for text of no known form.
+pub fn own_start_time() -> Result<u64> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open("/proc/self/stat", flags, Mode::empty())?;
+    parse_start_time(&read_text(&file)?).ok_or(Errno::INVAL)
+}
+
+/// Field 22 of `/proc/<id>/stat`.
+fn parse_start_time(stat: &str) -> Option<u64> {
+    // The command in parentheses may hold anything, parentheses too; field 3
+    // is the first behind it.
+    let (_, behind) = stat.rsplit_once(')')?;
+    behind.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+}
+
+/// Whether a process is in the initial user namespace, where its
+/// capabilities count everywhere.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EACCES` if the caller must not know.
+pub fn in_initial_user_namespace(pid: i32) -> Result<bool> {
+    // PROC_USER_INIT_INO of include/linux/proc_ns.h.
+    const INITIAL: &[u8] = b"user:[4026531837]";
+    let link = rustix::fs::readlink(format!("/proc/{pid}/ns/user"), Vec::new())?;
+    Ok(link.as_bytes() == INITIAL)
 }
 
 /// The name of a thread (`/proc/<tid>/comm`), with control characters
@@ -315,6 +361,25 @@ pub fn parse_maps_line(line: &str) -> Option<MapsEntry> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_start_time_is_found_behind_any_name() {
+        let fields: Vec<String> = (3..=52).map(|field| field.to_string()).collect();
+        for name in ["x", "a b", ") 1 2 3 (", "))", "\n"] {
+            let line = format!("7 ({name}) {}\n", fields.join(" "));
+            assert_eq!(parse_start_time(&line), Some(22), "{name:?}");
+        }
+        for line in ["", "7 (x", "7 (x)", "7 (x) S 1", "7 (x) 4 5 6 7 8 9 a"] {
+            assert_eq!(parse_start_time(line), None, "{line:?}");
+        }
+    }
+
+    #[test]
+    fn a_process_knows_its_start_as_others_do() {
+        let own = own_start_time().unwrap();
+        assert_eq!(start_time(std::process::id().cast_signed()), Ok(own));
+        assert!(start_time(i32::MAX).is_err());
+    }
 
     #[test]
     fn a_sleeping_thread_shows_its_call() {

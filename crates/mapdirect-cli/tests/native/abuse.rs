@@ -8,7 +8,7 @@ use mapdirect_proto::{Flags, MAX_MESSAGE, PinRequest, Reason, Reply, Request, VE
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, memfd};
 use mapdirect_testkit::Kind;
-use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::process::{GuardProcess, Helper, say};
 use mapdirect_testkit::random::Random;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -23,6 +23,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("wrong-descriptors", wrong_descriptors),
         ("ranges", ranges),
         ("unproven", unproven),
+        ("relayed-proof", relayed_proof),
+        ("own-user-namespace", own_user_namespace),
         ("someone-elses-connection", someone_elses_connection),
         ("leaves-in-the-middle", leaves_in_the_middle),
         ("never-swaps", never_swaps),
@@ -52,7 +54,11 @@ fn is_well(world: &World, guard: &GuardProcess) {
 }
 
 fn connect(guard: &GuardProcess) -> Socket {
-    let socket = Socket::connect(guard.socket()).unwrap();
+    connect_to(guard.socket())
+}
+
+fn connect_to(path: &Path) -> Socket {
+    let socket = Socket::connect(path).unwrap();
     socket
         .set_receive_timeout(Some(Duration::from_secs(10)))
         .unwrap();
@@ -76,14 +82,23 @@ fn ask(socket: &Socket, request: &Request, fds: &[BorrowedFd<'_>]) -> Option<Rep
     hear(socket).map(|(reply, _)| reply)
 }
 
-/// A connection that may pin.
-fn proven(guard: &GuardProcess) -> Socket {
-    let socket = connect(guard);
-    let Some(Reply::Welcome { challenge, .. }) =
-        ask(&socket, &Request::Hello { version: VERSION }, &[])
-    else {
+/// Begins a conversation, and returns the challenge.
+fn greet(socket: &Socket) -> [u8; 32] {
+    let hello = Request::Hello { version: VERSION };
+    let Some(Reply::Welcome { challenge, .. }) = ask(socket, &hello, &[]) else {
         panic!("no welcome");
     };
+    challenge
+}
+
+/// A connection that may pin.
+fn proven(guard: &GuardProcess) -> Socket {
+    proven_to(guard.socket())
+}
+
+fn proven_to(path: &Path) -> Socket {
+    let socket = connect_to(path);
+    let challenge = greet(&socket);
     let proof = memfd::prove_immutable_capability(&challenge).unwrap();
     assert_eq!(
         ask(&socket, &Request::Prove, &[proof.as_fd()]),
@@ -277,6 +292,77 @@ fn unproven(world: &World) {
     assert_eq!(refusal.reason, Reason::NotCapable);
     drop((other, file));
     std::fs::remove_file(&path).unwrap();
+}
+
+/// A proof for this connection's challenge, but made by another process: what
+/// a fake guard gets out of a privileged program.
+fn relayed_proof(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-relayed", 65536);
+    let file = File::open(&path).unwrap();
+    let socket = connect(&guard);
+    let challenge = greet(&socket);
+    let (ours, theirs) = Socket::pair().unwrap();
+    let child = mapdirect_testkit::raw::fork(|| {
+        let sent = memfd::prove_immutable_capability(&challenge)
+            .and_then(|proof| theirs.send(&[b"proof"], &[proof.as_fd()]));
+        i32::from(sent.is_err())
+    })
+    .unwrap();
+    assert_eq!(mapdirect_testkit::raw::wait(child), Ok(0));
+    let proof = ours.receive(&mut [0; 16]).unwrap().fds.remove(0);
+    let requests = [
+        (Request::Prove, proof.as_fd()),
+        (pin_request(0, 4096), file.as_fd()),
+    ];
+    for (request, fd) in requests {
+        let Some(Reply::Refused(refusal)) = ask(&socket, &request, &[fd]) else {
+            panic!("{request:?} with the proof of another");
+        };
+        assert_eq!(refusal.errno, Errno::ACCESS.raw_os_error());
+        assert_eq!(refusal.reason, Reason::NotCapable);
+    }
+    drop((proof, file));
+    assert!(!is_pinned(&path));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// In a user namespace of its own a process has all capabilities, and they
+/// count for nothing outside.
+fn own_user_namespace(world: &World) {
+    let guard = world.guard();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-namespace", 65536);
+    let socket = guard.socket().to_string_lossy().into_owned();
+    let name = path.to_string_lossy().into_owned();
+    let mut helper = Helper::start("own-namespace", &[&socket, &name]).unwrap();
+    let errno = Errno::ACCESS.raw_os_error();
+    assert_eq!(helper.hear().unwrap(), format!("refused {errno}"));
+    assert_eq!(helper.finish().unwrap(), Some(0));
+    assert!(!is_pinned(&path));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Proves what it can, goes into a user namespace of its own, and asks for a
+/// pin.
+pub fn play_own_namespace(arguments: &[String]) -> anyhow::Result<()> {
+    let [socket, path] = arguments else {
+        anyhow::bail!("wrong arguments");
+    };
+    let file = File::open(path)?;
+    let socket = proven_to(Path::new(socket));
+    mapdirect_testkit::raw::own_user_namespace()?;
+    let all = mapdirect_sys::capget::effective(0)?;
+    anyhow::ensure!(mapdirect_sys::capget::contains(
+        all,
+        mapdirect_sys::capget::CAP_LINUX_IMMUTABLE
+    ));
+    match ask(&socket, &pin_request(0, 4096), &[file.as_fd()]) {
+        Some(Reply::Refused(refusal)) => say(&format!("refused {}", refusal.errno)),
+        other => say(&format!("{other:?}")),
+    }
+    Ok(())
 }
 
 /// A child that inherited a proven connection is not the one that proved.
@@ -521,6 +607,16 @@ fn unprivileged_status(world: &World) {
     assert!(output.status.success(), "{output:?}");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(!text.contains("secret"), "{text}");
+    // With more privilege than its caller it does not listen to the caller's
+    // environment.
+    std::process::Command::new("chmod")
+        .arg("2755")
+        .arg(&binary)
+        .status()
+        .unwrap();
+    let output = run(&["status"]);
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(text.contains(mapdirect_proto::DEFAULT_SOCKET), "{text}");
     let output = run(&["doctor"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("lacks CAP_LINUX_IMMUTABLE"), "{text}");

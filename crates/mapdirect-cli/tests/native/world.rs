@@ -32,6 +32,7 @@ pub fn roles() -> Vec<Role> {
         ("random", crate::random::play_attacker),
         ("mmap", crate::errors::play_mmap),
         ("pin", crate::errors::play_pin),
+        ("own-namespace", crate::abuse::play_own_namespace),
     ]
 }
 
