@@ -229,6 +229,29 @@ pub fn printable(text: &str) -> String {
         .collect()
 }
 
+/// `text` with the octal escapes taken out that the kernel writes for blanks
+/// and backslashes in names.
+#[must_use]
+pub fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((first, tail)) = rest.split_first() {
+        let octal = tail
+            .get(..3)
+            .filter(|_| *first == b'\\')
+            .and_then(|digits| std::str::from_utf8(digits).ok())
+            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        if let Some(byte) = octal {
+            bytes.push(byte);
+            rest = &tail[3..];
+        } else {
+            bytes.push(*first);
+            rest = tail;
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
 /// The numeric names in a directory of proc: processes in `/proc`, threads in
 /// `/proc/<pid>/task`, descriptors in `/proc/<pid>/fd`.
 ///
@@ -260,7 +283,10 @@ pub struct FdInfo {
     pub inode: u64,
     /// Number of descriptors on their way through this socket.
     pub in_flight: u64,
-    /// Paths of files registered with this io_uring.
+    /// How many places for registered files this io_uring has; nothing if it
+    /// does not tell.
+    pub places: Option<usize>,
+    /// Paths of the files registered there, escaped ([`unescape`]).
     pub registered: Vec<String>,
     /// Record and whole-file locks that belong to the descriptor's
     /// description or, through it, to the process.
@@ -272,6 +298,15 @@ impl FdInfo {
     #[must_use]
     pub const fn is_writable(&self) -> bool {
         self.flags & 0o3 != 0 && self.flags & libc::O_PATH.cast_unsigned() == 0
+    }
+
+    /// Whether an io_uring tells which files are registered with it. It keeps
+    /// silent while it is busy; older kernels then told the places, but none
+    /// of the files.
+    #[must_use]
+    pub fn tells_registered(&self) -> bool {
+        self.places
+            .is_some_and(|places| places == 0 || !self.registered.is_empty())
     }
 
     /// Whether the description is a mere path.
@@ -304,7 +339,10 @@ pub fn parse_fdinfo(text: &str) -> FdInfo {
             "flags" => info.flags = u32::from_str_radix(value, 8).unwrap_or(0),
             "ino" => info.inode = value.parse().unwrap_or(0),
             "scm_fds" => info.in_flight = value.parse().unwrap_or(0),
-            "UserFiles" => registered = value.parse().unwrap_or(0),
+            "UserFiles" => {
+                info.places = value.parse().ok();
+                registered = info.places.unwrap_or(0);
+            }
             "lock" => info.locks.extend(crate::proc_locks::parse_line(value)),
             _ => {}
         }
@@ -426,7 +464,23 @@ mod tests {
         assert!(info.is_writable());
         assert_eq!((info.inode, info.in_flight), (131, 2));
         assert_eq!(info.registered, ["/mnt/x", "/mnt/y: z"]);
+        assert!(info.tells_registered());
         assert_eq!(info.locks.len(), 1);
+    }
+
+    #[test]
+    fn a_ring_that_tells_nothing() {
+        let none = "UserFiles:\t0\n";
+        assert!(parse_fdinfo(none).tells_registered());
+        let busy = "UserFiles:\t3\nUserBufs:\t0\n";
+        assert!(!parse_fdinfo(busy).tells_registered());
+        assert!(!parse_fdinfo("pos:\t0\n").tells_registered());
+    }
+
+    #[test]
+    fn names_lose_their_escapes() {
+        assert_eq!(unescape(r"/a\040b\134c\011"), "/a b\\c\t");
+        assert_eq!(unescape(r"/a\0"), r"/a\0");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! proc_pid_mountinfo(5): what is mounted.
 
+use crate::proc::unescape;
+
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
@@ -67,27 +69,6 @@ pub fn read(pid: Option<i32>) -> std::io::Result<Vec<Mount>> {
     let text = std::fs::read(path)?;
     let text = String::from_utf8_lossy(&text);
     Ok(text.lines().filter_map(parse_line).collect())
-}
-
-/// Undoes the octal escapes of `seq_path`.
-fn unescape(text: &str) -> String {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, tail)) = rest.split_first() {
-        let octal = tail
-            .get(..3)
-            .filter(|_| *first == b'\\')
-            .and_then(|digits| std::str::from_utf8(digits).ok())
-            .and_then(|digits| u8::from_str_radix(digits, 8).ok());
-        if let Some(byte) = octal {
-            bytes.push(byte);
-            rest = &tail[3..];
-        } else {
-            bytes.push(*first);
-            rest = tail;
-        }
-    }
-    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 #[cfg(test)]
