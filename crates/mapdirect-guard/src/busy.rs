@@ -4,6 +4,7 @@
 //! no description, and what the gate let in through one behind it may still
 //! be under way. Both are looked for among all threads of the system.
 
+use crate::bounded::{self, Looking, Stuck, within};
 use crate::gate::classify::classify_open;
 use crate::policy::OperationKind;
 use crate::thaw;
@@ -171,76 +172,114 @@ impl Running {
     }
 }
 
+/// Threads that may be in the middle of something.
+#[derive(Default)]
+struct Suspects {
+    sleeping: Vec<(i32, &'static str)>,
+    running: Vec<Running>,
+}
+
+impl Suspects {
+    /// Every thread of the system that is not idle.
+    fn find(look_for: LookFor, looking: &Looking) -> Result<Self, Stuck> {
+        let own_pid = std::process::id().cast_signed();
+        let mut suspects = Self::default();
+        for pid in proc::numbers_in("/proc").unwrap_or_default() {
+            if pid == own_pid {
+                continue;
+            }
+            looking.at(pid)?;
+            for tid in proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default() {
+                suspects.note(tid, look(look_for, tid));
+            }
+        }
+        Ok(suspects)
+    }
+
+    fn note(&mut self, tid: i32, seen: Seen) {
+        match seen {
+            Seen::Idle => {}
+            Seen::Busy(doing) => self.sleeping.push((tid, doing)),
+            Seen::Running => self.running.push(Running::now(tid)),
+        }
+    }
+
+    /// Those of them who still may be.
+    fn look_again(self, look_for: LookFor, looking: &Looking) -> Result<Self, Stuck> {
+        let mut left = Self::default();
+        for (tid, _) in self.sleeping {
+            looking.at(tid)?;
+            left.note(tid, look(look_for, tid));
+        }
+        for thread in self.running {
+            looking.at(thread.tid)?;
+            match look(look_for, thread.tid) {
+                Seen::Running if thread.has_moved_on(look_for) => {}
+                Seen::Running => left.running.push(thread),
+                seen => left.note(thread.tid, seen),
+            }
+        }
+        Ok(left)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sleeping.is_empty() && self.running.is_empty()
+    }
+
+    fn into_busy(self) -> Vec<Busy> {
+        let busy = |tid, doing, had| Busy {
+            tid,
+            command: proc::command(tid),
+            doing,
+            had,
+        };
+        let asleep = self.sleeping.into_iter();
+        let awake = self.running.into_iter();
+        asleep
+            .map(|(tid, doing)| busy(tid, doing, None))
+            .chain(awake.map(|thread| busy(thread.tid, "running", Some(thread.had))))
+            .collect()
+    }
+}
+
 /// Looks at every thread of the system until none is busy any more or the
 /// time is over, and tells who still is. Those that begin later are not
 /// waited for: they meet a closed gate. Nor are those that `held` names: they
-/// have not passed it.
-fn wait_for(look_for: LookFor, held: &dyn Fn() -> Arc<Vec<i32>>, deadline: Instant) -> Vec<Busy> {
-    let own_pid = std::process::id().cast_signed();
-    let mut sleeping = Vec::new();
-    let mut running = Vec::new();
-    for pid in proc::numbers_in("/proc").unwrap_or_default() {
-        if pid == own_pid {
-            continue;
+/// have not passed it. A process that cannot be looked at is waited for until
+/// `limit`.
+fn wait_for(
+    look_for: LookFor,
+    held: &dyn Fn() -> Arc<Vec<i32>>,
+    deadline: Instant,
+    limit: Instant,
+) -> Result<Vec<Busy>, Stuck> {
+    let mut suspects = loop {
+        let found = within(bounded::limit(limit), move |looking| {
+            Suspects::find(look_for, looking)
+        });
+        match found? {
+            Ok(suspects) => break suspects,
+            Err(stuck) if stuck.is_over_before(limit) => {}
+            Err(stuck) => return Err(stuck),
         }
-        for tid in proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default() {
-            match look(look_for, tid) {
-                Seen::Idle => {}
-                Seen::Busy(doing) => sleeping.push((tid, doing)),
-                Seen::Running => running.push(Running::now(tid)),
-            }
-        }
-    }
+    };
     let mut backoff = Backoff::until(
         deadline,
         Duration::from_micros(100),
         Duration::from_millis(5),
     );
-    loop {
+    while !suspects.is_empty() {
         let waiting = held();
-        let mut woke_up = Vec::new();
-        sleeping.retain(|(tid, _)| {
-            if waiting.contains(tid) {
-                return false;
-            }
-            match look(look_for, *tid) {
-                Seen::Idle => false,
-                Seen::Busy(_) => true,
-                Seen::Running => {
-                    woke_up.push(Running::now(*tid));
-                    false
-                }
-            }
-        });
-        let mut fell_asleep = Vec::new();
-        running.retain(|thread| match look(look_for, thread.tid) {
-            Seen::Idle => false,
-            Seen::Busy(doing) => {
-                fell_asleep.push((thread.tid, doing));
-                false
-            }
-            Seen::Running => !thread.has_moved_on(look_for),
-        });
-        sleeping.extend(fell_asleep);
-        running.extend(woke_up);
-        let done = sleeping.is_empty() && running.is_empty();
-        if done || backoff.is_over() {
-            let busy = |tid, doing, had| Busy {
-                tid,
-                command: proc::command(tid),
-                doing,
-                had,
-            };
-            let asleep = sleeping
-                .into_iter()
-                .map(|(tid, doing)| busy(tid, doing, None));
-            let awake = running
-                .into_iter()
-                .map(|thread| busy(thread.tid, "running", Some(thread.had)));
-            return asleep.chain(awake).collect();
+        suspects.sleeping.retain(|(tid, _)| !waiting.contains(tid));
+        suspects = within(bounded::limit(limit), move |looking| {
+            suspects.look_again(look_for, looking)
+        })??;
+        if backoff.is_over() {
+            break;
         }
         backoff.pause();
     }
+    Ok(suspects.into_busy())
 }
 
 enum Seen {
@@ -270,16 +309,37 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
 /// a thaw waits for another one.
 fn still_busy_here(
     look_for: LookFor,
-    busy: &[Busy],
+    mut left: Vec<Busy>,
     held: &dyn Fn() -> Arc<Vec<i32>>,
     deadline: Instant,
-) -> Vec<Busy> {
-    let mut left = busy.to_vec();
+) -> Result<Vec<Busy>, Stuck> {
     loop {
+        // Whoever has come to the gate since is out of it.
         let waiting = held();
-        left.retain_mut(|busy| match look(look_for, busy.tid) {
-            // It has come to the gate since.
-            _ if waiting.contains(&busy.tid) => false,
+        left.retain(|busy| !waiting.contains(&busy.tid));
+        left = within(bounded::limit(deadline), move |looking| {
+            stay_busy(look_for, left, looking)
+        })??;
+        if left.is_empty() || Instant::now() >= deadline {
+            return Ok(left);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Those who still are busy, and not because they wait for a thaw.
+fn stay_busy(
+    look_for: LookFor,
+    mut left: Vec<Busy>,
+    looking: &Looking,
+) -> Result<Vec<Busy>, Stuck> {
+    let mut stuck = Ok(());
+    left.retain_mut(|busy| {
+        if let Err(there) = looking.at(busy.tid) {
+            stuck = Err(there);
+            return true;
+        }
+        match look(look_for, busy.tid) {
             Seen::Idle => false,
             Seen::Running => {
                 // Woken by a thaw, perhaps: it will tell when it sleeps
@@ -289,12 +349,9 @@ fn still_busy_here(
                 !Running { tid, had }.has_moved_on(look_for)
             }
             Seen::Busy(_) => !waits_for_thaw(busy.tid),
-        });
-        if left.is_empty() || Instant::now() >= deadline {
-            return left;
         }
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    });
+    stuck.map(|()| left)
 }
 
 /// How long to wait for threads to get through, before asking whether their
@@ -314,30 +371,34 @@ impl Quiet<'_> {
     /// Waits until every truncation by path that began before this call has
     /// either finished or is counted by the inode; ask for a lease then.
     /// Tells who may still be at it when the time is over.
-    pub(crate) fn wait_for_truncations(&self, scan: &TruncationScan) -> Vec<Busy> {
-        let busy = scan.wait(self.held, BEFORE_ASKING);
+    pub(crate) fn wait_for_truncations(&self, scan: &TruncationScan) -> Result<Vec<Busy>, Stuck> {
+        let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
         self.leave_out_other_filesystems(LookFor::Truncations, busy)
     }
 
     /// Waits until every open that began before this call has finished.
-    pub(crate) fn wait_for_opens(&self) -> Vec<Busy> {
-        wait_for(LookFor::Opens, self.held, self.deadline)
+    pub(crate) fn wait_for_opens(&self) -> Result<Vec<Busy>, Stuck> {
+        wait_for(LookFor::Opens, self.held, self.deadline, self.deadline)
     }
 
     /// Waits until everybody who was changing any file has finished.
-    pub(crate) fn wait_for_changes(&self) -> Vec<Busy> {
+    pub(crate) fn wait_for_changes(&self) -> Result<Vec<Busy>, Stuck> {
         let soon = self.deadline.min(Instant::now() + BEFORE_ASKING);
-        let busy = wait_for(LookFor::Changes, self.held, soon);
+        let busy = wait_for(LookFor::Changes, self.held, soon, self.deadline)?;
         self.leave_out_other_filesystems(LookFor::Changes, busy)
     }
 
     /// If it is not this filesystem that is frozen, whoever waits for a thaw
     /// waits for another.
-    fn leave_out_other_filesystems(&self, look_for: LookFor, busy: Vec<Busy>) -> Vec<Busy> {
+    fn leave_out_other_filesystems(
+        &self,
+        look_for: LookFor,
+        busy: Vec<Busy>,
+    ) -> Result<Vec<Busy>, Stuck> {
         if busy.is_empty() || !thaw::is_thawed(self.file, self.deadline) {
-            return busy;
+            return Ok(busy);
         }
-        still_busy_here(look_for, &busy, self.held, self.deadline)
+        still_busy_here(look_for, busy, self.held, self.deadline)
     }
 }
 
@@ -367,44 +428,70 @@ pub(crate) struct TruncationScan {
     changed: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct ScanState {
     /// Scans begun, and scans finished.
     begun: u64,
     finished: u64,
     running: bool,
-    /// What the last finished scan left.
-    busy: Vec<Busy>,
+    /// What the last finished scan left, or why it came to nothing.
+    outcome: Result<Vec<Busy>, Stuck>,
+}
+
+impl Default for ScanState {
+    fn default() -> Self {
+        Self {
+            begun: 0,
+            finished: 0,
+            running: false,
+            outcome: Ok(Vec::new()),
+        }
+    }
 }
 
 impl TruncationScan {
     /// Waits until no truncation by path is under way that began before this
     /// call, and tells who still is at it when the time is over.
-    fn wait(&self, held: &dyn Fn() -> Arc<Vec<i32>>, patience: Duration) -> Vec<Busy> {
+    fn wait(
+        &self,
+        held: &dyn Fn() -> Arc<Vec<i32>>,
+        patience: Duration,
+        deadline: Instant,
+    ) -> Result<Vec<Busy>, Stuck> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // A scan that is running now may have passed a thread before it went
         // into the kernel: the next one counts.
         let wanted = state.begun + 1;
         loop {
             if state.finished >= wanted {
-                return state.busy.clone();
+                match &state.outcome {
+                    // Whoever began it may have been less patient.
+                    Err(_) if Instant::now() < deadline => {}
+                    outcome => return outcome.clone(),
+                }
             }
             if !state.running {
                 state.running = true;
                 state.begun += 1;
                 drop(state);
-                let busy = wait_for(LookFor::Truncations, held, Instant::now() + patience);
+                let soon = Instant::now() + patience;
+                let outcome = wait_for(LookFor::Truncations, held, soon, deadline);
                 state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.running = false;
                 state.finished = state.begun;
-                state.busy = busy;
+                state.outcome = outcome.clone();
                 self.changed.notify_all();
-                continue;
+                return outcome;
             }
-            state = self
+            let left = bounded::limit(deadline);
+            let (again, waited) = self
                 .changed
-                .wait(state)
+                .wait_timeout(state, left)
                 .unwrap_or_else(PoisonError::into_inner);
+            if waited.timed_out() {
+                return Err(bounded::oldest());
+            }
+            state = again;
         }
     }
 }
@@ -454,7 +541,10 @@ mod tests {
         let scan = TruncationScan::default();
         std::thread::scope(|scope| {
             for _ in 0..8 {
-                scope.spawn(|| scan.wait(&Arc::default, Duration::from_millis(200)));
+                scope.spawn(|| {
+                    let late = Instant::now() + Duration::from_secs(60);
+                    scan.wait(&Arc::default, Duration::from_millis(200), late)
+                });
             }
         });
         let state = scan.state.lock().unwrap();

@@ -10,10 +10,11 @@
 //! since the last proof, all of that holds, and what remains is to open a
 //! description, lock its byte and read the block map.
 
+use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
 use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
-use crate::openers::{Openers, Wanted, openers};
+use crate::openers::{Openers, Wanted, openers_before};
 use crate::policy::{self, Beside};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
@@ -535,7 +536,10 @@ impl Attempt<'_> {
     }
 
     /// Waits for others by `wait`, and refuses if they do not finish.
-    fn quietly(&self, wait: impl FnOnce(&Quiet<'_>) -> Vec<Busy>) -> Result<(), Refusal> {
+    fn quietly(
+        &self,
+        wait: impl FnOnce(&Quiet<'_>) -> Result<Vec<Busy>, Stuck>,
+    ) -> Result<(), Refusal> {
         let quiet = Quiet {
             file: self.file.as_fd(),
             held: &|| self.guard.gate.held(),
@@ -543,15 +547,19 @@ impl Attempt<'_> {
             // to show that a thread goes on.
             deadline: Instant::now() + self.patience.max(Duration::from_secs(1)),
         };
-        still_changing(&wait(&quiet))
+        still_changing(&wait(&quiet).map_err(stuck)?)
     }
 
     fn openers(&self, mark: Option<u64>) -> Openers {
-        openers(Wanted {
+        let wanted = Wanted {
             id: self.judged.id,
             path: &self.judged.path,
             mark,
-        })
+        };
+        openers_before(
+            wanted,
+            Instant::now() + self.patience.max(Duration::from_secs(1)),
+        )
     }
 
     fn lease_proves(&self) -> Result<bool, Refusal> {
@@ -1069,6 +1077,27 @@ fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
             "try again when that is over, or ask with more patience",
         )
     })
+}
+
+fn stuck(stuck: Stuck) -> Refusal {
+    Refusal {
+        openers: (stuck.pid != 0)
+            .then(|| Opener {
+                pid: stuck.pid,
+                fd: None,
+                writable: true,
+                mapped: false,
+                command: proc::command(stuck.pid),
+            })
+            .into_iter()
+            .collect(),
+        ..refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            stuck.obstacle(),
+            "try again when that is over; if it hangs, end it, or what it waits for",
+        )
+    }
 }
 
 /// Holds back every open of an inode while it exists.

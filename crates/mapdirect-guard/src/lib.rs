@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod audit;
+mod bounded;
 mod busy;
 mod gate;
 mod grant;

@@ -4,13 +4,16 @@
 //! is found here decides only where the exact proof (a lease) cannot be had,
 //! and explains refusals.
 
+use crate::bounded::{self, Looking, within};
 use crate::table::{InodeId, LOCK_BASE};
 use mapdirect_proto::Opener;
 use mapdirect_sys::proc::{self, FdInfo};
 use mapdirect_sys::{kcmp, proc_locks};
 use rustix::fs::{AtFlags, StatxFlags};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// A file whose openers are looked for.
 #[derive(Clone, Copy, Debug)]
@@ -45,49 +48,113 @@ impl Openers {
     }
 }
 
+/// How long to look where nobody's patience says.
+const LIMIT: Duration = Duration::from_secs(2);
+/// How often to ask again what a busy io_uring has registered.
+const TRIES: u32 = 10;
+
 /// Looks for everybody who has a file open.
 pub(crate) fn openers(wanted: Wanted<'_>) -> Openers {
-    openers_of(&[wanted]).pop().unwrap_or_default()
+    openers_before(wanted, Instant::now() + LIMIT)
+}
+
+/// The same for somebody who is patient until `deadline`.
+pub(crate) fn openers_before(wanted: Wanted<'_>, deadline: Instant) -> Openers {
+    look_for(&[wanted], bounded::limit(deadline))
+        .pop()
+        .unwrap_or_default()
 }
 
 /// The same for many files with one look at every process; the answers stand
 /// in the order of the questions.
 pub(crate) fn openers_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
-    let mut by_inode: HashMap<u64, Vec<usize>> = HashMap::new();
-    for (at, file) in wanted.iter().enumerate() {
-        by_inode.entry(file.id.inode).or_default().push(at);
-    }
-    let mut search = Search {
-        wanted,
-        by_inode,
-        found: wanted.iter().map(|_| Openers::default()).collect(),
-    };
-    let own = std::process::id().cast_signed();
-    for pid in proc::numbers_in("/proc").unwrap_or_default() {
-        if pid != own {
-            search.look_at_process(pid);
+    look_for(wanted, LIMIT)
+}
+
+fn look_for(wanted: &[Wanted<'_>], limit: Duration) -> Vec<Openers> {
+    let search = Search::of(wanted);
+    let shared = Arc::clone(&search.found);
+    let looked = within(limit, move |looking| search.run(looking));
+    let mut found = std::mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
+    if let Err(stuck) = looked {
+        // What was found until then is true, but not all.
+        for found in &mut found {
+            found.hidden.push(stuck.obstacle());
         }
     }
-    search.look_into_the_kernel();
-    search.found
+    found
 }
 
-struct Search<'a> {
-    wanted: &'a [Wanted<'a>],
+/// What a search owns: it may outlive who asked for it.
+struct Search {
+    wanted: Vec<Sought>,
     by_inode: HashMap<u64, Vec<usize>>,
-    found: Vec<Openers>,
+    /// Taken away from a search that took too long.
+    found: Arc<Mutex<Vec<Openers>>>,
 }
 
-impl Search<'_> {
-    fn look_at_process(&mut self, pid: i32) {
-        let mut process = Process { pid, command: None };
-        // Threads may have descriptor tables of their own (CLONE_FILES left
-        // out).
-        let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
-        let separate = threads
-            .into_iter()
-            .filter(|tid| *tid != pid && !kcmp::same_descriptors(pid, *tid));
-        for table in std::iter::once(pid).chain(separate) {
+/// [`Wanted`], owned.
+struct Sought {
+    id: InodeId,
+    path: String,
+    mark: Option<u64>,
+}
+
+impl Search {
+    fn of(wanted: &[Wanted<'_>]) -> Self {
+        let mut by_inode: HashMap<u64, Vec<usize>> = HashMap::new();
+        for (at, file) in wanted.iter().enumerate() {
+            by_inode.entry(file.id.inode).or_default().push(at);
+        }
+        let found = wanted.iter().map(|_| Openers::default()).collect();
+        let sought = wanted.iter().map(|file| Sought {
+            id: file.id,
+            path: file.path.to_owned(),
+            mark: file.mark,
+        });
+        Self {
+            wanted: sought.collect(),
+            by_inode,
+            found: Arc::new(Mutex::new(found)),
+        }
+    }
+
+    fn run(&self, looking: &Looking) {
+        let own = std::process::id().cast_signed();
+        for pid in proc::numbers_in("/proc").unwrap_or_default() {
+            if pid == own {
+                continue;
+            }
+            match looking.at(pid) {
+                Ok(()) => self.look_at_process(pid),
+                Err(stuck) => self.hide(&stuck.obstacle()),
+            }
+        }
+        self.look_into_the_kernel();
+    }
+
+    /// Notes something about a file; nothing here waits for a process.
+    fn note(&self, at: usize, add: impl FnOnce(&mut Openers)) {
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = found.get_mut(at) {
+            add(found);
+        }
+    }
+
+    /// Any of the files may hide in `place`.
+    fn hide(&self, place: &str) {
+        for at in 0..self.wanted.len() {
+            self.note(at, |found| found.hidden.push(place.to_owned()));
+        }
+    }
+
+    fn look_at_process(&self, pid: i32) {
+        let mut process = Process {
+            pid,
+            threads: proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default(),
+            command: None,
+        };
+        for table in process.descriptor_tables() {
             for fd in proc::numbers_in(&format!("/proc/{table}/fd")).unwrap_or_default() {
                 self.look_at_descriptor(&mut process, table, fd);
             }
@@ -95,7 +162,7 @@ impl Search<'_> {
         self.look_at_mappings(&mut process);
     }
 
-    fn look_at_descriptor(&mut self, process: &mut Process, table: i32, fd: i32) {
+    fn look_at_descriptor(&self, process: &mut Process, table: i32, fd: i32) {
         let link = format!("/proc/{table}/fd/{fd}");
         let Ok(target) = std::fs::read_link(&link) else {
             return;
@@ -112,17 +179,19 @@ impl Search<'_> {
         let info = proc::parse_fdinfo(&text);
         if is_file {
             self.note_descriptor(process, &link, fd, &info);
+        } else if is_ring {
+            self.look_into_ring(process, table, fd, info);
         } else {
-            self.note_hiding_place(process, &info);
+            self.look_into_socket(process, &info);
         }
     }
 
-    fn note_descriptor(&mut self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
+    fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
         if info.is_path() {
             return;
         }
         for &at in self.by_inode.get(&info.inode).into_iter().flatten() {
-            let wanted = self.wanted[at];
+            let wanted = &self.wanted[at];
             if !is_inode(link, wanted.id) {
                 continue;
             }
@@ -141,45 +210,72 @@ impl Search<'_> {
                         && lock.last.is_none_or(|last| last >= byte)
                 })
             });
-            let found = &mut self.found[at];
-            if is_marked {
-                found.marked.push(opener);
-            } else {
-                found.others.push(opener);
-            }
+            self.note(at, |found| {
+                if is_marked {
+                    found.marked.push(opener);
+                } else {
+                    found.others.push(opener);
+                }
+            });
         }
     }
 
-    fn note_hiding_place(&mut self, process: &mut Process, info: &FdInfo) {
-        let pid = process.pid;
+    fn look_into_socket(&self, process: &mut Process, info: &FdInfo) {
         if info.in_flight > 0 {
-            let what = format!(
-                "{} descriptors on their way through a socket of pid {} ({})",
-                info.in_flight,
-                pid,
-                process.command()
-            );
-            for found in &mut self.found {
-                found.hidden.push(what.clone());
-            }
+            let command = process.command();
+            self.hide(&format!(
+                "{} descriptors on their way through a socket of pid {} ({command})",
+                info.in_flight, process.pid
+            ));
         }
-        for (wanted, found) in self.wanted.iter().zip(&mut self.found) {
-            if info.registered.iter().any(|path| path == wanted.path) {
-                found.hidden.push(format!(
-                    "a file registered with an io_uring of pid {} ({})",
-                    pid,
-                    process.command()
-                ));
+    }
+
+    /// What an io_uring has registered is told by name only. A name proves
+    /// nothing about a file of the same filesystem: it may be another link, or
+    /// one that somebody else has by now.
+    fn look_into_ring(&self, process: &mut Process, table: i32, fd: i32, mut info: FdInfo) {
+        // While somebody submits, the kernel leaves the files out.
+        for _ in 1..TRIES {
+            if info.tells_registered() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
+                // It is gone.
+                return;
+            };
+            info = proc::parse_fdinfo(&text);
+        }
+        let pid = process.pid;
+        let ring = format!("io_uring {fd} of pid {pid} ({})", process.command());
+        if !info.tells_registered() {
+            self.hide(&format!("{ring}, which does not tell what it has open"));
+            return;
+        }
+        // What is no file of a mounted filesystem has a name without a slash.
+        for path in info.registered.iter().filter(|path| path.starts_with('/')) {
+            let device = device_behind(pid, path);
+            for (at, wanted) in self.wanted.iter().enumerate() {
+                if device.is_none_or(|device| device == wanted.id.dev) || *path == wanted.path {
+                    self.note(at, |found| {
+                        found.hidden.push(format!(
+                            "a file registered with {ring}, last seen at {}",
+                            proc::printable(path)
+                        ));
+                    });
+                }
             }
         }
     }
 
-    fn look_at_mappings(&mut self, process: &mut Process) {
+    fn look_at_mappings(&self, process: &mut Process) {
         let pid = process.pid;
-        let Ok(maps) = proc::read_task_file(pid, "maps") else {
+        let Some((tid, maps)) = process.maps() else {
             return;
         };
         let mut mapped: HashMap<usize, Opener> = HashMap::new();
+        // Long to read: once at most.
+        let mut fixed = None;
         for entry in maps.lines().filter_map(proc::parse_maps_line) {
             for &at in self.by_inode.get(&entry.inode).into_iter().flatten() {
                 let id = self.wanted[at].id;
@@ -189,8 +285,11 @@ impl Search<'_> {
                 }
                 // A shared mapping that may not be written through now may
                 // become so, if its description allows it: VmFlags tell.
-                let writable =
-                    entry.shared && (entry.writable || may_become_writable(pid, entry.start));
+                let writable = entry.shared
+                    && (entry.writable
+                        || !fixed
+                            .get_or_insert_with(|| never_writable(tid))
+                            .contains(&entry.start));
                 let opener = mapped.entry(at).or_insert_with(|| Opener {
                     pid,
                     fd: None,
@@ -199,23 +298,25 @@ impl Search<'_> {
                     command: process.command(),
                 });
                 opener.writable |= writable;
-                let found = &mut self.found[at];
                 if writable {
                     let bytes = entry.offset..entry.offset.saturating_add(entry.end - entry.start);
-                    found.writable_mappings.push((opener.clone(), bytes));
+                    let one = (opener.clone(), bytes);
+                    self.note(at, |found| found.writable_mappings.push(one));
                 }
-                if entry.executable && is_inode(&format!("/proc/{pid}/exe"), id) {
-                    found.executing.get_or_insert_with(|| opener.clone());
+                if entry.executable && is_inode(&format!("/proc/{tid}/exe"), id) {
+                    self.note(at, |found| {
+                        found.executing.get_or_insert_with(|| opener.clone());
+                    });
                 }
             }
         }
         for (at, opener) in mapped {
-            self.found[at].others.push(opener);
+            self.note(at, |found| found.others.push(opener));
         }
     }
 
     /// Users of the files inside the kernel that can be found.
-    fn look_into_the_kernel(&mut self) {
+    fn look_into_the_kernel(&self) {
         let blocks = std::fs::read_dir("/sys/block").into_iter().flatten();
         for entry in blocks.flatten() {
             let backing = entry.path().join("loop/backing_file");
@@ -232,15 +333,17 @@ impl Search<'_> {
         }
     }
 
-    fn note_kernel_user(&mut self, path: &str, user: &str) {
-        for (wanted, found) in self.wanted.iter().zip(&mut self.found) {
+    fn note_kernel_user(&self, path: &str, user: &str) {
+        for (at, wanted) in self.wanted.iter().enumerate() {
             if path == wanted.path || is_inode(path, wanted.id) {
-                found.others.push(Opener {
-                    pid: 0,
-                    fd: None,
-                    writable: true,
-                    mapped: false,
-                    command: user.to_owned(),
+                self.note(at, |found| {
+                    found.others.push(Opener {
+                        pid: 0,
+                        fd: None,
+                        writable: true,
+                        mapped: false,
+                        command: user.to_owned(),
+                    });
                 });
             }
         }
@@ -250,6 +353,7 @@ impl Search<'_> {
 /// A process, and its name once somebody wants to know.
 struct Process {
     pid: i32,
+    threads: Vec<i32>,
     command: Option<String>,
 }
 
@@ -260,6 +364,50 @@ impl Process {
             .get_or_insert_with(|| proc::command(pid))
             .clone()
     }
+
+    /// Threads whose tables of descriptors are all there are: they may have
+    /// some of their own (`CLONE_FILES` left out). The first thread may have
+    /// ended before the others, and has none then.
+    fn descriptor_tables(&self) -> Vec<i32> {
+        let mut tables = vec![self.pid];
+        let mut last = self.pid;
+        for &tid in self.threads.iter().filter(|tid| **tid != self.pid) {
+            let is_known = [self.pid, last]
+                .into_iter()
+                .any(|known| kcmp::same_descriptors(known, tid));
+            if !is_known {
+                tables.push(tid);
+                last = tid;
+            }
+        }
+        tables
+    }
+
+    /// What is mapped, and a thread it can be read of. All threads of a
+    /// process have one memory, but those that have ended, the first one
+    /// perhaps, show none.
+    fn maps(&self) -> Option<(i32, String)> {
+        let others = self.threads.iter().copied().filter(|tid| *tid != self.pid);
+        std::iter::once(self.pid).chain(others).find_map(|tid| {
+            let maps = proc::read_task_file(tid, "maps").ok()?;
+            (!maps.is_empty()).then_some((tid, maps))
+        })
+    }
+}
+
+/// The device of the file that a path of the kernel leads to, from here and
+/// from where a process stands; nothing if that cannot be told, or differs.
+fn device_behind(pid: i32, path: &str) -> Option<u64> {
+    let path = proc::unescape(path);
+    let here = device_of(&path)?;
+    let there = device_of(&format!("/proc/{pid}/root{path}"))?;
+    (here == there).then_some(here)
+}
+
+fn device_of(path: &str) -> Option<u64> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW;
+    let stat = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::INO).ok()?;
+    Some(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
 }
 
 /// Whether `link` leads to the inode, without asking a server behind a
@@ -272,17 +420,23 @@ fn is_inode(link: &str, id: InodeId) -> bool {
     })
 }
 
-/// Whether `mprotect(2)` could make the mapping at `start` writable (`mw` in
-/// VmFlags). Yes if that cannot be told.
-fn may_become_writable(pid: i32, start: u64) -> bool {
-    let Ok(text) = proc::read_task_file(pid, "smaps") else {
-        return true;
-    };
-    let head = format!("{start:08x}-");
-    text.lines()
-        .skip_while(|line| !line.starts_with(&head))
-        .find_map(|line| line.strip_prefix("VmFlags:"))
-        .is_none_or(|flags| flags.split_ascii_whitespace().any(|flag| flag == "mw"))
+/// Where the mappings begin that `mprotect(2)` cannot make writable: without
+/// `mw` in VmFlags. None, if that cannot be told.
+fn never_writable(tid: i32) -> HashSet<u64> {
+    let smaps = proc::read_task_file(tid, "smaps").unwrap_or_default();
+    let mut fixed = HashSet::new();
+    let mut start = None;
+    for line in smaps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if !flags.split_ascii_whitespace().any(|flag| flag == "mw") {
+                fixed.extend(start);
+            }
+            start = None;
+        } else if let Some(entry) = proc::parse_maps_line(line) {
+            start = Some(entry.start);
+        }
+    }
+    fixed
 }
 
 #[cfg(test)]

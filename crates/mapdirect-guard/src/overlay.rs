@@ -4,21 +4,36 @@
 //! anybody (seen on 6.18: not even an open event), so such a file cannot be
 //! kept still by a gate of permission events.
 
+use crate::bounded::{Looking, Stuck, within};
 use crate::table::InodeId;
+use arc_swap::ArcSwapOption;
 use mapdirect_sys::proc;
 use mapdirect_sys::proc_mountinfo::{self, Mount};
 use rustix::fs::{Mode, OFlags};
 use std::collections::HashSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Upper directories of every overlay in every mount namespace that a process
 /// lives in, looked up at most once a second.
 #[derive(Debug, Default)]
 pub(crate) struct Overlays {
-    known: Mutex<Option<(Instant, Arc<Vec<Upper>>)>>,
+    known: Arc<ArcSwapOption<Known>>,
+}
+
+#[derive(Debug)]
+struct Known {
+    /// When it was begun to look.
+    since: Instant,
+    uppers: Vec<Upper>,
+}
+
+impl Known {
+    fn is_fresh(&self) -> bool {
+        self.since.elapsed() < FRESH
+    }
 }
 
 #[derive(Debug)]
@@ -28,6 +43,10 @@ struct Upper {
 }
 
 const FRESH: Duration = Duration::from_secs(1);
+/// How long to look for them.
+const LIMIT: Duration = Duration::from_secs(2);
+/// How many processes may be found impossible to look at in one go.
+const TRIES: usize = 4;
 
 impl Overlays {
     /// The mount point of an overlay that writes to the directory `file` is
@@ -39,8 +58,8 @@ impl Overlays {
         id: InodeId,
         links: u64,
     ) -> Option<String> {
-        let uppers = self.uppers();
-        let mut here = uppers.iter().filter(|upper| upper.id.dev == id.dev);
+        let known = self.look_up();
+        let mut here = known.uppers.iter().filter(|upper| upper.id.dev == id.dev);
         // Most systems have none: look no further.
         let first = here.next()?;
         let ancestors = ancestors(Path::new(path), file);
@@ -55,30 +74,60 @@ impl Overlays {
             .map(|upper| upper.mount_point.clone())
     }
 
-    fn uppers(&self) -> Arc<Vec<Upper>> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((at, uppers)) = &*known
-            && at.elapsed() < FRESH
+    /// Nobody waits for anybody else here: a look may hang.
+    fn look_up(&self) -> Arc<Known> {
+        if let Some(known) = self.known.load_full()
+            && known.is_fresh()
         {
-            return Arc::clone(uppers);
+            return known;
         }
-        let uppers = Arc::new(find_uppers());
-        *known = Some((Instant::now(), Arc::clone(&uppers)));
-        uppers
+        let mut found = Err(Stuck { pid: 0 });
+        for _ in 0..TRIES {
+            let known = Arc::clone(&self.known);
+            found = within(LIMIT, move |looking| {
+                // Somebody else may have looked while this waited for room.
+                let published = known.load_full().filter(|known| known.is_fresh());
+                published.unwrap_or_else(|| Arc::new(find_uppers(looking)))
+            });
+            // Where it hung is passed over the next time. Whatever namespace
+            // is seen through that process alone is missed: but as long as
+            // it cannot be looked at, no proof from scratch succeeds.
+            if found.is_ok() {
+                break;
+            }
+        }
+        if let Ok(known) = found {
+            self.known.store(Some(Arc::clone(&known)));
+            return known;
+        }
+        // What was known is better than nothing.
+        self.known.load_full().unwrap_or_else(|| {
+            Arc::new(Known {
+                since: Instant::now(),
+                uppers: Vec::new(),
+            })
+        })
     }
 }
 
-fn find_uppers() -> Vec<Upper> {
+fn find_uppers(looking: &Looking) -> Known {
+    let since = Instant::now();
     let mut uppers = Vec::new();
     let mut seen = HashSet::new();
     for pid in proc::numbers_in("/proc").unwrap_or_default() {
+        if looking.at(pid).is_err() {
+            continue;
+        }
         let Ok(namespace) = std::fs::read_link(format!("/proc/{pid}/ns/mnt")) else {
             continue;
         };
-        if !seen.insert(namespace) {
+        if seen.contains(&namespace) {
             continue;
         }
-        let mounts = proc_mountinfo::read(Some(pid)).unwrap_or_default();
+        let Ok(mounts) = proc_mountinfo::read(Some(pid)) else {
+            continue;
+        };
+        seen.insert(namespace);
         uppers.extend(
             mounts
                 .iter()
@@ -86,7 +135,7 @@ fn find_uppers() -> Vec<Upper> {
                 .filter_map(|mount| upper_of(pid, mount)),
         );
     }
-    uppers
+    Known { since, uppers }
 }
 
 fn upper_of(pid: i32, mount: &Mount) -> Option<Upper> {
