@@ -235,6 +235,35 @@ fn of_result(result: i64) -> Result<i64> {
     }
 }
 
+/// Begins a write through Linux aio and does not wait for it: the context
+/// stays, and whoever tears the memory down waits. The bytes are leaked.
+pub fn aio_begin_write(file: BorrowedFd<'_>, bytes: &'static [u8]) -> Result<()> {
+    let mut context = 0u64;
+    // SAFETY: io_setup writes one context id.
+    checked(unsafe { libc::syscall(libc::SYS_io_setup, 1, &raw mut context) })?;
+    // The layout of `struct iocb` in words: opcode 1 (PWRITE) and the
+    // descriptor are in the third, buffer, length and offset follow.
+    let mut block = [0u64; 8];
+    block[2] = 1 | u64::from(file.as_raw_fd().cast_unsigned()) << 32;
+    block[3] = bytes.as_ptr() as u64;
+    block[4] = bytes.len() as u64;
+    let mut blocks = [block.as_mut_ptr()];
+    // SAFETY: one control block, which the kernel copies; its buffer lives
+    // for ever.
+    let submitted = unsafe { libc::syscall(libc::SYS_io_submit, context, 1, blocks.as_mut_ptr()) };
+    checked(submitted).map(drop)
+}
+
+/// Ends the calling thread, and nothing else: not even the process, when it is
+/// the first one.
+pub fn end_thread() -> ! {
+    loop {
+        // SAFETY: nothing of this thread is used afterwards, and nobody joins
+        // the first one.
+        unsafe { libc::syscall(libc::SYS_exit, 0) };
+    }
+}
+
 /// How an io_uring request is executed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Uring {

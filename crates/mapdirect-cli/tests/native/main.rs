@@ -16,7 +16,9 @@ mod doors;
 mod errors;
 mod grants;
 mod lifetime;
+mod openers;
 mod random;
+mod stuck;
 mod world;
 
 use libtest_mimic::{Arguments, Trial};
@@ -39,14 +41,21 @@ fn main() -> ExitCode {
     trials.extend(doors::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
+    trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(random::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
+    // A process that nobody can look at disturbs every guard of the system:
+    // these come alone, behind all others.
+    let alone = libtest_mimic::run(&arguments, stuck::trials(&world));
     if !listing {
         world.report();
     }
     drop(world);
-    conclusion.exit_code()
+    if conclusion.has_failed() {
+        return conclusion.exit_code();
+    }
+    alone.exit_code()
 }

@@ -33,6 +33,9 @@ pub fn roles() -> Vec<Role> {
         ("mmap", crate::errors::play_mmap),
         ("pin", crate::errors::play_pin),
         ("own-namespace", crate::abuse::play_own_namespace),
+        ("headless", crate::openers::play_headless),
+        ("many-mappings", crate::openers::play_many_mappings),
+        ("stuck", crate::stuck::play_stuck),
     ]
 }
 
