@@ -517,7 +517,8 @@ mod tests {
         let fifo = "[<0>] fifo_open+0x1/0x2\n[<0>] do_dentry_open+0x1/0x2\n\
                     [<0>] path_openat+0x1/0x2\n";
         assert_eq!(truncating(437, fifo), None);
-        let opening = "[<0>] xfs_ilock+0x1/0x2\n[<0>] path_openat+0x1/0x2\n";
+        let opening = "[<0>] xfs_ilock+0x1/0x2\n[<0>] path_openat+0x1/0x2\n\
+                       [<0>] do_sys_openat2+0x1/0x2\n";
         assert_eq!(truncating(437, opening), Some("opening"));
         assert_eq!(truncating(257, opening), None, "no O_TRUNC among its flags");
     }

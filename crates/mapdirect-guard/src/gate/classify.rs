@@ -132,7 +132,8 @@ pub(crate) fn own_registers<'a>(
     functions: &[&str],
 ) -> Option<&'a Syscall> {
     let borrowed = functions.iter().any(|function| {
-        function.starts_with("io_")
+        // Not those that wait for a device.
+        function.starts_with("io_") && !function.starts_with("io_schedule")
             || function.starts_with("__io_")
             || function.starts_with("tctx_")
             || matches!(
