@@ -5,7 +5,7 @@
 //! file with gigabytes to write back. Only that client waits then.
 
 use crate::grant::{self, Conversation, Grant, refusal};
-use crate::table::InodeId;
+use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     DecodeError, Flags, Gate, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request, VERSION,
@@ -15,7 +15,8 @@ use mapdirect_sys::unix::{Received, Sender, Socket};
 use mapdirect_sys::{capget, proc};
 use rustix::fs::OFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// How long a client may take to read a reply.
 const SEND_PATIENCE: Duration = Duration::from_secs(2);
@@ -32,6 +33,8 @@ pub(crate) struct Session<'guard> {
     /// The process that has proven the capability on this connection: the one
     /// that connected.
     proven: Option<Prover>,
+    /// What it announced and may still come to pass.
+    announced: Vec<Arc<Announcement>>,
 }
 
 /// Why a conversation ends.
@@ -63,6 +66,7 @@ impl<'guard> Session<'guard> {
             challenge,
             greeted: false,
             proven: None,
+            announced: Vec::new(),
         })
     }
 
@@ -256,35 +260,58 @@ impl<'guard> Session<'guard> {
         Ok(())
     }
 
-    fn announce(&self, tid: i32, path: BorrowedFd<'_>, sender: Option<Sender>) -> Result<(), End> {
-        let result = self.authorise(sender).and_then(|sender| {
-            let task = format!("/proc/{}/task/{tid}", sender.pid);
-            let is_thread = tid > 0 && rustix::fs::stat(task).is_ok();
-            let is_path =
-                rustix::fs::fcntl_getfl(path).is_ok_and(|flags| flags.contains(OFlags::PATH));
-            if !is_thread || !is_path {
-                return Err(protocol("an announcement names a thread and a path"));
+    fn announce(
+        &mut self,
+        tid: i32,
+        path: BorrowedFd<'_>,
+        sender: Option<Sender>,
+    ) -> Result<(), End> {
+        let announced = self
+            .authorise(sender)
+            .and_then(|sender| self.let_in(tid, path, sender));
+        match announced {
+            Ok(announcement) => {
+                let now = Instant::now();
+                self.announced.retain(|other| other.is_good(now));
+                self.announced.extend(announcement);
+                Ok(self.send(&Reply::Done, &[])?)
             }
-            let stat = rustix::fs::fstat(path)
-                .map_err(|errno| refusal(Reason::System, errno, "fstat failed", ""))?;
-            let id = InodeId {
-                dev: stat.st_dev,
-                inode: stat.st_ino,
-            };
-            match self.guard.table.get(id) {
-                Some(watched) if !watched.announce(tid) => Err(refusal(
-                    Reason::Limit,
-                    Errno::AGAIN,
-                    "too many others are about to open it",
-                    "try again",
-                )),
-                _ => Ok(()),
-            }
-        });
-        match result {
-            Ok(()) => Ok(self.send(&Reply::Done, &[])?),
             Err(refusal) => self.refuse(refusal),
         }
+    }
+
+    /// Lets a thread of the sender open a file; nothing is needed for one
+    /// that is not behind the gate.
+    fn let_in(
+        &self,
+        tid: i32,
+        path: BorrowedFd<'_>,
+        sender: Sender,
+    ) -> Result<Option<Arc<Announcement>>, Refusal> {
+        let start = proc::thread_start_time(sender.pid, tid).ok();
+        let is_path = rustix::fs::fcntl_getfl(path).is_ok_and(|flags| flags.contains(OFlags::PATH));
+        let (Some(start), true) = (start.filter(|_| tid > 0), is_path) else {
+            return Err(protocol("an announcement names a thread and a path"));
+        };
+        let stat = rustix::fs::fstat(path)
+            .map_err(|errno| refusal(Reason::System, errno, "fstat failed", ""))?;
+        let id = InodeId {
+            dev: stat.st_dev,
+            inode: stat.st_ino,
+        };
+        let Some(watched) = self.guard.table.get(id) else {
+            return Ok(None);
+        };
+        let announcement = Arc::new(Announcement::new(tid, start));
+        if watched.announce(&announcement) {
+            return Ok(Some(announcement));
+        }
+        Err(refusal(
+            Reason::Limit,
+            Errno::AGAIN,
+            "too many others are about to open it",
+            "try again",
+        ))
     }
 
     fn query(&self, file: BorrowedFd<'_>) -> Result<(), End> {
@@ -336,6 +363,15 @@ impl Conversation for Session<'_> {
         self.send(&Reply::Swap, &[replacement])
             .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
         self.wait_for_swapped()
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        // Whoever it spoke for is perhaps no more.
+        for announcement in &self.announced {
+            announcement.take();
+        }
     }
 }
 

@@ -137,6 +137,11 @@ impl Pin {
         self.handed_over.load(SeqCst)
     }
 
+    /// The grant that made it is not over yet.
+    pub(crate) fn is_being_granted(&self) -> bool {
+        !self.is_handed_over() && !self.is_dead()
+    }
+
     pub(crate) fn bury(&self) {
         self.dead.store(true, SeqCst);
     }
@@ -194,8 +199,8 @@ pub(crate) struct Watched {
     /// kernel counts it as open for writing by then, and a grant waits for
     /// that to end.
     pub(crate) refuse_opens: AtomicBool,
-    /// Threads that may open it for writing once, 0 for none.
-    announced: [AtomicI32; 8],
+    /// Threads that may open it for writing, once each.
+    announced: ArcSwap<Vec<Arc<Announcement>>>,
     /// Refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
     grant: Mutex<GrantState>,
@@ -225,7 +230,7 @@ impl Watched {
             shared_since: AtomicBool::new(false),
             opens_wait: AtomicBool::new(false),
             refuse_opens: AtomicBool::new(false),
-            announced: Default::default(),
+            announced: ArcSwap::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             grant: Mutex::default(),
         }
@@ -248,20 +253,78 @@ impl Watched {
         self.pins.rcu(|pins| pins.without(&gone));
     }
 
-    /// Lets thread `tid` open it for writing, once. Says no when too many
-    /// have been announced and not come.
-    pub(crate) fn announce(&self, tid: i32) -> bool {
-        self.announced
-            .iter()
-            .any(|slot| slot.compare_exchange(0, tid, SeqCst, SeqCst).is_ok())
+    /// Lets a thread open it for writing, once. Says no when too many have
+    /// been announced and not come.
+    pub(crate) fn announce(&self, announcement: &Arc<Announcement>) -> bool {
+        let mut room = false;
+        let now = Instant::now();
+        self.announced.rcu(|announced| {
+            let mut good: Vec<_> = announced
+                .iter()
+                .filter(|other| other.is_good(now))
+                .cloned()
+                .collect();
+            room = good.len() < MAX_ANNOUNCED;
+            if room {
+                good.push(Arc::clone(announcement));
+            }
+            good
+        });
+        room
     }
 
-    pub(crate) fn take_announced(&self, tid: i32) -> bool {
-        tid != 0
-            && self
-                .announced
-                .iter()
-                .any(|slot| slot.compare_exchange(tid, 0, SeqCst, SeqCst).is_ok())
+    /// The announcement of thread `tid`, which came to the gate at `came`.
+    /// `start_time` tells when the thread of that number began, and is asked
+    /// only if there is an announcement. Takes no lock.
+    pub(crate) fn announced(
+        &self,
+        tid: i32,
+        came: Instant,
+        start_time: impl Fn() -> Option<u64>,
+    ) -> Option<Arc<Announcement>> {
+        self.announced
+            .load()
+            .iter()
+            .filter(|announcement| announcement.tid == tid && announcement.is_good(came))
+            .find(|announcement| start_time() == Some(announcement.start))
+            .cloned()
+    }
+}
+
+/// Most announcements of one file that are good at a time.
+const MAX_ANNOUNCED: usize = 64;
+
+/// A thread that may open a pinned file for writing, once and soon.
+#[derive(Debug)]
+pub(crate) struct Announcement {
+    tid: i32,
+    /// When that thread began: its number is used again.
+    start: u64,
+    /// The last moment to come to the gate.
+    until: Instant,
+    /// It has come, or may not any more.
+    over: AtomicBool,
+}
+
+impl Announcement {
+    pub(crate) fn new(tid: i32, start: u64) -> Self {
+        Self {
+            tid,
+            start,
+            until: Instant::now() + mapdirect_proto::ANNOUNCEMENT_LIFE,
+            over: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether it lets in a thread that comes to the gate at `came`.
+    pub(crate) fn is_good(&self, came: Instant) -> bool {
+        came <= self.until && !self.over.load(SeqCst)
+    }
+
+    /// Ends it; says whether that was the first time. Whoever let the thread
+    /// in must have asked this.
+    pub(crate) fn take(&self) -> bool {
+        !self.over.swap(true, SeqCst)
     }
 }
 
@@ -425,15 +488,52 @@ mod tests {
         assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Allow);
     }
 
+    fn announced(watched: &Watched, tid: i32, start: u64, came: Instant) -> bool {
+        watched.announced(tid, came, || Some(start)).is_some()
+    }
+
     #[test]
-    fn an_announcement_is_good_once() {
+    fn an_announcement_is_good_once_and_for_the_thread_it_names() {
         let watched = Watched::new(id(1), false, Arc::default());
-        assert!(!watched.take_announced(0), "an empty slot is no thread");
-        assert!(watched.announce(5));
-        assert!(watched.take_announced(5));
-        assert!(!watched.take_announced(5));
-        assert!((1..=8).all(|tid| watched.announce(tid)));
-        assert!(!watched.announce(9));
+        let now = Instant::now();
+        assert!(
+            watched
+                .announced(5, now, || panic!("nobody came"))
+                .is_none()
+        );
+        assert!(watched.announce(&Arc::new(Announcement::new(5, 70))));
+        assert!(!announced(&watched, 6, 70, now));
+        assert!(!announced(&watched, 5, 71, now), "its number is used again");
+        assert!(watched.announced(5, now, || None).is_none(), "it is gone");
+        let found = watched.announced(5, now, || Some(70)).unwrap();
+        assert!(found.take());
+        assert!(!found.take());
+        assert!(!announced(&watched, 5, 70, now));
+    }
+
+    #[test]
+    fn an_announcement_does_not_outlive_its_time() {
+        let watched = Watched::new(id(1), false, Arc::default());
+        assert!(watched.announce(&Arc::new(Announcement::new(5, 70))));
+        let life = mapdirect_proto::ANNOUNCEMENT_LIFE;
+        assert!(announced(&watched, 5, 70, Instant::now()));
+        assert!(!announced(&watched, 5, 70, Instant::now() + life));
+    }
+
+    #[test]
+    fn stale_announcements_are_in_nobodys_way() {
+        let watched = Watched::new(id(1), false, Arc::default());
+        let all: Vec<_> = (1..=64)
+            .map(|tid| Arc::new(Announcement::new(tid, 70)))
+            .collect();
+        assert!(all.iter().all(|one| watched.announce(one)));
+        let more = Arc::new(Announcement::new(65, 70));
+        assert!(!watched.announce(&more));
+        assert!(all[7].take());
+        assert!(watched.announce(&more));
+        let now = Instant::now();
+        assert!(!announced(&watched, 8, 70, now));
+        assert!(announced(&watched, 9, 70, now) && announced(&watched, 65, 70, now));
     }
 
     #[test]

@@ -35,6 +35,8 @@ pub use message::{Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal
 pub use reason::Reason;
 pub use wire::DecodeError;
 
+use std::time::Duration;
+
 /// Version of the protocol spoken here.
 pub const VERSION: u32 = 1;
 
@@ -46,6 +48,9 @@ pub const MAX_MESSAGE: usize = 32 * 1024;
 
 /// Most extents sent inside a message.
 pub const MAX_INLINE_EXTENTS: usize = 512;
+
+/// How long an announced thread may take to open the file.
+pub const ANNOUNCEMENT_LIFE: Duration = Duration::from_secs(1);
 
 /// Where the guard listens unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/mapdirect/guard.sock";

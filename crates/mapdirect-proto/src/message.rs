@@ -132,7 +132,9 @@ pub enum Request {
     /// Asks for the state of the guard.
     Status,
     /// Announces that thread `tid` will open a pinned file for writing, as a
-    /// holder may; an `O_PATH` descriptor of the file comes with it.
+    /// holder may; an `O_PATH` descriptor of the file comes with it. Good for
+    /// one open, for [`ANNOUNCEMENT_LIFE`](crate::ANNOUNCEMENT_LIFE), and not
+    /// beyond this conversation.
     Announce {
         /// The thread that will open it.
         tid: i32,

@@ -179,6 +179,16 @@ pub fn start_time(id: i32) -> Result<u64> {
     parse_start_time(&read_task_file(id, "stat")?).ok_or(Errno::INVAL)
 }
 
+/// [`start_time`] of a thread of process `pid`.
+///
+/// # Errors
+///
+/// As [`start_time`]; `ENOENT` too when it is a thread of another.
+pub fn thread_start_time(pid: i32, tid: i32) -> Result<u64> {
+    let stat = read_task_file(pid, &format!("task/{tid}/stat"))?;
+    parse_start_time(&stat).ok_or(Errno::INVAL)
+}
+
 /// [`start_time`] of the calling process.
 ///
 /// # Errors
@@ -417,6 +427,16 @@ mod tests {
         let own = own_start_time().unwrap();
         assert_eq!(start_time(std::process::id().cast_signed()), Ok(own));
         assert!(start_time(i32::MAX).is_err());
+        let (pid, parent) = (std::process::id(), std::os::unix::process::parent_id());
+        let thread = |tid: u32| thread_start_time(pid.cast_signed(), tid.cast_signed());
+        assert_eq!(thread(pid), Ok(own));
+        assert!(thread(parent).is_err());
+        let other = std::thread::spawn(move || {
+            let tid = rustix::thread::gettid().as_raw_nonzero().get();
+            (start_time(tid), thread_start_time(pid.cast_signed(), tid))
+        });
+        let (alone, within) = other.join().unwrap();
+        assert!(alone.is_ok() && alone == within);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use mapdirect_proto::{Reply, Request};
 use mapdirect_sys::{Errno, proc};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 /// Opens a file for reading and writing, also while somebody else has pinned
@@ -33,21 +33,32 @@ pub fn open(path: impl AsRef<Path>, guard: &Guard) -> Result<File> {
     require_capability().map_err(asked)?;
     let known =
         rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
-    let connection = guard.connect().map_err(asked)?;
+    let mut left = ATTEMPTS;
+    loop {
+        announce(known.as_fd(), guard).map_err(asked)?;
+        left -= 1;
+        match proc::reopen(known.as_fd(), flags) {
+            Err(Errno::TXTBSY) if left > 0 => {}
+            opened => return opened.map(File::from).map_err(failed),
+        }
+    }
+}
+
+/// An announcement is good for a second, which can pass before this thread
+/// runs again, and a grant that has just begun may turn everybody away.
+const ATTEMPTS: u32 = 3;
+
+/// Tells the guard that this thread is about to open a file.
+fn announce(known: BorrowedFd<'_>, guard: &Guard) -> Result<()> {
     let announcement = Request::Announce {
         tid: rustix::thread::gettid().as_raw_nonzero().get(),
     };
-    connection
-        .converse(
-            &announcement,
-            known.as_fd(),
-            |_, reply, _: Vec<OwnedFd>| match reply {
-                Reply::Done => Ok(Some(())),
-                _ => Err(unexpected()),
-            },
-        )
-        .map_err(asked)?;
-    proc::reopen(known.as_fd(), OFlags::RDWR)
-        .map(File::from)
-        .map_err(failed)
+    guard.connect()?.converse(
+        &announcement,
+        known,
+        |_, reply, _: Vec<OwnedFd>| match reply {
+            Reply::Done => Ok(Some(())),
+            _ => Err(unexpected()),
+        },
+    )
 }

@@ -12,7 +12,7 @@ use mapdirect_testkit::process::{GuardProcess, Helper, say};
 use mapdirect_testkit::random::Random;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -25,6 +25,12 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("unproven", unproven),
         ("relayed-proof", relayed_proof),
         ("own-user-namespace", own_user_namespace),
+        ("announcements-expire", announcements_expire),
+        ("announcements-end-with-their-session", announcements_end),
+        (
+            "announcements-name-one-thread",
+            announcements_name_one_thread,
+        ),
         ("someone-elses-connection", someone_elses_connection),
         ("leaves-in-the-middle", leaves_in_the_middle),
         ("never-swaps", never_swaps),
@@ -363,6 +369,94 @@ pub fn play_own_namespace(arguments: &[String]) -> anyhow::Result<()> {
         other => say(&format!("{other:?}")),
     }
     Ok(())
+}
+
+/// A pinned file, and a connection that may announce who opens it.
+struct Announcing {
+    connection: Socket,
+    path: PathBuf,
+    known: OwnedFd,
+    _held: mapdirect::Pin,
+}
+
+impl Announcing {
+    fn new(world: &World, guard: &GuardProcess, name: &str) -> Self {
+        let path = written(&world.disk(Kind::XFS), name, 65536);
+        let file = File::open(&path).unwrap();
+        let held = PinOptions::new().guard(guard.client()).pin(&file).unwrap();
+        let mode = rustix::fs::Mode::empty();
+        let known = rustix::fs::open(&path, rustix::fs::OFlags::PATH, mode).unwrap();
+        assert!(is_pinned(&path));
+        Self {
+            connection: proven(guard),
+            path,
+            known,
+            _held: held,
+        }
+    }
+
+    /// Announces the calling thread.
+    fn announce(&self) -> Reply {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let request = Request::Announce { tid };
+        ask(&self.connection, &request, &[self.known.as_fd()]).unwrap()
+    }
+}
+
+impl Drop for Announcing {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// One that is not made use of is soon worth nothing, and in nobody's way.
+fn announcements_expire(world: &World) {
+    let guard = world.guard();
+    let announcing = Announcing::new(world, &guard, "abuse-announced-late");
+    let mut announced = 0;
+    let refusal = loop {
+        match announcing.announce() {
+            Reply::Done => announced += 1,
+            Reply::Refused(refusal) => break refusal,
+            other => panic!("{other:?}"),
+        }
+        assert!(announced < 1000, "there must be a limit");
+    };
+    assert_eq!(refusal.reason, Reason::Limit);
+    std::thread::sleep(mapdirect_proto::ANNOUNCEMENT_LIFE);
+    assert!(is_pinned(&announcing.path), "none of them is good any more");
+    assert_eq!(announcing.announce(), Reply::Done);
+    assert!(!is_pinned(&announcing.path), "this one is");
+    assert!(is_pinned(&announcing.path), "but only once");
+}
+
+fn announcements_end(world: &World) {
+    let guard = world.guard();
+    let mut announcing = Announcing::new(world, &guard, "abuse-announced-and-left");
+    assert_eq!(announcing.announce(), Reply::Done);
+    announcing.connection = connect(&guard);
+    // The guard hears of it when its thread runs.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(is_pinned(&announcing.path));
+}
+
+fn announcements_name_one_thread(world: &World) {
+    let guard = world.guard();
+    let announcing = Announcing::new(world, &guard, "abuse-announced-another");
+    assert_eq!(announcing.announce(), Reply::Done);
+    let path = &announcing.path;
+    std::thread::scope(|scope| {
+        assert!(scope.spawn(|| is_pinned(path)).join().unwrap());
+    });
+    assert!(!is_pinned(path));
+    // A thread of somebody else is not for us to announce.
+    let request = Request::Announce { tid: 1 };
+    let reply = ask(
+        &announcing.connection,
+        &request,
+        &[announcing.known.as_fd()],
+    );
+    assert!(matches!(reply, Some(Reply::Refused(_))), "{reply:?}");
 }
 
 /// A child that inherited a proven connection is not the one that proved.

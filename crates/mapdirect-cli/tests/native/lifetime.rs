@@ -29,6 +29,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("renamed", renamed),
             ("union", union),
             ("two-holders", two_holders),
+            ("announced-writer", announced_writer),
             ("many-files", many_files),
             ("unmount-at-once", unmount_at_once),
             ("again-and-again", again_and_again),
@@ -341,6 +342,32 @@ fn two_holders(world: &World, kind: Kind) {
     assert_eq!(size(131_072), Ok(()));
     drop(second);
     assert_eq!(size(0), Ok(()));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Whoever was let in by an announcement can write, and a later grant must
+/// know.
+fn announced_writer(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "announced");
+    let guard = world.guard();
+    let _first = Holder::start(&guard, &path, 0, 65536, "pin");
+    let writer = mapdirect::open(&path, &guard.client()).unwrap();
+    let arguments = [
+        &*guard.socket().to_string_lossy(),
+        &*path.to_string_lossy(),
+        "65536",
+        "65536",
+        "pin",
+    ];
+    let mut refused = Helper::start("hold", &arguments).unwrap();
+    let said = refused.hear().unwrap();
+    let open = "somebody else has it open";
+    assert!(
+        said.starts_with("failed: ") && said.contains(open),
+        "{said}"
+    );
+    drop(writer);
+    let _second = Holder::start(&guard, &path, 65536, 65536, "pin");
     std::fs::remove_file(&path).unwrap();
 }
 

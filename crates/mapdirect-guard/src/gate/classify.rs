@@ -216,7 +216,7 @@ pub(crate) struct Asked<'event> {
 
 /// Functions of the notification machinery itself: the frames above the one
 /// that asked.
-fn is_machinery(function: &str) -> bool {
+pub(crate) fn is_machinery(function: &str) -> bool {
     function.starts_with("fanotify_")
         || function.starts_with("fsnotify")
         || function.starts_with("__fsnotify")

@@ -274,14 +274,17 @@ impl Server<'_> {
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
         let stack = self.threads.stack(event.tid);
         let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+        // Every answer wakes all who wait for one, for a moment: a stack read
+        // just then is none.
+        let waits = functions.iter().any(|name| classify::is_machinery(name));
+        if !waits && late < WAIT_FOR_SLEEP {
+            return Verdict::NotYet;
+        }
         let operation = if !pre_access {
             if watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
                 return Verdict::Hold;
             }
             let kind = classify::classify_open(syscall.as_ref(), &functions);
-            if kind == K::OpenWrite && watched.take_announced(event.tid) {
-                return Verdict::Allow;
-            }
             Operation::new(kind, 0..u64::MAX)
         } else {
             let asked = Asked {
@@ -299,7 +302,8 @@ impl Server<'_> {
             };
             classify::classify(&asked, &descriptors)
         };
-        let verdict = self.judge(&watched, &operation, size, file, late);
+        let verdict = judge_announced(&watched, event.tid, operation.kind, late)
+            .unwrap_or_else(|| self.judge(&watched, &operation, size, file, late));
         if verdict == Verdict::Refuse {
             self.note(&watched, event, &operation);
         }
@@ -381,16 +385,10 @@ impl Server<'_> {
                 }
             }
         }
-        if held && exclusive {
-            watched.opens_wait.store(true, SeqCst);
-            if watched.refuse_opens.load(SeqCst) {
-                return Verdict::Refuse;
-            }
-        }
         match held {
             false => Verdict::Allow,
-            true if late < WAIT_FOR_GRANT => Verdict::Hold,
-            true => Verdict::Refuse,
+            true if exclusive => wait_to_open(watched, late),
+            true => wait_for_grant(late),
         }
     }
 
@@ -405,6 +403,48 @@ impl Server<'_> {
             path: Arc::clone(&watched.path),
             range: by_range.then(|| operation.range.clone()),
         });
+    }
+}
+
+/// Judges an open for writing that was announced, if this is one: what is
+/// pinned already does not stand in its way, but a grant under way must know
+/// of it, or be over before it goes on.
+fn judge_announced(watched: &Watched, tid: i32, kind: K, late: Duration) -> Option<Verdict> {
+    if kind != K::OpenWrite {
+        return None;
+    }
+    // What counts is when it came: we may have kept it waiting.
+    let came = Instant::now().checked_sub(late)?;
+    let announcement = watched.announced(tid, came, || proc::start_time(tid).ok())?;
+    // Noted first, then looked, as in `Server::judge`.
+    let before = watched.writers_let_in.swap(true, SeqCst);
+    fence(SeqCst);
+    let granting = watched.pins.load().iter().any(|pin| pin.is_being_granted());
+    if !granting && announcement.take() {
+        return Some(Verdict::Allow);
+    }
+    if !before {
+        // It did not go on. Nobody else sets notes.
+        watched.writers_let_in.store(false, SeqCst);
+    }
+    granting.then(|| wait_to_open(watched, late))
+}
+
+/// Keeps an open for writing until a grant is over, unless that grant can
+/// only go on without it.
+fn wait_to_open(watched: &Watched, late: Duration) -> Verdict {
+    watched.opens_wait.store(true, SeqCst);
+    if watched.refuse_opens.load(SeqCst) {
+        return Verdict::Refuse;
+    }
+    wait_for_grant(late)
+}
+
+fn wait_for_grant(late: Duration) -> Verdict {
+    if late < WAIT_FOR_GRANT {
+        Verdict::Hold
+    } else {
+        Verdict::Refuse
     }
 }
 
