@@ -88,9 +88,36 @@ impl Shared {
     }
 }
 
-/// Clients served at once, and those of one user other than root.
-const MAX_CLIENTS: usize = 8192;
-const MAX_CLIENTS_OF_USER: usize = 2048;
+/// How many clients are served at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Limits {
+    clients: usize,
+    /// Those of one user other than root.
+    of_user: usize,
+}
+
+impl Limits {
+    const MOST: Self = Self {
+        clients: 8192,
+        of_user: 2048,
+    };
+
+    /// Anybody may connect, and must not take the descriptors that the gate
+    /// and grants need: a client keeps its socket, and can have the guard
+    /// busy with one descriptor more that it sent. With a quarter as many
+    /// clients as there are descriptors, half of these are left.
+    fn of_descriptors(limit: Option<u64>) -> Self {
+        let descriptors = limit.map_or(usize::MAX, |limit| {
+            usize::try_from(limit).unwrap_or(usize::MAX)
+        });
+        let clients = (descriptors / 4).min(Self::MOST.clients);
+        Self {
+            clients,
+            of_user: (clients / 4).min(Self::MOST.of_user),
+        }
+    }
+}
+
 /// Stack of a client's thread: a grant needs some 40 KiB.
 const SESSION_STACK: usize = 256 * 1024;
 
@@ -109,7 +136,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         call: "ignoring SIGIO",
         errno,
     })?;
-    raise_descriptor_limit();
+    let limits = Limits::of_descriptors(raise_descriptor_limit());
     let guard = Guard::new().map_err(|errno| match errno {
         Errno::PERM => StartError::NotPrivileged,
         other => StartError::NoGate(other),
@@ -161,7 +188,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let accepting = Arc::clone(&shared);
     spawn(
         "accept",
-        Box::new(move |_| accept_clients(&accepting, &listener)),
+        Box::new(move |_| accept_clients(&accepting, &listener, limits)),
     )?;
     Ok(Running {
         shared,
@@ -216,13 +243,14 @@ fn require_initial_pid_namespace() -> Result<(), StartError> {
 }
 
 /// Events and clients take descriptors; the soft limit is made for programs
-/// that use select(2).
-fn raise_descriptor_limit() {
+/// that use select(2). Returns how many there are now, if they are limited.
+fn raise_descriptor_limit() -> Option<u64> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     // Fewer clients fit if it fails.
     let _ = setrlimit(Resource::Nofile, limit);
+    getrlimit(Resource::Nofile).current
 }
 
 fn listen(path: &Path) -> Result<Socket, StartError> {
@@ -270,7 +298,7 @@ fn is_socket(path: &Path) -> bool {
     })
 }
 
-fn accept_clients(shared: &Arc<Shared>, listener: &Socket) {
+fn accept_clients(shared: &Arc<Shared>, listener: &Socket, limits: Limits) {
     let users: Arc<Mutex<HashMap<u32, usize>>> = Arc::default();
     while !shared.guard.is_stopping() {
         let Ok(socket) = listener.accept() else {
@@ -281,7 +309,7 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket) {
         let Ok(peer) = socket.peer() else {
             continue;
         };
-        let Some(place) = Place::take(shared, &users, peer.uid) else {
+        let Some(place) = Place::take(shared, &users, peer.uid, limits) else {
             let _ = socket.send_now(&[&Reply::Refused(too_many()).encode()], &[]);
             continue;
         };
@@ -321,11 +349,12 @@ impl Place {
         shared: &Arc<Shared>,
         users: &Arc<Mutex<HashMap<u32, usize>>>,
         uid: u32,
+        limits: Limits,
     ) -> Option<Self> {
         let mut counts = users.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(uid).or_default();
         let clients = &shared.guard.clients;
-        if clients.load(SeqCst) >= MAX_CLIENTS || uid != 0 && *count >= MAX_CLIENTS_OF_USER {
+        if clients.load(SeqCst) >= limits.clients || uid != 0 && *count >= limits.of_user {
             return None;
         }
         *count += 1;
@@ -348,5 +377,20 @@ impl Drop for Place {
             }
         }
         self.shared.guard.clients.fetch_sub(1, SeqCst);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clients_leave_descriptors_to_the_gate() {
+        let limits = |clients, of_user| Limits { clients, of_user };
+        assert_eq!(Limits::of_descriptors(Some(1024)), limits(256, 64));
+        assert_eq!(Limits::of_descriptors(Some(0)), limits(0, 0));
+        for plenty in [None, Some(32768), Some(1 << 30), Some(u64::MAX)] {
+            assert_eq!(Limits::of_descriptors(plenty), Limits::MOST);
+        }
     }
 }

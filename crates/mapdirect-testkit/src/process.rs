@@ -32,20 +32,35 @@ impl GuardProcess {
 
     /// The same with more arguments.
     pub fn start_with(binary: &Path, arguments: &[&str]) -> Result<Self> {
+        let mut command = Command::new(binary);
+        command.arg("guard").args(arguments);
+        Self::spawn(command)
+    }
+
+    /// The same with no more than so many descriptors.
+    pub fn start_with_descriptors(binary: &Path, limit: u32) -> Result<Self> {
+        let mut command = Command::new("sh");
+        command
+            .arg("-c")
+            .arg(format!("ulimit -n {limit}; exec \"$0\" \"$@\""))
+            .arg(binary)
+            .arg("guard");
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Result<Self> {
         let directory = ScratchDirectory::new("guard")?;
         let socket = directory.path().join("guard.sock");
         // Refusals by the hundred are nobody's reading; what it says last, if
         // it ends by itself, is.
         let complaints = File::create(directory.path().join("stderr"))?;
-        let mut child = Command::new(binary)
-            .arg("guard")
+        let mut child = command
             .arg("--socket")
             .arg(&socket)
-            .args(arguments)
             .stdout(Stdio::piped())
             .stderr(complaints)
             .spawn()
-            .with_context(|| format!("cannot run {}", binary.display()))?;
+            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
         let stdout = child.stdout.take().context("no stdout")?;
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line)?;

@@ -36,6 +36,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("never-swaps", never_swaps),
         ("never-reads", never_reads),
         ("thousand-clients", thousand_clients),
+        ("out-of-descriptors", out_of_descriptors),
         ("second-guard", second_guard),
         ("socket-in-the-way", socket_in_the_way),
         ("unprivileged-status", unprivileged_status),
@@ -617,6 +618,48 @@ fn thousand_clients(world: &World) {
     }
     println!("a thousand clients took {:?}", started.elapsed());
     is_well(world, &guard);
+}
+
+/// More clients than a guard has descriptors for.
+fn out_of_descriptors(world: &World) {
+    let guard = GuardProcess::start_with_descriptors(Path::new(BINARY), 1024).unwrap();
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "abuse-descriptors", 65536);
+    let file = open(&path);
+    let held = map(&guard.client(), &file, 0..65536);
+    let crowd: Vec<Socket> = (0..1100).map(|_| connect(&guard)).collect();
+    let hello = Request::Hello { version: VERSION };
+    let mut served = Vec::new();
+    for client in crowd {
+        match ask(&client, &hello, &[]) {
+            Some(Reply::Welcome { .. }) => served.push(client),
+            // It may hang up before it is asked anything.
+            Some(Reply::Refused(refusal)) => assert_eq!(refusal.reason, Reason::Limit),
+            None => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    // One more is the client of this process.
+    assert_eq!(served.len() + 1, 1024 / 4);
+    // All of them send what the guard has to keep while it looks.
+    for client in &served {
+        client
+            .send(&[&Request::Query.encode()], &[file.as_fd()])
+            .unwrap();
+    }
+    assert!(is_pinned(&path), "the gate goes on");
+    let status = guard.client().status().unwrap();
+    assert_eq!((status.files.len(), status.clients), (1, 1024 / 4));
+    // Those it knows are served.
+    let other = written(&disk, "abuse-descriptors-more", 65536);
+    let more = open(&other);
+    let also_held = map(&guard.client(), &more, 0..65536);
+    assert!(is_pinned(&other));
+    drop((held, also_held, file, more, served));
+    for path in [&path, &other] {
+        wait_until_free(path);
+        std::fs::remove_file(path).unwrap();
+    }
 }
 
 fn second_guard(_world: &World) {
