@@ -173,6 +173,13 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         }),
     )?;
     spawn(
+        "eyes",
+        Box::new(|shared| {
+            // The gate thread looks by itself where nobody helps.
+            let _ = gate::eyes::run(&shared.guard, &shared.guard.gate.eyes);
+        }),
+    )?;
+    spawn(
         "lifetime",
         Box::new(|shared| {
             if let Err(errno) = lifetime::run(&shared.guard) {

@@ -14,6 +14,7 @@
 
 use crate::audit::Refused;
 use crate::gate::classify::{self, Asked};
+use crate::gate::eyes::{Eyes, Seen};
 use crate::gate::threads::{Look, ThreadDescriptors, Threads};
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Opinion, Pin, Watched};
@@ -41,6 +42,8 @@ const WAIT_FOR_SLEEP: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(crate) struct Gate {
     pub(crate) group: Group,
+    /// Helps the thread to look at who waits.
+    pub(crate) eyes: Eyes,
     waker: Waker,
     /// Events held back until a grant is finished.
     waiting: AtomicUsize,
@@ -52,6 +55,7 @@ impl Gate {
     pub(crate) fn new() -> Result<Self, Errno> {
         Ok(Self {
             group: Group::pre_content()?,
+            eyes: Eyes::new()?,
             waker: Waker::new()?,
             waiting: AtomicUsize::new(0),
             held: ArcSwap::default(),
@@ -73,9 +77,10 @@ impl Gate {
         self.held.load_full()
     }
 
-    /// Ends the thread once nothing is waiting any more.
+    /// Ends the threads once nothing is waiting any more.
     pub(crate) fn wake(&self) {
         self.waker.wake();
+        self.eyes.wake();
     }
 }
 
@@ -160,8 +165,11 @@ impl Server<'_> {
                 }
             }
             self.reconsider();
-            for event in events.drain(..) {
-                self.take(event);
+            self.answer_own(&mut events);
+            let tids: Vec<i32> = events.iter().map(|event| event.tid).collect();
+            let seen = self.gate.eyes.look(&mut self.threads, &tids);
+            for (event, seen) in events.drain(..).zip(seen) {
+                self.take(event, &seen);
             }
             self.publish_waiting();
             fence(SeqCst);
@@ -194,7 +202,21 @@ impl Server<'_> {
         Ok(events)
     }
 
-    fn take(&mut self, event: Event) {
+    /// Lets in what threads of the guard open: there is nothing to look at.
+    fn answer_own(&mut self, events: &mut Vec<Event>) {
+        events.retain_mut(|event| {
+            if !self.guard.own.contains(event.tid) {
+                return true;
+            }
+            if let Some(file) = event.file.take() {
+                self.guard.audit.judged();
+                self.answers.push(Response::allow(file.as_raw_fd()));
+            }
+            false
+        });
+    }
+
+    fn take(&mut self, event: Event, seen: &Seen) {
         let Some(file) = event.file else {
             // Only an overflow has no file, and an unlimited queue has none.
             return;
@@ -211,22 +233,23 @@ impl Server<'_> {
             looks: 0,
             held: false,
         };
-        self.settle(waiting);
+        self.settle(waiting, seen);
     }
 
     /// Looks again at everything held back.
     fn reconsider(&mut self) {
         for mut waiting in std::mem::take(&mut self.waiting) {
             waiting.looks = waiting.looks.saturating_add(1);
-            self.settle(waiting);
+            let seen = Seen::of(&mut self.threads, waiting.event.tid);
+            self.settle(waiting, &seen);
         }
     }
 
     /// Answers, or holds back.
-    fn settle(&mut self, mut waiting: Waiting) {
+    fn settle(&mut self, mut waiting: Waiting, seen: &Seen) {
         let fd = waiting.file.as_raw_fd();
         let late = waiting.since.elapsed();
-        let answer = match self.decide(&waiting.event, waiting.file.as_fd(), late) {
+        let answer = match self.decide(&waiting.event, waiting.file.as_fd(), seen, late) {
             Verdict::Allow => Response::allow(fd),
             Verdict::Refuse => Response::deny(fd, Errno::TXTBSY),
             verdict @ (Verdict::NotYet | Verdict::Hold) => {
@@ -250,11 +273,8 @@ impl Server<'_> {
         result
     }
 
-    fn decide(&mut self, event: &About, file: BorrowedFd<'_>, late: Duration) -> Verdict {
-        if self.guard.own.contains(event.tid) {
-            return Verdict::Allow;
-        }
-        let syscall = match self.threads.look(event.tid) {
+    fn decide(&self, event: &About, file: BorrowedFd<'_>, seen: &Seen, late: Duration) -> Verdict {
+        let syscall = match seen.look {
             Look::Gone => return Verdict::Refuse,
             Look::NotYet if late < WAIT_FOR_SLEEP => return Verdict::NotYet,
             Look::NotYet => None,
@@ -272,8 +292,7 @@ impl Server<'_> {
             return Verdict::Allow;
         };
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-        let stack = self.threads.stack(event.tid);
-        let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+        let functions: Vec<&str> = proc::stack_functions(&seen.stack).collect();
         // Every answer wakes all who wait for one, for a moment: a stack read
         // just then is none.
         let waits = functions.iter().any(|name| classify::is_machinery(name));

@@ -7,5 +7,6 @@
 //! Both keep the same contract, [`crate::policy::RULES`].
 
 pub(crate) mod classify;
+pub(crate) mod eyes;
 pub(crate) mod fanotify;
 pub(crate) mod threads;

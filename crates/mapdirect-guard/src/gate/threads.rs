@@ -78,9 +78,9 @@ impl Threads {
             .stack
             .as_ref()
             .and_then(|stack| proc::reread(stack.as_fd(), &mut buffer).ok());
-        text.map_or_else(String::new, |text| {
-            String::from_utf8_lossy(text).into_owned()
-        })
+        // Names of functions: anything but ASCII would be no stack.
+        text.and_then(|text| std::str::from_utf8(text).ok())
+            .map_or_else(String::new, str::to_owned)
     }
 
     fn files(&mut self, tid: i32) -> Option<&mut Files> {
