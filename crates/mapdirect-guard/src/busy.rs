@@ -75,7 +75,9 @@ const CHANGING: [&str; 24] = [
 ];
 
 /// Where writes end that are none to a file.
-const NOT_A_FILE: [&str; 9] = [
+const NOT_A_FILE: [&str; 10] = [
+    // splice(2) and sendfile(2) from a file, for as long as nobody reads.
+    "splice_file_to_pipe",
     "pipe_write",
     "anon_pipe_write",
     "sock_write_iter",
