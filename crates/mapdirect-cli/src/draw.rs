@@ -62,11 +62,19 @@ pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>], width: usize) -> 
         }
         row += columns;
     }
-    let legend: String = ExtentState::ALL
-        .iter()
-        .filter(|state| map.total(**state) > 0)
-        .map(|state| format!("  {} {state}", glyph(*state)))
-        .collect();
+    let legend = |stable: bool| {
+        let states: String = ExtentState::ALL
+            .iter()
+            .filter(|state| state.is_stable() == stable && map.total(**state) > 0)
+            .map(|state| format!("  {} {state}", glyph(*state)))
+            .collect();
+        match (states.is_empty(), stable) {
+            (true, _) => states,
+            (false, true) => format!("  stable:{states}"),
+            (false, false) => format!("  frozen:{states}"),
+        }
+    };
+    let legend = legend(true) + &legend(false);
     let mixed = if picture.contains(MIXED) {
         format!("  {MIXED} mixed")
     } else {

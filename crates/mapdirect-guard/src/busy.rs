@@ -5,7 +5,7 @@
 //! be under way. Both are looked for among all threads of the system.
 
 use crate::bounded::{self, Looking, Stuck, within};
-use crate::gate::classify::classify_open;
+use crate::gate::classify::{self, classify_open};
 use crate::policy::OperationKind;
 use crate::thaw;
 use crate::wake::Backoff;
@@ -300,6 +300,12 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
             let Ok(stack) = proc::read_task_file(tid, "stack") else {
                 return Seen::Idle;
             };
+            let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+            // It woke up just now: the stack breaks off, or is what it was in
+            // an earlier sleep.
+            if !classify::is_whole(&functions) {
+                return Seen::Running;
+            }
             is_busy(look_for, &syscall, &stack).map_or(Seen::Idle, Seen::Busy)
         }
         _ => Seen::Idle,

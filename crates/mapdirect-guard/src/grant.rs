@@ -10,16 +10,18 @@
 //! since the last proof, all of that holds, and what remains is to open a
 //! description, lock its byte and read the block map.
 
+use crate::apart;
 use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
 use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers_before};
-use crate::policy::{self, Beside};
+use crate::policy::{self, Beside, Pinned};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Obstacle};
+use mapdirect::plan::{Pages, Plan};
 use mapdirect_proto::{
     BlockMap, Extent, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
 };
@@ -27,7 +29,9 @@ use mapdirect_proto::{MAX_INLINE_EXTENTS, PinnedRange};
 use mapdirect_sys::fcntl::{
     Lease, LockKind, LockOwner, conflicting_lock, lease_holds, lock_byte_shared, set_lock,
 };
+use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
+use mapdirect_sys::vmsplice::Held;
 use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
 use rustix::fs::{OFlags, SeekFrom};
 use std::cell::Cell;
@@ -158,6 +162,8 @@ struct Judged {
     range: Range<u64>,
     /// The range that will be mapped.
     mapped: Option<Range<u64>>,
+    /// Nothing of the file will be mapped where it is frozen.
+    in_segments: bool,
     /// Open flags of the holder's description.
     open_flags: OFlags,
 }
@@ -276,6 +282,7 @@ fn judge(guard: &Guard, request: &PinRequest, file: BorrowedFd<'_>) -> Result<Ju
         path,
         range,
         mapped: flags.contains(Flags::MAP).then_some(asked),
+        in_segments: flags.contains(Flags::SEGMENTS),
         open_flags,
     })
 }
@@ -412,9 +419,9 @@ impl Attempt<'_> {
         self.state.closed = true;
         let map = self.read_map(settled)?;
         self.check_map(&map)?;
-        let beside = self.look_beside(&map)?;
+        let (pinned, held) = self.keep_still(&map)?;
         self.check_marks()?;
-        self.pin.settle(&map, beside);
+        self.pin.settle(&map, pinned, held);
         self.hand_out(&map)
     }
 
@@ -910,24 +917,6 @@ impl Attempt<'_> {
             }
         }
         beside.stores = self.judged.mapped.is_some() && !self.judged.facts.dax;
-        if beside.stores
-            && beside.window.is_some()
-            && let Some(first) = beside.frozen.first()
-        {
-            return Err(refusal(
-                Reason::FrozenBlocks,
-                Errno::OPNOTSUPP,
-                format!(
-                    "bytes {} to {} are shared, and so near that a store through the page \
-                     cache would copy both",
-                    first.start, first.end
-                ),
-                "unshare the file first (fallocate --unshare), or pin without mapping",
-            ));
-        }
-        if !beside.frozen.is_empty() && self.watched.mapped_writable.load(SeqCst) {
-            self.no_store_over(&beside.frozen)?;
-        }
         Ok(beside)
     }
 
@@ -956,7 +945,9 @@ impl Attempt<'_> {
         if map.is_stable() {
             return Ok(());
         }
-        if let Some(mapped) = &self.judged.mapped {
+        if let Some(mapped) = &self.judged.mapped
+            && !self.judged.in_segments
+        {
             let under: Vec<_> = map
                 .frozen()
                 .filter_map(|extent| extent.clipped(mapped))
@@ -971,47 +962,152 @@ impl Attempt<'_> {
                          first: {} bytes at {} ({})",
                         first.length, first.offset, first.state
                     ),
-                    "write real data there first (and unshare it), or pin without mapping",
+                    "use a library that maps them apart, or make the range stable first \
+                     (mapdirect prepare)",
                 ));
             }
         }
         if let Some(obstacle) = self.judged.facts.obstacle_to_frozen() {
             return Err(obstructed(obstacle));
         }
-        if self.watched.mapped_writable.load(SeqCst) {
-            let frozen: Vec<_> = map
-                .frozen()
-                .map(|extent| extent.offset..extent.end())
-                .collect();
-            self.no_store_over(&frozen)?;
-        }
         Ok(())
     }
 
-    /// A mapping made while nothing here was pinned could still store to what
-    /// is to be frozen.
-    fn no_store_over(&self, frozen: &[Range<u64>]) -> Result<(), Refusal> {
-        let found = self.openers(None);
-        let over = found.writable_mappings.into_iter().find(|(_, mapped)| {
+    /// What the pin promises, and what it takes to keep that where somebody
+    /// stores beside frozen blocks.
+    fn keep_still(&self, map: &BlockMap) -> Result<(Pinned, Option<Held>), Refusal> {
+        let beside = self.look_beside(map)?;
+        let pinned = Pinned::new(map, self.pin.flags.contains(Flags::WHOLE_FILE));
+        let plan = self
+            .judged
+            .mapped
+            .as_ref()
+            .map(|mapped| Plan::new(map, mapped.start, mapped.end - mapped.start, page_size()));
+        let dax = self.judged.facts.dax;
+        let with_pages = |apart| match &plan {
+            Some(plan) => pinned.clone().mapped(plan, !dax, apart),
+            None => pinned.clone(),
+        };
+        let frozen = with_pages(true).frozen_pages(&beside, page_size());
+        let stored = self.stored_to(plan.as_ref(), &frozen)?;
+        let held = if dax {
+            None
+        } else {
+            self.keep_apart(&stored, &frozen, map.file_size())?
+        };
+        Ok((with_pages(true).with_beside(beside), held))
+    }
+
+    /// The parts of the file that can be stored to through mappings, this one
+    /// and those made while nothing here was pinned, in file order. None of
+    /// those may be over what is to be frozen.
+    fn stored_to(
+        &self,
+        plan: Option<&Plan>,
+        frozen: &[Range<u64>],
+    ) -> Result<Vec<Range<u64>>, Refusal> {
+        let mut stored: Vec<_> = plan
+            .into_iter()
+            .flat_map(Plan::segments)
+            .filter(|segment| segment.pages == Pages::Stable)
+            .map(|segment| segment.range.clone())
+            .collect();
+        if frozen.is_empty() || !self.watched.mapped_writable.load(SeqCst) {
+            return Ok(stored);
+        }
+        let found = self.openers(None).writable_mappings;
+        let over = found.iter().find(|(_, mapped)| {
             frozen
                 .iter()
                 .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end))
         });
-        let Some((opener, mapped)) = over else {
-            return Ok(());
-        };
-        Err(Refusal {
-            openers: vec![opener],
-            ..refusal(
-                Reason::OpenElsewhere,
-                Errno::TXTBSY,
+        if let Some((opener, mapped)) = over {
+            return Err(Refusal {
+                openers: vec![opener.clone()],
+                ..refusal(
+                    Reason::OpenElsewhere,
+                    Errno::TXTBSY,
+                    format!(
+                        "a writable mapping of bytes {} to {} covers blocks that cannot be \
+                         stored to as they are",
+                        mapped.start, mapped.end
+                    ),
+                    "unmap it first, or fill and unshare the range",
+                )
+            });
+        }
+        stored.extend(found.into_iter().map(|(_, mapped)| mapped));
+        stored.sort_by_key(|range| range.start);
+        // Together where they overlap.
+        stored.dedup_by(|next, last| {
+            let joins = next.start <= last.end;
+            if joins {
+                last.end = last.end.max(next.end);
+            }
+            joins
+        });
+        Ok(stored)
+    }
+
+    /// Sees to it that no store takes frozen blocks along.
+    fn keep_apart(
+        &self,
+        stored: &[Range<u64>],
+        frozen: &[Range<u64>],
+        size: u64,
+    ) -> Result<Option<Held>, Refusal> {
+        /// A quarter of a gigabyte of page cache.
+        const MOST: usize = 1 << 16;
+        let folio = policy::folio_size();
+        let pages = apart::pages_between(stored, frozen, size, page_size(), folio);
+        if pages.is_empty() {
+            return Ok(None);
+        }
+        if pages.len() > MOST {
+            return Err(refusal(
+                Reason::Limit,
+                Errno::NOMEM,
                 format!(
-                    "a writable mapping of bytes {} to {} covers blocks that cannot be \
-                     stored to as they are",
-                    mapped.start, mapped.end
+                    "what can be stored to and what cannot lie in so many pieces that {} pages \
+                     of page cache would be needed to keep them apart; {MOST} may be",
+                    pages.len()
                 ),
-                "unmap it first, or fill and unshare the range",
-            )
+                "make the range stable first (mapdirect prepare), or map it in parts",
+            ));
+        }
+        let file = self.reopen(OFlags::RDONLY)?;
+        // Its mapping of the file comes to the gate, too.
+        let held = self
+            .guard
+            .own
+            .during(|| apart::hold(file.as_fd(), &pages, folio));
+        held.map(Some).map_err(|failed| match failed {
+            apart::Failed::InUse(offset) => {
+                let mut openers = self.openers(None).others;
+                openers.retain(|opener| opener.mapped);
+                Refusal {
+                    openers,
+                    ..refusal(
+                        Reason::OpenElsewhere,
+                        Errno::TXTBSY,
+                        format!(
+                            "somebody maps the file, so that what can be stored to around byte \
+                             {offset} and what cannot stay in one piece in the page cache"
+                        ),
+                        "have it unmapped there for a moment, or make the range stable first \
+                         (mapdirect prepare)",
+                    )
+                }
+            }
+            apart::Failed::System(call, errno) => refusal(
+                Reason::FrozenBlocks,
+                Errno::OPNOTSUPP,
+                format!(
+                    "what can be stored to and what cannot do not stay apart in the page cache: \
+                     {call} failed: {errno}"
+                ),
+                "make the range stable first (mapdirect prepare), or use DAX",
+            ),
         })
     }
 

@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod apart;
 mod audit;
 mod bounded;
 mod busy;

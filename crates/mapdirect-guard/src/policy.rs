@@ -5,6 +5,7 @@
 //! [`Operation`]s and ask [`judge`]; a gate that cannot see precisely asks
 //! about the worst operation it could be.
 
+use mapdirect::plan::{Pages, Plan};
 use mapdirect_proto::{BlockMap, Extent, ExtentState};
 use std::ops::Range;
 
@@ -190,6 +191,8 @@ pub struct Operation {
     /// Where it may be instead, as far as can be seen: an appending write
     /// goes to the end of file whatever its offset says.
     pub or: Option<Range<u64>>,
+    /// A write that may bypass the page cache, and empties it then.
+    pub direct: bool,
 }
 
 impl Operation {
@@ -200,7 +203,13 @@ impl Operation {
             kind,
             range,
             or: None,
+            direct: true,
         }
+    }
+
+    /// Whether it may make a file of `size` bytes larger.
+    fn reaches_beyond(&self, size: u64) -> bool {
+        self.range.end > size || self.or.as_ref().is_some_and(|range| range.end > size)
     }
 
     /// Bytes outside of which no pin can mind it, in a file of `size` bytes.
@@ -237,7 +246,28 @@ pub struct Pinned {
     /// Frozen runs, in file order.
     frozen: Box<[(Range<u64>, ExtentState)]>,
     block: u64,
+    /// Size of the file when it was pinned.
+    file_size: u64,
     beside: Beside,
+    /// What its mapping asks for; of a pin that is mapped.
+    mapped: Option<Mapped>,
+}
+
+/// What a mapping of a pin asks for beyond the pin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Mapped {
+    /// No folio of the page cache holds both blocks that can be stored to and
+    /// frozen ones before the end of the file: a store to one page makes all
+    /// of its folio dirty. So for DAX, and where pages are held in between.
+    apart: bool,
+    /// The page that holds the end of the file, if it also holds pinned
+    /// blocks behind it: a store would allocate those once the file had
+    /// grown, so it may not grow.
+    tail: Option<Range<u64>>,
+    /// The page that holds the end of the file, if it may be what keeps
+    /// pinned blocks behind it apart from those before: it must stay in the
+    /// page cache as it is. Frozen pages do so by themselves.
+    kept: Option<Range<u64>>,
 }
 
 /// What lies beside a pin and takes blocks of it along when it is written to.
@@ -304,8 +334,49 @@ impl Pinned {
             size: whole_file.then_some(map.file_size()),
             frozen: frozen.into(),
             block,
+            file_size: map.file_size(),
             beside: Beside::default(),
+            mapped: None,
         }
+    }
+
+    /// The same, mapped by `plan`; `apart` as in [`Mapped`], `cached` if it
+    /// goes through the page cache. Blocks that share a page with frozen ones
+    /// are frozen with them: the holder has a copy of that page, which must
+    /// stay true.
+    #[must_use]
+    pub fn mapped(mut self, plan: &Plan, cached: bool, apart: bool) -> Self {
+        let mut frozen: Vec<_> = std::mem::take(&mut self.frozen).into();
+        let copied = plan
+            .segments()
+            .iter()
+            .filter(|segment| segment.pages == Pages::Copied);
+        for segment in copied {
+            let page =
+                segment.range.start.max(self.range.start)..segment.range.end.min(self.range.end);
+            frozen.push((page, ExtentState::Unknown));
+        }
+        frozen.sort_by_key(|(run, _)| run.start);
+        self.frozen = without_overlaps(frozen).into();
+        let page = plan.page();
+        let end = self.file_size.next_multiple_of(page);
+        let last = end.saturating_sub(page)..end;
+        let behind = self.file_size.next_multiple_of(self.block)..last.end;
+        let tail = cached && intersects(&behind, &self.range);
+        let kept = cached
+            && apart
+            && self.range.end > last.end
+            && self.size.is_none()
+            && self
+                .frozen_in(last.start..last.end.min(behind.start))
+                .next()
+                .is_none();
+        self.mapped = Some(Mapped {
+            apart,
+            tail: tail.then_some(behind),
+            kept: kept.then_some(last),
+        });
+        self
     }
 
     /// The same with what lies beside it.
@@ -325,28 +396,111 @@ impl Pinned {
             let window = self.beside.window.as_ref().filter(|_| self.beside.stores);
             return window.is_some_and(|window| intersects(window, &operation.range));
         }
+        if let Some(Mapped { tail: Some(_), .. }) = &self.mapped
+            && rule.grows
+            && operation.reaches_beyond(self.file_size)
+        {
+            return true;
+        }
         if rule.reach != Reach::Range || rule.refused_on != Meets::Frozen {
             return false;
         }
-        if operation.kind == K::MapWrite {
-            let folios = folios(&operation.range);
-            if self.frozen_in(folios).next().is_some() {
-                return true;
-            }
+        if operation.kind == K::MapWrite && self.shares_folios(&operation.range) {
+            return true;
+        }
+        if matches!(operation.kind, K::Write | K::WriteUntorn)
+            && operation.direct
+            && let Some(Mapped {
+                kept: Some(kept), ..
+            }) = &self.mapped
+            && std::iter::once(&operation.range)
+                .chain(&operation.or)
+                .any(|range| intersects(range, kept))
+        {
+            return true;
         }
         std::iter::once(&operation.range)
             .chain(&operation.or)
             .any(|range| {
-                // What lies wholly inside is judged by its own blocks.
+                // What lies wholly inside is judged by its own blocks. Mapping
+                // makes no file grow.
                 let inside = range.start >= self.range.start && range.end <= self.range.end;
+                let size = if operation.kind == K::MapWrite {
+                    u64::MAX
+                } else {
+                    size
+                };
                 !inside && self.beside.minds(range, size, shared_since)
             })
     }
 
-    /// Bytes in frozen blocks.
+    /// The pages that may not be in one folio with pages that are stored to:
+    /// of frozen blocks of the pin, and of what lies beside it and would take
+    /// blocks of it along. Disjoint, in file order.
     #[must_use]
-    pub fn has_frozen(&self) -> bool {
-        !self.frozen.is_empty()
+    pub fn frozen_pages(&self, beside: &Beside, page: u64) -> Vec<Range<u64>> {
+        let end = self.file_size.next_multiple_of(self.block);
+        // Nothing is stored to behind the end of the file.
+        let tail = end..end.next_multiple_of(page);
+        let mut pages: Vec<Range<u64>> = self
+            .frozen
+            .iter()
+            .map(|(run, _)| run)
+            .chain(&beside.frozen)
+            .filter(|run| run.start < tail.start || run.end > tail.end)
+            .map(|run| {
+                let start = if tail.contains(&run.start) {
+                    tail.end
+                } else {
+                    run.start - run.start % page
+                };
+                start..run.end.checked_next_multiple_of(page).unwrap_or(u64::MAX)
+            })
+            .collect();
+        pages.sort_by_key(|run| run.start);
+        pages.dedup_by(|next, last| {
+            let joins = next.start <= last.end;
+            if joins {
+                last.end = last.end.max(next.end);
+            }
+            joins
+        });
+        pages
+    }
+
+    /// Whether a store to a mapping of `range` could take frozen blocks of
+    /// the pin along that are not in the range themselves.
+    fn shares_folios(&self, range: &Range<u64>) -> bool {
+        match &self.mapped {
+            None | Some(Mapped { apart: false, .. }) => {
+                self.frozen_in(folios(range)).next().is_some()
+            }
+            // Apart before the end of the file. Behind it there is nothing to
+            // keep anything apart, but nothing to store to either, until it
+            // grows.
+            Some(Mapped { apart: true, .. }) => {
+                let end = self.file_size.next_multiple_of(self.block);
+                range.end > folio_page(end)
+                    && self.frozen_in(end..folios(range).end).next().is_some()
+            }
+        }
+    }
+
+    /// Whether `range` may be mapped for storing as far as the blocks in it
+    /// go. What lies behind the end of the file in its last page does not
+    /// count where the file may not grow.
+    fn may_store_to(&self, range: &Range<u64>) -> bool {
+        let held =
+            self.size.is_some() || matches!(&self.mapped, Some(Mapped { tail: Some(_), .. }));
+        let end = self.file_size.next_multiple_of(self.block);
+        let ignored = if held { end..folio_page(end) } else { end..end };
+        [
+            range.start..range.end.min(ignored.start),
+            range.start.max(ignored.end)..range.end,
+        ]
+        .into_iter()
+        .filter(|part| part.start < part.end)
+        .all(|part| self.frozen_in(part).next().is_none())
     }
 
     /// The frozen runs that meet `reach`.
@@ -388,6 +542,7 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
         }
     };
     let meets = match rule.refused_on {
+        Meets::Frozen if rule.kind == OperationKind::MapWrite => !pinned.may_store_to(&reach),
         Meets::Any => intersects(&reach, &pinned.range),
         Meets::Frozen => !reach.is_empty() && pinned.frozen_in(reach).next().is_some(),
     };
@@ -401,7 +556,8 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
         let last = size - size % pinned.block;
         return !pinned
             .frozen_in(last..size)
-            .any(|(_, state)| *state == ExtentState::Shared);
+            // Unknown: whatever shares a page with others.
+            .any(|(_, state)| matches!(state, ExtentState::Shared | ExtentState::Unknown));
     }
     true
 }
@@ -410,10 +566,37 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
 /// to one page makes all of its folio dirty.
 #[must_use]
 pub fn folios(range: &Range<u64>) -> Range<u64> {
-    /// The largest folio: a huge page.
-    const FOLIO: u64 = 2 << 20;
-    let end = range.end.checked_next_multiple_of(FOLIO);
-    range.start - range.start % FOLIO..end.unwrap_or(u64::MAX)
+    let folio = folio_size();
+    let end = range.end.checked_next_multiple_of(folio);
+    range.start - range.start % folio..end.unwrap_or(u64::MAX)
+}
+
+/// Bytes in the largest folio of the page cache: a huge page, or what fits
+/// into two levels of its index (`MAX_PAGECACHE_ORDER`,
+/// include/linux/pagemap.h).
+#[must_use]
+pub fn folio_size() -> u64 {
+    let page = mapdirect_sys::mmap::page_size();
+    page * (page / 8).min(1 << 11)
+}
+
+/// The end of the page that byte `end` lies in, if it is not one itself.
+fn folio_page(end: u64) -> u64 {
+    end.next_multiple_of(mapdirect_sys::mmap::page_size())
+}
+
+/// Runs in file order, the later ones cut off where they overlap.
+fn without_overlaps(runs: Vec<(Range<u64>, ExtentState)>) -> Vec<(Range<u64>, ExtentState)> {
+    let mut kept: Vec<(Range<u64>, ExtentState)> = Vec::with_capacity(runs.len());
+    for (run, state) in runs {
+        let start = kept
+            .last()
+            .map_or(run.start, |(last, _)| run.start.max(last.end));
+        if start < run.end {
+            kept.push((start..run.end, state));
+        }
+    }
+    kept
 }
 
 fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {

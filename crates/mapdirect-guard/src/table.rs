@@ -5,12 +5,13 @@
 //! swapped in whole. Changes are made by grants and by the lifetime thread.
 
 use crate::ledger::{PinSet, Ranged};
-use crate::policy::{Beside, Operation, Pinned, RULES, judge};
-use arc_swap::ArcSwap;
+use crate::policy::{Operation, Pinned, RULES, judge};
+use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
+use mapdirect_sys::vmsplice::Held;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 /// Names an inode as long as it is watched.
@@ -47,7 +48,7 @@ pub(crate) struct Pin {
     pub(crate) uid: u32,
     pub(crate) since: Instant,
     /// Missing while the grant is still settling.
-    settled: OnceLock<Settled>,
+    settled: ArcSwapOption<Settled>,
     /// The guard's own copy of its description is closed: from now on the
     /// description is gone when its holders have let go of it.
     handed_over: AtomicBool,
@@ -59,6 +60,9 @@ pub(crate) struct Pin {
 #[derive(Debug)]
 pub(crate) struct Settled {
     pub(crate) pinned: Pinned,
+    /// Pages kept in the page cache, so that stores beside frozen blocks do
+    /// not take them along.
+    _held: Option<Held>,
     pub(crate) stable: u64,
     pub(crate) frozen: u64,
 }
@@ -101,7 +105,7 @@ impl Pin {
             pid: owner.pid,
             uid: owner.uid,
             since: Instant::now(),
-            settled: OnceLock::new(),
+            settled: ArcSwapOption::empty(),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
         }
@@ -112,20 +116,21 @@ impl Pin {
         LOCK_BASE + self.id
     }
 
-    /// From now on its blocks are known and refusals are final.
-    pub(crate) fn settle(&self, map: &BlockMap, beside: Beside) {
+    /// From now on its blocks are known and refusals are final. Again, when
+    /// its holder had some of them allocated.
+    pub(crate) fn settle(&self, map: &BlockMap, pinned: Pinned, held: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
-        // Settled once, by the one grant that made the pin.
-        let _ = self.settled.set(Settled {
-            pinned: Pinned::new(map, self.flags.contains(Flags::WHOLE_FILE)).with_beside(beside),
+        self.settled.store(Some(Arc::new(Settled {
+            pinned,
+            _held: held,
             stable: range.end - range.start - frozen,
             frozen,
-        });
+        })));
     }
 
-    pub(crate) fn settled(&self) -> Option<&Settled> {
-        self.settled.get()
+    pub(crate) fn settled(&self) -> Option<Arc<Settled>> {
+        self.settled.load_full()
     }
 
     /// The guard's own copy of the description is closed.
@@ -156,7 +161,7 @@ impl Pin {
         if self.is_dead() || operation.kind.is_harmless() {
             return Opinion::Allow;
         }
-        match self.settled() {
+        match &*self.settled.load() {
             Some(settled)
                 if judge(operation, &settled.pinned, size)
                     && !settled.pinned.minds_beside(operation, size, shared_since) =>
@@ -475,10 +480,8 @@ mod tests {
         assert_eq!(pin.opinion(&read, 4096, false), Opinion::Allow);
         let device = DeviceId { major: 7, minor: 0 };
         let written = Extent::new(0, Some(0), 4096, ExtentState::Written);
-        pin.settle(
-            &BlockMap::new(device, 4096, 4096, 0..4096, [written]),
-            Beside::default(),
-        );
+        let map = BlockMap::new(device, 4096, 4096, 0..4096, [written]);
+        pin.settle(&map, Pinned::new(&map, false), None);
         assert_eq!(pin.opinion(&write, 4096, false), Opinion::Allow);
         let punch = Operation::new(OperationKind::PunchHole, 0..10);
         assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Wait);

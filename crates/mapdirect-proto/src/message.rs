@@ -23,6 +23,9 @@ impl Flags {
     pub const CACHED: Self = Self(2);
     /// Pin the whole file and its size.
     pub const WHOLE_FILE: Self = Self(4);
+    /// With [`Flags::MAP`]: the holder maps nothing of the file where its
+    /// blocks cannot be stored to as they are.
+    pub const SEGMENTS: Self = Self(8);
 
     /// Whether all bits of `other` are set.
     #[must_use]
@@ -36,7 +39,7 @@ impl Flags {
         self.0
     }
 
-    const KNOWN: u32 = 7;
+    const KNOWN: u32 = 15;
 
     /// The bits this version knows, of a report about a pin that exists.
     pub(crate) const fn from_known_bits(bits: u32) -> Self {

@@ -15,6 +15,7 @@ compile_error!("mapdirect speaks to Linux interfaces only");
 compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
 
 pub mod capget;
+pub mod descriptors;
 pub mod dup;
 pub mod fanotify;
 pub mod fcntl;
@@ -28,9 +29,13 @@ pub mod mmap;
 pub mod proc;
 pub mod proc_locks;
 pub mod proc_mountinfo;
+pub mod proc_pagemap;
+pub mod pthread_atfork;
 pub mod seam;
 pub mod signal;
 pub mod unix;
+pub mod userfaultfd;
+pub mod vmsplice;
 pub mod xfs_eofblocks;
 pub mod xfs_geometry;
 

@@ -2,6 +2,8 @@
 
 use crate::seam::{self, Call};
 use crate::{Result, checked, last_errno};
+use rustix::mm::Advice;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `MAP_SHARED`.
@@ -22,6 +24,8 @@ pub const MAP_ANONYMOUS: i32 = libc::MAP_ANONYMOUS;
 pub const MAP_HUGETLB: i32 = libc::MAP_HUGETLB;
 /// `MAP_POPULATE`.
 pub const MAP_POPULATE: i32 = libc::MAP_POPULATE;
+/// `MAP_NORESERVE`.
+pub const MAP_NORESERVE: i32 = libc::MAP_NORESERVE;
 /// `MAP_SYNC`.
 pub const MAP_SYNC: i32 = 0x80000;
 
@@ -45,10 +49,12 @@ pub const MAP_VALIDATED: i32 = MAP_FIXED
     | MAP_32BIT
     | (0x1f << 26); // MAP_HUGE_2MB | MAP_HUGE_1GB
 
+/// `MAP_32BIT` and `MAP_ABOVE4G`: where in memory, on x86-64.
 #[cfg(target_arch = "x86_64")]
-const MAP_32BIT: i32 = libc::MAP_32BIT | 0x80; // and MAP_ABOVE4G
+pub const MAP_32BIT: i32 = libc::MAP_32BIT | 0x80;
+/// `MAP_32BIT` is for x86-64.
 #[cfg(not(target_arch = "x86_64"))]
-const MAP_32BIT: i32 = 0;
+pub const MAP_32BIT: i32 = 0;
 
 /// `PROT_READ`.
 pub const PROT_READ: i32 = libc::PROT_READ;
@@ -80,6 +86,27 @@ pub unsafe fn map(
     // SAFETY: the caller answers for MAP_FIXED; otherwise mmap only adds a
     // mapping where there is none.
     let mapped = unsafe { libc::mmap(address, length, prot, flags, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED {
+        return Err(last_errno());
+    }
+    Ok(mapped.expose_provenance())
+}
+
+/// `mmap(2)` of memory without a file.
+///
+/// # Errors
+///
+/// As the man page has them.
+///
+/// # Safety
+///
+/// As [`map`].
+pub unsafe fn map_anonymous(address: usize, length: usize, prot: i32, flags: i32) -> Result<usize> {
+    seam::check(Call::Mmap)?;
+    let address = std::ptr::without_provenance_mut(address);
+    let flags = flags | MAP_ANONYMOUS;
+    // SAFETY: as in `map`.
+    let mapped = unsafe { libc::mmap(address, length, prot, flags, -1, 0) };
     if mapped == libc::MAP_FAILED {
         return Err(last_errno());
     }
@@ -118,4 +145,85 @@ pub fn sync(address: usize, length: usize) -> Result<()> {
 #[must_use]
 pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
+}
+
+/// A mapping of a file for looking at what the page cache has of it, page by
+/// page. Nothing of it can be read or written here.
+#[derive(Debug)]
+pub struct View {
+    address: usize,
+    /// Bytes of the file: whole pages.
+    range: Range<u64>,
+}
+
+impl View {
+    /// Maps `range`, whole pages, of a file open for reading. Nothing is read
+    /// ahead through it.
+    ///
+    /// # Errors
+    ///
+    /// As `mmap(2)`; `EINVAL` for anything but whole pages.
+    pub fn new(file: BorrowedFd<'_>, range: Range<u64>) -> Result<Self> {
+        let page = page_size();
+        if range.is_empty() || !range.start.is_multiple_of(page) || !range.end.is_multiple_of(page)
+        {
+            return Err(crate::Errno::INVAL);
+        }
+        let length = usize::try_from(range.end - range.start).map_err(|_| crate::Errno::NOMEM)?;
+        // SAFETY: no address is asked for.
+        let address = unsafe { map(0, length, PROT_READ, MAP_SHARED, file, range.start) }?;
+        let view = Self { address, range };
+        view.advise(&view.range, Advice::Random)?;
+        Ok(view)
+    }
+
+    /// Brings the page at `offset` of the file into the page cache, a single
+    /// one if it is not there yet, and maps it.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT` beyond the end of the file and where it cannot be read,
+    /// `ENOMEM`.
+    pub fn populate(&self, offset: u64) -> Result<()> {
+        self.advise(&(offset..offset + page_size()), Advice::LinuxPopulateRead)
+    }
+
+    /// Unmaps everything, but keeps the place.
+    ///
+    /// # Errors
+    ///
+    /// None in practice.
+    pub fn forget(&self) -> Result<()> {
+        self.advise(&self.range, Advice::LinuxDontNeed)
+    }
+
+    /// Where the page at `offset` of the file is in memory.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for anything but a page of the range.
+    pub(crate) fn address_of(&self, offset: u64) -> Result<usize> {
+        if !self.range.contains(&offset) || !offset.is_multiple_of(page_size()) {
+            return Err(crate::Errno::INVAL);
+        }
+        usize::try_from(offset - self.range.start)
+            .map(|past| self.address + past)
+            .map_err(|_| crate::Errno::INVAL)
+    }
+
+    fn advise(&self, range: &Range<u64>, advice: Advice) -> Result<()> {
+        let start = std::ptr::with_exposed_provenance_mut(self.address_of(range.start)?);
+        let length = usize::try_from(range.end - range.start).map_err(|_| crate::Errno::INVAL)?;
+        // SAFETY: nothing refers to the memory; what is advised changes no
+        // byte of a file.
+        unsafe { rustix::mm::madvise(start, length, advice) }
+    }
+}
+
+impl Drop for View {
+    fn drop(&mut self) {
+        let length = usize::try_from(self.range.end - self.range.start).unwrap_or(0);
+        // SAFETY: nothing refers to the memory.
+        let _ = unsafe { unmap(self.address, length) };
+    }
 }

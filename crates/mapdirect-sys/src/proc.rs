@@ -360,6 +360,28 @@ pub fn parse_fdinfo(text: &str) -> FdInfo {
     info
 }
 
+/// How many mappings a process may have (`/proc/sys/vm/max_map_count`).
+///
+/// # Errors
+///
+/// When it cannot be read, or is no number.
+pub fn max_map_count() -> Result<usize> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open("/proc/sys/vm/max_map_count", flags, Mode::empty())?;
+    read_text(&file)?.trim().parse().map_err(|_| Errno::PROTO)
+}
+
+/// How many mappings the calling process has.
+///
+/// # Errors
+///
+/// When `/proc` is not there.
+pub fn count_own_mappings() -> Result<usize> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open("/proc/self/maps", flags, Mode::empty())?;
+    Ok(read_text(&file)?.lines().count())
+}
+
 /// One mapping of `/proc/<pid>/maps`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapsEntry {

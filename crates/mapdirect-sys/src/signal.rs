@@ -138,6 +138,40 @@ pub fn ignore(signal: i32) -> Result<()> {
     Ok(())
 }
 
+/// The calling thread's mask of blocked signals as it was; restored when
+/// dropped.
+#[derive(Debug)]
+#[must_use = "the mask is restored when this is dropped"]
+pub struct Mask(libc::sigset_t);
+
+/// Blocks every signal in the calling thread, so that a thread it makes is
+/// none that signals for the process are delivered to.
+///
+/// # Errors
+///
+/// None in practice.
+pub fn block_all() -> Result<Mask> {
+    let mut all = signal_set(&[]);
+    // SAFETY: fills an initialised set.
+    unsafe { libc::sigfillset(&raw mut all) };
+    let mut before = signal_set(&[]);
+    // SAFETY: reads one set and writes the other.
+    let ret = unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) };
+    if ret != 0 {
+        return Err(crate::Errno::from_raw_os_error(ret));
+    }
+    Ok(Mask(before))
+}
+
+impl Drop for Mask {
+    fn drop(&mut self) {
+        // SAFETY: reads a set that the kernel gave us; it cannot fail.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, std::ptr::null_mut())
+        };
+    }
+}
+
 /// Sends `signal` to a process.
 ///
 /// # Errors
@@ -175,6 +209,20 @@ mod tests {
         let received = signals.wait().unwrap();
         assert_eq!(received.number, libc::SIGUSR2);
         assert!(!received.from_terminal);
+    }
+
+    #[test]
+    fn a_mask_is_restored() {
+        let blocked = || {
+            let status = std::fs::read_to_string("/proc/thread-self/status").unwrap();
+            let line = status.lines().find(|line| line.starts_with("SigBlk"));
+            line.unwrap().to_owned()
+        };
+        let before = blocked();
+        let mask = block_all().unwrap();
+        assert_ne!(blocked(), before);
+        drop(mask);
+        assert_eq!(blocked(), before);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! * [`attack`]: the corpus of operations that read, write or reshape a file,
 //!   through every door the kernel has, made by real system calls.
 //! * [`contract`]: which of them must be refused where, as data.
+//! * [`fault`]: loads and stores that may raise SIGBUS.
 //! * [`process`]: guards, holders and attackers in processes of their own.
 
 #![deny(unsafe_code)]
@@ -19,6 +20,13 @@ pub mod attack;
 )]
 pub mod contract;
 pub mod disk;
+#[expect(
+    unsafe_code,
+    clippy::cast_possible_truncation,
+    clippy::cast_possible_wrap,
+    reason = "accesses that may fault, and the registers to go on with"
+)]
+pub mod fault;
 pub mod process;
 pub mod random;
 #[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]

@@ -265,6 +265,21 @@ impl Helper {
         Ok(())
     }
 
+    /// Lets it end by itself, and says how it did: its exit status, or 128
+    /// and the signal that killed it.
+    pub fn status(self) -> Result<i32> {
+        use std::os::unix::process::ExitStatusExt;
+        let Self {
+            mut child, stdin, ..
+        } = self;
+        drop(stdin);
+        let status = child.wait()?;
+        Ok(status
+            .code()
+            .or_else(|| status.signal().map(|signal| 128 + signal))
+            .unwrap_or(-1))
+    }
+
     /// Lets it end by itself: its input ends.
     pub fn finish(self) -> Result<Option<i32>> {
         let Self {

@@ -440,6 +440,73 @@ pub unsafe fn munmap(address: usize, length: usize) -> Result<()> {
     unsafe { mapdirect_sys::mmap::unmap(address, length) }
 }
 
+/// Private memory of so many bytes, at an address that the kernel chooses.
+pub fn anonymous(length: usize) -> Result<usize> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_NORESERVE;
+    // SAFETY: no address is asked for.
+    unsafe {
+        mapdirect_sys::mmap::map_anonymous(0, length, libc::PROT_READ | libc::PROT_WRITE, flags)
+    }
+}
+
+/// `mprotect(2)` of an address range.
+///
+/// # Safety
+///
+/// Nothing may rely on what the range could do before.
+pub unsafe fn mprotect(address: usize, length: usize, prot: i32) -> Result<()> {
+    let pointer = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the caller's promise.
+    let ret = unsafe { libc::mprotect(pointer, length, prot) };
+    checked(ret.into()).map(drop)
+}
+
+/// `mremap(2)` to `place`.
+///
+/// # Safety
+///
+/// Nothing may use the range at its old place any more, nor what is at the new
+/// one.
+pub unsafe fn mremap(address: usize, length: usize, new_length: usize, place: usize) -> Result<()> {
+    let old = std::ptr::with_exposed_provenance_mut(address);
+    let new: *mut libc::c_void = std::ptr::with_exposed_provenance_mut(place);
+    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+    // SAFETY: the caller's promise.
+    let moved = unsafe { libc::mremap(old, length, new_length, flags, new) };
+    checked(if moved == libc::MAP_FAILED { -1 } else { 0 }).map(drop)
+}
+
+/// `read(2)` to an address, which need not be there.
+///
+/// # Safety
+///
+/// The bytes at the address, if any, may change.
+pub unsafe fn read_into(file: BorrowedFd<'_>, address: usize, length: usize) -> Result<usize> {
+    let pointer = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the kernel checks the address; the caller's promise.
+    let read = unsafe { libc::read(file.as_raw_fd(), pointer, length) };
+    checked(read as libc::c_long).map(|read| usize::try_from(read).unwrap_or(0))
+}
+
+/// `write(2)` from an address, which need not be there.
+pub fn write_from(file: BorrowedFd<'_>, address: usize, length: usize) -> Result<usize> {
+    let pointer = std::ptr::with_exposed_provenance(address);
+    // SAFETY: the kernel checks the address, and reads only.
+    let written = unsafe { libc::write(file.as_raw_fd(), pointer, length) };
+    checked(written as libc::c_long).map(|written| usize::try_from(written).unwrap_or(0))
+}
+
+/// Closes every descriptor from `first` on, as daemons do.
+///
+/// # Safety
+///
+/// Nothing may use any of them afterwards.
+pub unsafe fn close_from(first: u32) -> Result<()> {
+    // SAFETY: the caller's promise.
+    let ret = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    checked(ret).map(drop)
+}
+
 /// Runs `child` in a forked process and waits for it.
 ///
 /// Meant for tests about fork: between fork and exit the child may only do

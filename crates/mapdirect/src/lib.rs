@@ -25,10 +25,11 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Not every block can be mapped: holes, unwritten and shared blocks are
-//! *frozen* under a pin, since a store to them would have to change the block
-//! map. They can be pinned; mapping a range that has some is refused with
-//! `EOPNOTSUPP`.
+//! Holes, unwritten and shared blocks are *frozen* under a pin: a store to
+//! them would have to change the block map, so it raises SIGBUS. Holes and
+//! unwritten blocks read as zeros. [`DirectMap::allocate`] makes them
+//! *stable* under a pin that holds, [`MapOptions::prepare`] before there is
+//! one.
 
 #![deny(unsafe_code)]
 
@@ -40,6 +41,11 @@ mod error;
 mod establish;
 #[doc(hidden)]
 pub mod extents;
+#[expect(
+    unsafe_code,
+    reason = "memory is registered, and put in the place of memory that a child lacks"
+)]
+mod frozen;
 mod guard;
 mod locks;
 #[expect(
@@ -49,11 +55,15 @@ mod locks;
 mod mapping;
 mod open;
 mod pin;
+#[doc(hidden)]
+pub mod plan;
 #[expect(
     unsafe_code,
     reason = "the system call takes an address from its caller"
 )]
 pub mod raw;
+#[expect(unsafe_code, reason = "mappings are put together here")]
+mod segments;
 
 pub use error::{Error, Kind, Result};
 pub use establish::Scope;

@@ -3,7 +3,10 @@
 use crate::access::Memory;
 use crate::error::{Error, Kind, Result};
 use crate::establish::{Established, PATIENCE, Scope, establish};
+use crate::frozen::Frozen;
 use crate::guard::{Connection, Guard};
+use crate::plan::{Access, Pages, Plan};
+use crate::segments;
 use mapdirect_proto::{BlockMap, Extent, Flags};
 use mapdirect_sys::{Errno, mmap};
 use std::fmt;
@@ -172,6 +175,8 @@ impl MapOptions {
             offset: range.start,
             id: placed.id,
             map: placed.map,
+            plan: placed.plan,
+            frozen: placed.frozen,
             connection: placed.connection,
             released: false,
         })
@@ -216,6 +221,8 @@ pub(crate) struct Placed {
     pub(crate) address: usize,
     pub(crate) id: u64,
     pub(crate) map: BlockMap,
+    pub(crate) plan: Plan,
+    pub(crate) frozen: Option<Frozen>,
     pub(crate) connection: Arc<Connection>,
 }
 
@@ -247,7 +254,7 @@ impl How {
                 "open the file for both",
             ));
         }
-        let mut flags = Flags::MAP;
+        let mut flags = Flags::MAP | Flags::SEGMENTS;
         if self.cached {
             flags = flags | Flags::CACHED;
         }
@@ -267,37 +274,25 @@ impl How {
         } else {
             mmap::MAP_SHARED
         };
-        // SAFETY: the caller answers for MAP_FIXED.
-        let mapped = unsafe {
-            mmap::map(
-                self.address,
-                length,
-                self.prot,
-                kind | self.flags,
-                pinned.as_fd(),
-                offset,
-            )
+        let plan = Plan::new(&map, offset, length as u64, mmap::page_size());
+        let arguments = segments::Arguments {
+            pinned: pinned.as_fd(),
+            address: self.address,
+            prot: self.prot,
+            flags: kind | self.flags,
         };
+        // SAFETY: the caller answers for MAP_FIXED.
+        let mapped = unsafe { segments::map(&plan, arguments) };
         // From here on the mapping alone keeps the description, and with it
         // the pin; if there is none, the pin ends with this descriptor.
         drop(pinned);
-        let address = mapped.map_err(|errno| {
-            let mend = match errno {
-                Errno::NOMEM => "free address space or mappings (vm.max_map_count)",
-                Errno::EXIST => "give an address where nothing is mapped",
-                _ => "",
-            };
-            Error::new(
-                Kind::System,
-                errno,
-                format!("mmap failed after the pin was granted: {errno}"),
-                mend,
-            )
-        })?;
+        let segments::Mapped { address, frozen } = mapped?;
         Ok(Placed {
             address,
             id,
             map,
+            plan,
+            frozen,
             connection,
         })
     }
@@ -370,6 +365,8 @@ pub struct DirectMap {
     offset: u64,
     id: u64,
     map: BlockMap,
+    plan: Plan,
+    frozen: Option<Frozen>,
     connection: Arc<Connection>,
     released: bool,
 }
@@ -408,10 +405,12 @@ impl DirectMap {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the bytes are not all inside the mapping; nothing is read
-    /// then.
+    /// `EINVAL` if the bytes are not all inside the mapping, `EFAULT` if some
+    /// of them raise SIGBUS (shared blocks, bytes in pages beyond the end of
+    /// the file); nothing is read then.
     pub fn read_at(&self, offset: usize, into: &mut [u8]) -> Result<()> {
         self.check_bounds("read", offset, into.len())?;
+        self.check_access("read", offset, into.len(), Access::Load)?;
         self.memory.read(offset, into);
         Ok(())
     }
@@ -420,10 +419,12 @@ impl DirectMap {
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the bytes are not all inside the mapping; nothing is
-    /// written then.
+    /// `EINVAL` if the bytes are not all inside the mapping, `ETXTBSY` if some
+    /// of them lie in frozen blocks, `EFAULT` for pages beyond the end of the
+    /// file; nothing is written then.
     pub fn write_at(&self, offset: usize, from: &[u8]) -> Result<()> {
         self.check_bounds("write", offset, from.len())?;
+        self.check_access("write", offset, from.len(), Access::Store)?;
         self.memory.write(offset, from);
         Ok(())
     }
@@ -441,9 +442,48 @@ impl DirectMap {
         .asking(format!("{what} {count} bytes at {offset}")))
     }
 
+    /// A pointer would raise SIGBUS there; this says so.
+    fn check_access(&self, what: &str, offset: usize, count: usize, access: Access) -> Result<()> {
+        let start = self.offset + offset as u64;
+        let Some((at, pages)) = self.plan.obstacle(start..start + count as u64, access) else {
+            return Ok(());
+        };
+        let beyond = at >= self.map.file_size() && pages == Pages::Faulting;
+        let state = self.map.find(at).map(|extent| extent.state);
+        let error = if beyond {
+            Error::new(
+                Kind::Arguments,
+                Errno::FAULT,
+                format!(
+                    "the file ended at byte {} when it was mapped",
+                    self.map.file_size()
+                ),
+                "grow it, and map it again",
+            )
+        } else {
+            let errno = match access {
+                Access::Load => Errno::FAULT,
+                Access::Store => Errno::TXTBSY,
+            };
+            let state = match (pages, state) {
+                (Pages::Copied, _) | (_, None) => "frozen, with others in its page",
+                (_, Some(state)) => state.name(),
+            };
+            Error::new(
+                Kind::FrozenBlocks,
+                errno,
+                format!("byte {at} of the file lies in a block that is {state}"),
+                "make it stable first: DirectMap::allocate, or prepare before mapping",
+            )
+        };
+        Err(error.asking(format!("{what} {count} bytes at {offset}")))
+    }
+
     /// The first byte, for code that goes to the memory by itself: valid for
     /// [`len`](Self::len) bytes until the mapping is dropped. Others may
-    /// store to it at any time.
+    /// store to it at any time. A store to a frozen block raises SIGBUS, and
+    /// so does any access to a shared one or to pages beyond the end of the
+    /// file.
     #[must_use]
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory.base().as_ptr()
@@ -547,7 +587,11 @@ impl DirectMap {
         // SAFETY: only called, once, when the value goes away, so that
         // nothing of this crate refers to the memory any more; pointers
         // handed out say so in their documentation.
-        unsafe { mmap::unmap(base, self.memory.length()) }
+        let result = unsafe { mmap::unmap(base, self.memory.length()) };
+        if self.frozen.take().is_some() {
+            Frozen::settle();
+        }
+        result
     }
 }
 

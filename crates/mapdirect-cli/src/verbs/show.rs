@@ -65,6 +65,12 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
             output::line(draw::extent_table(map).trim_end());
         }
         output::line(&totals(map));
+        if !map.is_stable() {
+            output::line(
+                "under a pin a store to what is frozen raises SIGBUS; mapdirect prepare makes it \
+                 stable",
+            );
+        }
     }
     for pin in &pins {
         output::line(&format!(
@@ -83,16 +89,34 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     Ok(Exit::SUCCESS)
 }
 
+/// What can be stored to under a pin, and what cannot.
 fn totals(map: &BlockMap) -> String {
-    let totals: Vec<_> = ExtentState::ALL
-        .iter()
-        .map(|state| (state, map.total(*state)))
-        .filter(|(_, bytes)| *bytes > 0)
-        .map(|(state, bytes)| format!("{} {state}", human(bytes)))
-        .collect();
+    let bytes_in = |stable: bool| {
+        let totals: Vec<_> = ExtentState::ALL
+            .iter()
+            .filter(|state| state.is_stable() == stable)
+            .map(|state| (state, map.total(*state)))
+            .filter(|(_, bytes)| *bytes > 0)
+            .collect();
+        let sum: u64 = totals.iter().map(|(_, bytes)| bytes).sum();
+        let word = if stable { "stable" } else { "frozen" };
+        let parts: Vec<_> = totals
+            .iter()
+            .map(|(state, bytes)| format!("{} {state}", human(*bytes)))
+            .collect();
+        (sum > 0).then(|| format!("{} {word} ({})", human(sum), parts.join(", ")))
+    };
+    let totals: Vec<_> = [true, false].into_iter().filter_map(bytes_in).collect();
     let count = map.extents().len();
     let plural = if count == 1 { "" } else { "s" };
     format!("{count} extent{plural}: {}", totals.join(", "))
+}
+
+/// Bytes that can be stored to under a pin, and bytes that cannot.
+fn stable_and_frozen(map: Option<&BlockMap>) -> (u64, u64) {
+    let frozen = map.map_or(0, |map| map.frozen().map(|extent| extent.length).sum());
+    let all = map.map_or(0, |map| map.range().end - map.range().start);
+    (all - frozen, frozen)
 }
 
 fn tell_verdict(hindrances: &[Hindrance]) {
@@ -140,26 +164,13 @@ fn hindrances(
             cured_by_cache: true,
         });
     }
-    match map {
-        None => found.push(Hindrance {
+    if map.is_none() {
+        found.push(Hindrance {
             key: "empty",
             text: String::from("it is empty"),
             mend: String::from("write data to it first"),
             cured_by_cache: false,
-        }),
-        Some(map) if !map.is_stable() => {
-            let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
-            found.push(Hindrance {
-                key: "frozen-blocks",
-                text: format!(
-                    "{} of it are not allocated, unwritten or shared: ranges without them can be mapped",
-                    human(frozen)
-                ),
-                mend: String::from("write real data there, and unshare it"),
-                cured_by_cache: false,
-            });
-        }
-        Some(_) => {}
+        });
     }
     if let Some(error) = no_guard {
         found.push(Hindrance {
@@ -189,6 +200,7 @@ fn as_json(
     pins: &[PinnedRange],
     hindrances: &[Hindrance],
 ) -> Value {
+    let (stable, frozen) = stable_and_frozen(map);
     let pinned: Vec<Value> = pins
         .iter()
         .map(|pin| {
@@ -219,6 +231,8 @@ fn as_json(
         "inode": facts.inode,
         "dax": facts.dax,
         "extents": map.map_or_else(|| json!([]), json::extents),
+        "stable": stable,
+        "frozen": frozen,
         "totals": map.map_or_else(|| json!({}), json::totals),
         "pinned": pinned,
         "mappable": {

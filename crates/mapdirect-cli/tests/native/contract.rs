@@ -143,8 +143,8 @@ fn try_at(world: &World, disk: &Disk, attack: &'static Attack, attacker: Attacke
     let subject = subject(disk, attack, who, place);
     let guard = world.guard();
     let file = open(&subject.path);
-    // Where it can be mapped it is; a range with frozen blocks is pinned.
-    let held = if place.is_frozen() {
+    // Frozen blocks are pinned once without a mapping and once with one.
+    let held = if place.is_frozen() && matches!(attacker, Attacker::Stranger) {
         Held::Pin(pin(&guard.client(), &file, subject.pinned()))
     } else {
         Held::Map(map(&guard.client(), &file, subject.pinned()))

@@ -18,6 +18,7 @@ mod grants;
 mod lifetime;
 mod openers;
 mod random;
+mod segments;
 mod stuck;
 mod world;
 
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
     trials.extend(grants::trials(&world));
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
+    trials.extend(segments::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(random::trials(&world));

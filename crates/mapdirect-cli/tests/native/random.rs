@@ -266,7 +266,11 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
             .map(&file);
         match mapped {
             Ok(map) => {
-                map.write_at(0, &[random.byte(); 100]).unwrap();
+                // Some of it may be frozen.
+                if let Err(error) = map.write_at(0, &[random.byte(); 100]) {
+                    let reason = error.kind();
+                    assert_eq!(reason, mapdirect::Kind::FrozenBlocks, "{error:#}");
+                }
                 watch(&file, map.block_map(), hold, tally);
             }
             Err(error) => refused(&error, tally),

@@ -36,6 +36,11 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
+        ("close-all", crate::segments::play_close_all),
+        ("fixed", crate::segments::play_fixed),
+        ("probe", crate::segments::play_probe),
+        ("store", crate::segments::play_store),
+        ("halfway", crate::segments::play_halfway),
     ]
 }
 

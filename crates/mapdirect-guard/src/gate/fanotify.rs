@@ -37,6 +37,9 @@ pub(crate) const MASK: Mask = Mask::from_bits(Mask::OPEN_PERM.bits() | Mask::PRE
 const WAIT_FOR_GRANT: Duration = Duration::from_secs(5);
 /// How long a thread may take to fall asleep before it is judged unseen.
 const WAIT_FOR_SLEEP: Duration = Duration::from_secs(1);
+/// How long to look for a stack that reaches the bottom before what there is
+/// of it must do: refuses more then, not less.
+const WAIT_FOR_STACK: Duration = Duration::from_millis(50);
 
 /// The group, and how to reach the thread that serves it.
 #[derive(Debug)]
@@ -294,11 +297,18 @@ impl Server<'_> {
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
         let functions: Vec<&str> = proc::stack_functions(&seen.stack).collect();
         // Every answer wakes all who wait for one, for a moment: a stack read
-        // just then is none.
+        // just then is none, or breaks off.
         let waits = functions.iter().any(|name| classify::is_machinery(name));
         if !waits && late < WAIT_FOR_SLEEP {
             return Verdict::NotYet;
         }
+        let is_whole = classify::is_whole(&functions);
+        if !is_whole && late < WAIT_FOR_STACK {
+            return Verdict::NotYet;
+        }
+        // What broke off could have told that the registers are another
+        // call's.
+        let syscall = syscall.filter(|_| is_whole);
         let operation = if !pre_access {
             if watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
                 return Verdict::Hold;
