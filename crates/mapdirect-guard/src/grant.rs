@@ -117,6 +117,7 @@ pub(crate) fn grant(
         let pin = Arc::new(Pin::unsettled(
             guard.next_id(),
             judged.range.clone(),
+            judged.mapped.clone(),
             judged.reach(),
             request.flags,
             owner,
@@ -1239,5 +1240,6 @@ pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedR
         .collect())
 }
 
+pub(crate) mod allocate;
 #[cfg(test)]
 mod tests;

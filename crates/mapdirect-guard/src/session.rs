@@ -4,11 +4,13 @@
 //! thread wait: a descriptor of a filesystem whose server never answers, a
 //! file with gigabytes to write back. Only that client waits then.
 
+use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    DecodeError, Flags, Gate, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request, VERSION,
+    AllocateRequest, DecodeError, Flags, Gate, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply,
+    Request, VERSION,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
@@ -118,6 +120,7 @@ impl<'guard> Session<'guard> {
             }
             (Request::Prove, Some(proof)) => self.prove(proof.as_fd(), sender),
             (Request::Pin(pin), Some(file)) => self.pin(pin, file, sender),
+            (Request::Allocate(allocate), Some(file)) => self.allocate(*allocate, file, sender),
             (Request::Announce { tid }, Some(file)) => self.announce(*tid, file.as_fd(), sender),
             (Request::Query, Some(file)) => self.query(file.as_fd()),
             (Request::Status, None) => self.status(),
@@ -239,6 +242,26 @@ impl<'guard> Session<'guard> {
                 self.guard.gate.reconsider();
                 Ok(sent?)
             }
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    fn allocate(
+        &mut self,
+        request: AllocateRequest,
+        file: OwnedFd,
+        sender: Option<Sender>,
+    ) -> Result<(), End> {
+        let Allocated { now, result } = match self.authorise(sender) {
+            Ok(sender) => allocate::allocate(self.guard, request, file, sender),
+            Err(refusal) => return self.refuse(refusal),
+        };
+        if let Some((granted, extents)) = now {
+            let fds: Vec<_> = extents.iter().map(AsFd::as_fd).collect();
+            self.send(&Reply::Granted(granted), &fds)?;
+        }
+        match result {
+            Ok(()) => Ok(self.send(&Reply::Done, &[])?),
             Err(refusal) => self.refuse(refusal),
         }
     }

@@ -43,6 +43,8 @@ pub(crate) struct Pin {
     range: Range<u64>,
     /// What was asked for, rounded out to blocks.
     pub(crate) shown: Range<u64>,
+    /// What its holder maps of it.
+    pub(crate) mapped: Option<Range<u64>>,
     pub(crate) flags: Flags,
     pub(crate) pid: i32,
     pub(crate) uid: u32,
@@ -92,6 +94,7 @@ impl Pin {
     pub(crate) fn unsettled(
         id: u64,
         shown: Range<u64>,
+        mapped: Option<Range<u64>>,
         reach: Range<u64>,
         flags: Flags,
         owner: mapdirect_sys::unix::Sender,
@@ -101,6 +104,7 @@ impl Pin {
             id,
             range: if whole_file { 0..u64::MAX } else { reach },
             shown,
+            mapped,
             flags,
             pid: owner.pid,
             uid: owner.uid,
@@ -473,7 +477,7 @@ mod tests {
 
     #[test]
     fn an_unsettled_pin_makes_others_wait_and_a_dead_one_does_not() {
-        let pin = Pin::unsettled(1, 0..4096, 0..4096, Flags::NONE, OWNER);
+        let pin = Pin::unsettled(1, 0..4096, None, 0..4096, Flags::NONE, OWNER);
         let write = Operation::new(OperationKind::Write, 0..10);
         let read = Operation::new(OperationKind::Read, 0..10);
         assert_eq!(pin.opinion(&write, 4096, false), Opinion::Wait);

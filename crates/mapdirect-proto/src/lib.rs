@@ -20,6 +20,9 @@
 //!                                                           before the gate
 //!                                                           closed
 //!                    ◀───────────────────  Granted + file, or Refused
+//!   Allocate + file  ───────────────────▶
+//!                    ◀───────────────────  Granted, if anything changed
+//!                    ◀───────────────────  Done, or Refused
 //! ```
 
 #![forbid(unsafe_code)]
@@ -31,7 +34,9 @@ pub mod status;
 mod wire;
 
 pub use extent::{BlockMap, DeviceId, Extent, ExtentState};
-pub use message::{Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal, Reply, Request};
+pub use message::{
+    AllocateRequest, Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal, Reply, Request,
+};
 pub use reason::Reason;
 pub use wire::DecodeError;
 

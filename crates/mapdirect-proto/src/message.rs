@@ -142,6 +142,22 @@ pub enum Request {
         /// The thread that will open it.
         tid: i32,
     },
+    /// Asks to make blocks of a pin stable that are frozen, while it holds;
+    /// the description whose life is the pin comes with it. The answer is a
+    /// [`Reply::Granted`] without that description, if the block map changed,
+    /// and then a [`Reply::Done`] or [`Reply::Refused`].
+    Allocate(AllocateRequest),
+}
+
+/// Which blocks of a pin to make stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AllocateRequest {
+    /// Names the pin.
+    pub pin: u64,
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
 }
 
 /// A pin as granted. The description whose life is the pin comes with it, and
@@ -258,6 +274,7 @@ mod kind {
     pub(super) const QUERY: u16 = 5;
     pub(super) const STATUS: u16 = 6;
     pub(super) const ANNOUNCE: u16 = 7;
+    pub(super) const ALLOCATE: u16 = 8;
 
     pub(super) const WELCOME: u16 = 101;
     pub(super) const DONE: u16 = 102;
@@ -294,6 +311,14 @@ struct PinRecord {
 struct AnnounceRecord {
     tid: I32,
     reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct AllocateRecord {
+    pin: U64,
+    offset: U64,
+    length: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -437,7 +462,11 @@ impl Request {
     #[must_use]
     pub const fn descriptors(&self) -> usize {
         match self {
-            Self::Prove | Self::Pin(_) | Self::Query | Self::Announce { .. } => 1,
+            Self::Prove
+            | Self::Pin(_)
+            | Self::Query
+            | Self::Announce { .. }
+            | Self::Allocate(_) => 1,
             Self::Hello { .. } | Self::Swapped | Self::Status => 0,
         }
     }
@@ -473,6 +502,14 @@ impl Request {
                     reserved: 0.into(),
                 };
                 message(kind::ANNOUNCE, &record, &[])
+            }
+            Self::Allocate(request) => {
+                let record = AllocateRecord {
+                    pin: request.pin.into(),
+                    offset: request.offset.into(),
+                    length: request.length.into(),
+                };
+                message(kind::ALLOCATE, &record, &[])
             }
         }
     }
@@ -524,6 +561,14 @@ impl Request {
                 Self::Announce {
                     tid: record.tid.get(),
                 }
+            }
+            kind::ALLOCATE => {
+                let record: AllocateRecord = body.only()?;
+                Self::Allocate(AllocateRequest {
+                    pin: record.pin.get(),
+                    offset: record.offset.get(),
+                    length: record.length.get(),
+                })
             }
             other => return Err(DecodeError::Kind(other)),
         })
@@ -759,6 +804,13 @@ mod tests {
             Just(Request::Query),
             Just(Request::Status),
             any::<i32>().prop_map(|tid| Request::Announce { tid }),
+            any::<(u64, u64, u64)>().prop_map(|(pin, offset, length)| {
+                Request::Allocate(AllocateRequest {
+                    pin,
+                    offset,
+                    length,
+                })
+            }),
         ]
     }
 

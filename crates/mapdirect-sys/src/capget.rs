@@ -1,4 +1,4 @@
-//! capget(2): does a process hold `CAP_LINUX_IMMUTABLE`?
+//! capget(2), capset(2): does a process hold `CAP_LINUX_IMMUTABLE`?
 
 use crate::{Result, checked};
 
@@ -8,6 +8,8 @@ const VERSION_3: u32 = 0x2008_0522;
 pub const CAP_LINUX_IMMUTABLE: u32 = 9;
 /// `CAP_SYS_ADMIN`, which the guard needs.
 pub const CAP_SYS_ADMIN: u32 = 21;
+/// `CAP_SYS_RESOURCE`: space set aside for root, and no quota.
+pub const CAP_SYS_RESOURCE: u32 = 24;
 
 #[repr(C)]
 struct Header {
@@ -41,6 +43,29 @@ pub fn effective(pid: i32) -> Result<u64> {
     let ret = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
     checked(if ret < 0 { -1 } else { 0 })?;
     Ok(u64::from(data[0].effective) | u64::from(data[1].effective) << 32)
+}
+
+/// Makes exactly these capabilities of the calling thread effective.
+///
+/// # Errors
+///
+/// `EPERM` for one that it is not permitted.
+pub fn set_effective(capabilities: u64) -> Result<()> {
+    let mut header = Header {
+        version: VERSION_3,
+        pid: 0,
+    };
+    let mut data = [Data::default(); 2];
+    // SAFETY: as in `effective`.
+    let ret = unsafe { libc::syscall(libc::SYS_capget, &raw mut header, data.as_mut_ptr()) };
+    checked(if ret < 0 { -1 } else { 0 })?;
+    let halves = [capabilities & 0xffff_ffff, capabilities >> 32];
+    for (data, half) in data.iter_mut().zip(halves) {
+        data.effective = u32::try_from(half).unwrap_or(0);
+    }
+    // SAFETY: reads the header and two data records.
+    let ret = unsafe { libc::syscall(libc::SYS_capset, &raw mut header, data.as_ptr()) };
+    checked(if ret < 0 { -1 } else { 0 }).map(drop)
 }
 
 /// Whether `capability` is in the set `effective` returned.

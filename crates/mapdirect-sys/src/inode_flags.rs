@@ -69,7 +69,7 @@ pub const XFLAG_PREALLOC: u32 = 0x0000_0002;
 pub const XFLAG_EXTSIZE: u32 = 0x0000_0800;
 
 #[repr(C)]
-#[derive(Default)]
+#[derive(Clone, Copy, Debug, Default)]
 struct FsXattr {
     xflags: u32,
     extsize: u32,
@@ -81,15 +81,67 @@ struct FsXattr {
 
 const _: () = assert!(size_of::<FsXattr>() == 28);
 
+/// `_IOW('X', 32, struct fsxattr)`.
+const FS_IOC_FSSETXATTR: libc::c_ulong = 0x401C_5820;
+/// `FS_XFLAG_COWEXTSIZE`: [`ExtendedFlags::copy_extent_size`] is in force.
+const XFLAG_COWEXTSIZE: u32 = 0x0001_0000;
+
+/// The size hint for copies of shared blocks as it was; put back when dropped.
+#[derive(Debug)]
+pub struct CopyHint<'file> {
+    file: BorrowedFd<'file>,
+    before: FsXattr,
+}
+
+/// Has XFS copy no more than the block that is written to when it is shared,
+/// for a while.
+///
+/// # Errors
+///
+/// `EPERM` for a file of somebody else without `CAP_FOWNER`, `EINVAL` where
+/// blocks cannot be shared, `ENOTTY` on other filesystems.
+pub fn copy_single_blocks(file: BorrowedFd<'_>, block_size: u32) -> Result<CopyHint<'_>> {
+    let before = get_extended(file)?;
+    let mut one = before;
+    one.cowextsize = block_size;
+    one.xflags |= XFLAG_COWEXTSIZE;
+    set_extended(file, &one)?;
+    Ok(CopyHint { file, before })
+}
+
+impl Drop for CopyHint<'_> {
+    fn drop(&mut self) {
+        // What stays if this fails is a hint that makes copies smaller.
+        let _ = set_extended(self.file, &self.before);
+    }
+}
+
+fn get_extended(file: BorrowedFd<'_>) -> Result<FsXattr> {
+    let mut found = FsXattr::default();
+    // SAFETY: the ioctl writes one `struct fsxattr`, 28 bytes by the assert.
+    checked(unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut found) })?;
+    Ok(found)
+}
+
+fn set_extended(file: BorrowedFd<'_>, value: &FsXattr) -> Result<()> {
+    // SAFETY: the ioctl reads one `struct fsxattr`.
+    checked(unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            FS_IOC_FSSETXATTR,
+            std::ptr::from_ref(value),
+        )
+    })
+    .map(drop)
+}
+
 /// The flags of `xfs_io -c lsattr` and the extent size hint.
 ///
 /// # Errors
 ///
 /// `ENOTTY` or `EOPNOTSUPP` where the filesystem has none.
 pub fn extended(file: BorrowedFd<'_>) -> Result<ExtendedFlags> {
-    let mut found = FsXattr::default();
-    // SAFETY: the ioctl writes one `struct fsxattr`, 28 bytes by the assert.
-    checked(unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_FSGETXATTR, &raw mut found) })?;
+    let found = get_extended(file)?;
     Ok(ExtendedFlags {
         flags: found.xflags,
         extent_size: found.extsize,

@@ -32,6 +32,7 @@ pub mod proc_mountinfo;
 pub mod proc_pagemap;
 pub mod pthread_atfork;
 pub mod seam;
+pub mod setfsuid;
 pub mod signal;
 pub mod unix;
 pub mod userfaultfd;

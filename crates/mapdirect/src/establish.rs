@@ -4,7 +4,8 @@ use crate::error::{Error, Result};
 use crate::guard::{Connection, Guard, unexpected};
 use crate::{guard, locks};
 use mapdirect_proto::{
-    BlockMap, Flags, Granted, PinRequest, Reply, Request, extent, extent::EXTENT_RECORD,
+    AllocateRequest, BlockMap, Flags, Granted, PinRequest, Reply, Request, extent,
+    extent::EXTENT_RECORD,
 };
 use mapdirect_sys::{dup, memfd};
 use std::ops::Range;
@@ -74,6 +75,32 @@ pub(crate) fn establish(
         map: block_map(granted, extents)?,
         file,
         connection,
+    })
+}
+
+/// Asks to have frozen blocks of a pin made stable; `pinned` is its
+/// description. `now` is the block map from then on, if anything has changed,
+/// also where it fails.
+pub(crate) fn allocate(
+    connection: &Arc<Connection>,
+    pin: u64,
+    range: (u64, u64),
+    pinned: BorrowedFd<'_>,
+    now: &mut Option<BlockMap>,
+) -> Result<()> {
+    guard::require_capability()?;
+    let request = Request::Allocate(AllocateRequest {
+        pin,
+        offset: range.0,
+        length: range.1,
+    });
+    connection.converse(&request, pinned, |_, reply, mut fds| match reply {
+        Reply::Granted(granted) => {
+            *now = Some(block_map(granted, fds.pop())?);
+            Ok(None)
+        }
+        Reply::Done => Ok(Some(())),
+        _ => Err(unexpected()),
     })
 }
 

@@ -177,6 +177,7 @@ impl MapOptions {
             map: placed.map,
             plan: placed.plan,
             frozen: placed.frozen,
+            flags: placed.flags,
             connection: placed.connection,
             released: false,
         })
@@ -223,6 +224,7 @@ pub(crate) struct Placed {
     pub(crate) map: BlockMap,
     pub(crate) plan: Plan,
     pub(crate) frozen: Option<Frozen>,
+    pub(crate) flags: i32,
     pub(crate) connection: Arc<Connection>,
 }
 
@@ -254,12 +256,12 @@ impl How {
                 "open the file for both",
             ));
         }
-        let mut flags = Flags::MAP | Flags::SEGMENTS;
+        let mut asked = Flags::MAP | Flags::SEGMENTS;
         if self.cached {
-            flags = flags | Flags::CACHED;
+            asked = asked | Flags::CACHED;
         }
         if self.scope == Scope::File {
-            flags = flags | Flags::WHOLE_FILE;
+            asked = asked | Flags::WHOLE_FILE;
         }
         let range = (offset, length as u64);
         let Established {
@@ -267,19 +269,20 @@ impl How {
             map,
             file: pinned,
             connection,
-        } = establish(&self.guard, file, range, flags, self.patience)?;
+        } = establish(&self.guard, file, range, asked, self.patience)?;
         // MAP_SYNC has a meaning only where flags are validated.
         let kind = if self.flags & mmap::MAP_SYNC != 0 {
             mmap::MAP_SHARED_VALIDATE
         } else {
             mmap::MAP_SHARED
         };
+        let flags = kind | self.flags;
         let plan = Plan::new(&map, offset, length as u64, mmap::page_size());
         let arguments = segments::Arguments {
             pinned: pinned.as_fd(),
             address: self.address,
             prot: self.prot,
-            flags: kind | self.flags,
+            flags,
         };
         // SAFETY: the caller answers for MAP_FIXED.
         let mapped = unsafe { segments::map(&plan, arguments) };
@@ -293,6 +296,7 @@ impl How {
             map,
             plan,
             frozen,
+            flags,
             connection,
         })
     }
@@ -367,6 +371,8 @@ pub struct DirectMap {
     map: BlockMap,
     plan: Plan,
     frozen: Option<Frozen>,
+    /// Flags of `mmap(2)` that the file itself is mapped with.
+    flags: i32,
     connection: Arc<Connection>,
     released: bool,
 }
@@ -567,6 +573,71 @@ impl DirectMap {
             Error::system("msync", errno)
                 .asking(format!("persist bytes {} to {}", range.start, range.end))
         })
+    }
+
+    /// Makes frozen blocks of a range stable, under the pin: the guard
+    /// allocates, unshares, and writes zeros where nothing was written. Then
+    /// they can be stored to; no other block changes, and none is unprotected
+    /// for a moment. Whole pages and blocks are made so that meet the range,
+    /// up to the end of the file.
+    ///
+    /// [`block_map`](Self::block_map) tells of it. Somebody else who has the
+    /// same blocks pinned keeps them as they are.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the range is not inside the mapping, or begins beyond the
+    /// end of the file; `ENOSPC` where there is no room: nothing has changed
+    /// then, or [`block_map`](Self::block_map) tells what has; `ETXTBSY` when
+    /// somebody else has the blocks pinned; `EOPNOTSUPP` when the guard is
+    /// gone; `ENOMEM` for want of memory mappings.
+    pub fn allocate(&mut self, range: Range<usize>) -> Result<()> {
+        let count = range.end.saturating_sub(range.start);
+        self.check_bounds("allocate", range.start, count)?;
+        let (start, count) = (self.offset + range.start as u64, count as u64);
+        let stable = self
+            .plan
+            .obstacle(start..start + count, Access::Store)
+            .is_none();
+        let Some(frozen) = &self.frozen else {
+            return Ok(());
+        };
+        if stable {
+            return Ok(());
+        }
+        let asked = format!("allocate bytes {} to {}", range.start, range.end);
+        let pinned = frozen.pinned().map_err(|error| error.asking(&*asked))?;
+        let mut now = None;
+        let result = crate::establish::allocate(
+            &self.connection,
+            self.id,
+            (start, count),
+            pinned.as_fd(),
+            &mut now,
+        );
+        if let Some(now) = now {
+            self.map = now;
+        }
+        result.map_err(|error| error.asking(&*asked))?;
+        let length = self.len() as u64;
+        let there = Plan::new(&self.map, self.offset, length, self.plan.page());
+        let (plan, added) = self.plan.with_stable_of(&there);
+        let place = segments::Place {
+            offset: self.offset,
+            address: self.memory.base().as_ptr().expose_provenance(),
+        };
+        let arguments = segments::Arguments {
+            pinned: pinned.as_fd(),
+            address: 0,
+            prot: mmap::PROT_READ | mmap::PROT_WRITE,
+            flags: self.flags,
+        };
+        // SAFETY: no reference to the memory exists while `self` is borrowed
+        // exclusively; what is there is the same bytes before and after.
+        let replaced = unsafe { segments::replace(&place, arguments, &plan, &added) };
+        replaced.map_err(|error| error.asking(&*asked))?;
+        self.plan = plan;
+        Ok(())
     }
 
     /// Unmaps the range and says whether that worked, which dropping cannot.

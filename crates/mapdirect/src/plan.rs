@@ -92,6 +92,47 @@ impl Plan {
         }
     }
 
+    /// The same with all that `now`, a plan of the same range, takes for the
+    /// file itself, and that as segments.
+    pub fn with_stable_of(&self, now: &Self) -> (Self, Vec<Segment>) {
+        let mut plan = Self {
+            segments: Vec::new(),
+            page: self.page,
+        };
+        let mut added = Vec::new();
+        let mut next = 0;
+        for segment in &self.segments {
+            let mut at = segment.range.start;
+            while at < segment.range.end {
+                let Some(other) = now.segments.get(next) else {
+                    plan.push(at..segment.range.end, segment.pages);
+                    break;
+                };
+                let until = segment.range.end.min(other.range.end);
+                let becomes = other.pages == Pages::Stable && segment.pages != Pages::Stable;
+                if becomes {
+                    added.push(Segment {
+                        range: at..until,
+                        pages: Pages::Stable,
+                    });
+                }
+                plan.push(
+                    at..until,
+                    if becomes {
+                        Pages::Stable
+                    } else {
+                        segment.pages
+                    },
+                );
+                at = until;
+                if at == other.range.end {
+                    next += 1;
+                }
+            }
+        }
+        (plan, added)
+    }
+
     /// The segments, in file order.
     pub fn segments(&self) -> &[Segment] {
         &self.segments
@@ -306,6 +347,35 @@ mod tests {
             prop_assert_eq!(plan.mappings(), runs.len() + stable);
             prop_assert!(runs.len().abs_diff(stable) <= 1);
             prop_assert_eq!(plan.is_stable(), runs.is_empty());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn only_what_is_stable_now_changes(
+            before in proptest::collection::vec(state(), 1..40),
+            now in proptest::collection::vec(state(), 40),
+        ) {
+            let count = before.len() as u64;
+            let plan = |states: &[ExtentState]| {
+                let map = map(4096, 1 << 40, 0..count, states);
+                Plan::new(&map, 0, count * PAGE, PAGE)
+            };
+            let (old, new) = (plan(&before), plan(&now[..before.len()]));
+            let (both, added) = old.with_stable_of(&new);
+            let pages = |plan: &Plan, at: u64| {
+                let byte = at * PAGE;
+                plan.segments.iter().find(|one| one.range.contains(&byte)).map(|one| one.pages)
+            };
+            for at in 0..count {
+                let becomes = pages(&new, at) == Some(Pages::Stable)
+                    && pages(&old, at) != Some(Pages::Stable);
+                let expected = if becomes { Some(Pages::Stable) } else { pages(&old, at) };
+                prop_assert_eq!(pages(&both, at), expected);
+                let is_added = added.iter().any(|one| one.range.contains(&(at * PAGE)));
+                prop_assert_eq!(is_added, becomes);
+            }
+            prop_assert!(both.segments.windows(2).all(|pair| pair[0].pages != pair[1].pages));
         }
     }
 

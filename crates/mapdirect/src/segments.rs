@@ -9,7 +9,7 @@ use mapdirect_sys::mmap::{
 };
 use mapdirect_sys::{Errno, proc};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::BorrowedFd;
 
 /// How the file itself is mapped.
 #[derive(Clone, Copy, Debug)]
@@ -218,7 +218,7 @@ unsafe fn fill(
 /// # Safety
 ///
 /// Nothing may refer to the memory in its place.
-pub(crate) unsafe fn map_part(
+unsafe fn map_part(
     place: &Place,
     arguments: Arguments<'_>,
     range: &Range<u64>,
@@ -328,12 +328,23 @@ fn check_count(needed: usize) -> Result<(), Error> {
     ))
 }
 
-/// The arguments for a mapping at the place of another one.
-pub(crate) fn arguments(pinned: &impl AsFd, prot: i32, flags: i32) -> Arguments<'_> {
-    Arguments {
-        pinned: pinned.as_fd(),
-        address: 0,
-        prot,
-        flags,
+/// Puts the file itself in the place of frozen memory: `added`, which `plan`
+/// takes for stable, in a range that is mapped from `place` on. What was put
+/// there before it fails stays, and is as good as the rest.
+///
+/// # Safety
+///
+/// Nothing may refer to the memory.
+pub(crate) unsafe fn replace(
+    place: &Place,
+    arguments: Arguments<'_>,
+    plan: &Plan,
+    added: &[Segment],
+) -> Result<(), Error> {
+    check_count(plan.mappings())?;
+    for segment in added {
+        // SAFETY: the caller's promise.
+        unsafe { map_part(place, arguments, &segment.range) }.map_err(failed)?;
     }
+    Ok(())
 }

@@ -1,0 +1,447 @@
+//! Making frozen blocks stable under a pin that holds.
+//!
+//! Nobody may change what is pinned, so the guard does it, on behalf of the
+//! holder: with its rights, in its quota. The pin is never lifted: until it is
+//! settled anew its blocks count as frozen for everybody else, and the holder
+//! goes on to see zeros there, which is what the new blocks hold.
+
+use super::{Attempt, Conversation, Judged, judge, lock, refusal, system};
+use crate::policy::{self, Operation, OperationKind as K};
+use crate::table::{InodeId, Pin};
+use crate::{Errno, Guard};
+use mapdirect_proto::{
+    AllocateRequest, BlockMap, Extent, ExtentState, Granted, PinRequest, Reason, Refusal,
+};
+use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::mmap::page_size;
+use mapdirect_sys::unix::Sender;
+use mapdirect_sys::{fsync, inode_flags, setfsuid};
+use rustix::fs::{FallocateFlags, OFlags};
+use std::cell::Cell;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::Duration;
+
+/// What came of it.
+#[derive(Debug)]
+pub(crate) struct Allocated {
+    /// The block map as it is now, if it was touched at all, and its extents
+    /// if they do not fit into a message.
+    pub(crate) now: Option<(Granted, Option<OwnedFd>)>,
+    pub(crate) result: Result<(), Refusal>,
+}
+
+/// How long others may take to finish with the same file.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A grant under way has a holder to talk to; this has not.
+struct Silent;
+
+impl Conversation for Silent {
+    fn swap(&mut self, _replacement: BorrowedFd<'_>) -> Result<(), Refusal> {
+        Err(refusal(
+            Reason::Protocol,
+            Errno::PROTO,
+            "nothing is swapped",
+            "",
+        ))
+    }
+}
+
+/// Makes the blocks of a range stable. `file` is the description that the pin
+/// lives in: whoever has it holds the pin.
+pub(crate) fn allocate(
+    guard: &Guard,
+    request: AllocateRequest,
+    file: OwnedFd,
+    owner: Sender,
+) -> Allocated {
+    match prepare(guard, request, file, owner) {
+        Ok(allocated) => allocated,
+        Err(refusal) => Allocated {
+            now: None,
+            result: Err(refusal),
+        },
+    }
+}
+
+fn prepare(
+    guard: &Guard,
+    request: AllocateRequest,
+    file: OwnedFd,
+    owner: Sender,
+) -> Result<Allocated, Refusal> {
+    let stat = rustix::fs::fstat(&file).map_err(|errno| system("fstat", errno))?;
+    let id = InodeId {
+        dev: stat.st_dev,
+        inode: stat.st_ino,
+    };
+    let Some(watched) = guard.table.get(id) else {
+        return Err(no_pin());
+    };
+    let mut state = lock(&watched, PATIENCE)?;
+    let pins = watched.pins.load_full();
+    let pin = pins
+        .iter()
+        .find(|pin| pin.id == request.pin && pin.settled().is_some() && !pin.is_dead())
+        .cloned()
+        .filter(|_| !state.retired)
+        .ok_or_else(no_pin)?;
+    let judged = judge_again(guard, &pin, file.as_fd())?;
+    let attempt = Attempt {
+        guard,
+        judged: &judged,
+        watched: &watched,
+        state: &mut state,
+        pin: &pin,
+        patience: PATIENCE,
+        mark: 0,
+        marked: Cell::new(false),
+        talk: &mut Silent,
+        file,
+    };
+    if !attempt.holds_the_pin()? {
+        return Err(no_pin());
+    }
+    let range = attempt.pages_of(&request)?;
+    let before = attempt.read()?;
+    let work = Work::find(&before, &range);
+    if work.is_empty() {
+        return Ok(Allocated {
+            now: None,
+            result: Ok(()),
+        });
+    }
+    attempt.nobody_minds(&work)?;
+    attempt.has_space(&work, owner.uid)?;
+    let result = guard
+        .own
+        .during(|| attempt.fill(&work, owner.uid, before.block_size()));
+    // Whatever came of it, this is what is there now.
+    let settled = attempt.settle_anew(&before)?;
+    Ok(Allocated {
+        now: settled.now,
+        result: result.and(settled.result),
+    })
+}
+
+fn no_pin() -> Refusal {
+    refusal(
+        Reason::Arguments,
+        Errno::INVAL,
+        "the descriptor is not that of a pin that lives",
+        "allocate while the mapping exists, by way of it",
+    )
+}
+
+/// The pin as if it was asked for now.
+fn judge_again(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> Result<Judged, Refusal> {
+    let request = PinRequest {
+        offset: pin.shown.start,
+        length: pin.shown.end - pin.shown.start,
+        flags: pin.flags,
+        patience_ms: 0,
+    };
+    let mut judged = judge(guard, &request, file)?;
+    if judged.open_flags & OFlags::ACCMODE != OFlags::RDWR {
+        return Err(refusal(
+            Reason::NotReadWrite,
+            Errno::ACCESS,
+            "the pin was made by way of a descriptor that cannot write",
+            "open the file for reading and writing before it is pinned",
+        ));
+    }
+    judged.range = pin.shown.clone();
+    judged.mapped.clone_from(&pin.mapped);
+    Ok(judged)
+}
+
+/// What has to be done to which runs, in file order.
+#[derive(Debug, Default)]
+struct Work {
+    /// Nothing is there.
+    holes: Vec<Range<u64>>,
+    /// Holes, and blocks that nothing was ever written to.
+    zeros: Vec<Range<u64>>,
+    /// Others use the same blocks.
+    shared: Vec<Range<u64>>,
+}
+
+impl Work {
+    fn find(map: &BlockMap, range: &Range<u64>) -> Self {
+        let mut work = Self::default();
+        for extent in map
+            .extents()
+            .iter()
+            .filter_map(|extent| extent.clipped(range))
+        {
+            let run = extent.offset..extent.end();
+            match extent.state {
+                ExtentState::Hole => {
+                    work.holes.push(run.clone());
+                    work.zeros.push(run);
+                }
+                ExtentState::Unwritten => work.zeros.push(run),
+                ExtentState::Shared => work.shared.push(run),
+                _ => {}
+            }
+        }
+        work
+    }
+
+    fn is_empty(&self) -> bool {
+        self.zeros.is_empty() && self.shared.is_empty()
+    }
+
+    /// Bytes that need blocks.
+    fn bytes(&self) -> u64 {
+        self.holes
+            .iter()
+            .chain(&self.shared)
+            .map(|run| run.end - run.start)
+            .sum()
+    }
+}
+
+fn no_space(missing: Option<u64>) -> Refusal {
+    let obstacle = missing.map_or_else(
+        || String::from("the filesystem, or the quota, has no room for the blocks"),
+        |bytes| format!("the filesystem lacks {bytes} bytes for the blocks"),
+    );
+    refusal(
+        Reason::System,
+        Errno::NOSPC,
+        obstacle,
+        "make room, and try again",
+    )
+}
+
+impl Attempt<'_> {
+    /// The byte that the pin's description holds a lock on conflicts with
+    /// nobody's if it is asked for by way of that description, and with it
+    /// otherwise.
+    fn holds_the_pin(&self) -> Result<bool, Refusal> {
+        let byte = self.pin.lock_byte();
+        let failed = |errno| system("F_OFD_GETLK", errno);
+        let by_holder = conflicting_lock(self.file.as_fd(), byte, 1).map_err(failed)?;
+        let other = self.reopen(OFlags::RDONLY)?;
+        let by_others = conflicting_lock(other.as_fd(), byte, 1).map_err(failed)?;
+        Ok(by_holder.is_none() && by_others.is_some())
+    }
+
+    /// The range asked for, rounded out to what memory and blocks can do,
+    /// inside the pin and the file.
+    fn pages_of(&self, request: &AllocateRequest) -> Result<Range<u64>, Refusal> {
+        let facts = &self.judged.facts;
+        let block = u64::from(facts.block_size).max(1);
+        let unit = page_size().max(block);
+        let pinned = &self.pin.shown;
+        let end = request
+            .offset
+            .checked_add(request.length)
+            .filter(|end| request.length > 0 && *end <= pinned.end.next_multiple_of(unit))
+            .filter(|_| request.offset >= pinned.start);
+        let Some(end) = end else {
+            return Err(refusal(
+                Reason::Arguments,
+                Errno::INVAL,
+                format!("bytes {} to {} are pinned", pinned.start, pinned.end),
+                "stay inside the pin",
+            ));
+        };
+        let start = request.offset - request.offset % unit;
+        let file_end = facts.size.next_multiple_of(block);
+        if request.offset >= file_end {
+            return Err(refusal(
+                Reason::Arguments,
+                Errno::INVAL,
+                format!("the file ends at byte {}", facts.size),
+                "grow the file first, and map it again",
+            ));
+        }
+        let end = end.next_multiple_of(unit).min(pinned.end).min(file_end);
+        Ok(start.max(pinned.start)..end)
+    }
+
+    fn read(&self) -> Result<BlockMap, Refusal> {
+        mapdirect::extents::read(self.file.as_fd(), self.pin.shown.clone())
+            .map_err(|errno| system("FIEMAP", errno))
+    }
+
+    /// To others the same blocks are frozen as well, and stay what they are.
+    fn nobody_minds(&self, work: &Work) -> Result<(), Refusal> {
+        let size = self.judged.facts.size;
+        let pins = self.watched.pins.load();
+        let shared_since = self.watched.shared_since.load(SeqCst);
+        for other in pins.iter().filter(|other| other.id != self.pin.id) {
+            let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
+                continue;
+            };
+            let minds = work.zeros.iter().chain(&work.shared).any(|run| {
+                let mut write = Operation::new(K::Write, run.clone());
+                write.direct = false;
+                !policy::judge(&write, &settled.pinned, size)
+                    || settled.pinned.minds_beside(&write, size, shared_since)
+            });
+            if minds {
+                return Err(refusal(
+                    Reason::FrozenBlocks,
+                    Errno::TXTBSY,
+                    format!(
+                        "the same blocks are pinned by process {} as they are",
+                        other.pid
+                    ),
+                    "have it let go of them first",
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// Better to know before than halfway.
+    fn has_space(&self, work: &Work, uid: u32) -> Result<(), Refusal> {
+        let stat = rustix::fs::fstatvfs(&self.file).map_err(|errno| system("statvfs", errno))?;
+        // Some of it is set aside for root.
+        let blocks = if uid == 0 {
+            stat.f_bfree
+        } else {
+            stat.f_bavail
+        };
+        let available = blocks.saturating_mul(stat.f_frsize);
+        match work.bytes().checked_sub(available) {
+            Some(missing) if missing > 0 => Err(no_space(Some(missing))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Allocates, unshares and writes zeros, as user `uid`.
+    fn fill(&self, work: &Work, uid: u32, block: u32) -> Result<(), Refusal> {
+        // XFS copies blocks in aligned windows, and dirty neighbours within go
+        // along, shared or not: unless it is told to copy no more than needed.
+        // It chooses when it writes back, so until that is done.
+        let hint = (!work.shared.is_empty())
+            .then(|| inode_flags::copy_single_blocks(self.file.as_fd(), block))
+            .transpose()
+            .map_err(|errno| system("FS_IOC_FSSETXATTR", errno))?;
+        let behalf = setfsuid::on_behalf_of(uid).map_err(|errno| system("setfsuid", errno))?;
+        let filled = self
+            .fill_holes(&work.holes)
+            .and_then(|()| self.unshare(&work.shared))
+            .and_then(|()| self.write_zeros(&work.zeros));
+        drop(behalf);
+        let written = fsync::fsync(self.file.as_fd()).map_err(|errno| system("fsync", errno));
+        drop(hint);
+        filled.and(written)
+    }
+
+    /// All of them or none.
+    fn fill_holes(&self, holes: &[Range<u64>]) -> Result<(), Refusal> {
+        for (at, hole) in holes.iter().enumerate() {
+            let allocated = self.fallocate(FallocateFlags::KEEP_SIZE, hole);
+            let Err(errno) = allocated else {
+                continue;
+            };
+            // Nothing was written there, and nobody else can have.
+            let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+            for hole in &holes[..=at] {
+                // What stays if this fails is told with the block map.
+                let _ = self.fallocate(punch, hole);
+            }
+            return Err(match errno {
+                Errno::NOSPC | Errno::DQUOT => no_space(None),
+                other => system("fallocate", other),
+            });
+        }
+        Ok(())
+    }
+
+    fn fallocate(&self, mode: FallocateFlags, run: &Range<u64>) -> Result<(), Errno> {
+        loop {
+            match rustix::fs::fallocate(&self.file, mode, run.start, run.end - run.start) {
+                Err(Errno::INTR) => {}
+                other => return other,
+            }
+        }
+    }
+
+    fn unshare(&self, shared: &[Range<u64>]) -> Result<(), Refusal> {
+        shared.iter().try_for_each(|run| {
+            self.fallocate(FallocateFlags::UNSHARE_RANGE, run)
+                .map_err(|errno| match errno {
+                    Errno::NOSPC | Errno::DQUOT => no_space(None),
+                    other => system("fallocate", other),
+                })
+        })
+    }
+
+    /// Real zeros where nothing was ever written. Writing makes dirty what is
+    /// written and no more, unlike a store.
+    fn write_zeros(&self, runs: &[Range<u64>]) -> Result<(), Refusal> {
+        const CHUNK: usize = 256 << 10;
+        let zeros = vec![0; CHUNK];
+        let size = self.judged.facts.size;
+        for run in runs {
+            let mut at = run.start;
+            let end = run.end.min(size);
+            while at < end {
+                let length = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
+                match rustix::io::pwrite(&self.file, &zeros[..length], at) {
+                    Ok(0) => return Err(system("pwrite", Errno::IO)),
+                    Ok(written) => at += written as u64,
+                    Err(Errno::INTR) => {}
+                    Err(Errno::NOSPC | Errno::DQUOT) => return Err(no_space(None)),
+                    Err(errno) => return Err(system("pwrite", errno)),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Reads what there is now, and promises that from now on.
+    fn settle_anew(&self, before: &BlockMap) -> Result<Allocated, Refusal> {
+        let map = self.read_map(false)?;
+        // The holder must know in any case.
+        let now = Some(self.hand_out(&map)?);
+        let result = self.keep_still(&map).and_then(|(pinned, held)| {
+            self.pin.settle(&map, pinned, held);
+            match moved(before, &map) {
+                None => Ok(()),
+                Some(extent) => Err(refusal(
+                    Reason::StillChanging,
+                    Errno::IO,
+                    format!(
+                        "{} bytes at {} moved while others were allocated",
+                        extent.length, extent.offset
+                    ),
+                    "take the extents as they are told now",
+                )),
+            }
+        });
+        Ok(Allocated { now, result })
+    }
+}
+
+/// The first of the blocks stable before that is not where it was.
+fn moved(before: &BlockMap, now: &BlockMap) -> Option<Extent> {
+    before
+        .extents()
+        .iter()
+        .filter(|extent| extent.state == ExtentState::Written)
+        .find(|extent| {
+            let mut at = extent.offset;
+            while at < extent.end() {
+                let Some(found) = now.find(at) else {
+                    return true;
+                };
+                let expected = extent.physical.map(|start| start + (at - extent.offset));
+                let there = found.physical.map(|start| start + (at - found.offset));
+                if !found.state.is_stable() || expected != there {
+                    return true;
+                }
+                at = found.end();
+            }
+            false
+        })
+        .copied()
+}
