@@ -195,12 +195,19 @@ mod tests {
 
     #[test]
     fn nothing_is_held_where_nothing_meets() {
-        let held = pages_between(&[0..FOLIO], &[FOLIO..2 * FOLIO], 1 << 40, PAGE, FOLIO);
-        assert_eq!(held, []);
-        let held = pages_between(&[], &[PAGE..2 * PAGE], 1 << 40, PAGE, FOLIO);
-        assert_eq!(held, []);
-        let one = &[PAGE..2 * PAGE];
-        let held = pages_between(&[0..PAGE, 2 * PAGE..FOLIO], one, 1 << 40, PAGE, FOLIO);
+        let between = |storable: &[Range<u64>], frozen: Range<u64>| {
+            pages_between(
+                storable,
+                std::slice::from_ref(&frozen),
+                1 << 40,
+                PAGE,
+                FOLIO,
+            )
+        };
+        let first = 0..FOLIO;
+        assert_eq!(between(std::slice::from_ref(&first), FOLIO..2 * FOLIO), []);
+        assert_eq!(between(&[], PAGE..2 * PAGE), []);
+        let held = between(&[0..PAGE, 2 * PAGE..FOLIO], PAGE..2 * PAGE);
         assert_eq!(held, [PAGE]);
     }
 }

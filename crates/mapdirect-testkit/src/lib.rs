@@ -22,8 +22,6 @@ pub mod contract;
 pub mod disk;
 #[expect(
     unsafe_code,
-    clippy::cast_possible_truncation,
-    clippy::cast_possible_wrap,
     reason = "accesses that may fault, and the registers to go on with"
 )]
 pub mod fault;

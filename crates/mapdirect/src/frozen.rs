@@ -546,10 +546,8 @@ mod tests {
                 let mut found = [0u64; 100];
                 for (start, (end, of)) in &regions.0 {
                     prop_assert!(start < end);
-                    for at in *start..*end {
-                        prop_assert_eq!(found[at], 0, "regions overlap");
-                        found[at] = *of;
-                    }
+                    prop_assert!(found[*start..*end].iter().all(|of| *of == 0), "they overlap");
+                    found[*start..*end].fill(*of);
                 }
                 prop_assert_eq!(found, model);
                 for of in 1..=map {

@@ -4,12 +4,12 @@
 use crate::world::{World, open};
 use anyhow::{Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{BlockMap, Extent, ExtentState, Guard, MapOptions, PinOptions};
+use mapdirect::{BlockMap, DirectMap, Extent, ExtentState, Guard, MapOptions, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{Attack, CORPUS, Door, Row, Target};
 use mapdirect_testkit::process::{Helper, say};
 use mapdirect_testkit::random::Random;
-use mapdirect_testkit::{Kind, raw};
+use mapdirect_testkit::{Kind, fault, raw};
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -273,6 +273,7 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
                     let expected = matches!(reason, Reason::FrozenBlocks | Reason::Arguments);
                     assert!(expected, "{error:#}");
                 }
+                store(&map, random);
                 watch(&file, map.block_map(), hold, tally);
             }
             Err(error) => refused(&error, tally),
@@ -288,6 +289,21 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
             Ok(pin) => watch(&file, pin.block_map(), hold, tally),
             Err(error) => refused(&error, tally),
         }
+    }
+}
+
+/// Stores to random pages, frozen ones as well: those raise SIGBUS.
+fn store(map: &DirectMap, random: &mut Random) {
+    for _ in 0..8 {
+        let offset = usize::try_from(random.below(map.len() as u64)).unwrap();
+        let address = map.as_ptr() as usize + offset;
+        // SAFETY: a byte of a test file, or SIGBUS.
+        let stored = unsafe { fault::store(address, 3) };
+        let expected = match map.write_at(offset, &[3]) {
+            Ok(()) => fault::Access::Went(3),
+            Err(_) => fault::Access::BUS_ADRERR,
+        };
+        assert_eq!(stored, expected, "byte {offset} of {map:?}");
     }
 }
 

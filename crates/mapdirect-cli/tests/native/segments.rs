@@ -3,7 +3,7 @@
 use crate::world::{BINARY, PATIENCE, World, is_pinned, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{BlockMap, DirectMap, ExtentState, Guard, Kind as Reason, MapOptions, PinOptions};
+use mapdirect::{BlockMap, DirectMap, ExtentState, Guard, MapOptions, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::fault::{Access, load};
@@ -1163,36 +1163,34 @@ pub fn play_halfway(arguments: &[String]) -> Result<()> {
     drop(map_all(&guard, &file, 0..64 * PAGE));
     let count = || mapdirect_sys::proc::count_own_mappings().unwrap_or(0);
     let limit = mapdirect_sys::proc::max_map_count()?;
-    let before = count();
     // Alternating protections keep neighbours from becoming one mapping.
-    let room = limit - before - 10;
-    let place = raw::anonymous(2 * room * 4096)?;
+    let pages = 2 * (limit - count());
+    let place = raw::anonymous(pages * 4096)?;
     let mut filled = 0;
-    for left in [5usize, 20, 40, 63, 64] {
-        while count() + left < limit {
-            let step = (limit - left - count()).min(1000).max(2);
-            for _ in 0..step / 2 {
-                protect(place + filled * 8192, 4096, libc::PROT_READ)?;
-                filled += 1;
-            }
-            if step < 4 {
-                break;
-            }
+    while count() + 60 < limit {
+        let step = ((limit - 60 - count()) / 2).max(1);
+        for _ in 0..step {
+            protect(place + filled * 8192, 4096, libc::PROT_READ)?;
+            filled += 1;
         }
+    }
+    // Less and less room.
+    let mut failed = 0;
+    while count() + 4 < limit {
         let there = count();
-        let error = match try_map(&guard, &file, 0..64 * PAGE) {
-            Ok(map) => {
-                drop(map);
-                continue;
-            }
-            Err(error) => error,
-        };
+        let error = try_map(&guard, &file, 0..64 * PAGE)
+            .err()
+            .context("there was room")?;
         assert_eq!(error.errno(), Errno::NOMEM.raw_os_error(), "{error:#}");
         assert_eq!(count(), there, "something stayed mapped");
-        assert_eq!(error.kind() == Reason::OpenElsewhere, false);
-        break;
+        failed += 1;
+        for _ in 0..3 {
+            protect(place + filled * 8192, 4096, libc::PROT_READ)?;
+            filled += 1;
+        }
     }
-    unmap(place, 2 * room * 4096);
+    assert!(failed > 3);
+    unmap(place, pages * 4096);
     let map = map_all(&guard, &file, 0..64 * PAGE);
     assert_eq!(store(at(&map, 1), 1), Access::BUS_ADRERR);
     say("all of them failed and left nothing");
