@@ -283,8 +283,9 @@ mod tests {
         uffd.copy(start, &bytes).unwrap();
         assert_eq!(uffd.copy(start, &bytes), Err(Errno::EXIST));
         uffd.write_protect(&range).unwrap();
+        let last = std::ptr::with_exposed_provenance::<u8>(start + page - 1);
         // SAFETY: the page is there, and readable.
-        let found = unsafe { memory.cast::<u8>().add(page - 1).read_volatile() };
+        let found = unsafe { last.read_volatile() };
         assert_eq!(found, 7);
         assert_eq!(uffd.read(), Err(Errno::AGAIN));
         let gone = std::thread::spawn(move || {
