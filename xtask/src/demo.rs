@@ -8,8 +8,8 @@ use anyhow::{Context, Result, ensure};
 use mapdirect::{BlockMap, DirectMap, MapOptions};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{Signal, SignalFd, unblocked_in_child};
-use mapdirect_testkit::process::GuardProcess;
-use mapdirect_testkit::{Disk, Kind, disk};
+use mapdirect_testkit::process::{GuardProcess, HELPER, Helper, Role, say};
+use mapdirect_testkit::{Disk, Kind, disk, raw};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -268,6 +268,42 @@ fn attacks() -> Attacks {
     ])
 }
 
+/// Programs this binary plays besides the tasks.
+pub(crate) const ROLES: [Role; 1] = [("store", play_store)];
+
+/// Role: maps a file and stores into the middle of it, where nothing may be.
+fn play_store(arguments: &[String]) -> Result<()> {
+    let path = arguments.first().context("no path")?;
+    let file = File::options().read(true).write(true).open(path)?;
+    let map = MapOptions::new().accept_page_cache(true).map(&file)?;
+    let at = usize::try_from(3 * MIB)?;
+    let mut byte = [1];
+    map.read_at(at, &mut byte)?;
+    ensure!(byte == [0], "there is something already");
+    raw::store_into(&map, at, b'!');
+    map.persist(at..at + 1)?;
+    say("stored");
+    Ok(())
+}
+
+/// What became of a process that stored into a hole.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum StoreOutcome {
+    Worked,
+    Killed,
+    Failed,
+}
+
+impl fmt::Display for StoreOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Worked => "it works",
+            Self::Killed => "SIGBUS kills it",
+            Self::Failed => "it fails in another way (!)",
+        })
+    }
+}
+
 /// Ctrl-C and its relatives, noticed between two steps.
 struct Interruption(Arc<AtomicBool>);
 
@@ -351,6 +387,7 @@ fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
             interruption,
         };
         unexpected += scene.play()?;
+        unexpected += scene.play_sparse()?;
         disk.unmount().context("the filesystem stays busy")?;
     }
     interruption.check()?;
@@ -422,6 +459,68 @@ impl Scene<'_> {
         Ok(unexpected)
     }
 
+    /// A file with a hole in it: a store there would have to allocate.
+    fn play_sparse(&self) -> Result<usize> {
+        println!("\na file with a hole in the middle, mapped MAP_DIRECT as a whole by a child:");
+        let path = self.path("sparse");
+        let file = File::create_new(&path)?;
+        let bytes = vec![b's'; usize::try_from(2 * MIB)?];
+        for at in [0, 4 * MIB, 6 * MIB] {
+            file.write_all_at(&bytes, at)?;
+        }
+        file.sync_all()?;
+        drop(file);
+        self.tell(&["show", "sparse"])?;
+        let mut unexpected = 0;
+        let before = self.store_in_child()?;
+        println!("  it reads a zero in the hole and stores there: {before}");
+        unexpected += usize::from(before != StoreOutcome::Killed);
+        println!("mapdirect prepare sparse:");
+        self.tell(&["prepare", "sparse"])?;
+        let after = self.store_in_child()?;
+        let mut byte = [0];
+        File::open(&path)?.read_exact_at(&mut byte, 3 * MIB)?;
+        println!("  the same store again: {after}, and the file has it");
+        unexpected += usize::from(after != StoreOutcome::Worked || byte != *b"!");
+        Ok(unexpected)
+    }
+
+    /// Has another process map the file and store into the middle of it.
+    fn store_in_child(&self) -> Result<StoreOutcome> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command
+            .args([HELPER, "store"])
+            .arg(self.path("sparse"))
+            .env("MAPDIRECT_SOCKET", self.guard.socket());
+        unblocked_in_child(&mut command);
+        let mut helper = Helper::spawn(command)?;
+        let said = helper.hear();
+        Ok(match (said.as_deref(), helper.status()?) {
+            (Ok("stored"), 0) => StoreOutcome::Worked,
+            (Err(_), status) if status == 128 + Signal::BUS => StoreOutcome::Killed,
+            _ => StoreOutcome::Failed,
+        })
+    }
+
+    /// Runs a verb of the command line and shows what it says.
+    fn tell(&self, arguments: &[&str]) -> Result<()> {
+        let output = Command::new(self.binary)
+            .args(arguments)
+            .current_dir(&self.directory)
+            .env("MAPDIRECT_SOCKET", self.guard.socket())
+            .output()?;
+        ensure!(
+            output.status.success(),
+            "mapdirect {} failed: {}",
+            arguments.join(" "),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        for line in String::from_utf8_lossy(&output.stdout).lines() {
+            println!("  {line}");
+        }
+        Ok(())
+    }
+
     /// Makes the file, in more than one piece, so that there is something to
     /// defragment, and one with the same bytes.
     fn make_files(&self) -> Result<()> {
@@ -454,20 +553,7 @@ impl Scene<'_> {
     }
 
     fn draw(&self) -> Result<()> {
-        let output = Command::new(self.binary)
-            .args(["show", "data"])
-            .current_dir(&self.directory)
-            .env("MAPDIRECT_SOCKET", self.guard.socket())
-            .output()?;
-        ensure!(
-            output.status.success(),
-            "mapdirect show failed: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
-        for line in String::from_utf8_lossy(&output.stdout).lines() {
-            println!("  {line}");
-        }
-        Ok(())
+        self.tell(&["show", "data"])
     }
 
     /// Has every tool try. `pinned` is the block map that must stay, if it

@@ -34,6 +34,9 @@ enum Task {
 }
 
 fn main() -> ExitCode {
+    if mapdirect_testkit::process::play_role(&demo::ROLES) {
+        return ExitCode::SUCCESS;
+    }
     let result = match Arguments::parse().task {
         Task::Demo => demo::run(),
         Task::Test(args) => test::run(&args),

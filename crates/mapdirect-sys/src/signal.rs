@@ -21,6 +21,8 @@ impl Signal {
     pub const HANGUP: i32 = libc::SIGHUP;
     /// `SIGCHLD`.
     pub const CHILD: i32 = libc::SIGCHLD;
+    /// `SIGBUS`.
+    pub const BUS: i32 = libc::SIGBUS;
     /// `SIGKILL`.
     pub const KILL: i32 = libc::SIGKILL;
     /// `SIGIO`.

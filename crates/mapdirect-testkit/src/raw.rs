@@ -421,6 +421,15 @@ impl Drop for PlainMap {
     }
 }
 
+/// Stores a byte to a mapping as a program does that asks nobody: frozen, it
+/// raises SIGBUS.
+pub fn store_into(map: &mapdirect::DirectMap, at: usize, value: u8) {
+    assert!(at < map.len());
+    let byte = std::ptr::with_exposed_provenance_mut::<u8>(map.as_ptr() as usize + at);
+    // SAFETY: inside the mapping; volatile, since others may look.
+    unsafe { byte.write_volatile(value) };
+}
+
 /// `madvise(2)` of an address range.
 pub fn madvise(address: usize, length: usize, advice: i32) -> Result<()> {
     let pointer = std::ptr::with_exposed_provenance_mut(address);

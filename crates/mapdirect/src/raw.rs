@@ -28,9 +28,12 @@ pub const MAP_DIRECT: i32 = 0x0200_0000;
 /// | --- | --- |
 /// | `EINVAL` | `MAP_ANONYMOUS`, `MAP_PRIVATE` or `MAP_HUGETLB` with `MAP_DIRECT`; offset off a page boundary; length 0 |
 /// | `EACCES` | no `PROT_WRITE`; `fd` not open for reading and writing; no `CAP_LINUX_IMMUTABLE` in the initial user namespace |
-/// | `EOPNOTSUPP` | filesystem or file cannot keep the promise; no DAX and the page cache not accepted; frozen blocks in the range; no guard; an unknown flag under `MAP_SHARED_VALIDATE` |
+/// | `EOPNOTSUPP` | filesystem or file cannot keep the promise; no DAX and the page cache not accepted; holes in the range and no `userfaultfd(2)`; no guard; an unknown flag under `MAP_SHARED_VALIDATE` |
 /// | `ETXTBSY` | the block map cannot be brought to rest |
-/// | `EBADF`, `ENODEV`, `ENOMEM`, `EOVERFLOW`, `EEXIST` | as `mmap(2)` |
+/// | `EBADF`, `ENODEV`, `ENOMEM`, `EOVERFLOW`, `EEXIST` | as `mmap(2)`; `ENOMEM` also for more pieces than `vm.max_map_count` allows |
+///
+/// SIGBUS at a store to a hole, an unwritten or a shared block of the range,
+/// and at any access to a shared block or beyond the end of the file.
 ///
 /// # Safety
 ///

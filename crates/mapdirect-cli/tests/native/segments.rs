@@ -1017,10 +1017,7 @@ pub fn play_store(arguments: &[String]) -> Result<()> {
     };
     let file = open(Path::new(path));
     let map = map_all(&Guard::at(socket), &file, 0..5 * PAGE);
-    let address = at(&map, page.parse()?);
-    let byte = std::ptr::with_exposed_provenance_mut::<u8>(address);
-    // SAFETY: a byte of a test file, or SIGBUS.
-    unsafe { byte.write_volatile(42) };
+    raw::store_into(&map, page.parse::<usize>()? * 4096, 42);
     say("alive");
     Ok(())
 }
