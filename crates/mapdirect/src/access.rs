@@ -13,6 +13,7 @@
 //! Words never straddle pages, so an access touches no page its bytes are not
 //! in.
 
+use mapdirect_sys::cache;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
@@ -87,21 +88,57 @@ impl Memory {
             let skip = at % WORD;
             let count = (WORD - skip).min(rest.len());
             let (now, later) = rest.split_at(count);
-            let word = self.word(at);
             if let Ok(whole) = <[u8; WORD]>::try_from(now) {
-                word.store(u64::from_ne_bytes(whole), Relaxed);
+                self.word(at).store(u64::from_ne_bytes(whole), Relaxed);
             } else {
-                let merge = |old: u64| {
-                    let mut bytes = old.to_ne_bytes();
-                    bytes[skip..skip + count].copy_from_slice(now);
-                    Some(u64::from_ne_bytes(bytes))
-                };
-                // The closure always answers, so this only retries.
-                let _ = word.fetch_update(Relaxed, Relaxed, merge);
+                self.merge(at, now);
             }
             rest = later;
             at += count;
         }
+    }
+
+    /// Puts a part of a word into the word that holds byte `offset`.
+    fn merge(&self, offset: usize, part: &[u8]) {
+        let skip = offset % WORD;
+        let merged = |old: u64| {
+            let mut bytes = old.to_ne_bytes();
+            bytes[skip..skip + part.len()].copy_from_slice(part);
+            Some(u64::from_ne_bytes(bytes))
+        };
+        // The closure always answers, so this only retries.
+        let _ = self.word(offset).fetch_update(Relaxed, Relaxed, merged);
+    }
+
+    /// Copies bytes in, past the cache where that is possible, on their way to
+    /// the media: [`cache::drain`] waits for it. The range must be inside.
+    #[inline]
+    pub(crate) fn stream(&self, offset: usize, from: &[u8]) {
+        assert!(self.contains(offset, from.len()), "the callers checked");
+        let head = (offset.next_multiple_of(WORD) - offset).min(from.len());
+        let (first, rest) = from.split_at(head);
+        let (words, last) = rest.split_at(rest.len() - rest.len() % WORD);
+        if !words.is_empty() {
+            let address = self.base.as_ptr().expose_provenance() + offset + head;
+            // SAFETY: whole words inside the mapping, which is mapped for
+            // writing by the promise made to `new`; no reference to it exists.
+            unsafe { cache::stream(address, words) };
+        }
+        for (part, at) in [(first, offset), (last, offset + from.len() - last.len())] {
+            if !part.is_empty() {
+                self.merge(at, part);
+                self.write_back(at, part.len());
+            }
+        }
+    }
+
+    /// Starts to write cache lines back. The range must be inside.
+    #[inline]
+    pub(crate) fn write_back(&self, offset: usize, count: usize) {
+        assert!(self.contains(offset, count), "the callers checked");
+        let address = self.base.as_ptr().expose_provenance() + offset;
+        // SAFETY: lines of the mapping, which consists of whole pages.
+        unsafe { cache::write_back(address, count) };
     }
 }
 
@@ -136,7 +173,13 @@ mod tests {
             prop_assert_eq!(&all, &model);
             let mut part = vec![0; data.len()];
             memory.read(offset, &mut part);
-            prop_assert_eq!(part, data);
+            prop_assert_eq!(&part, data);
+            let other: Vec<u8> = data.iter().map(|byte| !byte).collect();
+            memory.stream(offset, &other);
+            cache::drain();
+            model[offset..offset + data.len()].copy_from_slice(&other);
+            memory.read(0, &mut all);
+            prop_assert_eq!(&all, &model);
         }
     }
 

@@ -35,6 +35,7 @@
 
 #[expect(unsafe_code, reason = "atomic access to mapped memory")]
 mod access;
+mod durability;
 #[doc(hidden)]
 pub mod eligibility;
 mod error;
@@ -65,6 +66,7 @@ pub mod raw;
 #[expect(unsafe_code, reason = "mappings are put together here")]
 mod segments;
 
+pub use durability::Durability;
 pub use error::{Error, Kind, Result};
 pub use establish::Scope;
 pub use extents::block_map;

@@ -1,6 +1,7 @@
 //! Mapping a file `MAP_DIRECT`.
 
 use crate::access::Memory;
+use crate::durability::{self, Durability};
 use crate::error::{Error, Kind, Result};
 use crate::establish::{Established, PATIENCE, Scope, establish};
 use crate::frozen::Frozen;
@@ -8,7 +9,7 @@ use crate::guard::{Connection, Guard};
 use crate::plan::{Access, Pages, Plan};
 use crate::segments;
 use mapdirect_proto::{BlockMap, Extent, Flags};
-use mapdirect_sys::{Errno, mmap};
+use mapdirect_sys::{Errno, cache, mmap};
 use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -152,6 +153,8 @@ impl MapOptions {
         };
         let length = range.end.saturating_sub(range.start);
         let length = usize::try_from(length).map_err(|_| too_large().asking(asked(&range)))?;
+        let durability = durability::of(file)
+            .map_err(|errno| Error::system("statx", errno).asking(asked(&range)))?;
         let how = How {
             prot: mmap::PROT_READ | mmap::PROT_WRITE,
             flags: if self.populate { mmap::MAP_POPULATE } else { 0 },
@@ -178,6 +181,7 @@ impl MapOptions {
             plan: placed.plan,
             frozen: placed.frozen,
             flags: placed.flags,
+            durability,
             connection: placed.connection,
             released: false,
         })
@@ -373,6 +377,7 @@ pub struct DirectMap {
     frozen: Option<Frozen>,
     /// Flags of `mmap(2)` that the file itself is mapped with.
     flags: i32,
+    durability: Durability,
     connection: Arc<Connection>,
     released: bool,
 }
@@ -435,21 +440,41 @@ impl DirectMap {
         Ok(())
     }
 
+    #[inline]
     fn check_bounds(&self, what: &str, offset: usize, count: usize) -> Result<()> {
         if self.memory.contains(offset, count) {
             return Ok(());
         }
-        Err(Error::new(
+        Err(self.out_of_bounds(what, offset, count))
+    }
+
+    #[cold]
+    fn out_of_bounds(&self, what: &str, offset: usize, count: usize) -> Error {
+        Error::new(
             Kind::Arguments,
             Errno::INVAL,
             format!("the mapping ends at byte {}", self.len()),
             "stay inside the mapping",
         )
-        .asking(format!("{what} {count} bytes at {offset}")))
+        .asking(format!("{what} {count} bytes at {offset}"))
     }
 
     /// A pointer would raise SIGBUS there; this says so.
+    #[inline]
     fn check_access(&self, what: &str, offset: usize, count: usize, access: Access) -> Result<()> {
+        if self.plan.is_stable() {
+            return Ok(());
+        }
+        self.check_segments(what, offset, count, access)
+    }
+
+    fn check_segments(
+        &self,
+        what: &str,
+        offset: usize,
+        count: usize,
+        access: Access,
+    ) -> Result<()> {
         let start = self.offset + offset as u64;
         let Some((at, pages)) = self.plan.obstacle(start..start + count as u64, access) else {
             return Ok(());
@@ -553,17 +578,110 @@ impl DirectMap {
         self.connection.as_fd()
     }
 
-    /// Makes what was stored to a range of the mapping durable: `msync(2)` of
-    /// the pages that meet it.
+    /// What it takes here to make a store durable.
+    #[must_use]
+    pub fn durability(&self) -> Durability {
+        self.durability
+    }
+
+    /// Has it do what it would do if stores became durable in another way than
+    /// they do: to measure what that takes where there is no persistent memory.
+    #[doc(hidden)]
+    pub fn pretend(&mut self, durability: Durability) {
+        self.durability = durability;
+    }
+
+    /// Makes what was stored to a range of the mapping durable:
+    /// [`flush`](Self::flush) and [`drain`](Self::drain). Nothing is asked for
+    /// a range of no bytes.
     ///
     /// # Errors
     ///
-    /// `EINVAL` if the range is not inside the mapping, and what `msync`
-    /// answers.
+    /// `EINVAL` if the range is not inside the mapping; with
+    /// [`Durability::Msync`] what `msync(2)` answers.
+    #[inline]
     pub fn persist(&self, range: Range<usize>) -> Result<()> {
+        self.flush(range)?;
+        self.drain();
+        Ok(())
+    }
+
+    /// Starts to make what was stored to a range durable; it is when a
+    /// [`drain`](Self::drain) afterwards returns. For many ranges that are
+    /// cheaper to wait for together. With [`Durability::Msync`] this is
+    /// `msync(2)` of the pages that meet the range, and waits itself.
+    ///
+    /// # Errors
+    ///
+    /// As [`persist`](Self::persist).
+    #[inline]
+    pub fn flush(&self, range: Range<usize>) -> Result<()> {
         let count = range.end.saturating_sub(range.start);
         self.check_bounds("persist", range.start, count)?;
-        if count == 0 {
+        match self.durability {
+            Durability::CacheFlush if self.plan.is_stable() => {
+                self.memory.write_back(range.start, count);
+                Ok(())
+            }
+            Durability::CacheFlush => {
+                self.write_back_stable(&range);
+                Ok(())
+            }
+            Durability::Automatic => Ok(()),
+            Durability::Msync => self.sync(&range),
+        }
+    }
+
+    /// Waits until everything that this thread flushed is durable. For the
+    /// thread alone: what others stored and flushed they drain themselves.
+    #[inline]
+    pub fn drain(&self) {
+        if self.durability != Durability::Msync {
+            cache::drain();
+        }
+    }
+
+    /// Writes bytes and makes them durable, for persistent memory without
+    /// reading their cache lines first. Otherwise as
+    /// [`write_at`](Self::write_at) and [`persist`](Self::persist).
+    ///
+    /// # Errors
+    ///
+    /// As those two.
+    #[inline]
+    pub fn copy_persist(&self, offset: usize, from: &[u8]) -> Result<()> {
+        if self.durability != Durability::CacheFlush {
+            self.write_at(offset, from)?;
+            return self.persist(offset..offset + from.len());
+        }
+        self.check_bounds("write", offset, from.len())?;
+        self.check_access("write", offset, from.len(), Access::Store)?;
+        self.memory.stream(offset, from);
+        cache::drain();
+        Ok(())
+    }
+
+    /// What is frozen holds nothing to be made durable, and what faults would
+    /// do so here as well.
+    fn write_back_stable(&self, range: &Range<usize>) {
+        let (start, end) = (range.start as u64, range.end as u64);
+        for segment in self.plan.segments() {
+            if segment.pages != Pages::Stable {
+                continue;
+            }
+            let from = (segment.range.start - self.offset).max(start);
+            let to = (segment.range.end - self.offset).min(end);
+            // Inside of a range that fits into memory.
+            if let (Ok(from), Ok(to)) = (usize::try_from(from), usize::try_from(to))
+                && from < to
+            {
+                self.memory.write_back(from, to - from);
+            }
+        }
+    }
+
+    fn sync(&self, range: &Range<usize>) -> Result<()> {
+        if range.is_empty() {
             return Ok(());
         }
         let page = rustix::param::page_size();

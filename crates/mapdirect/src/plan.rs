@@ -144,6 +144,7 @@ impl Plan {
     }
 
     /// Whether all of it is the file itself.
+    #[inline]
     pub fn is_stable(&self) -> bool {
         matches!(
             &self.segments[..],
