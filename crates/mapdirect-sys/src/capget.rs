@@ -8,6 +8,8 @@ const VERSION_3: u32 = 0x2008_0522;
 pub const CAP_LINUX_IMMUTABLE: u32 = 9;
 /// `CAP_SYS_ADMIN`, which the guard needs.
 pub const CAP_SYS_ADMIN: u32 = 21;
+/// `CAP_SYS_RESOURCE`, to which ext4 gives the blocks it keeps for root.
+pub const CAP_SYS_RESOURCE: u32 = 24;
 
 #[repr(C)]
 struct Header {
