@@ -28,7 +28,7 @@
 //! Not every block can be mapped: holes, unwritten and shared blocks are
 //! *frozen* under a pin, since a store to them would have to change the block
 //! map. They can be pinned; mapping a range that has some is refused with
-//! `EOPNOTSUPP`.
+//! `EOPNOTSUPP`. [`prepare`] makes them stable first.
 
 #![deny(unsafe_code)]
 
@@ -49,6 +49,7 @@ mod locks;
 mod mapping;
 mod open;
 mod pin;
+mod prepare;
 #[expect(
     unsafe_code,
     reason = "the system call takes an address from its caller"
@@ -64,3 +65,4 @@ pub use mapdirect_proto::{BlockMap, DeviceId, Extent, ExtentState, Gate, Opener,
 pub use mapping::{DirectMap, MapOptions, Status};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
+pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};

@@ -232,21 +232,7 @@ impl How {
         length: usize,
     ) -> Result<Placed> {
         check(self.prot, offset, length)?;
-        let access = rustix::fs::fcntl_getfl(file).map_err(|errno| match errno {
-            Errno::BADF => bad_descriptor(),
-            other => Error::system("F_GETFL", other),
-        })?;
-        if access.contains(rustix::fs::OFlags::PATH) {
-            return Err(bad_descriptor());
-        }
-        if access & rustix::fs::OFlags::ACCMODE != rustix::fs::OFlags::RDWR {
-            return Err(Error::new(
-                Kind::NotReadWrite,
-                Errno::ACCESS,
-                "the descriptor is not open for reading and writing",
-                "open the file for both",
-            ));
-        }
+        require_read_write(file)?;
         let mut flags = Flags::MAP;
         if self.cached {
             flags = flags | Flags::CACHED;
@@ -341,6 +327,26 @@ fn check(prot: i32, offset: u64, length: usize) -> Result<()> {
             Errno::ACCESS,
             "MAP_DIRECT needs PROT_WRITE",
             "ask for reading and writing; to read, an ordinary mapping will do",
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses a descriptor that is not open for reading and writing.
+pub(crate) fn require_read_write(file: BorrowedFd<'_>) -> Result<()> {
+    let access = rustix::fs::fcntl_getfl(file).map_err(|errno| match errno {
+        Errno::BADF => bad_descriptor(),
+        other => Error::system("F_GETFL", other),
+    })?;
+    if access.contains(rustix::fs::OFlags::PATH) {
+        return Err(bad_descriptor());
+    }
+    if access & rustix::fs::OFlags::ACCMODE != rustix::fs::OFlags::RDWR {
+        return Err(Error::new(
+            Kind::NotReadWrite,
+            Errno::ACCESS,
+            "the descriptor is not open for reading and writing",
+            "open the file for both",
         ));
     }
     Ok(())
