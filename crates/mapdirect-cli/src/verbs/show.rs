@@ -155,7 +155,7 @@ fn hindrances(
                     "{} of it are not allocated, unwritten or shared: ranges without them can be mapped",
                     human(frozen)
                 ),
-                mend: String::from("write real data there, and unshare it"),
+                mend: String::from("mapdirect prepare FILE"),
                 cured_by_cache: false,
             });
         }
