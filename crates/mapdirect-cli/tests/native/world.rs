@@ -36,6 +36,7 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
+        ("store", crate::prepare::play_writer),
     ]
 }
 
