@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use std::process::{Command, Stdio};
 
 /// A command, and the Debian package that brings it.
-const NEEDED: [(&str, &str); 10] = [
+const NEEDED: [(&str, &str); 11] = [
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),
@@ -15,6 +15,7 @@ const NEEDED: [(&str, &str); 10] = [
     ("fallocate", "util-linux"),
     ("losetup", "mount"),
     ("python3", "python3-minimal"),
+    ("script", "bsdutils"),
 ];
 
 /// Installs the packages of the commands that are missing.

@@ -1,6 +1,6 @@
 //! The command line.
 
-use crate::size::{ByteRange, parse_range};
+use crate::size::{ByteRange, parse_range, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -50,6 +50,15 @@ pub enum Command {
     /// If the guard goes away, this says so: with status 4, or, when it runs a
     /// COMMAND, by a line on stderr.
     Pin(PinArgs),
+    /// Have every block of a file allocated, written, and shared with nobody
+    ///
+    /// So that all of it can be pinned and mapped. Not a byte of the file
+    /// changes; others may read and write it meanwhile. Needs no guard and no
+    /// privilege but to write to the file. If there is too little space nothing
+    /// is touched; if it runs out all the same, what was allocated is given back,
+    /// unless somebody else has the file open. Interrupted, it leaves the file
+    /// as far as it got: run it again to go on.
+    Prepare(PrepareArgs),
     /// Draw the block map of a file
     ///
     /// With totals by state, the ranges that are pinned, and whether the file
@@ -128,6 +137,28 @@ pub struct PinArgs {
     /// Command to run while the pin is held
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
+}
+
+/// Arguments of `prepare`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
+Says what was done and draws the block map. A bar on the terminal shows how far it has got.")]
+pub struct PrepareArgs {
+    /// The file; with --size it is made if there is none, and removed again if that fails
+    pub file: PathBuf,
+    /// Make the file so long, with zeros; it never gets shorter
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub size: Option<u64>,
+    /// Bytes to prepare, as in 1M:2M; OFFSET: goes to the end [default: the whole file]
+    #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
+    pub range: Option<ByteRange>,
+    /// Place new blocks so that huge pages (2 MiB) can map them, where the filesystem can
+    #[arg(long)]
+    pub huge: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Arguments of `show`.

@@ -27,6 +27,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
     let result = match parsed.command {
         Command::Guard(args) => verbs::guard::run(&args),
         Command::Pin(args) => verbs::pin::run(&args),
+        Command::Prepare(args) => verbs::prepare::run(&args),
         Command::Show(args) => verbs::show::run(&args),
         Command::Status(args) => verbs::status::run(&args),
         Command::Doctor(args) => verbs::doctor::run(&args),

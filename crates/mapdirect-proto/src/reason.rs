@@ -108,6 +108,8 @@ reasons! {
     System = 27, "system";
     /// The guard is gone; the pin is not kept any more.
     GuardGone = 28, "guard-gone";
+    /// The filesystem or the caller's quota has too little space left.
+    NoSpace = 29, "no-space";
 }
 
 impl fmt::Display for Reason {

@@ -60,8 +60,99 @@ pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     Ok(holds)
 }
 
+/// The lease [`Lease::Sole`], held until it is dropped: whoever opens the file
+/// meanwhile waits, for `/proc/sys/fs/lease-break-time` (45 s) at most.
+///
+/// That keeps other descriptions away. Whoever has *this* one (other threads,
+/// children that inherited it, mappings made from it, rings) is not kept from
+/// anything.
+#[derive(Debug)]
+pub struct HeldLease<'file> {
+    file: BorrowedFd<'file>,
+    owner: FOwnerEx,
+}
+
+impl<'file> HeldLease<'file> {
+    /// Takes the lease; nothing if somebody else has the file open, or if
+    /// there is a lease of the caller's own on the description.
+    ///
+    /// An open that waits for the lease is announced by a signal (`SIGIO`),
+    /// whose default action ends the process. So it goes to a thread that has
+    /// ended: F_SETLEASE leaves the owner alone if there is one
+    /// (`f_modown` without force, fs/fcntl.c), and a thread that was is as
+    /// good as any. [`is_undisturbed`](Self::is_undisturbed) tells the same.
+    ///
+    /// # Errors
+    ///
+    /// As [`lease_holds`], and `EAGAIN` if no thread can be made.
+    pub fn take(file: BorrowedFd<'file>) -> Result<Option<Self>> {
+        seam::check(Call::SetLease)?;
+        // SAFETY: F_GETLEASE takes nothing; `file` is open for the call.
+        let there = checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETLEASE) })?;
+        if there != libc::F_UNLCK {
+            return Ok(None);
+        }
+        let owner = signal_owner(file)?;
+        give_signals_to_nobody(file)?;
+        // SAFETY: F_SETLEASE takes an integer.
+        let taken =
+            checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) });
+        match taken {
+            Ok(_) => Ok(Some(Self { file, owner })),
+            Err(errno) => {
+                let _ = set_signal_owner(file, owner);
+                if errno == Errno::AGAIN {
+                    Ok(None)
+                } else {
+                    Err(errno)
+                }
+            }
+        }
+    }
+
+    /// Whether nobody is waiting for the lease to go, or was let in since.
+    #[must_use]
+    pub fn is_undisturbed(&self) -> bool {
+        // A lease that is being broken is told as what will become of it
+        // (fcntl_getlease, fs/locks.c).
+        // SAFETY: F_GETLEASE takes nothing.
+        let there = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_GETLEASE) };
+        there == libc::F_WRLCK
+    }
+}
+
+impl Drop for HeldLease<'_> {
+    fn drop(&mut self) {
+        // SAFETY: F_SETLEASE takes an integer.
+        let _ = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
+        // The old owner may have died since: then a dead one is there anyway.
+        let _ = set_signal_owner(self.file, self.owner);
+    }
+}
+
+/// `F_OWNER_TID`.
+const OWNER_THREAD: libc::c_int = 0;
+
+/// Makes a thread that has ended the owner of the description's signals. Until
+/// it is gone for good they reach nobody else: a signal to one thread is never
+/// handed to another (`complete_signal`, kernel/signal.c).
+fn give_signals_to_nobody(file: BorrowedFd<'_>) -> Result<()> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new()
+            .spawn_scoped(scope, || {
+                let own = FOwnerEx {
+                    kind: OWNER_THREAD,
+                    pid: rustix::thread::gettid().as_raw_nonzero().get(),
+                };
+                set_signal_owner(file, own)
+            })
+            .map_err(|_| Errno::AGAIN)?;
+        thread.join().unwrap_or(Err(Errno::AGAIN))
+    })
+}
+
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct FOwnerEx {
     kind: libc::c_int,
     pid: libc::pid_t,
@@ -251,5 +342,43 @@ mod tests {
         assert_eq!(lease_holds(first.as_file().as_fd(), Lease::Sole), Ok(true));
         // And the lease was given back: opening again does not block.
         drop(File::open(first.path()).unwrap());
+    }
+
+    #[test]
+    fn a_held_lease_keeps_openers_waiting_and_kills_nobody() {
+        let (first, second) = two_descriptions();
+        let file = first.as_file().as_fd();
+        assert!(HeldLease::take(file).unwrap().is_none(), "two are open");
+        drop(second);
+        let lease = HeldLease::take(file).unwrap().unwrap();
+        assert!(lease.is_undisturbed());
+        assert!(HeldLease::take(file).unwrap().is_none(), "it is taken");
+        let path = first.path().to_owned();
+        let opening = std::thread::spawn(move || File::open(path).unwrap());
+        while lease.is_undisturbed() {
+            std::thread::yield_now();
+        }
+        // SIGIO would have ended this process by now.
+        assert!(!opening.is_finished());
+        drop(lease);
+        drop(opening.join().unwrap());
+        let lease = HeldLease::take(file).unwrap().unwrap();
+        assert!(lease.is_undisturbed());
+    }
+
+    #[test]
+    fn the_owner_of_signals_is_who_it_was() {
+        let (first, second) = two_descriptions();
+        drop(second);
+        let file = first.as_file().as_fd();
+        let own = std::process::id().cast_signed();
+        for pid in [0, own] {
+            let owner = FOwnerEx { kind: 1, pid }; // F_OWNER_PID
+            set_signal_owner(file, owner).unwrap();
+            let lease = HeldLease::take(file).unwrap().unwrap();
+            assert_eq!(signal_owner(file).unwrap().pid, 0, "nobody");
+            drop(lease);
+            assert_eq!(signal_owner(file).unwrap().pid, pid);
+        }
     }
 }

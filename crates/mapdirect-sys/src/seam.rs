@@ -30,11 +30,17 @@ pub enum Call {
     Reopen,
     /// `mmap(2)`.
     Mmap,
+    /// `fallocate(2)`.
+    Fallocate,
+    /// `madvise(2)` with `MADV_POPULATE_WRITE`.
+    PopulateWrite,
+    /// `sync_file_range(2)`.
+    SyncFileRange,
 }
 
 impl Call {
     /// Every call with a seam, for tests that fail each in turn.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 10] = [
         Self::FanotifyMark,
         Self::SetLease,
         Self::OfdSetLock,
@@ -42,6 +48,9 @@ impl Call {
         Self::Fsync,
         Self::Reopen,
         Self::Mmap,
+        Self::Fallocate,
+        Self::PopulateWrite,
+        Self::SyncFileRange,
     ];
 }
 

@@ -68,6 +68,13 @@ impl Error {
         self
     }
 
+    /// Adds to what stood in the way.
+    pub(crate) fn noting(mut self, note: &str) -> Self {
+        self.0.obstacle.push_str("; ");
+        self.0.obstacle.push_str(note);
+        self
+    }
+
     /// What kind of obstacle.
     #[must_use]
     pub fn kind(&self) -> Kind {
@@ -116,7 +123,9 @@ fn errno_name(errno: Errno) -> &'static str {
         Errno::ACCESS => "EACCES",
         Errno::AGAIN => "EAGAIN",
         Errno::BADF => "EBADF",
+        Errno::DQUOT => "EDQUOT",
         Errno::EXIST => "EEXIST",
+        Errno::FBIG => "EFBIG",
         Errno::INTR => "EINTR",
         Errno::INVAL => "EINVAL",
         Errno::IO => "EIO",

@@ -58,6 +58,7 @@ mod open;
 mod pin;
 #[doc(hidden)]
 pub mod plan;
+mod prepare;
 #[expect(
     unsafe_code,
     reason = "the system call takes an address from its caller"
@@ -76,3 +77,4 @@ pub use mapdirect_proto::{BlockMap, DeviceId, Extent, ExtentState, Gate, Opener,
 pub use mapping::{DirectMap, MapOptions, Status};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
+pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};

@@ -7,7 +7,7 @@ use crate::establish::{Established, PATIENCE, Scope, establish};
 use crate::frozen::Frozen;
 use crate::guard::{Connection, Guard};
 use crate::plan::{Access, Pages, Plan};
-use crate::segments;
+use crate::{prepare, segments};
 use mapdirect_proto::{BlockMap, Extent, Flags};
 use mapdirect_sys::{Errno, cache, mmap};
 use std::fmt;
@@ -58,6 +58,7 @@ pub struct MapOptions {
     range: Option<Range<u64>>,
     scope: Scope,
     cached: Option<bool>,
+    prepare: bool,
     populate: bool,
     patience: Duration,
     guard: Option<Guard>,
@@ -76,6 +77,7 @@ impl MapOptions {
             range: None,
             scope: Scope::Range,
             cached: None,
+            prepare: false,
             populate: false,
             patience: PATIENCE,
             guard: None,
@@ -102,6 +104,14 @@ impl MapOptions {
     /// getauxval(3)).
     pub fn accept_page_cache(mut self, accept: bool) -> Self {
         self.cached = Some(accept);
+        self
+    }
+
+    /// Prepares the range before it is pinned, as
+    /// [`PrepareOptions`](crate::PrepareOptions) does: then all of it that is
+    /// in the file can be stored to.
+    pub fn prepare(mut self, prepare: bool) -> Self {
+        self.prepare = prepare;
         self
     }
 
@@ -135,7 +145,7 @@ impl MapOptions {
     /// # Errors
     ///
     /// What `mmap(2)` with `MAP_DIRECT` answers, see [`raw::mmap`]; the error
-    /// says more.
+    /// says more. With [`prepare`](Self::prepare), what that answers as well.
     ///
     /// [`raw::mmap`]: crate::raw::mmap
     pub fn map(&self, file: &impl AsFd) -> Result<DirectMap> {
@@ -164,6 +174,9 @@ impl MapOptions {
             patience: self.patience,
             guard: self.guard.clone().unwrap_or_default(),
         };
+        if self.prepare {
+            prepare::before_pin(file, Some(&range)).map_err(|error| error.asking(asked(&range)))?;
+        }
         // SAFETY: without MAP_FIXED a mapping takes no place that is in use.
         let placed = unsafe { how.place(file, range.start, length) }
             .map_err(|error| error.asking(asked(&range)))?;
@@ -173,7 +186,7 @@ impl MapOptions {
         // writable; the DirectMap unmaps them when it is dropped, and gives
         // the memory to nobody who outlives it.
         let memory = unsafe { Memory::new(base, length) };
-        Ok(DirectMap {
+        let mut map = DirectMap {
             memory,
             offset: range.start,
             id: placed.id,
@@ -184,7 +197,13 @@ impl MapOptions {
             durability,
             connection: placed.connection,
             released: false,
-        })
+        };
+        if self.prepare {
+            // Somebody may have changed it again before it was pinned.
+            map.allocate_in_file()
+                .map_err(|error| error.asking(asked(&range)))?;
+        }
+        Ok(map)
     }
 }
 
@@ -245,21 +264,7 @@ impl How {
         length: usize,
     ) -> Result<Placed> {
         check(self.prot, offset, length)?;
-        let access = rustix::fs::fcntl_getfl(file).map_err(|errno| match errno {
-            Errno::BADF => bad_descriptor(),
-            other => Error::system("F_GETFL", other),
-        })?;
-        if access.contains(rustix::fs::OFlags::PATH) {
-            return Err(bad_descriptor());
-        }
-        if access & rustix::fs::OFlags::ACCMODE != rustix::fs::OFlags::RDWR {
-            return Err(Error::new(
-                Kind::NotReadWrite,
-                Errno::ACCESS,
-                "the descriptor is not open for reading and writing",
-                "open the file for both",
-            ));
-        }
+        require_read_write(file)?;
         let mut asked = Flags::MAP | Flags::SEGMENTS;
         if self.cached {
             asked = asked | Flags::CACHED;
@@ -344,6 +349,26 @@ fn check(prot: i32, offset: u64, length: usize) -> Result<()> {
             Errno::ACCESS,
             "MAP_DIRECT needs PROT_WRITE",
             "ask for reading and writing; to read, an ordinary mapping will do",
+        ));
+    }
+    Ok(())
+}
+
+/// Refuses a descriptor that is not open for reading and writing.
+pub(crate) fn require_read_write(file: BorrowedFd<'_>) -> Result<()> {
+    let access = rustix::fs::fcntl_getfl(file).map_err(|errno| match errno {
+        Errno::BADF => bad_descriptor(),
+        other => Error::system("F_GETFL", other),
+    })?;
+    if access.contains(rustix::fs::OFlags::PATH) {
+        return Err(bad_descriptor());
+    }
+    if access & rustix::fs::OFlags::ACCMODE != rustix::fs::OFlags::RDWR {
+        return Err(Error::new(
+            Kind::NotReadWrite,
+            Errno::ACCESS,
+            "the descriptor is not open for reading and writing",
+            "open the file for both",
         ));
     }
     Ok(())
@@ -756,6 +781,14 @@ impl DirectMap {
         replaced.map_err(|error| error.asking(&*asked))?;
         self.plan = plan;
         Ok(())
+    }
+
+    fn allocate_in_file(&mut self) -> Result<()> {
+        let in_file = self.map.file_size().saturating_sub(self.offset);
+        let length = usize::try_from(in_file)
+            .unwrap_or(usize::MAX)
+            .min(self.len());
+        self.allocate(0..length)
     }
 
     /// Unmaps the range and says whether that worked, which dropping cannot.

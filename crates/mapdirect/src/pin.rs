@@ -1,10 +1,12 @@
 //! Pinning without mapping.
 
-use crate::error::Result;
-use crate::establish::{Established, PATIENCE, Scope, establish, offset_and_length};
+use crate::error::{Error, Kind, Result};
+use crate::establish::{self, Established, PATIENCE, Scope, establish, offset_and_length};
 use crate::guard::{Connection, Guard};
 use crate::mapping::{Status, status_of};
+use crate::prepare;
 use mapdirect_proto::{BlockMap, Extent, Flags};
+use mapdirect_sys::Errno;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -29,6 +31,7 @@ use std::time::Duration;
 pub struct PinOptions {
     range: Option<Range<u64>>,
     scope: Scope,
+    prepare: bool,
     patience: Duration,
     guard: Option<Guard>,
 }
@@ -45,6 +48,7 @@ impl PinOptions {
         Self {
             range: None,
             scope: Scope::Range,
+            prepare: false,
             patience: PATIENCE,
             guard: None,
         }
@@ -60,6 +64,15 @@ impl PinOptions {
     /// Pins the range (the default) or the whole file and its size.
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
+        self
+    }
+
+    /// Prepares the range before it is pinned, as
+    /// [`PrepareOptions`](crate::PrepareOptions) does: then every block of it
+    /// that is in the file is stable. The file must be open for reading and
+    /// writing.
+    pub fn prepare(mut self, prepare: bool) -> Self {
+        self.prepare = prepare;
         self
     }
 
@@ -99,33 +112,51 @@ impl PinOptions {
         let guard = self.guard.clone().unwrap_or_default();
         let empty = self.range.as_ref().is_some_and(Range::is_empty);
         let established = if empty {
-            Err(crate::Error::new(
-                crate::error::Kind::Arguments,
-                mapdirect_sys::Errno::INVAL,
+            Err(Error::new(
+                Kind::Arguments,
+                Errno::INVAL,
                 "the range is empty",
                 "give a range of at least one byte",
             ))
         } else {
-            establish(&guard, file, range, flags, self.patience)
+            self.prepare_first(file)
+                .and_then(|()| establish(&guard, file, range, flags, self.patience))
+        };
+        let asked = |error: Error| {
+            let path = mapdirect_sys::proc::path_of(file);
+            error.asking(match &self.range {
+                Some(range) => format!("pin bytes {} to {} of {path}", range.start, range.end),
+                None => format!("pin {path}"),
+            })
         };
         let Established {
             id,
             map,
             file: description,
             connection,
-        } = established.map_err(|error| {
-            let path = mapdirect_sys::proc::path_of(file);
-            error.asking(match &self.range {
-                Some(range) => format!("pin bytes {} to {} of {path}", range.start, range.end),
-                None => format!("pin {path}"),
-            })
-        })?;
-        Ok(Pin {
+        } = established.map_err(asked)?;
+        let mut pin = Pin {
             id,
             map,
-            _description: description,
+            description,
             connection,
-        })
+        };
+        if self.prepare {
+            // Somebody may have changed it again before it was pinned.
+            let range = pin.range();
+            let end = range.end.min(pin.map.file_size());
+            pin.allocate(range.start..end.max(range.start))
+                .map_err(asked)?;
+        }
+        Ok(pin)
+    }
+
+    fn prepare_first(&self, file: BorrowedFd<'_>) -> Result<()> {
+        if !self.prepare {
+            return Ok(());
+        }
+        let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
+        prepare::before_pin(file, range)
     }
 }
 
@@ -144,7 +175,7 @@ pub struct Pin {
     id: u64,
     map: BlockMap,
     /// The description whose life is the pin.
-    _description: OwnedFd,
+    description: OwnedFd,
     connection: Arc<Connection>,
 }
 
@@ -156,6 +187,52 @@ impl Pin {
     /// As [`PinOptions::pin`].
     pub fn new(file: &impl AsFd, range: Range<u64>) -> Result<Self> {
         PinOptions::new().range(range).pin(file)
+    }
+
+    /// Prepares a range of `file`, so that every block of it that is in the
+    /// file is stable, and pins it; short for [`PinOptions::prepare`].
+    ///
+    /// # Errors
+    ///
+    /// As [`PinOptions::pin`] and [`PrepareOptions::prepare`].
+    ///
+    /// [`PrepareOptions::prepare`]: crate::PrepareOptions::prepare
+    pub fn prepare(file: &impl AsFd, range: Range<u64>) -> Result<Self> {
+        PinOptions::new().range(range).prepare(true).pin(file)
+    }
+
+    /// Makes frozen blocks of a range of the file stable, under the pin; see
+    /// [`DirectMap::allocate`](crate::DirectMap::allocate). Bytes are those of
+    /// the file, and must be pinned.
+    ///
+    /// # Errors
+    ///
+    /// As [`DirectMap::allocate`](crate::DirectMap::allocate), and `EACCES` if
+    /// the file was not open for writing when it was pinned.
+    pub fn allocate(&mut self, range: Range<u64>) -> Result<()> {
+        let is_frozen = self
+            .map
+            .frozen()
+            .any(|extent| extent.clipped(&range).is_some());
+        let pinned = self.range();
+        let inside = range.start >= pinned.start && range.end <= pinned.end;
+        if range.is_empty() || inside && !is_frozen {
+            return Ok(());
+        }
+        let mut now = None;
+        let result = establish::allocate(
+            &self.connection,
+            self.id,
+            (range.start, range.end - range.start),
+            self.description.as_fd(),
+            &mut now,
+        );
+        if let Some(now) = now {
+            self.map = now;
+        }
+        result.map_err(|error| {
+            error.asking(format!("allocate bytes {} to {}", range.start, range.end))
+        })
     }
 
     /// The block map of the pinned range.

@@ -17,6 +17,7 @@ mod errors;
 mod grants;
 mod lifetime;
 mod openers;
+mod prepare;
 mod random;
 mod segments;
 mod stuck;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
     trials.extend(segments::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system:

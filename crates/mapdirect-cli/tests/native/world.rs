@@ -41,6 +41,7 @@ pub fn roles() -> Vec<Role> {
         ("probe", crate::segments::play_probe),
         ("store", crate::segments::play_store),
         ("halfway", crate::segments::play_halfway),
+        ("writer", crate::prepare::play_writer),
     ]
 }
 

@@ -1,0 +1,162 @@
+//! `mapdirect prepare`: every block allocated, written, and the file's own.
+
+use crate::args::PrepareArgs;
+use crate::size::human;
+use crate::{Exit, draw, json, output};
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use mapdirect::{PrepareOptions, Prepared, Progress};
+use mapdirect_sys::Errno;
+use rustix::fs::{Mode, OFlags};
+use serde_json::json;
+use std::fs::File;
+use std::io::IsTerminal;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+/// The file to prepare, and whether it was made for that.
+struct Subject {
+    file: File,
+    created: bool,
+}
+
+impl Subject {
+    fn open(path: &Path, create: bool) -> Result<Self> {
+        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let mut created = false;
+        let mut opened = rustix::fs::open(path, flags, Mode::empty());
+        if create && matches!(opened, Err(Errno::NOENT)) {
+            // What somebody else makes at this moment is not ours to remove.
+            let flags = flags | OFlags::CREATE | OFlags::EXCL;
+            opened = rustix::fs::open(path, flags, Mode::from(0o666));
+            created = opened.is_ok();
+        }
+        let file = opened.with_context(|| {
+            let name = path.display();
+            let hint = if create { "" } else { " (--size makes a file)" };
+            format!("cannot open {name} for reading and writing{hint}")
+        })?;
+        let file = File::from(file);
+        Ok(Self { file, created })
+    }
+
+    /// Takes a file away that was made here, if its name still leads to it.
+    fn discard(self, path: &Path) {
+        let same = || {
+            let (here, there) = (self.file.metadata().ok()?, path.metadata().ok()?);
+            Some((here.dev(), here.ino()) == (there.dev(), there.ino()))
+        };
+        if self.created && same() == Some(true) {
+            // What it failed of is the message that counts.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+pub(crate) fn run(args: &PrepareArgs) -> Result<Exit> {
+    let subject = Subject::open(&args.file, args.size.is_some())?;
+    match prepare(args, &subject) {
+        Ok(()) => Ok(Exit::SUCCESS),
+        Err(error) => {
+            subject.discard(&args.file);
+            Err(error)
+        }
+    }
+}
+
+fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
+    let old_size = subject.file.metadata()?.len();
+    // The description was made here, and nobody else has it.
+    let mut options = PrepareOptions::new().huge(args.huge).exclusive(true);
+    if let Some(size) = args.size {
+        options = options.size(size);
+    }
+    if let Some(range) = &args.range {
+        options = options.range(range.resolve(args.size.unwrap_or(old_size)));
+    }
+    let bar = Bar::new(args.json);
+    let prepared = options.prepare_with(&subject.file, |progress| bar.tell(progress));
+    bar.0.finish_and_clear();
+    tell(args, subject.created, old_size, &prepared?);
+    Ok(())
+}
+
+/// A bar on stderr, if anybody looks at it.
+struct Bar(ProgressBar);
+
+impl Bar {
+    fn new(quiet: bool) -> Self {
+        if quiet || !std::io::stderr().is_terminal() {
+            return Self(ProgressBar::hidden());
+        }
+        let bar = ProgressBar::new(0);
+        let template = "{wide_bar} {binary_bytes} of {binary_total_bytes}, {eta} left";
+        Self(match ProgressStyle::with_template(template) {
+            Ok(style) => bar.with_style(style),
+            Err(_) => bar,
+        })
+    }
+
+    fn tell(&self, progress: Progress) {
+        self.0.set_length(progress.total);
+        self.0.set_position(progress.done);
+    }
+}
+
+fn tell(args: &PrepareArgs, created: bool, old_size: u64, prepared: &Prepared) {
+    let map = prepared.block_map();
+    let range = map.range();
+    let huge = prepared.huge_pieces();
+    if args.json {
+        let value = json!({
+            "file": args.file.to_string_lossy(),
+            "created": created,
+            "file_size": map.file_size(),
+            "old_size": old_size,
+            "block_size": map.block_size(),
+            "device": map.device().to_string(),
+            "range": json::range(&range),
+            "stable": map.is_stable(),
+            "allocated": prepared.allocated(),
+            "converted": prepared.converted(),
+            "unshared": prepared.unshared(),
+            "huge_pieces": { "pieces": huge.pieces, "aligned": huge.aligned },
+            "extents": json::extents(map),
+        });
+        output::line(&value.to_string());
+        return;
+    }
+    let done: Vec<_> = [
+        (prepared.allocated(), "allocated"),
+        (prepared.converted(), "unwritten, now written"),
+        (prepared.unshared(), "shared, now copied"),
+    ]
+    .into_iter()
+    .filter(|(bytes, _)| *bytes > 0)
+    .map(|(bytes, what)| format!("{} {what}", human(bytes)))
+    .collect();
+    output::line(&format!(
+        "{}: bytes {} to {} are stable: {}",
+        args.file.display(),
+        range.start,
+        range.end,
+        if done.is_empty() {
+            String::from("nothing was to be done")
+        } else {
+            done.join(", ")
+        }
+    ));
+    let size = map.file_size();
+    if created {
+        output::line(&format!("made, with {size} bytes"));
+    } else if size != old_size {
+        output::line(&format!("made longer, from {old_size} to {size} bytes"));
+    }
+    output::line(draw::block_map(map, &[], output::width()).trim_end());
+    if args.huge {
+        output::line(&format!(
+            "{} of {} pieces of 2 MiB can be mapped with huge pages",
+            huge.aligned, huge.pieces
+        ));
+    }
+}

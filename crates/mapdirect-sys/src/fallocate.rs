@@ -1,0 +1,59 @@
+//! fallocate(2): allocating, unsharing and freeing blocks of a file.
+
+use crate::Result;
+use crate::seam::{self, Call};
+use rustix::fs::FallocateFlags;
+use std::ops::Range;
+use std::os::fd::BorrowedFd;
+
+/// Allocates blocks for `range` where there are none; they read as zeros, and
+/// what is there already stays. The file keeps its size.
+///
+/// # Errors
+///
+/// `ENOSPC` and `EDQUOT` (part of the range may be allocated then), `EFBIG`,
+/// `EPERM` for immutable and append-only files, `ETXTBSY` for swap files and
+/// from a gate, `EOPNOTSUPP`.
+pub fn allocate(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
+    call(file, FallocateFlags::KEEP_SIZE, range)
+}
+
+/// The same, and the file ends behind `range` unless it is longer: it never
+/// gets shorter, whoever else sets its size at the same time.
+///
+/// # Errors
+///
+/// As [`allocate`]. Beyond `RLIMIT_FSIZE` it is `EFBIG`, and `SIGXFSZ` for
+/// the calling thread.
+pub fn allocate_and_grow(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
+    call(file, FallocateFlags::empty(), range)
+}
+
+/// Gives the file blocks of its own for what it shares in `range`, with the
+/// same bytes in them, and waits until they are written.
+///
+/// # Errors
+///
+/// As [`allocate`]; `EOPNOTSUPP` where files cannot share blocks.
+pub fn unshare(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
+    let flags = FallocateFlags::UNSHARE_RANGE | FallocateFlags::KEEP_SIZE;
+    call(file, flags, range)
+}
+
+/// Frees the blocks of `range`, whatever is in them.
+///
+/// # Errors
+///
+/// As [`allocate`].
+pub fn punch(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    call(file, flags, range)
+}
+
+fn call(file: BorrowedFd<'_>, flags: FallocateFlags, range: &Range<u64>) -> Result<()> {
+    seam::check(Call::Fallocate)?;
+    // A signal may interrupt it half-way; each of these can be done twice.
+    rustix::io::retry_on_intr(|| {
+        rustix::fs::fallocate(file, flags, range.start, range.end - range.start)
+    })
+}

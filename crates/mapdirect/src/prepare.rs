@@ -1,0 +1,882 @@
+//! Preparing a range: every block allocated, written, and the file's own.
+//!
+//! There is no guard here, so all of it must be safe beside others who write
+//! to the file at the same time. It never stores a byte:
+//!
+//! * holes are allocated by fallocate(2), shared blocks copied by
+//!   `FALLOC_FL_UNSHARE_RANGE`; both leave every byte as it reads;
+//! * unwritten blocks become written by writing back pages that were made
+//!   dirty as they are (`MADV_POPULATE_WRITE`). Zeros written with pwrite(2)
+//!   would take the place of what somebody stores at that moment;
+//! * the file grows by fallocate(2), which never shortens it, as ftruncate(2)
+//!   would if somebody else makes it longer still.
+//!
+//! Killed at any moment, it leaves the bytes as they were. What could cost
+//! somebody a byte is giving blocks back when it fails: see
+//! [`Job::give_back`].
+
+mod plan;
+mod room;
+#[cfg(test)]
+mod tests;
+
+use crate::eligibility::{FileFacts, Filesystem};
+use crate::error::{Error, Kind, Result};
+use crate::extents;
+use crate::mapping::require_read_write;
+use mapdirect_proto::{BlockMap, ExtentState};
+use mapdirect_sys::fcntl::HeldLease;
+use mapdirect_sys::madvise::Window;
+use mapdirect_sys::{Errno, capget, fallocate, fsync, mmap, proc, sync_file_range};
+use plan::Work;
+use room::Scratch;
+use rustix::process::{Resource, getrlimit};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+pub use plan::HugePieces;
+
+/// How often to begin again when others change the file meanwhile.
+const REPEATS: u32 = 3;
+
+/// Bytes allocated or unshared by one call: the steps of progress, and few
+/// enough calls for a large range.
+const ALLOCATION: u64 = 64 << 20;
+
+/// Bytes made dirty before they are written back, while the same again is
+/// being written: what a small machine can spare.
+const WINDOW: u64 = 32 << 20;
+
+/// Bytes ext4 is asked for when they shall be aligned: of more it makes do
+/// with some that lie together, aligned or not.
+const EXT4_ALIGNED: u64 = 8 << 20;
+
+/// How far a call of [`PrepareOptions::prepare_with`] has got, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Progress {
+    /// Bytes that were made stable.
+    pub done: u64,
+    /// Bytes that were not when it began, and have come up since.
+    pub total: u64,
+}
+
+/// How to prepare a range of a file: to have every block of it allocated,
+/// written, and shared with nobody, so that all of it can be pinned *and
+/// mapped*.
+///
+/// This needs no guard and no privilege. Every byte of the file reads as
+/// before. Others may read and write the file meanwhile; what they do to
+/// their blocks afterwards is theirs to do until the range is pinned.
+///
+/// # Examples
+///
+/// ```no_run
+/// use mapdirect::PrepareOptions;
+///
+/// let file = std::fs::File::options().read(true).write(true).open("image")?;
+/// let prepared = PrepareOptions::new().size(1 << 30).prepare(&file)?;
+/// assert!(prepared.block_map().is_stable());
+/// println!("{} bytes were holes", prepared.allocated());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+#[must_use = "options do nothing until `prepare` is called"]
+pub struct PrepareOptions {
+    range: Option<Range<u64>>,
+    size: Option<u64>,
+    huge: bool,
+    exclusive: bool,
+}
+
+impl PrepareOptions {
+    /// The whole file, as it is.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Prepares this range of bytes, rounded out to blocks. It must end
+    /// within the file, as long as that is or is made by
+    /// [`size`](Self::size).
+    pub fn range(mut self, range: Range<u64>) -> Self {
+        self.range = Some(range);
+        self
+    }
+
+    /// Makes the file so long first, if it is shorter. What is added reads as
+    /// zeros; its last block is allocated even if the range ends before.
+    pub fn size(mut self, size: u64) -> Self {
+        self.size = Some(size);
+        self
+    }
+
+    /// Tries to place what has to be allocated so that it can be mapped with
+    /// huge pages: pieces of 2 MiB at multiples of 2 MiB, in the file and on
+    /// the device. [`Prepared::huge_pieces`] tells what came of it. Blocks
+    /// that are there already stay where they are.
+    pub fn huge(mut self, huge: bool) -> Self {
+        self.huge = huge;
+        self
+    }
+
+    /// Says that nobody uses this open file description until `prepare` is
+    /// done: no other thread, no process that inherited the descriptor or was
+    /// passed it, no mapping made from it, no ring.
+    ///
+    /// If `prepare` fails then, it gives back the blocks it allocated and the
+    /// bytes it made the file longer by, provided that a lease proves that
+    /// nobody else has the file open either, which takes the file's owner or
+    /// `CAP_LEASE`. Whoever opens it at that moment waits until that is done.
+    /// Otherwise what was allocated stays allocated, since freeing it could
+    /// take along what others have stored there by now; the error says so.
+    pub fn exclusive(mut self, exclusive: bool) -> Self {
+        self.exclusive = exclusive;
+        self
+    }
+
+    /// Prepares the range.
+    ///
+    /// `file` must be open for reading and writing. Its modification time
+    /// changes when there is something to do.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` where the file or its filesystem could not keep a pin,
+    /// `EACCES` and `EBADF` for a descriptor that is not open for reading and
+    /// writing, `EINVAL` for an empty range, one that ends beyond the file,
+    /// or a size that is smaller than the file. `ENOSPC` or `EDQUOT` when
+    /// there is too little space: if that is known beforehand nothing is
+    /// touched. `ETXTBSY` when others keep changing the file, or a pin
+    /// forbids to. `EFBIG` beyond `RLIMIT_FSIZE` and what the filesystem
+    /// takes, and what the calls answer otherwise (`EIO`, ...).
+    pub fn prepare(&self, file: &impl AsFd) -> Result<Prepared> {
+        self.prepare_with(file, |_| ())
+    }
+
+    /// [`prepare`](Self::prepare), telling how far it has got after every
+    /// step.
+    ///
+    /// # Errors
+    ///
+    /// As [`prepare`](Self::prepare).
+    pub fn prepare_with(
+        &self,
+        file: &impl AsFd,
+        mut progress: impl FnMut(Progress),
+    ) -> Result<Prepared> {
+        let file = file.as_fd();
+        self.begin(file, &mut progress)
+            .and_then(Job::run)
+            .map_err(|error| {
+                let path = proc::path_of(file);
+                error.asking(match &self.range {
+                    Some(range) => {
+                        format!("prepare bytes {} to {} of {path}", range.start, range.end)
+                    }
+                    None => format!("prepare {path}"),
+                })
+            })
+    }
+
+    /// Checks everything that can be checked beforehand.
+    fn begin<'call>(
+        &self,
+        file: BorrowedFd<'call>,
+        progress: &'call mut dyn FnMut(Progress),
+    ) -> Result<Job<'call>> {
+        require_read_write(file)?;
+        let facts = FileFacts::read(file).map_err(|errno| Error::system("statx", errno))?;
+        if let Some(obstacle) = facts.obstacles().into_iter().next() {
+            let (text, mend) = (obstacle.text, obstacle.mend);
+            return Err(Error::new(obstacle.reason, obstacle.errno, text, mend));
+        }
+        let old_size = facts.size;
+        let size = self.size.unwrap_or(old_size);
+        check_size(old_size, size)?;
+        let bytes = self.range.clone().unwrap_or(0..size);
+        check_range(&bytes, size)?;
+        // Unless a size was asked for, what is behind the range may go.
+        let size = self.size.unwrap_or(bytes.end);
+        let block = u64::from(facts.block_size.max(1));
+        let rounded = bytes.start - bytes.start % block..bytes.end.next_multiple_of(block);
+        Ok(Job {
+            file,
+            filesystem: facts.filesystem,
+            block,
+            bytes,
+            rounded,
+            old_size,
+            size,
+            huge: self.huge,
+            exclusive: self.exclusive,
+            beyond_the_end: true,
+            grown: false,
+            taken: Vec::new(),
+            allocated: 0,
+            converted: 0,
+            unshared: 0,
+            done: 0,
+            total: 0,
+            progress,
+        })
+    }
+}
+
+fn check_size(old: u64, size: u64) -> Result<()> {
+    if size < old {
+        return Err(Error::new(
+            Kind::Arguments,
+            Errno::INVAL,
+            format!("the file has {old} bytes, and prepare never shrinks a file"),
+            "give a size that is no smaller, or truncate it first",
+        ));
+    }
+    if size > i64::MAX.cast_unsigned() {
+        return Err(Error::new(
+            Kind::Arguments,
+            Errno::FBIG,
+            "no file can be that large",
+            "give a smaller size",
+        ));
+    }
+    // The kernel would answer with a signal that ends the process.
+    match getrlimit(Resource::Fsize).current {
+        Some(limit) if size > old && size > limit => Err(Error::new(
+            Kind::Limit,
+            Errno::FBIG,
+            format!("this process may make no file larger than {limit} bytes (RLIMIT_FSIZE)"),
+            "raise the limit (ulimit -f)",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn check_range(bytes: &Range<u64>, size: u64) -> Result<()> {
+    if bytes.is_empty() {
+        return Err(Error::new(
+            Kind::Arguments,
+            Errno::INVAL,
+            if size == 0 {
+                "the file is empty"
+            } else {
+                "the range is empty"
+            },
+            "give a range of at least one byte, or a size to make the file longer",
+        ));
+    }
+    if bytes.end > size {
+        return Err(Error::new(
+            Kind::Arguments,
+            Errno::INVAL,
+            format!(
+                "the range ends at byte {}, beyond the end of the file at {size}",
+                bytes.end
+            ),
+            "give a size to make the file longer",
+        ));
+    }
+    Ok(())
+}
+
+/// Prepares a range of `file`; short for [`PrepareOptions::prepare`].
+///
+/// # Errors
+///
+/// As [`PrepareOptions::prepare`].
+pub fn prepare(file: &impl AsFd, range: Range<u64>) -> Result<Prepared> {
+    PrepareOptions::new().range(range).prepare(file)
+}
+
+/// Prepares what is in the file of a range that is about to be pinned.
+pub(crate) fn before_pin(file: BorrowedFd<'_>, range: Option<&Range<u64>>) -> Result<()> {
+    let stat = rustix::fs::fstat(file).map_err(|errno| Error::system("fstat", errno))?;
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    let range = match range {
+        Some(range) => range.start..range.end.min(size),
+        None => 0..size,
+    };
+    if range.is_empty() {
+        // Beyond the end of the file there is nothing to prepare.
+        return Ok(());
+    }
+    prepare(&file, range).map(drop)
+}
+
+/// What was done to a range, and what it is like now.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    map: BlockMap,
+    allocated: u64,
+    converted: u64,
+    unshared: u64,
+}
+
+impl Prepared {
+    /// The block map of the range, rounded out to blocks: all of it is
+    /// stable, until somebody changes it.
+    #[must_use]
+    pub fn block_map(&self) -> &BlockMap {
+        &self.map
+    }
+
+    /// Bytes of holes that were allocated, and written.
+    #[must_use]
+    pub fn allocated(&self) -> u64 {
+        self.allocated
+    }
+
+    /// Bytes that were allocated but unwritten, and are written now.
+    #[must_use]
+    pub fn converted(&self) -> u64 {
+        self.converted
+    }
+
+    /// Bytes that were shared, and have blocks of their own now.
+    #[must_use]
+    pub fn unshared(&self) -> u64 {
+        self.unshared
+    }
+
+    /// How many pieces of 2 MiB the range has, and how many of them a huge
+    /// page could map.
+    #[must_use]
+    pub fn huge_pieces(&self) -> HugePieces {
+        HugePieces::of(&self.map)
+    }
+}
+
+/// A preparation under way.
+struct Job<'call> {
+    file: BorrowedFd<'call>,
+    filesystem: Filesystem,
+    block: u64,
+    /// The range as asked for.
+    bytes: Range<u64>,
+    /// The range rounded out to blocks.
+    rounded: Range<u64>,
+    /// The size the file had.
+    old_size: u64,
+    /// The size it shall have, at least.
+    size: u64,
+    huge: bool,
+    exclusive: bool,
+    /// Blocks lay beyond the end of the file before anything was done.
+    beyond_the_end: bool,
+    /// The file was made longer here.
+    grown: bool,
+    /// Holes that blocks were asked for.
+    taken: Vec<Range<u64>>,
+    allocated: u64,
+    converted: u64,
+    unshared: u64,
+    done: u64,
+    total: u64,
+    progress: &'call mut dyn FnMut(Progress),
+}
+
+impl Job<'_> {
+    fn run(mut self) -> Result<Prepared> {
+        match self.make_stable() {
+            Ok(map) => Ok(Prepared {
+                map,
+                allocated: self.allocated,
+                converted: self.converted,
+                unshared: self.unshared,
+            }),
+            Err(error) => Err(match self.give_back() {
+                Some(note) => error.noting(&note),
+                None => error,
+            }),
+        }
+    }
+
+    fn make_stable(&mut self) -> Result<BlockMap> {
+        let mut pass = 0;
+        loop {
+            let map = self.block_map()?;
+            let work = Work::of(&map);
+            if pass == 0 {
+                self.check_space(work.space())?;
+                self.beyond_the_end = self.has_blocks_beyond_the_end();
+            } else if map.file_size() < self.size {
+                return Err(truncated(map.file_size()));
+            }
+            if work.is_none() && map.file_size() >= self.size {
+                return Ok(map);
+            }
+            if pass > REPEATS {
+                return Err(still_changing(&map));
+            }
+            self.total += work.bytes();
+            self.tell(0);
+            self.allocate(&work.holes)?;
+            self.grow()?;
+            let shared = self.unshare(&work.shared)?;
+            self.write(&work, shared)?;
+            self.converted += plan::total(&work.unwritten);
+            pass += 1;
+        }
+    }
+
+    /// What is dirty is written first: only then do its blocks show.
+    fn block_map(&self) -> Result<BlockMap> {
+        fsync::fsync(self.file).map_err(|errno| self.failed("fsync", errno))?;
+        extents::read(self.file, self.rounded.clone())
+            .map_err(|errno| Error::system("FIEMAP", errno))
+    }
+
+    fn has_blocks_beyond_the_end(&self) -> bool {
+        let end = self.old_size.next_multiple_of(self.block);
+        extents::read(self.file, end..i64::MAX.cast_unsigned()).map_or(true, |map| {
+            map.total(ExtentState::Hole) != map.range().end - end
+        })
+    }
+
+    fn tell(&mut self, bytes: u64) {
+        self.done += bytes;
+        (self.progress)(Progress {
+            done: self.done,
+            total: self.total,
+        });
+    }
+
+    /// Bytes the caller can still allocate on the filesystem.
+    ///
+    /// ext4 gives root, and who has `CAP_SYS_RESOURCE`, the blocks it sets
+    /// aside for them as well (`ext4_has_free_clusters`). What would work is
+    /// not refused here: what to set aside is for the filesystem to say. It
+    /// keeps some for its own needs all the same, and does not tell how many.
+    fn free_space(&self) -> Result<u64> {
+        let stat =
+            rustix::fs::fstatvfs(self.file).map_err(|errno| Error::system("fstatvfs", errno))?;
+        let capable = || {
+            capget::effective(0)
+                .is_ok_and(|effective| capget::contains(effective, capget::CAP_SYS_RESOURCE))
+        };
+        let all = rustix::process::geteuid().is_root() || capable();
+        let blocks = if all { stat.f_bfree } else { stat.f_bavail };
+        Ok(blocks.saturating_mul(stat.f_frsize))
+    }
+
+    /// Refuses what cannot work before anything is touched.
+    fn check_space(&self, needed: u64) -> Result<()> {
+        let mut free = self.free_space()?;
+        // XFS frees the blocks of deleted files by and by; being asked how
+        // much is free makes it begin at once (`xfs_fs_statfs`).
+        let mut looks = 20;
+        while needed > free && looks > 0 && self.filesystem == Filesystem::Xfs {
+            std::thread::sleep(Duration::from_millis(10));
+            free = self.free_space()?;
+            looks -= 1;
+        }
+        if needed <= free {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::NoSpace,
+            Errno::NOSPC,
+            format!(
+                "{} bytes of space are missing: it takes {needed}, and {free} are free",
+                needed - free
+            ),
+            "free some space, or prepare less; nothing was changed",
+        ))
+    }
+
+    /// Allocates holes. That some may be none any more by now does no harm.
+    fn allocate(&mut self, holes: &[Range<u64>]) -> Result<()> {
+        if self.huge && !holes.is_empty() {
+            return match self.filesystem {
+                Filesystem::Xfs => self.allocate_in_arranged_room(holes),
+                _ => self.allocate_in_powers_of_two(holes),
+            };
+        }
+        for hole in holes {
+            for piece in plan::pieces(hole, ALLOCATION) {
+                self.allocate_piece(piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The scratch file keeps a few blocks while the piece behind them is
+    /// allocated, and never into the next one: it cannot be what is missing
+    /// when there is no space.
+    fn allocate_in_arranged_room(&mut self, holes: &[Range<u64>]) -> Result<()> {
+        let scratch = Scratch::beside(self.file);
+        for part in holes.iter().flat_map(plan::huge_first) {
+            for mut rest in plan::pieces(&part, ALLOCATION) {
+                while !rest.is_empty() {
+                    let next = match &scratch {
+                        Some(scratch) => scratch.make_room(self.file, rest.clone()),
+                        None => rest.clone(),
+                    };
+                    rest.start = next.end;
+                    self.allocate_piece(next)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// ext4 looks for free blocks by powers of two, and finds those aligned.
+    fn allocate_in_powers_of_two(&mut self, holes: &[Range<u64>]) -> Result<()> {
+        for part in holes.iter().flat_map(plan::huge_first) {
+            let pieces: Vec<_> = if part.start.is_multiple_of(plan::HUGE) {
+                plan::powers_of_two(&part, EXT4_ALIGNED).collect()
+            } else {
+                vec![part]
+            };
+            for piece in pieces {
+                self.allocate_piece(piece)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn allocate_piece(&mut self, piece: Range<u64>) -> Result<()> {
+        // Noted first: a call that fails may have allocated a part.
+        self.taken.push(piece.clone());
+        fallocate::allocate(self.file, &piece).map_err(|errno| self.failed("fallocate", errno))?;
+        self.allocated += piece.end - piece.start;
+        Ok(())
+    }
+
+    /// Makes the file longer, now that there are blocks for it.
+    fn grow(&mut self) -> Result<()> {
+        // Once only: who truncates it then means it.
+        if self.grown || self.size <= self.old_size {
+            return Ok(());
+        }
+        self.grown = self.current_size()? < self.size;
+        let last = self.size - 1..self.size;
+        fallocate::allocate_and_grow(self.file, &last)
+            .map_err(|errno| self.failed("fallocate", errno))
+    }
+
+    fn current_size(&self) -> Result<u64> {
+        let stat = rustix::fs::fstat(self.file).map_err(|errno| Error::system("fstat", errno))?;
+        Ok(stat.st_size.cast_unsigned())
+    }
+
+    /// Gives shared runs blocks of their own; returns those that must get
+    /// them by being written.
+    fn unshare<'runs>(&mut self, shared: &'runs [Range<u64>]) -> Result<&'runs [Range<u64>]> {
+        for run in shared {
+            for piece in plan::pieces(run, ALLOCATION) {
+                match fallocate::unshare(self.file, &piece) {
+                    Ok(()) => {}
+                    Err(Errno::OPNOTSUPP) => return Ok(shared),
+                    Err(errno) => return Err(self.failed("fallocate", errno)),
+                }
+                let length = piece.end - piece.start;
+                self.unshared += length;
+                self.tell(length);
+            }
+        }
+        Ok(&[])
+    }
+
+    /// Has everything that is not written yet written back, as it reads.
+    fn write(&mut self, work: &Work, shared: &[Range<u64>]) -> Result<()> {
+        let mut runs = [&work.to_write()[..], shared].concat();
+        runs.sort_unstable_by_key(|run| run.start);
+        let pieces: Vec<_> = runs
+            .iter()
+            .flat_map(|run| plan::pieces(run, WINDOW))
+            .collect();
+        let mut under_way: Option<Range<u64>> = None;
+        for group in pieces.chunk_by(|one, next| one.start / WINDOW == next.start / WINDOW) {
+            let ([first, ..], [.., last]) = (group, group) else {
+                continue;
+            };
+            // From the first run to the last, and no more: beside them there
+            // may be a pin that forbids a mapping.
+            let start = first.start - first.start % mmap::page_size();
+            let window = start..last.end;
+            self.dirty(&window, group)?;
+            self.write_back(sync_file_range::start, &window)?;
+            // The next window gets dirty while the device is busy with this
+            // one.
+            if let Some(before) = under_way.replace(window) {
+                self.write_back(sync_file_range::finish, &before)?;
+            }
+            self.tell(plan::total(group));
+        }
+        match under_way {
+            Some(last) => self.write_back(sync_file_range::finish, &last),
+            None => Ok(()),
+        }
+    }
+
+    fn write_back(
+        &self,
+        call: fn(BorrowedFd<'_>, &Range<u64>) -> std::result::Result<(), Errno>,
+        window: &Range<u64>,
+    ) -> Result<()> {
+        call(self.file, window).map_err(|errno| self.failed("sync_file_range", errno))
+    }
+
+    /// Makes the pages of some runs of a window dirty.
+    fn dirty(&self, window: &Range<u64>, runs: &[Range<u64>]) -> Result<()> {
+        // The last block may reach beyond the last page of the file, where
+        // nothing can be dirty.
+        let end = self.bytes.end.next_multiple_of(mmap::page_size());
+        let window = window.start..window.end.min(end);
+        let mapped = Window::new(self.file, window).map_err(|errno| self.failed("mmap", errno))?;
+        for run in runs {
+            match mapped.populate_write(run) {
+                Ok(()) => {}
+                Err(Errno::FAULT) => self.explain_fault(&mapped, run)?,
+                Err(Errno::INVAL) => {
+                    return Err(Error::new(
+                        Kind::System,
+                        Errno::OPNOTSUPP,
+                        "this kernel cannot make pages dirty as they are (MADV_POPULATE_WRITE)",
+                        "use Linux 5.14 or later",
+                    ));
+                }
+                Err(errno) => return Err(self.failed("MADV_POPULATE_WRITE", errno)),
+            }
+        }
+        Ok(())
+    }
+
+    /// A page that cannot be made dirty does not say why. Calls that do say
+    /// are asked for the same: one for its blocks, one for its bytes.
+    fn explain_fault(&self, mapped: &Window, run: &Range<u64>) -> Result<()> {
+        self.check_end()?;
+        fallocate::allocate(self.file, run).map_err(|errno| self.failed("fallocate", errno))?;
+        match mapped.populate_write(run) {
+            // It was a hole again, or there was no space for a moment.
+            Ok(()) => return Ok(()),
+            Err(Errno::FAULT) => {}
+            Err(errno) => return Err(self.failed("MADV_POPULATE_WRITE", errno)),
+        }
+        self.check_end()?;
+        let mut buffer = vec![0; 1 << 20];
+        for piece in plan::pieces(run, 1 << 20) {
+            rustix::io::pread(self.file, &mut buffer[..], piece.start).map_err(|errno| {
+                Error::new(
+                    Kind::System,
+                    errno,
+                    format!("the file cannot be read at {}: {errno}", piece.start),
+                    "look into the system's log: its device may be failing",
+                )
+            })?;
+        }
+        // Then somebody is in the way, who has let go by now: the next pass
+        // will see what is left to do.
+        Ok(())
+    }
+
+    fn check_end(&self) -> Result<()> {
+        let size = self.current_size()?;
+        if size < self.bytes.end {
+            Err(truncated(size))
+        } else {
+            Ok(())
+        }
+    }
+
+    /// An error of a call that changes the file.
+    fn failed(&self, call: &str, errno: Errno) -> Error {
+        match errno {
+            Errno::NOSPC => {
+                let free = self.free_space().unwrap_or(0);
+                let left = self.rounded_rest();
+                Error::new(
+                    Kind::NoSpace,
+                    errno,
+                    format!(
+                        "the filesystem is full: {left} bytes have no block of their own yet; \
+                         of the {free} that are free it keeps some for itself"
+                    ),
+                    "free some space, or prepare less",
+                )
+            }
+            Errno::DQUOT => Error::new(
+                Kind::NoSpace,
+                errno,
+                "the disk quota of the file's owner, group or project is used up",
+                "free some space, raise the quota, or prepare less",
+            ),
+            Errno::TXTBSY => Error::new(
+                Kind::FrozenBlocks,
+                errno,
+                format!(
+                    "{call} was refused: a pin keeps blocks of the file as they are, or it is \
+                     swap space"
+                ),
+                "prepare a file before it is pinned; `mapdirect show FILE` tells the pins",
+            ),
+            Errno::PERM => Error::new(
+                Kind::System,
+                errno,
+                format!("{call} was refused: the file is immutable or append-only"),
+                "chattr -i -a FILE",
+            ),
+            other => Error::system(call, other),
+        }
+    }
+
+    /// Bytes of the range that have no block of their own now.
+    fn rounded_rest(&self) -> u64 {
+        extents::read(self.file, self.rounded.clone()).map_or(0, |map| Work::of(&map).space())
+    }
+
+    /// Undoes what a call that failed has done, as far as that cannot cost
+    /// anybody a byte; tells what stays.
+    ///
+    /// Freeing blocks forgets what was stored there, and shortening the file
+    /// what was stored beyond. Nothing the kernel has does either on condition
+    /// that nobody stored anything. So it is done only while nobody can: under
+    /// a lease, which keeps away whoever has not opened the file yet, and
+    /// proves that nobody else has; and the caller must have said that nobody
+    /// uses the description at hand.
+    fn give_back(&self) -> Option<String> {
+        if self.taken.is_empty() && !self.grown {
+            return None;
+        }
+        let undone = if self.exclusive {
+            self.undo()
+        } else {
+            Err(String::from(
+                "giving it back could cost others what they have stored there (see \
+                 PrepareOptions::exclusive)",
+            ))
+        };
+        let allocated: u64 = self
+            .taken
+            .iter()
+            .filter_map(|run| extents::read(self.file, run.clone()).ok())
+            .map(|map| map.range().end - map.range().start - map.total(ExtentState::Hole))
+            .sum();
+        let longer = self.grown && self.current_size().is_ok_and(|size| size > self.old_size);
+        let what = match (allocated, longer) {
+            (0, false) if undone.is_ok() => {
+                return Some(String::from("what was allocated is given back"));
+            }
+            (0, false) => return None,
+            (0, true) => String::from("the file stays longer"),
+            (bytes, false) => format!("{bytes} bytes stay allocated"),
+            (bytes, true) => format!("the file stays longer, and {bytes} bytes allocated"),
+        };
+        let why = undone
+            .err()
+            .unwrap_or_else(|| String::from("they are written"));
+        Some(format!("{what}: {why}"))
+    }
+
+    fn undo(&self) -> std::result::Result<(), String> {
+        let system = |call: &'static str| move |errno: Errno| format!("{call} failed: {errno}");
+        let lease = HeldLease::take(self.file)
+            .map_err(system("F_SETLEASE"))?
+            .ok_or("somebody else has the file open")?;
+        let lease =
+            unwatched(lease, self.file, self.bytes.start).ok_or("somebody watches the file")?;
+        let undisturbed = || {
+            lease
+                .is_undisturbed()
+                .then_some(())
+                .ok_or("somebody is just opening the file")
+        };
+        // What others have stored is written now, and shows as that.
+        fsync::fsync(self.file).map_err(system("fsync"))?;
+        for run in self.still_unwritten().map_err(system("FIEMAP"))? {
+            undisturbed()?;
+            fallocate::punch(self.file, &run).map_err(system("fallocate"))?;
+        }
+        // ext4 punches nothing beyond the end of the file, but gives up what
+        // lies there when the size is set.
+        let end = self.old_size.next_multiple_of(self.block);
+        let beyond = self.grown || self.taken.iter().any(|run| run.end > end);
+        let ours = self.grown || !self.beyond_the_end;
+        if beyond && ours && self.ends_as_left()? {
+            undisturbed()?;
+            rustix::fs::ftruncate(self.file, self.old_size).map_err(system("ftruncate"))?;
+        }
+        Ok(())
+    }
+
+    /// Runs that were holes, have blocks now, and that nobody wrote to.
+    fn still_unwritten(&self) -> std::result::Result<Vec<Range<u64>>, Errno> {
+        let mut runs = Vec::new();
+        for taken in &self.taken {
+            let map = extents::read(self.file, taken.clone())?;
+            let unwritten = map
+                .frozen()
+                .filter(|extent| extent.state == ExtentState::Unwritten);
+            runs.extend(unwritten.map(|extent| extent.offset..extent.end()));
+        }
+        Ok(runs)
+    }
+
+    /// Whether the file ends where it was found or left, with nothing but
+    /// zeros behind its old end.
+    fn ends_as_left(&self) -> std::result::Result<bool, String> {
+        let size = self.current_size().map_err(|error| error.to_string())?;
+        if size != self.old_size && !(self.grown && size == self.size) {
+            return Ok(false);
+        }
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = self.old_size;
+        while at < size {
+            let read = rustix::io::pread(self.file, &mut buffer[..], at)
+                .map_err(|errno| format!("reading it back failed: {errno}"))?;
+            if read == 0 || buffer[..read].iter().any(|byte| *byte != 0) {
+                return Ok(false);
+            }
+            at += read as u64;
+        }
+        Ok(true)
+    }
+}
+
+/// The lease again, if nobody opens the file by being asked for permission
+/// before it is touched (fanotify). The lease keeps him waiting, and he keeps
+/// waiting whoever asks, until the kernel loses patience and ends the lease:
+/// what was to be freed under it would be freed without. So another thread
+/// touches the file first, in a way that changes nothing.
+fn unwatched<'file>(
+    lease: HeldLease<'file>,
+    file: BorrowedFd<'file>,
+    at: u64,
+) -> Option<HeldLease<'file>> {
+    std::thread::scope(|scope| {
+        let touch = move || rustix::io::pread(file, &mut [0; 1][..], at);
+        let touching = std::thread::Builder::new()
+            .spawn_scoped(scope, touch)
+            .ok()?;
+        while !touching.is_finished() && lease.is_undisturbed() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        // If it is disturbed, dropping it here lets that thread go.
+        lease.is_undisturbed().then_some(lease)
+    })
+}
+
+fn still_changing(map: &BlockMap) -> Error {
+    let first = map.frozen().next().map_or_else(String::new, |extent| {
+        format!(
+            ": {} bytes at {} are {} again",
+            extent.length, extent.offset, extent.state
+        )
+    });
+    Error::new(
+        Kind::StillChanging,
+        Errno::TXTBSY,
+        format!("others keep changing the file{first}"),
+        "stop who shares, punches or truncates it, then try again",
+    )
+}
+
+fn truncated(size: u64) -> Error {
+    Error::new(
+        Kind::StillChanging,
+        Errno::TXTBSY,
+        format!("somebody truncated the file to {size} bytes meanwhile"),
+        "stop who truncates it, then try again",
+    )
+}
