@@ -136,7 +136,14 @@ impl Group {
             | FAN_UNLIMITED_QUEUE
             | FAN_UNLIMITED_MARKS
             | FAN_REPORT_TID;
-        let event_flags = libc::O_RDONLY | libc::O_CLOEXEC | libc::O_LARGEFILE | libc::O_NOATIME;
+        // Without O_NONBLOCK a descriptor for an event would wait for a lease
+        // on the file to go (`break_lease` in `do_dentry_open`), for 45 s,
+        // and everybody else for us.
+        let event_flags = libc::O_RDONLY
+            | libc::O_CLOEXEC
+            | libc::O_LARGEFILE
+            | libc::O_NOATIME
+            | libc::O_NONBLOCK;
         // SAFETY: fanotify_init takes two integers and touches no memory of
         // ours; unknown flags are refused with EINVAL.
         let fd = unsafe { libc::fanotify_init(flags, event_flags.cast_unsigned()) };

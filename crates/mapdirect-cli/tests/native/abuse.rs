@@ -5,6 +5,7 @@ use crate::world::{BINARY, World, is_pinned, map, open, wait_until_free, written
 use libtest_mimic::Trial;
 use mapdirect::PinOptions;
 use mapdirect_proto::{Flags, MAX_MESSAGE, PinRequest, Reason, Reply, Request, VERSION};
+use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, memfd};
 use mapdirect_testkit::Kind;
@@ -12,6 +13,7 @@ use mapdirect_testkit::process::{GuardProcess, Helper, say};
 use mapdirect_testkit::random::Random;
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -37,6 +39,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("never-reads", never_reads),
         ("thousand-clients", thousand_clients),
         ("out-of-descriptors", out_of_descriptors),
+        ("leases", leases),
         ("second-guard", second_guard),
         ("socket-in-the-way", socket_in_the_way),
         ("unprivileged-status", unprivileged_status),
@@ -44,6 +47,39 @@ pub fn trials(world: &World) -> Vec<Trial> {
         trials.push(world.trial(format!("abuse::{name}"), run));
     }
     trials
+}
+
+/// Whoever has a lease on a file that stays behind the gate for a moment
+/// keeps nobody waiting but himself.
+fn leases(world: &World) {
+    let (disk, guard) = (world.disk(Kind::EXT4), world.guard());
+    let path = written(&disk, "abuse-lease", 65536);
+    let mut leased = 0;
+    for _ in 0..20 {
+        let file = open(&path);
+        let held = map(&guard.client(), &file, 0..65536);
+        // What is opened now is watched for as long as the file is.
+        let reader = File::open(&path).unwrap();
+        drop((held, file));
+        let Some(lease) = HeldLease::take(reader.as_fd()).unwrap() else {
+            continue;
+        };
+        leased += 1;
+        let started = Instant::now();
+        let read = reader.read_at(&mut [0; 16], 0);
+        // A moment later nobody would have asked.
+        let refused = read.as_ref().err().and_then(std::io::Error::raw_os_error);
+        assert!(refused.is_none_or(|errno| errno == libc::EPERM), "{read:?}");
+        is_well(world, &guard);
+        assert!(
+            started.elapsed() < Duration::from_secs(5),
+            "everybody waited"
+        );
+        drop(lease);
+    }
+    assert!(leased > 0);
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// The guard still does its work.

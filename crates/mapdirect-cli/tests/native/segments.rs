@@ -71,6 +71,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("growing", growing),
             ("neighbours", neighbours),
             ("fails-halfway", fails_halfway),
+            ("prepared", prepared),
+            ("pin-allocates", pin_allocates),
             ("allocate-arguments", allocate_arguments),
             ("allocate-without-room", allocate_without_room),
             ("allocate-beside-a-pin", allocate_beside_a_pin),
@@ -1449,4 +1451,97 @@ fn allocate_under_attack(world: &World, kind: Kind) {
     assert_eq!(map.block_map().extents(), there.extents());
     drop(map);
     wait_until_free_of(file, &path);
+}
+
+/// Prepared, mapped and pinned in one call.
+fn prepared(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let (path, file) = four(world, kind, "prepared");
+    let map = MapOptions::new()
+        .range(0..6 * PAGE)
+        .prepare(true)
+        .accept_page_cache(true)
+        .patience(PATIENCE)
+        .guard(guard.client())
+        .map(&file)
+        .unwrap();
+    let states = [
+        State::Written,
+        State::Hole,
+        State::Unwritten,
+        State::Written,
+    ];
+    for (page, state) in states.iter().enumerate() {
+        let there = if *state == State::Written {
+            filling(page as u64)
+        } else {
+            0
+        };
+        assert_eq!(load(at(&map, page)), Access::Went(there));
+        assert_eq!(store(at(&map, page), 5), Access::Went(5));
+    }
+    assert_eq!(load(at(&map, 4)), Access::BUS_ADRERR);
+    drop(map);
+    // Wholly beyond the end there is nothing to prepare.
+    let beyond = MapOptions::new()
+        .range(8 * PAGE..9 * PAGE)
+        .prepare(true)
+        .accept_page_cache(true)
+        .patience(PATIENCE)
+        .guard(guard.client())
+        .map(&file)
+        .unwrap();
+    drop(beyond);
+    // What somebody else has pinned as it is cannot be prepared.
+    file.set_len(8 * PAGE).unwrap();
+    let pin = PinOptions::new()
+        .range(6 * PAGE..7 * PAGE)
+        .patience(PATIENCE)
+        .guard(guard.client())
+        .pin(&file)
+        .unwrap();
+    let refused = MapOptions::new()
+        .range(4 * PAGE..8 * PAGE)
+        .prepare(true)
+        .accept_page_cache(true)
+        .guard(guard.client())
+        .map(&file);
+    let error = refused.unwrap_err();
+    assert_eq!(error.errno(), Errno::TXTBSY.raw_os_error(), "{error:#}");
+    drop(pin);
+    wait_until_free_of(file, &path);
+}
+
+/// A pin without a mapping can be prepared and allocated in as well.
+fn pin_allocates(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let (path, file) = four(world, kind, "pin-allocates");
+    let options = || PinOptions::new().patience(PATIENCE).guard(guard.client());
+    let mut pin = options().range(0..4 * PAGE).pin(&file).unwrap();
+    pin.allocate(PAGE..2 * PAGE).unwrap();
+    let there = mapdirect::block_map(&file, 0..4 * PAGE).unwrap();
+    assert_eq!(pin.block_map().extents(), there.extents());
+    assert_eq!(there.find(PAGE).unwrap().state, ExtentState::Written);
+    assert_eq!(
+        pin.allocate(PAGE..5 * PAGE).unwrap_err().errno(),
+        Errno::INVAL.raw_os_error()
+    );
+    drop(pin);
+    let pin = options().prepare(true).pin(&file).unwrap();
+    assert!(pin.block_map().is_stable());
+    drop(pin);
+    // Whoever cannot write cannot have anything written.
+    drop(file);
+    wait_until_free(&path);
+    let file = make(&path, PAGE, &FOUR, 4 * PAGE);
+    drop(file);
+    let reader = File::open(&path).unwrap();
+    let mut pin = options().pin(&reader).unwrap();
+    let error = pin.allocate(PAGE..2 * PAGE).unwrap_err();
+    assert_eq!(error.errno(), Errno::ACCESS.raw_os_error(), "{error:#}");
+    let error = options().prepare(true).pin(&reader).unwrap_err();
+    assert_eq!(error.errno(), Errno::ACCESS.raw_os_error(), "{error:#}");
+    drop(pin);
+    drop(reader);
+    std::fs::remove_file(path).unwrap();
 }
