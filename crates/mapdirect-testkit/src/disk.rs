@@ -23,6 +23,23 @@ pub enum Kind {
         /// Block size.
         block: u32,
     },
+    /// XFS on persistent memory, mounted with DAX; see [`pmem`].
+    XfsDax,
+    /// ext4 on persistent memory, mounted with DAX.
+    Ext4Dax,
+}
+
+/// Environment variable that names the devices of persistent memory to use,
+/// one for XFS and one for ext4, with a comma in between. What is on them is
+/// lost.
+pub const PMEM_VARIABLE: &str = "MAPDIRECT_PMEM";
+
+/// The devices of persistent memory there are, for XFS and ext4.
+#[must_use]
+pub fn pmem() -> Option<[PathBuf; 2]> {
+    let value = std::env::var(PMEM_VARIABLE).ok()?;
+    let (xfs, ext4) = value.split_once(',')?;
+    Some([xfs.into(), ext4.into()])
 }
 
 impl Kind {
@@ -38,6 +55,8 @@ impl Kind {
     };
     /// ext4 as `mkfs.ext4` makes it.
     pub const EXT4: Self = Self::Ext4 { block: 4096 };
+    /// Both on persistent memory.
+    pub const DAX: [Self; 2] = [Self::XfsDax, Self::Ext4Dax];
 
     /// Whether files can share blocks.
     #[must_use]
@@ -48,7 +67,24 @@ impl Kind {
     /// Whether it is XFS.
     #[must_use]
     pub const fn is_xfs(self) -> bool {
-        matches!(self, Self::Xfs { .. })
+        matches!(self, Self::Xfs { .. } | Self::XfsDax)
+    }
+
+    /// Whether loads and stores reach the media without the page cache.
+    #[must_use]
+    pub const fn is_dax(self) -> bool {
+        matches!(self, Self::XfsDax | Self::Ext4Dax)
+    }
+
+    /// The device it lies on, if that is no loop device.
+    #[must_use]
+    pub fn device(self) -> Option<PathBuf> {
+        let [xfs, ext4] = pmem()?;
+        match self {
+            Self::XfsDax => Some(xfs),
+            Self::Ext4Dax => Some(ext4),
+            _ => None,
+        }
     }
 
     /// Block size in bytes.
@@ -56,12 +92,16 @@ impl Kind {
     pub const fn block(self) -> u64 {
         match self {
             Self::Xfs { block, .. } | Self::Ext4 { block } => block as u64,
+            // DAX needs blocks of the size of pages.
+            Self::XfsDax | Self::Ext4Dax => 4096,
         }
     }
 
     /// Its command to make one.
     fn mkfs(self) -> Command {
         match self {
+            Self::XfsDax => Self::XFS_PLAIN.mkfs(),
+            Self::Ext4Dax => Self::EXT4.mkfs(),
             Self::Xfs { reflink, block } => {
                 let mut command = Command::new("mkfs.xfs");
                 command.args(["-q", "-f", "-b", &format!("size={block}")]);
@@ -86,6 +126,8 @@ impl fmt::Display for Kind {
                 write!(f, "xfs{}", if *reflink { "" } else { "-plain" })?;
             }
             Self::Ext4 { .. } => f.write_str("ext4")?,
+            Self::XfsDax => f.write_str("xfs-dax")?,
+            Self::Ext4Dax => f.write_str("ext4-dax")?,
         }
         if self.block() != 4096 {
             write!(f, "-{}", self.block())?;
@@ -148,14 +190,21 @@ impl Disk {
             .with_context(|| format!("cannot make {}", directory.display()))?;
         // From here on dropping it cleans up.
         let disk = Self { kind, directory };
-        let image = disk.directory.join("image");
-        File::create(&image)?.set_len(megabytes << 20)?;
+        let (image, how) = if kind.is_dax() {
+            let device = kind.device();
+            let device = device.with_context(|| format!("{PMEM_VARIABLE} names no device"))?;
+            (device, "dax=always")
+        } else {
+            let image = disk.directory.join("image");
+            File::create(&image)?.set_len(megabytes << 20)?;
+            (image, "loop")
+        };
         let mut mkfs = kind.mkfs();
         run(mkfs.args(mkfs_arguments).arg(&image))?;
         fs::create_dir(disk.root())?;
         run(Command::new("mount")
             .arg("-o")
-            .arg(format!("loop,{mount_options}"))
+            .arg(format!("{how},{mount_options}"))
             .arg(&image)
             .arg(disk.root()))?;
         Ok(disk)

@@ -421,6 +421,60 @@ impl Drop for PlainMap {
     }
 }
 
+/// Memory for direct reads: as aligned as any device asks for.
+#[derive(Debug)]
+pub struct PageBuffer {
+    address: usize,
+    length: usize,
+}
+
+impl PageBuffer {
+    /// Of so many bytes.
+    ///
+    /// # Panics
+    ///
+    /// Without memory.
+    #[must_use]
+    pub fn new(length: usize) -> Self {
+        #[expect(clippy::unwrap_used, reason = "a test without memory is over")]
+        let address = anonymous(length).unwrap();
+        Self { address, length }
+    }
+
+    /// The bytes.
+    pub fn bytes(&mut self) -> &mut [u8] {
+        let start = std::ptr::with_exposed_provenance_mut(self.address);
+        // SAFETY: private memory of the value, borrowed as the value is.
+        unsafe { std::slice::from_raw_parts_mut(start, self.length) }
+    }
+}
+
+impl Drop for PageBuffer {
+    fn drop(&mut self) {
+        // SAFETY: nothing refers to it any more.
+        let _ = unsafe { munmap(self.address, self.length) };
+    }
+}
+
+/// Pages of the first `length` bytes of a file in the page cache
+/// (cachestat(2), Linux 6.5).
+pub fn cached_pages(file: BorrowedFd<'_>, length: u64) -> Result<u64> {
+    const SYS_CACHESTAT: libc::c_long = 451;
+    let range = [0u64, length];
+    let mut found = [0u64; 5];
+    // SAFETY: reads two numbers and writes five.
+    let ret = unsafe {
+        libc::syscall(
+            SYS_CACHESTAT,
+            file.as_raw_fd(),
+            range.as_ptr(),
+            found.as_mut_ptr(),
+            0,
+        )
+    };
+    checked(ret).map(|_| found[0])
+}
+
 /// Stores a byte to a mapping as a program does that asks nobody: frozen, it
 /// raises SIGBUS.
 pub fn store_into(map: &mapdirect::DirectMap, at: usize, value: u8) {

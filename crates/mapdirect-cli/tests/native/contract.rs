@@ -1,7 +1,7 @@
 //! Section 4 of the contract: every operation, at every place, by strangers
 //! and by the holder, and the block map read again after each.
 
-use crate::world::{World, map, open, pin};
+use crate::world::{World, kinds, map, open, pin};
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, Pin};
 use mapdirect_sys::Errno;
@@ -25,7 +25,7 @@ const KINDS: [Kind; 5] = [
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in KINDS {
+    for kind in kinds(&KINDS) {
         for attack in CORPUS.iter().filter(|attack| attack.place.includes(kind)) {
             if kind.block() < 4096 && needs_pages(attack) {
                 continue;

@@ -1,6 +1,6 @@
 //! Every way to open a file, while a part of it is pinned.
 
-use crate::world::{World, map, open, wait_until_free};
+use crate::world::{World, kinds, map, open, wait_until_free};
 use libtest_mimic::Trial;
 use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
@@ -13,7 +13,7 @@ use std::process::Command;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in [Kind::XFS, Kind::EXT4] {
+    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         for door in Door::ALL {
             let name = format!("doors::{kind}::{}", door.name());
             trials.push(world.trial(name, move |world| try_door(world, kind, door)));

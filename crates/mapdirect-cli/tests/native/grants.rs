@@ -1,6 +1,6 @@
 //! Grants: a promise is made only when it can be kept.
 
-use crate::world::{PATIENCE, World, is_pinned, map, open, pin, wait_until_free, written};
+use crate::world::{PATIENCE, World, is_pinned, kinds, map, open, pin, wait_until_free, written};
 use libtest_mimic::Trial;
 use mapdirect::{ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions};
 use mapdirect_sys::fcntl::{LockKind, LockOwner, conflicting_lock, set_lock};
@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in [Kind::XFS, Kind::EXT4] {
+    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         for (name, run) in [
             ("who-has-it-open", who_has_it_open as fn(&World, Kind)),
             ("patience", patience),

@@ -1,6 +1,6 @@
 //! Section 5 of the contract: how long a pin lasts.
 
-use crate::world::{BINARY, World, is_pinned, map, open, pin, wait_until_free, written};
+use crate::world::{BINARY, World, is_pinned, kinds, map, open, pin, wait_until_free, written};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions, Status};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in [Kind::XFS, Kind::EXT4] {
+    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         for (name, run) in [
             ("unmap", unmap as fn(&World, Kind)),
             ("parts", parts),

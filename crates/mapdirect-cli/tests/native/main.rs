@@ -12,6 +12,7 @@
 mod abuse;
 mod cli;
 mod contract;
+mod dax;
 mod doors;
 mod errors;
 mod grants;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(segments::trials(&world));
+    trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(prepare::trials(&world));

@@ -1,7 +1,7 @@
 //! Random attacks by several processes on files whose ranges are pinned and
 //! let go all the time: not one block under a pin may change.
 
-use crate::world::{World, open};
+use crate::world::{World, kinds, open};
 use anyhow::{Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::{BlockMap, DirectMap, Extent, ExtentState, Guard, MapOptions, PinOptions};
@@ -32,7 +32,7 @@ const ENOUGH: u64 = 100;
 const ROUNDS: u64 = 8;
 
 pub fn trials(world: &World) -> Vec<Trial> {
-    [Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4]
+    kinds(&[Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4])
         .into_iter()
         .map(|kind| world.trial(format!("random::{kind}"), move |world| run(world, kind)))
         .collect()

@@ -1,6 +1,6 @@
 //! Mapping what may not be stored to: every state next to every other.
 
-use crate::world::{BINARY, PATIENCE, World, is_pinned, open, wait_until_free};
+use crate::world::{BINARY, PATIENCE, World, is_pinned, kinds, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::{BlockMap, DirectMap, ExtentState, Guard, MapOptions, PinOptions};
@@ -37,7 +37,7 @@ const KINDS: [Kind; 5] = [
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in KINDS {
+    for kind in kinds(&KINDS) {
         for (name, run) in [
             ("pairs", pairs as fn(&World, Kind)),
             ("random", random),
@@ -50,7 +50,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             trials.push(world.trial(name, move |world| run(world, kind)));
         }
     }
-    for kind in [Kind::XFS, Kind::EXT4] {
+    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         for (name, run) in [
             ("system-calls", system_calls as fn(&World, Kind)),
             ("fork", fork),

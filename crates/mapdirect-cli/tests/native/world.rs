@@ -3,6 +3,7 @@
 
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
+use mapdirect_testkit::disk::pmem;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,6 +37,8 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
+        ("append", crate::dax::play_append),
+        ("verify", crate::dax::play_verify),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),
@@ -43,6 +46,16 @@ pub fn roles() -> Vec<Role> {
         ("halfway", crate::segments::play_halfway),
         ("writer", crate::prepare::play_writer),
     ]
+}
+
+/// The filesystems to test on: `here`, or DAX where there is persistent
+/// memory, as in the virtual machine that has it.
+pub fn kinds(here: &[Kind]) -> Vec<Kind> {
+    if pmem().is_some() {
+        Kind::DAX.to_vec()
+    } else {
+        here.to_vec()
+    }
 }
 
 impl World {
