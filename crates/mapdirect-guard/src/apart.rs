@@ -17,41 +17,90 @@
 use crate::Errno;
 use mapdirect_sys::mmap::{View, page_size};
 use mapdirect_sys::proc_pagemap::PageFlags;
-use mapdirect_sys::vmsplice::Held;
+use mapdirect_sys::vmsplice;
 use rustix::fs::Advice;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+/// Pages held for one pin; they go back when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Held {
+    _pages: vmsplice::Held,
+    _budget: Budget,
+}
+
+/// How many pages are held for all pins together, and in how many pipes:
+/// page cache that nobody gets back, and descriptors that the gate needs.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    held: Arc<AtomicUsize>,
+    pipes: Arc<AtomicUsize>,
+    most_pipes: usize,
+}
+
+/// Four gigabytes' worth.
+const MOST_PAGES: usize = 1 << 20;
+
+/// Leave to hold some of them.
+#[derive(Debug)]
+pub(crate) struct Budget {
+    of: [(Arc<AtomicUsize>, usize); 2],
+}
+
+impl Pages {
+    /// With so many descriptors at hand a quarter of them may be pipes.
+    pub(crate) fn new(descriptors: usize) -> Self {
+        Self {
+            held: Arc::default(),
+            pipes: Arc::default(),
+            most_pipes: descriptors / 4,
+        }
+    }
+
+    /// Leave to hold `count` more, if so many may be.
+    pub(crate) fn take(&self, count: usize) -> Option<Budget> {
+        let pipes = vmsplice::pipes_for(count);
+        let take = |of: &Arc<AtomicUsize>, count: usize, most: usize| {
+            let taken = of.fetch_update(SeqCst, SeqCst, |held| {
+                held.checked_add(count).filter(|held| *held <= most)
+            });
+            taken.ok().map(|_| (Arc::clone(of), count))
+        };
+        let pages = take(&self.held, count, MOST_PAGES)?;
+        let Some(pipes) = take(&self.pipes, pipes, self.most_pipes) else {
+            pages.0.fetch_sub(count, SeqCst);
+            return None;
+        };
+        Some(Budget { of: [pages, pipes] })
+    }
+}
+
+impl Drop for Budget {
+    fn drop(&mut self) {
+        for (of, count) in &self.of {
+            of.fetch_sub(*count, SeqCst);
+        }
+    }
+}
 
 /// Offsets of the pages to hold, so that no folio of up to `folio` bytes
-/// holds pages of both `storable` and `frozen`: disjoint runs of whole pages,
-/// each in file order, in a file of `size` bytes.
-pub(crate) fn pages_between(
-    storable: &[Range<u64>],
-    frozen: &[Range<u64>],
-    size: u64,
-    page: u64,
-    folio: u64,
-) -> Vec<u64> {
+/// holds pages of `frozen` and others: disjoint runs of whole pages, in file
+/// order, with others in between, in a file of `size` bytes. Whoever maps the
+/// others for storing may come later.
+pub(crate) fn pages_between(frozen: &[Range<u64>], size: u64, page: u64, folio: u64) -> Vec<u64> {
     let file_end = size.next_multiple_of(page);
-    let is_storable = |range: Range<u64>| {
-        let first = storable.partition_point(|run| run.end <= range.start);
-        storable
-            .get(first)
-            .is_some_and(|run| run.start < range.end.min(file_end))
-    };
     let mut pages = Vec::new();
     for run in frozen {
-        let (start, end) = (run.start, run.end.min(file_end.max(run.start)));
-        if !start.is_multiple_of(folio) && is_storable(start - start % folio..start) {
+        let start = run.start;
+        if !start.is_multiple_of(folio) && start - start % folio < file_end {
             // Behind the end of the file there are no pages: then the last
             // one before it.
             pages.push(start.min(file_end - page));
         }
-        if start < end
-            && !end.is_multiple_of(folio)
-            && is_storable(end..end.next_multiple_of(folio))
-        {
-            pages.push(end - page);
+        if run.end < file_end && !run.end.is_multiple_of(folio) {
+            pages.push(run.end - page);
         }
     }
     pages.dedup();
@@ -74,7 +123,12 @@ const TRIES: u32 = 20;
 /// Brings the pages at `offsets`, in file order, into the page cache one by
 /// one and holds them there. `file` is open for reading and has no other user
 /// than this thread.
-pub(crate) fn hold(file: BorrowedFd<'_>, offsets: &[u64], folio: u64) -> Result<Held, Failed> {
+pub(crate) fn hold(
+    file: BorrowedFd<'_>,
+    offsets: &[u64],
+    folio: u64,
+    budget: Budget,
+) -> Result<Held, Failed> {
     let system = |call| move |errno| Failed::System(call, errno);
     let (Some(first), Some(last)) = (offsets.first(), offsets.last()) else {
         return Err(Failed::System("vmsplice", Errno::INVAL));
@@ -86,7 +140,7 @@ pub(crate) fn hold(file: BorrowedFd<'_>, offsets: &[u64], folio: u64) -> Result<
             view.populate(*offset).map_err(system("reading a page"))?;
         }
         // Held first, looked at then: what is held does not change any more.
-        let held = Held::new(&view, offsets).map_err(system("vmsplice"))?;
+        let held = vmsplice::Held::new(&view, offsets).map_err(system("vmsplice"))?;
         let mut large = None;
         for offset in offsets {
             match flags.is_single(&view, *offset) {
@@ -100,7 +154,10 @@ pub(crate) fn hold(file: BorrowedFd<'_>, offsets: &[u64], folio: u64) -> Result<
             }
         }
         let Some(large) = large else {
-            return Ok(held);
+            return Ok(Held {
+                _pages: held,
+                _budget: budget,
+            });
         };
         drop(held);
         view.forget().map_err(system("madvise"))?;
@@ -152,19 +209,22 @@ mod tests {
     proptest! {
         #[test]
         fn no_folio_holds_both(
-            // 0: neither, 1: storable, 2: frozen.
-            pages in proptest::collection::vec(0u8..3, 1..80),
+            is_frozen in proptest::collection::vec(any::<bool>(), 1..80),
             size in 1u64..90 * PAGE,
         ) {
             let end = size.next_multiple_of(PAGE);
-            // What lies behind the end of the file cannot be stored to.
-            let pages: Vec<u8> = pages
+            // 2: frozen; behind the end of the file the rest is nothing.
+            let pages: Vec<u8> = is_frozen
                 .iter()
                 .enumerate()
-                .map(|(at, kind)| if *kind == 1 && at as u64 * PAGE >= end { 2 } else { *kind })
+                .map(|(at, is_frozen)| match is_frozen {
+                    true => 2,
+                    false if (at as u64) * PAGE < end => 1,
+                    false => 0,
+                })
                 .collect();
-            let (storable, frozen) = (runs(&pages, 1), runs(&pages, 2));
-            let held = pages_between(&storable, &frozen, size, PAGE, FOLIO);
+            let frozen = runs(&pages, 2);
+            let held = pages_between(&frozen, size, PAGE, FOLIO);
             prop_assert!(held.is_sorted());
             prop_assert!(held.iter().all(|offset| *offset < end));
             // Whatever order a folio has, it does not hold a held page unless
@@ -185,7 +245,7 @@ mod tests {
             // file before one.
             for offset in &held {
                 let is_end = frozen.iter().any(|run| {
-                    *offset == run.start || *offset + PAGE == run.end.min(end.max(run.start))
+                    *offset == run.start || *offset + PAGE == run.end
                         || *offset + PAGE == end && run.start >= end
                 });
                 prop_assert!(is_end, "{offset} {frozen:?}");
@@ -194,20 +254,12 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_held_where_nothing_meets() {
-        let between = |storable: &[Range<u64>], frozen: Range<u64>| {
-            pages_between(
-                storable,
-                std::slice::from_ref(&frozen),
-                1 << 40,
-                PAGE,
-                FOLIO,
-            )
-        };
-        let first = 0..FOLIO;
-        assert_eq!(between(std::slice::from_ref(&first), FOLIO..2 * FOLIO), []);
-        assert_eq!(between(&[], PAGE..2 * PAGE), []);
-        let held = between(&[0..PAGE, 2 * PAGE..FOLIO], PAGE..2 * PAGE);
-        assert_eq!(held, [PAGE]);
+    fn nothing_is_held_at_the_ends_of_folios() {
+        let between =
+            |run: Range<u64>| pages_between(std::slice::from_ref(&run), 1 << 40, PAGE, FOLIO);
+        assert_eq!(between(FOLIO..2 * FOLIO), []);
+        assert_eq!(between(PAGE..2 * PAGE), [PAGE]);
+        assert_eq!(between(PAGE..FOLIO), [PAGE]);
+        assert_eq!(between(0..3 * PAGE), [2 * PAGE]);
     }
 }

@@ -34,6 +34,8 @@ enum LookFor {
     Opens,
     /// Whatever may change a block map.
     Changes,
+    /// Making mappings.
+    Mappings,
 }
 
 /// The functions a thread is inside of while it truncates by path or opens
@@ -74,6 +76,16 @@ const CHANGING: [&str; 24] = [
     "ext4_ioctl",
 ];
 
+/// The functions a thread is inside of while it maps a file, from before the
+/// permission check until the mapping shows.
+const MAPPING: [&str; 5] = [
+    "vm_mmap_pgoff",
+    "ksys_mmap_pgoff",
+    "do_mmap",
+    "do_shmat",
+    "__do_sys_remap_file_pages",
+];
+
 /// Where writes end that are none to a file.
 const NOT_A_FILE: [&str; 10] = [
     // splice(2) and sendfile(2) from a file, for as long as nobody reads.
@@ -112,6 +124,7 @@ fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static
         }),
         LookFor::Opens => opening().then_some("opening"),
         LookFor::Changes => inside(&CHANGING).filter(|_| inside(&NOT_A_FILE).is_none()),
+        LookFor::Mappings => inside(&MAPPING),
     }
 }
 
@@ -169,7 +182,7 @@ impl Running {
             // counts that a lease looks at.
             LookFor::Truncations => now.all >= self.had.all + 50_000,
             // It has been outside of the kernel.
-            LookFor::Opens | LookFor::Changes => now.outside > self.had.outside,
+            LookFor::Opens | LookFor::Changes | LookFor::Mappings => now.outside > self.had.outside,
         }
     }
 }
@@ -387,6 +400,12 @@ impl Quiet<'_> {
     /// Waits until every open that began before this call has finished.
     pub(crate) fn wait_for_opens(&self) -> Result<Vec<Busy>, Stuck> {
         wait_for(LookFor::Opens, self.held, self.deadline, self.deadline)
+    }
+
+    /// Waits until every mapping that was being made before this call shows in
+    /// `/proc/<pid>/maps`.
+    pub(crate) fn wait_for_mappings(&self) -> Result<Vec<Busy>, Stuck> {
+        wait_for(LookFor::Mappings, self.held, self.deadline, self.deadline)
     }
 
     /// Waits until everybody who was changing any file has finished.

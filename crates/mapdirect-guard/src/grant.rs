@@ -10,18 +10,18 @@
 //! since the last proof, all of that holds, and what remains is to open a
 //! description, lock its byte and read the block map.
 
-use crate::apart;
+use crate::apart::{self, Held};
 use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
 use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers_before};
-use crate::policy::{self, Beside, Pinned};
+use crate::policy::{self, Apart, Beside, Pinned};
 use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Obstacle};
-use mapdirect::plan::{Pages, Plan};
+use mapdirect::plan::Plan;
 use mapdirect_proto::{
     BlockMap, Extent, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
 };
@@ -31,7 +31,6 @@ use mapdirect_sys::fcntl::{
 };
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
-use mapdirect_sys::vmsplice::Held;
 use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
 use rustix::fs::{OFlags, SeekFrom};
 use std::cell::Cell;
@@ -418,9 +417,7 @@ impl Attempt<'_> {
         }
         self.take_lock()?;
         self.state.closed = true;
-        let map = self.read_map(settled)?;
-        self.check_map(&map)?;
-        let (pinned, held) = self.keep_still(&map)?;
+        let (map, pinned, held) = self.come_to_rest(settled)?;
         self.check_marks()?;
         self.pin.settle(&map, pinned, held);
         self.hand_out(&map)
@@ -974,115 +971,139 @@ impl Attempt<'_> {
         Ok(())
     }
 
+    /// The block map, what the pin promises of it, and what it takes to keep
+    /// that. Until frozen blocks are kept apart from those that others store
+    /// to, a store may still change them: so it is read again afterwards.
+    fn come_to_rest(&self, settled: bool) -> Result<(BlockMap, Pinned, Option<Held>), Refusal> {
+        const TRIES: u32 = 10;
+        let mut map = self.read_map(settled)?;
+        for _ in 0..TRIES {
+            self.check_map(&map)?;
+            let (pinned, held) = self.keep_still(&map)?;
+            if held.is_none() && !pinned.has_frozen() {
+                return Ok((map, pinned, held));
+            }
+            let again = self.read_map(false)?;
+            if again == map {
+                return Ok((map, pinned, held));
+            }
+            map = again;
+        }
+        Err(refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            "its block map keeps changing by stores through somebody's mapping",
+            "have it unmapped there, or make the range stable first (mapdirect prepare)",
+        ))
+    }
+
     /// What the pin promises, and what it takes to keep that where somebody
     /// stores beside frozen blocks.
     fn keep_still(&self, map: &BlockMap) -> Result<(Pinned, Option<Held>), Refusal> {
         let beside = self.look_beside(map)?;
-        let pinned = Pinned::new(map, self.pin.flags.contains(Flags::WHOLE_FILE));
-        let plan = self
-            .judged
-            .mapped
-            .as_ref()
-            .map(|mapped| Plan::new(map, mapped.start, mapped.end - mapped.start, page_size()));
+        let mut pinned = Pinned::new(map, self.pin.flags.contains(Flags::WHOLE_FILE));
         let dax = self.judged.facts.dax;
-        let with_pages = |apart| match &plan {
-            Some(plan) => pinned.clone().mapped(plan, !dax, apart),
-            None => pinned.clone(),
-        };
-        let frozen = with_pages(true).frozen_pages(&beside, page_size());
-        let stored = self.stored_to(plan.as_ref(), &frozen)?;
-        let held = if dax {
-            None
+        let mapped = self.judged.mapped.as_ref();
+        if let Some(mapped) = mapped {
+            let length = mapped.end - mapped.start;
+            let plan = Plan::new(map, mapped.start, length, page_size());
+            pinned = pinned.mapped(&plan, !dax);
+        }
+        let frozen = pinned.frozen_pages(&beside, page_size());
+        let stored_to = self.nobody_stores_to(&frozen)?;
+        let (apart, held) = if dax {
+            (Apart::Without, None)
+        } else if mapped.is_some() || stored_to {
+            let (pages, held) = self.keep_apart(&frozen, map.file_size())?;
+            (Apart::Held(pages.into()), held)
         } else {
-            self.keep_apart(&stored, &frozen, map.file_size())?
+            // Nobody stores near it, and nobody will be let.
+            (Apart::No, None)
         };
-        Ok((with_pages(true).with_beside(beside), held))
+        Ok((pinned.with_beside(beside).apart(apart), held))
     }
 
-    /// The parts of the file that can be stored to through mappings, this one
-    /// and those made while nothing here was pinned, in file order. None of
-    /// those may be over what is to be frozen.
-    fn stored_to(
-        &self,
-        plan: Option<&Plan>,
-        frozen: &[Range<u64>],
-    ) -> Result<Vec<Range<u64>>, Refusal> {
-        let mut stored: Vec<_> = plan
-            .into_iter()
-            .flat_map(Plan::segments)
-            .filter(|segment| segment.pages == Pages::Stable)
-            .map(|segment| segment.range.clone())
-            .collect();
+    /// Nobody may have a mapping to store by over what is to be frozen, from
+    /// before the pin. Says whether anybody has one of anything else.
+    fn nobody_stores_to(&self, frozen: &[Range<u64>]) -> Result<bool, Refusal> {
         if frozen.is_empty() || !self.watched.mapped_writable.load(SeqCst) {
-            return Ok(stored);
+            return Ok(false);
         }
-        let found = self.openers(None).writable_mappings;
-        let over = found.iter().find(|(_, mapped)| {
+        // What the gate has let in may not show yet.
+        self.quietly(|quiet| quiet.wait_for_mappings())?;
+        let found = self.openers(None);
+        if !found.hidden.is_empty() {
+            return Err(self.open_elsewhere(Openers {
+                hidden: found.hidden,
+                ..Openers::default()
+            }));
+        }
+        let mappings = found.writable_mappings;
+        let over = mappings.iter().find(|(_, mapped)| {
             frozen
                 .iter()
                 .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end))
         });
-        if let Some((opener, mapped)) = over {
-            return Err(Refusal {
-                openers: vec![opener.clone()],
-                ..refusal(
-                    Reason::OpenElsewhere,
-                    Errno::TXTBSY,
-                    format!(
-                        "a writable mapping of bytes {} to {} covers blocks that cannot be \
-                         stored to as they are",
-                        mapped.start, mapped.end
-                    ),
-                    "unmap it first, or fill and unshare the range",
-                )
-            });
-        }
-        stored.extend(found.into_iter().map(|(_, mapped)| mapped));
-        stored.sort_by_key(|range| range.start);
-        // Together where they overlap.
-        stored.dedup_by(|next, last| {
-            let joins = next.start <= last.end;
-            if joins {
-                last.end = last.end.max(next.end);
-            }
-            joins
-        });
-        Ok(stored)
+        let Some((opener, mapped)) = over else {
+            return Ok(!mappings.is_empty());
+        };
+        Err(Refusal {
+            openers: vec![opener.clone()],
+            ..refusal(
+                Reason::OpenElsewhere,
+                Errno::TXTBSY,
+                format!(
+                    "a writable mapping of bytes {} to {} covers blocks that cannot be \
+                     stored to as they are",
+                    mapped.start, mapped.end
+                ),
+                "unmap it first, or fill and unshare the range",
+            )
+        })
     }
 
-    /// Sees to it that no store takes frozen blocks along.
+    /// Sees to it that no store takes frozen blocks along; returns the pages
+    /// that must stay for that.
     fn keep_apart(
         &self,
-        stored: &[Range<u64>],
         frozen: &[Range<u64>],
         size: u64,
-    ) -> Result<Option<Held>, Refusal> {
+    ) -> Result<(Vec<u64>, Option<Held>), Refusal> {
         /// A quarter of a gigabyte of page cache.
         const MOST: usize = 1 << 16;
         let folio = policy::folio_size();
-        let pages = apart::pages_between(stored, frozen, size, page_size(), folio);
+        let pages = apart::pages_between(frozen, size, page_size(), folio);
         if pages.is_empty() {
-            return Ok(None);
+            return Ok((pages, None));
         }
-        if pages.len() > MOST {
-            return Err(refusal(
+        let too_many = |what: String| {
+            refusal(
                 Reason::Limit,
                 Errno::NOMEM,
-                format!(
-                    "what can be stored to and what cannot lie in so many pieces that {} pages \
-                     of page cache would be needed to keep them apart; {MOST} may be",
-                    pages.len()
-                ),
+                what,
                 "make the range stable first (mapdirect prepare), or map it in parts",
-            ));
+            )
+        };
+        if pages.len() > MOST {
+            return Err(too_many(format!(
+                "what can be stored to and what cannot lie in so many pieces that {} pages of \
+                 page cache would be needed to keep them apart; {MOST} may be",
+                pages.len()
+            )));
         }
+        let Some(budget) = self.guard.pages.take(pages.len()) else {
+            return Err(too_many(String::from(
+                "others have so many ranges with frozen blocks mapped that the guard keeps no \
+                 more pages of page cache apart",
+            )));
+        };
         let file = self.reopen(OFlags::RDONLY)?;
         // Its mapping of the file comes to the gate, too.
         let held = self
             .guard
             .own
-            .during(|| apart::hold(file.as_fd(), &pages, folio));
-        held.map(Some).map_err(|failed| match failed {
+            .for_long(|| apart::hold(file.as_fd(), &pages, folio, budget));
+        let held = held.map_err(|failed| match failed {
             apart::Failed::InUse(offset) => {
                 let mut openers = self.openers(None).others;
                 openers.retain(|opener| opener.mapped);
@@ -1100,6 +1121,12 @@ impl Attempt<'_> {
                     )
                 }
             }
+            apart::Failed::System(call, errno @ (Errno::NOMEM | Errno::MFILE | Errno::NFILE)) => {
+                too_many(format!(
+                    "keeping what can be stored to and what cannot apart in the page cache: \
+                     {call} failed: {errno}"
+                ))
+            }
             apart::Failed::System(call, errno) => refusal(
                 Reason::FrozenBlocks,
                 Errno::OPNOTSUPP,
@@ -1109,7 +1136,8 @@ impl Attempt<'_> {
                 ),
                 "make the range stable first (mapdirect prepare), or use DAX",
             ),
-        })
+        })?;
+        Ok((pages, Some(held)))
     }
 
     fn hand_out(&self, map: &BlockMap) -> Result<(Granted, Option<OwnedFd>), Refusal> {

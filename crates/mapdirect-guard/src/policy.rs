@@ -171,6 +171,22 @@ impl OperationKind {
         self.rule().name
     }
 
+    /// Blocks that others use as well may come to lie where it works.
+    #[must_use]
+    pub const fn may_bring_shared(self) -> bool {
+        matches!(
+            self,
+            Self::Clone
+                | Self::Dedupe
+                | Self::CopyRange
+                | Self::Exchange
+                | Self::CollapseRange
+                | Self::InsertRange
+                | Self::Reshape
+                | Self::Unknown
+        )
+    }
+
     /// It changes neither bytes nor their places, nor lets its caller do so
     /// later.
     #[must_use]
@@ -219,7 +235,9 @@ impl Operation {
         let mut reach = match rule.reach {
             Reach::Nothing => return 0..0,
             Reach::Range => self.range.clone(),
-            Reach::ToTheEnd | Reach::BeyondSize => self.range.start..u64::MAX,
+            // Pages are thrown out from one block earlier on.
+            Reach::ToTheEnd => self.range.start.saturating_sub(LARGEST_BLOCK)..u64::MAX,
+            Reach::BeyondSize => self.range.start.saturating_sub(LARGEST_BLOCK)..u64::MAX,
             Reach::Everything => 0..u64::MAX,
         };
         if let Some(or) = &self.or {
@@ -228,9 +246,15 @@ impl Operation {
         if rule.grows && reach.end.max(self.range.end) > size {
             reach.start = reach.start.min(size.saturating_sub(1));
         }
-        reach
+        // What shares a page or a block with it is thrown out, zeroed or
+        // copied with it.
+        let end = reach.end.checked_next_multiple_of(LARGEST_BLOCK);
+        reach.start - reach.start % LARGEST_BLOCK..end.unwrap_or(u64::MAX)
     }
 }
+
+/// Bytes in the largest block or page there is.
+const LARGEST_BLOCK: u64 = 64 << 10;
 
 /// What a pin keeps still, as far as verdicts need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -251,23 +275,31 @@ pub struct Pinned {
     beside: Beside,
     /// What its mapping asks for; of a pin that is mapped.
     mapped: Option<Mapped>,
+    apart: Apart,
+}
+
+/// Whether folios of the page cache may hold both frozen blocks of a pin and
+/// blocks that somebody stores to: a store to one page makes all of its folio
+/// dirty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Apart {
+    /// They may: nothing near frozen blocks can be mapped for storing.
+    No,
+    /// There are no folios: DAX.
+    Without,
+    /// No folio that ends before the end of the file does, as long as these
+    /// pages, by their offsets in file order, stay in the page cache as they
+    /// are.
+    Held(Box<[u64]>),
 }
 
 /// What a mapping of a pin asks for beyond the pin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mapped {
-    /// No folio of the page cache holds both blocks that can be stored to and
-    /// frozen ones before the end of the file: a store to one page makes all
-    /// of its folio dirty. So for DAX, and where pages are held in between.
-    apart: bool,
     /// The page that holds the end of the file, if it also holds pinned
     /// blocks behind it: a store would allocate those once the file had
     /// grown, so it may not grow.
     tail: Option<Range<u64>>,
-    /// The page that holds the end of the file, if it may be what keeps
-    /// pinned blocks behind it apart from those before: it must stay in the
-    /// page cache as it is. Frozen pages do so by themselves.
-    kept: Option<Range<u64>>,
 }
 
 /// What lies beside a pin and takes blocks of it along when it is written to.
@@ -293,9 +325,16 @@ impl Beside {
     /// Whether writing to `range` of a file of `size` bytes takes blocks of
     /// the pin along; `shared_since` if blocks of the window may have come to
     /// be shared since it was looked at.
-    fn minds(&self, range: &Range<u64>, size: u64, shared_since: bool) -> bool {
+    fn minds(
+        &self,
+        range: &Range<u64>,
+        size: u64,
+        shared_since: bool,
+        kind: OperationKind,
+    ) -> bool {
+        let grows = kind.rule().grows;
         self.frozen.iter().any(|run| intersects(run, range))
-            || self.grows_into && range.end > size
+            || self.grows_into && grows && range.end > size
             || shared_since
                 && self
                     .window
@@ -337,15 +376,15 @@ impl Pinned {
             file_size: map.file_size(),
             beside: Beside::default(),
             mapped: None,
+            apart: Apart::No,
         }
     }
 
-    /// The same, mapped by `plan`; `apart` as in [`Mapped`], `cached` if it
-    /// goes through the page cache. Blocks that share a page with frozen ones
-    /// are frozen with them: the holder has a copy of that page, which must
-    /// stay true.
+    /// The same, mapped by `plan`, `cached` if through the page cache. Blocks
+    /// that share a page with frozen ones are frozen with them: the holder has
+    /// a copy of that page, which must stay true.
     #[must_use]
-    pub fn mapped(mut self, plan: &Plan, cached: bool, apart: bool) -> Self {
+    pub fn mapped(mut self, plan: &Plan, cached: bool) -> Self {
         let mut frozen: Vec<_> = std::mem::take(&mut self.frozen).into();
         let copied = plan
             .segments()
@@ -358,24 +397,19 @@ impl Pinned {
         }
         frozen.sort_by_key(|(run, _)| run.start);
         self.frozen = without_overlaps(frozen).into();
-        let page = plan.page();
-        let end = self.file_size.next_multiple_of(page);
-        let last = end.saturating_sub(page)..end;
-        let behind = self.file_size.next_multiple_of(self.block)..last.end;
+        let behind = self.file_size.next_multiple_of(self.block)
+            ..self.file_size.next_multiple_of(plan.page());
         let tail = cached && intersects(&behind, &self.range);
-        let kept = cached
-            && apart
-            && self.range.end > last.end
-            && self.size.is_none()
-            && self
-                .frozen_in(last.start..last.end.min(behind.start))
-                .next()
-                .is_none();
         self.mapped = Some(Mapped {
-            apart,
             tail: tail.then_some(behind),
-            kept: kept.then_some(last),
         });
+        self
+    }
+
+    /// The same, kept apart from what is stored to.
+    #[must_use]
+    pub fn apart(mut self, apart: Apart) -> Self {
+        self.apart = apart;
         self
     }
 
@@ -387,50 +421,95 @@ impl Pinned {
     }
 
     /// Whether an operation changes blocks of the pin by what it does beside
-    /// it; see [`Beside`].
+    /// it; see [`Beside`] and [`Apart`].
     #[must_use]
     pub fn minds_beside(&self, operation: &Operation, size: u64, shared_since: bool) -> bool {
         use OperationKind as K;
-        let rule = operation.kind.rule();
-        if matches!(operation.kind, K::Clone | K::Dedupe | K::CopyRange) {
+        let kind = operation.kind;
+        let tail = matches!(&self.mapped, Some(Mapped { tail: Some(_) }));
+        if tail && kind.rule().grows && operation.reaches_beyond(self.file_size) {
+            return true;
+        }
+        if self.lets_go_of_held(operation) {
+            return true;
+        }
+        if kind == K::MapWrite && self.shares_folios(&operation.range) {
+            return true;
+        }
+        if kind.may_bring_shared() {
+            // Whatever comes to lie beside it may be shared from now on.
             let window = self.beside.window.as_ref().filter(|_| self.beside.stores);
-            return window.is_some_and(|window| intersects(window, &operation.range));
+            let reach = operation.reach(size);
+            if window.is_some_and(|window| intersects(window, &reach)) {
+                return true;
+            }
         }
-        if let Some(Mapped { tail: Some(_), .. }) = &self.mapped
-            && rule.grows
-            && operation.reaches_beyond(self.file_size)
-        {
-            return true;
-        }
-        if rule.reach != Reach::Range || rule.refused_on != Meets::Frozen {
+        self.touched(operation, size).any(|range| {
+            // What lies wholly inside is judged by its own blocks.
+            let inside = range.start >= self.range.start && range.end <= self.range.end;
+            !inside && self.beside.minds(&range, size, shared_since, kind)
+        })
+    }
+
+    /// The blocks that an operation writes to, or zeroes a part of: shared
+    /// ones are copied for that, unwritten ones converted.
+    fn touched(&self, operation: &Operation, size: u64) -> impl Iterator<Item = Range<u64>> {
+        use OperationKind as K;
+        let block = self.block;
+        let blocks = |range: &Range<u64>| {
+            let end = range
+                .end
+                .checked_next_multiple_of(block)
+                .unwrap_or(u64::MAX);
+            range.start - range.start % block..end
+        };
+        let rule = operation.kind.rule();
+        let reaches_blocks = match operation.kind {
+            K::Truncate | K::Reshape | K::Exchange | K::Clone | K::CopyRange => true,
+            kind => !kind.is_harmless() && rule.reach == Reach::Range,
+        };
+        let grows = rule.grows && operation.reaches_beyond(size) && !size.is_multiple_of(block);
+        // The block that held the end of the file is zeroed behind it.
+        let last = grows.then(|| size - size % block..size);
+        std::iter::once(&operation.range)
+            .chain(&operation.or)
+            .filter(move |_| reaches_blocks)
+            .map(blocks)
+            .chain(last)
+            .collect::<Vec<_>>()
+            .into_iter()
+    }
+
+    /// Whether an operation throws pages out of the page cache that must stay.
+    fn lets_go_of_held(&self, operation: &Operation) -> bool {
+        use OperationKind as K;
+        let Apart::Held(held) = &self.apart else {
             return false;
-        }
-        if operation.kind == K::MapWrite && self.shares_folios(&operation.range) {
-            return true;
-        }
-        if matches!(operation.kind, K::Write | K::WriteUntorn)
-            && operation.direct
-            && let Some(Mapped {
-                kept: Some(kept), ..
-            }) = &self.mapped
-            && std::iter::once(&operation.range)
-                .chain(&operation.or)
-                .any(|range| intersects(range, kept))
-        {
-            return true;
-        }
+        };
+        let page = mapdirect_sys::mmap::page_size();
+        let (before, to_the_end) = match operation.kind {
+            K::Write | K::WriteUntorn if operation.direct => (0, false),
+            K::PunchHole
+            | K::ZeroRange
+            | K::WriteZeroes
+            | K::UnshareRange
+            | K::Clone
+            | K::Dedupe
+            | K::CopyRange
+            | K::Exchange => (0, false),
+            // From one block earlier on, since it may join the one that is
+            // moved (`xfs_prepare_shift`, fs/xfs/xfs_bmap_util.c).
+            K::CollapseRange | K::InsertRange | K::Reshape => (self.block, true),
+            _ => return false,
+        };
         std::iter::once(&operation.range)
             .chain(&operation.or)
             .any(|range| {
-                // What lies wholly inside is judged by its own blocks. Mapping
-                // makes no file grow.
-                let inside = range.start >= self.range.start && range.end <= self.range.end;
-                let size = if operation.kind == K::MapWrite {
-                    u64::MAX
-                } else {
-                    size
-                };
-                !inside && self.beside.minds(range, size, shared_since)
+                let start = range.start.saturating_sub(before);
+                let start = start - start % page;
+                let end = if to_the_end { u64::MAX } else { range.end };
+                let first = held.partition_point(|offset| *offset < start);
+                held.get(first).is_some_and(|offset| *offset < end)
             })
     }
 
@@ -471,14 +550,13 @@ impl Pinned {
     /// Whether a store to a mapping of `range` could take frozen blocks of
     /// the pin along that are not in the range themselves.
     fn shares_folios(&self, range: &Range<u64>) -> bool {
-        match &self.mapped {
-            None | Some(Mapped { apart: false, .. }) => {
-                self.frozen_in(folios(range)).next().is_some()
-            }
+        match &self.apart {
+            Apart::No => self.frozen_in(folios(range)).next().is_some(),
+            Apart::Without => false,
             // Apart before the end of the file. Behind it there is nothing to
             // keep anything apart, but nothing to store to either, until it
             // grows.
-            Some(Mapped { apart: true, .. }) => {
+            Apart::Held(_) => {
                 let end = self.file_size.next_multiple_of(self.block);
                 range.end > folio_page(end)
                     && self.frozen_in(end..folios(range).end).next().is_some()
@@ -490,8 +568,7 @@ impl Pinned {
     /// go. What lies behind the end of the file in its last page does not
     /// count where the file may not grow.
     fn may_store_to(&self, range: &Range<u64>) -> bool {
-        let held =
-            self.size.is_some() || matches!(&self.mapped, Some(Mapped { tail: Some(_), .. }));
+        let held = self.size.is_some() || matches!(&self.mapped, Some(Mapped { tail: Some(_) }));
         let end = self.file_size.next_multiple_of(self.block);
         let ignored = if held { end..folio_page(end) } else { end..end };
         [
@@ -501,6 +578,12 @@ impl Pinned {
         .into_iter()
         .filter(|part| part.start < part.end)
         .all(|part| self.frozen_in(part).next().is_none())
+    }
+
+    /// Whether any block of it is frozen.
+    #[must_use]
+    pub fn has_frozen(&self) -> bool {
+        !self.frozen.is_empty()
     }
 
     /// The frozen runs that meet `reach`.

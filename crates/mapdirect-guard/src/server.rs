@@ -260,6 +260,16 @@ fn raise_descriptor_limit() -> Option<u64> {
     getrlimit(Resource::Nofile).current
 }
 
+/// How many descriptors the guard may have.
+pub(crate) fn descriptor_limit() -> usize {
+    use rustix::process::{Resource, getrlimit};
+    getrlimit(Resource::Nofile)
+        .current
+        .map_or(usize::MAX, |limit| {
+            usize::try_from(limit).unwrap_or(usize::MAX)
+        })
+}
+
 fn listen(path: &Path) -> Result<Socket, StartError> {
     let failed = |errno| StartError::Socket {
         path: path.to_owned(),

@@ -253,7 +253,10 @@ impl<'guard> Session<'guard> {
         sender: Option<Sender>,
     ) -> Result<(), End> {
         let Allocated { now, result } = match self.authorise(sender) {
-            Ok(sender) => allocate::allocate(self.guard, request, file, sender),
+            Ok(sender) => {
+                let is_wanted = || self.socket.peer_is_gone() == Ok(false);
+                allocate::allocate(self.guard, request, file, sender, &is_wanted)
+            }
             Err(refusal) => return self.refuse(refusal),
         };
         if let Some((granted, extents)) = now {

@@ -4,11 +4,11 @@
 //! kernel for its answer, so no look-up takes a lock: every value it reads is
 //! swapped in whole. Changes are made by grants and by the lifetime thread.
 
+use crate::apart::Held;
 use crate::ledger::{PinSet, Ranged};
 use crate::policy::{Operation, Pinned, RULES, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
-use mapdirect_sys::vmsplice::Held;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -413,13 +413,34 @@ impl Table {
 #[derive(Debug)]
 pub(crate) struct OwnOpens {
     slots: [AtomicI32; 64],
+    /// Those that take long about it.
+    long: ArcSwap<Vec<i32>>,
 }
 
 impl OwnOpens {
     pub(crate) fn new() -> Self {
         Self {
             slots: [const { AtomicI32::new(0) }; 64],
+            long: ArcSwap::default(),
         }
+    }
+
+    /// Runs something with all that the calling thread does to files behind
+    /// the gate let in, for as long as it takes.
+    pub(crate) fn for_long<T>(&self, run: impl FnOnce() -> T) -> T {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        self.long.rcu(|long| {
+            let mut long = Vec::clone(long);
+            long.push(tid);
+            long
+        });
+        let result = run();
+        self.long.rcu(|long| {
+            let mut long = Vec::clone(long);
+            long.retain(|other| *other != tid);
+            long
+        });
+        result
     }
 
     /// Runs `open` with the calling thread's opens let in.
@@ -442,7 +463,9 @@ impl OwnOpens {
     }
 
     pub(crate) fn contains(&self, tid: i32) -> bool {
-        tid != 0 && self.slots.iter().any(|slot| slot.load(SeqCst) == tid)
+        tid != 0
+            && (self.slots.iter().any(|slot| slot.load(SeqCst) == tid)
+                || self.long.load().contains(&tid))
     }
 }
 
@@ -549,6 +572,8 @@ mod tests {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         assert!(!own.contains(tid));
         own.during(|| assert!(own.contains(tid)));
+        assert!(!own.contains(tid));
+        own.for_long(|| assert!(own.contains(tid)));
         assert!(!own.contains(tid));
         assert!(!own.contains(0));
     }

@@ -90,7 +90,8 @@ const XFLAG_COWEXTSIZE: u32 = 0x0001_0000;
 #[derive(Debug)]
 pub struct CopyHint<'file> {
     file: BorrowedFd<'file>,
-    before: FsXattr,
+    size: u32,
+    is_set: bool,
 }
 
 /// Has XFS copy no more than the block that is written to when it is shared,
@@ -106,13 +107,25 @@ pub fn copy_single_blocks(file: BorrowedFd<'_>, block_size: u32) -> Result<CopyH
     one.cowextsize = block_size;
     one.xflags |= XFLAG_COWEXTSIZE;
     set_extended(file, &one)?;
-    Ok(CopyHint { file, before })
+    Ok(CopyHint {
+        file,
+        size: before.cowextsize,
+        is_set: before.xflags & XFLAG_COWEXTSIZE != 0,
+    })
 }
 
 impl Drop for CopyHint<'_> {
     fn drop(&mut self) {
-        // What stays if this fails is a hint that makes copies smaller.
-        let _ = set_extended(self.file, &self.before);
+        // Everything else is what somebody has made of it meanwhile. What
+        // stays if this fails is a hint that makes copies smaller.
+        if let Ok(mut now) = get_extended(self.file) {
+            now.cowextsize = self.size;
+            now.xflags &= !XFLAG_COWEXTSIZE;
+            if self.is_set {
+                now.xflags |= XFLAG_COWEXTSIZE;
+            }
+            let _ = set_extended(self.file, &now);
+        }
     }
 }
 

@@ -20,8 +20,9 @@ pub struct Held {
 
 impl Held {
     /// Holds the pages at `offsets` of the file that `view` shows, which are
-    /// populated. It takes one descriptor with `CAP_SYS_RESOURCE`, and one for
-    /// so many bytes of pages as `/proc/sys/fs/pipe-max-size` says without.
+    /// populated. It takes a descriptor for so many bytes of them as
+    /// `/proc/sys/fs/pipe-max-size` says, and no privilege for that; larger
+    /// pipes would take larger pieces of the kernel's memory.
     ///
     /// # Errors
     ///
@@ -30,16 +31,14 @@ impl Held {
     /// have that many pages in pipes, for want of `CAP_SYS_ADMIN`.
     pub fn new(view: &View, offsets: &[u64]) -> Result<Self> {
         let page = usize::try_from(page_size()).map_err(|_| Errno::INVAL)?;
+        let most = most_bytes()?;
         let mut pages = Vec::new();
         let mut rest = offsets;
         while !rest.is_empty() {
             let (reader, writer) =
                 rustix::pipe::pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-            let size = match rustix::pipe::fcntl_setpipe_size(&writer, rest.len() * page) {
-                Ok(size) => size,
-                Err(Errno::PERM) => rustix::pipe::fcntl_setpipe_size(&writer, most_bytes()?)?,
-                Err(other) => return Err(other),
-            };
+            let wanted = rest.len().saturating_mul(page).min(most.max(page));
+            let size = rustix::pipe::fcntl_setpipe_size(&writer, wanted)?;
             let (now, later) = rest.split_at((size / page).clamp(1, rest.len()));
             fill(&writer, view, now, page)?;
             rest = later;
@@ -47,6 +46,14 @@ impl Held {
         }
         Ok(Self { _pages: pages })
     }
+}
+
+/// Pipes it takes to hold so many pages.
+#[must_use]
+pub fn pipes_for(pages: usize) -> usize {
+    let page = usize::try_from(page_size()).unwrap_or(usize::MAX);
+    let most = most_bytes().unwrap_or(page).max(page) / page;
+    pages.div_ceil(most)
 }
 
 /// What a pipe may hold without privilege.

@@ -272,20 +272,37 @@ impl FileFacts {
     }
 
     /// The obstacle of a range with frozen blocks: with an extent size hint,
-    /// writing beside them would allocate them.
+    /// writing beside them would allocate them; and ext4 that allocates
+    /// blocks as they are written joins what it allocates beside an unwritten
+    /// extent to that, and converts both.
     #[must_use]
     pub fn obstacle_to_frozen(&self) -> Option<Obstacle> {
         let hint = self.extended;
-        (hint.flags & inode_flags::XFLAG_EXTSIZE != 0 && hint.extent_size != 0).then(|| {
-            Obstacle::unsupported(
+        if hint.flags & inode_flags::XFLAG_EXTSIZE != 0 && hint.extent_size != 0 {
+            return Some(Obstacle::unsupported(
                 Reason::ExtentSizeHint,
                 format!(
                     "an extent size hint of {} bytes would allocate holes beside what is written",
                     hint.extent_size
                 ),
-                "fill the range first, or drop the hint: xfs_io -c 'extsize 0' FILE",
-            )
-        })
+                "fill the range first (mapdirect prepare), or drop the hint: xfs_io -c \
+                 'extsize 0' FILE",
+            ));
+        }
+        if self.filesystem != Filesystem::Ext4 {
+            return None;
+        }
+        let option = ["nodelalloc", "dioread_lock"]
+            .into_iter()
+            .find(|option| is_mounted_with(self.device, |mount| mount.option(option).is_some()))?;
+        Some(Obstacle::unsupported(
+            Reason::FrozenBlocks,
+            format!(
+                "ext4 is mounted with {option}, and converts unwritten blocks beside what is \
+                 written"
+            ),
+            "fill the range first (mapdirect prepare), or mount it without that option",
+        ))
     }
 }
 
@@ -295,11 +312,14 @@ const STATX_ATTR_ENCRYPTED: u64 = 0x800;
 const STATX_ATTR_DAX: u64 = 0x20_0000;
 
 fn mounted_with_data_journal(device: DeviceId) -> bool {
+    is_mounted_with(device, |mount| mount.option("data") == Some("journal"))
+}
+
+fn is_mounted_with(device: DeviceId, what: impl Fn(&proc_mountinfo::Mount) -> bool) -> bool {
     proc_mountinfo::read(None).is_ok_and(|mounts| {
-        mounts.iter().any(|mount| {
-            (mount.major, mount.minor) == (device.major, device.minor)
-                && mount.option("data") == Some("journal")
-        })
+        mounts
+            .iter()
+            .any(|mount| (mount.major, mount.minor) == (device.major, device.minor) && what(mount))
     })
 }
 

@@ -367,7 +367,7 @@ impl Server<'_> {
         note.store(true, SeqCst);
         fence(SeqCst);
         let verdict = self.ask_pins(watched, operation, size, file, late);
-        if matches!(operation.kind, K::Clone | K::Dedupe | K::CopyRange) {
+        if operation.kind.may_bring_shared() {
             watched.shared_since.store(true, SeqCst);
         }
         if verdict == Verdict::Allow && operation.kind == K::OpenTruncate {

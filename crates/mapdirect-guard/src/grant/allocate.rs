@@ -51,13 +51,17 @@ impl Conversation for Silent {
 
 /// Makes the blocks of a range stable. `file` is the description that the pin
 /// lives in: whoever has it holds the pin.
+///
+/// `is_wanted` says whether its holder still waits for the answer: nobody else
+/// needs the blocks, and the pin lives as long as this takes.
 pub(crate) fn allocate(
     guard: &Guard,
     request: AllocateRequest,
     file: OwnedFd,
     owner: Sender,
+    is_wanted: &dyn Fn() -> bool,
 ) -> Allocated {
-    match prepare(guard, request, file, owner) {
+    match prepare(guard, request, file, owner, is_wanted) {
         Ok(allocated) => allocated,
         Err(refusal) => Allocated {
             now: None,
@@ -71,6 +75,7 @@ fn prepare(
     request: AllocateRequest,
     file: OwnedFd,
     owner: Sender,
+    is_wanted: &dyn Fn() -> bool,
 ) -> Result<Allocated, Refusal> {
     let stat = rustix::fs::fstat(&file).map_err(|errno| system("fstat", errno))?;
     let id = InodeId {
@@ -108,16 +113,18 @@ fn prepare(
     let before = attempt.read()?;
     let work = Work::find(&before, &range);
     if work.is_empty() {
-        return Ok(Allocated {
-            now: None,
-            result: Ok(()),
-        });
+        // It may have been made before, and not come to be promised.
+        return attempt.settle_anew(&before);
     }
-    attempt.nobody_minds(&work)?;
+    attempt.nobody_minds(&work, &range)?;
     attempt.has_space(&work, owner.uid)?;
+    let filling = Filling {
+        attempt: &attempt,
+        is_wanted,
+    };
     let result = guard
         .own
-        .during(|| attempt.fill(&work, owner.uid, before.block_size()));
+        .for_long(|| filling.fill(&work, owner.uid, before.block_size()));
     // Whatever came of it, this is what is there now.
     let settled = attempt.settle_anew(&before)?;
     Ok(Allocated {
@@ -269,8 +276,9 @@ impl Attempt<'_> {
             .map_err(|errno| system("FIEMAP", errno))
     }
 
-    /// To others the same blocks are frozen as well, and stay what they are.
-    fn nobody_minds(&self, work: &Work) -> Result<(), Refusal> {
+    /// To others the same blocks are frozen as well, and stay what they are;
+    /// and the holder will map what can be stored to then.
+    fn nobody_minds(&self, work: &Work, range: &Range<u64>) -> Result<(), Refusal> {
         let size = self.judged.facts.size;
         let pins = self.watched.pins.load();
         let shared_since = self.watched.shared_since.load(SeqCst);
@@ -278,12 +286,21 @@ impl Attempt<'_> {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
             };
-            let minds = work.zeros.iter().chain(&work.shared).any(|run| {
+            let minds = |operation: &Operation| {
+                !policy::judge(operation, &settled.pinned, size)
+                    || settled.pinned.minds_beside(operation, size, shared_since)
+            };
+            let writes = work.zeros.iter().chain(&work.shared).map(|run| {
                 let mut write = Operation::new(K::Write, run.clone());
                 write.direct = false;
-                !policy::judge(&write, &settled.pinned, size)
-                    || settled.pinned.minds_beside(&write, size, shared_since)
+                write
             });
+            let maps = self
+                .pin
+                .mapped
+                .iter()
+                .map(|_| Operation::new(K::MapWrite, range.clone()));
+            let minds = writes.chain(maps).any(|operation| minds(&operation));
             if minds {
                 return Err(refusal(
                     Reason::FrozenBlocks,
@@ -315,13 +332,50 @@ impl Attempt<'_> {
         }
     }
 
+    /// Reads what there is now, and promises that from now on.
+    fn settle_anew(&self, before: &BlockMap) -> Result<Allocated, Refusal> {
+        let rest = self.come_to_rest(false);
+        let (map, result) = match rest {
+            Ok((map, pinned, held)) => {
+                self.pin.settle(&map, pinned, held);
+                let result = match moved(before, &map) {
+                    None => Ok(()),
+                    Some(extent) => Err(refusal(
+                        Reason::StillChanging,
+                        Errno::IO,
+                        format!(
+                            "{} bytes at {} moved while others were allocated",
+                            extent.length, extent.offset
+                        ),
+                        "take the extents as they are told now",
+                    )),
+                };
+                (map, result)
+            }
+            // The holder must know in any case.
+            Err(refusal) => (self.read()?, Err(refusal)),
+        };
+        Ok(Allocated {
+            now: Some(self.hand_out(&map)?),
+            result,
+        })
+    }
+}
+
+/// Filling blocks, and whether somebody waits for it.
+struct Filling<'a> {
+    attempt: &'a Attempt<'a>,
+    is_wanted: &'a dyn Fn() -> bool,
+}
+
+impl Filling<'_> {
     /// Allocates, unshares and writes zeros, as user `uid`.
     fn fill(&self, work: &Work, uid: u32, block: u32) -> Result<(), Refusal> {
         // XFS copies blocks in aligned windows, and dirty neighbours within go
         // along, shared or not: unless it is told to copy no more than needed.
         // It chooses when it writes back, so until that is done.
         let hint = (!work.shared.is_empty())
-            .then(|| inode_flags::copy_single_blocks(self.file.as_fd(), block))
+            .then(|| inode_flags::copy_single_blocks(self.attempt.file.as_fd(), block))
             .transpose()
             .map_err(|errno| system("FS_IOC_FSSETXATTR", errno))?;
         let behalf = setfsuid::on_behalf_of(uid).map_err(|errno| system("setfsuid", errno))?;
@@ -330,7 +384,8 @@ impl Attempt<'_> {
             .and_then(|()| self.unshare(&work.shared))
             .and_then(|()| self.write_zeros(&work.zeros));
         drop(behalf);
-        let written = fsync::fsync(self.file.as_fd()).map_err(|errno| system("fsync", errno));
+        let written =
+            fsync::fsync(self.attempt.file.as_fd()).map_err(|errno| system("fsync", errno));
         drop(hint);
         filled.and(written)
     }
@@ -338,8 +393,11 @@ impl Attempt<'_> {
     /// All of them or none.
     fn fill_holes(&self, holes: &[Range<u64>]) -> Result<(), Refusal> {
         for (at, hole) in holes.iter().enumerate() {
-            let allocated = self.fallocate(FallocateFlags::KEEP_SIZE, hole);
-            let Err(errno) = allocated else {
+            let allocated = self.still_wanted().and_then(|()| {
+                self.fallocate(FallocateFlags::KEEP_SIZE, hole)
+                    .map_err(|errno| failed("fallocate", errno))
+            });
+            let Err(refusal) = allocated else {
                 continue;
             };
             // Nothing was written there, and nobody else can have.
@@ -348,17 +406,27 @@ impl Attempt<'_> {
                 // What stays if this fails is told with the block map.
                 let _ = self.fallocate(punch, hole);
             }
-            return Err(match errno {
-                Errno::NOSPC | Errno::DQUOT => no_space(None),
-                other => system("fallocate", other),
-            });
+            return Err(refusal);
         }
         Ok(())
     }
 
+    /// Whoever asked may be gone: then the pin shall go, too.
+    fn still_wanted(&self) -> Result<(), Refusal> {
+        if (self.is_wanted)() {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::Protocol,
+            Errno::PIPE,
+            "the client is gone",
+            "",
+        ))
+    }
+
     fn fallocate(&self, mode: FallocateFlags, run: &Range<u64>) -> Result<(), Errno> {
         loop {
-            match rustix::fs::fallocate(&self.file, mode, run.start, run.end - run.start) {
+            match rustix::fs::fallocate(&self.attempt.file, mode, run.start, run.end - run.start) {
                 Err(Errno::INTR) => {}
                 other => return other,
             }
@@ -367,11 +435,10 @@ impl Attempt<'_> {
 
     fn unshare(&self, shared: &[Range<u64>]) -> Result<(), Refusal> {
         shared.iter().try_for_each(|run| {
-            self.fallocate(FallocateFlags::UNSHARE_RANGE, run)
-                .map_err(|errno| match errno {
-                    Errno::NOSPC | Errno::DQUOT => no_space(None),
-                    other => system("fallocate", other),
-                })
+            self.still_wanted()?;
+            let mode = FallocateFlags::UNSHARE_RANGE | FallocateFlags::KEEP_SIZE;
+            self.fallocate(mode, run)
+                .map_err(|errno| failed("fallocate", errno))
         })
     }
 
@@ -380,45 +447,29 @@ impl Attempt<'_> {
     fn write_zeros(&self, runs: &[Range<u64>]) -> Result<(), Refusal> {
         const CHUNK: usize = 256 << 10;
         let zeros = vec![0; CHUNK];
-        let size = self.judged.facts.size;
+        let size = self.attempt.judged.facts.size;
         for run in runs {
             let mut at = run.start;
             let end = run.end.min(size);
             while at < end {
+                self.still_wanted()?;
                 let length = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
-                match rustix::io::pwrite(&self.file, &zeros[..length], at) {
+                match rustix::io::pwrite(&self.attempt.file, &zeros[..length], at) {
                     Ok(0) => return Err(system("pwrite", Errno::IO)),
                     Ok(written) => at += written as u64,
                     Err(Errno::INTR) => {}
-                    Err(Errno::NOSPC | Errno::DQUOT) => return Err(no_space(None)),
-                    Err(errno) => return Err(system("pwrite", errno)),
+                    Err(errno) => return Err(failed("pwrite", errno)),
                 }
             }
         }
         Ok(())
     }
+}
 
-    /// Reads what there is now, and promises that from now on.
-    fn settle_anew(&self, before: &BlockMap) -> Result<Allocated, Refusal> {
-        let map = self.read_map(false)?;
-        // The holder must know in any case.
-        let now = Some(self.hand_out(&map)?);
-        let result = self.keep_still(&map).and_then(|(pinned, held)| {
-            self.pin.settle(&map, pinned, held);
-            match moved(before, &map) {
-                None => Ok(()),
-                Some(extent) => Err(refusal(
-                    Reason::StillChanging,
-                    Errno::IO,
-                    format!(
-                        "{} bytes at {} moved while others were allocated",
-                        extent.length, extent.offset
-                    ),
-                    "take the extents as they are told now",
-                )),
-            }
-        });
-        Ok(Allocated { now, result })
+fn failed(call: &str, errno: Errno) -> Refusal {
+    match errno {
+        Errno::NOSPC | Errno::DQUOT => no_space(None),
+        other => system(call, other),
     }
 }
 
