@@ -332,9 +332,9 @@ impl Beside {
         shared_since: bool,
         kind: OperationKind,
     ) -> bool {
-        let grows = kind.rule().grows;
+        let may_allocate_ahead = matches!(kind, OperationKind::Write | OperationKind::WriteUntorn);
         self.frozen.iter().any(|run| intersects(run, range))
-            || self.grows_into && grows && range.end > size
+            || self.grows_into && may_allocate_ahead && range.end > size
             || shared_since
                 && self
                     .window

@@ -56,6 +56,8 @@ pub const MAP_32BIT: i32 = libc::MAP_32BIT | 0x80;
 #[cfg(not(target_arch = "x86_64"))]
 pub const MAP_32BIT: i32 = 0;
 
+/// `PROT_NONE`.
+pub const PROT_NONE: i32 = libc::PROT_NONE;
 /// `PROT_READ`.
 pub const PROT_READ: i32 = libc::PROT_READ;
 /// `PROT_WRITE`.
@@ -111,6 +113,25 @@ pub unsafe fn map_anonymous(address: usize, length: usize, prot: i32, flags: i32
         return Err(last_errno());
     }
     Ok(mapped.expose_provenance())
+}
+
+/// Has memory that was mapped `PROT_NONE` be readable and writable, and not
+/// locked: with `mlockall(2)` whatever is mapped is, but not filled before it
+/// can be read.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+///
+/// # Safety
+///
+/// The memory must be the caller's own.
+pub unsafe fn open_up(address: usize, length: usize) -> Result<()> {
+    let address = std::ptr::with_exposed_provenance_mut(address);
+    // SAFETY: the caller's promise.
+    checked(unsafe { libc::munlock(address, length) })?;
+    // SAFETY: as above.
+    checked(unsafe { libc::mprotect(address, length, PROT_READ | PROT_WRITE) }).map(drop)
 }
 
 /// `munmap(2)`.

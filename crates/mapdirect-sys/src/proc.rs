@@ -382,6 +382,23 @@ pub fn count_own_mappings() -> Result<usize> {
     Ok(read_text(&file)?.lines().count())
 }
 
+/// The mappings of the calling process, in order, and their names: paths, or
+/// words in brackets, or nothing.
+///
+/// # Errors
+///
+/// When `/proc` is not there.
+pub fn own_mappings() -> Result<Vec<(MapsEntry, String)>> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open("/proc/self/maps", flags, Mode::empty())?;
+    let text = read_text(&file)?;
+    let mappings = text.lines().filter_map(|line| {
+        let name = line.splitn(6, ' ').nth(5).unwrap_or_default();
+        Some((parse_maps_line(line)?, name.trim_start().to_owned()))
+    });
+    Ok(mappings.collect())
+}
+
 /// One mapping of `/proc/<pid>/maps`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapsEntry {
@@ -442,6 +459,20 @@ mod tests {
         for line in ["", "7 (x", "7 (x)", "7 (x) S 1", "7 (x) 4 5 6 7 8 9 a"] {
             assert_eq!(parse_start_time(line), None, "{line:?}");
         }
+    }
+
+    #[test]
+    fn mappings_have_names() {
+        let mappings = own_mappings().unwrap();
+        let own = std::env::current_exe().unwrap();
+        assert!(
+            mappings
+                .iter()
+                .any(|(_, name)| *name == own.to_string_lossy())
+        );
+        assert!(mappings.iter().any(|(_, name)| name == "[stack]"));
+        let is_sorted = mappings.is_sorted_by_key(|(entry, _)| entry.start);
+        assert!(is_sorted);
     }
 
     #[test]

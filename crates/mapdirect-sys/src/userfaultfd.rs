@@ -27,15 +27,12 @@ const FEATURES: u64 =
 const UFFDIO_API: libc::c_ulong = 0xC018_AA3F;
 /// `_IOWR(0xAA, 0x00, struct uffdio_register)`.
 const UFFDIO_REGISTER: libc::c_ulong = 0xC020_AA00;
-/// `_IOWR(0xAA, 0x03, struct uffdio_copy)`.
-const UFFDIO_COPY: libc::c_ulong = 0xC028_AA03;
 /// `_IOWR(0xAA, 0x06, struct uffdio_writeprotect)`.
 const UFFDIO_WRITEPROTECT: libc::c_ulong = 0xC018_AA06;
 
 const REGISTER_MODE_MISSING: u64 = 1 << 0;
 const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
-const COPY_MODE_WP: u64 = 1 << 1;
 
 const EVENT_REMAP: u8 = 0x14;
 const EVENT_UNMAP: u8 = 0x16;
@@ -56,15 +53,6 @@ struct Register {
 }
 
 #[repr(C)]
-struct Copy {
-    destination: u64,
-    source: u64,
-    length: u64,
-    mode: u64,
-    copied: i64,
-}
-
-#[repr(C)]
 struct WriteProtect {
     start: u64,
     length: u64,
@@ -75,7 +63,7 @@ struct WriteProtect {
 const MESSAGE: usize = 32;
 
 const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32);
-const _: () = assert!(size_of::<Copy>() == 40 && size_of::<WriteProtect>() == 24);
+const _: () = assert!(size_of::<WriteProtect>() == 24);
 
 /// Where registered memory went.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -137,8 +125,8 @@ impl Userfaultfd {
     ///
     /// # Errors
     ///
-    /// `EINVAL` for memory that is not private and anonymous, `EBUSY` for
-    /// memory of another userfaultfd, `ENOMEM`.
+    /// `EINVAL` for memory of an ordinary file, `EBUSY` for memory of another
+    /// userfaultfd, `ENOMEM`.
     ///
     /// # Safety
     ///
@@ -172,27 +160,6 @@ impl Userfaultfd {
         // it changes registered memory only, and only how a store to it ends.
         checked(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_WRITEPROTECT, &raw mut protect) })
             .map(drop)
-    }
-
-    /// Fills pages of a registered range that are not there, write-protected
-    /// from the first moment on.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` for anything but whole pages, `EEXIST` for one that is there,
-    /// `ENOMEM`, and `EAGAIN` as [`write_protect`](Self::write_protect).
-    pub fn copy(&self, to: usize, bytes: &[u8]) -> Result<()> {
-        let mut copy = Copy {
-            destination: to as u64,
-            source: bytes.as_ptr().expose_provenance() as u64,
-            length: bytes.len() as u64,
-            mode: COPY_MODE_WP,
-            copied: 0,
-        };
-        // SAFETY: UFFDIO_COPY reads and writes one `struct uffdio_copy` and
-        // reads the bytes, which are borrowed; it fills registered pages that
-        // are missing, so no byte that anybody has seen changes.
-        checked(unsafe { libc::ioctl(self.fd.as_raw_fd(), UFFDIO_COPY, &raw mut copy) }).map(drop)
     }
 
     /// What happened to registered memory, in order; whoever moved or
@@ -277,13 +244,12 @@ mod tests {
         .unwrap();
         let start = memory.expose_provenance();
         let range = start..start + 3 * page;
+        let last = std::ptr::with_exposed_provenance_mut::<u8>(start + page - 1);
+        // SAFETY: a byte of the mapping.
+        unsafe { last.write_volatile(7) };
         // SAFETY: the test's own mapping.
         unsafe { uffd.register(&range) }.unwrap();
-        let bytes = vec![7; page];
-        uffd.copy(start, &bytes).unwrap();
-        assert_eq!(uffd.copy(start, &bytes), Err(Errno::EXIST));
         uffd.write_protect(&range).unwrap();
-        let last = std::ptr::with_exposed_provenance::<u8>(start + page - 1);
         // SAFETY: the page is there, and readable.
         let found = unsafe { last.read_volatile() };
         assert_eq!(found, 7);

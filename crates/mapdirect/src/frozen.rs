@@ -1,9 +1,9 @@
 //! Memory in the place of blocks that may not be stored to.
 //!
-//! It is private memory, registered with a userfaultfd(2) that raises SIGBUS:
-//! pages that are there are write-protected and read as they were filled,
-//! pages that are not there cannot be accessed at all. Whatever becomes of
-//! it, a store must never be lost in it:
+//! It is memory without a file, registered with a userfaultfd(2) that raises
+//! SIGBUS: pages that are there are write-protected and read as they were
+//! filled, pages that are not there cannot be accessed at all. Whatever
+//! becomes of it, a store must never be lost in it:
 //!
 //! * The registration ends with the descriptor, so this lives in the table of
 //!   a thread that has one of its own, where nobody closes it by mistake.
@@ -12,17 +12,23 @@
 //! * A child of fork(2) would have the memory without the registration: it
 //!   does not get it (`MADV_DONTFORK`). What it gets in its place raises
 //!   SIGBUS on every access.
+//! * Merging equal pages (KSM) takes the protection off. It does so with
+//!   private pages that have been filled, so copies of bytes lie in a memory
+//!   file that is mapped shared; zeros are no pages of anybody's.
 //!
 //! The memory has no part in the description that a pin lives in, so the
 //! thread holds that description for as long as any of the memory is mapped:
 //! it hears of every munmap(2).
 
 use crate::error::{Error, Kind};
-use mapdirect_sys::mmap::{self, MAP_FIXED_NOREPLACE, MAP_SHARED, PROT_READ, PROT_WRITE};
+use mapdirect_sys::mmap::{
+    self, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, MAP_SHARED, PROT_NONE,
+    PROT_READ, PROT_WRITE,
+};
 use mapdirect_sys::pthread_atfork::pthread_atfork;
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::userfaultfd::{Event, Userfaultfd};
-use mapdirect_sys::{Errno, descriptors, signal};
+use mapdirect_sys::{Errno, descriptors, proc, signal};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::MemfdFlags;
 use rustix::mm::Advice;
@@ -30,7 +36,8 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A run of memory to protect, in addresses. It is fresh private anonymous
@@ -59,16 +66,22 @@ pub(crate) unsafe fn protect(runs: Vec<Run>, pinned: BorrowedFd<'_>) -> Result<F
         // SAFETY: the caller's promise.
         unsafe { fill(run) }.map_err(no_memory)?;
     }
-    let mut turn = lock(&TURN);
+    let speaking = speaking();
+    let mut turn = lock(&speaking.turn);
     let thread = match &mut *turn {
         Some(thread) if thread.is_usable() => thread,
-        turn => turn.insert(Thread::start().map_err(not_protected)?),
+        turn => turn.insert(Thread::start(speaking).map_err(not_protected)?),
     };
     static NEXT: AtomicU64 = AtomicU64::new(1);
     let map = NEXT.fetch_add(1, Relaxed);
-    let ranges: Vec<_> = runs.iter().map(|run| run.range.clone()).collect();
-    let job = Job::Protect { map, runs };
-    thread.ask(job, &[pinned]).map_err(not_protected)?;
+    let ranges: Vec<_> = runs.into_iter().map(|run| run.range).collect();
+    let job = Job::Protect {
+        map,
+        ranges: ranges.clone(),
+    };
+    thread
+        .ask(speaking, job, &[pinned])
+        .map_err(not_protected)?;
     for range in ranges {
         // SAFETY: the caller's memory; a child does without.
         unsafe { advise(&range, Advice::LinuxDontFork) }.map_err(no_memory)?;
@@ -79,25 +92,51 @@ pub(crate) unsafe fn protect(runs: Vec<Run>, pinned: BorrowedFd<'_>) -> Result<F
 impl Frozen {
     /// The description that the memory keeps, once more.
     pub(crate) fn pinned(&self) -> Result<OwnedFd, Error> {
-        let mut turn = lock(&TURN);
+        let speaking = speaking();
+        let mut turn = lock(&speaking.turn);
         let asked = match &mut *turn {
-            Some(thread) if thread.is_usable() => thread.ask(Job::Borrow { map: self.0 }, &[]),
-            _ => Err(Errno::SRCH),
+            Some(thread) if thread.is_usable() => {
+                thread.ask(speaking, Job::Borrow { map: self.0 }, &[])
+            }
+            _ => Err(("", Errno::SRCH)),
         };
-        let found = asked.and_then(|fd| fd.ok_or(Errno::SRCH));
-        found.map_err(|errno| Error::system("asking for the pinned description", errno))
+        asked.ok().flatten().ok_or_else(|| {
+            Error::new(
+                Kind::FrozenBlocks,
+                Errno::OPNOTSUPP,
+                "this process does not have the thread any more that keeps frozen memory: it is a \
+                 child of the one that mapped it, or has closed descriptors that it did not know",
+                "do it in the process that made the mapping, or map the file again",
+            )
+        })
     }
 
     /// Returns when the thread has heard of everything that was unmapped
     /// before, and has let go of what it kept for that.
     pub(crate) fn settle() {
-        if let Some(thread) = &mut *lock(&TURN)
+        let speaking = speaking();
+        if let Some(thread) = &mut *lock(&speaking.turn)
             && thread.is_usable()
         {
             // A thread that cannot answer cannot be waited for.
-            let _ = thread.ask(Job::Settle, &[]);
+            let _ = thread.ask(speaking, Job::Settle, &[]);
         }
     }
+}
+
+/// Has any access to frozen memory raise SIGBUS from now on, since what it
+/// reads as is not true any more.
+///
+/// # Safety
+///
+/// The memory is the caller's own, protected by [`protect`].
+pub(crate) unsafe fn let_fault(range: &Range<usize>) {
+    // Of memory without a file the pages go, of a memory file the bytes: one
+    // of the two fails.
+    // SAFETY: the caller's promise.
+    let _ = unsafe { advise(range, Advice::LinuxRemove) };
+    // SAFETY: as above.
+    let _ = unsafe { advise(range, Advice::LinuxDontNeed) };
 }
 
 fn no_memory(errno: Errno) -> Error {
@@ -109,15 +148,27 @@ fn no_memory(errno: Errno) -> Error {
     )
 }
 
-fn not_protected(errno: Errno) -> Error {
-    let unsupported = matches!(errno, Errno::NOSYS | Errno::PERM | Errno::INVAL);
+/// Whatever keeps the thread from doing its work but a shortage is somebody's
+/// decision.
+fn not_protected((call, errno): (&'static str, Errno)) -> Error {
+    let is_shortage = matches!(
+        errno,
+        Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::AGAIN
+    );
+    let (kind, shown, mend) = if is_shortage {
+        let mend = "each mapping with frozen blocks takes a descriptor: raise the limits (ulimit \
+                    -n), or map less";
+        (Kind::Limit, Errno::NOMEM, mend)
+    } else {
+        let mend = "fill the range first (mapdirect prepare), or let the sandbox allow \
+                    userfaultfd(2), unshare(2) and close_range(2)";
+        (Kind::FrozenBlocks, Errno::OPNOTSUPP, mend)
+    };
     Error::new(
-        Kind::FrozenBlocks,
-        if unsupported { Errno::OPNOTSUPP } else { errno },
-        format!(
-            "holes and unwritten blocks of the range cannot be protected (userfaultfd: {errno})"
-        ),
-        "fill the range first (mapdirect prepare), or let the sandbox allow userfaultfd(2)",
+        kind,
+        shown,
+        format!("holes and unwritten blocks of the range cannot be protected: {call}: {errno}"),
+        mend,
     )
 }
 
@@ -130,41 +181,115 @@ unsafe fn advise(range: &Range<usize>, advice: Advice) -> Result<(), Errno> {
     unsafe { rustix::mm::madvise(start, range.len(), advice) }
 }
 
-/// Has the zeros there, and nothing where nothing shall be.
+/// Has the zeros and the copies there, and nothing where nothing shall be.
 ///
 /// # Safety
 ///
 /// As [`protect`].
 unsafe fn fill(run: &Run) -> Result<(), Errno> {
+    // SAFETY: the caller's promise.
+    unsafe { map_copies(&run.copied) }?;
     let faulting: usize = run.faulting.iter().map(Range::len).sum();
-    if faulting < run.range.len() {
-        // Huge pages of zeros cost next to nothing. Where there are none,
-        // small ones will do.
-        // SAFETY: the caller's memory, which holds nothing yet.
-        let _ = unsafe { advise(&run.range, Advice::LinuxHugepage) };
+    if faulting == run.range.len() {
+        return Ok(());
+    }
+    // Huge pages of zeros cost next to nothing, if they are one and the same.
+    let advice = if has_huge_zeros() {
+        Advice::LinuxHugepage
+    } else {
+        Advice::LinuxNoHugepage
+    };
+    // Where there are no huge pages at all, small ones will do.
+    // SAFETY: the caller's memory, which nobody else knows of.
+    let _ = unsafe { advise(&run.range, advice) };
+    // SAFETY: as above.
+    unsafe { advise(&run.range, Advice::LinuxPopulateRead) }?;
+    run.faulting.iter().try_for_each(|range| {
         // SAFETY: as above.
-        unsafe { advise(&run.range, Advice::LinuxPopulateRead) }?;
-        let copied = run.copied.iter().map(|(at, page)| *at..*at + page.len());
-        for range in run.faulting.iter().cloned().chain(copied) {
-            // SAFETY: as above.
-            unsafe { advise(&range, Advice::LinuxDontNeed) }?;
+        unsafe { advise(range, Advice::LinuxDontNeed) }
+    })
+}
+
+/// Whether there is one huge page of zeros for everybody.
+fn has_huge_zeros() -> bool {
+    std::fs::read_to_string("/sys/kernel/mm/transparent_hugepage/use_zero_page")
+        .is_ok_and(|text| text.trim() == "1")
+}
+
+/// Puts a memory file with copies in their place.
+///
+/// # Safety
+///
+/// As [`protect`].
+unsafe fn map_copies(copied: &[(usize, Vec<u8>)]) -> Result<(), Errno> {
+    if copied.is_empty() {
+        return Ok(());
+    }
+    let file = rustix::fs::memfd_create(COPIES, MemfdFlags::CLOEXEC)?;
+    let mut offset = 0;
+    for (at, page) in copied {
+        let mut done = 0;
+        while done < page.len() {
+            match rustix::io::pwrite(&file, &page[done..], offset + done as u64) {
+                Ok(written) => done += written,
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
         }
+        // SAFETY: over the caller's memory, which nobody else knows of.
+        unsafe {
+            mmap::map(
+                *at,
+                page.len(),
+                PROT_READ | PROT_WRITE,
+                MAP_SHARED | MAP_FIXED,
+                file.as_fd(),
+                offset,
+            )
+        }?;
+        offset += page.len() as u64;
     }
     Ok(())
 }
 
+/// Name of the memory file of copies, as `/proc/<pid>/maps` shows it.
+const COPIES: &std::ffi::CStr = c"mapdirect-copies";
+
 /// What the thread is asked.
 #[derive(Debug)]
 enum Job {
-    Protect { map: u64, runs: Vec<Run> },
+    Protect { map: u64, ranges: Vec<Range<usize>> },
     Borrow { map: u64 },
     Settle,
 }
 
-/// The thread, for whoever has the turn to speak with it.
-static TURN: Mutex<Option<Thread>> = Mutex::new(None);
-/// What it is to do next; set by whoever has the turn.
-static JOB: Mutex<Option<Job>> = Mutex::new(None);
+/// How to speak with the thread of this process; a child of fork(2) has its
+/// own, since whoever held a lock when it was made is not there to let go.
+#[derive(Debug, Default)]
+struct Speaking {
+    /// Whoever has the turn.
+    turn: Mutex<Option<Thread>>,
+    /// What the thread is to do next; set by whoever has the turn.
+    job: Mutex<Option<Job>>,
+}
+
+static SPEAKING: AtomicPtr<Speaking> = AtomicPtr::new(std::ptr::null_mut());
+
+fn speaking() -> &'static Speaking {
+    let there = SPEAKING.load(Acquire);
+    if there.is_null() {
+        let new = Box::into_raw(Box::default());
+        let raced = SPEAKING.compare_exchange(std::ptr::null_mut(), new, AcqRel, Acquire);
+        if raced.is_err() {
+            // SAFETY: made above, and seen by nobody.
+            drop(unsafe { Box::from_raw(new) });
+        }
+        return speaking();
+    }
+    // SAFETY: made by `Box::into_raw`, and never freed.
+    unsafe { &*there }
+}
+
 /// Where the memory is, for the thread and for children of fork(2).
 static REGIONS: Mutex<Regions> = Mutex::new(Regions(BTreeMap::new()));
 
@@ -240,21 +365,28 @@ fn identity(socket: &Socket) -> Option<(u64, u64)> {
         .map(|stat| (stat.st_dev, stat.st_ino))
 }
 
+/// What failed, and how.
+type Failed = (&'static str, Errno);
+
 impl Thread {
-    fn start() -> Result<Self, Errno> {
+    fn start(speaking: &'static Speaking) -> Result<Self, Failed> {
         static AT_FORK: AtomicBool = AtomicBool::new(false);
         if !AT_FORK.swap(true, Relaxed) {
-            pthread_atfork(before_fork, after_fork, in_child)?;
+            pthread_atfork(before_fork, after_fork, in_child)
+                .map_err(|errno| ("pthread_atfork", errno))?;
         }
-        let (ours, theirs) = Socket::pair()?;
-        let identity = identity(&ours).ok_or(Errno::BADF)?;
+        let (ours, theirs) = Socket::pair().map_err(|errno| ("socketpair", errno))?;
+        let identity = identity(&ours).ok_or(("fstat", Errno::BADF))?;
         // Signals are for the program's own threads.
-        let _blocked = signal::block_all()?;
+        let _blocked = signal::block_all().map_err(|errno| ("pthread_sigmask", errno))?;
         std::thread::Builder::new()
             .name(String::from("mapdirect"))
             .stack_size(128 * 1024)
-            .spawn(move || serve(&theirs))
-            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
+            .spawn(move || serve(speaking, &theirs))
+            .map_err(|error| {
+                let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
+                ("starting a thread", errno)
+            })?;
         let mut thread = Self {
             socket: Some(ours),
             identity,
@@ -268,24 +400,48 @@ impl Thread {
         self.socket.as_ref().and_then(identity) == Some(self.identity)
     }
 
-    fn ask(&mut self, job: Job, fds: &[BorrowedFd<'_>]) -> Result<Option<OwnedFd>, Errno> {
-        *lock(&JOB) = Some(job);
-        let socket = self.socket.as_ref().ok_or(Errno::SRCH)?;
-        socket.send(&[&[0]], fds)?;
+    fn ask(
+        &mut self,
+        speaking: &Speaking,
+        job: Job,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<Option<OwnedFd>, Failed> {
+        *lock(&speaking.job) = Some(job);
+        let socket = self.socket.as_ref().ok_or(("send", Errno::SRCH))?;
+        socket.send(&[&[0]], fds).map_err(|errno| ("send", errno))?;
         self.answer()
     }
 
-    fn answer(&mut self) -> Result<Option<OwnedFd>, Errno> {
-        let mut errno = [0; 4];
-        let socket = self.socket.as_ref().ok_or(Errno::SRCH)?;
-        let mut received = socket.receive(&mut errno)?;
-        match (received.length, i32::from_ne_bytes(errno)) {
-            (4, 0) => Ok(received.fds.pop()),
-            (4, errno) => Err(Errno::from_raw_os_error(errno)),
-            _ => Err(Errno::SRCH),
+    fn answer(&mut self) -> Result<Option<OwnedFd>, Failed> {
+        let mut answer = [0; 8];
+        let socket = self.socket.as_ref().ok_or(("receive", Errno::SRCH))?;
+        let received = socket.receive(&mut answer);
+        let mut received = received.map_err(|errno| ("receive", errno))?;
+        let [errno, step] = [0, 4].map(|at| {
+            let mut number = [0; 4];
+            number.copy_from_slice(&answer[at..at + 4]);
+            i32::from_ne_bytes(number)
+        });
+        match (received.length, errno) {
+            (8, 0) => Ok(received.fds.pop()),
+            (8, errno) => {
+                let step = usize::try_from(step).unwrap_or(0).min(STEPS.len() - 1);
+                Err((STEPS[step], Errno::from_raw_os_error(errno)))
+            }
+            _ => Err(("receive", Errno::SRCH)),
         }
     }
 }
+
+/// What can fail in the thread.
+const STEPS: [&str; 6] = [
+    "",
+    "unshare, close_range",
+    "userfaultfd",
+    "receiving a descriptor",
+    "UFFDIO_REGISTER",
+    "UFFDIO_WRITEPROTECT",
+];
 
 impl Drop for Thread {
     fn drop(&mut self) {
@@ -296,19 +452,27 @@ impl Drop for Thread {
     }
 }
 
+/// An error of the thread: which of [`STEPS`], and how.
+type FailedAt = (i32, Errno);
+
 /// The thread: hears where the memory goes, and does what it is asked.
-fn serve(socket: &Socket) {
-    let say = |result: Result<(), Errno>, fds: &[BorrowedFd<'_>]| {
-        let errno = result.err().map_or(0, Errno::raw_os_error);
+fn serve(speaking: &Speaking, socket: &Socket) {
+    let say = |result: Result<(), FailedAt>, fds: &[BorrowedFd<'_>]| {
+        let (step, errno) = result
+            .err()
+            .map_or((0, 0), |(step, errno)| (step, errno.raw_os_error()));
         // Whoever asked may be gone.
-        let _ = socket.send(&[&errno.to_ne_bytes()], fds);
+        let _ = socket.send(&[&errno.to_ne_bytes(), &step.to_ne_bytes()], fds);
     };
     // SAFETY: the thread uses the socket and what it opens or receives from
     // here on, all of which it keeps to itself.
     let alone = unsafe { descriptors::unshare(socket.as_fd()) };
-    let uffd = match alone.and_then(|()| Userfaultfd::open()) {
+    let opened = alone
+        .map_err(|errno| (1, errno))
+        .and_then(|()| Userfaultfd::open().map_err(|errno| (2, errno)));
+    let uffd = match opened {
         Ok(uffd) => uffd,
-        Err(errno) => return say(Err(errno), &[]),
+        Err(failed) => return say(Err(failed), &[]),
     };
     say(Ok(()), &[]);
     let mut kept = HashMap::new();
@@ -331,18 +495,32 @@ fn serve(socket: &Socket) {
         if asked {
             match socket.receive(&mut [0; 8]) {
                 Ok(mut received) if received.length > 0 => {
-                    let job = lock(&JOB).take();
+                    let job = lock(&speaking.job).take();
                     match job {
-                        Some(Job::Protect { map, runs }) => {
-                            let pinned = received.fds.pop();
-                            say(register(&uffd, &mut kept, map, runs, pinned), &[]);
+                        Some(Job::Protect { map, ranges }) => {
+                            // A table of descriptors that is full drops it.
+                            let result =
+                                received
+                                    .fds
+                                    .pop()
+                                    .ok_or((3, Errno::MFILE))
+                                    .and_then(|pinned| {
+                                        register(&uffd, &mut kept, &ranges)?;
+                                        let mut regions = lock(&REGIONS);
+                                        for range in &ranges {
+                                            regions.add(range, map);
+                                        }
+                                        kept.insert(map, pinned);
+                                        Ok(())
+                                    });
+                            say(result, &[]);
                         }
                         Some(Job::Borrow { map }) => match kept.get(&map) {
                             Some(pinned) => say(Ok(()), &[AsFd::as_fd(pinned)]),
-                            None => say(Err(Errno::SRCH), &[]),
+                            None => say(Err((0, Errno::SRCH)), &[]),
                         },
                         Some(Job::Settle) => say(Ok(()), &[]),
-                        None => say(Err(Errno::INVAL), &[]),
+                        None => say(Err((0, Errno::INVAL)), &[]),
                     }
                 }
                 _ => is_asked = false,
@@ -369,69 +547,40 @@ fn hear(uffd: &Userfaultfd, kept: &mut HashMap<u64, OwnedFd>) {
     }
 }
 
+/// Registers memory and protects it. When this returns, everything that
+/// happened before to whatever was in its place has been heard of: the kernel
+/// protects nothing while somebody waits for that.
 fn register(
     uffd: &Userfaultfd,
     kept: &mut HashMap<u64, OwnedFd>,
-    map: u64,
-    runs: Vec<Run>,
-    pinned: Option<OwnedFd>,
-) -> Result<(), Errno> {
-    // Kept before it is needed, so that the pin never ends in between.
-    kept.extend(pinned.map(|pinned| (map, pinned)));
-    let mut result = Ok(());
-    for run in runs {
+    ranges: &[Range<usize>],
+) -> Result<(), FailedAt> {
+    // What was registered, when it fails, goes with the memory: its owner
+    // unmaps it then.
+    for range in ranges {
         // SAFETY: memory as `Run` says, by the promise made to `protect`.
-        result = unsafe { uffd.register(&run.range) };
-        if result.is_err() {
-            break;
-        }
-        lock(&REGIONS).add(&run.range, map);
-        result = run
-            .copied
-            .iter()
-            .try_for_each(|(at, page)| patiently(uffd, kept, || uffd.copy(*at, page)))
-            .and_then(|()| patiently(uffd, kept, || uffd.write_protect(&run.range)));
-        if result.is_err() {
-            break;
-        }
-    }
-    // What was registered goes with the memory; its owner unmaps it now.
-    if !lock(&REGIONS).has(map) {
-        kept.remove(&map);
-    }
-    result
-}
-
-/// Does something that the kernel puts off while somebody waits for us to
-/// hear of a move.
-fn patiently(
-    uffd: &Userfaultfd,
-    kept: &mut HashMap<u64, OwnedFd>,
-    mut what: impl FnMut() -> Result<(), Errno>,
-) -> Result<(), Errno> {
-    loop {
-        match what() {
-            Err(Errno::AGAIN) => {
-                hear(uffd, kept);
-                std::thread::yield_now();
+        unsafe { uffd.register(range) }.map_err(|errno| (4, errno))?;
+        loop {
+            match uffd.write_protect(range) {
+                Err(Errno::AGAIN) => {
+                    hear(uffd, kept);
+                    std::thread::yield_now();
+                }
+                other => break other.map_err(|errno| (5, errno))?,
             }
-            other => return other,
         }
     }
+    Ok(())
 }
-
-type Held = (
-    MutexGuard<'static, Option<Thread>>,
-    MutexGuard<'static, Regions>,
-);
 
 thread_local! {
-    /// What a thread that forks holds meanwhile.
-    static HELD: RefCell<Option<Held>> = const { RefCell::new(None) };
+    /// What a thread that forks holds meanwhile. Nobody waits for anything
+    /// while he holds it, so this is in the way of no other handler.
+    static HELD: RefCell<Option<MutexGuard<'static, Regions>>> = const { RefCell::new(None) };
 }
 
 extern "C" fn before_fork() {
-    let held = (lock(&TURN), lock(&REGIONS));
+    let held = lock(&REGIONS);
     // A thread whose locals are gone already forks at its own risk.
     let _ = HELD.try_with(|place| *place.borrow_mut() = Some(held));
 }
@@ -443,44 +592,71 @@ extern "C" fn after_fork() {
 /// The child has gaps in its memory, and no thread: nothing may come to lie
 /// in the gaps that a stray store could hit.
 extern "C" fn in_child() {
+    // Whoever spoke with the thread may have had the turn.
+    SPEAKING.store(std::ptr::null_mut(), Release);
     let held = HELD.try_with(|place| place.borrow_mut().take());
-    let Ok(Some((mut turn, mut regions))) = held else {
+    let Ok(Some(mut regions)) = held else {
         return;
     };
-    *turn = None;
     if regions.0.is_empty() {
         return;
     }
     let empty = rustix::fs::memfd_create(c"mapdirect-empty", MemfdFlags::CLOEXEC);
+    let empty = empty.as_ref().ok().map(AsFd::as_fd);
     for (start, (end, _)) in &regions.0 {
-        let length = end - start;
-        if let Ok(empty) = &empty {
-            // SAFETY: takes no place that is in use.
-            let mapped = unsafe {
-                mmap::map(
-                    *start,
-                    length,
-                    PROT_READ | PROT_WRITE,
-                    MAP_SHARED | MAP_FIXED_NOREPLACE,
-                    empty.as_fd(),
-                    0,
-                )
-            };
-            if mapped.is_ok() {
-                continue;
-            }
+        let range = *start..*end;
+        if block(&range, MAP_FIXED_NOREPLACE, empty).is_err() {
+            // The program has it inherited all the same (MADV_DOFORK): what
+            // is there is not protected.
+            block_inherited(&range, empty);
         }
-        let start = std::ptr::with_exposed_provenance_mut(*start);
-        let flags = rustix::mm::MapFlags::PRIVATE
-            | rustix::mm::MapFlags::NORESERVE
-            | rustix::mm::MapFlags::FIXED_NOREPLACE;
-        // An access raises SIGSEGV then.
-        // SAFETY: as above.
-        let _ = unsafe {
-            rustix::mm::mmap_anonymous(start, length, rustix::mm::ProtFlags::empty(), flags)
-        };
     }
     regions.0 = BTreeMap::new();
+}
+
+/// Has every access to a range raise SIGBUS: there is a file mapped, and
+/// nothing in it. Or SIGSEGV, if there is no file either.
+fn block(range: &Range<usize>, how: i32, empty: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+    let (start, length) = (range.start, range.len());
+    if let Some(empty) = empty {
+        let prot = PROT_READ | PROT_WRITE;
+        // SAFETY: takes no place that is in use, or that of memory which is
+        // the library's own.
+        return unsafe { mmap::map(start, length, prot, MAP_SHARED | how, empty, 0) }.map(drop);
+    }
+    let flags = MAP_PRIVATE | MAP_NORESERVE | how;
+    // SAFETY: as above.
+    unsafe { mmap::map_anonymous(start, length, PROT_NONE, flags) }.map(drop)
+}
+
+/// Blocks what is memory without a file, or our own memory file, in a range,
+/// and what is nothing.
+fn block_inherited(range: &Range<usize>, empty: Option<BorrowedFd<'_>>) {
+    let mut at = range.start;
+    let gap = |part: Range<usize>| {
+        if !part.is_empty() {
+            // Whatever is there is not ours.
+            let _ = block(&part, MAP_FIXED_NOREPLACE, empty);
+        }
+    };
+    for (entry, name) in proc::own_mappings().unwrap_or_default() {
+        let (Ok(start), Ok(end)) = (usize::try_from(entry.start), usize::try_from(entry.end))
+        else {
+            continue;
+        };
+        let part = start.max(range.start)..end.min(range.end);
+        if part.is_empty() {
+            continue;
+        }
+        gap(at..part.start);
+        at = part.end;
+        let ours = entry.inode == 0 && !entry.shared || name.starts_with("/memfd:mapdirect-copies");
+        if ours {
+            // If it fails, the child has what it asked for.
+            let _ = block(&part, MAP_FIXED, empty);
+        }
+    }
+    gap(at..range.end);
 }
 
 #[cfg(test)]

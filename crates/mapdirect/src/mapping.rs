@@ -195,6 +195,7 @@ impl MapOptions {
             frozen: placed.frozen,
             flags: placed.flags,
             durability,
+            process: std::process::id(),
             connection: placed.connection,
             released: false,
         };
@@ -403,6 +404,8 @@ pub struct DirectMap {
     /// Flags of `mmap(2)` that the file itself is mapped with.
     flags: i32,
     durability: Durability,
+    /// The one that made it.
+    process: u32,
     connection: Arc<Connection>,
     released: bool,
 }
@@ -501,7 +504,10 @@ impl DirectMap {
         access: Access,
     ) -> Result<()> {
         let start = self.offset + offset as u64;
-        let Some((at, pages)) = self.plan.obstacle(start..start + count as u64, access) else {
+        // A child of fork(2) can do no more with what is frozen than fault.
+        let elsewhere = std::process::id() != self.process;
+        let asked = if elsewhere { Access::Store } else { access };
+        let Some((at, pages)) = self.plan.obstacle(start..start + count as u64, asked) else {
             return Ok(());
         };
         let beyond = at >= self.map.file_size() && pages == Pages::Faulting;
@@ -720,9 +726,10 @@ impl DirectMap {
 
     /// Makes frozen blocks of a range stable, under the pin: the guard
     /// allocates, unshares, and writes zeros where nothing was written. Then
-    /// they can be stored to; no other block changes, and none is unprotected
-    /// for a moment. Whole pages and blocks are made so that meet the range,
-    /// up to the end of the file.
+    /// they can be stored to; no other stable block moves, and none is
+    /// unprotected for a moment. Whole pages and blocks are made so that meet
+    /// the range, up to the end of the file. ext4 converts the rest of a small
+    /// unwritten extent along, which stays frozen in this mapping.
     ///
     /// [`block_map`](Self::block_map) tells of it. Somebody else who has the
     /// same blocks pinned keeps them as they are.
@@ -732,8 +739,10 @@ impl DirectMap {
     /// `EINVAL` if the range is not inside the mapping, or begins beyond the
     /// end of the file; `ENOSPC` where there is no room: nothing has changed
     /// then, or [`block_map`](Self::block_map) tells what has; `ETXTBSY` when
-    /// somebody else has the blocks pinned; `EOPNOTSUPP` when the guard is
-    /// gone; `ENOMEM` for want of memory mappings.
+    /// somebody else has the blocks pinned, or frozen ones near them;
+    /// `EOPNOTSUPP` when the guard is gone, or in a child of fork(2);
+    /// `ENOMEM` for want of memory mappings. What could not be done can be
+    /// asked for again.
     pub fn allocate(&mut self, range: Range<usize>) -> Result<()> {
         let count = range.end.saturating_sub(range.start);
         self.check_bounds("allocate", range.start, count)?;
@@ -749,6 +758,9 @@ impl DirectMap {
             return Ok(());
         }
         let asked = format!("allocate bytes {} to {}", range.start, range.end);
+        let at_most = self.plan.assuming_stable(&(start..start + count));
+        segments::check_count(at_most.mappings(), self.plan.mappings())
+            .map_err(|error| error.asking(&*asked))?;
         let pinned = frozen.pinned().map_err(|error| error.asking(&*asked))?;
         let mut now = None;
         let result = crate::establish::allocate(
@@ -761,7 +773,14 @@ impl DirectMap {
         if let Some(now) = now {
             self.map = now;
         }
+        // What the guard did not promise is as frozen as before.
         result.map_err(|error| error.asking(&*asked))?;
+        self.put_in_place(pinned.as_fd())
+            .map_err(|error| error.asking(asked))
+    }
+
+    /// Maps the file itself wherever that can be stored to now.
+    fn put_in_place(&mut self, pinned: BorrowedFd<'_>) -> Result<()> {
         let length = self.len() as u64;
         let there = Plan::new(&self.map, self.offset, length, self.plan.page());
         let (plan, added) = self.plan.with_stable_of(&there);
@@ -770,17 +789,18 @@ impl DirectMap {
             address: self.memory.base().as_ptr().expose_provenance(),
         };
         let arguments = segments::Arguments {
-            pinned: pinned.as_fd(),
+            pinned,
             address: 0,
             prot: mmap::PROT_READ | mmap::PROT_WRITE,
             flags: self.flags,
         };
         // SAFETY: no reference to the memory exists while `self` is borrowed
         // exclusively; what is there is the same bytes before and after.
-        let replaced = unsafe { segments::replace(&place, arguments, &plan, &added) };
-        replaced.map_err(|error| error.asking(&*asked))?;
-        self.plan = plan;
-        Ok(())
+        let (done, result) = unsafe { segments::replace(&place, arguments, &added) };
+        self.plan = added[done..].iter().fold(plan, |plan, segment| {
+            plan.with(&segment.range, Pages::Faulting)
+        });
+        result
     }
 
     fn allocate_in_file(&mut self) -> Result<()> {

@@ -156,14 +156,39 @@ impl Plan {
     }
 
     /// Memory mappings it takes: neighbours that are not the file itself
-    /// become one.
+    /// become one, but for copies, which are a mapping of their own.
     pub fn mappings(&self) -> usize {
-        self.frozen_runs().count()
-            + self
-                .segments
-                .iter()
-                .filter(|segment| segment.pages == Pages::Stable)
-                .count()
+        let kind = |segment: &Segment| match segment.pages {
+            Pages::Stable => 0,
+            Pages::Copied => 1,
+            Pages::Zeros | Pages::Faulting => 2,
+        };
+        self.segments
+            .chunk_by(|one, next| kind(one) == kind(next))
+            .count()
+    }
+
+    /// The same with `range` taken for the file itself, whatever it is.
+    pub fn assuming_stable(&self, range: &Range<u64>) -> Self {
+        let start = range.start - range.start % self.page;
+        let end = range.end.next_multiple_of(self.page);
+        self.with(&(start..end), Pages::Stable)
+    }
+
+    /// The same with other pages in a range.
+    pub fn with(&self, range: &Range<u64>, pages: Pages) -> Self {
+        let mut plan = Self {
+            segments: Vec::new(),
+            page: self.page,
+        };
+        for segment in &self.segments {
+            let (start, end) = (segment.range.start, segment.range.end);
+            let inside = range.start.clamp(start, end)..range.end.clamp(start, end);
+            plan.push(start..inside.start, segment.pages);
+            plan.push(inside.clone(), pages);
+            plan.push(inside.end..end, segment.pages);
+        }
+        plan
     }
 
     /// Maximal runs of segments that are not the file itself.
@@ -345,7 +370,8 @@ mod tests {
 
             let runs: Vec<_> = plan.frozen_runs().collect();
             let stable = plan.segments().iter().filter(|one| one.pages == Pages::Stable).count();
-            prop_assert_eq!(plan.mappings(), runs.len() + stable);
+            prop_assert!(plan.mappings() >= runs.len() + stable);
+            prop_assert!(plan.mappings() <= plan.segments().len());
             prop_assert!(runs.len().abs_diff(stable) <= 1);
             prop_assert_eq!(plan.is_stable(), runs.is_empty());
         }
@@ -364,10 +390,6 @@ mod tests {
             };
             let (old, new) = (plan(&before), plan(&now[..before.len()]));
             let (both, added) = old.with_stable_of(&new);
-            let pages = |plan: &Plan, at: u64| {
-                let byte = at * PAGE;
-                plan.segments.iter().find(|one| one.range.contains(&byte)).map(|one| one.pages)
-            };
             for at in 0..count {
                 let becomes = pages(&new, at) == Some(Pages::Stable)
                     && pages(&old, at) != Some(Pages::Stable);
@@ -377,7 +399,23 @@ mod tests {
                 prop_assert_eq!(is_added, becomes);
             }
             prop_assert!(both.segments.windows(2).all(|pair| pair[0].pages != pair[1].pages));
+            // A part of it taken for something else.
+            let part = count / 3 * PAGE..count * PAGE * 2 / 3 / PAGE * PAGE;
+            let faulting = old.with(&part, Pages::Faulting);
+            let assumed = old.assuming_stable(&part);
+            for at in 0..count {
+                let inside = part.contains(&(at * PAGE));
+                let expected = |pages| if inside { Some(pages) } else { self::pages(&old, at) };
+                prop_assert_eq!(self::pages(&faulting, at), expected(Pages::Faulting));
+                prop_assert_eq!(self::pages(&assumed, at), expected(Pages::Stable));
+            }
         }
+    }
+
+    fn pages(plan: &Plan, at: u64) -> Option<Pages> {
+        let byte = at * PAGE;
+        let found = plan.segments.iter().find(|one| one.range.contains(&byte));
+        found.map(|one| one.pages)
     }
 
     #[test]

@@ -4,8 +4,7 @@ use crate::error::{Error, Kind};
 use crate::frozen::{self, Frozen, Run};
 use crate::plan::{Pages, Plan, Segment};
 use mapdirect_sys::mmap::{
-    self, MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, PROT_READ,
-    PROT_WRITE,
+    self, MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE,
 };
 use mapdirect_sys::{Errno, proc};
 use std::ops::Range;
@@ -53,11 +52,13 @@ pub(crate) unsafe fn map(plan: &Plan, arguments: Arguments<'_>) -> Result<Mapped
         // SAFETY: the caller's promise.
         return unsafe { map_whole(plan, arguments, offset, length) };
     }
-    check_count(plan.mappings())?;
+    check_count(plan.mappings(), 0)?;
     // SAFETY: the caller's promise.
     let address = unsafe { reserve(plan, arguments, offset, length) }.map_err(failed)?;
     // SAFETY: the reservation is ours alone.
-    let mapped = unsafe { fill(plan, arguments, offset, address) };
+    let opened = unsafe { mmap::open_up(address, length) }.map_err(failed);
+    // SAFETY: as above.
+    let mapped = opened.and_then(|()| unsafe { fill(plan, arguments, offset, address) });
     if mapped.is_err() {
         // SAFETY: as above; nothing of it has been handed out.
         let _ = unsafe { mmap::unmap(address, length) };
@@ -160,7 +161,7 @@ unsafe fn reserve(
 ) -> Result<usize, Errno> {
     const PLACE: i32 = MAP_FIXED | MAP_FIXED_NOREPLACE | mmap::MAP_32BIT;
     let flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | arguments.flags & PLACE;
-    let prot = PROT_READ | PROT_WRITE;
+    let prot = PROT_NONE;
     let huge = usize::try_from(huge_page()).map_err(|_| Errno::NOMEM)?;
     let spare = if is_placed(&arguments) || !plan.has_room_for(huge_page()) {
         0
@@ -299,9 +300,11 @@ fn read_page(pinned: BorrowedFd<'_>, offset: u64, page: u64) -> Result<Vec<u8>, 
     Ok(bytes)
 }
 
-/// Says what the kernel only hints at, before anything is mapped.
-fn check_count(needed: usize) -> Result<(), Error> {
-    if needed <= FEW {
+/// Says what the kernel only hints at, before anything is mapped: whether
+/// `needed` mappings fit in the place of `there`.
+pub(crate) fn check_count(needed: usize, there: usize) -> Result<(), Error> {
+    let more = needed.saturating_sub(there);
+    if more <= FEW {
         return Ok(());
     }
     let limit = proc::max_map_count();
@@ -311,26 +314,26 @@ fn check_count(needed: usize) -> Result<(), Error> {
         return Ok(());
     };
     // mmap itself needs room for the two pieces a mapping is cut into.
-    if needed + present + 2 <= limit {
+    if more + present + 2 <= limit {
         return Ok(());
     }
     Err(Error::new(
         Kind::Limit,
         Errno::NOMEM,
         format!(
-            "the range has so many pieces that it takes {needed} memory mappings; with the \
+            "the range has so many pieces that it takes {more} memory mappings more; with the \
              {present} there are, that is more than vm.max_map_count allows ({limit})"
         ),
         format!(
             "sysctl vm.max_map_count={}, or make the range stable first (mapdirect prepare)",
-            needed + present + 2 + limit / 8
+            more + present + 2 + limit / 8
         ),
     ))
 }
 
-/// Puts the file itself in the place of frozen memory: `added`, which `plan`
-/// takes for stable, in a range that is mapped from `place` on. What was put
-/// there before it fails stays, and is as good as the rest.
+/// Puts the file itself in the place of frozen memory: `added`, in a range
+/// that is mapped from `place` on. Where that fails, the memory raises SIGBUS
+/// from then on: it is not true any more. Returns how many of them are there.
 ///
 /// # Safety
 ///
@@ -338,13 +341,18 @@ fn check_count(needed: usize) -> Result<(), Error> {
 pub(crate) unsafe fn replace(
     place: &Place,
     arguments: Arguments<'_>,
-    plan: &Plan,
     added: &[Segment],
-) -> Result<(), Error> {
-    check_count(plan.mappings())?;
-    for segment in added {
+) -> (usize, Result<(), Error>) {
+    for (at, segment) in added.iter().enumerate() {
         // SAFETY: the caller's promise.
-        unsafe { map_part(place, arguments, &segment.range) }.map_err(failed)?;
+        let mapped = unsafe { map_part(place, arguments, &segment.range) };
+        if let Err(errno) = mapped {
+            for segment in &added[at..] {
+                // SAFETY: as above.
+                unsafe { frozen::let_fault(&place.of(&segment.range)) };
+            }
+            return (at, Err(failed(errno)));
+        }
     }
-    Ok(())
+    (added.len(), Ok(()))
 }
