@@ -19,23 +19,69 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
 
 /// Builds the `mapdirect` command and says where it is.
 pub(crate) fn mapdirect() -> Result<PathBuf> {
-    let output = cargo(&[
-        "build",
-        // Both, so that what they share is built once, with one set of
-        // features.
-        "--package=xtask",
-        "--package=mapdirect-cli",
+    executable(
+        "mapdirect",
+        &mut cargo(&[
+            "build",
+            // Both, so that what they share is built once, with one set of
+            // features.
+            "--package=xtask",
+            "--package=mapdirect-cli",
+            "--message-format=json-render-diagnostics",
+        ]),
+    )
+}
+
+/// Builds the first process of virtual machines and says where it is.
+pub(crate) fn init() -> Result<PathBuf> {
+    let mut cargo = cargo(&[
+        "rustc",
+        "--quiet",
+        "--package=xtask-init",
+        "--bin=init",
+        "--release",
         "--message-format=json-render-diagnostics",
-    ])
-    .stdin(Stdio::null())
-    .stderr(Stdio::inherit())
-    .output()
-    .context("cannot run cargo")?;
+    ]);
+    // A target directory of its own: cargo does not keep what is built with
+    // these options apart from what is built without.
+    cargo.arg("--target-dir").arg(target()?.join("vm/init"));
+    // Where it runs there is nothing but itself.
+    cargo.args([
+        "--",
+        "-C",
+        "target-feature=+crt-static",
+        "-C",
+        "strip=symbols",
+    ]);
+    executable("init", &mut cargo)
+}
+
+/// Runs a build and says where it put an executable.
+fn executable(name: &str, cargo: &mut Command) -> Result<PathBuf> {
+    let output = cargo
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
     ensure!(output.status.success(), "the build failed");
     String::from_utf8_lossy(&output.stdout)
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == "mapdirect")
+        .filter(|message| message["target"]["name"] == name)
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo did not say where it put the mapdirect command")
+        .with_context(|| format!("cargo did not say where it put {name}"))
+}
+
+/// Where cargo puts what it builds.
+pub(crate) fn target() -> Result<PathBuf> {
+    let output = cargo(&["metadata", "--no-deps", "--offline", "--format-version=1"])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    let metadata: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    metadata["target_directory"]
+        .as_str()
+        .map(PathBuf::from)
+        .context("cargo did not say where it puts what it builds")
 }

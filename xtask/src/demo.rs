@@ -338,7 +338,7 @@ impl Interruption {
 /// Shows it.
 pub(crate) fn run() -> Result<ExitCode> {
     packages::require_root()?;
-    packages::install_missing()?;
+    packages::install_missing(&packages::FOR_TESTS)?;
     let binary = build::mapdirect()?;
     let interruption = Interruption::notice()?;
     disk::remove_stale();

@@ -9,6 +9,7 @@ mod man;
 mod packages;
 mod table;
 mod test;
+mod vm;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -29,6 +30,8 @@ enum Task {
     Test(test::TestArgs),
     /// Run the random attack for longer than `test` does: needs root
     Soak(test::SoakArgs),
+    /// Run a command on another kernel, in a virtual machine
+    Vm(Box<vm::VmArgs>),
     /// Write the manual pages from the command line's own description
     Man,
 }
@@ -41,6 +44,7 @@ fn main() -> ExitCode {
         Task::Demo => demo::run(),
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => test::soak(&args),
+        Task::Vm(args) => vm::run(&args),
         Task::Man => man::write(),
     };
     result.unwrap_or_else(|error| {

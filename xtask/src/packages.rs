@@ -1,10 +1,13 @@
-//! Installing what tests and demo need and the machine lacks.
+//! Installing what tasks need and the machine lacks.
 
 use anyhow::{Context, Result, ensure};
 use std::process::{Command, Stdio};
 
 /// A command, and the Debian package that brings it.
-const NEEDED: [(&str, &str); 11] = [
+pub(crate) type Needed = (&'static str, &'static str);
+
+/// What tests and demo need.
+pub(crate) const FOR_TESTS: [Needed; 11] = [
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),
@@ -18,9 +21,20 @@ const NEEDED: [(&str, &str); 11] = [
     ("script", "bsdutils"),
 ];
 
+/// What virtual machines need.
+pub(crate) const FOR_MACHINES: [Needed; 6] = [
+    ("qemu-system-x86_64", "qemu-system-x86"),
+    // Also in the machine, where the kernel calls modprobe.
+    ("depmod", "kmod"),
+    ("dpkg-deb", "dpkg"),
+    ("setpriv", "util-linux"),
+    ("xz", "xz-utils"),
+    ("zstd", "zstd"),
+];
+
 /// Installs the packages of the commands that are missing.
-pub(crate) fn install_missing() -> Result<()> {
-    let missing: Vec<_> = NEEDED
+pub(crate) fn install_missing(needed: &[Needed]) -> Result<()> {
+    let missing: Vec<_> = needed
         .iter()
         .filter(|(command, _)| !exists(command))
         .collect();

@@ -1,6 +1,6 @@
 //! Every test but the soak, tier by tier, and what ran at the end.
 
-use crate::{build, man, packages};
+use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use mapdirect_testkit::disk;
@@ -49,7 +49,7 @@ struct Ran {
 /// Runs them.
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::require_root()?;
-    packages::install_missing()?;
+    packages::install_missing(&packages::FOR_TESTS)?;
     disk::remove_stale();
     let mut ran = Vec::new();
     if args.filter.is_none() {
@@ -94,6 +94,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     native.args(&args.filter);
     ran.push(tests("native: XFS and ext4 on loop devices", native)?);
     if args.filter.is_none() {
+        ran.push(machines()?);
         ran.push(demo()?);
     }
     disk::remove_stale();
@@ -103,7 +104,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
 /// The random attack, for longer.
 pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
     packages::require_root()?;
-    packages::install_missing()?;
+    packages::install_missing(&packages::FOR_TESTS)?;
     disk::remove_stale();
     let mut random = build::cargo(&[
         "test",
@@ -174,6 +175,31 @@ fn manual_pages() -> Ran {
             .into_iter()
             .collect(),
     }
+}
+
+/// What tests on other kernels stand on.
+fn machines() -> Result<Ran> {
+    let name = "virtual machines";
+    let started = stage(name);
+    let checked = vm::self_test(vm::Scope::Newest)?;
+    let failed: Vec<_> = checked
+        .iter()
+        .filter_map(|one| Some((&one.name, one.result.as_ref().err()?)))
+        .collect();
+    Ok(Ran {
+        name,
+        ok: failed.is_empty(),
+        counts: Some(Counts {
+            passed: (checked.len() - failed.len()) as u64,
+            failed: failed.len() as u64,
+            ignored: 0,
+        }),
+        took: started.elapsed(),
+        notes: failed
+            .iter()
+            .map(|(name, error)| format!("{name}: {error}"))
+            .collect(),
+    })
 }
 
 /// The demo fails when anything is not as it says.
@@ -287,7 +313,10 @@ fn report(ran: &[Ran]) -> ExitCode {
             println!("          {note}");
         }
     }
-    println!("not run by this: the soak (cargo xtask soak), benchmarks (cargo bench)");
+    println!(
+        "not run by this: the soak (cargo xtask soak), benchmarks (cargo bench), \
+         virtual machines with older kernels (cargo xtask vm --check)"
+    );
     let failed = ran.iter().filter(|stage| !stage.ok).count();
     if failed == 0 {
         println!("all is well");

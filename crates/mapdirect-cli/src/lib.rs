@@ -7,7 +7,7 @@ mod draw;
 mod exit;
 mod json;
 mod output;
-mod size;
+pub mod size;
 mod verbs;
 
 pub use exit::Exit;

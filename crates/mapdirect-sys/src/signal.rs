@@ -21,6 +21,8 @@ impl Signal {
     pub const HANGUP: i32 = libc::SIGHUP;
     /// `SIGCHLD`.
     pub const CHILD: i32 = libc::SIGCHLD;
+    /// `SIGPIPE`.
+    pub const PIPE: i32 = libc::SIGPIPE;
     /// `SIGBUS`.
     pub const BUS: i32 = libc::SIGBUS;
     /// `SIGKILL`.

@@ -146,7 +146,8 @@ pub struct Disk {
 
 /// Where images lie: in memory where there is plenty, since a loop device
 /// turns every flush into an fsync of its image.
-fn place() -> PathBuf {
+#[must_use]
+pub fn place() -> PathBuf {
     const ENOUGH: u64 = 8 << 30;
     let memory = Path::new("/dev/shm");
     let free = rustix::fs::statvfs(memory).map_or(0, |stat| stat.f_bavail * stat.f_frsize);

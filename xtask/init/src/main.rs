@@ -1,0 +1,62 @@
+//! The first process of a virtual machine: gives it the root of the machine
+//! outside, its kernel modules and its NVDIMM, and runs programs as the task
+//! outside tells it.
+
+#![forbid(unsafe_code)]
+
+mod filesystems;
+mod modules;
+mod nvdimm;
+mod port;
+mod serve;
+
+use anyhow::{Context, Result};
+use mapdirect_sys::signal::{Signal, SignalFd};
+use port::Port;
+use rustix::system::RebootCommand;
+use std::path::Path;
+use xtask_init::wire::Message;
+
+fn main() {
+    if std::process::id() != 1 {
+        eprintln!("init: this is the first process of a virtual machine, see cargo xtask vm");
+        std::process::exit(2);
+    }
+    if let Err(error) = live() {
+        // To the console, which the task outside shows.
+        eprintln!("init: {error:#}");
+    }
+    // An end of this process would be a panic of the kernel, and say less.
+    let _ = rustix::system::reboot(RebootCommand::PowerOff);
+}
+
+fn live() -> Result<()> {
+    // Before any program is started: they are unblocked there.
+    let children = SignalFd::block(&[Signal::CHILD]).context("cannot block signals")?;
+    filesystems::mount_own().context("cannot mount what the kernel itself offers")?;
+    modules::load(Path::new(xtask_init::MODULES))?;
+    let mut port = Port::open()?;
+    // From here on the task can be told.
+    if let Err(error) = get_ready() {
+        port.send(&Message::Failed(format!("{error:#}")))?;
+        return Err(error);
+    }
+    port.send(&Message::Ready)?;
+    serve::serve(&mut port, &children)
+}
+
+fn get_ready() -> Result<()> {
+    let has_nvdimm = Path::new(xtask_init::HAS_NVDIMM).exists();
+    let modules_outside = std::fs::read_to_string(xtask_init::MODULES_OUTSIDE)
+        .context("the initramfs does not say where the modules are")?;
+    if has_nvdimm {
+        // They come from the initramfs, which is out of sight below.
+        modules::load(Path::new(xtask_init::NVDIMM_MODULES))?;
+    }
+    filesystems::change_root().context("cannot mount the root of the machine outside")?;
+    modules::show(Path::new(&modules_outside)).context("cannot show the kernel's modules")?;
+    if has_nvdimm {
+        nvdimm::prepare().context("cannot make the NVDIMM a disk")?;
+    }
+    Ok(())
+}

@@ -1,0 +1,221 @@
+//! Any command of this machine on another kernel, in a virtual machine.
+//!
+//! The machine sees the files of this one; what it writes stays in its
+//! memory. Kernels are Debian's own.
+
+mod check;
+mod cpio;
+mod debian;
+mod kernel;
+mod machine;
+mod modules;
+mod version;
+mod vmlinux;
+
+pub(crate) use check::{Scope, self_test};
+
+use crate::{build, packages};
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use kernel::{Cache, Kernel, Wanted};
+use machine::{Boot, End, Failure, NVDIMM_UNIT, Nvdimm, RunDirectory};
+use mapdirect_cli::size::parse_size;
+use mapdirect_sys::signal::{Signal, SignalFd};
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use xtask_init::wire::Program;
+
+/// Exit statuses that are not the command's.
+const CRASHED: u8 = 123;
+const TOO_LONG: u8 = 124;
+const NO_MACHINE: u8 = 125;
+
+/// Arguments of `vm`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The command runs as root in the current directory, with this environment and no input. Every file of \
+this machine is there; what is written to them stays in the memory of the virtual one.
+
+Its exit status is returned, 128 and the signal if one ended it. 123: the virtual machine crashed. \
+124: the time limit. 125: there is no machine to be had. 126 and 127: the command cannot be run.")]
+pub(crate) struct VmArgs {
+    /// A series of Debian's kernels, such as 6.1, 6.12 or 7.3; a package with a kernel; or a
+    /// directory like an unpacked one
+    #[arg(long, value_name = "SERIES|PATH", default_value = "7.3")]
+    kernel: Wanted,
+    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    nvdimm: Option<u64>,
+    /// Keep what the NVDIMM holds in this file
+    #[arg(long, value_name = "FILE", requires = "nvdimm")]
+    nvdimm_file: Option<PathBuf>,
+    /// Memory
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
+    memory: u64,
+    /// Processors
+    #[arg(long, value_name = "NUMBER", default_value = "2")]
+    processors: u32,
+    /// More words for the kernel's command line
+    #[arg(
+        long,
+        value_name = "WORDS",
+        default_value = "",
+        hide_default_value = true
+    )]
+    parameters: String,
+    /// How long the machine may run
+    #[arg(long, value_name = "SECONDS", default_value = "600")]
+    time_limit: u64,
+    /// Show what the kernel says, and how long it took to boot
+    #[arg(long, short)]
+    verbose: bool,
+    /// Fetch the newest kernel of the series and boot nothing; otherwise what was fetched once is
+    /// used, without a look at the mirror
+    #[arg(long, conflicts_with_all = ["check", "command"])]
+    fetch: bool,
+    /// Check the virtual machines themselves, on three kernels
+    #[arg(long, conflicts_with_all = ["fetch", "command"])]
+    check: bool,
+    /// What to run
+    #[arg(last = true, value_name = "COMMAND", required_unless_present_any = ["fetch", "check"])]
+    command: Vec<OsString>,
+}
+
+/// Runs a command on another kernel.
+pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
+    if args.check {
+        return check::run();
+    }
+    if args.fetch {
+        println!("{}", fetch(&args.kernel)?.release());
+        return Ok(ExitCode::SUCCESS);
+    }
+    let status = run_command(args).unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        match end_of(&error) {
+            Some(End::Crashed) => CRASHED,
+            Some(End::TooLong) => TOO_LONG,
+            Some(End::Interrupted) | None => NO_MACHINE,
+        }
+    });
+    Ok(ExitCode::from(status))
+}
+
+/// How the machine ended whose failure this is.
+fn end_of(error: &anyhow::Error) -> Option<End> {
+    error.downcast_ref().map(|failure: &Failure| failure.end)
+}
+
+/// Fetches the newest kernel there is.
+pub(crate) fn fetch(wanted: &Wanted) -> Result<Kernel> {
+    prepare()?;
+    match wanted {
+        Wanted::Series(series) => cache()?.fetch(series),
+        Wanted::Path(_) => cache()?.get(wanted),
+    }
+}
+
+/// What every machine needs of this one.
+fn prepare() -> Result<()> {
+    ensure!(
+        cfg!(target_arch = "x86_64"),
+        "the virtual machines run programs of this machine, and are x86_64: run this on x86_64"
+    );
+    packages::install_missing(&packages::FOR_MACHINES)?;
+    machine::remove_stale();
+    Ok(())
+}
+
+fn cache() -> Result<Cache> {
+    Ok(Cache::new(build::target()?.join("vm")))
+}
+
+/// Boots, runs the command, and returns the exit status of this process.
+fn run_command(args: &VmArgs) -> Result<u8> {
+    prepare()?;
+    let init = build::init()?;
+    let kernel = cache()?.get(&args.kernel)?;
+    let program = Program {
+        directory: std::env::current_dir().context("there is no current directory")?,
+        words: args.command.clone(),
+        environment: environment(),
+    };
+    // From here on there is something to clean up.
+    let signals = SignalFd::block(&[Signal::INTERRUPT, Signal::TERMINATE, Signal::HANGUP])?;
+    let signals = Arc::new(signals);
+    let mut boot = Boot::new(kernel, init)
+        .memory(args.memory)
+        .processors(args.processors)
+        .parameters(&args.parameters)
+        .time_limit(Duration::from_secs(args.time_limit))
+        .console_shown(args.verbose)
+        .interruption(Arc::clone(&signals));
+    let scratch;
+    if let Some(size) = args.nvdimm {
+        let file = match &args.nvdimm_file {
+            Some(file) => file.clone(),
+            None => {
+                scratch = RunDirectory::new()?;
+                scratch.path().join("nvdimm")
+            }
+        };
+        let size = size.next_multiple_of(NVDIMM_UNIT);
+        boot = boot.nvdimm(Nvdimm { file, size });
+    }
+    match boot_and_run(&boot, &program, args) {
+        Err(error) if end_of(&error) == Some(End::Interrupted) => {
+            eprintln!("xtask: {error:#}");
+            Ok(ended_by(signals.wait()?.number))
+        }
+        // As programs end that do not ignore it.
+        Err(error) if is_broken_pipe(&error) => Ok(ended_by(Signal::PIPE)),
+        result => result,
+    }
+}
+
+fn boot_and_run(boot: &Boot, program: &Program, args: &VmArgs) -> Result<u8> {
+    let mut machine = boot.start()?;
+    if args.verbose {
+        let seconds = machine.booted_in().as_secs_f64();
+        eprintln!("xtask: booted in {seconds:.1} s");
+    }
+    let status = machine.run(program, std::io::stdout(), std::io::stderr())?;
+    if args.nvdimm_file.is_some() {
+        machine.switch_off()?;
+    }
+    Ok(status)
+}
+
+/// What the exit status of a shell would be after a signal.
+fn ended_by(signal: i32) -> u8 {
+    u8::try_from(128 + signal).unwrap_or(u8::MAX)
+}
+
+/// Whether nobody reads what the command prints any more.
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    error
+        .downcast_ref()
+        .is_some_and(|error: &std::io::Error| error.kind() == std::io::ErrorKind::BrokenPipe)
+}
+
+/// The environment of this process, with a path that finds what root runs.
+fn environment() -> Vec<(OsString, OsString)> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let root: Vec<PathBuf> = ["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/bin", "/bin"]
+        .map(PathBuf::from)
+        .into();
+    let mut directories: Vec<_> = std::env::split_paths(&path).collect();
+    for directory in root {
+        if !directories.contains(&directory) {
+            directories.push(directory);
+        }
+    }
+    let path = std::env::join_paths(directories).unwrap_or(path);
+    std::env::vars_os()
+        .filter(|(name, _)| name != "PATH")
+        .chain([("PATH".into(), path)])
+        .collect()
+}

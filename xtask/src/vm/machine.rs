@@ -1,0 +1,812 @@
+//! A virtual machine: booted, told what to run, switched off or cut off from
+//! power.
+
+use super::cpio;
+use super::kernel::Kernel;
+use anyhow::{Context, Result, bail, ensure};
+use mapdirect_sys::signal::{SignalFd, unblocked_in_child};
+use mapdirect_testkit::disk;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::Mode;
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::ffi::OsString;
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use xtask_init::wire::{Decoder, Message, Program};
+
+/// A machine that is not ready by then never will be, even emulated on a busy
+/// processor.
+const BOOTS: Duration = Duration::from_secs(240);
+/// Ending every program and unmounting every disk.
+const FINISHES: Duration = Duration::from_secs(60);
+/// How often a console that is watched is looked at.
+const LOOKS: Duration = Duration::from_millis(200);
+/// Lines of the console that say what went wrong.
+const LINES: usize = 40;
+/// What the first of them has in it when a kernel crashes.
+const CRASHES: [&str; 5] = [
+    "BUG: ",
+    "Oops: ",
+    "kernel BUG at ",
+    "general protection fault",
+    "Kernel panic - not syncing: ",
+];
+
+/// An NVDIMM: a file that is the machine's memory, whose content outlives the
+/// machine.
+#[derive(Clone, Debug)]
+pub(crate) struct Nvdimm {
+    /// The file; made if it is not there.
+    pub(crate) file: PathBuf,
+    /// Bytes; a file that is there must be of this size.
+    pub(crate) size: u64,
+}
+
+/// What the kernel takes of an NVDIMM at once.
+pub(crate) const NVDIMM_UNIT: u64 = 2 << 20;
+
+/// A machine as it will be booted.
+#[derive(Clone, Debug)]
+pub(crate) struct Boot {
+    kernel: Kernel,
+    init: PathBuf,
+    memory: u64,
+    processors: u32,
+    nvdimm: Option<Nvdimm>,
+    parameters: String,
+    time_limit: Duration,
+    interruption: Option<Arc<SignalFd>>,
+    console_shown: bool,
+}
+
+impl Boot {
+    /// One with this kernel, and `init` as its first process.
+    pub(crate) fn new(kernel: Kernel, init: PathBuf) -> Self {
+        Self {
+            kernel,
+            init,
+            memory: 2 << 30,
+            processors: 2,
+            nvdimm: None,
+            parameters: String::new(),
+            time_limit: Duration::from_secs(600),
+            interruption: None,
+            console_shown: false,
+        }
+    }
+
+    /// With so many bytes of memory.
+    pub(crate) fn memory(mut self, bytes: u64) -> Self {
+        self.memory = bytes;
+        self
+    }
+
+    /// With so many processors.
+    pub(crate) fn processors(mut self, processors: u32) -> Self {
+        self.processors = processors;
+        self
+    }
+
+    /// With an NVDIMM, `/dev/pmem0` in the machine.
+    pub(crate) fn nvdimm(mut self, nvdimm: Nvdimm) -> Self {
+        self.nvdimm = Some(nvdimm);
+        self
+    }
+
+    /// With more on the kernel's command line.
+    pub(crate) fn parameters(mut self, words: &str) -> Self {
+        words.clone_into(&mut self.parameters);
+        self
+    }
+
+    /// With so much time for everything, from the start on.
+    pub(crate) fn time_limit(mut self, limit: Duration) -> Self {
+        self.time_limit = limit;
+        self
+    }
+
+    /// Whoever waits for the machine stops when one of these signals is
+    /// there.
+    pub(crate) fn interruption(mut self, signals: Arc<SignalFd>) -> Self {
+        self.interruption = Some(signals);
+        self
+    }
+
+    /// With everything the kernel says shown on standard error.
+    pub(crate) fn console_shown(mut self, shown: bool) -> Self {
+        self.console_shown = shown;
+        self
+    }
+
+    /// Boots it and waits until programs can run.
+    pub(crate) fn start(&self) -> Result<Machine> {
+        let started = Instant::now();
+        let directory = RunDirectory::new()?;
+        let initramfs = directory.path().join("initramfs");
+        self.write_initramfs(&initramfs)
+            .with_context(|| format!("cannot write {}", initramfs.display()))?;
+        if let Some(nvdimm) = &self.nvdimm {
+            nvdimm.make()?;
+        }
+        let listener = UnixListener::bind(directory.path().join("port"))?;
+        let qemu = Qemu::start(self.command(directory.path())?)?;
+        let mut machine = Machine {
+            qemu,
+            port: None,
+            decoder: Decoder::default(),
+            interruption: self.interruption.clone(),
+            console_shown: self.console_shown.then_some(0),
+            started,
+            deadline: started + self.time_limit.min(BOOTS),
+            booted_in: Duration::ZERO,
+            directory,
+        };
+        machine.accept(&listener)?;
+        match machine.receive()? {
+            Message::Ready => {}
+            Message::Failed(why) => {
+                return Err(machine.failure(End::Crashed, &format!("it cannot get ready: {why}")));
+            }
+            other => bail!("the machine sent {other:?} before it was ready"),
+        }
+        machine.booted_in = started.elapsed();
+        machine.deadline = started + self.time_limit;
+        Ok(machine)
+    }
+
+    /// The kernel's own part, and one with what is different each time.
+    fn write_initramfs(&self, path: &Path) -> Result<()> {
+        let mut archive = cpio::Archive::default();
+        for directory in ["/dev", "/proc", "/sys", "/outside", "/written", "/root"] {
+            archive.directory(directory);
+        }
+        archive.device("/dev/console", 0o600, (5, 1));
+        archive.file("/init", 0o755, &fs::read(&self.init)?);
+        let modules = self.kernel.modules().as_os_str().as_bytes();
+        archive.file(xtask_init::MODULES_OUTSIDE, 0o644, modules);
+        if self.nvdimm.is_some() {
+            archive.file(xtask_init::HAS_NVDIMM, 0o644, &[]);
+        }
+        let mut file = File::create(path)?;
+        file.write_all(&archive.finish())?;
+        std::io::copy(&mut File::open(self.kernel.initramfs())?, &mut file)?;
+        Ok(())
+    }
+
+    fn command(&self, directory: &Path) -> Result<Command> {
+        // QEMU goes with this process, however that ends.
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
+        // A kernel that panics reboots, and that is the end.
+        command.arg("-no-reboot");
+        command.args(accelerator()?);
+        let mut memory = format!("{}M", self.memory >> 20);
+        let mut machine = String::from("pc,usb=off,vmport=off");
+        if let Some(nvdimm) = &self.nvdimm {
+            memory.push_str(&format!(
+                ",slots=1,maxmem={}M",
+                // The NVDIMM lies behind the memory at a multiple of 1 GiB.
+                (self.memory + nvdimm.size + (2 << 30)) >> 20
+            ));
+            machine.push_str(",nvdimm=on");
+            let file = fs::canonicalize(&nvdimm.file)?;
+            command.arg("-object").arg(with_path(
+                &format!(
+                    "memory-backend-file,id=nvdimm,share=on,size={},mem-path=",
+                    nvdimm.size
+                ),
+                &file,
+            ));
+            command.args(["-device", "nvdimm,memdev=nvdimm"]);
+        }
+        command.args(["-machine", &machine, "-m", &memory]);
+        command.args(["-smp", &self.processors.to_string()]);
+        command.arg("-kernel").arg(self.kernel.image());
+        command.arg("-initrd").arg(directory.join("initramfs"));
+        command.arg("-append").arg(self.kernel_parameters());
+        command
+            .arg("-serial")
+            .arg(with_path("file:", &directory.join("console")));
+        command
+            .arg("-chardev")
+            .arg(with_path("socket,id=port,path=", &directory.join("port")));
+        command.args(["-device", "virtio-serial-pci"]);
+        let port = format!("virtserialport,chardev=port,name={}", xtask_init::PORT);
+        command.args(["-device", &port]);
+        command.args([
+            "-fsdev",
+            "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap",
+        ]);
+        let root = format!(
+            "virtio-9p-pci,fsdev=root,mount_tag={}",
+            xtask_init::ROOT_TAG
+        );
+        command.args(["-device", &root]);
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(directory.join("qemu"))?)
+            // Ctrl-C on the terminal is for this process to deal with.
+            .process_group(0);
+        unblocked_in_child(&mut command);
+        Ok(command)
+    }
+
+    fn kernel_parameters(&self) -> String {
+        let mut words = vec![
+            "console=ttyS0",
+            "panic=-1",
+            // What went wrong is to be seen, not to be lived with.
+            "oops=panic",
+            // It costs an emulated processor much, and protects nobody here.
+            "mitigations=off",
+            "random.trust_cpu=on",
+        ];
+        if !has_kvm() {
+            // Its clock needs no trial.
+            words.extend(["tsc=reliable", "no_timer_check"]);
+        }
+        words.push(&self.parameters);
+        words.join(" ").trim_end().to_owned()
+    }
+}
+
+impl Nvdimm {
+    fn make(&self) -> Result<()> {
+        let path = self.file.display();
+        ensure!(
+            self.size > 0 && self.size.is_multiple_of(NVDIMM_UNIT),
+            "an NVDIMM is a multiple of {} MiB",
+            NVDIMM_UNIT >> 20
+        );
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&self.file)
+            .with_context(|| format!("cannot open {path}"))?;
+        let size = file.metadata()?.len();
+        if size == 0 {
+            file.set_len(self.size)?;
+        } else {
+            ensure!(
+                size == self.size,
+                "{path} has {size} bytes, and the NVDIMM is to have {}",
+                self.size
+            );
+        }
+        Ok(())
+    }
+}
+
+/// An option of QEMU's that ends in a path, where a comma would end it.
+fn with_path(option: &str, path: &Path) -> OsString {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = option.as_bytes().to_vec();
+    for byte in path.as_os_str().as_bytes() {
+        bytes.push(*byte);
+        if *byte == b',' {
+            bytes.push(b',');
+        }
+    }
+    OsString::from_vec(bytes)
+}
+
+/// How the machine's processors run.
+fn accelerator() -> Result<[&'static str; 4]> {
+    if has_kvm() {
+        return Ok(["-accel", "kvm", "-cpu", "host"]);
+    }
+    let mut qemu = Command::new("qemu-system-x86_64");
+    let output = qemu
+        .arg("--version")
+        .stdin(Stdio::null())
+        .output()
+        .context("cannot run qemu-system-x86_64")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = parse_version(&text).with_context(|| format!("QEMU has no version: {text}"))?;
+    // Before 8.1 an emulated processor could go on with instructions that
+    // another one had just overwritten. Linux overwrites its own all the
+    // time, for tracepoints, BPF and static keys, and crashes then. Where all
+    // processors take turns in one thread that does not happen.
+    Ok(if version >= (8, 1) {
+        ["-accel", "tcg,thread=multi", "-cpu", "max"]
+    } else {
+        ["-accel", "tcg,thread=single", "-cpu", "max"]
+    })
+}
+
+/// Reads a text such as `QEMU emulator version 7.2.22 (Debian ...)`.
+fn parse_version(text: &str) -> Option<(u32, u32)> {
+    let (_, version) = text.split_once(" version ")?;
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+/// Whether the processor itself can run machines. A device alone is not
+/// enough: some kernels offer one for guests that are made for it.
+fn has_kvm() -> bool {
+    let virtualizes = fs::read_to_string("/proc/cpuinfo").is_ok_and(|text| {
+        text.lines()
+            .find(|line| line.starts_with("flags"))
+            .is_some_and(|flags| flags.split(' ').any(|flag| flag == "vmx" || flag == "svm"))
+    });
+    virtualizes
+        && File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok()
+}
+
+/// How a machine ended that should not have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Its kernel panicked, or it went off by itself.
+    Crashed,
+    /// It took too long.
+    TooLong,
+    /// A signal came that was waited for.
+    Interrupted,
+}
+
+/// A machine that ended so, and what there is to say about it.
+#[derive(Debug)]
+pub(crate) struct Failure {
+    pub(crate) end: End,
+    text: String,
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// A machine that runs; killed when dropped, as by [`cut_power`].
+///
+/// [`cut_power`]: Machine::cut_power
+#[derive(Debug)]
+pub(crate) struct Machine {
+    qemu: Qemu,
+    /// There once QEMU has come to us.
+    port: Option<UnixStream>,
+    decoder: Decoder,
+    interruption: Option<Arc<SignalFd>>,
+    /// If it is shown, how much of it has been.
+    console_shown: Option<u64>,
+    started: Instant,
+    deadline: Instant,
+    /// Zero before it is ready.
+    booted_in: Duration,
+    /// After all that uses it.
+    directory: RunDirectory,
+}
+
+impl Machine {
+    /// From nothing to ready.
+    pub(crate) fn booted_in(&self) -> Duration {
+        self.booted_in
+    }
+
+    /// Starts a program, beside those that run already.
+    pub(crate) fn begin(&mut self, program: &Program) -> Result<()> {
+        self.send(&Message::Run(program.clone()))
+    }
+
+    /// Waits for what comes next, for a while: [`Out`], [`Err`], [`Exited`] or
+    /// [`NotStarted`].
+    ///
+    /// [`Out`]: Message::Out
+    /// [`Err`]: Message::Err
+    /// [`Exited`]: Message::Exited
+    /// [`NotStarted`]: Message::NotStarted
+    pub(crate) fn next(&mut self, within: Duration) -> Result<Option<Message>> {
+        self.receive_until(Instant::now() + within)
+    }
+
+    /// Runs a program to its end, passes on what it writes and returns its
+    /// exit status: 128 and the signal if one ended it, 127 or 126 if it
+    /// cannot be started, as a shell has it.
+    pub(crate) fn run(
+        &mut self,
+        program: &Program,
+        mut out: impl Write,
+        mut err: impl Write,
+    ) -> Result<u8> {
+        self.begin(program)?;
+        loop {
+            match self.receive()? {
+                Message::Out(bytes) => {
+                    out.write_all(&bytes)?;
+                    out.flush()?;
+                }
+                Message::Err(bytes) => {
+                    err.write_all(&bytes)?;
+                    err.flush()?;
+                }
+                Message::Exited(status) => return Ok(status),
+                Message::NotStarted(errno) => {
+                    let errno = Errno::from_raw_os_error(errno);
+                    writeln!(
+                        err,
+                        "xtask: cannot run {} in {}: {errno}",
+                        program.words.first().cloned().unwrap_or_default().display(),
+                        program.directory.display()
+                    )?;
+                    return Ok(if errno == Errno::NOENT { 127 } else { 126 });
+                }
+                other => bail!("the machine sent {other:?} while a program ran"),
+            }
+        }
+    }
+
+    /// Ends it as a power cut would: at once, whatever it is doing. What it
+    /// has stored to its NVDIMM is in the NVDIMM's file, also what it has not
+    /// flushed: the caches of a processor are not emulated.
+    pub(crate) fn cut_power(mut self) -> Result<()> {
+        self.qemu.kill()
+    }
+
+    /// Ends its programs, unmounts its disks and switches it off.
+    pub(crate) fn switch_off(mut self) -> Result<()> {
+        self.send(&Message::Finish)?;
+        self.deadline = Instant::now() + FINISHES;
+        loop {
+            match self.receive()? {
+                Message::Finished => break,
+                // The last words of what still ran.
+                Message::Out(_) | Message::Err(_) | Message::Exited(_) => {}
+                other => bail!("the machine sent {other:?} while it finished"),
+            }
+        }
+        self.qemu.kill()
+    }
+
+    /// What its kernel said so far.
+    pub(crate) fn console(&self) -> String {
+        let text = fs::read(self.directory.path().join("console")).unwrap_or_default();
+        String::from_utf8_lossy(&text).replace('\r', "")
+    }
+
+    /// Waits for QEMU to come to us.
+    fn accept(&mut self, listener: &UnixListener) -> Result<()> {
+        listener.set_nonblocking(true)?;
+        loop {
+            match listener.accept() {
+                Ok((port, _)) => {
+                    port.set_nonblocking(false)?;
+                    self.port = Some(port);
+                    return Ok(());
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+            self.wait(listener, self.deadline)?;
+        }
+    }
+
+    fn send(&mut self, message: &Message) -> Result<()> {
+        let port = self.port.as_mut().context("the machine has no port")?;
+        if port.write_all(&message.encode()).is_err() {
+            return Err(self.crashed());
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self) -> Result<Message> {
+        let received = self.receive_until(self.deadline)?;
+        // It is an error when the deadline passes.
+        received.context("the machine said nothing")
+    }
+
+    fn receive_until(&mut self, until: Instant) -> Result<Option<Message>> {
+        loop {
+            if let Some(message) = self.decoder.take()? {
+                return Ok(Some(message));
+            }
+            let port = self.port.as_ref().context("the machine has no port")?;
+            let mut port = port.try_clone()?;
+            if !self.wait(&port, until)? {
+                return Ok(None);
+            }
+            let mut piece = vec![0; 64 << 10];
+            match port.read(&mut piece) {
+                Ok(0) => return Err(self.crashed()),
+                Ok(length) => self.decoder.push(&piece[..length]),
+                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(_) => return Err(self.crashed()),
+            }
+        }
+    }
+
+    /// Waits until there is something to be had from a descriptor; says
+    /// whether there is.
+    fn wait(&mut self, fd: &impl AsFd, until: Instant) -> Result<bool> {
+        loop {
+            self.show_console();
+            let now = Instant::now();
+            if now >= self.deadline {
+                return Err(self.too_long());
+            }
+            if now >= until {
+                return Ok(false);
+            }
+            let mut pause = until.min(self.deadline) - now;
+            if self.console_shown.is_some() {
+                pause = pause.min(LOOKS);
+            }
+            let pause = Timespec::try_from(pause)?;
+            let mut fds = vec![
+                PollFd::new(fd, PollFlags::IN),
+                PollFd::new(&self.qemu.process, PollFlags::IN),
+            ];
+            if let Some(signals) = &self.interruption {
+                fds.push(PollFd::new(&**signals, PollFlags::IN));
+            }
+            match poll(&mut fds, Some(&pause)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+            let happened: Vec<_> = fds.iter().map(|fd| !fd.revents().is_empty()).collect();
+            if happened.get(2).copied().unwrap_or(false) {
+                return Err(self.failure(End::Interrupted, ""));
+            }
+            // What it had to say comes first.
+            if happened[0] {
+                return Ok(true);
+            }
+            if happened[1] {
+                return Err(self.crashed());
+            }
+        }
+    }
+
+    /// Shows what is new on the console.
+    fn show_console(&mut self) {
+        let Some(shown) = self.console_shown else {
+            return;
+        };
+        let mut new = Vec::new();
+        if let Ok(mut console) = File::open(self.directory.path().join("console")) {
+            let _ = std::io::Seek::seek(&mut console, std::io::SeekFrom::Start(shown));
+            let _ = console.read_to_end(&mut new);
+        }
+        let _ = std::io::stderr().write_all(&new);
+        self.console_shown = Some(shown + new.len() as u64);
+    }
+
+    /// It went off by itself: says why.
+    fn crashed(&mut self) -> anyhow::Error {
+        let status = self.qemu.wait();
+        let console = self.console();
+        // An oops ends in a panic here.
+        let panic = console
+            .lines()
+            .find_map(|line| line.split_once("Kernel panic - not syncing: "));
+        let text = match (panic, status) {
+            (Some((_, why)), _) => format!("its kernel panicked: {why}"),
+            (None, Ok(status)) if status.success() => String::from("it went off by itself"),
+            (None, Ok(status)) => {
+                let complaint = fs::read(self.directory.path().join("qemu")).unwrap_or_default();
+                let complaint = String::from_utf8_lossy(&complaint);
+                format!("QEMU ended ({status}): {}", complaint.trim())
+            }
+            (None, Err(error)) => format!("QEMU cannot be run: {error:#}"),
+        };
+        self.failure(End::Crashed, &text)
+    }
+
+    fn too_long(&mut self) -> anyhow::Error {
+        let seconds = self.started.elapsed().as_secs();
+        let text = if self.booted_in.is_zero() {
+            format!("it is not ready after {seconds} s")
+        } else {
+            format!("its time was over after {seconds} s")
+        };
+        self.failure(End::TooLong, &text)
+    }
+
+    /// A failure with the end of the console, unless all of it was shown.
+    fn failure(&mut self, end: End, text: &str) -> anyhow::Error {
+        self.show_console();
+        if end == End::Interrupted {
+            let text = String::from("interrupted; the virtual machine is gone");
+            return Failure { end, text }.into();
+        }
+        let mut text = format!("the virtual machine failed: {text}");
+        let console = self.console();
+        if self.console_shown.is_none() && !console.is_empty() {
+            text.push_str("\nits kernel said:");
+            for line in telling(&console) {
+                text.push_str("\n  ");
+                text.push_str(line);
+            }
+        }
+        Failure { end, text }.into()
+    }
+}
+
+/// The lines of a console that say what went wrong: those from the first
+/// crash on, or the last ones.
+fn telling(console: &str) -> Vec<&str> {
+    let lines: Vec<_> = console.lines().collect();
+    let crash = lines
+        .iter()
+        .position(|line| CRASHES.iter().any(|crash| line.contains(crash)));
+    let start = crash.unwrap_or(lines.len().saturating_sub(LINES));
+    lines.into_iter().skip(start).take(LINES).collect()
+}
+
+/// A process of QEMU's, killed when dropped.
+#[derive(Debug)]
+struct Qemu {
+    process: OwnedFd,
+    /// The thread that started it, for as long as it runs: the kernel kills
+    /// it when that thread ends.
+    keeper: Option<JoinHandle<std::io::Result<ExitStatus>>>,
+}
+
+impl Qemu {
+    fn start(mut command: Command) -> Result<Self> {
+        let (tell, told) = mpsc::channel();
+        let keeper = std::thread::spawn(move || {
+            let mut child = match command.spawn() {
+                Ok(child) => child,
+                Err(error) => {
+                    let _ = tell.send(Err(error));
+                    return Err(std::io::ErrorKind::NotFound.into());
+                }
+            };
+            let process = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+            let known = process.is_ok();
+            let heard = tell.send(process.map_err(Into::into)).is_ok();
+            if !(known && heard) {
+                child.kill()?;
+            }
+            child.wait()
+        });
+        let process = told
+            .recv()
+            .context("the thread that starts QEMU has ended")?
+            .context("cannot start QEMU")?;
+        Ok(Self {
+            process,
+            keeper: Some(keeper),
+        })
+    }
+
+    fn kill(&mut self) -> Result<()> {
+        match pidfd_send_signal(&self.process, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(errno) => return Err(errno).context("cannot kill QEMU"),
+        }
+        self.wait().map(drop)
+    }
+
+    /// Waits for its end; only once.
+    fn wait(&mut self) -> Result<ExitStatus> {
+        let keeper = self.keeper.take().context("it has ended before")?;
+        let status = keeper
+            .join()
+            .ok()
+            .context("the thread that started it panicked")?;
+        Ok(status?)
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        if self.keeper.is_some() {
+            let _ = self.kill();
+        }
+    }
+}
+
+/// Directories of machines: the process that made one is in the name, so that
+/// what a killed one left behind can be found.
+const PREFIX: &str = "mapdirect-vm-";
+
+/// The files of one machine, gone when it is dropped.
+#[derive(Debug)]
+pub(crate) struct RunDirectory(PathBuf);
+
+impl RunDirectory {
+    /// Makes one where there is room, readable for nobody else.
+    pub(crate) fn new() -> Result<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("{PREFIX}{}-{number}", std::process::id());
+        let path = disk::place().join(name);
+        rustix::fs::mkdir(&path, Mode::RWXU)
+            .with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for RunDirectory {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Every such directory, and the process that made it.
+fn run_directories() -> Vec<(PathBuf, u32)> {
+    let places = [PathBuf::from("/dev/shm"), std::env::temp_dir()];
+    let entries = places.into_iter().flat_map(fs::read_dir);
+    entries
+        .flatten()
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let (pid, _) = name.to_str()?.strip_prefix(PREFIX)?.split_once('-')?;
+            Some((entry.path(), pid.parse().ok()?))
+        })
+        .collect()
+}
+
+/// The run directories of a process.
+pub(crate) fn directories_of(pid: u32) -> Vec<PathBuf> {
+    let all = run_directories().into_iter();
+    all.filter(|(_, owner)| *owner == pid)
+        .map(|(path, _)| path)
+        .collect()
+}
+
+/// Takes away what killed processes left behind.
+pub(crate) fn remove_stale() {
+    for (path, owner) in run_directories() {
+        if !Path::new(&format!("/proc/{owner}")).exists() {
+            let _ = fs::remove_dir_all(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_of_qemu() {
+        let debian = "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7)\nCopyright";
+        assert_eq!(parse_version(debian), Some((7, 2)));
+        assert_eq!(parse_version("QEMU emulator version 10.0.2"), Some((10, 0)));
+        assert_eq!(parse_version("QEMU"), None);
+    }
+
+    #[test]
+    fn commas_in_paths_are_doubled() {
+        assert_eq!(with_path("file:", Path::new("/a,b")), "file:/a,,b");
+    }
+
+    #[test]
+    fn what_a_console_tells() {
+        let quiet: String = (0..100).map(|line| format!("{line}\n")).collect();
+        let last = telling(&quiet);
+        assert_eq!((last.len(), last[0]), (LINES, "60"));
+        let crashed = format!("all is well\n[1.0] Oops: int3: 0000\n{quiet}");
+        assert_eq!(telling(&crashed)[..2], ["[1.0] Oops: int3: 0000", "0"]);
+        assert!(telling("").is_empty());
+    }
+}
