@@ -37,12 +37,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, O
 use std::time::Instant;
 
 pub use mapdirect_proto::status::RefusedOperation;
-pub use server::{Config, OnRefusal, Running, StartError, start};
+#[cfg(feature = "bpf")]
+pub use gate::bpf::{DIRECTORY as BPF_DIRECTORY, LoadError, unload};
+pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {
-    gate: gate::fanotify::Gate,
+    gate: gate::Gate,
     lifetime: lifetime::Lifetime,
     table: table::Table,
     own: table::OwnOpens,
@@ -57,14 +59,14 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    fn new() -> Result<Self, Errno> {
+    fn new(gate: gate::Gate) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let first = u64::from_le_bytes(random) >> 16;
         Ok(Self {
-            gate: gate::fanotify::Gate::new()?,
+            gate,
             lifetime: lifetime::Lifetime::new()?,
             table: table::Table::new(),
             own: table::OwnOpens::new(),

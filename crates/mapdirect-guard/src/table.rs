@@ -186,6 +186,8 @@ pub(crate) struct Abilities {
     pub(crate) reflink: bool,
     /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
     pub(crate) exchange: bool,
+    /// Writing to a part of a folio makes all of it dirty.
+    pub(crate) coarse: bool,
 }
 
 /// An inode behind the gate.

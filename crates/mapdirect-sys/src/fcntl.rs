@@ -17,6 +17,17 @@ pub enum Lease {
     Sole,
 }
 
+/// `F_GETFL` with an argument the kernel does not look at; a security module
+/// that watches fcntl(2) may.
+///
+/// # Errors
+///
+/// What such a module says.
+pub fn get_flags_with(file: BorrowedFd<'_>, word: u64) -> Result<i32> {
+    // SAFETY: F_GETFL takes no argument, so any is ignored.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL, word) })
+}
+
 /// Asks the kernel whether the condition of `lease` holds right now, by
 /// taking the lease and giving it back at once.
 ///

@@ -6,7 +6,7 @@ use libtest_mimic::Trial;
 use mapdirect::{DirectMap, Pin};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{Attack, CORPUS, Door, Row, Target};
-use mapdirect_testkit::contract::{Attacker, Expected, Place, Subject, expected};
+use mapdirect_testkit::contract::{Attacker, Expected, Gate, Place, Subject, expected};
 use mapdirect_testkit::process::{Stranger, attack_by_stranger};
 use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
@@ -33,7 +33,9 @@ pub fn trials(world: &World) -> Vec<Trial> {
             for attacker in [Attacker::Stranger, Attacker::Holder] {
                 // What a holder does through its own descriptor to move
                 // extents the fanotify gate cannot see: documented.
-                let unseen = attack.row == Row::Exchange && attack.name != "xfs-exchange-range";
+                let unseen = Gate::under_test() == Gate::Fanotify
+                    && attack.row == Row::Exchange
+                    && attack.name != "xfs-exchange-range";
                 if attacker == Attacker::Holder && unseen {
                     continue;
                 }
@@ -173,8 +175,10 @@ fn try_at(world: &World, disk: &Disk, attack: &'static Attack, attacker: Attacke
         attack.name,
         place.name()
     );
-    let mut expected = expected(attack, place, attacker, kind.reflink());
-    if expected == Expected::Works && block < 4096 && !is_exact(attack) {
+    let gate = Gate::under_test();
+    let mut expected = expected(attack, place, attacker, kind.reflink(), gate);
+    let rounds = gate == Gate::Fanotify && block < 4096 && !is_exact(attack);
+    if expected == Expected::Works && rounds {
         // Events are rounded out to pages of several blocks.
         expected = Expected::Either;
     }
@@ -268,6 +272,7 @@ fn try_early(world: &World, kind: Kind, attack: &'static Attack) {
         .pin(&file);
     match pinned {
         Err(error) => {
+            assert_eq!(Gate::under_test(), Gate::Fanotify, "{error:#}");
             assert_eq!(error.errno(), Errno::TXTBSY.raw_os_error(), "{error:#}");
             let named = error
                 .openers()
@@ -276,12 +281,16 @@ fn try_early(world: &World, kind: Kind, attack: &'static Attack) {
             assert!(named, "the refusal must name the stranger: {error:#}");
         }
         Ok(_pin) => {
-            // Only a reader, and only where readers cannot share blocks.
-            assert!(!kind.reflink() && attack.needs != mapdirect_testkit::attack::Needs::Write);
+            let gate = Gate::under_test();
+            if gate == Gate::Fanotify {
+                // Only a reader, and only where readers cannot share blocks.
+                let writes = attack.needs == mapdirect_testkit::attack::Needs::Write;
+                assert!(!kind.reflink() && !writes);
+            }
             let result = stranger.attack().unwrap();
             let after = subject.block_map();
             assert_eq!(before.extents(), after.extents(), "{}", attack.name);
-            let expected = expected(attack, place, Attacker::Stranger, false);
+            let expected = expected(attack, place, Attacker::Stranger, kind.reflink(), gate);
             check(attack, place, expected, result, Ok(()));
         }
     }

@@ -3,6 +3,8 @@
 
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
+use mapdirect_sys::Errno;
+use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::pmem;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
@@ -172,8 +174,17 @@ pub fn pin(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> Pin {
         .unwrap()
 }
 
-/// Whether anything of a file is pinned: nobody may open it for writing then.
+/// Whether anything of a file is pinned: nobody may open it for writing then,
+/// or, where the gate is precise, take anything out of its beginning.
 pub fn is_pinned(path: &Path) -> bool {
+    if Gate::under_test() == Gate::Bpf {
+        let file = File::options().write(true).open(path).unwrap();
+        // No block is a byte long, so it fails in any case.
+        let collapse = rustix::fs::FallocateFlags::COLLAPSE_RANGE;
+        let refused = rustix::fs::fallocate(&file, collapse, 0, 1).unwrap_err();
+        assert!(matches!(refused, Errno::TXTBSY | Errno::INVAL), "{refused}");
+        return refused == Errno::TXTBSY;
+    }
     match File::options().write(true).open(path) {
         Ok(_) => false,
         Err(error) => {

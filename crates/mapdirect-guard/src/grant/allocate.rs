@@ -337,6 +337,8 @@ impl Attempt<'_> {
         let (map, result) = match rest {
             Ok((map, pinned, held)) => {
                 self.pin.settle(&map, pinned, held);
+                // If it fails, others go on to be refused what was frozen.
+                let _ = self.guard.gate.publish(self.watched);
                 let result = match moved(before, &map) {
                     None => Ok(()),
                     Some(extent) => Err(refusal(

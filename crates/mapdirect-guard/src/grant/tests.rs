@@ -68,7 +68,7 @@ fn assert_untouched(guard: &Guard, path: &Path, what: &str) {
     assert_eq!(guard.table.all().len(), 0, "{what}: still in the table");
     let file = open(path);
     assert_eq!(
-        guard.gate.group.has_mark(file.as_fd()),
+        guard.gate.fanotify().unwrap().group.has_mark(file.as_fd()),
         Ok(false),
         "{what}: still marked"
     );

@@ -1,0 +1,135 @@
+//! Taking over pins that an earlier guard has left in the kernel.
+//!
+//! The gate has kept them all the while. What it needs to be told of them
+//! when something changes is read anew: their block maps are what they were.
+
+use super::{Attempt, Judged, judge};
+use crate::Guard;
+use crate::gate::bpf::{Found, Gate};
+use crate::table::{Abilities, Pin, Watched};
+use mapdirect_proto::{PinRequest, Refusal};
+use mapdirect_sys::unix::Sender;
+use mapdirect_sys::{Errno, file_handle, proc_mountinfo};
+use rustix::fs::{Mode, OFlags};
+use std::cell::Cell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Nobody to talk to.
+struct Silent;
+
+impl super::Conversation for Silent {
+    fn swap(&mut self, _replacement: std::os::fd::BorrowedFd<'_>) -> Result<(), Refusal> {
+        Err(super::refusal(
+            mapdirect_proto::Reason::Protocol,
+            Errno::PROTO,
+            "nothing is swapped",
+            "",
+        ))
+    }
+}
+
+/// Takes over every pin that lives. One that cannot be read stays in the
+/// kernel as it is, and ends when its description does.
+pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
+    let mut untold = Vec::new();
+    let mut known = Vec::new();
+    for found in gate.left_behind() {
+        known.push(found.inode);
+        if take_over(guard, &found).is_err() {
+            untold.push(found.inode);
+        }
+    }
+    for id in &untold {
+        if let Some(watched) = guard.table.get(*id) {
+            // Its entry in the kernel knows pins that are not known here: it
+            // must not be written over by fewer.
+            guard.table.remove(&watched);
+        }
+    }
+    for watched in guard.table.all() {
+        // It was full of pins before, and is so again.
+        let _ = gate.publish(&watched);
+    }
+    gate.take_over(&known);
+}
+
+/// Opens the inode of a pin by whatever mount there is of its filesystem.
+fn open(found: &Found) -> Result<OwnedFd, Errno> {
+    let device = found.inode.device();
+    let mounts = proc_mountinfo::read(None).map_err(|_| Errno::IO)?;
+    let mut last = Errno::NODEV;
+    for mount in mounts
+        .iter()
+        .filter(|mount| (mount.major, mount.minor) == (device.major, device.minor))
+    {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let Ok(place) = rustix::fs::open(mount.mount_point.as_str(), flags, Mode::empty()) else {
+            continue;
+        };
+        match file_handle::open(place.as_fd(), &found.handle, OFlags::RDWR) {
+            Ok(file) => {
+                let stat = rustix::fs::fstat(&file)?;
+                if (stat.st_dev, stat.st_ino) == (found.inode.dev, found.inode.inode) {
+                    return Ok(file);
+                }
+            }
+            Err(errno) => last = errno,
+        }
+    }
+    Err(last)
+}
+
+fn take_over(guard: &Guard, found: &Found) -> Result<(), Refusal> {
+    let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
+    let request = PinRequest {
+        offset: found.range.start,
+        length: found.range.end - found.range.start,
+        flags: found.flags,
+        patience_ms: 0,
+    };
+    let mut judged: Judged = judge(guard, &request, file.as_fd())?;
+    judged.range = found.range.clone();
+    judged.mapped.clone_from(&found.mapped);
+    judged.path = Arc::from(found.path.as_str());
+    let watched = guard.table.get_or_insert(judged.id, || {
+        let abilities = Abilities {
+            reflink: judged.facts.reflink,
+            exchange: judged.facts.exchange,
+            coarse: super::in_kernel::writes_whole_folios(&judged.facts),
+        };
+        Watched::new(judged.id, abilities, Arc::clone(&judged.path))
+    });
+    let owner = Sender {
+        pid: found.pid,
+        uid: found.uid,
+    };
+    let pin = Arc::new(Pin::unsettled(
+        found.id,
+        judged.range.clone(),
+        judged.mapped.clone(),
+        judged.reach(),
+        found.flags,
+        owner,
+    ));
+    let mut state = super::lock(&watched, Duration::from_secs(1))?;
+    watched.add(&pin);
+    let attempt = Attempt {
+        guard,
+        judged: &judged,
+        watched: &watched,
+        state: &mut state,
+        pin: &pin,
+        patience: Duration::from_secs(1),
+        mark: 0,
+        marked: Cell::new(false),
+        talk: &mut Silent,
+        file,
+    };
+    let rest = attempt.come_to_rest(true);
+    let (map, pinned, held) = rest.inspect_err(|_| watched.remove(|other| other.id == pin.id))?;
+    pin.settle(&map, pinned, held);
+    pin.hand_over();
+    Ok(())
+}
