@@ -38,7 +38,9 @@ use std::time::Instant;
 
 pub use mapdirect_proto::status::RefusedOperation;
 #[cfg(feature = "bpf")]
-pub use gate::bpf::{DIRECTORY as BPF_DIRECTORY, LoadError, unload};
+pub use gate::bpf::{
+    DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
+};
 pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.

@@ -123,6 +123,12 @@ impl GuardProcess {
         Ok(())
     }
 
+    /// Where its gate is in the kernel.
+    #[must_use]
+    pub fn gate_directory(&self) -> Option<&Path> {
+        self.gate.as_ref().map(BpfDirectory::path)
+    }
+
     /// Ends it with SIGKILL, and hands over the gate that stays behind.
     pub fn kill_and_keep(mut self) -> Result<BpfDirectory> {
         self.kill()?;

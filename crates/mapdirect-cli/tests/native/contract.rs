@@ -11,6 +11,7 @@ use mapdirect_testkit::process::{Stranger, attack_by_stranger};
 use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 const KINDS: [Kind; 5] = [
     Kind::XFS,
@@ -72,7 +73,15 @@ enum Held {
 }
 
 fn try_everywhere(world: &World, kind: Kind, attack: &'static Attack, attacker: Attacker) {
-    let disk = world.disk(kind);
+    // What is refused on a whole filesystem is, while another test has a pin
+    // there.
+    let alone =
+        Gate::under_test() == Gate::Bpf && attack.row == Row::Exchange && !kind.is_dax();
+    let disk = if alone {
+        Arc::new(Disk::new(kind, 512).unwrap())
+    } else {
+        world.disk(kind)
+    };
     for frozen in [false, true] {
         for place in Place::ALL {
             let shared = place == Place::Shared && !kind.reflink();
@@ -246,7 +255,13 @@ fn check(
 /// A stranger that had the file open before: either the pin is refused and
 /// names it, or what it does later meets the gate.
 fn try_early(world: &World, kind: Kind, attack: &'static Attack) {
-    let disk = world.disk(kind);
+    let alone =
+        Gate::under_test() == Gate::Bpf && attack.row == Row::Exchange && !kind.is_dax();
+    let disk = if alone {
+        Arc::new(Disk::new(kind, 512).unwrap())
+    } else {
+        world.disk(kind)
+    };
     let block = kind.block();
     let place = Place::Stable;
     if natural(world, &disk, attack, "early", place).is_err() {

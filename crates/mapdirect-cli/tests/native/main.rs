@@ -16,6 +16,7 @@ mod dax;
 mod doors;
 mod errors;
 mod grants;
+mod in_kernel;
 mod lifetime;
 mod openers;
 mod prepare;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     trials.extend(lifetime::trials(&world));
     trials.extend(segments::trials(&world));
     trials.extend(dax::trials(&world));
+    trials.extend(in_kernel::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(prepare::trials(&world));

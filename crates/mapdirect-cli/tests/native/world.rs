@@ -47,6 +47,7 @@ pub fn roles() -> Vec<Role> {
         ("store", crate::segments::play_store),
         ("halfway", crate::segments::play_halfway),
         ("writer", crate::prepare::play_writer),
+        ("map-shared", crate::in_kernel::play_map_shared),
     ]
 }
 
@@ -151,7 +152,8 @@ pub fn written(disk: &Disk, name: &str, length: usize) -> PathBuf {
 }
 
 /// Longer than any test of another thread keeps a shared thing busy.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// In a virtual machine everything takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(8);
 
 /// Maps a range with the page cache accepted.
 pub fn map(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> DirectMap {

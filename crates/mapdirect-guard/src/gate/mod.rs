@@ -107,6 +107,16 @@ impl Gate {
         }
     }
 
+    /// Refusals by kind, if the kernel counts them: those too that no guard
+    /// was there to hear of.
+    pub(crate) fn refused(&self) -> Option<Vec<(String, u64)>> {
+        match self {
+            Self::Fanotify(_) => None,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => Some(gate.refused()),
+        }
+    }
+
     /// How many direct reads and writes of a file are under way, if it can
     /// tell.
     pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {

@@ -38,15 +38,16 @@ pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
     for found in gate.left_behind() {
         known.push(found.inode);
         if take_over(guard, &found).is_err() {
-            untold.push(found.inode);
+            untold.push(found);
         }
     }
-    for id in &untold {
-        if let Some(watched) = guard.table.get(*id) {
-            // Its entry in the kernel knows pins that are not known here: it
-            // must not be written over by fewer.
+    for found in &untold {
+        // Its entry in the kernel knows pins that are not known here: it must
+        // not be written over by fewer.
+        if let Some(watched) = guard.table.get(found.inode) {
             guard.table.remove(&watched);
         }
+        gate.keep(found);
     }
     for watched in guard.table.all() {
         // It was full of pins before, and is so again.

@@ -34,6 +34,15 @@ impl Attempt<'_> {
     pub(super) fn run_in_kernel(&mut self) -> Result<(Granted, Option<OwnedFd>), Refusal> {
         let deadline = Instant::now() + self.patience + Duration::from_secs(1);
         self.watched.add(self.pin);
+        // Its life begins first: should every other pin of the inode end now,
+        // the gate stays closed.
+        let for_pin = self.open_for_pin()?;
+        self.file = for_pin;
+        self.take_lock()?;
+        self.guard
+            .gate
+            .hold(self.watched, self.pin, self.file.as_fd())
+            .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
         let mut map = self.read_map(false)?;
         loop {
             self.check_map(&map)?;
@@ -59,13 +68,6 @@ impl Attempt<'_> {
             }
             map = again;
         }
-        let for_pin = self.open_for_pin()?;
-        self.file = for_pin;
-        self.take_lock()?;
-        self.guard
-            .gate
-            .hold(self.watched, self.pin, self.file.as_fd())
-            .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
         self.hand_out(&map)
     }
 

@@ -7,6 +7,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// How many rows the programs have room for.
 const KINDS: usize = 32;
+/// Where ends of pins are counted that could not be told.
+pub(super) const UNTOLD: u32 = 31;
 /// Runs that an entry holds by itself.
 pub(super) const INLINE: usize = 8;
 
@@ -129,8 +131,8 @@ pub(super) struct Run {
 #[repr(C)]
 pub(super) struct Entry {
     pub(super) version: u64,
-    live: u32,
     flags: u32,
+    unused: u32,
     size_floor: u64,
     fixed_size: u64,
     largest_size: u64,
@@ -144,7 +146,6 @@ pub(super) struct Entry {
 /// Facts of an inode beside its layers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Facts {
-    pub(super) live: u32,
     pub(super) reflink: bool,
     pub(super) cached: bool,
 }
@@ -174,7 +175,7 @@ impl Entry {
         }
         let entry = Self {
             version,
-            live: facts.live,
+            unused: 0,
             flags: flag(Self::REFLINK, facts.reflink)
                 | flag(Self::GROWS_INTO, layers.grows_into)
                 | flag(Self::HAS_FROZEN, layers.has_frozen())
@@ -198,9 +199,12 @@ impl Entry {
 pub(super) struct Holder {
     pub(super) key: Key,
     pub(super) pin: u64,
+    pub(super) start: u64,
+    pub(super) end: u64,
 }
 
 /// What a descriptor of the guard is to the kernel.
+/// and what it shall be.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Identity {
@@ -209,10 +213,20 @@ pub(super) struct Identity {
     pub(super) generation: u32,
     /// Direct writes and reads under way.
     pub(super) direct: u32,
+    /// The pin that it shall be, or 0.
+    pub(super) pin: u64,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// It is.
+    pub(super) held: u64,
 }
 
 pub(super) const EVENT_REFUSED: u32 = 1;
 pub(super) const EVENT_ENDED: u32 = 2;
+pub(super) const EVENT_RAW: u32 = 3;
+
+/// An inode all of whose pins are gone.
+pub(super) const DEAD: u64 = 1 << 63;
 
 /// Something that happened at the gate.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -226,6 +240,7 @@ pub(super) struct Event {
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) pin: u64,
+    pub(super) file: u64,
     pub(super) command: [u8; 16],
 }
 
@@ -257,7 +272,7 @@ pub(super) struct PinFacts {
 }
 
 const _: () = assert!(size_of::<PinFacts>() == 512);
-const _: () = assert!(size_of::<Event>() == 72);
+const _: () = assert!(size_of::<Event>() == 80);
 
 /// A question to the programs, for tests.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]

@@ -16,15 +16,17 @@ const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-const MAPS: [&str; 11] = [
+const MAPS: [&str; 13] = [
     "settings",
     "filter",
     "entries",
     "spill",
     "shared_since",
     "holders",
+    "lives",
     "devices",
     "events",
+    "changes",
     "identities",
     "pins",
     "refused",
@@ -67,8 +69,10 @@ pub(super) struct Maps {
     pub(super) spill: MapHandle,
     pub(super) shared_since: MapHandle,
     pub(super) holders: MapHandle,
+    pub(super) lives: MapHandle,
     pub(super) devices: MapHandle,
     pub(super) events: MapHandle,
+    pub(super) changes: MapHandle,
     pub(super) identities: MapHandle,
     pub(super) pins: MapHandle,
     pub(super) refused: MapHandle,
@@ -86,8 +90,10 @@ impl Maps {
             spill: map("spill")?,
             shared_since: map("shared_since")?,
             holders: map("holders")?,
+            lives: map("lives")?,
             devices: map("devices")?,
             events: map("events")?,
+            changes: map("changes")?,
             identities: map("identities")?,
             pins: map("pins")?,
             refused: map("refused")?,
@@ -306,7 +312,7 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
 }
 
 /// Whether the security hooks call BPF programs.
-pub(crate) fn has_lsm() -> bool {
+fn has_lsm() -> bool {
     std::fs::read_to_string("/sys/kernel/security/lsm")
         .is_ok_and(|list| list.trim().split(',').any(|name| name == "bpf"))
 }
@@ -341,7 +347,6 @@ fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
 
 /// Loads and attaches the programs, and pins links and maps.
 fn put_in_place(directory: &Path) -> Result<(), LoadError> {
-    libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
     let object = load_object()?;
     for mut map in object_maps(&object) {
         let path = directory.join(&map.0);
@@ -375,7 +380,8 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
         .collect()
 }
 
-fn load_object() -> Result<Object, LoadError> {
+pub(super) fn load_object() -> Result<Object, LoadError> {
+    libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
     let btf = Btf::from_vmlinux()
         .map_err(|error| LoadError::Unsupported(format!("it has no type information: {error}")))?;
     let offers = Offers {
@@ -413,7 +419,10 @@ fn load_object() -> Result<Object, LoadError> {
 }
 
 /// Whether the gate can be loaded here: everything but attaching it.
-pub(crate) fn probe() -> Result<(), LoadError> {
-    libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
+///
+/// # Errors
+///
+/// Why not.
+pub fn probe() -> Result<(), LoadError> {
     load_object().map(drop)
 }

@@ -90,10 +90,6 @@ struct iocb {
 	u32 aio_rw_flags;
 } CORE;
 
-struct aio_kiocb_head {
-	struct file *ki_filp;
-};
-
 struct file_dedupe_range {
 	u64 src_offset;
 	u64 src_length;
@@ -113,20 +109,32 @@ struct files_struct {
 	struct fdtable *fdt;
 } CORE;
 
+struct ns_common {
+	unsigned int inum;
+} CORE;
+
+struct user_namespace {
+	struct ns_common ns;
+} CORE;
+
+struct cred {
+	struct {
+		u64 val;
+	} cap_effective;
+	struct user_namespace *user_ns;
+} CORE;
+
 struct task_struct {
 	int pid;
 	int tgid;
 	u64 start_boottime;
 	struct task_struct *group_leader;
 	struct files_struct *files;
+	const struct cred *cred;
 } CORE;
 
 struct mnt_idmap;
 struct iov_iter;
-struct cred;
-struct kernel_cap {
-	u64 val;
-};
 
 #define ETXTBSY 26
 #define EINVAL 22
@@ -241,8 +249,8 @@ enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, LISTS 
 
 struct entry {
 	u64 version;
-	u32 live;	// struct files whose lives are its pins
 	u32 flags;
+	u32 unused;
 	u64 size_floor;
 	u64 fixed_size;
 	u64 tail_size;
@@ -289,6 +297,8 @@ struct record {
 struct holder {
 	struct key key;
 	u64 pin;
+	u64 start;
+	u64 end;
 };
 
 #define EVENT_REFUSED 1
@@ -304,6 +314,7 @@ struct event {
 	u64 start;
 	u64 end;
 	u64 pin;
+	u64 file;
 	char command[16];
 };
 
@@ -312,6 +323,11 @@ struct identity {
 	u64 file;
 	u32 generation;
 	u32 dio;
+	// The pin that the file shall be, of bytes start to end; or 0.
+	u64 pin;
+	u64 start;
+	u64 end;
+	u64 held;	// it is
 };
 
 struct {
@@ -374,6 +390,19 @@ struct {
 	__type(value, struct holder);
 } holders SEC(".maps");
 
+// How many struct files are pins of an inode. Only programs change it. At its
+// end the inode is DEAD until the guard pins it again: then its entry goes,
+// and nobody else can join.
+#define DEAD (1ULL << 63)
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 20);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct key);
+	__type(value, u64);
+} lives SEC(".maps");
+
 // How many pins there are on a filesystem.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -394,6 +423,13 @@ struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);
 } events SEC(".maps");
+
+// Beginnings and ends of pins: refusals, of which there may be many, are not
+// in their way.
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 1 << 20);
+} changes SEC(".maps");
 
 // What the guard asked about a file of its own, by thread.
 struct {
@@ -417,7 +453,10 @@ struct {
 	__type(value, struct pin_facts);
 } pins SEC(".maps");
 
-// How many refusals there were, by kind, whether or not anybody listened.
+// How many refusals there were, by kind, whether or not anybody listened; and
+// how many ends of pins could not be told.
+#define UNTOLD (KINDS - 1)
+
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, KINDS);
@@ -729,6 +768,7 @@ static __noinline int tell(struct question *q)
 	event->start = q->at.start;
 	event->end = q->at.end;
 	event->pin = 0;
+	event->file = 0;
 	bpf_get_current_comm(event->command, sizeof(event->command));
 	bpf_ringbuf_submit(event, 0);
 	return 0;
@@ -994,7 +1034,7 @@ int BPF_PROG(note_mmap, struct file *file, unsigned long address, unsigned long 
 
 	if (!file || (type != MAP_SHARED && type != MAP_SHARED_VALIDATE))
 		return 0;
-	if (!behind(file->f_inode))
+	if (!(flags & MAP_DIRECT) && !behind(file->f_inode))
 		return 0;
 	u64 start = page * PAGE;
 	note_write(file, MAP_WRITE, start, plus(start, align_up(length, PAGE)));
@@ -1189,9 +1229,188 @@ int BPF_PROG(inode_file_setattr, struct dentry *dentry, struct file_kattr *attr,
 	return 0;
 }
 
+// One more struct file is a pin of the inode. Only the guard begins anew where
+// all were gone.
+static __noinline int join(struct key *key, int anew)
+{
+	struct key name = *key;
+	u64 *lives_of = bpf_map_lookup_elem(&lives, &name);
+
+	if (!lives_of && anew) {
+		u64 dead = DEAD;
+		bpf_map_update_elem(&lives, &name, &dead, BPF_NOEXIST);
+		lives_of = bpf_map_lookup_elem(&lives, &name);
+	}
+	if (!lives_of)
+		return 0;
+	for (int try = 0; try < 64; try++) {
+		u64 now = *(volatile u64 *)lives_of;
+		u64 then = now + 1;
+		if (now & DEAD) {
+			if (!anew)
+				return 0;
+			then = 1;
+		}
+		if (__sync_val_compare_and_swap(lives_of, now, then) == now)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline void leave(struct key *key)
+{
+	u64 *lives_of = bpf_map_lookup_elem(&lives, key);
+
+	if (!lives_of)
+		return;
+	// Somebody may join meanwhile: then it lives.
+	if (__sync_fetch_and_add(lives_of, -1) == 1 &&
+	    __sync_val_compare_and_swap(lives_of, 0, DEAD) == 0)
+		bpf_map_delete_elem(&entries, key);
+}
+
+// Whether one run of a list holds all of [start, end).
+int covers(struct entry *e, u32 list, u64 start, u64 end)
+{
+	if (!e || list >= LISTS || start >= end)
+		return 0;
+	u32 low = e->first[list], high = e->first[list + 1];
+
+	if (!e->spilled) {
+		for (u32 at = 0; at < INLINE; at++) {
+			if (at >= low && at < high && e->runs[at].start <= start &&
+			    e->runs[at].end >= end)
+				return 1;
+		}
+		return 0;
+	}
+	u32 last = high;
+	u64 version = e->version;
+	void *runs = bpf_map_lookup_elem(&spill, &version);
+	if (!runs)
+		return 0;
+	for (int step = 0; step < 32 && low < high; step++) {
+		u32 middle = low + (high - low) / 2;
+		struct run *run = bpf_map_lookup_elem(runs, &middle);
+		if (!run)
+			return 0;
+		if (run->end > start)
+			high = middle;
+		else
+			low = middle + 1;
+	}
+	if (low >= last)
+		return 0;
+	struct run *run = bpf_map_lookup_elem(runs, &low);
+	return run && run->start <= start && run->end >= end;
+}
+
+// include/uapi/linux/capability.h, include/linux/proc_ns.h
+#define CAP_LINUX_IMMUTABLE 9
+#define PROC_USER_INIT_INO 0xEFFFFFFDU
+
+static __always_inline bool may_pin(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	const struct cred *cred = BPF_CORE_READ(task, cred);
+	u64 effective = 0;
+
+	bpf_probe_read_kernel(&effective, sizeof(effective), &cred->cap_effective);
+	return (effective & (1 << CAP_LINUX_IMMUTABLE)) &&
+	       BPF_CORE_READ(cred, user_ns, ns.inum) == PROC_USER_INIT_INO;
+}
+
+// mmap(2) with MAP_DIRECT by a program that knows nothing of guards: it gets
+// what somebody privileged has pinned already, and keeps it pinned.
+static __noinline int map_direct(struct file *file, struct note *note, u32 prot, u32 flags)
+{
+	u32 type = flags & MAP_TYPE;
+
+	if (!file || (flags & (MAP_ANONYMOUS | MAP_HUGETLB)))
+		return -EINVAL;
+	if (type != MAP_SHARED && type != MAP_SHARED_VALIDATE)
+		return -EINVAL;
+	u64 start = note->start, end = note->end;
+	if (note->file != (u64)file || note->kind != MAP_WRITE || start >= end)
+		return -EINVAL;
+	if (!(prot & PROT_WRITE) ||
+	    (file->f_mode & (FMODE_READ | FMODE_WRITE)) != (FMODE_READ | FMODE_WRITE))
+		return -EACCES;
+	if (!may_pin())
+		return -EACCES;
+	struct inode *inode = file->f_inode;
+	u64 magic = inode->i_sb->s_magic;
+	if ((magic != XFS_MAGIC && magic != EXT4_MAGIC) || (inode->i_mode & S_IFMT) != S_IFREG)
+		return -EOPNOTSUPP;
+	struct key key;
+	name(&key, inode);
+	struct entry *e = bpf_map_lookup_elem(&entries, &key);
+	if (!e)
+		return -EOPNOTSUPP;
+	u64 version = *(volatile u64 *)&e->version;
+	if (!(inode->i_flags & S_DAX) && !(e->flags & CACHED))
+		return -EOPNOTSUPP;
+	// A store to a frozen block would have to raise SIGBUS: that takes a
+	// library.
+	if (!covers(e, PINNED, start, end) || meets(e, FROZEN, start, end) ||
+	    meets(e, MAPPED, start, end))
+		return -EOPNOTSUPP;
+	struct entry *now = bpf_map_lookup_elem(&entries, &key);
+	if (now != e || *(volatile u64 *)&now->version != version)
+		return -ETXTBSY;
+	// What the kernel itself would say, after this.
+	if (type == MAP_SHARED_VALIDATE)
+		return -EOPNOTSUPP;
+	u64 pointer = (u64)file;
+	struct holder holder = { .key = key, .start = start, .end = end };
+	holder.pin = bpf_ktime_get_ns() | DEAD;
+	if (bpf_map_lookup_elem(&holders, &pointer))
+		return 0;
+	if (!join(&key, 0))
+		return -EOPNOTSUPP;
+	if (bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
+		leave(&key);
+		return -ETXTBSY;
+	}
+	// The guard must hear of it, or it would think too little pinned.
+	struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
+	if (!event) {
+		bpf_map_delete_elem(&holders, &pointer);
+		leave(&key);
+		return -ETXTBSY;
+	}
+	u32 dev = key.dev;
+	u64 *count = bpf_map_lookup_elem(&devices, &dev);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	u64 ids = bpf_get_current_pid_tgid();
+	event->type = EVENT_RAW;
+	event->kind = 0;
+	event->tid = (u32)ids;
+	event->tgid = ids >> 32;
+	event->key = key;
+	event->start = start;
+	event->end = end;
+	event->pin = holder.pin;
+	event->file = pointer;
+	bpf_get_current_comm(event->command, sizeof(event->command));
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
 static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 {
 	u32 type = flags & MAP_TYPE;
+
+	if (flags & MAP_DIRECT) {
+		struct record *mine = my_record(false);
+		struct note none = {};
+		if (mine) {
+			none = mine->write;
+			mine->write.file = 0;
+		}
+		return map_direct(file, &none, prot, flags);
+	}
 
 	if (!file || (type != MAP_SHARED && type != MAP_SHARED_VALIDATE))
 		return 0;
@@ -1272,16 +1491,19 @@ int BPF_PROG(file_free, struct file *file)
 	u64 pin = holder->pin;
 	bpf_map_delete_elem(&holders, &pointer);
 	bpf_map_delete_elem(&pins, &pin);
-	struct entry *e = bpf_map_lookup_elem(&entries, &key);
-	if (e && __sync_fetch_and_add(&e->live, -1) == 1)
-		bpf_map_delete_elem(&entries, &key);
+	leave(&key);
 	u32 dev = key.dev;
 	u64 *count = bpf_map_lookup_elem(&devices, &dev);
 	if (count && *count)
 		__sync_fetch_and_add(count, -1);
-	struct event *event = bpf_ringbuf_reserve(&events, sizeof(*event), 0);
-	if (!event)
+	struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
+	if (!event) {
+		u32 untold = UNTOLD;
+		count = bpf_map_lookup_elem(&refused, &untold);
+		if (count)
+			__sync_fetch_and_add(count, 1);
 		return 0;
+	}
 	__builtin_memset(event, 0, sizeof(*event));
 	event->type = EVENT_ENDED;
 	event->key = key;
@@ -1311,10 +1533,32 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	struct inode *inode = file->f_inode;
 	struct identity identity = {};
 	u32 tid = current_tid();
+	struct identity *asked = bpf_map_lookup_elem(&identities, &tid);
+	if (asked) {
+		identity.pin = asked->pin;
+		identity.start = asked->start;
+		identity.end = asked->end;
+	}
 	name(&identity.key, inode);
 	identity.file = (u64)file;
 	identity.generation = inode->i_generation;
 	identity.dio = inode->i_dio_count.counter;
+	if (identity.pin) {
+		struct holder holder = {
+			.key = identity.key,
+			.pin = identity.pin,
+			.start = identity.start,
+			.end = identity.end,
+		};
+		u64 pointer = identity.file;
+		struct key key = identity.key;
+		if (!bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
+			if (join(&key, 1))
+				identity.held = 1;
+			else
+				bpf_map_delete_elem(&holders, &pointer);
+		}
+	}
 	bpf_map_update_elem(&identities, &tid, &identity, BPF_ANY);
 	return 0;
 }

@@ -9,6 +9,7 @@
 
 mod abi;
 mod load;
+pub mod oracle;
 
 use crate::audit::Refused;
 use crate::policy::RULES;
@@ -19,7 +20,7 @@ use abi::{Entry, Event, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
 pub use load::LoadError;
-pub(crate) use load::{has_lsm, probe};
+pub use load::probe;
 use mapdirect_proto::Flags;
 use mapdirect_sys::file_handle::{self, FileHandle};
 use mapdirect_sys::{fcntl, memfd};
@@ -30,7 +31,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use zerocopy::{FromBytes, IntoBytes};
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Where the gate is pinned by default.
 pub const DIRECTORY: &str = "/sys/fs/bpf/mapdirect";
@@ -53,11 +54,15 @@ pub(crate) struct Gate {
     counts: Mutex<Counts>,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 struct Published {
     version: u64,
     spilled: bool,
     pins: u64,
+    handle: Option<FileHandle>,
+    /// Its entry is of a guard before this one, which could not be read: it
+    /// stays as it is.
+    kept: bool,
 }
 
 /// What several inodes have in common.
@@ -144,11 +149,12 @@ impl Gate {
         let pins = watched.pins.load();
         let live: Vec<&Arc<Pin>> = pins.iter().filter(|pin| !pin.is_dead()).collect();
         let settled: Vec<Arc<Settled>> = live.iter().filter_map(|pin| pin.settled()).collect();
-        let before = published.get(&watched.id).copied();
+        let before = published.get(&watched.id).cloned();
         let key = Key::new(watched.id);
         if settled.is_empty() {
-            if let Some(before) = before {
-                self.forget(key, before);
+            if let Some(before) = &before
+                && self.forget(key, before)
+            {
                 published.remove(&watched.id);
             }
             return Ok(());
@@ -158,48 +164,63 @@ impl Gate {
             watched.abilities.coarse,
         );
         let facts = Facts {
-            live: u32::try_from(live.len()).unwrap_or(u32::MAX),
             reflink: watched.abilities.reflink,
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),
         };
         let version = self.versions.fetch_add(1, Relaxed);
         let (entry, runs) = Entry::new(version, &layers, facts);
         let count = live.len() as u64;
-        self.count(key, before.map(|before| before.pins), Some(count))?;
+        let counted = before.as_ref().map(|before| before.pins);
+        self.count(key, counted, Some(count))?;
         let maps = &self.loaded.maps;
         let put = || -> Result<(), libbpf_rs::Error> {
             if let Some(runs) = &runs {
-                self.spill(version, runs)?;
+                spill(&maps.spill, version, runs)?;
             }
             maps.entries.update(key.as_bytes(), entry.as_bytes(), MapFlags::ANY)
         };
         if let Err(error) = put() {
             let _ = maps.spill.delete(&version.to_ne_bytes());
             // What was there stays.
-            let _ = self.count(key, Some(count), before.map(|before| before.pins));
+            let _ = self.count(key, Some(count), counted);
             return Err(errno(&error));
         }
-        if let Some(before) = before.filter(|before| before.spilled) {
+        if let Some(before) = before.as_ref().filter(|before| before.spilled) {
             let _ = maps.spill.delete(&before.version.to_ne_bytes());
         }
         let now = Published {
             version,
             spilled: runs.is_some(),
             pins: count,
+            handle: before.and_then(|before| before.handle),
+            kept: false,
         };
         published.insert(watched.id, now);
         Ok(())
     }
 
-    fn forget(&self, key: Key, before: Published) {
+    /// Takes an inode out of the maps; says no if the kernel knows of pins
+    /// that have not been heard of.
+    fn forget(&self, key: Key, before: &Published) -> bool {
         let maps = &self.loaded.maps;
-        // The kernel may have done it by itself.
+        let lives = maps.lives.lookup(key.as_bytes(), MapFlags::ANY);
+        let lives = lives
+            .ok()
+            .flatten()
+            .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
+            .unwrap_or(abi::DEAD);
+        if lives & abi::DEAD == 0 && lives > 0 {
+            return false;
+        }
+        // The kernel has done it by itself, mostly.
         let _ = maps.entries.delete(key.as_bytes());
+        let _ = maps.lives.delete(key.as_bytes());
         let _ = maps.shared_since.delete(key.as_bytes());
         if before.spilled {
             let _ = maps.spill.delete(&before.version.to_ne_bytes());
         }
         let _ = self.count(key, Some(before.pins), None);
+        true
     }
 
     /// Counts the pins of an inode instead of those it had.
@@ -226,34 +247,25 @@ impl Gate {
         .map_err(|error| errno(&error))
     }
 
-    /// Runs in a map of their own.
-    fn spill(&self, version: u64, runs: &[Run]) -> Result<(), libbpf_rs::Error> {
-        // BPF_F_INNER_MAP: as many runs as there are, whatever the template
-        // says (include/uapi/linux/bpf.h).
-        let options = bpf_map_create_opts {
-            sz: size_of::<bpf_map_create_opts>() as u64,
-            map_flags: 1 << 12,
-            ..Default::default()
-        };
-        let count = u32::try_from(runs.len()).unwrap_or(u32::MAX);
-        let size = u32::try_from(size_of::<Run>()).unwrap_or(16);
-        let map = MapHandle::create(MapType::Array, Some("runs"), 4, size, count, &options)?;
-        let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
-        map.update_batch(&keys, runs.as_bytes(), count, MapFlags::ANY, MapFlags::ANY)?;
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&map.as_fd());
-        self.loaded.maps.spill.update(
-            &version.to_ne_bytes(),
-            &fd.to_ne_bytes(),
-            MapFlags::ANY,
-        )
-    }
-
     /// What a descriptor of this process is to the kernel.
     fn identify(&self, file: BorrowedFd<'_>) -> Result<Identity, Errno> {
+        self.ask_about(file, None)
+    }
+
+    /// The same; from now on it is a pin, if one is given.
+    fn ask_about(&self, file: BorrowedFd<'_>, pin: Option<&Pin>) -> Result<Identity, Errno> {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         let key = tid.to_ne_bytes();
-        fcntl::get_flags_with(file, WHO_IS_IT)?;
         let identities = &self.loaded.maps.identities;
+        if let Some(pin) = pin {
+            let mut asked = Identity::new_zeroed();
+            asked.pin = pin.id;
+            (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
+            identities
+                .update(&key, asked.as_bytes(), MapFlags::ANY)
+                .map_err(|error| errno(&error))?;
+        }
+        fcntl::get_flags_with(file, WHO_IS_IT)?;
         let found = identities.lookup(&key, MapFlags::ANY);
         let _ = identities.delete(&key);
         found
@@ -275,16 +287,28 @@ impl Gate {
         pin: &Pin,
         file: BorrowedFd<'_>,
     ) -> Result<(), Errno> {
-        let identity = self.identify(file)?;
         let key = Key::new(watched.id);
-        if identity.key != key {
+        let handle = file_handle::of(file)?;
+        self.prepare(watched.id, &handle)?;
+        let identity = self.ask_about(file, Some(pin))?;
+        if identity.key != key || identity.held == 0 {
             return Err(Errno::STALE);
         }
-        let handle = file_handle::of(file)?;
+        self.remember(watched, pin, identity.file, &handle)
+    }
+
+    /// Keeps what a guard that comes later must know.
+    fn remember(
+        &self,
+        watched: &Watched,
+        pin: &Pin,
+        file: u64,
+        handle: &FileHandle,
+    ) -> Result<(), Errno> {
         let mut facts = PinFacts {
-            key,
+            key: Key::new(watched.id),
             id: pin.id,
-            file: identity.file,
+            file,
             start: pin.shown.start,
             end: pin.shown.end,
             mapped_start: pin.mapped.as_ref().map_or(0, |mapped| mapped.start),
@@ -303,18 +327,67 @@ impl Gate {
         let length = path.len().min(facts.path.len());
         facts.path[..length].copy_from_slice(&path[..length]);
         facts.path_length = u32::try_from(length).unwrap_or(0);
-        let maps = &self.loaded.maps;
-        let holder = Holder { key, pin: pin.id };
-        maps.pins
+        self.loaded
+            .maps
+            .pins
             .update(&pin.id.to_ne_bytes(), facts.as_bytes(), MapFlags::ANY)
-            .and_then(|()| {
-                maps.holders.update(
-                    &identity.file.to_ne_bytes(),
-                    holder.as_bytes(),
-                    MapFlags::ANY,
-                )
-            })
             .map_err(|error| errno(&error))
+    }
+
+    /// Has the programs look at an inode from now on: they would not see the
+    /// end of a pin otherwise.
+    fn prepare(&self, id: InodeId, handle: &FileHandle) -> Result<(), Errno> {
+        let mut published = self
+            .shard(id)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if published.get(&id).is_some_and(|published| published.kept) {
+            return Err(Errno::BUSY);
+        }
+        if !published.contains_key(&id) {
+            self.count(Key::new(id), None, Some(0))?;
+        }
+        published.entry(id).or_default().handle = Some(handle.clone());
+        Ok(())
+    }
+
+    /// Leaves an inode as an earlier guard has left it.
+    pub(crate) fn keep(&self, found: &Found) {
+        let mut published = self
+            .shard(found.inode)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if published.contains_key(&found.inode) {
+            return;
+        }
+        let key = Key::new(found.inode);
+        let entry = self.loaded.maps.entries.lookup(key.as_bytes(), MapFlags::ANY);
+        let entry = entry
+            .ok()
+            .flatten()
+            .and_then(|bytes| Entry::read_from_bytes(&bytes).ok());
+        let _ = self.count(key, None, Some(1));
+        let kept = Published {
+            version: entry.map_or(0, |entry| entry.version),
+            spilled: entry.is_some_and(|entry| entry.spilled != 0),
+            pins: 1,
+            handle: Some(found.handle.clone()),
+            kept: true,
+        };
+        published.insert(found.inode, kept);
+    }
+
+    /// Takes out what is left of an inode that nobody pins.
+    fn clean(&self, id: InodeId) {
+        let mut published = self
+            .shard(id)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = published.get(&id)
+            && self.forget(Key::new(id), before)
+        {
+            published.remove(&id);
+        }
     }
 
     /// The pins that live, as an earlier guard has left them. Those whose
@@ -389,20 +462,47 @@ impl Gate {
 
     /// Refusals by kind since the gate is in place.
     pub(crate) fn refused(&self) -> Vec<(String, u64)> {
-        let count = |kind: u32| {
-            let bytes = self.loaded.maps.refused.lookup(&kind.to_ne_bytes(), MapFlags::ANY);
-            bytes
-                .ok()
-                .flatten()
-                .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
-                .unwrap_or(0)
-        };
         RULES
             .iter()
-            .map(|rule| (rule.name.to_owned(), count(rule.kind as u32)))
+            .map(|rule| (rule.name.to_owned(), self.counted(rule.kind as u32)))
             .filter(|(_, count)| *count > 0)
             .collect()
     }
+
+    fn counted(&self, what: u32) -> u64 {
+        let bytes = self
+            .loaded
+            .maps
+            .refused
+            .lookup(&what.to_ne_bytes(), MapFlags::ANY);
+        bytes
+            .ok()
+            .flatten()
+            .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
+            .unwrap_or(0)
+    }
+}
+
+/// Runs in a map of their own.
+fn spill(spilled: &MapHandle, version: u64, runs: &[Run]) -> Result<(), libbpf_rs::Error> {
+    // BPF_F_INNER_MAP: as many runs as there are, whatever the template
+    // says (include/uapi/linux/bpf.h).
+    let options = bpf_map_create_opts {
+        sz: size_of::<bpf_map_create_opts>() as u64,
+        map_flags: 1 << 12,
+        ..Default::default()
+    };
+    let count = u32::try_from(runs.len()).unwrap_or(u32::MAX);
+    let size = u32::try_from(size_of::<Run>()).unwrap_or(16);
+    let map = MapHandle::create(MapType::Array, Some("runs"), 4, size, count, &options)?;
+    let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
+    map.update_batch(&keys, runs.as_bytes(), count, MapFlags::ANY, MapFlags::ANY)?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&map.as_fd());
+    spilled.update(
+        &version.to_ne_bytes(),
+        &fd.to_ne_bytes(),
+        MapFlags::ANY,
+    )
 }
 
 fn found(facts: &PinFacts) -> Found {
@@ -442,55 +542,111 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
 ///
 /// When events cannot be read any more.
 pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+    let maps = &gate.loaded.maps;
+    let heard = |bytes: &[u8]| {
+        if let Ok(event) = Event::read_from_bytes(bytes) {
+            take(guard, gate, &event);
+        }
+        0
+    };
     let mut builder = RingBufferBuilder::new();
-    builder
-        .add(&gate.loaded.maps.events, |bytes| {
-            if let Ok(event) = Event::read_from_bytes(bytes) {
-                take(guard, gate, &event);
-            }
-            0
-        })
-        .map_err(|error| errno(&error))?;
+    for map in [&maps.changes, &maps.events] {
+        builder.add(map, heard).map_err(|error| errno(&error))?;
+    }
     let ring = builder.build().map_err(|error| errno(&error))?;
+    let mut untold = gate.counted(abi::UNTOLD);
     while !guard.is_stopping() {
         // A signal is none of our business here.
         let _ = ring.poll(Duration::from_millis(100));
+        let now = gate.counted(abi::UNTOLD);
+        if now != untold {
+            untold = now;
+            end_untold(guard, gate);
+        }
     }
     Ok(())
 }
 
+/// Ends the pins whose end could not be told.
+fn end_untold(guard: &Guard, gate: &Gate) {
+    for watched in guard.table.all() {
+        let pins = watched.pins.load_full();
+        for pin in pins.iter().filter(|pin| pin.is_handed_over()) {
+            let there = gate
+                .loaded
+                .maps
+                .pins
+                .lookup(&pin.id.to_ne_bytes(), MapFlags::ANY);
+            if matches!(there, Ok(None)) {
+                end(guard, gate, &watched, pin.id);
+            }
+        }
+    }
+}
+
 fn take(guard: &Guard, gate: &Gate, event: &Event) {
     let id = event.key.inode();
+    let watched = guard.table.get(id);
     match event.kind_of_event {
-        abi::EVENT_ENDED => {
-            if let Some(watched) = guard.table.get(id) {
-                end(guard, gate, &watched, event.pin);
+        abi::EVENT_ENDED => match watched {
+            Some(watched) => end(guard, gate, &watched, event.pin),
+            None => gate.clean(id),
+        },
+        abi::EVENT_RAW => {
+            if let Some(watched) = watched {
+                begin(gate, &watched, event);
             }
         }
-        abi::EVENT_REFUSED => {
-            let Some(rule) = usize::try_from(event.kind).ok().and_then(|kind| RULES.get(kind))
-            else {
-                return;
-            };
-            guard.audit.judged();
-            let watched = guard.table.get(id);
-            if let Some(watched) = &watched {
-                watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
-            }
-            let length = event.command.iter().position(|byte| *byte == 0);
-            let command = &event.command[..length.unwrap_or(event.command.len())];
-            guard.audit.refused(Refused {
-                tid: event.tid.cast_signed(),
-                command: String::from_utf8_lossy(command).into_owned(),
-                kind: rule.kind,
-                id,
-                path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),
-                range: (event.end != u64::MAX || event.start > 0)
-                    .then_some(event.start..event.end),
-            });
-        }
+        abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
         _ => {}
     }
+}
+
+fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
+    let kind = usize::try_from(event.kind).unwrap_or(usize::MAX);
+    let Some(rule) = RULES.get(kind) else {
+        return;
+    };
+    guard.audit.judged();
+    if let Some(watched) = watched {
+        watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
+    }
+    let length = event.command.iter().position(|byte| *byte == 0);
+    let command = &event.command[..length.unwrap_or(event.command.len())];
+    guard.audit.refused(Refused {
+        tid: event.tid.cast_signed(),
+        command: String::from_utf8_lossy(command).into_owned(),
+        kind: rule.kind,
+        id: event.key.inode(),
+        path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),
+        range: (event.end != u64::MAX || event.start > 0).then_some(event.start..event.end),
+    });
+}
+
+/// Somebody has mapped what is pinned, by mmap(2) alone: it stays pinned as
+/// it is for as long as that file lives.
+fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
+    let pins = watched.pins.load_full();
+    let pid = event.tgid.cast_signed();
+    for pin in pins
+        .iter()
+        .filter(|pin| pin.id != event.pin && pin.meets(&(event.start..event.end)))
+    {
+        let joined = Arc::new(pin.joined(event.pin, pid));
+        let handle = {
+            let shard = gate.shard(watched.id);
+            let published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            published
+                .get(&watched.id)
+                .and_then(|published| published.handle.clone())
+        };
+        if let Some(handle) = handle {
+            // Only a guard that comes later misses it.
+            let _ = gate.remember(watched, &joined, event.file, &handle);
+        }
+        watched.add(&joined);
+    }
+    let _ = gate.publish(watched);
 }
 
 /// A pin is over.
