@@ -50,6 +50,7 @@ struct Ran {
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
+    packages::install_for_bpf()?;
     disk::remove_stale();
     let mut ran = Vec::new();
     if args.filter.is_none() {
@@ -60,6 +61,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
                 "clippy",
                 "--quiet",
                 "--workspace",
+                "--features=mapdirect-cli/bpf",
                 "--all-targets",
                 "--",
                 "-D",
@@ -72,6 +74,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             build::cargo(&[
                 "test",
                 "--workspace",
+                "--features=mapdirect-cli/bpf",
                 "--lib",
                 "--bins",
                 "--",

@@ -111,8 +111,13 @@ pub struct GuardArgs {
     #[arg(long, value_enum, default_value = "auto")]
     pub gate: GateChoice,
     /// Where the bpf gate is pinned: a directory of a bpf filesystem
-    #[arg(long, value_name = "PATH", env = "MAPDIRECT_BPF_DIRECTORY", hide_env_values = true,
-          default_value = "/sys/fs/bpf/mapdirect")]
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "MAPDIRECT_BPF_DIRECTORY",
+        hide_env_values = true,
+        default_value = "/sys/fs/bpf/mapdirect"
+    )]
     pub bpf_directory: PathBuf,
     /// Take away a bpf gate that a guard has left behind, and with it the pins it keeps, and end
     #[arg(long)]

@@ -36,11 +36,11 @@ use mapdirect_sys::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
-pub use mapdirect_proto::status::RefusedOperation;
 #[cfg(feature = "bpf")]
 pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
+pub use mapdirect_proto::status::RefusedOperation;
 pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.

@@ -370,7 +370,10 @@ fn all_kernel_users() -> Vec<(String, String)> {
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
     for line in swaps.lines().skip(1) {
         if let Some(file) = line.split_ascii_whitespace().next() {
-            users.push((file.to_owned(), String::from("swap space (swapoff it first)")));
+            users.push((
+                file.to_owned(),
+                String::from("swap space (swapoff it first)"),
+            ));
         }
     }
     users

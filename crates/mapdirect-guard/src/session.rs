@@ -9,8 +9,8 @@ use crate::grant::{self, Conversation, Grant, refusal};
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply,
-    Request, VERSION,
+    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
+    VERSION,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};

@@ -213,6 +213,7 @@ pub(crate) struct Abilities {
     /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
     pub(crate) exchange: bool,
     /// Writing to a part of a folio makes all of it dirty.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) coarse: bool,
 }
 

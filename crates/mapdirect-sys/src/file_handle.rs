@@ -49,9 +49,7 @@ pub fn of(file: BorrowedFd<'_>) -> Result<FileHandle> {
         )
     };
     checked(i32::try_from(result).unwrap_or(-1))?;
-    let length = usize::try_from(raw.bytes)
-        .unwrap_or(0)
-        .min(MAX_HANDLE);
+    let length = usize::try_from(raw.bytes).unwrap_or(0).min(MAX_HANDLE);
     Ok(FileHandle {
         kind: raw.kind,
         bytes: raw.handle[..length].to_vec(),

@@ -215,8 +215,8 @@ fn expected_in_kernel(attack: &Attack, place: Place, reflink: bool) -> Expected 
     }
     // Beside a mapping through the page cache nothing may come to be shared;
     // and a copy into the file is one where blocks can be shared.
-    let shares = matches!(attack.row, Row::Reflink | Row::CopyFrom)
-        || attack.name == "copy_file_range-into";
+    let shares =
+        matches!(attack.row, Row::Reflink | Row::CopyFrom) || attack.name == "copy_file_range-into";
     if reflink && shares {
         return Expected::Either;
     }

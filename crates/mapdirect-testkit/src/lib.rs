@@ -25,6 +25,7 @@ pub mod disk;
     reason = "accesses that may fault, and the registers to go on with"
 )]
 pub mod fault;
+pub mod fingerprint;
 pub mod process;
 pub mod random;
 #[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]

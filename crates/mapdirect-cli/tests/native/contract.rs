@@ -75,8 +75,7 @@ enum Held {
 fn try_everywhere(world: &World, kind: Kind, attack: &'static Attack, attacker: Attacker) {
     // What is refused on a whole filesystem is, while another test has a pin
     // there.
-    let alone =
-        Gate::under_test() == Gate::Bpf && attack.row == Row::Exchange && !kind.is_dax();
+    let alone = Gate::under_test() == Gate::Bpf && attack.row == Row::Exchange && !kind.is_dax();
     let disk = if alone {
         Arc::new(Disk::new(kind, 512).unwrap())
     } else {
@@ -255,8 +254,7 @@ fn check(
 /// A stranger that had the file open before: either the pin is refused and
 /// names it, or what it does later meets the gate.
 fn try_early(world: &World, kind: Kind, attack: &'static Attack) {
-    let alone =
-        Gate::under_test() == Gate::Bpf && attack.row == Row::Exchange && !kind.is_dax();
+    let alone = Gate::under_test() == Gate::Bpf && attack.row == Row::Exchange && !kind.is_dax();
     let disk = if alone {
         Arc::new(Disk::new(kind, 512).unwrap())
     } else {

@@ -55,7 +55,7 @@ impl Gate {
 
     /// Has it look again at who waits for the outcome of a grant.
     pub(crate) fn reconsider(&self) {
-        if let Self::Fanotify(gate) = self {
+        if let Some(gate) = self.fanotify() {
             gate.reconsider();
         }
     }
@@ -71,7 +71,7 @@ impl Gate {
 
     /// Has it notice that the guard stops.
     pub(crate) fn wake(&self) {
-        if let Self::Fanotify(gate) = self {
+        if let Some(gate) = self.fanotify() {
             gate.wake();
         }
     }

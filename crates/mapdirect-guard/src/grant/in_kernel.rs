@@ -145,10 +145,7 @@ impl Attempt<'_> {
     /// With frozen blocks nobody may have a mapping to store by, wherever in
     /// the file: `mremap(2)` could grow it over them, and no hook sees that.
     /// Holders of pins are trusted not to. Says whether any of them has one.
-    pub(super) fn nobody_may_come_to_store(
-        &self,
-        frozen: &[Range<u64>],
-    ) -> Result<bool, Refusal> {
+    pub(super) fn nobody_may_come_to_store(&self, frozen: &[Range<u64>]) -> Result<bool, Refusal> {
         let found = self.openers(None);
         // Descriptors are judged when they are used, wherever they hide.
         if found.unseen {
@@ -158,8 +155,10 @@ impl Attempt<'_> {
             }));
         }
         let pins = self.watched.pins.load();
-        let is_holder =
-            |opener: &Opener| pins.iter().any(|pin| pin.pid == opener.pid && pin.mapped.is_some());
+        let is_holder = |opener: &Opener| {
+            pins.iter()
+                .any(|pin| pin.pid == opener.pid && pin.mapped.is_some())
+        };
         for (opener, mapped) in &found.writable_mappings {
             let over = frozen
                 .iter()

@@ -412,26 +412,18 @@ mod tests {
             0u8..3,
         )
             .prop_map(
-                |(
-                    first,
-                    states,
-                    whole_file,
-                    beside,
-                    window,
-                    stores,
-                    grows_into,
-                    mapped,
-                    apart,
-                )| Model {
-                    first,
-                    states,
-                    whole_file,
-                    beside,
-                    window,
-                    stores,
-                    grows_into,
-                    mapped,
-                    apart,
+                |(first, states, whole_file, beside, window, stores, grows_into, mapped, apart)| {
+                    Model {
+                        first,
+                        states,
+                        whole_file,
+                        beside,
+                        window,
+                        stores,
+                        grows_into,
+                        mapped,
+                        apart,
+                    }
                 },
             )
     }

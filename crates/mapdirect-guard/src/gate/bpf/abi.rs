@@ -82,9 +82,7 @@ fn row(kind: OperationKind) -> Row {
 }
 
 /// An inode as the kernel names it.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout,
-)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Key {
     pub(super) dev: u32,

@@ -3,7 +3,9 @@
 //! outlive the guard.
 
 use libbpf_rs::btf::types::{Func, FuncProto};
-use libbpf_rs::{Btf, ErrorExt, Link, MapCore, MapHandle, Object, ObjectBuilder, PrintLevel, ProgramType};
+use libbpf_rs::{
+    Btf, ErrorExt, Link, MapCore, MapHandle, Object, ObjectBuilder, PrintLevel, ProgramType,
+};
 use mapdirect_sys::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::OwnedFd;
@@ -12,7 +14,7 @@ use std::sync::{Mutex, PoisonError};
 
 /// The programs, compiled from `mapdirect.bpf.c` by `cargo xtask bpf`.
 const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
-/// What names the version of the programs.
+/// What names the version of the programs: fingerprints of source and object.
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
@@ -208,9 +210,8 @@ const BPF_FS: u64 = 0xcafe_4a11;
 fn mount_bpffs(directory: &Path) -> Result<(), LoadError> {
     let parent = directory.parent().unwrap_or(Path::new("/"));
     let is_there = || {
-        rustix::fs::statfs(parent).is_ok_and(|stat| {
-            u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS
-        })
+        rustix::fs::statfs(parent)
+            .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
     };
     if is_there() {
         return Ok(());
@@ -354,7 +355,10 @@ fn put_in_place(directory: &Path) -> Result<(), LoadError> {
             .pin(&path)
             .map_err(|error| told("pinning a map", &error))?;
     }
-    for program in object.progs_mut() {
+    // Notes first: a hook that found none would refuse.
+    let mut programs: Vec<_> = object.progs_mut().collect();
+    programs.sort_by_key(|program| program.section().to_string_lossy().starts_with("lsm/"));
+    for program in programs {
         if !program.autoload() || program.prog_type() == ProgramType::Syscall {
             continue;
         }
@@ -425,4 +429,24 @@ pub(super) fn load_object() -> Result<Object, LoadError> {
 /// Why not.
 pub fn probe() -> Result<(), LoadError> {
     load_object().map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mapdirect_testkit::fingerprint::fingerprint;
+
+    #[test]
+    fn the_object_is_that_of_the_source() {
+        let expected = format!(
+            "{} {}",
+            fingerprint(include_bytes!("mapdirect.bpf.c")),
+            fingerprint(OBJECT)
+        );
+        assert_eq!(
+            HASH.trim(),
+            expected,
+            "the source and what was compiled differ: run `cargo xtask bpf`"
+        );
+    }
 }

@@ -177,7 +177,8 @@ impl Gate {
             if let Some(runs) = &runs {
                 spill(&maps.spill, version, runs)?;
             }
-            maps.entries.update(key.as_bytes(), entry.as_bytes(), MapFlags::ANY)
+            maps.entries
+                .update(key.as_bytes(), entry.as_bytes(), MapFlags::ANY)
         };
         if let Err(error) = put() {
             let _ = maps.spill.delete(&version.to_ne_bytes());
@@ -230,9 +231,9 @@ impl Gate {
         let device = counts.devices.entry(key.dev).or_default();
         *device = (*device + now.unwrap_or(0)).saturating_sub(before.unwrap_or(0));
         let (device, slot) = (*device, key.slot());
-        let told = maps
-            .devices
-            .update(&key.dev.to_ne_bytes(), &device.to_ne_bytes(), MapFlags::ANY);
+        let told =
+            maps.devices
+                .update(&key.dev.to_ne_bytes(), &device.to_ne_bytes(), MapFlags::ANY);
         let filter = counts.filter.entry(slot).or_default();
         match (before, now) {
             (None, Some(_)) => *filter += 1,
@@ -361,7 +362,11 @@ impl Gate {
             return;
         }
         let key = Key::new(found.inode);
-        let entry = self.loaded.maps.entries.lookup(key.as_bytes(), MapFlags::ANY);
+        let entry = self
+            .loaded
+            .maps
+            .entries
+            .lookup(key.as_bytes(), MapFlags::ANY);
         let entry = entry
             .ok()
             .flatten()
@@ -399,7 +404,9 @@ impl Gate {
             .filter_map(|key| maps.pins.lookup(&key, MapFlags::ANY).ok().flatten())
             .filter_map(|bytes| PinFacts::read_from_bytes(&bytes).ok())
             .filter(|facts| {
-                let holder = maps.holders.lookup(&facts.file.to_ne_bytes(), MapFlags::ANY);
+                let holder = maps
+                    .holders
+                    .lookup(&facts.file.to_ne_bytes(), MapFlags::ANY);
                 let holder = holder.ok().flatten();
                 holder
                     .and_then(|bytes| Holder::read_from_bytes(&bytes).ok())
@@ -438,10 +445,15 @@ impl Gate {
         for slot in 0u32..1 << 18 {
             let counted = counts.filter.get(&slot).copied().unwrap_or(0);
             let there = maps.filter.lookup(&slot.to_ne_bytes(), MapFlags::ANY);
-            let there = there.ok().flatten().and_then(|bytes| u64::read_from_bytes(&bytes).ok());
+            let there = there
+                .ok()
+                .flatten()
+                .and_then(|bytes| u64::read_from_bytes(&bytes).ok());
             if there != Some(u64::from(counted)) {
                 let counted = u64::from(counted).to_ne_bytes();
-                let _ = maps.filter.update(&slot.to_ne_bytes(), &counted, MapFlags::ANY);
+                let _ = maps
+                    .filter
+                    .update(&slot.to_ne_bytes(), &counted, MapFlags::ANY);
             }
         }
         let used: Vec<u64> = self
@@ -498,11 +510,7 @@ fn spill(spilled: &MapHandle, version: u64, runs: &[Run]) -> Result<(), libbpf_r
     let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
     map.update_batch(&keys, runs.as_bytes(), count, MapFlags::ANY, MapFlags::ANY)?;
     let fd = std::os::fd::AsRawFd::as_raw_fd(&map.as_fd());
-    spilled.update(
-        &version.to_ne_bytes(),
-        &fd.to_ne_bytes(),
-        MapFlags::ANY,
-    )
+    spilled.update(&version.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
 }
 
 fn found(facts: &PinFacts) -> Found {

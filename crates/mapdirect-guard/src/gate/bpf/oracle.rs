@@ -4,8 +4,8 @@
 use super::abi::{Entry, Facts, INLINE, Key, Question, Run, Settings};
 use super::load::{LoadError, load_object};
 use super::spill;
-use crate::policy::layers::Layers;
 use crate::policy::Operation;
+use crate::policy::layers::Layers;
 use crate::table::InodeId;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, Object, ProgramInput};
 use zerocopy::{FromZeros, IntoBytes};
@@ -41,8 +41,7 @@ impl Oracle {
             MapHandle::try_from(&found).map_err(failed)
         };
         let settings = map("settings")?;
-        let (entries, spill, shared_since) =
-            (map("entries")?, map("spill")?, map("shared_since")?);
+        let (entries, spill, shared_since) = (map("entries")?, map("spill")?, map("shared_since")?);
         settings
             .update(
                 &0u32.to_ne_bytes(),
@@ -123,12 +122,13 @@ impl Oracle {
             .progs_mut()
             .find(|program| program.name() == "ask")
             .ok_or_else(|| failed("there is no program to ask"))?;
-        let mut input = ProgramInput::default();
-        let mut answer = Question::new_zeroed();
-        input.context_in = Some(question.as_mut_bytes());
-        input.context_out = Some(answer.as_mut_bytes());
+        // The answer is written into the question.
+        let input = ProgramInput {
+            context_in: Some(question.as_mut_bytes()),
+            ..ProgramInput::default()
+        };
         program.test_run(input).map_err(failed)?;
-        match answer.answer {
+        match question.answer {
             0 => Ok(false),
             1 => Ok(true),
             other => Err(failed(format!("they say {other}"))),
