@@ -149,6 +149,14 @@ pub(super) fn unload(directory: &Path) -> Result<bool, LoadError> {
         return Ok(false);
     }
     let _claim = claim(directory)?;
+    // The kernel lets go of programs when it gets round to it; from now on
+    // they find nothing to refuse.
+    if let Ok(entries) = MapHandle::from_pinned_path(directory.join("entries")) {
+        let keys: Vec<_> = entries.keys().collect();
+        for key in keys {
+            let _ = entries.delete(&key);
+        }
+    }
     remove(directory)?;
     Ok(true)
 }
