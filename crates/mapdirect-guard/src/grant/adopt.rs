@@ -33,11 +33,18 @@ impl super::Conversation for Silent {
 /// Takes over every pin that lives. One that cannot be read stays in the
 /// kernel as it is, and ends when its description does.
 pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
+    let all = gate.left_behind();
     let mut untold = Vec::new();
     let mut known = Vec::new();
-    for found in gate.left_behind() {
-        known.push(found.inode);
-        if take_over(guard, &found).is_err() {
+    for found in &all {
+        match recognise(guard, found) {
+            Ok(one) => known.push((found, one)),
+            Err(_) => untold.push(found),
+        }
+    }
+    // Once all are known: who maps a file may be the holder of another.
+    for (found, one) in known {
+        if one.settle(guard, found).is_err() {
             untold.push(found);
         }
     }
@@ -53,7 +60,8 @@ pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
         // It was full of pins before, and is so again.
         let _ = gate.publish(&watched);
     }
-    gate.take_over(&known);
+    let inodes: Vec<_> = all.iter().map(|found| found.inode).collect();
+    gate.take_over(&inodes);
 }
 
 /// Opens the inode of a pin by whatever mount there is of its filesystem.
@@ -82,7 +90,14 @@ fn open(found: &Found) -> Result<OwnedFd, Errno> {
     Err(last)
 }
 
-fn take_over(guard: &Guard, found: &Found) -> Result<(), Refusal> {
+/// A pin that is known again, and not yet what it keeps still.
+struct Recognised {
+    judged: Judged,
+    watched: Arc<Watched>,
+    pin: Arc<Pin>,
+}
+
+fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
     let request = PinRequest {
         offset: found.range.start,
@@ -114,23 +129,35 @@ fn take_over(guard: &Guard, found: &Found) -> Result<(), Refusal> {
         found.flags,
         owner,
     ));
-    let mut state = super::lock(&watched, Duration::from_secs(1))?;
     watched.add(&pin);
-    let attempt = Attempt {
-        guard,
-        judged: &judged,
-        watched: &watched,
-        state: &mut state,
-        pin: &pin,
-        patience: Duration::from_secs(1),
-        mark: 0,
-        marked: Cell::new(false),
-        talk: &mut Silent,
-        file,
-    };
-    let rest = attempt.come_to_rest(true);
-    let (map, pinned, held) = rest.inspect_err(|_| watched.remove(|other| other.id == pin.id))?;
-    pin.settle(&map, pinned, held);
-    pin.hand_over();
-    Ok(())
+    Ok(Recognised {
+        judged,
+        watched,
+        pin,
+    })
+}
+
+impl Recognised {
+    /// Reads its block map again: it is what it was.
+    fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
+        // Once more: there may be more pins than descriptors.
+        let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
+        let mut state = super::lock(&self.watched, Duration::from_secs(1))?;
+        let attempt = Attempt {
+            guard,
+            judged: &self.judged,
+            watched: &self.watched,
+            state: &mut state,
+            pin: &self.pin,
+            patience: Duration::from_secs(1),
+            mark: 0,
+            marked: Cell::new(false),
+            talk: &mut Silent,
+            file,
+        };
+        let (map, pinned, held) = attempt.come_to_rest(true)?;
+        self.pin.settle(&map, pinned, held);
+        self.pin.hand_over();
+        Ok(())
+    }
 }
