@@ -117,6 +117,18 @@ impl Gate {
         }
     }
 
+    /// The pin that a description is, if it can tell.
+    pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = file;
+                Ok(None)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.pin_of(file),
+        }
+    }
+
     /// How many direct reads and writes of a file are under way, if it can
     /// tell.
     pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {

@@ -10,6 +10,7 @@ use super::{Attempt, refusal, system};
 use crate::Errno;
 use crate::openers::{Openers, kernel_users};
 use crate::policy::Pinned;
+use crate::thaw;
 use crate::wake::Backoff;
 use mapdirect::eligibility::{FileFacts, Filesystem};
 use mapdirect_proto::{Granted, Opener, Reason, Refusal};
@@ -38,11 +39,16 @@ impl Attempt<'_> {
         // the gate stays closed.
         let for_pin = self.open_for_pin()?;
         self.file = for_pin;
-        self.take_lock()?;
         self.guard
             .gate
             .hold(self.watched, self.pin, self.file.as_fd())
             .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
+        // Reading the block map waits for a thaw on XFS: better to say who
+        // does so already.
+        let soon = Instant::now() + self.patience.max(Duration::from_millis(50));
+        if !thaw::is_thawed(self.file.as_fd(), soon) {
+            self.wait_for_others(false)?;
+        }
         let mut map = self.read_map(false)?;
         loop {
             self.check_map(&map)?;

@@ -276,6 +276,19 @@ impl Gate {
             .ok_or(Errno::NODATA)
     }
 
+    /// The pin that a description is.
+    pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+        let identity = self.identify(file)?;
+        let holder = self
+            .loaded
+            .maps
+            .holders
+            .lookup(&identity.file.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|error| errno(&error))?;
+        let holder = holder.and_then(|bytes| Holder::read_from_bytes(&bytes).ok());
+        Ok(holder.map(|holder| holder.pin))
+    }
+
     /// How many direct reads and writes of a file are under way.
     pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {
         Ok(self.identify(file)?.direct)
