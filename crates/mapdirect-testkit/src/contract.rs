@@ -213,10 +213,11 @@ fn expected_in_kernel(attack: &Attack, place: Place, reflink: bool) -> Expected 
     if verdict(attack, place, reflink) || is_whole_file(attack) || names_no_other(attack) {
         return Expected::Refused;
     }
-    // Beside a mapping through the page cache nothing may come to be shared;
-    // and a copy into the file is one where blocks can be shared.
-    let shares =
-        matches!(attack.row, Row::Reflink | Row::CopyFrom) || attack.name == "copy_file_range-into";
+    // Beside a mapping through the page cache nothing may come to be shared:
+    // what comes nearer, or from another file, may be. And a copy into the
+    // file is one where blocks can be shared.
+    let shares = matches!(attack.row, Row::Reflink | Row::CopyFrom | Row::Exchange)
+        || matches!(attack.name, "copy_file_range-into" | "collapse-range");
     if reflink && shares {
         return Expected::Either;
     }

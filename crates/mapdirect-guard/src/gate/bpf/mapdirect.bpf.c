@@ -359,8 +359,9 @@ struct many_runs {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);
 	__uint(map_flags, BPF_F_INNER_MAP);
-	__type(key, u32);
-	__type(value, struct run);
+	// Without types: Linux 6.1 takes maps with and without for different.
+	__uint(key_size, sizeof(u32));
+	__uint(value_size, sizeof(struct run));
 };
 
 // Runs that do not fit into an entry, by its version.
