@@ -46,12 +46,12 @@ pub(crate) struct VmArgs {
     /// directory like an unpacked one
     #[arg(long, value_name = "SERIES|PATH", default_value = "7.3")]
     kernel: Wanted,
-    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax
+    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax; given again, /dev/pmem1, and so on
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    nvdimm: Option<u64>,
-    /// Keep what the NVDIMM holds in this file
+    nvdimm: Vec<u64>,
+    /// Keep what the NVDIMM holds in this file; once for each
     #[arg(long, value_name = "FILE", requires = "nvdimm")]
-    nvdimm_file: Option<PathBuf>,
+    nvdimm_file: Vec<PathBuf>,
     /// Memory
     #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
     memory: u64,
@@ -153,14 +153,11 @@ fn run_command(args: &VmArgs) -> Result<u8> {
         .time_limit(Duration::from_secs(args.time_limit))
         .console_shown(args.verbose)
         .interruption(Arc::clone(&signals));
-    let scratch;
-    if let Some(size) = args.nvdimm {
-        let file = match &args.nvdimm_file {
+    let scratch = RunDirectory::new()?;
+    for (number, size) in args.nvdimm.iter().enumerate() {
+        let file = match args.nvdimm_file.get(number) {
             Some(file) => file.clone(),
-            None => {
-                scratch = RunDirectory::new()?;
-                scratch.path().join("nvdimm")
-            }
+            None => scratch.path().join(format!("nvdimm{number}")),
         };
         let size = size.next_multiple_of(NVDIMM_UNIT);
         boot = boot.nvdimm(Nvdimm { file, size });
@@ -183,7 +180,7 @@ fn boot_and_run(boot: &Boot, program: &Program, args: &VmArgs) -> Result<u8> {
         eprintln!("xtask: booted in {seconds:.1} s");
     }
     let status = machine.run(program, std::io::stdout(), std::io::stderr())?;
-    if args.nvdimm_file.is_some() {
+    if !args.nvdimm_file.is_empty() {
         machine.switch_off()?;
     }
     Ok(status)

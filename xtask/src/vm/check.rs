@@ -194,7 +194,7 @@ fn programs(boot: &Boot, release: &str) -> Result<String> {
         // Nothing but what it was given, and no input.
         (
             program(&["env"]),
-            "PATH=/usr/sbin:/usr/bin:/sbin:/bin\nLC_ALL=C\n",
+            "LC_ALL=C\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n",
             "",
             0,
         ),

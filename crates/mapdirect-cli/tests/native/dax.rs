@@ -35,7 +35,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("persist-everywhere", persist_everywhere),
             ("huge-pages", huge_pages),
         ] {
-            let name = format!("dax::{kind}::{name}");
+            let name = format!("pmem::{kind}::{name}");
             trials.push(world.trial(name, move |world| run(world, kind)));
         }
     }
@@ -134,7 +134,8 @@ fn media(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Nothing of the file comes to be in the page cache.
+/// Nothing of the file comes to be in the page cache, and what is mapped is
+/// the media itself, page by page.
 fn no_page_cache(world: &World, kind: Kind) {
     const LENGTH: usize = 1 << 20;
     let guard = world.guard();
@@ -144,15 +145,31 @@ fn no_page_cache(world: &World, kind: Kind) {
     let mut bytes = vec![0; LENGTH];
     held.read_at(0, &mut bytes).unwrap();
     file.read_exact_at(&mut bytes, 0).unwrap();
-    assert_eq!(raw::cached_pages(file.as_fd(), LENGTH as u64), Ok(0));
+    assert_eq!(raw::cached_pages(file.as_fd(), LENGTH), Ok(0));
+    let media = start_of_media(kind);
+    for offset in (0..LENGTH).step_by(PAGE) {
+        let extent = held.block_map().find(offset as u64).unwrap();
+        let place = extent.physical.unwrap() + (offset as u64 - extent.offset);
+        let frame = raw::frame(held.as_ptr() as usize + offset).unwrap();
+        assert_eq!(frame, Some((media + place) / PAGE as u64), "at {offset}");
+    }
     // Where there is a page cache the same call finds it.
     let other = crate::world::written(&world.disk(Kind::EXT4), "cached", LENGTH);
     let other_file = open(&other);
-    let found = raw::cached_pages(other_file.as_fd(), LENGTH as u64).unwrap();
-    assert!(found > 0);
+    let found = raw::cached_pages(other_file.as_fd(), LENGTH).unwrap();
+    assert_eq!(found, LENGTH / PAGE);
     drop(held);
     std::fs::remove_file(&other).unwrap();
     std::fs::remove_file(&path).unwrap();
+}
+
+/// The physical address of the first byte of a disk that is an NVDIMM.
+fn start_of_media(kind: Kind) -> u64 {
+    let device = kind.device().unwrap();
+    let name = device.file_name().unwrap().to_str().unwrap();
+    let path = format!("/sys/block/{name}/device/resource");
+    let text = std::fs::read_to_string(path).unwrap();
+    u64::from_str_radix(text.trim().trim_start_matches("0x"), 16).unwrap()
 }
 
 /// How often a filesystem wrote its log, as it counts.
