@@ -58,6 +58,15 @@ pub fn kinds(here: &[Kind]) -> Vec<Kind> {
     }
 }
 
+/// Set where processors are emulated and time is short: what differs little
+/// from something else that is tried is left to `cargo xtask soak`.
+const BRIEF: &str = "MAPDIRECT_BRIEF";
+
+/// Whether time is short.
+pub fn is_brief() -> bool {
+    std::env::var_os(BRIEF).is_some()
+}
+
 impl World {
     pub fn new() -> Self {
         Self(Arc::new(Inner {
