@@ -5,6 +5,7 @@
 
 mod check;
 mod cpio;
+mod cut;
 mod debian;
 mod kernel;
 mod machine;
@@ -13,15 +14,18 @@ mod version;
 mod vmlinux;
 
 pub(crate) use check::{Scope, self_test};
+pub(crate) use cut::cut;
+pub(crate) use machine::{Boot, Nvdimm, RunDirectory};
 
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kernel::{Cache, Kernel, Wanted};
-use machine::{Boot, End, Failure, NVDIMM_UNIT, Nvdimm, RunDirectory};
+use debian::Series;
+use machine::{End, Failure, NVDIMM_UNIT};
 use mapdirect_cli::size::parse_size;
 use mapdirect_sys::signal::{Signal, SignalFd};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -115,6 +119,26 @@ pub(crate) fn fetch(wanted: &Wanted) -> Result<Kernel> {
     match wanted {
         Wanted::Series(series) => cache()?.fetch(series),
         Wanted::Path(_) => cache()?.get(wanted),
+    }
+}
+
+/// A machine with the newest kernel of a series that is kept, or else the
+/// newest there is.
+pub(crate) fn boot(series: &str) -> Result<Boot> {
+    prepare()?;
+    let wanted = Series::parse(series).with_context(|| format!("{series} is no series"))?;
+    let kernel = cache()?.get(&Wanted::Series(wanted))?;
+    Ok(Boot::new(kernel, build::init()?))
+}
+
+/// A program as a user of this machine would run it, with more in its
+/// environment.
+pub(crate) fn program(words: &[&OsStr], more: &[(&str, &str)]) -> Program {
+    let more = more.iter().map(|(name, value)| (name.into(), value.into()));
+    Program {
+        directory: build::workspace().to_owned(),
+        words: words.iter().map(Into::into).collect(),
+        environment: environment().into_iter().chain(more).collect(),
     }
 }
 

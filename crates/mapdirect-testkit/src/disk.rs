@@ -97,8 +97,9 @@ impl Kind {
         }
     }
 
-    /// Its command to make one.
-    fn mkfs(self) -> Command {
+    /// Its command to make one, for the device as last argument.
+    #[must_use]
+    pub fn mkfs(self) -> Command {
         match self {
             Self::XfsDax => Self::XFS_PLAIN.mkfs(),
             Self::Ext4Dax => Self::EXT4.mkfs(),

@@ -483,6 +483,17 @@ pub fn store_into(map: &mapdirect::DirectMap, at: usize, value: u8) {
     unsafe { byte.write_volatile(value) };
 }
 
+/// Page faults of the calling thread so far that read nothing from a disk.
+pub fn faults() -> Result<u64> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: writes the value.
+    let ret = unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
+    checked(ret.into())?;
+    // SAFETY: written, and zeros are a value, too.
+    let usage = unsafe { usage.assume_init() };
+    Ok(usage.ru_minflt.cast_unsigned())
+}
+
 /// The number of the physical page that is mapped at an address of this
 /// process, if one is.
 pub fn frame(address: usize) -> Result<Option<u64>> {

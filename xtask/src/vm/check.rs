@@ -318,8 +318,8 @@ fn cut_after(mut machine: Machine, lines: u64) -> Result<u64> {
             break;
         }
     }
-    machine.cut_power()?;
-    Ok(last)
+    // What it had sent by then is not looked at: fewer files to look for.
+    machine.cut_power().map(|_| last)
 }
 
 /// How a program that must not end by itself fails.

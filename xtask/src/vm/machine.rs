@@ -464,10 +464,22 @@ impl Machine {
     }
 
     /// Ends it as a power cut would: at once, whatever it is doing. What it
-    /// has stored to its NVDIMM is in the NVDIMM's file, also what it has not
-    /// flushed: the caches of a processor are not emulated.
-    pub(crate) fn cut_power(mut self) -> Result<()> {
-        self.qemu.kill()
+    /// has stored to its NVDIMMs is in their files, also what it has not
+    /// flushed: the caches of a processor are not emulated. Returns what it
+    /// had sent before.
+    pub(crate) fn cut_power(mut self) -> Result<Vec<Message>> {
+        self.qemu.kill()?;
+        let mut rest = Vec::new();
+        if let Some(port) = &mut self.port {
+            // Whoever is killed amid a write leaves what has arrived.
+            let _ = port.read_to_end(&mut rest);
+        }
+        self.decoder.push(&rest);
+        let mut sent = Vec::new();
+        while let Some(message) = self.decoder.take()? {
+            sent.push(message);
+        }
+        Ok(sent)
     }
 
     /// Ends its programs, unmounts its disks and switches it off.
