@@ -17,7 +17,7 @@ use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers_before};
 use crate::policy::{self, Apart, Beside, Pinned};
-use crate::table::{GrantState, InodeId, LOCK_BASE, Pin, Watched};
+use crate::table::{Abilities, GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Obstacle};
@@ -107,7 +107,11 @@ pub(crate) fn grant(
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
     loop {
         let watched = guard.table.get_or_insert(judged.id, || {
-            Watched::new(judged.id, judged.facts.reflink, Arc::clone(&judged.path))
+            let abilities = Abilities {
+                reflink: judged.facts.reflink,
+                exchange: judged.facts.exchange,
+            };
+            Watched::new(judged.id, abilities, Arc::clone(&judged.path))
         });
         let mut state = lock(&watched, patience)?;
         if state.retired {
@@ -397,6 +401,8 @@ impl Attempt<'_> {
                 note.store(false, SeqCst);
             }
         }
+        // What is under way is waited for, and no pin remembers the rest.
+        self.watched.forget_if_free();
         self.watched.add(self.pin);
         // The other half of `Server::judge` in the gate: publish, then look
         // for notes.
@@ -1031,13 +1037,20 @@ impl Attempt<'_> {
         }
         // What the gate has let in may not show yet.
         self.quietly(|quiet| quiet.wait_for_mappings())?;
-        let found = self.openers(None);
-        if !found.hidden.is_empty() {
-            return Err(self.open_elsewhere(Openers {
-                hidden: found.hidden,
-                ..Openers::default()
-            }));
-        }
+        let mut backoff = self.patiently();
+        let found = loop {
+            let found = self.openers(None);
+            if found.hidden.is_empty() {
+                break found;
+            }
+            if backoff.is_over() {
+                return Err(self.open_elsewhere(Openers {
+                    hidden: found.hidden,
+                    ..Openers::default()
+                }));
+            }
+            backoff.pause();
+        };
         let mappings = found.writable_mappings;
         let over = mappings.iter().find(|(_, mapped)| {
             frozen

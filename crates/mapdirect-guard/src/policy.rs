@@ -209,6 +209,17 @@ pub struct Operation {
     pub or: Option<Range<u64>>,
     /// A write that may bypass the page cache, and empties it then.
     pub direct: bool,
+    /// Blocks that others use as well may come to lie where they did not.
+    pub brings_shared: bool,
+}
+
+/// What has happened to a file while pins of it were there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Since {
+    /// Blocks beside a pin may have come to be shared.
+    pub shared: bool,
+    /// By so many bytes blocks from behind may have come nearer.
+    pub moved: u64,
 }
 
 impl Operation {
@@ -220,6 +231,8 @@ impl Operation {
             range,
             or: None,
             direct: true,
+            // What is inserted is a hole, and nothing comes nearer by it.
+            brings_shared: kind.may_bring_shared() && !matches!(kind, OperationKind::InsertRange),
         }
     }
 
@@ -423,7 +436,7 @@ impl Pinned {
     /// Whether an operation changes blocks of the pin by what it does beside
     /// it; see [`Beside`] and [`Apart`].
     #[must_use]
-    pub fn minds_beside(&self, operation: &Operation, size: u64, shared_since: bool) -> bool {
+    pub fn minds_beside(&self, operation: &Operation, size: u64, since: Since) -> bool {
         use OperationKind as K;
         let kind = operation.kind;
         let tail = matches!(&self.mapped, Some(Mapped { tail: Some(_) }));
@@ -436,19 +449,25 @@ impl Pinned {
         if kind == K::MapWrite && self.shares_folios(&operation.range) {
             return true;
         }
-        if kind.may_bring_shared() {
-            // Whatever comes to lie beside it may be shared from now on.
-            let window = self.beside.window.as_ref().filter(|_| self.beside.stores);
-            let reach = operation.reach(size);
-            if window.is_some_and(|window| intersects(window, &reach)) {
-                return true;
-            }
+        if operation.brings_shared
+            && let Some(window) = self.unshared_window(since.moved)
+            && intersects(&window, &operation.reach(size))
+        {
+            return true;
         }
         self.touched(operation, size).any(|range| {
             // What lies wholly inside is judged by its own blocks.
             let inside = range.start >= self.range.start && range.end <= self.range.end;
-            !inside && self.beside.minds(&range, size, shared_since, kind)
+            !inside && self.beside.minds(&range, size, since.shared, kind)
         })
+    }
+
+    /// Where nothing may come to be shared: what lies beside the pin, or will
+    /// when what is behind has moved so many bytes nearer.
+    #[must_use]
+    pub fn unshared_window(&self, moved: u64) -> Option<Range<u64>> {
+        let window = self.beside.window.as_ref().filter(|_| self.beside.stores)?;
+        Some(window.start..window.end.saturating_add(moved))
     }
 
     /// The blocks that an operation writes to, or zeroes a part of: shared

@@ -6,10 +6,12 @@
 
 use crate::apart::Held;
 use crate::ledger::{PinSet, Ranged};
-use crate::policy::{Operation, Pinned, RULES, judge};
+use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
+use mapdirect_sys::fcntl::conflicting_lock;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -155,20 +157,27 @@ impl Pin {
         self.dead.store(true, SeqCst);
     }
 
+    /// Whether its lock is still held; `file` is a description of the file
+    /// that is not its own. Somebody's lock to the end of all offsets can hide
+    /// it: then it counts as alive until the lifetime thread has read the list
+    /// of locks.
+    pub(crate) fn is_alive(&self, file: BorrowedFd<'_>) -> bool {
+        conflicting_lock(file, self.lock_byte(), 1) != Ok(None)
+    }
+
     pub(crate) fn is_dead(&self) -> bool {
         self.dead.load(SeqCst)
     }
 
     /// What it says about `operation` on a file of `size` bytes.
-    /// `shared_since`: blocks near it may have come to be shared since.
-    pub(crate) fn opinion(&self, operation: &Operation, size: u64, shared_since: bool) -> Opinion {
+    pub(crate) fn opinion(&self, operation: &Operation, size: u64, since: Since) -> Opinion {
         if self.is_dead() || operation.kind.is_harmless() {
             return Opinion::Allow;
         }
         match &*self.settled.load() {
             Some(settled)
                 if judge(operation, &settled.pinned, size)
-                    && !settled.pinned.minds_beside(operation, size, shared_since) =>
+                    && !settled.pinned.minds_beside(operation, size, since) =>
             {
                 Opinion::Allow
             }
@@ -180,12 +189,21 @@ impl Pin {
     }
 }
 
+/// What a filesystem can do with the blocks of its files.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Abilities {
+    /// Files can share them.
+    pub(crate) reflink: bool,
+    /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
+    pub(crate) exchange: bool,
+}
+
 /// An inode behind the gate.
 #[derive(Debug)]
 pub(crate) struct Watched {
     pub(crate) id: InodeId,
-    /// Files of this filesystem can share blocks.
-    pub(crate) reflink: bool,
+    /// What its filesystem can do.
+    pub(crate) abilities: Abilities,
     /// Where it was when the gate closed.
     pub(crate) path: Arc<str>,
     /// What is pinned of it.
@@ -202,6 +220,10 @@ pub(crate) struct Watched {
     pub(crate) hold_opens: AtomicBool,
     /// Blocks that were not pinned may have come to be shared under a pin.
     pub(crate) shared_since: AtomicBool,
+    /// Something other than moving blocks of the file itself did so.
+    pub(crate) cloned_since: AtomicBool,
+    /// By so many bytes blocks may have come nearer to a pin.
+    pub(crate) moved: AtomicU64,
     /// Somebody waits at the gate to open it for writing.
     pub(crate) opens_wait: AtomicBool,
     /// Who waits at the gate to open it for writing is refused at once: the
@@ -226,10 +248,10 @@ pub(crate) struct GrantState {
 }
 
 impl Watched {
-    pub(crate) fn new(id: InodeId, reflink: bool, path: Arc<str>) -> Self {
+    pub(crate) fn new(id: InodeId, abilities: Abilities, path: Arc<str>) -> Self {
         Self {
             id,
-            reflink,
+            abilities,
             path,
             pins: ArcSwap::default(),
             writers_let_in: AtomicBool::new(false),
@@ -237,11 +259,30 @@ impl Watched {
             mapped_writable: AtomicBool::new(false),
             hold_opens: AtomicBool::new(false),
             shared_since: AtomicBool::new(false),
+            cloned_since: AtomicBool::new(false),
+            moved: AtomicU64::new(0),
             opens_wait: AtomicBool::new(false),
             refuse_opens: AtomicBool::new(false),
             announced: ArcSwap::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             grant: Mutex::default(),
+        }
+    }
+
+    /// What has happened to it so far.
+    pub(crate) fn since(&self) -> Since {
+        Since {
+            shared: self.shared_since.load(SeqCst),
+            moved: self.moved.load(SeqCst),
+        }
+    }
+
+    /// Forgets what was shared while nothing is pinned: a pin that comes looks
+    /// for itself. `moved` stays, since it is also given back.
+    pub(crate) fn forget_if_free(&self) {
+        if self.pins.load().iter().all(|pin| pin.is_dead()) {
+            self.cloned_since.store(false, SeqCst);
+            self.shared_since.store(false, SeqCst);
         }
     }
 
@@ -487,7 +528,9 @@ mod tests {
         let table = Table::new();
         let made: Vec<_> = (0..5000)
             .map(|inode| {
-                table.get_or_insert(id(inode), || Watched::new(id(inode), true, Arc::default()))
+                table.get_or_insert(id(inode), || {
+                    Watched::new(id(inode), Abilities::default(), Arc::default())
+                })
             })
             .collect();
         let again = table.get_or_insert(id(17), || panic!("it is there already"));
@@ -503,19 +546,19 @@ mod tests {
         let pin = Pin::unsettled(1, 0..4096, None, 0..4096, Flags::NONE, OWNER);
         let write = Operation::new(OperationKind::Write, 0..10);
         let read = Operation::new(OperationKind::Read, 0..10);
-        assert_eq!(pin.opinion(&write, 4096, false), Opinion::Wait);
-        assert_eq!(pin.opinion(&read, 4096, false), Opinion::Allow);
+        assert_eq!(pin.opinion(&write, 4096, Since::default()), Opinion::Wait);
+        assert_eq!(pin.opinion(&read, 4096, Since::default()), Opinion::Allow);
         let device = DeviceId { major: 7, minor: 0 };
         let written = Extent::new(0, Some(0), 4096, ExtentState::Written);
         let map = BlockMap::new(device, 4096, 4096, 0..4096, [written]);
         pin.settle(&map, Pinned::new(&map, false), None);
-        assert_eq!(pin.opinion(&write, 4096, false), Opinion::Allow);
+        assert_eq!(pin.opinion(&write, 4096, Since::default()), Opinion::Allow);
         let punch = Operation::new(OperationKind::PunchHole, 0..10);
-        assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Wait);
+        assert_eq!(pin.opinion(&punch, 4096, Since::default()), Opinion::Wait);
         pin.hand_over();
-        assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Refuse);
+        assert_eq!(pin.opinion(&punch, 4096, Since::default()), Opinion::Refuse);
         pin.bury();
-        assert_eq!(pin.opinion(&punch, 4096, false), Opinion::Allow);
+        assert_eq!(pin.opinion(&punch, 4096, Since::default()), Opinion::Allow);
     }
 
     fn announced(watched: &Watched, tid: i32, start: u64, came: Instant) -> bool {
@@ -524,7 +567,7 @@ mod tests {
 
     #[test]
     fn an_announcement_is_good_once_and_for_the_thread_it_names() {
-        let watched = Watched::new(id(1), false, Arc::default());
+        let watched = Watched::new(id(1), Abilities::default(), Arc::default());
         let now = Instant::now();
         assert!(
             watched
@@ -543,7 +586,7 @@ mod tests {
 
     #[test]
     fn an_announcement_does_not_outlive_its_time() {
-        let watched = Watched::new(id(1), false, Arc::default());
+        let watched = Watched::new(id(1), Abilities::default(), Arc::default());
         assert!(watched.announce(&Arc::new(Announcement::new(5, 70))));
         let life = mapdirect_proto::ANNOUNCEMENT_LIFE;
         assert!(announced(&watched, 5, 70, Instant::now()));
@@ -552,7 +595,7 @@ mod tests {
 
     #[test]
     fn stale_announcements_are_in_nobodys_way() {
-        let watched = Watched::new(id(1), false, Arc::default());
+        let watched = Watched::new(id(1), Abilities::default(), Arc::default());
         let all: Vec<_> = (1..=64)
             .map(|tid| Arc::new(Announcement::new(tid, 70)))
             .collect();

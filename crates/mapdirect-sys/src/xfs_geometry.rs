@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// `XFS_FSOP_GEOM_FLAGS_REFLINK`: files can share blocks.
 pub const REFLINK: u32 = 1 << 20;
+/// `XFS_FSOP_GEOM_FLAGS_EXCHANGE_RANGE`: files can exchange blocks.
+pub const EXCHANGE_RANGE: u32 = 1 << 24;
 /// `XFS_FSOP_GEOM_FLAGS_ZONED`: data is always written out of place.
 pub const ZONED: u32 = 1 << 27;
 

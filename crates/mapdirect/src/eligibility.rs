@@ -35,6 +35,8 @@ pub struct FileFacts {
     pub filesystem: Filesystem,
     /// Files can share blocks.
     pub reflink: bool,
+    /// Files of it can exchange blocks (XFS).
+    pub exchange: bool,
     /// Loads and stores reach the media without the page cache.
     pub dax: bool,
     /// What kind of file.
@@ -141,6 +143,7 @@ impl FileFacts {
             block_size: u32::try_from(statfs.f_bsize).unwrap_or(4096),
             filesystem,
             reflink: false,
+            exchange: false,
             dax: attributes & STATX_ATTR_DAX != 0,
             file_type,
             links: stat.st_nlink,
@@ -163,6 +166,7 @@ impl FileFacts {
             Filesystem::Xfs => {
                 let features = xfs_geometry::features(file)?;
                 facts.reflink = features & xfs_geometry::REFLINK != 0;
+                facts.exchange = features & xfs_geometry::EXCHANGE_RANGE != 0;
                 facts.out_of_place = features & xfs_geometry::ZONED != 0;
                 facts.extended = inode_flags::extended(file)?;
             }

@@ -238,7 +238,7 @@ fn arguments(world: &World, kind: Kind) {
     expect(&call(|c| c.offset = 512), Errno::INVAL);
     expect(&call(|c| c.flags |= 1 << 24), Errno::OPNOTSUPP);
     expect(&call(|c| c.length = u64::MAX), Errno::NOMEM);
-    expect(&call(|c| c.length = 1 << 62), Errno::OPNOTSUPP);
+    expect(&call(|c| c.length = 1 << 62), Errno::NOMEM);
     expect(
         &call(|c| c.offset = i64::MAX.cast_unsigned() & !4095),
         Errno::OVERFLOW,

@@ -2,7 +2,7 @@
 
 use crate::world::{PATIENCE, World, is_pinned, kinds, map, open, pin, wait_until_free, written};
 use libtest_mimic::Trial;
-use mapdirect::{ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions};
+use mapdirect::{DirectMap, ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions};
 use mapdirect_sys::fcntl::{LockKind, LockOwner, conflicting_lock, set_lock};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, inode_flags};
@@ -54,6 +54,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     trials.push(world.trial("grants::xfs::allocated-ahead", allocated_ahead));
     trials.push(world.trial("grants::xfs::extent-size-hint", extent_size_hint));
     trials.push(world.trial("grants::xfs::copied-along", copied_along));
+    trials.push(world.trial("grants::xfs::collapsed-towards", collapsed_towards));
     trials.push(world.trial("grants::xfs::allocated-into", allocated_into));
     trials.push(world.trial("grants::ext4::converted-along", converted_along));
     trials.push(world.trial("grants::xfs-plain::reader", reader_without_reflink));
@@ -614,22 +615,65 @@ fn copied_along(world: &World) {
         let into = File::create(&sharer).unwrap();
         clone_range(into.as_fd(), file.as_fd(), offset, 4096, 0)
     };
+    let write_beside = || rustix::io::pwrite(&file, &[8; 4096], 20 * 4096);
+    let store_everywhere = |held: &DirectMap| {
+        for block in 0..16 {
+            held.write_at(block * 4096, &[9; 100]).unwrap();
+        }
+        held.persist(0..65536).unwrap();
+        file.sync_all().unwrap();
+        let now = mapdirect::block_map(&file, 0..65536).unwrap();
+        assert_eq!(now.extents(), held.block_map().extents());
+    };
     share(20 * 4096).unwrap();
-    let refused = MapOptions::new()
-        .range(0..65536)
-        .accept_page_cache(true)
-        .guard(guard.clone())
-        .map(&file)
-        .unwrap_err();
-    assert_eq!(refused.kind(), Reason::FrozenBlocks, "{refused:#}");
+    let held = map(&guard, &file, 0..65536);
+    store_everywhere(&held);
+    assert_eq!(write_beside(), Err(Errno::TXTBSY), "the pin would go along");
+    store_everywhere(&held);
+    drop(held);
+    wait_until_free(&path);
     let held = pin(&guard, &file, 0..65536);
-    let result = rustix::io::pwrite(&file, &[8; 4096], 20 * 4096);
-    assert_eq!(result, Err(Errno::TXTBSY), "it would take the pin along");
+    assert_eq!(write_beside(), Err(Errno::TXTBSY), "the pin would go along");
     drop(held);
     // The copy leaves blocks behind that neighbours would go to.
     file.write_all_at(&[8; 4096], 20 * 4096).unwrap();
     let held = map(&guard, &file, 0..65536);
     assert_eq!(share(18 * 4096), Err(Errno::TXTBSY));
+    store_everywhere(&held);
+    drop((held, file));
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
+    std::fs::remove_file(&sharer).unwrap();
+}
+
+/// What is shared comes to lie beside a pin when what is between goes.
+fn collapsed_towards(world: &World) {
+    const MIB: u64 = 1 << 20;
+    let disk = world.disk(Kind::XFS);
+    let path = written(&disk, "grants-collapsed-towards", 20 << 20);
+    let sharer = disk.path("grants-collapsed-towards.sharer");
+    let file = open(&path);
+    let share = |offset| {
+        let into = File::create(&sharer).unwrap();
+        clone_range(into.as_fd(), file.as_fd(), offset, 4096, 0)
+    };
+    let collapse = |offset| raw::fallocate(file.as_fd(), 0x08, offset, MIB);
+    let held = map(&world.guard().client(), &file, 0..65536);
+    assert_eq!(collapse(MIB), Ok(()), "nothing is shared");
+    assert_eq!(collapse(65536), Ok(()), "nothing is shared");
+    // What has moved once may do so again: the same bytes could.
+    assert_eq!(share(3 * MIB), Err(Errno::TXTBSY));
+    assert_eq!(share(10 * MIB), Ok(()));
+    assert_eq!(collapse(MIB), Err(Errno::TXTBSY), "something is shared");
+    assert_eq!(collapse(8 * MIB), Ok(()), "far behind");
+    drop(held);
+    wait_until_free(&path);
+    // Looked at, not remembered.
+    let held = map(&world.guard().client(), &file, 0..65536);
+    assert_eq!(collapse(MIB), Ok(()), "what is shared stays away");
+    for _ in 0..4 {
+        let _ = collapse(MIB);
+    }
     for block in 0..16 {
         held.write_at(block * 4096, &[9; 100]).unwrap();
     }
@@ -637,6 +681,7 @@ fn copied_along(world: &World) {
     file.sync_all().unwrap();
     let now = mapdirect::block_map(&file, 0..65536).unwrap();
     assert_eq!(now.extents(), held.block_map().extents());
+    assert_eq!(collapse(MIB), Err(Errno::TXTBSY), "it would come too near");
     drop((held, file));
     wait_until_free(&path);
     std::fs::remove_file(&path).unwrap();

@@ -17,13 +17,15 @@ use crate::gate::classify::{self, Asked};
 use crate::gate::eyes::{Eyes, Seen};
 use crate::gate::threads::{Look, ThreadDescriptors, Threads};
 use crate::policy::{Operation, OperationKind as K};
-use crate::table::{InodeId, Opinion, Pin, Watched};
+use crate::table::{InodeId, Opinion, Watched};
 use crate::wake::Waker;
 use crate::{Errno, Guard};
 use arc_swap::ArcSwap;
+use mapdirect::ExtentState;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
-use mapdirect_sys::fcntl::conflicting_lock;
 use mapdirect_sys::proc;
+use std::cell::Cell;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
@@ -320,7 +322,7 @@ impl Server<'_> {
                 range: event.range,
                 syscall: syscall.as_ref(),
                 functions: &functions,
-                reflink: watched.reflink,
+                reflink: watched.abilities.reflink,
                 size,
             };
             let descriptors = ThreadDescriptors {
@@ -352,6 +354,14 @@ impl Server<'_> {
         if operation.kind.is_harmless() {
             return Verdict::Allow;
         }
+        let mut operation = operation.clone();
+        let moving = Moving::new(watched, &operation);
+        operation.brings_shared &= match operation.kind {
+            K::Exchange => watched.abilities.exchange,
+            K::CollapseRange => moving.may_bring_shared(file),
+            _ => true,
+        };
+        let operation = &operation;
         let verdict = self.ask_pins(watched, operation, size, file, late);
         if verdict != Verdict::Allow {
             return verdict;
@@ -365,10 +375,17 @@ impl Server<'_> {
             _ => &watched.unrest,
         };
         note.store(true, SeqCst);
+        let fails = operation.kind == K::Exchange && !watched.abilities.exchange;
+        if operation.kind.may_bring_shared() && !fails {
+            watched.shared_since.store(true, SeqCst);
+            if operation.brings_shared {
+                watched.cloned_since.store(true, SeqCst);
+            }
+        }
         fence(SeqCst);
         let verdict = self.ask_pins(watched, operation, size, file, late);
-        if operation.kind.may_bring_shared() {
-            watched.shared_since.store(true, SeqCst);
+        if verdict == Verdict::Allow {
+            moving.goes_on();
         }
         if verdict == Verdict::Allow && operation.kind == K::OpenTruncate {
             watched.writers_let_in.store(true, SeqCst);
@@ -385,19 +402,22 @@ impl Server<'_> {
         late: Duration,
     ) -> Verdict {
         let pins = watched.pins.load();
-        let shared_since = watched.shared_since.load(SeqCst);
+        let since = watched.since();
         let mut held = false;
         // What this gate cannot see, a descriptor open for writing can do
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
         // new ones.
         let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
-        let reach = if exclusive {
+        let mut reach = if exclusive {
             0..u64::MAX
         } else {
             operation.reach(size)
         };
+        if operation.brings_shared {
+            reach.start = reach.start.saturating_sub(since.moved);
+        }
         for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
-            let opinion = match pin.opinion(operation, size, shared_since) {
+            let opinion = match pin.opinion(operation, size, since) {
                 Opinion::Allow if exclusive && pin.is_handed_over() => Opinion::Refuse,
                 Opinion::Allow if exclusive => Opinion::Wait,
                 opinion => opinion,
@@ -405,7 +425,7 @@ impl Server<'_> {
             match opinion {
                 Opinion::Allow => {}
                 Opinion::Wait => held = true,
-                Opinion::Refuse if is_alive(pin, file) => return Verdict::Refuse,
+                Opinion::Refuse if pin.is_alive(file) => return Verdict::Refuse,
                 Opinion::Refuse => {
                     // Its last mapping is gone, only the notice is not here
                     // yet.
@@ -432,6 +452,71 @@ impl Server<'_> {
             path: Arc::clone(&watched.path),
             range: by_range.then(|| operation.range.clone()),
         });
+    }
+}
+
+/// A collapse, which moves what is behind it nearer to the pins before it:
+/// shared blocks as well, if there are any. Nothing is shared there after it
+/// was looked at: what clones asks with `moved` counted, or is seen in
+/// `cloned_since`.
+struct Moving<'a> {
+    watched: &'a Watched,
+    /// Bytes that go, and everything behind them moves by.
+    gone: Option<Range<u64>>,
+    goes_on: Cell<bool>,
+}
+
+/// So much is looked at for shared blocks: many extents take long.
+const MOST_MOVED: u64 = 256 << 20;
+
+impl<'a> Moving<'a> {
+    fn new(watched: &'a Watched, operation: &Operation) -> Self {
+        let gone = (operation.kind == K::CollapseRange).then(|| operation.range.clone());
+        if let Some(gone) = &gone {
+            watched.moved.fetch_add(gone.end - gone.start, SeqCst);
+        }
+        Self {
+            watched,
+            gone,
+            goes_on: Cell::new(false),
+        }
+    }
+
+    /// Whether any of what may come to lie beside a pin is shared.
+    fn may_bring_shared(&self, file: BorrowedFd<'_>) -> bool {
+        let Some(gone) = &self.gone else {
+            return false;
+        };
+        let moved = self.watched.moved.load(SeqCst);
+        let pins = self.watched.pins.load();
+        let windows = pins.iter().filter_map(|pin| {
+            let settled = pin.settled()?;
+            settled.pinned.unshared_window(moved)
+        });
+        let Some(end) = windows.map(|window| window.end).max() else {
+            return false;
+        };
+        if self.watched.cloned_since.load(SeqCst) || end.saturating_sub(gone.start) > MOST_MOVED {
+            return true;
+        }
+        if end <= gone.start {
+            return false;
+        }
+        mapdirect::extents::read(file, gone.start..end)
+            .map_or(true, |map| map.total(ExtentState::Shared) > 0)
+    }
+
+    /// It is let in, and counts from now on.
+    fn goes_on(&self) {
+        self.goes_on.set(true);
+    }
+}
+
+impl Drop for Moving<'_> {
+    fn drop(&mut self) {
+        if let Some(gone) = self.gone.as_ref().filter(|_| !self.goes_on.get()) {
+            self.watched.moved.fetch_sub(gone.end - gone.start, SeqCst);
+        }
     }
 }
 
@@ -490,12 +575,4 @@ impl Waiting {
             _ => Duration::from_millis(1),
         }
     }
-}
-
-/// Whether the description a pin lives in still exists. `file` is another
-/// description of the inode.
-fn is_alive(pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    // Somebody's lock to the end of all offsets can hide ours: then it
-    // counts as alive until the lifetime thread has read the list of locks.
-    conflicting_lock(file, pin.lock_byte(), 1) != Ok(None)
 }

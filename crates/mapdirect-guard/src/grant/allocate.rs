@@ -20,7 +20,6 @@ use rustix::fs::{FallocateFlags, OFlags};
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 /// What came of it.
@@ -281,14 +280,14 @@ impl Attempt<'_> {
     fn nobody_minds(&self, work: &Work, range: &Range<u64>) -> Result<(), Refusal> {
         let size = self.judged.facts.size;
         let pins = self.watched.pins.load();
-        let shared_since = self.watched.shared_since.load(SeqCst);
+        let since = self.watched.since();
         for other in pins.iter().filter(|other| other.id != self.pin.id) {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
             };
             let minds = |operation: &Operation| {
                 !policy::judge(operation, &settled.pinned, size)
-                    || settled.pinned.minds_beside(operation, size, shared_since)
+                    || settled.pinned.minds_beside(operation, size, since)
             };
             let writes = work.zeros.iter().chain(&work.shared).map(|run| {
                 let mut write = Operation::new(K::Write, run.clone());
@@ -301,6 +300,12 @@ impl Attempt<'_> {
                 .iter()
                 .map(|_| Operation::new(K::MapWrite, range.clone()));
             let minds = writes.chain(maps).any(|operation| minds(&operation));
+            if minds && !other.is_alive(self.file.as_fd()) {
+                // Its last mapping is gone, only the notice is not here yet.
+                other.bury();
+                self.guard.lifetime.kick(self.watched.id);
+                continue;
+            }
             if minds {
                 return Err(refusal(
                     Reason::FrozenBlocks,
