@@ -5,7 +5,7 @@ mod guest;
 use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
-use guest::{Guest, TWO};
+use guest::{Guest, PMEM};
 use mapdirect_testkit::{Kind, disk};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -143,20 +143,24 @@ fn persistent_memory(brief: bool) -> Vec<Guest> {
         let filters = if brief {
             vec![format!("pmem::{kind}"), format!("contract::{kind}")]
         } else {
-            let all = ["pmem", "contract", "segments", "lifetime"];
+            let all = ["pmem", "contract", "segments"];
             all.map(|tests| format!("{tests}::{kind}")).into()
         };
         Guest {
             name: format!("Linux 7.3, {kind}"),
             kernel: "7.3",
-            nvdimms: 2,
+            nvdimms: Kind::DAX.len(),
             environment: if brief {
-                vec![TWO, ("MAPDIRECT_BRIEF", "1")]
+                vec![PMEM, ("MAPDIRECT_BRIEF", "1")]
             } else {
-                vec![TWO]
+                vec![PMEM]
             },
             filters,
-            cuts: Some((kind, if brief { 1 } else { 10 })),
+            cuts: match (brief, kind.reflink()) {
+                (true, true) => None,
+                (true, false) => Some((kind, 1)),
+                (false, _) => Some((kind, 7)),
+            },
             time_limit: Duration::from_secs(if brief { 600 } else { 3600 }),
         }
     };

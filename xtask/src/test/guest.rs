@@ -34,8 +34,9 @@ pub(super) struct Guest {
 /// XFS holds itself to be too small with less than 300 MiB.
 const NVDIMM: u64 = 512 << 20;
 
-/// Devices of a machine with two NVDIMMs, as the tests want them named.
-pub(super) const TWO: (&str, &str) = (disk::PMEM_VARIABLE, "/dev/pmem0,/dev/pmem1");
+/// Devices of a machine with an NVDIMM for each filesystem, as the tests want
+/// them named.
+pub(super) const PMEM: (&str, &str) = (disk::PMEM_VARIABLE, "/dev/pmem0,/dev/pmem1,/dev/pmem2");
 
 /// Runs them all, as many at once as there are processors: an emulated
 /// machine keeps one of them busy.
@@ -62,7 +63,9 @@ pub(super) fn run(guests: &[Guest]) -> Vec<Ran> {
                         break;
                     };
                     let ran = guest.run(&native, &binary);
-                    let mut done = done.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    let mut done = done
+                        .lock()
+                        .unwrap_or_else(std::sync::PoisonError::into_inner);
                     done.push((number, ran));
                 }
             });
@@ -95,7 +98,8 @@ impl Guest {
         if let Err(error) = result {
             self.say(&format!("{error:#}"));
             let first = error.to_string();
-            ran.notes.push(first.lines().next().unwrap_or_default().to_owned());
+            ran.notes
+                .push(first.lines().next().unwrap_or_default().to_owned());
         }
         ran
     }
@@ -140,10 +144,7 @@ impl Guest {
                 status == 0,
                 "the tests of {filter} ended with status {status}"
             );
-            ensure!(
-                tally.counts.passed > before,
-                "there is no test of {filter}"
-            );
+            ensure!(tally.counts.passed > before, "there is no test of {filter}");
         }
         machine.switch_off()
     }

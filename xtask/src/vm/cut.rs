@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use xtask_init::wire::{Message, Program};
 
 /// The only NVDIMM of such a machine, for whichever filesystem.
-const PMEM: &str = "/dev/pmem0,/dev/pmem0";
+const PMEM: &str = "/dev/pmem0,/dev/pmem0,/dev/pmem0";
 const SIZE: u64 = 512 << 20;
 /// The writer has made its filesystem and begun by then.
 const BEGINS: Duration = Duration::from_secs(60);
@@ -111,7 +111,10 @@ impl Told {
         match message {
             Message::Out(bytes) => self.rest.extend(bytes),
             Message::Err(bytes) => bail!("the writer: {}", String::from_utf8_lossy(&bytes)),
-            other => bail!("the writer: {other:?} {}", String::from_utf8_lossy(&self.rest)),
+            other => bail!(
+                "the writer: {other:?} {}",
+                String::from_utf8_lossy(&self.rest)
+            ),
         }
         let Some(end) = self.rest.iter().rposition(|byte| *byte == b'\n') else {
             return Ok(());

@@ -140,10 +140,14 @@ fn natural(
 /// Whether a filesystem is known not to have an operation that others of its
 /// kind have.
 fn lacks(kind: Kind, attack: &Attack, errno: Errno) -> bool {
-    // ext4 defragments nothing where there is DAX, and persistent memory has
-    // nothing to discard.
-    let not_with_dax = ["ext4-move-extent", "ext4-move-extent-donor", "fitrim"];
-    kind.is_dax() && errno == Errno::OPNOTSUPP && not_with_dax.contains(&attack.name)
+    // ext4 defragments nothing where there is DAX, persistent memory has
+    // nothing to discard, and XFS compares no holes on it.
+    kind.is_dax()
+        && match attack.name {
+            "ext4-move-extent" | "ext4-move-extent-donor" | "fitrim" => errno == Errno::OPNOTSUPP,
+            "fideduperange-from" | "fideduperange-into" => errno == Errno::ILSEQ,
+            _ => false,
+        }
 }
 
 fn try_at(

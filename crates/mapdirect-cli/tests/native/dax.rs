@@ -1,12 +1,12 @@
 //! Persistent memory: stores go to the media, and nowhere else. Run where
 //! `MAPDIRECT_PMEM` names devices of it: in a virtual machine, as a rule.
 
-use crate::world::{PATIENCE, World, is_pinned, open, wait_until_free};
+use crate::world::{PATIENCE, World, dax_kinds, is_pinned, open, wait_until_free};
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, Durability, ExtentState, Guard, Kind as Reason, MapOptions};
 use mapdirect_sys::Errno;
-use mapdirect_testkit::disk::{pmem, run};
+use mapdirect_testkit::disk::run;
 use mapdirect_testkit::process::{GuardProcess, say};
 use mapdirect_testkit::random::Random;
 use mapdirect_testkit::{Kind, raw};
@@ -22,10 +22,7 @@ const PAGE: usize = 4096;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    if pmem().is_none() {
-        return trials;
-    }
-    for kind in Kind::DAX {
+    for kind in dax_kinds() {
         for (name, run) in [
             ("maps-directly", maps_directly as fn(&World, Kind)),
             ("media", media),
