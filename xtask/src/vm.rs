@@ -108,6 +108,11 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
     Ok(ExitCode::from(status))
 }
 
+/// Whether somebody wanted the machine to end.
+pub(crate) fn is_interruption(error: &anyhow::Error) -> bool {
+    end_of(error) == Some(End::Interrupted)
+}
+
 /// How the machine ended whose failure this is.
 fn end_of(error: &anyhow::Error) -> Option<End> {
     error.downcast_ref().map(|failure: &Failure| failure.end)
@@ -211,7 +216,7 @@ fn boot_and_run(boot: &Boot, program: &Program, args: &VmArgs) -> Result<u8> {
 }
 
 /// What the exit status of a shell would be after a signal.
-fn ended_by(signal: i32) -> u8 {
+pub(crate) fn ended_by(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(u8::MAX)
 }
 

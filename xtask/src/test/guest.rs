@@ -93,7 +93,7 @@ impl Guest {
         let started = Instant::now();
         let mut tally = Tally::new();
         let result = self.run_tests(native, &mut tally);
-        let result = result.and_then(|()| self.cut_power(native, binary, &mut tally));
+        let result = result.and_then(|()| self.cut_power(binary, &mut tally));
         let mut ran = tally.ran(&self.name, result.is_ok(), started);
         if let Err(error) = result {
             self.say(&format!("{error:#}"));
@@ -149,13 +149,13 @@ impl Guest {
         machine.switch_off()
     }
 
-    fn cut_power(&self, native: &Path, binary: &Path, tally: &mut Tally) -> Result<()> {
+    fn cut_power(&self, binary: &Path, tally: &mut Tally) -> Result<()> {
         let Some((kind, times)) = self.cuts else {
             return Ok(());
         };
         let boot = self.boot()?;
         for number in 1..=times {
-            let cut = vm::cut(&boot, native, binary, kind);
+            let cut = vm::cut(&boot, binary, kind);
             tally.count(cut.is_ok());
             let cut = cut.with_context(|| format!("power cut {number} of {times} on {kind}"))?;
             self.say(&format!(

@@ -32,16 +32,17 @@ pub(crate) struct Cut {
     pub(crate) found: String,
 }
 
-/// Cuts the power while `native`, the tests, appends records to a log on a
-/// filesystem, and fails if any that was told to be durable is gone, or
-/// anything else is not as it should be.
-pub(crate) fn cut(boot: &Boot, native: &Path, binary: &Path, kind: Kind) -> Result<Cut> {
+/// Cuts the power while this program appends records to a log on a filesystem,
+/// and fails if any that was told to be durable is gone, or anything else is
+/// not as it should be.
+pub(crate) fn cut(boot: &Boot, binary: &Path, kind: Kind) -> Result<Cut> {
+    let own = std::env::current_exe()?;
     let scratch = RunDirectory::new()?;
     let file = scratch.path().join("nvdimm");
     let boot = boot.clone().nvdimm(Nvdimm { file, size: SIZE });
     let kind = kind.to_string();
     let role = |role: &str, more: &[&str]| -> Program {
-        let mut words: Vec<&OsStr> = vec![native.as_os_str(), HELPER.as_ref(), role.as_ref()];
+        let mut words: Vec<&OsStr> = vec![own.as_os_str(), HELPER.as_ref(), role.as_ref()];
         words.extend([binary.as_os_str(), kind.as_ref()]);
         words.extend(more.iter().map(OsStr::new));
         program(&words, &[(disk::PMEM_VARIABLE, PMEM)])

@@ -88,6 +88,11 @@ impl Boot {
         }
     }
 
+    /// What `uname -r` will say.
+    pub(crate) fn release(&self) -> &str {
+        self.kernel.release()
+    }
+
     /// With so many bytes of memory.
     pub(crate) fn memory(mut self, bytes: u64) -> Self {
         self.memory = bytes;

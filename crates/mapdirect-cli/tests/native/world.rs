@@ -36,8 +36,6 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
-        ("append", crate::dax::play_append),
-        ("verify", crate::dax::play_verify),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),
