@@ -60,7 +60,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     let mut ran = Vec::new();
     if args.machines {
         ran.push(machines());
-        ran.extend(guest::run(&persistent_memory(true)));
+        ran.extend(guest::run(&persistent_memory(true), &[demo_dax]));
         return Ok(report(&ran));
     }
     if args.filter.is_none() {
@@ -106,7 +106,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     ran.push(tests("native: XFS and ext4 on loop devices", native)?);
     if args.filter.is_none() {
         ran.push(machines());
-        ran.extend(guest::run(&persistent_memory(true)));
+        ran.extend(guest::run(&persistent_memory(true), &[demo_dax]));
         ran.push(demo()?);
     }
     disk::remove_stale();
@@ -131,7 +131,7 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
         random.env("MAPDIRECT_SEED", seed.to_string());
     }
     let mut ran = vec![tests("soak", random)?];
-    ran.extend(guest::run(&persistent_memory(false)));
+    ran.extend(guest::run(&persistent_memory(false), &[]));
     disk::remove_stale();
     Ok(report(&ran))
 }
@@ -268,6 +268,36 @@ fn demo() -> Result<Ran> {
         took: started.elapsed(),
         notes: Vec::new(),
     })
+}
+
+/// The demo on persistent memory, whose tables are shown if it fails.
+fn demo_dax() -> Ran {
+    let name = "demo --dax";
+    let started = Instant::now();
+    let output = std::env::current_exe().and_then(|own| {
+        Command::new(own)
+            .args(["demo", "--dax"])
+            .stdin(Stdio::null())
+            .output()
+    });
+    let mut notes = Vec::new();
+    match &output {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            for stream in [&output.stdout, &output.stderr] {
+                println!("{}", String::from_utf8_lossy(stream));
+            }
+            notes.push(format!("it ended with {}", output.status));
+        }
+        Err(error) => notes.push(format!("it could not run: {error}")),
+    }
+    Ran {
+        name: name.to_owned(),
+        ok: notes.is_empty(),
+        counts: None,
+        took: started.elapsed(),
+        notes,
+    }
 }
 
 /// Runs tests, shows what they say but for those that pass, and counts.

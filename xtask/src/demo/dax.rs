@@ -225,11 +225,9 @@ fn show_latencies(guard: &GuardProcess, disk: &Disk) -> Result<usize> {
             synced.microseconds,
         ),
     ] {
-        let steps = (microseconds * 100.0).max(1.0).log10() * 10.0;
-        println!(
-            "  {name:<42} {microseconds:>9.2}  {}",
-            "█".repeat(steps.round() as usize)
-        );
+        let longer = |steps: &i32| f64::from(*steps) <= (microseconds * 100.0).log10() * 10.0;
+        let bar: String = (1..=70).take_while(longer).map(|_| '█').collect();
+        println!("  {name:<42} {microseconds:>9.2}  {bar}");
     }
     println!(
         "  persist is {:.0} times as fast as fdatasync; a first store to what is pinned {:.0} times \

@@ -7,8 +7,8 @@ use mapdirect_testkit::{Kind, disk};
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::path::Path;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -38,11 +38,10 @@ const NVDIMM: u64 = 512 << 20;
 /// them named.
 pub(super) const PMEM: (&str, &str) = (disk::PMEM_VARIABLE, "/dev/pmem0,/dev/pmem1,/dev/pmem2");
 
-/// Runs them all, as many at once as there are processors: an emulated
-/// machine keeps one of them busy.
-pub(super) fn run(guests: &[Guest]) -> Vec<Ran> {
-    let names: Vec<_> = guests.iter().map(|guest| guest.name.as_str()).collect();
-    let started = stage(&format!("virtual machines: {}", names.join(", ")));
+/// Runs them all, and `others` beside them, as many at once as there are
+/// processors: an emulated machine keeps one of them busy.
+pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
+    let started = stage("in virtual machines");
     let built = build::native_tests().and_then(|native| Ok((native, build::mapdirect()?)));
     let (native, binary) = match built {
         Ok(built) => built,
@@ -51,29 +50,30 @@ pub(super) fn run(guests: &[Guest]) -> Vec<Ran> {
             return guests.iter().map(failed).collect();
         }
     };
+    let jobs = guests.len() + others.len();
+    let job = |number: usize| match guests.get(number) {
+        Some(guest) => guest.run(&native, &binary),
+        None => others[number - guests.len()](),
+    };
     let next = AtomicUsize::new(0);
     let done = Mutex::new(Vec::new());
+    let lock = || done.lock().unwrap_or_else(PoisonError::into_inner);
     thread::scope(|scope| {
         let processors = thread::available_parallelism().map_or(1, Into::into);
-        for _ in 0..processors.min(guests.len()) {
+        for _ in 0..processors.min(jobs) {
             scope.spawn(|| {
                 loop {
                     let number = next.fetch_add(1, Relaxed);
-                    let Some(guest) = guests.get(number) else {
+                    if number >= jobs {
                         break;
-                    };
-                    let ran = guest.run(&native, &binary);
-                    let mut done = done
-                        .lock()
-                        .unwrap_or_else(std::sync::PoisonError::into_inner);
-                    done.push((number, ran));
+                    }
+                    let ran = job(number);
+                    lock().push((number, ran));
                 }
             });
         }
     });
-    let mut done = done
-        .into_inner()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut done = std::mem::take(&mut *lock());
     done.sort_by_key(|(number, _)| *number);
     done.into_iter().map(|(_, ran)| ran).collect()
 }
@@ -126,9 +126,12 @@ impl Guest {
         // A guard that meets a panic ends; what the panic said is enough.
         environment.push(("RUST_BACKTRACE", "0"));
         for filter in &self.filters {
-            let words: [&OsStr; 3] = [
+            let words: [&OsStr; 4] = [
                 native.as_os_str(),
                 "--include-ignored".as_ref(),
+                // Its processors take turns: two tests at once are no faster,
+                // and make each other wait.
+                "--test-threads=1".as_ref(),
                 filter.as_ref(),
             ];
             let program = vm::program(&words, &environment);
