@@ -37,6 +37,9 @@ const CRASHED: u8 = 123;
 const TOO_LONG: u8 = 124;
 const NO_MACHINE: u8 = 125;
 
+/// With less a kernel hangs, or has no room for what is written.
+const LEAST_MEMORY: u64 = 256 << 20;
+
 /// Arguments of `vm`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -60,7 +63,8 @@ pub(crate) struct VmArgs {
     #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
     memory: u64,
     /// Processors
-    #[arg(long, value_name = "NUMBER", default_value = "2")]
+    #[arg(long, value_name = "NUMBER", default_value = "2",
+          value_parser = clap::value_parser!(u32).range(1..=64))]
     processors: u32,
     /// More words for the kernel's command line
     #[arg(
@@ -102,7 +106,7 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
         match end_of(&error) {
             Some(End::Crashed) => CRASHED,
             Some(End::TooLong) => TOO_LONG,
-            Some(End::Interrupted) | None => NO_MACHINE,
+            Some(End::Interrupted | End::NotStarted) | None => NO_MACHINE,
         }
     });
     Ok(ExitCode::from(status))
@@ -164,6 +168,15 @@ fn cache() -> Result<Cache> {
 
 /// Boots, runs the command, and returns the exit status of this process.
 fn run_command(args: &VmArgs) -> Result<u8> {
+    ensure!(
+        args.memory >= LEAST_MEMORY,
+        "no kernel boots with less than {} MiB of memory",
+        LEAST_MEMORY >> 20
+    );
+    ensure!(
+        args.nvdimm_file.len() <= args.nvdimm.len(),
+        "there are more files than NVDIMMs to keep in them: give --nvdimm SIZE for each"
+    );
     prepare()?;
     let init = build::init()?;
     let kernel = cache()?.get(&args.kernel)?;

@@ -17,7 +17,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -57,6 +57,8 @@ pub(crate) struct Nvdimm {
 
 /// What the kernel takes of an NVDIMM at once.
 pub(crate) const NVDIMM_UNIT: u64 = 2 << 20;
+/// With less of it the kernel makes no disk in mode fsdax.
+const LEAST_NVDIMM: u64 = 16 << 20;
 
 /// A machine as it will be booted.
 #[derive(Clone, Debug)]
@@ -279,9 +281,10 @@ impl Nvdimm {
     fn make(&self) -> Result<()> {
         let path = self.file.display();
         ensure!(
-            self.size > 0 && self.size.is_multiple_of(NVDIMM_UNIT),
-            "an NVDIMM is a multiple of {} MiB",
-            NVDIMM_UNIT >> 20
+            self.size >= LEAST_NVDIMM && self.size.is_multiple_of(NVDIMM_UNIT),
+            "an NVDIMM is a multiple of {} MiB, and {} MiB at least",
+            NVDIMM_UNIT >> 20,
+            LEAST_NVDIMM >> 20
         );
         let file = File::options()
             .read(true)
@@ -367,6 +370,8 @@ fn has_kvm() -> bool {
 /// How a machine ended that should not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
+    /// QEMU did not start it.
+    NotStarted,
     /// Its kernel panicked, or it went off by itself.
     Crashed,
     /// It took too long.
@@ -626,6 +631,9 @@ impl Machine {
         let text = match (panic, status) {
             (Some((_, why)), _) => format!("its kernel panicked: {why}"),
             (None, Ok(status)) if status.success() => String::from("it went off by itself"),
+            (None, Ok(status)) if status.signal() == Some(Signal::BUS.as_raw()) => {
+                String::from("there is no more room where the file of an NVDIMM lies")
+            }
             (None, Ok(status)) => {
                 let complaint = fs::read(self.directory.path().join("qemu")).unwrap_or_default();
                 let complaint = String::from_utf8_lossy(&complaint);
@@ -633,7 +641,13 @@ impl Machine {
             }
             (None, Err(error)) => format!("QEMU cannot be run: {error:#}"),
         };
-        self.failure(End::Crashed, &text)
+        // Without a word of a kernel there was none.
+        let end = if panic.is_none() && console.is_empty() {
+            End::NotStarted
+        } else {
+            End::Crashed
+        };
+        self.failure(end, &text)
     }
 
     fn too_long(&mut self) -> anyhow::Error {
