@@ -5,6 +5,7 @@
 
 mod check;
 mod cpio;
+mod cut;
 mod debian;
 mod kernel;
 mod machine;
@@ -13,15 +14,18 @@ mod version;
 mod vmlinux;
 
 pub(crate) use check::{Scope, self_test};
+pub(crate) use cut::cut;
+pub(crate) use machine::{Boot, Nvdimm, RunDirectory};
 
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use debian::Series;
 use kernel::{Cache, Kernel, Wanted};
-use machine::{Boot, End, Failure, NVDIMM_UNIT, Nvdimm, RunDirectory};
+use machine::{End, Failure, NVDIMM_UNIT};
 use mapdirect_cli::size::parse_size;
 use mapdirect_sys::signal::{Signal, SignalFd};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -46,12 +50,12 @@ pub(crate) struct VmArgs {
     /// directory like an unpacked one
     #[arg(long, value_name = "SERIES|PATH", default_value = "7.3")]
     kernel: Wanted,
-    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax
+    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax; given again, /dev/pmem1, and so on
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    nvdimm: Option<u64>,
-    /// Keep what the NVDIMM holds in this file
+    nvdimm: Vec<u64>,
+    /// Keep what the NVDIMM holds in this file; once for each
     #[arg(long, value_name = "FILE", requires = "nvdimm")]
-    nvdimm_file: Option<PathBuf>,
+    nvdimm_file: Vec<PathBuf>,
     /// Memory
     #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
     memory: u64,
@@ -118,6 +122,26 @@ pub(crate) fn fetch(wanted: &Wanted) -> Result<Kernel> {
     }
 }
 
+/// A machine with the newest kernel of a series that is kept, or else the
+/// newest there is.
+pub(crate) fn boot(series: &str) -> Result<Boot> {
+    prepare()?;
+    let wanted = Series::parse(series).with_context(|| format!("{series} is no series"))?;
+    let kernel = cache()?.get(&Wanted::Series(wanted))?;
+    Ok(Boot::new(kernel, build::init()?))
+}
+
+/// A program as a user of this machine would run it, with more in its
+/// environment.
+pub(crate) fn program(words: &[&OsStr], more: &[(&str, &str)]) -> Program {
+    let more = more.iter().map(|(name, value)| (name.into(), value.into()));
+    Program {
+        directory: build::workspace().to_owned(),
+        words: words.iter().map(Into::into).collect(),
+        environment: environment().into_iter().chain(more).collect(),
+    }
+}
+
 /// What every machine needs of this one.
 fn prepare() -> Result<()> {
     ensure!(
@@ -153,14 +177,11 @@ fn run_command(args: &VmArgs) -> Result<u8> {
         .time_limit(Duration::from_secs(args.time_limit))
         .console_shown(args.verbose)
         .interruption(Arc::clone(&signals));
-    let scratch;
-    if let Some(size) = args.nvdimm {
-        let file = match &args.nvdimm_file {
+    let scratch = RunDirectory::new()?;
+    for (number, size) in args.nvdimm.iter().enumerate() {
+        let file = match args.nvdimm_file.get(number) {
             Some(file) => file.clone(),
-            None => {
-                scratch = RunDirectory::new()?;
-                scratch.path().join("nvdimm")
-            }
+            None => scratch.path().join(format!("nvdimm{number}")),
         };
         let size = size.next_multiple_of(NVDIMM_UNIT);
         boot = boot.nvdimm(Nvdimm { file, size });
@@ -183,7 +204,7 @@ fn boot_and_run(boot: &Boot, program: &Program, args: &VmArgs) -> Result<u8> {
         eprintln!("xtask: booted in {seconds:.1} s");
     }
     let status = machine.run(program, std::io::stdout(), std::io::stderr())?;
-    if args.nvdimm_file.is_some() {
+    if !args.nvdimm_file.is_empty() {
         machine.switch_off()?;
     }
     Ok(status)

@@ -4,6 +4,7 @@
 use crate::seam::{self, Call};
 use crate::{Errno, Result, checked};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 /// The two leases of `F_SETLEASE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,6 +16,19 @@ pub enum Lease {
     /// inode, memory mappings and kernel users (loop devices, swap files)
     /// included; `O_PATH` descriptors do not count.
     Sole,
+}
+
+/// Kept by whoever takes a lease for a moment, shared by whoever reads events
+/// of fanotify. To make the descriptor of an event the kernel opens the file:
+/// if there is a lease on it, that fails ([`fanotify`](crate::fanotify) says
+/// why it may not wait), and the event is answered with `EPERM`.
+static LEASE_OR_EVENTS: RwLock<()> = RwLock::new(());
+
+/// Keeps this process from taking a lease for a moment until it is dropped.
+pub(crate) fn no_lease() -> RwLockReadGuard<'static, ()> {
+    LEASE_OR_EVENTS
+        .read()
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Asks the kernel whether the condition of `lease` holds right now, by
@@ -43,6 +57,9 @@ pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     // F_SETLEASE makes the caller the owner of the description's signals;
     // whoever was must get them back.
     let owner = signal_owner(file)?;
+    let no_events = LEASE_OR_EVENTS
+        .write()
+        .unwrap_or_else(PoisonError::into_inner);
     // SAFETY: F_SETLEASE takes an integer; `file` is open for the call.
     let taken = checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) });
     let holds = match taken {
@@ -53,6 +70,9 @@ pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     if holds {
         // SAFETY: as above.
         checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) })?;
+    }
+    drop(no_events);
+    if holds {
         // The old owner may have died since (ESRCH): then there is nobody to
         // give them back to.
         let _ = set_signal_owner(file, owner);

@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A guard on a socket of its own; ended when dropped.
@@ -301,7 +302,12 @@ impl Helper {
     }
 }
 
-/// An attack by another process. Returns what it got: nothing, or an errno.
+/// Attackers that wait for their next target: to start a program anew for
+/// each attack is most of what an attack takes on an emulated processor.
+static WAITING: Mutex<Vec<Helper>> = Mutex::new(Vec::new());
+
+/// An attack by another process, which is there for nothing else. Returns
+/// what it got: nothing, or an errno.
 pub fn attack_by_stranger(
     attack: &Attack,
     door: Door,
@@ -310,8 +316,71 @@ pub fn attack_by_stranger(
     (offset, length): (u64, u64),
     block: u64,
 ) -> Result<std::result::Result<(), Errno>> {
-    let mut stranger = Stranger::start(attack, door, path, other, (offset, length), block, false)?;
-    stranger.attack()
+    let waiting = || WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let first = waiting().pop();
+    let mut helper = match first {
+        Some(helper) => helper,
+        None => Helper::start("attackers", &[])?,
+    };
+    let words = words_of(attack, door, path, other, (offset, length), block);
+    helper.tell(&words.join("\t"))?;
+    let result = parse_answer(&helper.hear()?)?;
+    waiting().push(helper);
+    Ok(result)
+}
+
+/// An attack as words of a command line.
+fn words_of(
+    attack: &Attack,
+    door: Door,
+    path: &Path,
+    other: &Path,
+    (offset, length): (u64, u64),
+    block: u64,
+) -> [String; 7] {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    [
+        attack.name.to_owned(),
+        door.name().to_owned(),
+        text(path),
+        text(other),
+        offset.to_string(),
+        length.to_string(),
+        block.to_string(),
+    ]
+}
+
+fn parse_words(words: &[String]) -> Result<(&'static Attack, Target)> {
+    let [name, door, path, other, offset, length, block] = words else {
+        bail!("wrong arguments");
+    };
+    let attack = Attack::by_name(name).context("no such attack")?;
+    let target = Target {
+        path: path.into(),
+        other: other.into(),
+        offset: offset.parse()?,
+        length: length.parse()?,
+        block: block.parse()?,
+        door: Door::by_name(door).context("no such door")?,
+        file: None,
+    };
+    Ok((attack, target))
+}
+
+/// What came of an attack, as one process says it to another.
+fn answer(result: std::result::Result<(), Errno>) -> String {
+    match result {
+        Ok(()) => String::from("ok"),
+        Err(errno) => format!("errno {}", errno.raw_os_error()),
+    }
+}
+
+fn parse_answer(line: &str) -> Result<std::result::Result<(), Errno>> {
+    match line.strip_prefix("errno ") {
+        None if line == "ok" => Ok(Ok(())),
+        Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),
+        None => bail!("the stranger said: {line}"),
+    }
 }
 
 /// Another process, ready to attack.
@@ -332,20 +401,10 @@ impl Stranger {
         block: u64,
         early: bool,
     ) -> Result<Self> {
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let mut helper = Helper::start(
-            "attack",
-            &[
-                attack.name,
-                door.name(),
-                &text(path),
-                &text(other),
-                &offset.to_string(),
-                &length.to_string(),
-                &block.to_string(),
-                if early { "early" } else { "late" },
-            ],
-        )?;
+        let words = words_of(attack, door, path, other, (offset, length), block);
+        let mut words: Vec<_> = words.iter().map(String::as_str).collect();
+        words.push(if early { "early" } else { "late" });
+        let mut helper = Helper::start("attack", &words)?;
         let line = helper.hear()?;
         ensure!(line == "ready", "the stranger said: {line}");
         Ok(Self { helper })
@@ -360,12 +419,7 @@ impl Stranger {
     /// Has it attack, and tells what it got.
     pub fn attack(&mut self) -> Result<std::result::Result<(), Errno>> {
         self.helper.tell("go")?;
-        let line = self.helper.hear()?;
-        match line.strip_prefix("errno ") {
-            None if line == "ok" => Ok(Ok(())),
-            Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),
-            None => bail!("the stranger said: {line}"),
-        }
+        parse_answer(&self.helper.hear()?)
     }
 }
 
@@ -382,7 +436,7 @@ pub fn play_role(roles: &[Role]) -> bool {
     if marker != HELPER {
         return false;
     }
-    let own: [Role; 1] = [("attack", play_attacker)];
+    let own: [Role; 2] = [("attack", play_attacker), ("attackers", play_attackers)];
     let found = own.iter().chain(roles).find(|(name, _)| name == role);
     let result = match found {
         Some((_, play)) => play(rest),
@@ -411,19 +465,10 @@ pub fn listen() -> Result<Option<String>> {
 }
 
 fn play_attacker(arguments: &[String]) -> Result<()> {
-    let [name, door, path, other, offset, length, block, when] = arguments else {
+    let Some((when, words)) = arguments.split_last() else {
         bail!("wrong arguments");
     };
-    let attack = Attack::by_name(name).context("no such attack")?;
-    let mut target = Target {
-        path: path.into(),
-        other: other.into(),
-        offset: offset.parse()?,
-        length: length.parse()?,
-        block: block.parse()?,
-        door: Door::by_name(door).context("no such door")?,
-        file: None,
-    };
+    let (attack, mut target) = parse_words(words)?;
     if when == "early" {
         let flags = match attack.needs {
             crate::attack::Needs::Write => OFlags::RDWR,
@@ -437,10 +482,22 @@ fn play_attacker(arguments: &[String]) -> Result<()> {
     }
     say("ready");
     while listen()?.is_some() {
-        match (attack.run)(&target) {
-            Ok(()) => say("ok"),
-            Err(errno) => say(&format!("errno {}", errno.raw_os_error())),
-        }
+        say(&answer((attack.run)(&target)));
+    }
+    Ok(())
+}
+
+/// Role: for each line it hears, a process of its own that attacks.
+fn play_attackers(_: &[String]) -> Result<()> {
+    while let Some(line) = listen()? {
+        let words: Vec<_> = line.split('\t').map(str::to_owned).collect();
+        let (attack, target) = parse_words(&words)?;
+        let attacker = crate::raw::fork(|| {
+            say(&answer((attack.run)(&target)));
+            0
+        })?;
+        let status = crate::raw::wait(attacker)?;
+        ensure!(status == 0, "the attacker ended with {status}");
     }
     Ok(())
 }

@@ -194,7 +194,7 @@ fn programs(boot: &Boot, release: &str) -> Result<String> {
         // Nothing but what it was given, and no input.
         (
             program(&["env"]),
-            "PATH=/usr/sbin:/usr/bin:/sbin:/bin\nLC_ALL=C\n",
+            "LC_ALL=C\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n",
             "",
             0,
         ),
@@ -318,8 +318,8 @@ fn cut_after(mut machine: Machine, lines: u64) -> Result<u64> {
             break;
         }
     }
-    machine.cut_power()?;
-    Ok(last)
+    // What it had sent by then is not looked at: fewer files to look for.
+    machine.cut_power().map(|_| last)
 }
 
 /// How a program that must not end by itself fails.

@@ -65,7 +65,7 @@ pub(crate) struct Boot {
     init: PathBuf,
     memory: u64,
     processors: u32,
-    nvdimm: Option<Nvdimm>,
+    nvdimms: Vec<Nvdimm>,
     parameters: String,
     time_limit: Duration,
     interruption: Option<Arc<SignalFd>>,
@@ -80,7 +80,7 @@ impl Boot {
             init,
             memory: 2 << 30,
             processors: 2,
-            nvdimm: None,
+            nvdimms: Vec::new(),
             parameters: String::new(),
             time_limit: Duration::from_secs(600),
             interruption: None,
@@ -100,9 +100,10 @@ impl Boot {
         self
     }
 
-    /// With an NVDIMM, `/dev/pmem0` in the machine.
+    /// With an NVDIMM: `/dev/pmem0` in the machine, `/dev/pmem1` when it is
+    /// the second one, and so on.
     pub(crate) fn nvdimm(mut self, nvdimm: Nvdimm) -> Self {
-        self.nvdimm = Some(nvdimm);
+        self.nvdimms.push(nvdimm);
         self
     }
 
@@ -138,7 +139,7 @@ impl Boot {
         let initramfs = directory.path().join("initramfs");
         self.write_initramfs(&initramfs)
             .with_context(|| format!("cannot write {}", initramfs.display()))?;
-        if let Some(nvdimm) = &self.nvdimm {
+        for nvdimm in &self.nvdimms {
             nvdimm.make()?;
         }
         let listener = UnixListener::bind(directory.path().join("port"))?;
@@ -177,9 +178,8 @@ impl Boot {
         archive.file("/init", 0o755, &fs::read(&self.init)?);
         let modules = self.kernel.modules().as_os_str().as_bytes();
         archive.file(xtask_init::MODULES_OUTSIDE, 0o644, modules);
-        if self.nvdimm.is_some() {
-            archive.file(xtask_init::HAS_NVDIMM, 0o644, &[]);
-        }
+        let nvdimms = self.nvdimms.len().to_string();
+        archive.file(xtask_init::NVDIMMS, 0o644, nvdimms.as_bytes());
         let mut file = File::create(path)?;
         file.write_all(&archive.finish())?;
         std::io::copy(&mut File::open(self.kernel.initramfs())?, &mut file)?;
@@ -196,22 +196,27 @@ impl Boot {
         command.args(accelerator()?);
         let mut memory = format!("{}M", self.memory >> 20);
         let mut machine = String::from("pc,usb=off,vmport=off");
-        if let Some(nvdimm) = &self.nvdimm {
+        if !self.nvdimms.is_empty() {
+            // They lie behind the memory, each at a multiple of 1 GiB.
+            let room = (self.nvdimms.len() as u64 + 1) << 30;
+            let sizes = self.nvdimms.iter().map(|nvdimm| nvdimm.size);
+            let most = sizes.fold(self.memory.saturating_add(room), u64::saturating_add);
             memory.push_str(&format!(
-                ",slots=1,maxmem={}M",
-                // The NVDIMM lies behind the memory at a multiple of 1 GiB.
-                (self.memory + nvdimm.size + (2 << 30)) >> 20
+                ",slots={},maxmem={}M",
+                self.nvdimms.len(),
+                most >> 20
             ));
             machine.push_str(",nvdimm=on");
+        }
+        for (number, nvdimm) in self.nvdimms.iter().enumerate() {
             let file = fs::canonicalize(&nvdimm.file)?;
-            command.arg("-object").arg(with_path(
-                &format!(
-                    "memory-backend-file,id=nvdimm,share=on,size={},mem-path=",
-                    nvdimm.size
-                ),
-                &file,
-            ));
-            command.args(["-device", "nvdimm,memdev=nvdimm"]);
+            let object = format!(
+                "memory-backend-file,id=nvdimm{number},share=on,size={},mem-path=",
+                nvdimm.size
+            );
+            command.arg("-object").arg(with_path(&object, &file));
+            let device = format!("nvdimm,id=dimm{number},memdev=nvdimm{number}");
+            command.args(["-device", &device]);
         }
         command.args(["-machine", &machine, "-m", &memory]);
         command.args(["-smp", &self.processors.to_string()]);
@@ -459,10 +464,22 @@ impl Machine {
     }
 
     /// Ends it as a power cut would: at once, whatever it is doing. What it
-    /// has stored to its NVDIMM is in the NVDIMM's file, also what it has not
-    /// flushed: the caches of a processor are not emulated.
-    pub(crate) fn cut_power(mut self) -> Result<()> {
-        self.qemu.kill()
+    /// has stored to its NVDIMMs is in their files, also what it has not
+    /// flushed: the caches of a processor are not emulated. Returns what it
+    /// had sent before.
+    pub(crate) fn cut_power(mut self) -> Result<Vec<Message>> {
+        self.qemu.kill()?;
+        let mut rest = Vec::new();
+        if let Some(port) = &mut self.port {
+            // Whoever is killed amid a write leaves what has arrived.
+            let _ = port.read_to_end(&mut rest);
+        }
+        self.decoder.push(&rest);
+        let mut sent = Vec::new();
+        while let Some(message) = self.decoder.take()? {
+            sent.push(message);
+        }
+        Ok(sent)
     }
 
     /// Ends its programs, unmounts its disks and switches it off.

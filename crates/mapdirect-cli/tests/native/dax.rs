@@ -1,12 +1,12 @@
 //! Persistent memory: stores go to the media, and nowhere else. Run where
 //! `MAPDIRECT_PMEM` names devices of it: in a virtual machine, as a rule.
 
-use crate::world::{PATIENCE, World, is_pinned, open, wait_until_free};
-use anyhow::{Context, Result, bail};
+use crate::world::{PATIENCE, World, dax_kinds, is_pinned, open, wait_until_free};
+use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, Durability, ExtentState, Guard, Kind as Reason, MapOptions};
 use mapdirect_sys::Errno;
-use mapdirect_testkit::disk::{pmem, run};
+use mapdirect_testkit::disk::run;
 use mapdirect_testkit::process::{GuardProcess, say};
 use mapdirect_testkit::random::Random;
 use mapdirect_testkit::{Kind, raw};
@@ -22,10 +22,7 @@ const PAGE: usize = 4096;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    if pmem().is_none() {
-        return trials;
-    }
-    for kind in Kind::DAX {
+    for kind in dax_kinds() {
         for (name, run) in [
             ("maps-directly", maps_directly as fn(&World, Kind)),
             ("media", media),
@@ -35,7 +32,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("persist-everywhere", persist_everywhere),
             ("huge-pages", huge_pages),
         ] {
-            let name = format!("dax::{kind}::{name}");
+            let name = format!("pmem::{kind}::{name}");
             trials.push(world.trial(name, move |world| run(world, kind)));
         }
     }
@@ -134,7 +131,8 @@ fn media(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Nothing of the file comes to be in the page cache.
+/// Nothing of the file comes to be in the page cache, and what is mapped is
+/// the media itself, page by page.
 fn no_page_cache(world: &World, kind: Kind) {
     const LENGTH: usize = 1 << 20;
     let guard = world.guard();
@@ -144,15 +142,31 @@ fn no_page_cache(world: &World, kind: Kind) {
     let mut bytes = vec![0; LENGTH];
     held.read_at(0, &mut bytes).unwrap();
     file.read_exact_at(&mut bytes, 0).unwrap();
-    assert_eq!(raw::cached_pages(file.as_fd(), LENGTH as u64), Ok(0));
+    assert_eq!(raw::cached_pages(file.as_fd(), LENGTH), Ok(0));
+    let media = start_of_media(kind);
+    for offset in (0..LENGTH).step_by(PAGE) {
+        let extent = held.block_map().find(offset as u64).unwrap();
+        let place = extent.physical.unwrap() + (offset as u64 - extent.offset);
+        let frame = raw::frame(held.as_ptr() as usize + offset).unwrap();
+        assert_eq!(frame, Some((media + place) / PAGE as u64), "at {offset}");
+    }
     // Where there is a page cache the same call finds it.
     let other = crate::world::written(&world.disk(Kind::EXT4), "cached", LENGTH);
     let other_file = open(&other);
-    let found = raw::cached_pages(other_file.as_fd(), LENGTH as u64).unwrap();
-    assert!(found > 0);
+    let found = raw::cached_pages(other_file.as_fd(), LENGTH).unwrap();
+    assert_eq!(found, LENGTH / PAGE);
     drop(held);
     std::fs::remove_file(&other).unwrap();
     std::fs::remove_file(&path).unwrap();
+}
+
+/// The physical address of the first byte of a disk that is an NVDIMM.
+fn start_of_media(kind: Kind) -> u64 {
+    let device = kind.device().unwrap();
+    let name = device.file_name().unwrap().to_str().unwrap();
+    let path = format!("/sys/block/{name}/device/resource");
+    let text = std::fs::read_to_string(path).unwrap();
+    u64::from_str_radix(text.trim().trim_start_matches("0x"), 16).unwrap()
 }
 
 /// How often a filesystem wrote its log, as it counts.
@@ -356,22 +370,21 @@ fn huge_pages(world: &World, kind: Kind) {
         .unwrap();
     let held = map(&guard.client(), &file, 0..4 * HUGE as u64);
     assert_eq!(held.as_ptr() as usize % HUGE, 0);
-    for piece in 0..4 {
-        held.copy_persist(piece * HUGE, &[1; 8]).unwrap();
+    // Mapped by huge pages, an aligned piece takes one fault, and 512
+    // otherwise.
+    let pieces = prepared.huge_pieces();
+    let before = raw::faults().unwrap();
+    for page in 0..4 * HUGE / PAGE {
+        held.write_at(page * PAGE, &[1; 8]).unwrap();
     }
-    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
-    let address = format!("{:x}-", held.as_ptr() as usize);
-    let entry = smaps.split(&address).nth(1).unwrap();
-    let mapped = entry
-        .lines()
-        .find_map(|line| line.strip_prefix("FilePmdMapped:"))
-        .unwrap();
+    let faults = raw::faults().unwrap() - before;
     println!(
-        "  {kind}: {} of {} pieces of 2 MiB lie aligned; FilePmdMapped:{mapped}",
-        prepared.huge_pieces().aligned,
-        prepared.huge_pieces().pieces
+        "  {kind}: {} of {} pieces of 2 MiB lie aligned; a store to each page takes {faults} faults",
+        pieces.aligned, pieces.pieces
     );
-    assert!(prepared.huge_pieces().aligned > 0);
+    let apart = (pieces.pieces - pieces.aligned) * (HUGE / PAGE) as u64;
+    assert!(pieces.aligned > 0);
+    assert!(faults < apart + 100, "{faults} faults");
     drop(held);
     std::fs::remove_file(&path).unwrap();
 }
@@ -402,6 +415,9 @@ fn sum(bytes: &[u8]) -> u64 {
 /// Bytes of the log of a power cut.
 const LOG: u64 = 16 << 20;
 
+/// Where the roles below mount it.
+const ROOT: &str = "/tmp/log";
+
 /// Role: makes a filesystem on a device, and appends to a log on it, telling
 /// which records are durable, until the power goes. Arguments: mapdirect,
 /// filesystem.
@@ -411,18 +427,9 @@ pub fn play_append(arguments: &[String]) -> Result<()> {
     };
     let kind = dax_kind(kind)?;
     let device = kind.device().context("no persistent memory")?;
-    let root = PathBuf::from("/tmp/log");
+    let root = PathBuf::from(ROOT);
     std::fs::create_dir_all(&root)?;
-    let mut mkfs = if kind.is_xfs() {
-        let mut mkfs = Command::new("mkfs.xfs");
-        mkfs.args(["-q", "-f", "-m", "reflink=0"]);
-        mkfs
-    } else {
-        let mut mkfs = Command::new("mkfs.ext4");
-        mkfs.args(["-q", "-F"]);
-        mkfs
-    };
-    run(mkfs.arg(&device))?;
+    run(kind.mkfs().arg(&device))?;
     mount(&device, &root)?;
     let guard = GuardProcess::start(Path::new(binary))?;
     let path = root.join("log");
@@ -436,7 +443,18 @@ pub fn play_append(arguments: &[String]) -> Result<()> {
         .prepare(true)
         .guard(guard.client())
         .map(&file)?;
+    ensure!(
+        map.durability() == Durability::CacheFlush,
+        "not mapped directly, but with {:?}",
+        map.durability()
+    );
     File::open(&root)?.sync_all()?;
+    // So that there is a journal to replay.
+    std::thread::spawn(move || {
+        if let Err(error) = change_files(&root) {
+            say(&format!("failed: {error:#}"));
+        }
+    });
     say("appending");
     let records = u64::try_from(map.len() / RECORD)?;
     let mut random = Random::new(u64::from(std::process::id()));
@@ -448,8 +466,21 @@ pub fn play_append(arguments: &[String]) -> Result<()> {
             map.write_at(at, &record(number))?;
             map.persist(at..at + RECORD)?;
         }
-        if number % 64 == 0 {
-            say(&format!("durable {number}"));
+        say(&format!("durable {number}"));
+    }
+    Ok(())
+}
+
+/// Makes, moves and removes files for ever.
+fn change_files(root: &Path) -> Result<()> {
+    for number in 0u64.. {
+        let path = |number: u64| root.join(format!("other-{number}"));
+        std::fs::write(path(number), vec![1; 3 * PAGE])?;
+        let moved = root.join(format!("moved-{}", number % 5));
+        std::fs::rename(path(number), &moved)?;
+        if number % 7 == 0 {
+            File::open(&moved)?.sync_all()?;
+            std::fs::remove_file(&moved)?;
         }
     }
     Ok(())
@@ -464,7 +495,7 @@ pub fn play_verify(arguments: &[String]) -> Result<()> {
     let kind = dax_kind(kind)?;
     let last: u64 = last.parse()?;
     let device = kind.device().context("no persistent memory")?;
-    let root = PathBuf::from("/tmp/log");
+    let root = PathBuf::from(ROOT);
     std::fs::create_dir_all(&root)?;
     // Mounting replays the log of the filesystem.
     mount(&device, &root)?;
@@ -472,36 +503,14 @@ pub fn play_verify(arguments: &[String]) -> Result<()> {
     // Nobody is left who could have it pinned, and nothing on disk says so.
     let guard = GuardProcess::start(Path::new(binary))?;
     let status = guard.client().status()?;
-    anyhow::ensure!(status.files.is_empty(), "something is pinned");
+    ensure!(status.files.is_empty(), "something is pinned");
     let file = File::options().read(true).write(true).open(&path)?;
-    anyhow::ensure!(file.metadata()?.len() == LOG, "the log has another size");
+    ensure!(file.metadata()?.len() == LOG, "the log has another size");
     let map = mapdirect::block_map(&file, 0..LOG)?;
-    anyhow::ensure!(map.is_stable(), "the log lost blocks");
+    ensure!(map.is_stable(), "the log lost blocks");
     let mut bytes = vec![0; usize::try_from(LOG)?];
     file.read_exact_at(&mut bytes, 0)?;
-    let records = LOG / RECORD as u64;
-    let (mut newer, mut torn) = (0, 0);
-    for (slot, found) in (0u64..).zip(bytes.chunks_exact(RECORD)) {
-        // What was told last of this place, if anything was.
-        let Some(told) = last.checked_sub(slot).map(|past| last - past % records) else {
-            continue;
-        };
-        let mut number = [0; 8];
-        number.copy_from_slice(&found[..8]);
-        let number = u64::from_le_bytes(number);
-        if found != record(number) {
-            // The one that was being written when the power went.
-            torn += 1;
-            continue;
-        }
-        anyhow::ensure!(
-            number % records == slot && number >= told,
-            "record {told} was told to be durable; {number} is in its place"
-        );
-        // It went on after the last word that got out.
-        newer += u64::from(number > told);
-    }
-    anyhow::ensure!(torn <= 1, "{torn} records are lost");
+    let beyond = verify_records(&bytes, last)?;
     drop(file);
     drop(guard);
     run(Command::new("umount").arg(&root))?;
@@ -511,10 +520,36 @@ pub fn play_verify(arguments: &[String]) -> Result<()> {
         run(Command::new("e2fsck").args(["-f", "-n"]).arg(&device))?;
     }
     say(&format!(
-        "{} records there, {newer} newer",
-        (last + 1).min(records)
+        "every record is there and {beyond} more, nothing is pinned, the filesystem is clean"
     ));
     Ok(())
+}
+
+/// Every record up to `last` must be in its place, unless one that is as
+/// whole has taken it. Behind the last one there may be whole records, which
+/// were stored and not told any more: says how many. Only the one that was
+/// being stored when the power went may be anything.
+fn verify_records(bytes: &[u8], last: u64) -> Result<u64> {
+    let places = bytes.len() / RECORD;
+    let place = |number: u64| usize::try_from(number % places as u64);
+    let found = |number: u64| -> Result<bool> {
+        let at = place(number)? * RECORD;
+        Ok(bytes[at..at + RECORD] == record(number))
+    };
+    let mut newest = last;
+    while found(newest + 1)? {
+        newest += 1;
+    }
+    let oldest = (newest + 1).saturating_sub(places as u64);
+    for number in oldest..=newest {
+        // The one being stored took the place of the oldest.
+        let taken = place(number)? == place(newest + 1)?;
+        ensure!(
+            taken || found(number)?,
+            "record {number} was told to be durable and is gone"
+        );
+    }
+    Ok(newest - last)
 }
 
 fn dax_kind(name: &str) -> Result<Kind> {

@@ -3,7 +3,6 @@
 
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
-use mapdirect_testkit::disk::pmem;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -56,11 +55,23 @@ pub fn roles() -> Vec<Role> {
 /// The filesystems to test on: `here`, or DAX where there is persistent
 /// memory, as in the virtual machine that has it.
 pub fn kinds(here: &[Kind]) -> Vec<Kind> {
-    if pmem().is_some() {
-        Kind::DAX.to_vec()
-    } else {
-        here.to_vec()
-    }
+    let dax = dax_kinds();
+    if dax.is_empty() { here.to_vec() } else { dax }
+}
+
+/// Those on persistent memory, as far as there is some.
+pub fn dax_kinds() -> Vec<Kind> {
+    let all = Kind::DAX.into_iter();
+    all.filter(|kind| kind.device().is_some()).collect()
+}
+
+/// Set where processors are emulated and time is short: what differs little
+/// from something else that is tried is left to `cargo xtask soak`.
+const BRIEF: &str = "MAPDIRECT_BRIEF";
+
+/// Whether time is short.
+pub fn is_brief() -> bool {
+    std::env::var_os(BRIEF).is_some()
 }
 
 impl World {
