@@ -1,13 +1,13 @@
 //! Programs that treat their own memory and descriptors in unusual ways.
 
 use crate::segments::{PAGE, State, at, four, make, map_all, store, try_map};
-use crate::world::{World, kinds, open, wait_until_free};
+use crate::world::{PATIENCE, World, kinds, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::Guard;
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::fault::{Access, load};
-use mapdirect_testkit::process::{Helper, say};
+use mapdirect_testkit::process::{Helper, say, wait_for};
 use mapdirect_testkit::raw;
 use rustix::process::{Resource, Rlimit};
 use std::cell::RefCell;
@@ -92,7 +92,10 @@ pub fn play_few_descriptors(arguments: &[String]) -> Result<()> {
         assert_eq!(store(at(map, 1), 1), Access::BUS_ADRERR);
     }
     // Each of them is there until it goes, and nothing of what failed.
-    assert_eq!(guard.pinned_ranges(&file)?.len(), maps.len());
+    wait_for(PATIENCE, || {
+        let pins = guard.pinned_ranges(&file)?.len();
+        Ok((pins == maps.len()).then_some(()))
+    })?;
     let count = maps.len();
     drop(maps);
     wait_until_free(path);
