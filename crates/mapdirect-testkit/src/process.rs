@@ -207,11 +207,13 @@ impl Drop for Background {
 /// Marks the command line of a helper.
 pub const HELPER: &str = "--mapdirect-helper";
 
-/// A helper: this program in another role.
+/// A helper: this program in another role. Dropped, it is let end by itself
+/// and waited for: the guard looks at every process there is, ended or not.
 #[derive(Debug)]
 pub struct Helper {
     child: Child,
-    stdin: ChildStdin,
+    /// Until it is let end.
+    stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
 }
 
@@ -229,7 +231,7 @@ impl Helper {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
-        let stdin = child.stdin.take().context("no stdin")?;
+        let stdin = Some(child.stdin.take().context("no stdin")?);
         let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
         Ok(Self {
             child,
@@ -254,8 +256,9 @@ impl Helper {
 
     /// Tells it to go on.
     pub fn tell(&mut self, line: &str) -> Result<()> {
-        writeln!(self.stdin, "{line}")?;
-        self.stdin.flush()?;
+        let stdin = self.stdin.as_mut().context("no stdin")?;
+        writeln!(stdin, "{line}")?;
+        stdin.flush()?;
         Ok(())
     }
 
@@ -268,13 +271,10 @@ impl Helper {
 
     /// Lets it end by itself, and says how it did: its exit status, or 128
     /// and the signal that killed it.
-    pub fn status(self) -> Result<i32> {
+    pub fn status(mut self) -> Result<i32> {
         use std::os::unix::process::ExitStatusExt;
-        let Self {
-            mut child, stdin, ..
-        } = self;
-        drop(stdin);
-        let status = child.wait()?;
+        drop(self.stdin.take());
+        let status = self.child.wait()?;
         Ok(status
             .code()
             .or_else(|| status.signal().map(|signal| 128 + signal))
@@ -282,23 +282,30 @@ impl Helper {
     }
 
     /// Lets it end by itself: its input ends.
-    pub fn finish(self) -> Result<Option<i32>> {
-        let Self {
-            mut child, stdin, ..
-        } = self;
-        drop(stdin);
+    pub fn finish(mut self) -> Result<Option<i32>> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<Option<i32>> {
+        drop(self.stdin.take());
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            if let Some(status) = child.try_wait()? {
+            if let Some(status) = self.child.try_wait()? {
                 return Ok(status.code());
             }
             if Instant::now() >= deadline {
-                child.kill()?;
-                child.wait()?;
+                self.child.kill()?;
+                self.child.wait()?;
                 bail!("the helper did not end");
             }
             std::thread::sleep(Duration::from_millis(2));
         }
+    }
+}
+
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.end();
     }
 }
 

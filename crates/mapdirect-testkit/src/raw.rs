@@ -610,6 +610,29 @@ pub fn fork(child: impl FnOnce() -> i32) -> Result<i32> {
     checked(pid.into()).map(|_| pid)
 }
 
+/// Has `prepare` called before every fork of this process, and `after` after
+/// it, in the parent and in the child.
+pub fn at_fork(prepare: extern "C" fn(), after: extern "C" fn()) {
+    // SAFETY: safe functions, which live as long as the program.
+    let ret = unsafe { libc::pthread_atfork(Some(prepare), Some(after), Some(after)) };
+    assert_eq!(ret, 0);
+}
+
+/// Allows KSM to merge all memory of this process, as systemd's `MemoryKSM=`
+/// does.
+pub fn merge_own_memory() -> Result<()> {
+    // SAFETY: takes numbers only.
+    let ret = unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, 1, 0, 0, 0) };
+    checked(ret.into()).map(drop)
+}
+
+/// Locks all memory of this process, now and later.
+pub fn lock_own_memory() -> Result<()> {
+    // SAFETY: takes flags only.
+    let ret = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
+    checked(ret.into()).map(drop)
+}
+
 /// Puts the calling process, which must have one thread only, into a user
 /// namespace of its own.
 pub fn own_user_namespace() -> Result<()> {

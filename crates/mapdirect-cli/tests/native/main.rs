@@ -10,6 +10,7 @@
 )]
 
 mod abuse;
+mod beside;
 mod cli;
 mod contract;
 mod dax;
@@ -19,6 +20,7 @@ mod grants;
 mod lifetime;
 mod openers;
 mod prepare;
+mod programs;
 mod random;
 mod segments;
 mod stuck;
@@ -47,6 +49,8 @@ fn main() -> ExitCode {
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(segments::trials(&world));
+    trials.extend(beside::trials(&world));
+    trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));

@@ -42,6 +42,11 @@ pub fn roles() -> Vec<Role> {
         ("store", crate::segments::play_store),
         ("halfway", crate::segments::play_halfway),
         ("writer", crate::prepare::play_writer),
+        ("few-descriptors", crate::programs::play_few_descriptors),
+        ("fork-handlers", crate::programs::play_fork_handlers),
+        ("locked-memory", crate::programs::play_locked_memory),
+        ("merged-memory", crate::programs::play_merged_memory),
+        ("inherits", crate::programs::play_inherits),
     ]
 }
 
