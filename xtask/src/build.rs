@@ -32,6 +32,21 @@ pub(crate) fn mapdirect() -> Result<PathBuf> {
     )
 }
 
+/// Builds the tests on real filesystems and says where they are.
+pub(crate) fn native_tests() -> Result<PathBuf> {
+    executable(
+        "native",
+        &mut cargo(&[
+            "test",
+            "--quiet",
+            "--no-run",
+            "--package=mapdirect-cli",
+            "--test=native",
+            "--message-format=json-render-diagnostics",
+        ]),
+    )
+}
+
 /// Builds the first process of virtual machines and says where it is.
 pub(crate) fn init() -> Result<PathBuf> {
     let mut cargo = cargo(&[

@@ -2,14 +2,17 @@
 //! them mapped `MAP_DIRECT`, and the tools everybody has trying to take the
 //! blocks away.
 
+mod dax;
+
 use crate::table::Table;
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};
+use clap::Args;
 use mapdirect::{BlockMap, DirectMap, MapOptions};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{Signal, SignalFd, unblocked_in_child};
 use mapdirect_testkit::process::{GuardProcess, HELPER, Helper, Role, say};
-use mapdirect_testkit::{Disk, Kind, disk, raw};
+use mapdirect_testkit::{Disk, Kind, disk, power, raw};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -269,7 +272,12 @@ fn attacks() -> Attacks {
 }
 
 /// Programs this binary plays besides the tasks.
-pub(crate) const ROLES: [Role; 1] = [("store", play_store)];
+pub(crate) const ROLES: [Role; 4] = [
+    ("store", play_store),
+    ("dax", dax::play),
+    power::ROLES[0],
+    power::ROLES[1],
+];
 
 /// Role: maps a file and stores into the middle of it, where nothing may be.
 fn play_store(arguments: &[String]) -> Result<()> {
@@ -335,8 +343,20 @@ impl Interruption {
     }
 }
 
+/// Arguments of `demo`.
+#[derive(Debug, Args)]
+pub(crate) struct DemoArgs {
+    /// Show it on persistent memory, in a virtual machine: stores that go to the media, and a
+    /// power cut
+    #[arg(long)]
+    dax: bool,
+}
+
 /// Shows it.
-pub(crate) fn run() -> Result<ExitCode> {
+pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
+    if args.dax {
+        return dax::run();
+    }
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
     let binary = build::mapdirect()?;
@@ -351,11 +371,7 @@ pub(crate) fn run() -> Result<ExitCode> {
     let unexpected = result?;
     println!(
         "\n{} in {:.1} s; everything made here is gone",
-        match unexpected {
-            0 => String::from("everything as expected"),
-            1 => String::from("1 thing was NOT as expected"),
-            many => format!("{many} things were NOT as expected"),
-        },
+        summary(unexpected),
         started.elapsed().as_secs_f64()
     );
     Ok(if unexpected == 0 {
@@ -363,6 +379,15 @@ pub(crate) fn run() -> Result<ExitCode> {
     } else {
         ExitCode::FAILURE
     })
+}
+
+/// How many things were not as expected, in words.
+fn summary(unexpected: usize) -> String {
+    match unexpected {
+        0 => String::from("everything as expected"),
+        1 => String::from("1 thing was NOT as expected"),
+        many => format!("{many} things were NOT as expected"),
+    }
 }
 
 fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
@@ -391,6 +416,11 @@ fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
         disk.unmount().context("the filesystem stays busy")?;
     }
     interruption.check()?;
+    tell_status(binary, &guard)?;
+    Ok(unexpected)
+}
+
+fn tell_status(binary: &Path, guard: &GuardProcess) -> Result<()> {
     println!("\nwhat the guard says of it:");
     let status = Command::new(binary)
         .arg("status")
@@ -399,7 +429,7 @@ fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
     for line in String::from_utf8_lossy(&status.stdout).lines().take(24) {
         println!("  {line}");
     }
-    Ok(unexpected)
+    Ok(())
 }
 
 /// One filesystem.
@@ -426,7 +456,7 @@ impl Scene<'_> {
         let granting = Instant::now();
         let map = MapOptions::new()
             .range(PINNED)
-            .accept_page_cache(true)
+            .accept_page_cache(!self.kind.is_dax())
             .guard(self.guard.client())
             .map(&file)
             .context("the file cannot be mapped MAP_DIRECT")?;

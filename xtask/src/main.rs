@@ -26,7 +26,7 @@ struct Arguments {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Show the main job on a real XFS and a real ext4: needs root
-    Demo,
+    Demo(demo::DemoArgs),
     /// Run every test but the soak, installing what they lack: needs root
     Test(test::TestArgs),
     /// Run the random attack for longer than `test` does: needs root
@@ -44,7 +44,7 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let result = match Arguments::parse().task {
-        Task::Demo => demo::run(),
+        Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => test::soak(&args),
         Task::Vm(args) => vm::run(&args),

@@ -1,9 +1,12 @@
 //! Every test but the soak, tier by tier, and what ran at the end.
 
+mod guest;
+
 use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
-use mapdirect_testkit::disk;
+use guest::{Guest, PMEM};
+use mapdirect_testkit::{Kind, disk};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
@@ -14,6 +17,9 @@ pub(crate) struct TestArgs {
     /// Only the native tests whose names contain this
     #[arg(value_name = "FILTER")]
     filter: Option<String>,
+    /// Only what runs in virtual machines
+    #[arg(long, conflicts_with = "filter")]
+    machines: bool,
 }
 
 /// Arguments of `soak`.
@@ -37,7 +43,7 @@ struct Counts {
 
 /// A stage that has run.
 struct Ran {
-    name: &'static str,
+    name: String,
     ok: bool,
     /// Nothing for a stage that is no test but a check.
     counts: Option<Counts>,
@@ -53,6 +59,11 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::install_for_bpf()?;
     disk::remove_stale();
     let mut ran = Vec::new();
+    if args.machines {
+        ran.push(machines());
+        ran.extend(guest::run(&persistent_memory(true), &[demo_dax]));
+        return Ok(report(&ran));
+    }
     if args.filter.is_none() {
         ran.push(check("formatting", &["fmt", "--all", "--check"])?);
         ran.push(check(
@@ -97,7 +108,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     native.args(&args.filter);
     ran.push(tests("native: XFS and ext4 on loop devices", native)?);
     if args.filter.is_none() {
-        ran.push(machines()?);
+        ran.push(machines());
+        ran.extend(guest::run(&persistent_memory(true), &[demo_dax]));
         ran.push(demo()?);
     }
     disk::remove_stale();
@@ -121,8 +133,41 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
     if let Some(seed) = args.seed {
         random.env("MAPDIRECT_SEED", seed.to_string());
     }
-    let ran = [tests("soak", random)?];
+    let mut ran = vec![tests("soak", random)?];
+    ran.extend(guest::run(&persistent_memory(false), &[]));
+    disk::remove_stale();
     Ok(report(&ran))
+}
+
+/// What is tried on persistent memory: where that is emulated a second is
+/// soon over, so `test` tries less than `soak`.
+fn persistent_memory(brief: bool) -> Vec<Guest> {
+    let on = |kind: Kind| {
+        let filters = if brief {
+            vec![format!("pmem::{kind}"), format!("contract::{kind}")]
+        } else {
+            let all = ["pmem", "contract", "segments"];
+            all.map(|tests| format!("{tests}::{kind}")).into()
+        };
+        Guest {
+            name: format!("Linux 7.3, {kind}"),
+            kernel: "7.3",
+            nvdimms: Kind::DAX.len(),
+            environment: if brief {
+                vec![PMEM, ("MAPDIRECT_BRIEF", "1")]
+            } else {
+                vec![PMEM]
+            },
+            filters,
+            cuts: match (brief, kind.reflink()) {
+                (true, true) => None,
+                (true, false) => Some((kind, 1)),
+                (false, _) => Some((kind, 7)),
+            },
+            time_limit: Duration::from_secs(if brief { 600 } else { 3600 }),
+        }
+    };
+    Kind::DAX.map(on).into()
 }
 
 fn stage(name: &str) -> Instant {
@@ -138,7 +183,7 @@ fn check(name: &'static str, arguments: &[&str]) -> Result<Ran> {
         .status()
         .context("cannot run cargo")?;
     Ok(Ran {
-        name,
+        name: name.to_owned(),
         ok: status.success(),
         counts: None,
         took: started.elapsed(),
@@ -155,7 +200,7 @@ fn documentation() -> Result<Ran> {
         .status()
         .context("cannot run cargo")?;
     Ok(Ran {
-        name,
+        name: name.to_owned(),
         ok: status.success(),
         counts: None,
         took: started.elapsed(),
@@ -168,7 +213,7 @@ fn manual_pages() -> Ran {
     let started = stage(name);
     let checked = man::check();
     Ran {
-        name,
+        name: name.to_owned(),
         ok: checked.is_ok(),
         counts: None,
         took: started.elapsed(),
@@ -181,28 +226,33 @@ fn manual_pages() -> Ran {
 }
 
 /// What tests on other kernels stand on.
-fn machines() -> Result<Ran> {
-    let name = "virtual machines";
+fn machines() -> Ran {
+    let name = "virtual machines themselves";
     let started = stage(name);
-    let checked = vm::self_test(vm::Scope::Newest)?;
-    let failed: Vec<_> = checked
-        .iter()
-        .filter_map(|one| Some((&one.name, one.result.as_ref().err()?)))
-        .collect();
-    Ok(Ran {
-        name,
-        ok: failed.is_empty(),
-        counts: Some(Counts {
-            passed: (checked.len() - failed.len()) as u64,
-            failed: failed.len() as u64,
-            ignored: 0,
-        }),
+    let checked = vm::self_test(vm::Scope::Newest);
+    let mut notes = Vec::new();
+    let mut counts = Counts::default();
+    match &checked {
+        Ok(checked) => {
+            for one in checked {
+                match &one.result {
+                    Ok(_) => counts.passed += 1,
+                    Err(error) => {
+                        counts.failed += 1;
+                        notes.push(format!("{}: {error}", one.name));
+                    }
+                }
+            }
+        }
+        Err(error) => notes.push(format!("they could not run: {error:#}")),
+    }
+    Ran {
+        name: name.to_owned(),
+        ok: checked.is_ok() && counts.failed == 0,
+        counts: Some(counts),
         took: started.elapsed(),
-        notes: failed
-            .iter()
-            .map(|(name, error)| format!("{name}: {error}"))
-            .collect(),
-    })
+        notes,
+    }
 }
 
 /// The demo fails when anything is not as it says.
@@ -215,7 +265,7 @@ fn demo() -> Result<Ran> {
         .stdin(Stdio::null())
         .status()?;
     Ok(Ran {
-        name,
+        name: name.to_owned(),
         ok: status.success(),
         counts: None,
         took: started.elapsed(),
@@ -223,8 +273,37 @@ fn demo() -> Result<Ran> {
     })
 }
 
-/// Runs tests, shows what they say but for those that pass, and counts. A
-/// test that is ignored should have run here, and fails the stage.
+/// The demo on persistent memory, whose tables are shown if it fails.
+fn demo_dax() -> Ran {
+    let name = "demo --dax";
+    let started = Instant::now();
+    let output = std::env::current_exe().and_then(|own| {
+        Command::new(own)
+            .args(["demo", "--dax"])
+            .stdin(Stdio::null())
+            .output()
+    });
+    let mut notes = Vec::new();
+    match &output {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            for stream in [&output.stdout, &output.stderr] {
+                println!("{}", String::from_utf8_lossy(stream));
+            }
+            notes.push(format!("it ended with {}", output.status));
+        }
+        Err(error) => notes.push(format!("it could not run: {error}")),
+    }
+    Ran {
+        name: name.to_owned(),
+        ok: notes.is_empty(),
+        counts: None,
+        took: started.elapsed(),
+        notes,
+    }
+}
+
+/// Runs tests, shows what they say but for those that pass, and counts.
 fn tests(name: &'static str, mut command: Command) -> Result<Ran> {
     let started = stage(name);
     let mut child = command
@@ -235,46 +314,85 @@ fn tests(name: &'static str, mut command: Command) -> Result<Ran> {
         .spawn()
         .context("cannot run cargo")?;
     let stdout = child.stdout.take().context("no output")?;
-    let mut counts = Counts::default();
-    let mut notes = Vec::new();
-    let mut passed_since = 0u64;
+    let mut tally = Tally::new();
     for line in BufReader::new(stdout).lines() {
-        let line = line?;
-        if line.starts_with("test ") && line.ends_with(" ok") {
-            passed_since += 1;
-            if passed_since.is_multiple_of(100) {
-                println!("  {passed_since} passed, {:.0?}", started.elapsed());
-            }
-            continue;
-        }
-        if let Some(found) = parse_result(&line) {
-            counts.passed += found.passed;
-            counts.failed += found.failed;
-            counts.ignored += found.ignored;
-            continue;
-        }
-        if line.starts_with("tried: ") || line.starts_with("not available here: ") {
-            notes.push(line.clone());
-        }
-        if !line.is_empty() && !line.starts_with("running ") {
+        if let Some(line) = tally.hear(&line?) {
             println!("  {line}");
         }
     }
     let status = child.wait()?;
-    let not_run = counts.ignored > 0;
-    if not_run {
-        notes.push(format!("{} tests should have run here", counts.ignored));
+    Ok(tally.ran(name, status.success(), started))
+}
+
+/// What tests say, counted.
+struct Tally {
+    counts: Counts,
+    notes: Vec<String>,
+    passed_since: u64,
+    started: Instant,
+}
+
+impl Tally {
+    fn new() -> Self {
+        Self {
+            counts: Counts::default(),
+            notes: Vec::new(),
+            passed_since: 0,
+            started: Instant::now(),
+        }
     }
-    if counts.passed == 0 {
-        notes.push(String::from("nothing ran"));
+
+    /// Takes a line of theirs; returns what is to be shown.
+    fn hear(&mut self, line: &str) -> Option<String> {
+        if line.starts_with("test ") && line.ends_with(" ok") {
+            self.passed_since += 1;
+            let passed = self.passed_since;
+            return passed
+                .is_multiple_of(100)
+                .then(|| format!("{passed} passed, {:.0?}", self.started.elapsed()));
+        }
+        if let Some(found) = parse_result(line) {
+            self.counts.passed += found.passed;
+            self.counts.failed += found.failed;
+            self.counts.ignored += found.ignored;
+            return None;
+        }
+        if line.starts_with("tried: ") || line.starts_with("not available here: ") {
+            self.notes.push(line.to_owned());
+        }
+        (!line.is_empty() && !line.starts_with("running ")).then(|| line.to_owned())
     }
-    Ok(Ran {
-        name,
-        ok: status.success() && counts.failed == 0 && counts.passed > 0 && !not_run,
-        counts: Some(counts),
-        took: started.elapsed(),
-        notes,
-    })
+
+    /// Takes what is no test of a binary.
+    fn count(&mut self, passed: bool) {
+        if passed {
+            self.counts.passed += 1;
+        } else {
+            self.counts.failed += 1;
+        }
+    }
+
+    /// The stage that said all this; `ok` is what the program said at its
+    /// end. A test that is ignored should have run here, and fails the stage.
+    fn ran(self, name: &str, ok: bool, started: Instant) -> Ran {
+        let Self {
+            counts, mut notes, ..
+        } = self;
+        if counts.ignored > 0 {
+            notes.push(format!("{} tests should have run here", counts.ignored));
+        }
+        if counts.passed == 0 {
+            notes.push(String::from("nothing ran"));
+        }
+        let all_is_well = counts.failed == 0 && counts.passed > 0 && counts.ignored == 0;
+        Ran {
+            name: name.to_owned(),
+            ok: ok && all_is_well,
+            counts: Some(counts),
+            took: started.elapsed(),
+            notes,
+        }
+    }
 }
 
 /// Reads the line that sums up a test binary, as in `test result: ok. 3

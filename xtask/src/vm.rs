@@ -5,6 +5,7 @@
 
 mod check;
 mod cpio;
+mod cut;
 mod debian;
 mod kernel;
 mod machine;
@@ -13,15 +14,18 @@ mod version;
 mod vmlinux;
 
 pub(crate) use check::{Scope, self_test};
+pub(crate) use cut::cut;
+pub(crate) use machine::{Boot, Nvdimm, RunDirectory};
 
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use debian::Series;
 use kernel::{Cache, Kernel, Wanted};
-use machine::{Boot, End, Failure, NVDIMM_UNIT, Nvdimm, RunDirectory};
+use machine::{End, Failure, NVDIMM_UNIT};
 use mapdirect_cli::size::parse_size;
 use mapdirect_sys::signal::{Signal, SignalFd};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -32,6 +36,9 @@ use xtask_init::wire::Program;
 const CRASHED: u8 = 123;
 const TOO_LONG: u8 = 124;
 const NO_MACHINE: u8 = 125;
+
+/// With less a kernel hangs, or has no room for what is written.
+const LEAST_MEMORY: u64 = 256 << 20;
 
 /// Arguments of `vm`.
 #[derive(Debug, Args)]
@@ -46,17 +53,18 @@ pub(crate) struct VmArgs {
     /// directory like an unpacked one
     #[arg(long, value_name = "SERIES|PATH", default_value = "7.3")]
     kernel: Wanted,
-    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax
+    /// An NVDIMM of this size: /dev/pmem0, in mode fsdax; given again, /dev/pmem1, and so on
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
-    nvdimm: Option<u64>,
-    /// Keep what the NVDIMM holds in this file
+    nvdimm: Vec<u64>,
+    /// Keep what the NVDIMM holds in this file; once for each
     #[arg(long, value_name = "FILE", requires = "nvdimm")]
-    nvdimm_file: Option<PathBuf>,
+    nvdimm_file: Vec<PathBuf>,
     /// Memory
     #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
     memory: u64,
     /// Processors
-    #[arg(long, value_name = "NUMBER", default_value = "2")]
+    #[arg(long, value_name = "NUMBER", default_value = "2",
+          value_parser = clap::value_parser!(u32).range(1..=64))]
     processors: u32,
     /// More words for the kernel's command line
     #[arg(
@@ -98,10 +106,15 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
         match end_of(&error) {
             Some(End::Crashed) => CRASHED,
             Some(End::TooLong) => TOO_LONG,
-            Some(End::Interrupted) | None => NO_MACHINE,
+            Some(End::Interrupted | End::NotStarted) | None => NO_MACHINE,
         }
     });
     Ok(ExitCode::from(status))
+}
+
+/// Whether somebody wanted the machine to end.
+pub(crate) fn is_interruption(error: &anyhow::Error) -> bool {
+    end_of(error) == Some(End::Interrupted)
 }
 
 /// How the machine ended whose failure this is.
@@ -115,6 +128,26 @@ pub(crate) fn fetch(wanted: &Wanted) -> Result<Kernel> {
     match wanted {
         Wanted::Series(series) => cache()?.fetch(series),
         Wanted::Path(_) => cache()?.get(wanted),
+    }
+}
+
+/// A machine with the newest kernel of a series that is kept, or else the
+/// newest there is.
+pub(crate) fn boot(series: &str) -> Result<Boot> {
+    prepare()?;
+    let wanted = Series::parse(series).with_context(|| format!("{series} is no series"))?;
+    let kernel = cache()?.get(&Wanted::Series(wanted))?;
+    Ok(Boot::new(kernel, build::init()?))
+}
+
+/// A program as a user of this machine would run it, with more in its
+/// environment.
+pub(crate) fn program(words: &[&OsStr], more: &[(&str, &str)]) -> Program {
+    let more = more.iter().map(|(name, value)| (name.into(), value.into()));
+    Program {
+        directory: build::workspace().to_owned(),
+        words: words.iter().map(Into::into).collect(),
+        environment: environment().into_iter().chain(more).collect(),
     }
 }
 
@@ -135,6 +168,15 @@ fn cache() -> Result<Cache> {
 
 /// Boots, runs the command, and returns the exit status of this process.
 fn run_command(args: &VmArgs) -> Result<u8> {
+    ensure!(
+        args.memory >= LEAST_MEMORY,
+        "no kernel boots with less than {} MiB of memory",
+        LEAST_MEMORY >> 20
+    );
+    ensure!(
+        args.nvdimm_file.len() <= args.nvdimm.len(),
+        "there are more files than NVDIMMs to keep in them: give --nvdimm SIZE for each"
+    );
     prepare()?;
     let init = build::init()?;
     let kernel = cache()?.get(&args.kernel)?;
@@ -153,14 +195,11 @@ fn run_command(args: &VmArgs) -> Result<u8> {
         .time_limit(Duration::from_secs(args.time_limit))
         .console_shown(args.verbose)
         .interruption(Arc::clone(&signals));
-    let scratch;
-    if let Some(size) = args.nvdimm {
-        let file = match &args.nvdimm_file {
+    let scratch = RunDirectory::new()?;
+    for (number, size) in args.nvdimm.iter().enumerate() {
+        let file = match args.nvdimm_file.get(number) {
             Some(file) => file.clone(),
-            None => {
-                scratch = RunDirectory::new()?;
-                scratch.path().join("nvdimm")
-            }
+            None => scratch.path().join(format!("nvdimm{number}")),
         };
         let size = size.next_multiple_of(NVDIMM_UNIT);
         boot = boot.nvdimm(Nvdimm { file, size });
@@ -183,14 +222,14 @@ fn boot_and_run(boot: &Boot, program: &Program, args: &VmArgs) -> Result<u8> {
         eprintln!("xtask: booted in {seconds:.1} s");
     }
     let status = machine.run(program, std::io::stdout(), std::io::stderr())?;
-    if args.nvdimm_file.is_some() {
+    if !args.nvdimm_file.is_empty() {
         machine.switch_off()?;
     }
     Ok(status)
 }
 
 /// What the exit status of a shell would be after a signal.
-fn ended_by(signal: i32) -> u8 {
+pub(crate) fn ended_by(signal: i32) -> u8 {
     u8::try_from(128 + signal).unwrap_or(u8::MAX)
 }
 

@@ -1054,13 +1054,20 @@ impl Attempt<'_> {
         }
         // What the gate has let in may not show yet.
         self.quietly(|quiet| quiet.wait_for_mappings())?;
-        let found = self.openers(None);
-        if !found.hidden.is_empty() {
-            return Err(self.open_elsewhere(Openers {
-                hidden: found.hidden,
-                ..Openers::default()
-            }));
-        }
+        let mut backoff = self.patiently();
+        let found = loop {
+            let found = self.openers(None);
+            if found.hidden.is_empty() {
+                break found;
+            }
+            if backoff.is_over() {
+                return Err(self.open_elsewhere(Openers {
+                    hidden: found.hidden,
+                    ..Openers::default()
+                }));
+            }
+            backoff.pause();
+        };
         let mappings = found.writable_mappings;
         let over = mappings.iter().find(|(_, mapped)| {
             frozen

@@ -52,7 +52,8 @@ impl Openers {
 
 /// How long to look where nobody's patience says.
 const LIMIT: Duration = Duration::from_secs(2);
-/// How often to ask again what a busy io_uring has registered.
+/// How often to ask again what a busy io_uring has registered, and to wait for
+/// what is on its way through sockets.
 const TRIES: u32 = 10;
 
 /// Looks for everybody who has a file open.
@@ -161,36 +162,69 @@ impl Search {
             threads: proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default(),
             command: None,
         };
-        for table in process.descriptor_tables() {
-            for fd in proc::numbers_in(&format!("/proc/{table}/fd")).unwrap_or_default() {
-                self.look_at_descriptor(&mut process, table, fd);
+        // What is on its way through a socket is received in a moment, and
+        // then it is in a table that was looked at before: look again.
+        for _ in 1..TRIES {
+            if self.look_at_descriptors(&mut process) == 0 {
+                return self.look_at_mappings(&mut process);
             }
+            self.forget(pid);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let in_flight = self.look_at_descriptors(&mut process);
+        if in_flight > 0 {
+            self.hide(&format!(
+                "{in_flight} descriptors on their way through sockets of pid {pid} ({})",
+                process.command()
+            ));
         }
         self.look_at_mappings(&mut process);
     }
 
-    fn look_at_descriptor(&self, process: &mut Process, table: i32, fd: i32) {
+    /// Returns how many are on their way through its sockets.
+    fn look_at_descriptors(&self, process: &mut Process) -> u64 {
+        let mut in_flight = 0;
+        for table in process.descriptor_tables() {
+            for fd in proc::numbers_in(&format!("/proc/{table}/fd")).unwrap_or_default() {
+                in_flight += self.look_at_descriptor(process, table, fd);
+            }
+        }
+        in_flight
+    }
+
+    /// Forgets the descriptors of a process.
+    fn forget(&self, pid: i32) {
+        for at in 0..self.wanted.len() {
+            self.note(at, |found| {
+                found.others.retain(|opener| opener.pid != pid);
+                found.marked.retain(|opener| opener.pid != pid);
+            });
+        }
+    }
+
+    /// Returns how many others are on their way through it.
+    fn look_at_descriptor(&self, process: &mut Process, table: i32, fd: i32) -> u64 {
         let link = format!("/proc/{table}/fd/{fd}");
         let Ok(target) = std::fs::read_link(&link) else {
-            return;
+            return 0;
         };
         let target = target.to_string_lossy();
         let is_file = target.starts_with('/');
         let is_ring = target.starts_with("anon_inode:[io_uring]");
         if !is_file && !is_ring && !target.starts_with("socket:") {
-            return;
+            return 0;
         }
         let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
-            return;
+            return 0;
         };
         let info = proc::parse_fdinfo(&text);
+        let in_flight = info.in_flight;
         if is_file {
             self.note_descriptor(process, &link, fd, &info);
         } else if is_ring {
             self.look_into_ring(process, table, fd, info);
-        } else {
-            self.look_into_socket(process, &info);
         }
+        in_flight
     }
 
     fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
@@ -224,16 +258,6 @@ impl Search {
                     found.others.push(opener);
                 }
             });
-        }
-    }
-
-    fn look_into_socket(&self, process: &mut Process, info: &FdInfo) {
-        if info.in_flight > 0 {
-            let command = process.command();
-            self.hide(&format!(
-                "{} descriptors on their way through a socket of pid {} ({command})",
-                info.in_flight, process.pid
-            ));
         }
     }
 

@@ -9,7 +9,9 @@ use crate::ledger::{PinSet, Ranged};
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
+use mapdirect_sys::fcntl::conflicting_lock;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -179,6 +181,14 @@ impl Pin {
 
     pub(crate) fn bury(&self) {
         self.dead.store(true, SeqCst);
+    }
+
+    /// Whether its lock is still held; `file` is a description of the file
+    /// that is not its own. Somebody's lock to the end of all offsets can hide
+    /// it: then it counts as alive until the lifetime thread has read the list
+    /// of locks.
+    pub(crate) fn is_alive(&self, file: BorrowedFd<'_>) -> bool {
+        conflicting_lock(file, self.lock_byte(), 1) != Ok(None)
     }
 
     pub(crate) fn is_dead(&self) -> bool {

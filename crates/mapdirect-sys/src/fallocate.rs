@@ -50,6 +50,20 @@ pub fn punch(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     call(file, flags, range)
 }
 
+/// Has the device fill `range` with zeros, without sending them, and makes
+/// what was unwritten or a hole written by that. What was there before is
+/// lost. The file grows if the range reaches beyond its end.
+///
+/// # Errors
+///
+/// As [`allocate`]; `EOPNOTSUPP` before Linux 6.17, where the filesystem does
+/// not have it, and where the device would have to be sent the zeros
+/// (`ext4_fallocate`, fs/ext4/extents.c).
+pub fn write_zeroes(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
+    // FALLOC_FL_WRITE_ZEROES, include/uapi/linux/falloc.h.
+    call(file, FallocateFlags::from_bits_retain(0x80), range)
+}
+
 fn call(file: BorrowedFd<'_>, flags: FallocateFlags, range: &Range<u64>) -> Result<()> {
     seam::check(Call::Fallocate)?;
     // A signal may interrupt it half-way; each of these can be done twice.

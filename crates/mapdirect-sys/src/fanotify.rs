@@ -14,6 +14,7 @@
 //! * The range of an event is rounded out to whole pages, and it is the range
 //!   of the *call*, not of what the filesystem will change.
 
+use crate::fcntl::no_lease;
 use crate::seam::{self, Call};
 use crate::{Errno, Result, last_errno};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
@@ -240,7 +241,10 @@ impl Group {
     /// format this parser does not know: the rest of the batch is lost then,
     /// so a gate must not go on.
     pub fn read(&self, buffer: &mut [u8], mut each: impl FnMut(Event)) -> Result<usize> {
-        let length = rustix::io::read(&self.fd, &mut *buffer)?;
+        let length = {
+            let _no_lease = no_lease();
+            rustix::io::read(&self.fd, &mut *buffer)?
+        };
         let mut count = 0;
         for raw in parse(&buffer[..length]) {
             let raw = raw.map_err(|Malformed| Errno::PROTO)?;

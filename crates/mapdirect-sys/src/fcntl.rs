@@ -4,6 +4,7 @@
 use crate::seam::{self, Call};
 use crate::{Errno, Result, checked};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::{PoisonError, RwLock, RwLockReadGuard};
 
 /// The two leases of `F_SETLEASE`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,6 +27,19 @@ pub enum Lease {
 pub fn get_flags_with(file: BorrowedFd<'_>, word: u64) -> Result<i32> {
     // SAFETY: F_GETFL takes no argument, so any is ignored.
     checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL, word) })
+}
+
+/// Kept by whoever takes a lease for a moment, shared by whoever reads events
+/// of fanotify. To make the descriptor of an event the kernel opens the file:
+/// if there is a lease on it, that fails ([`fanotify`](crate::fanotify) says
+/// why it may not wait), and the event is answered with `EPERM`.
+static LEASE_OR_EVENTS: RwLock<()> = RwLock::new(());
+
+/// Keeps this process from taking a lease for a moment until it is dropped.
+pub(crate) fn no_lease() -> RwLockReadGuard<'static, ()> {
+    LEASE_OR_EVENTS
+        .read()
+        .unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Asks the kernel whether the condition of `lease` holds right now, by
@@ -54,6 +68,9 @@ pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     // F_SETLEASE makes the caller the owner of the description's signals;
     // whoever was must get them back.
     let owner = signal_owner(file)?;
+    let no_events = LEASE_OR_EVENTS
+        .write()
+        .unwrap_or_else(PoisonError::into_inner);
     // SAFETY: F_SETLEASE takes an integer; `file` is open for the call.
     let taken = checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, kind) });
     let holds = match taken {
@@ -64,6 +81,9 @@ pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     if holds {
         // SAFETY: as above.
         checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) })?;
+    }
+    drop(no_events);
+    if holds {
         // The old owner may have died since (ESRCH): then there is nobody to
         // give them back to.
         let _ = set_signal_owner(file, owner);

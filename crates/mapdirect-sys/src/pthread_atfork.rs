@@ -2,9 +2,11 @@
 
 use crate::{Errno, Result};
 
-/// Has `prepare` called in a thread before it forks, and `parent` and `child`
-/// in the two threads that come of it. For good: there is no way to take it
-/// back.
+/// Has `child` called in the child of every fork(2). For good: there is no way
+/// to take it back.
+///
+/// There is nothing here to call before the fork: whoever holds a lock from
+/// then on while handlers of others wait for theirs hangs sooner or later.
 ///
 /// The child of a process with several threads may call async-signal-safe
 /// functions only.
@@ -12,13 +14,9 @@ use crate::{Errno, Result};
 /// # Errors
 ///
 /// `ENOMEM`.
-pub fn pthread_atfork(
-    prepare: extern "C" fn(),
-    parent: extern "C" fn(),
-    child: extern "C" fn(),
-) -> Result<()> {
-    // SAFETY: safe functions, which live as long as the program.
-    let ret = unsafe { libc::pthread_atfork(Some(prepare), Some(parent), Some(child)) };
+pub fn pthread_atfork(child: extern "C" fn()) -> Result<()> {
+    // SAFETY: a safe function, which lives as long as the program.
+    let ret = unsafe { libc::pthread_atfork(None, None, Some(child)) };
     if ret == 0 {
         return Ok(());
     }

@@ -149,6 +149,17 @@ impl Gate {
     }
 }
 
+impl Attacker {
+    /// The name of it.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Stranger => "stranger",
+            Self::Holder => "holder",
+        }
+    }
+}
+
 /// What must happen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expected {
@@ -346,9 +357,16 @@ fn write_blocks(path: &Path, block: u64, blocks: u64, wanted: impl Fn(u64) -> bo
         .unwrap();
     file.set_len(blocks * block).unwrap();
     let length = usize::try_from(block).unwrap();
+    // What lies together is written at once.
+    let mut together = Vec::new();
     for at in (0..blocks).filter(|at| wanted(*at)) {
         let value = u8::try_from(at % 251).unwrap() + 1;
-        file.write_all_at(&vec![value; length], at * block).unwrap();
+        together.resize(together.len() + length, value);
+        if at + 1 == blocks || !wanted(at + 1) {
+            let start = (at + 1) * block - together.len() as u64;
+            file.write_all_at(&together, start).unwrap();
+            together.clear();
+        }
     }
     file.sync_all().unwrap();
 }

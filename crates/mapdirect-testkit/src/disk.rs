@@ -24,22 +24,25 @@ pub enum Kind {
         block: u32,
     },
     /// XFS on persistent memory, mounted with DAX; see [`pmem`].
-    XfsDax,
+    XfsDax {
+        /// Files can share blocks, which Linux 6.1 does not allow with DAX.
+        reflink: bool,
+    },
     /// ext4 on persistent memory, mounted with DAX.
     Ext4Dax,
 }
 
 /// Environment variable that names the devices of persistent memory to use,
-/// one for XFS and one for ext4, with a comma in between. What is on them is
-/// lost.
+/// one for each of [`Kind::DAX`], with commas in between; as many as there
+/// are. What is on them is lost.
 pub const PMEM_VARIABLE: &str = "MAPDIRECT_PMEM";
 
-/// The devices of persistent memory there are, for XFS and ext4.
+/// The devices of persistent memory there are.
 #[must_use]
-pub fn pmem() -> Option<[PathBuf; 2]> {
-    let value = std::env::var(PMEM_VARIABLE).ok()?;
-    let (xfs, ext4) = value.split_once(',')?;
-    Some([xfs.into(), ext4.into()])
+pub fn pmem() -> Vec<PathBuf> {
+    let value = std::env::var(PMEM_VARIABLE).unwrap_or_default();
+    let devices = value.split(',').filter(|device| !device.is_empty());
+    devices.map(PathBuf::from).collect()
 }
 
 impl Kind {
@@ -55,36 +58,39 @@ impl Kind {
     };
     /// ext4 as `mkfs.ext4` makes it.
     pub const EXT4: Self = Self::Ext4 { block: 4096 };
-    /// Both on persistent memory.
-    pub const DAX: [Self; 2] = [Self::XfsDax, Self::Ext4Dax];
+    /// Those on persistent memory.
+    pub const DAX: [Self; 3] = [
+        Self::XfsDax { reflink: false },
+        Self::Ext4Dax,
+        Self::XfsDax { reflink: true },
+    ];
 
     /// Whether files can share blocks.
     #[must_use]
     pub const fn reflink(self) -> bool {
-        matches!(self, Self::Xfs { reflink: true, .. })
+        matches!(
+            self,
+            Self::Xfs { reflink: true, .. } | Self::XfsDax { reflink: true }
+        )
     }
 
     /// Whether it is XFS.
     #[must_use]
     pub const fn is_xfs(self) -> bool {
-        matches!(self, Self::Xfs { .. } | Self::XfsDax)
+        matches!(self, Self::Xfs { .. } | Self::XfsDax { .. })
     }
 
     /// Whether loads and stores reach the media without the page cache.
     #[must_use]
     pub const fn is_dax(self) -> bool {
-        matches!(self, Self::XfsDax | Self::Ext4Dax)
+        matches!(self, Self::XfsDax { .. } | Self::Ext4Dax)
     }
 
     /// The device it lies on, if that is no loop device.
     #[must_use]
     pub fn device(self) -> Option<PathBuf> {
-        let [xfs, ext4] = pmem()?;
-        match self {
-            Self::XfsDax => Some(xfs),
-            Self::Ext4Dax => Some(ext4),
-            _ => None,
-        }
+        let at = Self::DAX.iter().position(|kind| *kind == self)?;
+        pmem().into_iter().nth(at)
     }
 
     /// Block size in bytes.
@@ -93,14 +99,16 @@ impl Kind {
         match self {
             Self::Xfs { block, .. } | Self::Ext4 { block } => block as u64,
             // DAX needs blocks of the size of pages.
-            Self::XfsDax | Self::Ext4Dax => 4096,
+            Self::XfsDax { .. } | Self::Ext4Dax => 4096,
         }
     }
 
-    /// Its command to make one.
-    fn mkfs(self) -> Command {
+    /// Its command to make one, for the device as last argument.
+    #[must_use]
+    pub fn mkfs(self) -> Command {
         match self {
-            Self::XfsDax => Self::XFS_PLAIN.mkfs(),
+            Self::XfsDax { reflink: false } => Self::XFS_PLAIN.mkfs(),
+            Self::XfsDax { reflink: true } => Self::XFS.mkfs(),
             Self::Ext4Dax => Self::EXT4.mkfs(),
             Self::Xfs { reflink, block } => {
                 let mut command = Command::new("mkfs.xfs");
@@ -126,7 +134,8 @@ impl fmt::Display for Kind {
                 write!(f, "xfs{}", if *reflink { "" } else { "-plain" })?;
             }
             Self::Ext4 { .. } => f.write_str("ext4")?,
-            Self::XfsDax => f.write_str("xfs-dax")?,
+            Self::XfsDax { reflink: false } => f.write_str("xfs-dax")?,
+            Self::XfsDax { reflink: true } => f.write_str("xfs-reflink-dax")?,
             Self::Ext4Dax => f.write_str("ext4-dax")?,
         }
         if self.block() != 4096 {

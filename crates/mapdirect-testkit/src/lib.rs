@@ -5,6 +5,8 @@
 //!   through every door the kernel has, made by real system calls.
 //! * [`contract`]: which of them must be refused where, as data.
 //! * [`fault`]: loads and stores that may raise SIGBUS.
+//! * [`latency`]: how long it takes until a store is durable.
+//! * [`power`]: what must be left when the power goes.
 //! * [`process`]: guards, holders and attackers in processes of their own.
 
 #![deny(unsafe_code)]
@@ -26,6 +28,8 @@ pub mod disk;
 )]
 pub mod fault;
 pub mod fingerprint;
+pub mod latency;
+pub mod power;
 pub mod process;
 pub mod random;
 #[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]

@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A guard on a socket of its own; ended when dropped.
@@ -274,11 +275,13 @@ impl Drop for Background {
 /// Marks the command line of a helper.
 pub const HELPER: &str = "--mapdirect-helper";
 
-/// A helper: this program in another role.
+/// A helper: this program in another role. Dropped, it is let end by itself
+/// and waited for: the guard looks at every process there is, ended or not.
 #[derive(Debug)]
 pub struct Helper {
     child: Child,
-    stdin: ChildStdin,
+    /// Until it is let end.
+    stdin: Option<ChildStdin>,
     stdout: BufReader<ChildStdout>,
 }
 
@@ -296,7 +299,7 @@ impl Helper {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()?;
-        let stdin = child.stdin.take().context("no stdin")?;
+        let stdin = Some(child.stdin.take().context("no stdin")?);
         let stdout = BufReader::new(child.stdout.take().context("no stdout")?);
         Ok(Self {
             child,
@@ -321,8 +324,9 @@ impl Helper {
 
     /// Tells it to go on.
     pub fn tell(&mut self, line: &str) -> Result<()> {
-        writeln!(self.stdin, "{line}")?;
-        self.stdin.flush()?;
+        let stdin = self.stdin.as_mut().context("no stdin")?;
+        writeln!(stdin, "{line}")?;
+        stdin.flush()?;
         Ok(())
     }
 
@@ -335,13 +339,10 @@ impl Helper {
 
     /// Lets it end by itself, and says how it did: its exit status, or 128
     /// and the signal that killed it.
-    pub fn status(self) -> Result<i32> {
+    pub fn status(mut self) -> Result<i32> {
         use std::os::unix::process::ExitStatusExt;
-        let Self {
-            mut child, stdin, ..
-        } = self;
-        drop(stdin);
-        let status = child.wait()?;
+        drop(self.stdin.take());
+        let status = self.child.wait()?;
         Ok(status
             .code()
             .or_else(|| status.signal().map(|signal| 128 + signal))
@@ -349,19 +350,20 @@ impl Helper {
     }
 
     /// Lets it end by itself: its input ends.
-    pub fn finish(self) -> Result<Option<i32>> {
-        let Self {
-            mut child, stdin, ..
-        } = self;
-        drop(stdin);
+    pub fn finish(mut self) -> Result<Option<i32>> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<Option<i32>> {
+        drop(self.stdin.take());
         let deadline = Instant::now() + Duration::from_secs(20);
         loop {
-            if let Some(status) = child.try_wait()? {
+            if let Some(status) = self.child.try_wait()? {
                 return Ok(status.code());
             }
             if Instant::now() >= deadline {
-                child.kill()?;
-                child.wait()?;
+                self.child.kill()?;
+                self.child.wait()?;
                 bail!("the helper did not end");
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -369,7 +371,18 @@ impl Helper {
     }
 }
 
-/// An attack by another process. Returns what it got: nothing, or an errno.
+impl Drop for Helper {
+    fn drop(&mut self) {
+        let _ = self.end();
+    }
+}
+
+/// Attackers that wait for their next target: to start a program anew for
+/// each attack is most of what an attack takes on an emulated processor.
+static WAITING: Mutex<Vec<Helper>> = Mutex::new(Vec::new());
+
+/// An attack by another process, which is there for nothing else. Returns
+/// what it got: nothing, or an errno.
 pub fn attack_by_stranger(
     attack: &Attack,
     door: Door,
@@ -378,8 +391,71 @@ pub fn attack_by_stranger(
     (offset, length): (u64, u64),
     block: u64,
 ) -> Result<std::result::Result<(), Errno>> {
-    let mut stranger = Stranger::start(attack, door, path, other, (offset, length), block, false)?;
-    stranger.attack()
+    let waiting = || WAITING.lock().unwrap_or_else(PoisonError::into_inner);
+    let first = waiting().pop();
+    let mut helper = match first {
+        Some(helper) => helper,
+        None => Helper::start("attackers", &[])?,
+    };
+    let words = words_of(attack, door, path, other, (offset, length), block);
+    helper.tell(&words.join("\t"))?;
+    let result = parse_answer(&helper.hear()?)?;
+    waiting().push(helper);
+    Ok(result)
+}
+
+/// An attack as words of a command line.
+fn words_of(
+    attack: &Attack,
+    door: Door,
+    path: &Path,
+    other: &Path,
+    (offset, length): (u64, u64),
+    block: u64,
+) -> [String; 7] {
+    let text = |path: &Path| path.to_string_lossy().into_owned();
+    [
+        attack.name.to_owned(),
+        door.name().to_owned(),
+        text(path),
+        text(other),
+        offset.to_string(),
+        length.to_string(),
+        block.to_string(),
+    ]
+}
+
+fn parse_words(words: &[String]) -> Result<(&'static Attack, Target)> {
+    let [name, door, path, other, offset, length, block] = words else {
+        bail!("wrong arguments");
+    };
+    let attack = Attack::by_name(name).context("no such attack")?;
+    let target = Target {
+        path: path.into(),
+        other: other.into(),
+        offset: offset.parse()?,
+        length: length.parse()?,
+        block: block.parse()?,
+        door: Door::by_name(door).context("no such door")?,
+        file: None,
+    };
+    Ok((attack, target))
+}
+
+/// What came of an attack, as one process says it to another.
+fn answer(result: std::result::Result<(), Errno>) -> String {
+    match result {
+        Ok(()) => String::from("ok"),
+        Err(errno) => format!("errno {}", errno.raw_os_error()),
+    }
+}
+
+fn parse_answer(line: &str) -> Result<std::result::Result<(), Errno>> {
+    match line.strip_prefix("errno ") {
+        None if line == "ok" => Ok(Ok(())),
+        Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),
+        None => bail!("the stranger said: {line}"),
+    }
 }
 
 /// Another process, ready to attack.
@@ -400,20 +476,10 @@ impl Stranger {
         block: u64,
         early: bool,
     ) -> Result<Self> {
-        let text = |path: &Path| path.to_string_lossy().into_owned();
-        let mut helper = Helper::start(
-            "attack",
-            &[
-                attack.name,
-                door.name(),
-                &text(path),
-                &text(other),
-                &offset.to_string(),
-                &length.to_string(),
-                &block.to_string(),
-                if early { "early" } else { "late" },
-            ],
-        )?;
+        let words = words_of(attack, door, path, other, (offset, length), block);
+        let mut words: Vec<_> = words.iter().map(String::as_str).collect();
+        words.push(if early { "early" } else { "late" });
+        let mut helper = Helper::start("attack", &words)?;
         let line = helper.hear()?;
         ensure!(line == "ready", "the stranger said: {line}");
         Ok(Self { helper })
@@ -428,12 +494,7 @@ impl Stranger {
     /// Has it attack, and tells what it got.
     pub fn attack(&mut self) -> Result<std::result::Result<(), Errno>> {
         self.helper.tell("go")?;
-        let line = self.helper.hear()?;
-        match line.strip_prefix("errno ") {
-            None if line == "ok" => Ok(Ok(())),
-            Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),
-            None => bail!("the stranger said: {line}"),
-        }
+        parse_answer(&self.helper.hear()?)
     }
 }
 
@@ -450,7 +511,7 @@ pub fn play_role(roles: &[Role]) -> bool {
     if marker != HELPER {
         return false;
     }
-    let own: [Role; 1] = [("attack", play_attacker)];
+    let own: [Role; 2] = [("attack", play_attacker), ("attackers", play_attackers)];
     let found = own.iter().chain(roles).find(|(name, _)| name == role);
     let result = match found {
         Some((_, play)) => play(rest),
@@ -479,19 +540,10 @@ pub fn listen() -> Result<Option<String>> {
 }
 
 fn play_attacker(arguments: &[String]) -> Result<()> {
-    let [name, door, path, other, offset, length, block, when] = arguments else {
+    let Some((when, words)) = arguments.split_last() else {
         bail!("wrong arguments");
     };
-    let attack = Attack::by_name(name).context("no such attack")?;
-    let mut target = Target {
-        path: path.into(),
-        other: other.into(),
-        offset: offset.parse()?,
-        length: length.parse()?,
-        block: block.parse()?,
-        door: Door::by_name(door).context("no such door")?,
-        file: None,
-    };
+    let (attack, mut target) = parse_words(words)?;
     if when == "early" {
         let flags = match attack.needs {
             crate::attack::Needs::Write => OFlags::RDWR,
@@ -505,10 +557,22 @@ fn play_attacker(arguments: &[String]) -> Result<()> {
     }
     say("ready");
     while listen()?.is_some() {
-        match (attack.run)(&target) {
-            Ok(()) => say("ok"),
-            Err(errno) => say(&format!("errno {}", errno.raw_os_error())),
-        }
+        say(&answer((attack.run)(&target)));
+    }
+    Ok(())
+}
+
+/// Role: for each line it hears, a process of its own that attacks.
+fn play_attackers(_: &[String]) -> Result<()> {
+    while let Some(line) = listen()? {
+        let words: Vec<_> = line.split('\t').map(str::to_owned).collect();
+        let (attack, target) = parse_words(&words)?;
+        let attacker = crate::raw::fork(|| {
+            say(&answer((attack.run)(&target)));
+            0
+        })?;
+        let status = crate::raw::wait(attacker)?;
+        ensure!(status == 0, "the attacker ended with {status}");
     }
     Ok(())
 }

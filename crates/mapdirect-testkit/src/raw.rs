@@ -5,6 +5,7 @@
 
 use io_uring::{IoUring, opcode, squeue, types};
 use mapdirect_sys::Errno;
+use rustix::fs::{Mode, OFlags};
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
@@ -456,23 +457,21 @@ impl Drop for PageBuffer {
     }
 }
 
-/// Pages of the first `length` bytes of a file in the page cache
-/// (cachestat(2), Linux 6.5).
-pub fn cached_pages(file: BorrowedFd<'_>, length: u64) -> Result<u64> {
-    const SYS_CACHESTAT: libc::c_long = 451;
-    let range = [0u64, length];
-    let mut found = [0u64; 5];
-    // SAFETY: reads two numbers and writes five.
-    let ret = unsafe {
-        libc::syscall(
-            SYS_CACHESTAT,
-            file.as_raw_fd(),
-            range.as_ptr(),
-            found.as_mut_ptr(),
-            0,
-        )
-    };
-    checked(ret).map(|_| found[0])
+/// Pages of the first `length` bytes of a file that are in the page cache.
+///
+/// Of a page that a process has mapped, mincore(2) says that it is there,
+/// whatever it is. Of one that it has not, it looks into the page cache and
+/// nowhere else: so it is asked through a mapping that nobody has touched.
+/// (cachestat(2) takes what the kernel keeps of a DAX file for pages that were
+/// evicted, and has been seen to crash Linux 7.3.)
+pub fn cached_pages(file: BorrowedFd<'_>, length: usize) -> Result<usize> {
+    let map = PlainMap::new(file, libc::PROT_READ, libc::MAP_SHARED, 0, length)?;
+    let page = rustix::param::page_size();
+    let mut there = vec![0u8; length.div_ceil(page)];
+    // SAFETY: a byte for each page.
+    let ret = unsafe { libc::mincore(map.pointer(), length, there.as_mut_ptr()) };
+    checked(ret.into())?;
+    Ok(there.iter().filter(|byte| *byte & 1 != 0).count())
 }
 
 /// Stores a byte to a mapping as a program does that asks nobody: frozen, it
@@ -482,6 +481,31 @@ pub fn store_into(map: &mapdirect::DirectMap, at: usize, value: u8) {
     let byte = std::ptr::with_exposed_provenance_mut::<u8>(map.as_ptr() as usize + at);
     // SAFETY: inside the mapping; volatile, since others may look.
     unsafe { byte.write_volatile(value) };
+}
+
+/// Page faults of the calling thread so far that read nothing from a disk.
+pub fn faults() -> Result<u64> {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: writes the value.
+    let ret = unsafe { libc::getrusage(libc::RUSAGE_THREAD, usage.as_mut_ptr()) };
+    checked(ret.into())?;
+    // SAFETY: written, and zeros are a value, too.
+    let usage = unsafe { usage.assume_init() };
+    Ok(usage.ru_minflt.cast_unsigned())
+}
+
+/// The number of the physical page that is mapped at an address of this
+/// process, if one is.
+pub fn frame(address: usize) -> Result<Option<u64>> {
+    // Documentation/admin-guide/mm/pagemap.rst
+    const PRESENT: u64 = 1 << 63;
+    const FRAME: u64 = (1 << 55) - 1;
+    let pagemap = rustix::fs::open("/proc/self/pagemap", OFlags::RDONLY, Mode::empty())?;
+    let mut entry = [0; 8];
+    let at = address / rustix::param::page_size();
+    rustix::io::pread(&pagemap, &mut entry, at as u64 * 8)?;
+    let entry = u64::from_ne_bytes(entry);
+    Ok((entry & PRESENT != 0).then_some(entry & FRAME))
 }
 
 /// `madvise(2)` of an address range.
@@ -584,6 +608,29 @@ pub fn fork(child: impl FnOnce() -> i32) -> Result<i32> {
         unsafe { libc::_exit(status) };
     }
     checked(pid.into()).map(|_| pid)
+}
+
+/// Has `prepare` called before every fork of this process, and `after` after
+/// it, in the parent and in the child.
+pub fn at_fork(prepare: extern "C" fn(), after: extern "C" fn()) {
+    // SAFETY: safe functions, which live as long as the program.
+    let ret = unsafe { libc::pthread_atfork(Some(prepare), Some(after), Some(after)) };
+    assert_eq!(ret, 0);
+}
+
+/// Allows KSM to merge all memory of this process, as systemd's `MemoryKSM=`
+/// does.
+pub fn merge_own_memory() -> Result<()> {
+    // SAFETY: takes numbers only.
+    let ret = unsafe { libc::prctl(libc::PR_SET_MEMORY_MERGE, 1, 0, 0, 0) };
+    checked(ret.into()).map(drop)
+}
+
+/// Locks all memory of this process, now and later.
+pub fn lock_own_memory() -> Result<()> {
+    // SAFETY: takes flags only.
+    let ret = unsafe { libc::mlockall(libc::MCL_CURRENT | libc::MCL_FUTURE) };
+    checked(ret.into()).map(drop)
 }
 
 /// Puts the calling process, which must have one thread only, into a user

@@ -32,12 +32,11 @@ use mapdirect_sys::{Errno, descriptors, proc, signal};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::MemfdFlags;
 use rustix::mm::Advice;
-use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64};
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU64, AtomicUsize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// A run of memory to protect, in addresses. It is fresh private anonymous
@@ -271,6 +270,30 @@ struct Speaking {
     turn: Mutex<Option<Thread>>,
     /// What the thread is to do next; set by whoever has the turn.
     job: Mutex<Option<Job>>,
+    /// Where the memory is, twice. The thread changes the one that is not
+    /// `intact`, and then the other: whenever a child is made, one of them is
+    /// whole and nobody holds its lock. fork(2) holds back whoever stores to
+    /// a page that it has copied, so the child sees stores in their order.
+    regions: [Mutex<Regions>; 2],
+    intact: AtomicUsize,
+    /// The thread hears of something, and `regions` does not say so yet.
+    hearing: AtomicBool,
+}
+
+impl Speaking {
+    /// Only for the thread.
+    fn change(&self, change: impl Fn(&mut Regions)) {
+        let intact = self.intact.load(SeqCst);
+        let other = 1 - intact;
+        change(&mut lock(&self.regions[other]));
+        self.intact.store(other, SeqCst);
+        change(&mut lock(&self.regions[intact]));
+    }
+
+    /// Only for the thread.
+    fn has(&self, map: u64) -> bool {
+        lock(&self.regions[self.intact.load(SeqCst)]).has(map)
+    }
 }
 
 static SPEAKING: AtomicPtr<Speaking> = AtomicPtr::new(std::ptr::null_mut());
@@ -289,9 +312,6 @@ fn speaking() -> &'static Speaking {
     // SAFETY: made by `Box::into_raw`, and never freed.
     unsafe { &*there }
 }
-
-/// Where the memory is, for the thread and for children of fork(2).
-static REGIONS: Mutex<Regions> = Mutex::new(Regions(BTreeMap::new()));
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -372,8 +392,7 @@ impl Thread {
     fn start(speaking: &'static Speaking) -> Result<Self, Failed> {
         static AT_FORK: AtomicBool = AtomicBool::new(false);
         if !AT_FORK.swap(true, Relaxed) {
-            pthread_atfork(before_fork, after_fork, in_child)
-                .map_err(|errno| ("pthread_atfork", errno))?;
+            pthread_atfork(in_child).map_err(|errno| ("pthread_atfork", errno))?;
         }
         let (ours, theirs) = Socket::pair().map_err(|errno| ("socketpair", errno))?;
         let identity = identity(&ours).ok_or(("fstat", Errno::BADF))?;
@@ -491,7 +510,7 @@ fn serve(speaking: &Speaking, socket: &Socket) {
             Err(_) => std::thread::yield_now(),
         }
         let asked = is_asked && !fds[1].revents().is_empty();
-        hear(&uffd, &mut kept);
+        hear(speaking, &uffd, &mut kept);
         if asked {
             match socket.receive(&mut [0; 8]) {
                 Ok(mut received) if received.length > 0 => {
@@ -505,11 +524,12 @@ fn serve(speaking: &Speaking, socket: &Socket) {
                                     .pop()
                                     .ok_or((3, Errno::MFILE))
                                     .and_then(|pinned| {
-                                        register(&uffd, &mut kept, &ranges)?;
-                                        let mut regions = lock(&REGIONS);
-                                        for range in &ranges {
-                                            regions.add(range, map);
-                                        }
+                                        register(speaking, &uffd, &mut kept, &ranges)?;
+                                        speaking.change(|regions| {
+                                            for range in &ranges {
+                                                regions.add(range, map);
+                                            }
+                                        });
                                         kept.insert(map, pinned);
                                         Ok(())
                                     });
@@ -530,20 +550,22 @@ fn serve(speaking: &Speaking, socket: &Socket) {
 }
 
 /// Reads what happened, and lets go of descriptions whose memory is gone.
-fn hear(uffd: &Userfaultfd, kept: &mut HashMap<u64, OwnedFd>) {
+fn hear(speaking: &Speaking, uffd: &Userfaultfd, kept: &mut HashMap<u64, OwnedFd>) {
     let mut heard = false;
+    // Whoever unmapped something goes on as soon as it is read, and something
+    // else may be there before it is written down.
+    speaking.hearing.store(true, SeqCst);
     while let Ok(event) = uffd.read() {
         heard = true;
-        let mut regions = lock(&REGIONS);
-        match event {
-            Event::Unmapped(range) => regions.remove(&range),
-            Event::Moved { from, to } => regions.copy(&from, to),
+        speaking.change(|regions| match &event {
+            Event::Unmapped(range) => regions.remove(range),
+            Event::Moved { from, to } => regions.copy(from, *to),
             Event::Unknown => {}
-        }
+        });
     }
+    speaking.hearing.store(false, SeqCst);
     if heard {
-        let regions = lock(&REGIONS);
-        kept.retain(|map, _| regions.has(*map));
+        kept.retain(|map, _| speaking.has(*map));
     }
 }
 
@@ -551,6 +573,7 @@ fn hear(uffd: &Userfaultfd, kept: &mut HashMap<u64, OwnedFd>) {
 /// happened before to whatever was in its place has been heard of: the kernel
 /// protects nothing while somebody waits for that.
 fn register(
+    speaking: &Speaking,
     uffd: &Userfaultfd,
     kept: &mut HashMap<u64, OwnedFd>,
     ranges: &[Range<usize>],
@@ -563,7 +586,7 @@ fn register(
         loop {
             match uffd.write_protect(range) {
                 Err(Errno::AGAIN) => {
-                    hear(uffd, kept);
+                    hear(speaking, uffd, kept);
                     std::thread::yield_now();
                 }
                 other => break other.map_err(|errno| (5, errno))?,
@@ -573,29 +596,20 @@ fn register(
     Ok(())
 }
 
-thread_local! {
-    /// What a thread that forks holds meanwhile. Nobody waits for anything
-    /// while he holds it, so this is in the way of no other handler.
-    static HELD: RefCell<Option<MutexGuard<'static, Regions>>> = const { RefCell::new(None) };
-}
-
-extern "C" fn before_fork() {
-    let held = lock(&REGIONS);
-    // A thread whose locals are gone already forks at its own risk.
-    let _ = HELD.try_with(|place| *place.borrow_mut() = Some(held));
-}
-
-extern "C" fn after_fork() {
-    let _ = HELD.try_with(|place| place.borrow_mut().take());
-}
-
 /// The child has gaps in its memory, and no thread: nothing may come to lie
 /// in the gaps that a stray store could hit.
 extern "C" fn in_child() {
-    // Whoever spoke with the thread may have had the turn.
-    SPEAKING.store(std::ptr::null_mut(), Release);
-    let held = HELD.try_with(|place| place.borrow_mut().take());
-    let Ok(Some(mut regions)) = held else {
+    // Nobody of those who spoke through it is here.
+    let there = SPEAKING.swap(std::ptr::null_mut(), AcqRel);
+    if there.is_null() {
+        return;
+    }
+    // SAFETY: made by `Box::into_raw`, and never freed.
+    let speaking = unsafe { &*there };
+    // Whoever heard of something at this moment may have made room for
+    // others: then only what is empty can be told to be ours.
+    let is_sure = !speaking.hearing.load(SeqCst);
+    let Ok(regions) = speaking.regions[speaking.intact.load(SeqCst)].try_lock() else {
         return;
     };
     if regions.0.is_empty() {
@@ -608,10 +622,9 @@ extern "C" fn in_child() {
         if block(&range, MAP_FIXED_NOREPLACE, empty).is_err() {
             // The program has it inherited all the same (MADV_DOFORK): what
             // is there is not protected.
-            block_inherited(&range, empty);
+            block_inherited(&range, empty, is_sure);
         }
     }
-    regions.0 = BTreeMap::new();
 }
 
 /// Has every access to a range raise SIGBUS: there is a file mapped, and
@@ -629,9 +642,9 @@ fn block(range: &Range<usize>, how: i32, empty: Option<BorrowedFd<'_>>) -> Resul
     unsafe { mmap::map_anonymous(start, length, PROT_NONE, flags) }.map(drop)
 }
 
-/// Blocks what is memory without a file, or our own memory file, in a range,
-/// and what is nothing.
-fn block_inherited(range: &Range<usize>, empty: Option<BorrowedFd<'_>>) {
+/// Blocks what is nothing in a range, and if that `is_ours` also memory
+/// without a file and our own memory file.
+fn block_inherited(range: &Range<usize>, empty: Option<BorrowedFd<'_>>, is_ours: bool) {
     let mut at = range.start;
     let gap = |part: Range<usize>| {
         if !part.is_empty() {
@@ -651,7 +664,7 @@ fn block_inherited(range: &Range<usize>, empty: Option<BorrowedFd<'_>>) {
         gap(at..part.start);
         at = part.end;
         let ours = entry.inode == 0 && !entry.shared || name.starts_with("/memfd:mapdirect-copies");
-        if ours {
+        if is_ours && ours {
             // If it fails, the child has what it asked for.
             let _ = block(&part, MAP_FIXED, empty);
         }

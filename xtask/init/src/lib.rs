@@ -12,7 +12,7 @@ pub const PORT: &str = "xtask";
 pub const ROOT_TAG: &str = "root";
 
 /// Directory of the initramfs with the modules to load, in the order of their
-/// names; [`NVDIMM_MODULES`] only if there is an NVDIMM.
+/// names; [`NVDIMM_MODULES`] only if there are NVDIMMs.
 pub const MODULES: &str = "/modules";
 
 /// As [`MODULES`].
@@ -21,5 +21,5 @@ pub const NVDIMM_MODULES: &str = "/modules-nvdimm";
 /// File of the initramfs that says where outside the kernel's modules are.
 pub const MODULES_OUTSIDE: &str = "/modules-outside";
 
-/// File of the initramfs that is there if there is an NVDIMM.
-pub const HAS_NVDIMM: &str = "/has-nvdimm";
+/// File of the initramfs that says how many NVDIMMs there are.
+pub const NVDIMMS: &str = "/nvdimms";

@@ -1,5 +1,5 @@
 //! The first process of a virtual machine: gives it the root of the machine
-//! outside, its kernel modules and its NVDIMM, and runs programs as the task
+//! outside, its kernel modules and its NVDIMMs, and runs programs as the task
 //! outside tells it.
 
 #![forbid(unsafe_code)]
@@ -46,17 +46,21 @@ fn live() -> Result<()> {
 }
 
 fn get_ready() -> Result<()> {
-    let has_nvdimm = Path::new(xtask_init::HAS_NVDIMM).exists();
+    let nvdimms: u32 = std::fs::read_to_string(xtask_init::NVDIMMS)
+        .ok()
+        .and_then(|text| text.parse().ok())
+        .context("the initramfs does not say how many NVDIMMs there are")?;
     let modules_outside = std::fs::read_to_string(xtask_init::MODULES_OUTSIDE)
         .context("the initramfs does not say where the modules are")?;
-    if has_nvdimm {
+    if nvdimms > 0 {
         // They come from the initramfs, which is out of sight below.
         modules::load(Path::new(xtask_init::NVDIMM_MODULES))?;
     }
     filesystems::change_root().context("cannot mount the root of the machine outside")?;
     modules::show(Path::new(&modules_outside)).context("cannot show the kernel's modules")?;
-    if has_nvdimm {
-        nvdimm::prepare().context("cannot make the NVDIMM a disk")?;
+    for number in 0..nvdimms {
+        nvdimm::prepare(number)
+            .with_context(|| format!("cannot make /dev/pmem{number} of an NVDIMM"))?;
     }
     Ok(())
 }

@@ -15,50 +15,55 @@ use std::path::Path;
 
 const DEVICES: &str = "/sys/bus/nd/devices";
 const DRIVER: &str = "/sys/bus/nd/drivers/nd_pmem";
-const NAMESPACE: &str = "namespace0.0";
 /// What lies before the data of a pfn device at least.
 const HEAD: u64 = 2 << 20;
 
-/// Makes sure that there is `/dev/pmem0`, and that it can do DAX.
-pub(crate) fn prepare() -> Result<()> {
+/// Makes sure that there is `/dev/pmem` of this number, and that it can do
+/// DAX.
+pub(crate) fn prepare(number: u32) -> Result<()> {
+    let namespace = format!("namespace{number}.0");
     wait_for("the NVDIMM's namespace", || {
-        Path::new(DEVICES).join(NAMESPACE).exists().then_some(())
+        Path::new(DEVICES).join(&namespace).exists().then_some(())
     })?;
     // Reading it waits until every driver has looked at what it has.
     let _ = fs::read(format!("{DEVICES}/ndbus0/wait_probe"));
-    let device = wait_for("/dev/pmem0", device)?;
-    if device.starts_with("pfn") {
+    let found = wait_for("its disk", || device(number))?;
+    if found.starts_with("pfn") {
         return Ok(());
     }
     ensure!(
-        is_blank()?,
+        is_blank(number)?,
         "its file holds something, but not in mode fsdax: nothing is overwritten here; \
          use another file, or empty this one"
     );
-    write(&format!("{DRIVER}/unbind"), NAMESPACE)?;
-    let seed = read(&format!("{DEVICES}/region0/pfn_seed"))?;
+    write(&format!("{DRIVER}/unbind"), &namespace)?;
+    let seed = read(&format!("{DEVICES}/region{number}/pfn_seed"))?;
     let uuid = read("/proc/sys/kernel/random/uuid")?;
-    for (attribute, value) in [("mode", "ram"), ("uuid", &uuid), ("namespace", NAMESPACE)] {
+    for (attribute, value) in [("mode", "ram"), ("uuid", &uuid), ("namespace", &namespace)] {
         write(&format!("{DEVICES}/{seed}/{attribute}"), value)?;
     }
     write(&format!("{DRIVER}/bind"), &seed)?;
-    wait_for("/dev/pmem0 in mode fsdax", || {
-        self::device().filter(|device| device.starts_with("pfn"))
+    wait_for("its disk in mode fsdax", || {
+        device(number).filter(|device| device.starts_with("pfn"))
     })?;
     Ok(())
 }
 
-/// What `/dev/pmem0` is made of.
-fn device() -> Option<String> {
-    Path::new("/dev/pmem0").exists().then_some(())?;
-    let device = fs::canonicalize("/sys/block/pmem0/device").ok()?;
+/// What the disk of this number is made of.
+fn device(number: u32) -> Option<String> {
+    Path::new(&disk(number)).exists().then_some(())?;
+    let device = fs::canonicalize(format!("/sys/block/pmem{number}/device")).ok()?;
     Some(device.file_name()?.to_string_lossy().into_owned())
 }
 
+fn disk(number: u32) -> String {
+    format!("/dev/pmem{number}")
+}
+
 /// Whether nothing has ever been written to its beginning.
-fn is_blank() -> Result<bool> {
+fn is_blank(number: u32) -> Result<bool> {
     let mut head = Vec::new();
-    File::open("/dev/pmem0")?
+    File::open(disk(number))?
         .take(HEAD)
         .read_to_end(&mut head)?;
     Ok(head.iter().all(|byte| *byte == 0))

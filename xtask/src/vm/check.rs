@@ -29,7 +29,8 @@ pub(crate) struct Checked {
 /// How much is checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Scope {
-    /// What would hinder other tests, on the newest kernel.
+    /// What would hinder the tests in virtual machines most, on the newest
+    /// kernel: those find out the rest.
     Newest,
     /// Everything, on every kernel.
     All,
@@ -98,13 +99,13 @@ impl Checks {
         self.check(&named("programs and how they end"), || {
             programs(&boot, &release)
         });
+        if scope == Scope::Newest {
+            return;
+        }
         self.check(
             &named("an NVDIMM outlives its machine, on XFS and ext4 with DAX"),
             || outlives(&boot),
         );
-        if scope == Scope::Newest {
-            return;
-        }
         self.check(&named("a crash is told"), || crash(&boot));
         self.check(&named("a time limit is kept"), || time_limit(&boot));
         self.check(&named("two machines at once"), || two_at_once(&boot));
@@ -194,7 +195,7 @@ fn programs(boot: &Boot, release: &str) -> Result<String> {
         // Nothing but what it was given, and no input.
         (
             program(&["env"]),
-            "PATH=/usr/sbin:/usr/bin:/sbin:/bin\nLC_ALL=C\n",
+            "LC_ALL=C\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\n",
             "",
             0,
         ),
@@ -318,8 +319,8 @@ fn cut_after(mut machine: Machine, lines: u64) -> Result<u64> {
             break;
         }
     }
-    machine.cut_power()?;
-    Ok(last)
+    // What it had sent by then is not looked at: fewer files to look for.
+    machine.cut_power().map(|_| last)
 }
 
 /// How a program that must not end by itself fails.

@@ -17,7 +17,7 @@ use std::io::{Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Stdio};
 use std::sync::Arc;
@@ -57,6 +57,8 @@ pub(crate) struct Nvdimm {
 
 /// What the kernel takes of an NVDIMM at once.
 pub(crate) const NVDIMM_UNIT: u64 = 2 << 20;
+/// With less of it the kernel makes no disk in mode fsdax.
+const LEAST_NVDIMM: u64 = 16 << 20;
 
 /// A machine as it will be booted.
 #[derive(Clone, Debug)]
@@ -65,7 +67,7 @@ pub(crate) struct Boot {
     init: PathBuf,
     memory: u64,
     processors: u32,
-    nvdimm: Option<Nvdimm>,
+    nvdimms: Vec<Nvdimm>,
     parameters: String,
     time_limit: Duration,
     interruption: Option<Arc<SignalFd>>,
@@ -80,12 +82,17 @@ impl Boot {
             init,
             memory: 2 << 30,
             processors: 2,
-            nvdimm: None,
+            nvdimms: Vec::new(),
             parameters: String::new(),
             time_limit: Duration::from_secs(600),
             interruption: None,
             console_shown: false,
         }
+    }
+
+    /// What `uname -r` will say.
+    pub(crate) fn release(&self) -> &str {
+        self.kernel.release()
     }
 
     /// With so many bytes of memory.
@@ -100,9 +107,10 @@ impl Boot {
         self
     }
 
-    /// With an NVDIMM, `/dev/pmem0` in the machine.
+    /// With an NVDIMM: `/dev/pmem0` in the machine, `/dev/pmem1` when it is
+    /// the second one, and so on.
     pub(crate) fn nvdimm(mut self, nvdimm: Nvdimm) -> Self {
-        self.nvdimm = Some(nvdimm);
+        self.nvdimms.push(nvdimm);
         self
     }
 
@@ -138,7 +146,7 @@ impl Boot {
         let initramfs = directory.path().join("initramfs");
         self.write_initramfs(&initramfs)
             .with_context(|| format!("cannot write {}", initramfs.display()))?;
-        if let Some(nvdimm) = &self.nvdimm {
+        for nvdimm in &self.nvdimms {
             nvdimm.make()?;
         }
         let listener = UnixListener::bind(directory.path().join("port"))?;
@@ -177,9 +185,8 @@ impl Boot {
         archive.file("/init", 0o755, &fs::read(&self.init)?);
         let modules = self.kernel.modules().as_os_str().as_bytes();
         archive.file(xtask_init::MODULES_OUTSIDE, 0o644, modules);
-        if self.nvdimm.is_some() {
-            archive.file(xtask_init::HAS_NVDIMM, 0o644, &[]);
-        }
+        let nvdimms = self.nvdimms.len().to_string();
+        archive.file(xtask_init::NVDIMMS, 0o644, nvdimms.as_bytes());
         let mut file = File::create(path)?;
         file.write_all(&archive.finish())?;
         std::io::copy(&mut File::open(self.kernel.initramfs())?, &mut file)?;
@@ -196,22 +203,27 @@ impl Boot {
         command.args(accelerator()?);
         let mut memory = format!("{}M", self.memory >> 20);
         let mut machine = String::from("pc,usb=off,vmport=off");
-        if let Some(nvdimm) = &self.nvdimm {
+        if !self.nvdimms.is_empty() {
+            // They lie behind the memory, each at a multiple of 1 GiB.
+            let room = (self.nvdimms.len() as u64 + 1) << 30;
+            let sizes = self.nvdimms.iter().map(|nvdimm| nvdimm.size);
+            let most = sizes.fold(self.memory.saturating_add(room), u64::saturating_add);
             memory.push_str(&format!(
-                ",slots=1,maxmem={}M",
-                // The NVDIMM lies behind the memory at a multiple of 1 GiB.
-                (self.memory + nvdimm.size + (2 << 30)) >> 20
+                ",slots={},maxmem={}M",
+                self.nvdimms.len(),
+                most >> 20
             ));
             machine.push_str(",nvdimm=on");
+        }
+        for (number, nvdimm) in self.nvdimms.iter().enumerate() {
             let file = fs::canonicalize(&nvdimm.file)?;
-            command.arg("-object").arg(with_path(
-                &format!(
-                    "memory-backend-file,id=nvdimm,share=on,size={},mem-path=",
-                    nvdimm.size
-                ),
-                &file,
-            ));
-            command.args(["-device", "nvdimm,memdev=nvdimm"]);
+            let object = format!(
+                "memory-backend-file,id=nvdimm{number},share=on,size={},mem-path=",
+                nvdimm.size
+            );
+            command.arg("-object").arg(with_path(&object, &file));
+            let device = format!("nvdimm,id=dimm{number},memdev=nvdimm{number}");
+            command.args(["-device", &device]);
         }
         command.args(["-machine", &machine, "-m", &memory]);
         command.args(["-smp", &self.processors.to_string()]);
@@ -269,9 +281,10 @@ impl Nvdimm {
     fn make(&self) -> Result<()> {
         let path = self.file.display();
         ensure!(
-            self.size > 0 && self.size.is_multiple_of(NVDIMM_UNIT),
-            "an NVDIMM is a multiple of {} MiB",
-            NVDIMM_UNIT >> 20
+            self.size >= LEAST_NVDIMM && self.size.is_multiple_of(NVDIMM_UNIT),
+            "an NVDIMM is a multiple of {} MiB, and {} MiB at least",
+            NVDIMM_UNIT >> 20,
+            LEAST_NVDIMM >> 20
         );
         let file = File::options()
             .read(true)
@@ -357,6 +370,8 @@ fn has_kvm() -> bool {
 /// How a machine ended that should not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
+    /// QEMU did not start it.
+    NotStarted,
     /// Its kernel panicked, or it went off by itself.
     Crashed,
     /// It took too long.
@@ -459,10 +474,22 @@ impl Machine {
     }
 
     /// Ends it as a power cut would: at once, whatever it is doing. What it
-    /// has stored to its NVDIMM is in the NVDIMM's file, also what it has not
-    /// flushed: the caches of a processor are not emulated.
-    pub(crate) fn cut_power(mut self) -> Result<()> {
-        self.qemu.kill()
+    /// has stored to its NVDIMMs is in their files, also what it has not
+    /// flushed: the caches of a processor are not emulated. Returns what it
+    /// had sent before.
+    pub(crate) fn cut_power(mut self) -> Result<Vec<Message>> {
+        self.qemu.kill()?;
+        let mut rest = Vec::new();
+        if let Some(port) = &mut self.port {
+            // Whoever is killed amid a write leaves what has arrived.
+            let _ = port.read_to_end(&mut rest);
+        }
+        self.decoder.push(&rest);
+        let mut sent = Vec::new();
+        while let Some(message) = self.decoder.take()? {
+            sent.push(message);
+        }
+        Ok(sent)
     }
 
     /// Ends its programs, unmounts its disks and switches it off.
@@ -604,6 +631,9 @@ impl Machine {
         let text = match (panic, status) {
             (Some((_, why)), _) => format!("its kernel panicked: {why}"),
             (None, Ok(status)) if status.success() => String::from("it went off by itself"),
+            (None, Ok(status)) if status.signal() == Some(Signal::BUS.as_raw()) => {
+                String::from("there is no more room where the file of an NVDIMM lies")
+            }
             (None, Ok(status)) => {
                 let complaint = fs::read(self.directory.path().join("qemu")).unwrap_or_default();
                 let complaint = String::from_utf8_lossy(&complaint);
@@ -611,7 +641,13 @@ impl Machine {
             }
             (None, Err(error)) => format!("QEMU cannot be run: {error:#}"),
         };
-        self.failure(End::Crashed, &text)
+        // Without a word of a kernel there was none.
+        let end = if panic.is_none() && console.is_empty() {
+            End::NotStarted
+        } else {
+            End::Crashed
+        };
+        self.failure(end, &text)
     }
 
     fn too_long(&mut self) -> anyhow::Error {

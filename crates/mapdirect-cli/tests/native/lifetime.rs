@@ -11,6 +11,7 @@ use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -33,6 +34,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("many-files", many_files),
             ("unmount-at-once", unmount_at_once),
             ("again-and-again", again_and_again),
+            ("opened-as-it-ends", opened_as_it_ends),
             ("guard-killed", guard_killed),
             ("guard-ended", guard_ended),
             ("whole-file", whole_file),
@@ -42,6 +44,48 @@ pub fn trials(world: &World) -> Vec<Trial> {
         }
     }
     trials
+}
+
+/// Who opens the file while a pin comes or goes is let in or gets ETXTBSY, and
+/// nothing else: the guard takes leases then, which the kernel must not meet
+/// when it makes a descriptor for the gate.
+fn opened_as_it_ends(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let path = written(&world.disk(kind), "opened-as-it-ends", 8192);
+    let over = AtomicBool::new(false);
+    let opened = std::thread::scope(|scope| {
+        let opener = scope.spawn(|| {
+            let mut counts = (0u32, 0u32);
+            while !over.load(SeqCst) {
+                match File::options().write(true).open(&path) {
+                    Ok(_) => counts.0 += 1,
+                    Err(error) => {
+                        let busy = std::io::ErrorKind::ExecutableFileBusy;
+                        assert_eq!(error.kind(), busy, "after {counts:?}: {error}");
+                        counts.1 += 1;
+                    }
+                }
+                // The pin needs a moment without anybody.
+                std::thread::sleep(Duration::from_micros(300));
+            }
+            counts
+        });
+        let until = Instant::now() + Duration::from_secs(3);
+        while Instant::now() < until && !opener.is_finished() {
+            let Ok(file) = File::open(&path) else {
+                continue;
+            };
+            let options = PinOptions::new().range(0..4096).guard(guard.client());
+            drop(options.patience(Duration::from_millis(50)).pin(&file));
+        }
+        over.store(true, SeqCst);
+        opener.join().unwrap()
+    });
+    world.count(
+        "opens while pins came and went",
+        (opened.0 + opened.1).into(),
+    );
+    assert!(opened.0 > 0 && opened.1 > 0, "{opened:?}");
 }
 
 /// Role: maps or pins a range and does as it is told. Arguments: socket,

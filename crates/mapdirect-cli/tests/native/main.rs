@@ -10,6 +10,7 @@
 )]
 
 mod abuse;
+mod beside;
 mod cli;
 mod contract;
 mod dax;
@@ -22,6 +23,7 @@ mod openers;
 #[cfg(feature = "bpf")]
 mod oracle;
 mod prepare;
+mod programs;
 mod random;
 mod segments;
 mod stuck;
@@ -50,6 +52,8 @@ fn main() -> ExitCode {
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(segments::trials(&world));
+    trials.extend(beside::trials(&world));
+    trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));

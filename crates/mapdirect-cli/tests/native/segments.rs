@@ -20,8 +20,8 @@ use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Instant;
 
-const PAGE: u64 = 4096;
-const HUGE: u64 = 2 << 20;
+pub(crate) const PAGE: u64 = 4096;
+pub(crate) const HUGE: u64 = 2 << 20;
 
 /// XFS and ext4 with blocks as small as pages and smaller.
 const KINDS: [Kind; 5] = [
@@ -87,7 +87,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
 
 /// What a block of a test file is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     Written,
     Hole,
     Unwritten,
@@ -108,7 +108,7 @@ fn filling(at: u64) -> u8 {
 
 /// Makes a file of `states`, a block each, and `size` bytes; its shared blocks
 /// are shared with another file.
-fn make(path: &Path, block: u64, states: &[State], size: u64) -> File {
+pub(crate) fn make(path: &Path, block: u64, states: &[State], size: u64) -> File {
     let other = path.with_extension("other");
     for path in [path, &other] {
         let _ = std::fs::remove_file(path);
@@ -172,11 +172,15 @@ fn make(path: &Path, block: u64, states: &[State], size: u64) -> File {
     file
 }
 
-fn map_all(guard: &Guard, file: &File, range: Range<u64>) -> DirectMap {
+pub(crate) fn map_all(guard: &Guard, file: &File, range: Range<u64>) -> DirectMap {
     try_map(guard, file, range).unwrap()
 }
 
-fn try_map(guard: &Guard, file: &File, range: Range<u64>) -> mapdirect::Result<DirectMap> {
+pub(crate) fn try_map(
+    guard: &Guard,
+    file: &File,
+    range: Range<u64>,
+) -> mapdirect::Result<DirectMap> {
     MapOptions::new()
         .range(range)
         .accept_page_cache(true)
@@ -186,7 +190,7 @@ fn try_map(guard: &Guard, file: &File, range: Range<u64>) -> mapdirect::Result<D
 }
 
 /// Stores to a test's own mapping of its own file.
-fn store(address: usize, value: u8) -> Access {
+pub(crate) fn store(address: usize, value: u8) -> Access {
     // SAFETY: the mappings under test hold bytes of test files; nothing
     // refers to them.
     unsafe { mapdirect_testkit::fault::store(address, value) }
@@ -489,20 +493,20 @@ fn large_folios(world: &World, kind: Kind) {
 }
 
 /// Four pages: written, hole, unwritten, written.
-const FOUR: [State; 4] = [
+pub(crate) const FOUR: [State; 4] = [
     State::Written,
     State::Hole,
     State::Unwritten,
     State::Written,
 ];
 
-fn four(world: &World, kind: Kind, name: &str) -> (std::path::PathBuf, File) {
+pub(crate) fn four(world: &World, kind: Kind, name: &str) -> (std::path::PathBuf, File) {
     let path = world.disk(kind).path(&format!("segments-{name}"));
     let file = make(&path, PAGE, &FOUR, 4 * PAGE);
     (path, file)
 }
 
-fn at(map: &DirectMap, page: usize) -> usize {
+pub(crate) fn at(map: &DirectMap, page: usize) -> usize {
     map.as_ptr() as usize + page * 4096
 }
 

@@ -5,7 +5,6 @@ use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::disk::pmem;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -39,8 +38,6 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
-        ("append", crate::dax::play_append),
-        ("verify", crate::dax::play_verify),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),
@@ -48,17 +45,34 @@ pub fn roles() -> Vec<Role> {
         ("halfway", crate::segments::play_halfway),
         ("writer", crate::prepare::play_writer),
         ("map-shared", crate::in_kernel::play_map_shared),
+        ("few-descriptors", crate::programs::play_few_descriptors),
+        ("fork-handlers", crate::programs::play_fork_handlers),
+        ("locked-memory", crate::programs::play_locked_memory),
+        ("merged-memory", crate::programs::play_merged_memory),
+        ("inherits", crate::programs::play_inherits),
     ]
 }
 
 /// The filesystems to test on: `here`, or DAX where there is persistent
 /// memory, as in the virtual machine that has it.
 pub fn kinds(here: &[Kind]) -> Vec<Kind> {
-    if pmem().is_some() {
-        Kind::DAX.to_vec()
-    } else {
-        here.to_vec()
-    }
+    let dax = dax_kinds();
+    if dax.is_empty() { here.to_vec() } else { dax }
+}
+
+/// Those on persistent memory, as far as there is some.
+pub fn dax_kinds() -> Vec<Kind> {
+    let all = Kind::DAX.into_iter();
+    all.filter(|kind| kind.device().is_some()).collect()
+}
+
+/// Set where processors are emulated and time is short: what differs little
+/// from something else that is tried is left to `cargo xtask soak`.
+const BRIEF: &str = "MAPDIRECT_BRIEF";
+
+/// Whether time is short.
+pub fn is_brief() -> bool {
+    std::env::var_os(BRIEF).is_some()
 }
 
 impl World {

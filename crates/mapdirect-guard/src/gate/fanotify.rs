@@ -17,13 +17,12 @@ use crate::gate::classify::{self, Asked};
 use crate::gate::eyes::{Eyes, Seen};
 use crate::gate::threads::{Look, ThreadDescriptors, Threads};
 use crate::policy::{Operation, OperationKind as K};
-use crate::table::{InodeId, Opinion, Pin, Watched};
+use crate::table::{InodeId, Opinion, Watched};
 use crate::wake::Waker;
 use crate::{Errno, Guard};
 use arc_swap::ArcSwap;
 use mapdirect::ExtentState;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
-use mapdirect_sys::fcntl::conflicting_lock;
 use mapdirect_sys::proc;
 use std::cell::Cell;
 use std::ops::Range;
@@ -426,7 +425,7 @@ impl Server<'_> {
             match opinion {
                 Opinion::Allow => {}
                 Opinion::Wait => held = true,
-                Opinion::Refuse if is_alive(pin, file) => return Verdict::Refuse,
+                Opinion::Refuse if pin.is_alive(file) => return Verdict::Refuse,
                 Opinion::Refuse => {
                     // Its last mapping is gone, only the notice is not here
                     // yet.
@@ -576,12 +575,4 @@ impl Waiting {
             _ => Duration::from_millis(1),
         }
     }
-}
-
-/// Whether the description a pin lives in still exists. `file` is another
-/// description of the inode.
-fn is_alive(pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    // Somebody's lock to the end of all offsets can hide ours: then it
-    // counts as alive until the lifetime thread has read the list of locks.
-    conflicting_lock(file, pin.lock_byte(), 1) != Ok(None)
 }

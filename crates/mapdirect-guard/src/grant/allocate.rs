@@ -304,6 +304,12 @@ impl Attempt<'_> {
                 .iter()
                 .map(|_| Operation::new(K::MapWrite, range.clone()));
             let minds = writes.chain(maps).any(|operation| minds(&operation));
+            if minds && !other.is_alive(self.file.as_fd()) {
+                // Its last mapping is gone, only the notice is not here yet.
+                other.bury();
+                self.guard.lifetime.kick(self.watched.id);
+                continue;
+            }
             if minds {
                 return Err(refusal(
                     Reason::FrozenBlocks,

@@ -1,0 +1,224 @@
+//! Tests on other kernels, in virtual machines.
+
+use super::{Counts, Ran, Tally, stage};
+use crate::{build, vm};
+use anyhow::{Context, Result, ensure};
+use mapdirect_testkit::{Kind, disk};
+use std::ffi::OsStr;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// What is tried on one kernel, in one machine after the other.
+pub(super) struct Guest {
+    /// What the summary calls it.
+    pub(super) name: String,
+    /// A series of Debian's kernels.
+    pub(super) kernel: &'static str,
+    /// How many NVDIMMs the machine has.
+    pub(super) nvdimms: usize,
+    /// More for the environment of the tests.
+    pub(super) environment: Vec<(&'static str, &'static str)>,
+    /// Parts of the names of native tests, run one after the other; of each
+    /// at least one must be there.
+    pub(super) filters: Vec<String>,
+    /// A filesystem on persistent memory, and how often its power is cut.
+    pub(super) cuts: Option<(Kind, u32)>,
+    /// For the tests, from the start of the machine on.
+    pub(super) time_limit: Duration,
+}
+
+/// XFS holds itself to be too small with less than 300 MiB.
+const NVDIMM: u64 = 512 << 20;
+
+/// Devices of a machine with an NVDIMM for each filesystem, as the tests want
+/// them named.
+pub(super) const PMEM: (&str, &str) = (disk::PMEM_VARIABLE, "/dev/pmem0,/dev/pmem1,/dev/pmem2");
+
+/// Runs them all, and `others` beside them, as many at once as there are
+/// processors: an emulated machine keeps one of them busy.
+pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
+    let started = stage("in virtual machines");
+    let built = build::native_tests().and_then(|native| Ok((native, build::mapdirect()?)));
+    let (native, binary) = match built {
+        Ok(built) => built,
+        Err(error) => {
+            let failed = |guest| could_not_run(guest, started, &error);
+            return guests.iter().map(failed).collect();
+        }
+    };
+    let jobs = guests.len() + others.len();
+    let job = |number: usize| match guests.get(number) {
+        Some(guest) => guest.run(&native, &binary),
+        None => others[number - guests.len()](),
+    };
+    let next = AtomicUsize::new(0);
+    let done = Mutex::new(Vec::new());
+    let lock = || done.lock().unwrap_or_else(PoisonError::into_inner);
+    thread::scope(|scope| {
+        let processors = thread::available_parallelism().map_or(1, Into::into);
+        for _ in 0..processors.min(jobs) {
+            scope.spawn(|| {
+                loop {
+                    let number = next.fetch_add(1, Relaxed);
+                    if number >= jobs {
+                        break;
+                    }
+                    let ran = job(number);
+                    lock().push((number, ran));
+                }
+            });
+        }
+    });
+    let mut done = std::mem::take(&mut *lock());
+    done.sort_by_key(|(number, _)| *number);
+    done.into_iter().map(|(_, ran)| ran).collect()
+}
+
+fn could_not_run(guest: &Guest, started: Instant, error: &anyhow::Error) -> Ran {
+    Ran {
+        name: guest.name.clone(),
+        ok: false,
+        counts: Some(Counts::default()),
+        took: started.elapsed(),
+        notes: vec![format!("it could not run: {error:#}")],
+    }
+}
+
+impl Guest {
+    fn run(&self, native: &Path, binary: &Path) -> Ran {
+        let started = Instant::now();
+        let mut tally = Tally::new();
+        let result = self.run_tests(native, &mut tally);
+        let result = result.and_then(|()| self.cut_power(binary, &mut tally));
+        let mut ran = tally.ran(&self.name, result.is_ok(), started);
+        if let Err(error) = result {
+            self.say(&format!("{error:#}"));
+            let first = error.to_string();
+            ran.notes
+                .push(first.lines().next().unwrap_or_default().to_owned());
+        }
+        ran
+    }
+
+    fn say(&self, line: &str) {
+        println!("  {}: {line}", self.name);
+    }
+
+    fn boot(&self) -> Result<vm::Boot> {
+        Ok(vm::boot(self.kernel)?.time_limit(self.time_limit))
+    }
+
+    fn run_tests(&self, native: &Path, tally: &mut Tally) -> Result<()> {
+        let scratch = vm::RunDirectory::new()?;
+        let mut boot = self.boot()?;
+        for number in 0..self.nvdimms {
+            boot = boot.nvdimm(vm::Nvdimm {
+                file: scratch.path().join(format!("nvdimm{number}")),
+                size: NVDIMM,
+            });
+        }
+        let mut machine = boot.start()?;
+        let mut environment = self.environment.clone();
+        // A guard that meets a panic ends; what the panic said is enough.
+        environment.push(("RUST_BACKTRACE", "0"));
+        for filter in &self.filters {
+            let words: [&OsStr; 4] = [
+                native.as_os_str(),
+                "--include-ignored".as_ref(),
+                // Its processors take turns: two tests at once are no faster,
+                // and make each other wait.
+                "--test-threads=1".as_ref(),
+                filter.as_ref(),
+            ];
+            let program = vm::program(&words, &environment);
+            let before = tally.counts.passed;
+            let mut lines = Lines::new(|line: &str| {
+                if let Some(line) = tally.hear(line) {
+                    self.say(&line);
+                }
+            });
+            let status = machine.run(&program, &mut lines, io::stderr())?;
+            lines.finish();
+            ensure!(
+                status == 0,
+                "the tests of {filter} ended with status {status}"
+            );
+            ensure!(tally.counts.passed > before, "there is no test of {filter}");
+        }
+        machine.switch_off()
+    }
+
+    fn cut_power(&self, binary: &Path, tally: &mut Tally) -> Result<()> {
+        let Some((kind, times)) = self.cuts else {
+            return Ok(());
+        };
+        let boot = self.boot()?;
+        for number in 1..=times {
+            let cut = vm::cut(&boot, binary, kind);
+            tally.count(cut.is_ok());
+            let cut = cut.with_context(|| format!("power cut {number} of {times} on {kind}"))?;
+            self.say(&format!(
+                "power cut {number} of {times}, {} ms and {} durable records after the first: {}",
+                cut.after.as_millis(),
+                cut.durable,
+                cut.found
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Cuts what is written into lines.
+struct Lines<F: FnMut(&str)> {
+    rest: Vec<u8>,
+    each: F,
+}
+
+impl<F: FnMut(&str)> Lines<F> {
+    fn new(each: F) -> Self {
+        let rest = Vec::new();
+        Self { rest, each }
+    }
+
+    /// What is left is a line, too.
+    fn finish(mut self) {
+        if !self.rest.is_empty() {
+            (self.each)(&String::from_utf8_lossy(&self.rest));
+        }
+    }
+}
+
+impl<F: FnMut(&str)> Write for Lines<F> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.rest.extend_from_slice(bytes);
+        while let Some(end) = self.rest.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = self.rest.drain(..=end).collect();
+            (self.each)(&String::from_utf8_lossy(&line[..end]));
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lines_arrive_whole() {
+        let mut heard = Vec::new();
+        let mut lines = Lines::new(|line: &str| heard.push(line.to_owned()));
+        for piece in ["on", "e\n\ntwo\nth", "ree"] {
+            lines.write_all(piece.as_bytes()).unwrap();
+        }
+        lines.finish();
+        assert_eq!(heard, ["one", "", "two", "three"]);
+    }
+}
