@@ -779,6 +779,12 @@ static __always_inline int decide(struct question *q)
 {
 	if (is_guard() || !verdict(q))
 		return 0;
+	// The entry may be one that the guard has written for pins that were
+	// gone by then.
+	struct key key = q->key;
+	u64 *lives_of = bpf_map_lookup_elem(&lives, &key);
+	if (!lives_of || (*lives_of & DEAD))
+		return 0;
 	tell(q);
 	return -ETXTBSY;
 }
