@@ -204,6 +204,15 @@ fn writers_stay(world: &World, kind: Kind) {
     let file = open(&path);
     let guard = world.guard().client();
     let held = map(&guard, &file, 65_536..131_072);
+    assert_eq!(punch(&file, 262_144), Ok(()));
+    let frozen = pin(&guard, &file, 262_144..266_240);
+    // RWF_NOAPPEND, Linux 6.9: it goes where it says, and not to the end.
+    let noappend = raw::pwritev2(appender.as_fd(), &[1; 100], 262_144, 0x20);
+    assert!(
+        matches!(noappend, Err(Errno::TXTBSY | Errno::OPNOTSUPP)),
+        "{noappend:?}"
+    );
+    drop(frozen);
     assert_eq!(rustix::io::pwrite(&writer, b"stable", 70_000), Ok(6));
     assert_eq!(rustix::io::write(&appender, &[1; 5000]), Ok(5000));
     assert_eq!(rustix::fs::ftruncate(&writer, 131_072), Ok(()));

@@ -159,6 +159,7 @@ struct iov_iter;
 #define S_IFBLK 0060000
 // include/uapi/linux/fs.h; IOCB_APPEND and IOCB_ATOMIC have the same bits.
 #define RWF_APPEND 0x10
+#define RWF_NOAPPEND 0x20
 #define RWF_ATOMIC 0x40
 // include/linux/mm.h
 #define VM_SHARED 8
@@ -846,7 +847,7 @@ int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
 	record->flags_file = 0;
 	if (rwf & RWF_ATOMIC)
 		kind = WRITE_UNTORN;
-	if ((rwf & RWF_APPEND) || (file->f_flags & O_APPEND)) {
+	if ((rwf & RWF_APPEND) || ((file->f_flags & O_APPEND) && !(rwf & RWF_NOAPPEND))) {
 		// Others append, too: where it will go is not known.
 		start = inode->i_size;
 		end = END;
@@ -889,8 +890,11 @@ int BPF_PROG(note_iter_write, struct file *file, struct iov_iter *iter, s64 *ppo
 SEC("fentry/vfs_iocb_iter_write")
 int BPF_PROG(note_iocb_write, struct file *file, struct kiocb *iocb, struct iov_iter *iter)
 {
-	if (behind(file->f_inode))
-		note_flags(file, iocb->ki_flags);
+	if (!behind(file->f_inode))
+		return 0;
+	// Here these decide, and not how the file was opened.
+	u32 flags = iocb->ki_flags & (RWF_APPEND | RWF_ATOMIC);
+	note_flags(file, flags & RWF_APPEND ? flags : flags | RWF_NOAPPEND);
 	return 0;
 }
 
