@@ -115,11 +115,16 @@ pub(super) struct Loaded {
 
 /// Puts the gate in place, or takes over the one that is there.
 pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
-    mount_bpffs(directory)?;
+    let mounted = mount_bpffs(directory)?;
     match rustix::fs::mkdir(directory, Mode::RWXU) {
         Ok(()) | Err(Errno::EXIST) => {}
         Err(Errno::PERM | Errno::ACCESS) => return Err(LoadError::NotPrivileged),
-        Err(errno) => return Err(failed(&format!("making {}", directory.display()), errno)),
+        Err(errno) => {
+            return Err(LoadError::Unsupported(format!(
+                "making {}: {errno}",
+                directory.display()
+            )));
+        }
     }
     let claim = claim(directory)?;
     let complete = directory.join(marker());
@@ -131,7 +136,12 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
         // Whoever began here did not get to its end, and has pinned nothing.
         empty(directory).map_err(|error| failed("clearing", error))?;
         if let Err(error) = put_in_place(directory) {
-            let _ = empty(directory);
+            // Nothing stays of what does not work here.
+            let _ = remove(directory);
+            drop(claim);
+            if mounted && let Some(parent) = directory.parent() {
+                let _ = rustix::mount::unmount(parent, rustix::mount::UnmountFlags::empty());
+            }
             return Err(error);
         }
         rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
@@ -215,14 +225,15 @@ fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
 /// BPF_FS_MAGIC, include/uapi/linux/magic.h.
 const BPF_FS: u64 = 0xcafe_4a11;
 
-fn mount_bpffs(directory: &Path) -> Result<(), LoadError> {
+/// Mounts the bpf filesystem, if it is not there; says whether it did.
+fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     let parent = directory.parent().unwrap_or(Path::new("/"));
     let is_there = || {
         rustix::fs::statfs(parent)
             .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
     };
     if is_there() {
-        return Ok(());
+        return Ok(false);
     }
     if parent != Path::new("/sys/fs/bpf") {
         return Err(LoadError::Failed(format!(
@@ -238,8 +249,8 @@ fn mount_bpffs(directory: &Path) -> Result<(), LoadError> {
         Some(c"mode=0700"),
     );
     match mounted {
-        Ok(()) => Ok(()),
-        Err(_) if is_there() => Ok(()),
+        Ok(()) => Ok(true),
+        Err(_) if is_there() => Ok(false),
         Err(Errno::PERM | Errno::ACCESS) => Err(LoadError::NotPrivileged),
         Err(errno) => Err(LoadError::Unsupported(format!(
             "there is no bpf filesystem to mount at {} ({errno})",
