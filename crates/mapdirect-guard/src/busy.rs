@@ -328,6 +328,15 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
     }
 }
 
+/// Whether every thread of a process sleeps, none of them changing a file.
+pub(crate) fn is_at_rest(pid: i32) -> bool {
+    let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
+    !threads.is_empty()
+        && threads
+            .into_iter()
+            .all(|tid| matches!(look(LookFor::Changes, tid), Seen::Idle))
+}
+
 /// Whether any of the threads found busy can still be about to change a file
 /// of this filesystem, which is not frozen: a thread that sleeps waiting for
 /// a thaw waits for another one.

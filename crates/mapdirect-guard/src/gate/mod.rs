@@ -117,6 +117,23 @@ impl Gate {
         }
     }
 
+    /// Whether nobody else can be in the middle of anything on the inode of
+    /// these two descriptions, if it can tell.
+    pub(crate) fn is_alone(
+        &self,
+        of_holder: BorrowedFd<'_>,
+        of_pin: BorrowedFd<'_>,
+    ) -> Result<bool, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = (of_holder, of_pin);
+                Ok(false)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.is_alone(of_holder, of_pin),
+        }
+    }
+
     /// The pin that a description is, if it can tell.
     pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
         match self {

@@ -7,11 +7,11 @@
 //! what the gate was told. If so, it is the pin; if not, it begins anew.
 
 use super::{Attempt, refusal, system};
-use crate::Errno;
 use crate::openers::{Openers, kernel_users};
 use crate::policy::Pinned;
 use crate::thaw;
 use crate::wake::Backoff;
+use crate::{Errno, busy};
 use mapdirect::eligibility::{FileFacts, Filesystem};
 use mapdirect_proto::{Granted, Opener, Reason, Refusal};
 use std::ops::Range;
@@ -38,7 +38,7 @@ impl Attempt<'_> {
         // Its life begins first: should every other pin of the inode end now,
         // the gate stays closed.
         let for_pin = self.open_for_pin()?;
-        self.file = for_pin;
+        let of_holder = std::mem::replace(&mut self.file, for_pin);
         self.guard
             .gate
             .hold(self.watched, self.pin, self.file.as_fd())
@@ -46,7 +46,7 @@ impl Attempt<'_> {
         // Reading the block map waits for a thaw on XFS: better to say who
         // does so already.
         let soon = Instant::now() + self.patience.max(Duration::from_millis(50));
-        if !thaw::is_thawed(self.file.as_fd(), soon) {
+        if !self.is_alone(&of_holder) && !thaw::is_thawed(self.file.as_fd(), soon) {
             self.wait_for_others(false)?;
         }
         let mut map = self.read_map(false)?;
@@ -58,7 +58,9 @@ impl Attempt<'_> {
             self.publish()?;
             // From here on nothing new comes to pass that the gate was not
             // asked about.
-            self.wait_for_others(!frozen.is_empty())?;
+            if !self.is_alone(&of_holder) {
+                self.wait_for_others(!frozen.is_empty())?;
+            }
             self.nobody_stores_to(&frozen)?;
             let again = self.read_map(false)?;
             if again == map {
@@ -75,6 +77,16 @@ impl Attempt<'_> {
             map = again;
         }
         self.hand_out(&map)
+    }
+
+    /// Whether there is nobody to wait for: by far the most frequent case, and
+    /// the cheapest to prove.
+    fn is_alone(&self, of_holder: &OwnedFd) -> bool {
+        let alone = self
+            .guard
+            .gate
+            .is_alone(of_holder.as_fd(), self.file.as_fd());
+        alone == Ok(true) && busy::is_at_rest(self.pin.pid)
     }
 
     fn publish(&self) -> Result<(), Refusal> {

@@ -217,6 +217,12 @@ pub(super) struct Identity {
     pub(super) end: u64,
     /// It is.
     pub(super) held: u64,
+    /// References to the struct file, the one of this very question included.
+    pub(super) references: i64,
+    /// Descriptions of the inode that can write, and truncations by path.
+    pub(super) writers: i32,
+    /// Those that can only read.
+    pub(super) readers: i32,
 }
 
 pub(super) const EVENT_REFUSED: u32 = 1;

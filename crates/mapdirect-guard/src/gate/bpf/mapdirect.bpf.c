@@ -48,6 +48,8 @@ struct inode {
 	s64 i_size;
 	u32 i_generation;
 	atomic_t i_dio_count;
+	atomic_t i_writecount;
+	atomic_t i_readcount;
 	struct super_block *i_sb;
 } CORE;
 
@@ -59,6 +61,21 @@ struct file {
 	struct inode *f_inode;
 	unsigned int f_flags;
 	unsigned int f_mode;
+} CORE;
+
+// References to a struct file: until 6.12, and later.
+struct file___counted {
+	struct {
+		s64 counter;
+	} f_count;
+} CORE;
+
+struct file___referenced {
+	struct {
+		struct {
+			s64 counter;
+		} refcnt;
+	} f_ref;
 } CORE;
 
 struct iattr {
@@ -329,6 +346,9 @@ struct identity {
 	u64 start;
 	u64 end;
 	u64 held;	// it is
+	s64 references;	// to the struct file
+	int writers;	// descriptions of the inode that can write
+	int readers;	// those that can only read
 };
 
 struct {
@@ -1554,6 +1574,17 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	identity.file = (u64)file;
 	identity.generation = inode->i_generation;
 	identity.dio = inode->i_dio_count.counter;
+	identity.writers = inode->i_writecount.counter;
+	identity.readers = inode->i_readcount.counter;
+	struct file___counted *counted = (void *)file;
+	struct file___referenced *referenced = (void *)file;
+	if (bpf_core_field_exists(counted->f_count))
+		identity.references = BPF_CORE_READ(counted, f_count.counter);
+	else if (bpf_core_field_exists(referenced->f_ref))
+		// One reference is none (FILE_REF_ONEREF, include/linux/file_ref.h).
+		identity.references = BPF_CORE_READ(referenced, f_ref.refcnt.counter) + 1;
+	else
+		identity.references = 1LL << 62;
 	if (identity.pin) {
 		struct holder holder = {
 			.key = identity.key,

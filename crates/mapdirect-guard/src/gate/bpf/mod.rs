@@ -276,6 +276,41 @@ impl Gate {
             .ok_or(Errno::NODATA)
     }
 
+    /// Whether nobody else can be in the middle of anything on the inode of
+    /// these two descriptions: `of_holder`, whose holder has one descriptor of
+    /// it and we the other, and `of_pin`, which only we have.
+    ///
+    /// Whoever writes holds a reference to a description all the while;
+    /// asynchronous requests and mappings do, too. Whoever truncates by path
+    /// counts as a writer. So if there are no other descriptions, and no more
+    /// references to these than are known, there is nobody. (A process that
+    /// has its descriptors for itself alone takes no reference: that can only
+    /// be the holder.)
+    pub(crate) fn is_alone(
+        &self,
+        of_holder: BorrowedFd<'_>,
+        of_pin: BorrowedFd<'_>,
+    ) -> Result<bool, Errno> {
+        let mut writers = 0;
+        let mut readers = 0;
+        for file in [of_holder, of_pin] {
+            let access = rustix::fs::fcntl_getfl(file)? & rustix::fs::OFlags::ACCMODE;
+            if access == rustix::fs::OFlags::RDONLY {
+                readers += 1;
+            } else {
+                writers += 1;
+            }
+        }
+        let holders = self.identify(of_holder)?;
+        let pins = self.identify(of_pin)?;
+        // The question itself holds one: this process has many threads.
+        Ok(holders.references <= 3
+            && pins.references <= 2
+            && [holders, pins]
+                .iter()
+                .all(|one| (one.writers, one.readers, one.direct) == (writers, readers, 0)))
+    }
+
     /// The pin that a description is.
     pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
         let identity = self.identify(file)?;
