@@ -1,5 +1,6 @@
 //! Running cargo, and finding what it built.
 
+use crate::packages;
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,8 +18,13 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
+/// With the gate in the kernel: everything here is built with it, so that
+/// nothing is built twice. Needs [`packages::install_for_bpf`].
+pub(crate) const BPF: &str = "--features=mapdirect-cli/bpf";
+
 /// Builds the `mapdirect` command and says where it is.
 pub(crate) fn mapdirect() -> Result<PathBuf> {
+    packages::install_for_bpf()?;
     executable(
         "mapdirect",
         &mut cargo(&[
@@ -27,6 +33,7 @@ pub(crate) fn mapdirect() -> Result<PathBuf> {
             // features.
             "--package=xtask",
             "--package=mapdirect-cli",
+            BPF,
             "--message-format=json-render-diagnostics",
         ]),
     )
@@ -34,6 +41,7 @@ pub(crate) fn mapdirect() -> Result<PathBuf> {
 
 /// Builds the tests on real filesystems and says where they are.
 pub(crate) fn native_tests() -> Result<PathBuf> {
+    packages::install_for_bpf()?;
     executable(
         "native",
         &mut cargo(&[
@@ -42,6 +50,7 @@ pub(crate) fn native_tests() -> Result<PathBuf> {
             "--no-run",
             "--package=mapdirect-cli",
             "--test=native",
+            BPF,
             "--message-format=json-render-diagnostics",
         ]),
     )

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a task tells what it does")]
 
+mod bpf;
 mod build;
 mod demo;
 mod man;
@@ -32,6 +33,8 @@ enum Task {
     Soak(test::SoakArgs),
     /// Run a command on another kernel, in a virtual machine
     Vm(Box<vm::VmArgs>),
+    /// Compile the programs of the bpf gate: needs clang
+    Bpf,
     /// Write the manual pages from the command line's own description
     Man,
 }
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => test::soak(&args),
         Task::Vm(args) => vm::run(&args),
+        Task::Bpf => bpf::run(),
         Task::Man => man::write(),
     };
     result.unwrap_or_else(|error| {

@@ -43,17 +43,7 @@ pub(crate) fn install_missing(needed: &[Needed]) -> Result<()> {
     if packages.is_empty() {
         return Ok(());
     }
-    let list = packages.join(" ");
-    ensure!(
-        exists("apt-get"),
-        "missing here: {list}; install what brings these commands, then try again"
-    );
-    println!("installing {list}");
-    // The lists of packages may be missing or stale: fetch them first.
-    apt(&["update"])?;
-    let mut install = vec!["install", "--no-install-recommends"];
-    install.extend(&packages);
-    apt(&install)?;
+    install(&packages)?;
     for (command, package) in missing {
         ensure!(
             exists(command),
@@ -61,6 +51,43 @@ pub(crate) fn install_missing(needed: &[Needed]) -> Result<()> {
         );
     }
     Ok(())
+}
+
+/// Installs packages.
+pub(crate) fn install(packages: &[&str]) -> Result<()> {
+    let list = packages.join(" ");
+    ensure!(
+        exists("apt-get"),
+        "missing here: {list}; install what these packages bring, then try again"
+    );
+    println!("installing {list}");
+    // The lists of packages may be missing or stale: fetch them first.
+    apt(&["update"])?;
+    let mut install = vec!["install", "--no-install-recommends"];
+    install.extend(packages);
+    apt(&install)
+}
+
+/// What the bpf gate is built with.
+pub(crate) fn install_for_bpf() -> Result<()> {
+    install_missing(&[
+        ("pkg-config", "pkg-config"),
+        ("make", "make"),
+        ("cc", "gcc"),
+    ])?;
+    let mut missing = Vec::new();
+    for (header, package) in [
+        ("/usr/include/libelf.h", "libelf-dev"),
+        ("/usr/include/zlib.h", "zlib1g-dev"),
+    ] {
+        if !std::path::Path::new(header).exists() {
+            missing.push(package);
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+    install(&missing)
 }
 
 fn apt(arguments: &[&str]) -> Result<()> {
@@ -80,7 +107,8 @@ fn apt(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn exists(command: &str) -> bool {
+/// Whether there is a command of this name.
+pub(crate) fn exists(command: &str) -> bool {
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         // Debian leaves these out of an ordinary user's path.

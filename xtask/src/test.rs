@@ -6,6 +6,7 @@ use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::{Guest, PMEM};
+use mapdirect_testkit::contract::{GATE_VARIABLE, Gate};
 use mapdirect_testkit::{Kind, disk};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
@@ -59,11 +60,12 @@ struct Ran {
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
+    packages::install_for_bpf()?;
     disk::remove_stale();
     let mut ran = Vec::new();
     if args.machines {
         ran.push(machines());
-        ran.extend(guest::run(&persistent_memory(true), &[demo_dax]));
+        ran.extend(guest::run(&guests(), &[demo_dax]));
         return Ok(report(&ran));
     }
     if args.filter.is_none() {
@@ -74,6 +76,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
                 "clippy",
                 "--quiet",
                 "--workspace",
+                build::BPF,
                 "--all-targets",
                 "--",
                 "-D",
@@ -86,6 +89,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             build::cargo(&[
                 "test",
                 "--workspace",
+                build::BPF,
                 "--lib",
                 "--bins",
                 "--",
@@ -102,6 +106,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         "test",
         "--package=mapdirect-cli",
         "--test=native",
+        build::BPF,
         "--",
         "--include-ignored",
     ]);
@@ -109,7 +114,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     ran.push(tests("native: XFS and ext4 on loop devices", native)?);
     if args.filter.is_none() {
         ran.push(machines());
-        ran.extend(guest::run(&persistent_memory(true), &[demo_dax]));
+        ran.extend(guest::run(&guests(), &[demo_dax]));
         ran.push(demo()?);
     }
     disk::remove_stale();
@@ -120,6 +125,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
 pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
+    packages::install_for_bpf()?;
     disk::remove_stale();
     let mut ran = Vec::new();
     if !args.machines {
@@ -127,6 +133,7 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
             "test",
             "--package=mapdirect-cli",
             "--test=native",
+            build::BPF,
             "--",
             "--include-ignored",
             "random::",
@@ -140,6 +147,28 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
     ran.extend(guest::run(&persistent_memory(false), &[]));
     disk::remove_stale();
     Ok(report(&ran))
+}
+
+/// What is tried on other kernels.
+fn guests() -> Vec<Guest> {
+    let mut guests = persistent_memory(true);
+    guests.extend(gate_in_kernel());
+    guests
+}
+
+/// What only the gate in the kernel can do, on each kernel it is for.
+fn gate_in_kernel() -> Vec<Guest> {
+    ["6.1", "6.12", "7.3"]
+        .map(|kernel| Guest {
+            name: format!("Linux {kernel}, bpf gate"),
+            kernel,
+            nvdimms: 0,
+            environment: vec![(GATE_VARIABLE, Gate::Bpf.name())],
+            filters: vec![String::from("in-kernel")],
+            cuts: None,
+            time_limit: Duration::from_secs(1200),
+        })
+        .into()
 }
 
 /// What is tried on persistent memory: where that is emulated a second is

@@ -86,7 +86,8 @@ pub enum GateChoice {
     Auto,
     /// Permission events: Linux 6.14 and later; excludes writers
     Fanotify,
-    /// BPF LSM programs; not part of this version
+    /// Programs in the kernel: Linux 6.1 and later; judges every operation, and stays when the
+    /// guard dies
     Bpf,
 }
 
@@ -109,6 +110,18 @@ pub struct GuardArgs {
     /// What refuses operations that would break a pin
     #[arg(long, value_enum, default_value = "auto")]
     pub gate: GateChoice,
+    /// Where the bpf gate is pinned: a directory of a bpf filesystem
+    #[arg(
+        long,
+        value_name = "PATH",
+        env = "MAPDIRECT_BPF_DIRECTORY",
+        hide_env_values = true,
+        default_value = "/sys/fs/bpf/mapdirect"
+    )]
+    pub bpf_directory: PathBuf,
+    /// Take away a bpf gate that a guard has left behind, and with it the pins it keeps, and end
+    #[arg(long)]
+    pub unload: bool,
     /// Do not print refusals
     #[arg(long, short)]
     pub quiet: bool,

@@ -49,7 +49,7 @@ const TRUNCATING: [&str; 5] = [
 ];
 
 /// The functions a thread is inside of while it changes a file.
-const CHANGING: [&str; 24] = [
+const CHANGING: [&str; 27] = [
     "vfs_write",
     "vfs_writev",
     "vfs_iter_write",
@@ -72,6 +72,9 @@ const CHANGING: [&str; 24] = [
     "splice_direct_to_actor",
     "xfs_exchange_range",
     "xfs_ioc_swapext",
+    "xfs_swap_extents",
+    "do_clone_file_range",
+    "vfs_fileattr_set",
     "ext4_move_extents",
     "ext4_ioctl",
 ];

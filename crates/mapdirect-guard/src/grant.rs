@@ -110,6 +110,7 @@ pub(crate) fn grant(
             let abilities = Abilities {
                 reflink: judged.facts.reflink,
                 exchange: judged.facts.exchange,
+                coarse: in_kernel::writes_whole_folios(&judged.facts),
             };
             Watched::new(judged.id, abilities, Arc::clone(&judged.path))
         });
@@ -137,7 +138,11 @@ pub(crate) fn grant(
             talk,
             file,
         };
-        let result = attempt.run();
+        let result = if guard.gate.is_in_kernel() {
+            attempt.run_in_kernel()
+        } else {
+            attempt.run()
+        };
         attempt.unmark();
         watched.refuse_opens.store(false, SeqCst);
         watched.opens_wait.store(false, SeqCst);
@@ -357,12 +362,16 @@ fn abandon(
     file: BorrowedFd<'_>,
 ) {
     watched.remove(|other| other.id == pin.id);
+    // It can only fail to make less of it.
+    let _ = guard.gate.publish(watched);
     if watched.pins.load().is_empty() {
         state.retired = true;
         // Marks first: once the entry is gone another grant may set its own.
         // None may be there yet, or any more.
-        let _ = guard.gate.group.remove(MASK, file);
-        let _ = guard.lifetime.closes.remove(CLOSES, file);
+        if let Some(gate) = guard.gate.fanotify() {
+            let _ = gate.group.remove(MASK, file);
+            let _ = guard.lifetime.closes.remove(CLOSES, file);
+        }
         guard.table.remove(watched);
     }
 }
@@ -386,8 +395,7 @@ struct Attempt<'a> {
 
 impl Attempt<'_> {
     fn run(&mut self) -> Result<(Granted, Option<OwnedFd>), Refusal> {
-        let gate = &self.guard.gate;
-        let marked = gate.group.has_mark(self.file.as_fd());
+        let marked = self.gate_has_mark();
         // Marks go with their inode, on unmount for one: what was proven then
         // is worth nothing now.
         let was_closed = self.state.closed && marked == Ok(true);
@@ -429,11 +437,16 @@ impl Attempt<'_> {
         self.hand_out(&map)
     }
 
+    fn gate_has_mark(&self) -> Result<bool, Errno> {
+        let gate = self.guard.gate.fanotify();
+        gate.map_or(Ok(false), |gate| gate.group.has_mark(self.file.as_fd()))
+    }
+
     /// Nothing else removes marks of an inode with a grant under way; if they
     /// are gone all the same there is no gate.
     fn check_marks(&self) -> Result<(), Refusal> {
         let file = self.file.as_fd();
-        let gate = self.guard.gate.group.has_mark(file);
+        let gate = self.gate_has_mark();
         let closes = self.guard.lifetime.closes.has_mark(file);
         if gate == Ok(true) && closes == Ok(true) {
             return Ok(());
@@ -448,11 +461,9 @@ impl Attempt<'_> {
 
     fn close_the_gate(&self) -> Result<(), Refusal> {
         let file = self.file.as_fd();
-        let result = self
-            .guard
-            .gate
-            .group
-            .add(MASK, file)
+        let gate = self.guard.gate.fanotify();
+        let result = gate
+            .map_or(Ok(()), |gate| gate.group.add(MASK, file))
             .and_then(|()| self.guard.lifetime.closes.add(CLOSES, file));
         result.map_err(|errno| {
             refusal(
@@ -1032,7 +1043,13 @@ impl Attempt<'_> {
     /// Nobody may have a mapping to store by over what is to be frozen, from
     /// before the pin. Says whether anybody has one of anything else.
     fn nobody_stores_to(&self, frozen: &[Range<u64>]) -> Result<bool, Refusal> {
-        if frozen.is_empty() || !self.watched.mapped_writable.load(SeqCst) {
+        if frozen.is_empty() {
+            return Ok(false);
+        }
+        if self.guard.gate.is_in_kernel() {
+            return self.nobody_may_come_to_store(frozen);
+        }
+        if !self.watched.mapped_writable.load(SeqCst) {
             return Ok(false);
         }
         // What the gate has let in may not show yet.
@@ -1281,6 +1298,9 @@ pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedR
         .collect())
 }
 
+#[cfg(feature = "bpf")]
+pub(crate) mod adopt;
 pub(crate) mod allocate;
+pub(crate) mod in_kernel;
 #[cfg(test)]
 mod tests;

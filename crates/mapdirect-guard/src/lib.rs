@@ -36,13 +36,17 @@ use mapdirect_sys::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
+#[cfg(feature = "bpf")]
+pub use gate::bpf::{
+    DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
+};
 pub use mapdirect_proto::status::RefusedOperation;
-pub use server::{Config, OnRefusal, Running, StartError, start};
+pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {
-    gate: gate::fanotify::Gate,
+    gate: gate::Gate,
     lifetime: lifetime::Lifetime,
     table: table::Table,
     own: table::OwnOpens,
@@ -57,14 +61,14 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    fn new() -> Result<Self, Errno> {
+    fn new(gate: gate::Gate) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let first = u64::from_le_bytes(random) >> 16;
         Ok(Self {
-            gate: gate::fanotify::Gate::new()?,
+            gate,
             lifetime: lifetime::Lifetime::new()?,
             table: table::Table::new(),
             own: table::OwnOpens::new(),

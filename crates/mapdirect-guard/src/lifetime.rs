@@ -258,7 +258,9 @@ impl Keeper<'_> {
         // Marks first: once the entry is gone another grant may set its own,
         // which must not be the ones removed here. Gone marks are as good as
         // removed ones.
-        let _ = self.guard.gate.group.remove(MASK, file);
+        if let Some(gate) = self.guard.gate.fanotify() {
+            let _ = gate.group.remove(MASK, file);
+        }
         let _ = self.guard.lifetime.closes.remove(CLOSES, file);
         self.guard.table.remove(watched);
     }
@@ -276,7 +278,9 @@ impl Keeper<'_> {
         state.retired = true;
         // In this order, see above.
         let path = entry.path.as_fd();
-        let _ = self.guard.gate.group.remove_at(MASK, path);
+        if let Some(gate) = self.guard.gate.fanotify() {
+            let _ = gate.group.remove_at(MASK, path);
+        }
         let _ = self.guard.lifetime.closes.remove_at(CLOSES, path);
         self.guard.table.remove(&entry.watched);
         drop(state);

@@ -39,6 +39,8 @@ pub(crate) struct Openers {
     pub(crate) executing: Option<Opener>,
     /// Places a description could hide in that cannot be looked into.
     pub(crate) hidden: Vec<String>,
+    /// Some process could not be looked at, nor what it maps.
+    pub(crate) unseen: bool,
 }
 
 impl Openers {
@@ -128,7 +130,12 @@ impl Search {
             }
             match looking.at(pid) {
                 Ok(()) => self.look_at_process(pid),
-                Err(stuck) => self.hide(&stuck.obstacle()),
+                Err(stuck) => {
+                    self.hide(&stuck.obstacle());
+                    for at in 0..self.wanted.len() {
+                        self.note(at, |found| found.unseen = true);
+                    }
+                }
             }
         }
         self.look_into_the_kernel();
@@ -341,37 +348,59 @@ impl Search {
 
     /// Users of the files inside the kernel that can be found.
     fn look_into_the_kernel(&self) {
-        let blocks = std::fs::read_dir("/sys/block").into_iter().flatten();
-        for entry in blocks.flatten() {
-            let backing = entry.path().join("loop/backing_file");
-            if let Ok(backing) = std::fs::read_to_string(backing) {
-                let name = entry.file_name().to_string_lossy().into_owned();
-                self.note_kernel_user(backing.trim_end(), &format!("loop device /dev/{name}"));
-            }
-        }
-        let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-        for line in swaps.lines().skip(1) {
-            if let Some(file) = line.split_ascii_whitespace().next() {
-                self.note_kernel_user(file, "swap space (swapoff it first)");
+        for (path, user) in all_kernel_users() {
+            for (at, wanted) in self.wanted.iter().enumerate() {
+                if path == wanted.path || is_inode(&path, wanted.id) {
+                    self.note(at, |found| found.others.push(kernel_user(&user)));
+                }
             }
         }
     }
+}
 
-    fn note_kernel_user(&self, path: &str, user: &str) {
-        for (at, wanted) in self.wanted.iter().enumerate() {
-            if path == wanted.path || is_inode(path, wanted.id) {
-                self.note(at, |found| {
-                    found.others.push(Opener {
-                        pid: 0,
-                        fd: None,
-                        writable: true,
-                        mapped: false,
-                        command: user.to_owned(),
-                    });
-                });
-            }
+/// Users of one file inside the kernel that can be found.
+pub(crate) fn kernel_users(id: InodeId, known_path: &str) -> Vec<Opener> {
+    all_kernel_users()
+        .into_iter()
+        .filter(|(path, _)| path == known_path || is_inode(path, id))
+        .map(|(_, user)| kernel_user(&user))
+        .collect()
+}
+
+fn kernel_user(user: &str) -> Opener {
+    Opener {
+        pid: 0,
+        fd: None,
+        writable: true,
+        mapped: false,
+        command: user.to_owned(),
+    }
+}
+
+/// What the kernel itself has open, by path, and what for.
+fn all_kernel_users() -> Vec<(String, String)> {
+    let mut users = Vec::new();
+    let blocks = std::fs::read_dir("/sys/block").into_iter().flatten();
+    for entry in blocks.flatten() {
+        let backing = entry.path().join("loop/backing_file");
+        if let Ok(backing) = std::fs::read_to_string(backing) {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            users.push((
+                backing.trim_end().to_owned(),
+                format!("loop device /dev/{name}"),
+            ));
         }
     }
+    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
+    for line in swaps.lines().skip(1) {
+        if let Some(file) = line.split_ascii_whitespace().next() {
+            users.push((
+                file.to_owned(),
+                String::from("swap space (swapoff it first)"),
+            ));
+        }
+    }
+    users
 }
 
 /// A process, and its name once somebody wants to know.

@@ -5,6 +5,8 @@
 //! [`Operation`]s and ask [`judge`]; a gate that cannot see precisely asks
 //! about the worst operation it could be.
 
+pub mod layers;
+
 use mapdirect::plan::{Pages, Plan};
 use mapdirect_proto::{BlockMap, Extent, ExtentState};
 use std::ops::Range;

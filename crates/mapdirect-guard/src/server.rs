@@ -1,5 +1,6 @@
 //! Starting and stopping a guard, and letting clients in.
 
+use crate::gate::Gate;
 use crate::session::Session;
 use crate::wake::Waker;
 use crate::{Errno, Guard, audit, gate, lifetime};
@@ -19,9 +20,24 @@ use std::time::Duration;
 pub struct Config {
     /// Where to listen.
     pub socket: PathBuf,
+    /// What refuses operations that would break a pin.
+    pub gate: GateChoice,
+    /// Where the bpf gate is pinned.
+    pub bpf_directory: PathBuf,
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
     pub on_refusal: Box<OnRefusal>,
+}
+
+/// Which gate to use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateChoice {
+    /// The bpf gate where it loads, else the other.
+    Auto,
+    /// Permission events.
+    Fanotify,
+    /// Programs in the kernel.
+    Bpf,
 }
 
 /// Is told of a refusal.
@@ -45,6 +61,9 @@ pub enum StartError {
         "this kernel has no permission events to watch files with ({0}); see `mapdirect doctor`"
     )]
     NoGate(Errno),
+    /// The bpf gate cannot be had.
+    #[error("the bpf gate cannot be had: {0}")]
+    NoBpf(String),
     /// Another guard is there already.
     #[error("another guard listens at {0}; end it first, or give another --socket")]
     AlreadyRunning(PathBuf),
@@ -137,10 +156,11 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         errno,
     })?;
     let limits = Limits::of_descriptors(raise_descriptor_limit());
-    let guard = Guard::new().map_err(|errno| match errno {
+    let guard = Guard::new(open_gate(&config)?).map_err(|errno| match errno {
         Errno::PERM => StartError::NotPrivileged,
         other => StartError::NoGate(other),
     })?;
+    adopt(&guard);
     let shared = Arc::new(Shared {
         guard,
         failed: Waker::new().map_err(|errno| StartError::System {
@@ -167,26 +187,35 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     spawn(
         "gate",
         Box::new(|shared| {
-            if let Err(errno) = gate::fanotify::run(&shared.guard, &shared.guard.gate) {
+            let result = match &shared.guard.gate {
+                Gate::Fanotify(gate) => gate::fanotify::run(&shared.guard, gate),
+                #[cfg(feature = "bpf")]
+                Gate::Bpf(gate) => gate::bpf::run(&shared.guard, gate),
+            };
+            if let Err(errno) = result {
                 shared.fail("the gate cannot go on", errno);
             }
         }),
     )?;
-    spawn(
-        "eyes",
-        Box::new(|shared| {
-            // The gate thread looks by itself where nobody helps.
-            let _ = gate::eyes::run(&shared.guard, &shared.guard.gate.eyes);
-        }),
-    )?;
-    spawn(
-        "lifetime",
-        Box::new(|shared| {
-            if let Err(errno) = lifetime::run(&shared.guard) {
-                shared.fail("ends of pins cannot be noticed any more", errno);
-            }
-        }),
-    )?;
+    if shared.guard.gate.fanotify().is_some() {
+        spawn(
+            "eyes",
+            Box::new(|shared| {
+                // The gate thread looks by itself where nobody helps.
+                if let Some(gate) = shared.guard.gate.fanotify() {
+                    let _ = gate::eyes::run(&shared.guard, &gate.eyes);
+                }
+            }),
+        )?;
+        spawn(
+            "lifetime",
+            Box::new(|shared| {
+                if let Err(errno) = lifetime::run(&shared.guard) {
+                    shared.fail("ends of pins cannot be noticed any more", errno);
+                }
+            }),
+        )?;
+    }
     let tell = config.on_refusal;
     spawn(
         "audit",
@@ -225,8 +254,15 @@ impl Running {
         files.iter().map(|file| file.pins.load().len()).sum()
     }
 
-    /// Stops letting clients in and takes the socket away. Pins end when the
-    /// process does, which tells their holders.
+    /// Which gate it has.
+    #[must_use]
+    pub fn gate(&self) -> mapdirect_proto::Gate {
+        self.shared.guard.gate.kind()
+    }
+
+    /// Stops letting clients in and takes the socket away. Pins by permission
+    /// events end when the process does, which tells their holders; the bpf
+    /// gate stays in the kernel, unless nothing is pinned.
     pub fn stop(self) {
         let there = rustix::fs::lstat(&self.socket)
             .ok()
@@ -236,7 +272,59 @@ impl Running {
             let _ = rustix::fs::unlink(&self.socket);
         }
         self.shared.guard.stop();
+        #[cfg(feature = "bpf")]
+        if let Gate::Bpf(gate) = &self.shared.guard.gate
+            && self.shared.guard.table.all().is_empty()
+        {
+            // What cannot be removed now is taken over by the next guard.
+            let _ = gate.remove();
+        }
     }
+}
+
+fn open_fanotify() -> Result<Gate, StartError> {
+    let gate = gate::fanotify::Gate::new().map_err(|errno| match errno {
+        Errno::PERM => StartError::NotPrivileged,
+        other => StartError::NoGate(other),
+    })?;
+    Ok(Gate::Fanotify(Box::new(gate)))
+}
+
+#[cfg(feature = "bpf")]
+fn open_gate(config: &Config) -> Result<Gate, StartError> {
+    use gate::bpf::LoadError;
+    if config.gate == GateChoice::Fanotify {
+        return open_fanotify();
+    }
+    match gate::bpf::Gate::new(&config.bpf_directory) {
+        Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
+        Err(LoadError::NotPrivileged) => Err(StartError::NotPrivileged),
+        // Where it cannot be had for good there is another one.
+        Err(LoadError::Unsupported(_)) if config.gate == GateChoice::Auto => open_fanotify(),
+        Err(error) => Err(StartError::NoBpf(error.to_string())),
+    }
+}
+
+#[cfg(not(feature = "bpf"))]
+fn open_gate(config: &Config) -> Result<Gate, StartError> {
+    if config.gate == GateChoice::Bpf {
+        return Err(StartError::NoBpf(String::from(
+            "this program was built without it (cargo build --features bpf)",
+        )));
+    }
+    open_fanotify()
+}
+
+/// Takes over the pins that an earlier guard has left in the kernel.
+fn adopt(guard: &Guard) {
+    #[cfg(feature = "bpf")]
+    if let Gate::Bpf(gate) = &guard.gate
+        && gate.is_adopted()
+    {
+        crate::grant::adopt::adopt(guard, gate);
+    }
+    #[cfg(not(feature = "bpf"))]
+    let _ = guard;
 }
 
 /// `/proc/<tid>` of every process that raises an event must be readable.

@@ -9,8 +9,8 @@ use crate::grant::{self, Conversation, Grant, refusal};
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, Gate, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply,
-    Request, VERSION,
+    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
+    VERSION,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
@@ -107,7 +107,7 @@ impl<'guard> Session<'guard> {
                 Ok(self.send(
                     &Reply::Welcome {
                         version: VERSION,
-                        gate: Gate::Fanotify,
+                        gate: self.guard.gate.kind(),
                         pid: std::process::id().cast_signed(),
                         challenge: self.challenge,
                     },

@@ -3,7 +3,6 @@
 use crate::Guard;
 use crate::openers::{Openers, Wanted, openers_of};
 use crate::table::Watched;
-use mapdirect_proto::Gate;
 use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
 use std::collections::BTreeMap;
 use std::sync::atomic::Ordering::Relaxed;
@@ -45,12 +44,12 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
     let mut recent = guard.audit.recent();
     recent.retain(|refused| only_uid.is_none() || shown(refused.inode, refused.device));
     Status {
-        gate: Gate::Fanotify,
+        gate: guard.gate.kind(),
         pid: std::process::id().cast_signed(),
         uptime: guard.started.elapsed().as_secs(),
         clients: u32::try_from(guard.clients.load(Relaxed)).unwrap_or(u32::MAX),
         judged: guard.audit.total_judged(),
-        refused: guard.audit.counts(),
+        refused: guard.gate.refused().unwrap_or_else(|| guard.audit.counts()),
         files,
         recent,
     }

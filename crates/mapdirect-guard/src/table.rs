@@ -117,6 +117,32 @@ impl Pin {
         }
     }
 
+    /// Whether any of the bytes are pinned by it.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) fn meets(&self, range: &Range<u64>) -> bool {
+        self.settled().is_some()
+            && !self.is_dead()
+            && self.shown.start.max(range.start) < self.shown.end.min(range.end)
+    }
+
+    /// Another pin, of process `pid`, of what this one pins.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) fn joined(&self, id: u64, pid: i32) -> Self {
+        Self {
+            id,
+            range: self.range.clone(),
+            shown: self.shown.clone(),
+            mapped: self.mapped.clone(),
+            flags: self.flags,
+            pid,
+            uid: self.uid,
+            since: Instant::now(),
+            settled: ArcSwapOption::new(self.settled()),
+            handed_over: AtomicBool::new(true),
+            dead: AtomicBool::new(false),
+        }
+    }
+
     /// The byte its description holds a lock on.
     pub(crate) fn lock_byte(&self) -> u64 {
         LOCK_BASE + self.id
@@ -196,6 +222,9 @@ pub(crate) struct Abilities {
     pub(crate) reflink: bool,
     /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
     pub(crate) exchange: bool,
+    /// Writing to a part of a folio makes all of it dirty.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) coarse: bool,
 }
 
 /// An inode behind the gate.

@@ -42,7 +42,8 @@ impl Flags {
     const KNOWN: u32 = 15;
 
     /// The bits this version knows, of a report about a pin that exists.
-    pub(crate) const fn from_known_bits(bits: u32) -> Self {
+    #[must_use]
+    pub const fn from_known_bits(bits: u32) -> Self {
         Self(bits & Self::KNOWN)
     }
 
@@ -72,6 +73,16 @@ pub enum Gate {
     Bpf,
     /// One newer than this version.
     Other(u32),
+}
+
+impl std::fmt::Display for Gate {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Fanotify => f.pad("fanotify"),
+            Self::Bpf => f.pad("bpf"),
+            Self::Other(number) => write!(f, "number {number}"),
+        }
+    }
 }
 
 impl Gate {

@@ -18,6 +18,17 @@ pub enum Lease {
     Sole,
 }
 
+/// `F_GETFL` with an argument the kernel does not look at; a security module
+/// that watches fcntl(2) may.
+///
+/// # Errors
+///
+/// What such a module says.
+pub fn get_flags_with(file: BorrowedFd<'_>, word: u64) -> Result<i32> {
+    // SAFETY: F_GETFL takes no argument, so any is ignored.
+    checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL, word) })
+}
+
 /// Kept by whoever takes a lease for a moment, shared by whoever reads events
 /// of fanotify. To make the descriptor of an event the kernel opens the file:
 /// if there is a lease on it, that fails ([`fanotify`](crate::fanotify) says

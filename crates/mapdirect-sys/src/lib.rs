@@ -22,6 +22,7 @@ pub mod fallocate;
 pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;
+pub mod file_handle;
 pub mod fsync;
 pub mod getauxval;
 pub mod inode_flags;

@@ -112,6 +112,43 @@ pub enum Attacker {
     Holder,
 }
 
+/// Which gate is under test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Gate {
+    /// Permission events: excludes writers.
+    Fanotify,
+    /// Programs in the kernel: precise.
+    Bpf,
+}
+
+/// Environment variable that names the gate under test.
+pub const GATE_VARIABLE: &str = "MAPDIRECT_GATE";
+
+impl Gate {
+    /// The gate that the environment names, or the one by permission events.
+    ///
+    /// # Panics
+    ///
+    /// When there is none of that name.
+    #[must_use]
+    pub fn under_test() -> Self {
+        match std::env::var(GATE_VARIABLE).as_deref() {
+            Ok("bpf") => Self::Bpf,
+            Ok("fanotify" | "") | Err(_) => Self::Fanotify,
+            Ok(other) => panic!("{GATE_VARIABLE}={other}: there is no such gate"),
+        }
+    }
+
+    /// Its name on the command line.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Fanotify => "fanotify",
+            Self::Bpf => "bpf",
+        }
+    }
+}
+
 impl Attacker {
     /// The name of it.
     #[must_use]
@@ -166,9 +203,51 @@ fn is_whole_file(attack: &Attack) -> bool {
     )
 }
 
-/// What must happen under the fanotify gate.
+/// What must happen under a gate.
 #[must_use]
-pub fn expected(attack: &Attack, place: Place, attacker: Attacker, reflink: bool) -> Expected {
+pub fn expected(
+    attack: &Attack,
+    place: Place,
+    attacker: Attacker,
+    reflink: bool,
+    gate: Gate,
+) -> Expected {
+    match gate {
+        Gate::Fanotify => expected_by_events(attack, place, attacker, reflink),
+        Gate::Bpf => expected_in_kernel(attack, place, reflink),
+    }
+}
+
+/// Under the bpf gate it matters neither who attacks nor how: it is told
+/// exactly what is done.
+fn expected_in_kernel(attack: &Attack, place: Place, reflink: bool) -> Expected {
+    if verdict(attack, place, reflink) || is_whole_file(attack) || names_no_other(attack) {
+        return Expected::Refused;
+    }
+    // Beside a mapping through the page cache nothing may come to be shared:
+    // what comes nearer, or from another file, may be. And a copy into the
+    // file is one where blocks can be shared.
+    let shares = matches!(attack.row, Row::Reflink | Row::CopyFrom | Row::Exchange)
+        || matches!(attack.name, "copy_file_range-into" | "collapse-range");
+    if reflink && shares {
+        return Expected::Either;
+    }
+    Expected::Works
+}
+
+/// The other file of an exchange is known to the kernel alone: refused on the
+/// whole filesystem.
+fn names_no_other(attack: &Attack) -> bool {
+    attack.row == Row::Exchange && attack.name != "xfs-exchange-range"
+}
+
+/// Under the fanotify gate.
+fn expected_by_events(
+    attack: &Attack,
+    place: Place,
+    attacker: Attacker,
+    reflink: bool,
+) -> Expected {
     let refused = verdict(attack, place, reflink) || is_whole_file(attack);
     match attacker {
         // Nobody opens a pinned file for writing, to whatever end.

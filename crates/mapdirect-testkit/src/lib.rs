@@ -27,6 +27,7 @@ pub mod disk;
     reason = "accesses that may fault, and the registers to go on with"
 )]
 pub mod fault;
+pub mod fingerprint;
 pub mod latency;
 pub mod power;
 pub mod process;

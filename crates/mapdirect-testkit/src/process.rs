@@ -4,6 +4,7 @@
 //! plays that role instead of running tests, see [`play_role`].
 
 use crate::attack::{Attack, Door, Target};
+use crate::contract::Gate;
 use anyhow::{Context, Result, bail, ensure};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
@@ -21,21 +22,29 @@ pub struct GuardProcess {
     child: Child,
     socket: PathBuf,
     directory: ScratchDirectory,
+    /// Where its gate is, if it has one in the kernel; gone when it is.
+    gate: Option<BpfDirectory>,
     /// It was told to end, or killed.
     ended: bool,
 }
 
 impl GuardProcess {
-    /// Starts `binary` as a guard and waits until it is ready.
+    /// Starts `binary` as a guard, with the gate under test, and waits until
+    /// it is ready.
     pub fn start(binary: &Path) -> Result<Self> {
         Self::start_with(binary, &[])
     }
 
     /// The same with more arguments.
     pub fn start_with(binary: &Path, arguments: &[&str]) -> Result<Self> {
+        Self::start_at(binary, arguments, BpfDirectory::new(binary))
+    }
+
+    /// The same with the gate of a guard that was killed, or of none yet.
+    pub fn start_at(binary: &Path, arguments: &[&str], gate: BpfDirectory) -> Result<Self> {
         let mut command = Command::new(binary);
         command.arg("guard").args(arguments);
-        Self::spawn(command)
+        Self::spawn(command, gate)
     }
 
     /// The same with no more than so many descriptors.
@@ -46,10 +55,10 @@ impl GuardProcess {
             .arg(format!("ulimit -n {limit}; exec \"$0\" \"$@\""))
             .arg(binary)
             .arg("guard");
-        Self::spawn(command)
+        Self::spawn(command, BpfDirectory::new(binary))
     }
 
-    fn spawn(mut command: Command) -> Result<Self> {
+    fn spawn(mut command: Command, gate: BpfDirectory) -> Result<Self> {
         let directory = ScratchDirectory::new("guard")?;
         let socket = directory.path().join("guard.sock");
         // Refusals by the hundred are nobody's reading; what it says last, if
@@ -58,6 +67,8 @@ impl GuardProcess {
         let mut child = command
             .arg("--socket")
             .arg(&socket)
+            .args(["--gate", Gate::under_test().name(), "--bpf-directory"])
+            .arg(gate.path())
             .stdout(Stdio::piped())
             .stderr(complaints)
             .spawn()
@@ -69,6 +80,7 @@ impl GuardProcess {
             child,
             socket,
             directory,
+            gate: Some(gate),
             ended: false,
         };
         ensure!(
@@ -112,6 +124,18 @@ impl GuardProcess {
         Ok(())
     }
 
+    /// Where its gate is in the kernel.
+    #[must_use]
+    pub fn gate_directory(&self) -> Option<&Path> {
+        self.gate.as_ref().map(BpfDirectory::path)
+    }
+
+    /// Ends it with SIGKILL, and hands over the gate that stays behind.
+    pub fn kill_and_keep(mut self) -> Result<BpfDirectory> {
+        self.kill()?;
+        self.gate.take().context("it has no gate")
+    }
+
     /// Ends it with SIGTERM and returns its exit code.
     pub fn terminate(&mut self) -> Result<Option<i32>> {
         self.ended = true;
@@ -138,6 +162,50 @@ impl Drop for GuardProcess {
         if ended.is_err() {
             let _ = self.child.kill();
             let _ = self.child.wait();
+        }
+    }
+}
+
+/// Where the gate of a guard is in the kernel; taken away when dropped.
+#[derive(Debug)]
+pub struct BpfDirectory {
+    binary: PathBuf,
+    path: PathBuf,
+}
+
+impl BpfDirectory {
+    /// One that nobody else uses.
+    #[must_use]
+    pub fn new(binary: &Path) -> Self {
+        use std::sync::atomic::{AtomicU32, Ordering};
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("mapdirect-test-{}-{number}", std::process::id());
+        Self {
+            binary: binary.to_owned(),
+            path: Path::new("/sys/fs/bpf").join(name),
+        }
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for BpfDirectory {
+    fn drop(&mut self) {
+        if !self.path.exists() {
+            return;
+        }
+        let unloaded = Command::new(&self.binary)
+            .args(["guard", "--unload", "--bpf-directory"])
+            .arg(&self.path)
+            .stdout(Stdio::null())
+            .status();
+        if !unloaded.is_ok_and(|status| status.success()) {
+            say(&format!("{} stays behind", self.path.display()));
         }
     }
 }

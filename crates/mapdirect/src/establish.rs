@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::guard::{Connection, Guard, unexpected};
 use crate::{guard, locks};
 use mapdirect_proto::{
-    AllocateRequest, BlockMap, Flags, Granted, PinRequest, Reply, Request, extent,
+    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, VERSION, extent,
     extent::EXTENT_RECORD,
 };
 use mapdirect_sys::{dup, memfd};
@@ -54,8 +54,18 @@ pub(crate) fn establish(
         patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
     });
     let connection = guard.connect()?;
+    let mut held = None;
     let (granted, mut fds) = connection.converse(&request, file, |talk, reply, mut fds| {
         match reply {
+            Reply::Granted(granted) if connection.gate() == Gate::Bpf => {
+                // The guard closes its copy of the description after it has
+                // sent it. When it answers once more that is done, and the
+                // pin ends when we let go of it, and not a moment later.
+                held = Some((granted, fds));
+                talk.say(&Request::Hello { version: VERSION }, &[])?;
+                return Ok(None);
+            }
+            Reply::Welcome { .. } => return Ok(held.take()),
             Reply::Granted(granted) => return Ok(Some((granted, fds))),
             Reply::Swap => {
                 let new = fds.pop().ok_or_else(unexpected)?;

@@ -171,6 +171,11 @@ impl Connection {
         self.pid == std::process::id() && !self.broken.load(Relaxed) && self.is_alive()
     }
 
+    /// Which gate the guard has.
+    pub(crate) fn gate(&self) -> Gate {
+        self.gate
+    }
+
     /// Whether the guard is still there.
     pub(crate) fn is_alive(&self) -> bool {
         self.socket.peer_is_gone() == Ok(false)

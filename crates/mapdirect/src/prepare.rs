@@ -417,8 +417,13 @@ impl Job<'_> {
             self.allocate(&work.holes)?;
             self.grow()?;
             let shared = self.unshare(&work.shared)?;
-            self.zero_by_device();
-            self.write(&work, shared)?;
+            if self.zero_by_device() {
+                let rest = Work::of(&self.block_map()?);
+                self.tell(work.bytes().saturating_sub(rest.bytes()));
+                self.write(&rest, shared)?;
+            } else {
+                self.write(&work, shared)?;
+            }
             self.converted += plan::total(&work.unwritten);
             pass += 1;
         }
@@ -587,23 +592,24 @@ impl Job<'_> {
     /// itself: nothing is sent to it then. Whatever was stored there meanwhile
     /// would be lost, so it takes a lease and a caller who says that nobody
     /// uses the description at hand. It only saves time: the rest of the way
-    /// finds out what is left to do.
-    fn zero_by_device(&self) {
+    /// finds out what is left to do. Says whether anything was done.
+    fn zero_by_device(&self) -> bool {
         // The only filesystem that has it (Linux 6.17).
         if !self.exclusive || self.filesystem != Filesystem::Ext4 {
-            return;
+            return false;
         }
         let Some(lease) = HeldLease::take(self.file)
             .ok()
             .flatten()
             .and_then(|lease| unwatched(lease, self.file, self.bytes.start))
         else {
-            return;
+            return false;
         };
         // What has been stored shows once it is written.
         let Ok(map) = self.block_map() else {
-            return;
+            return false;
         };
+        let mut done = false;
         let end = map.file_size() - map.file_size() % self.block;
         for extent in map
             .frozen()
@@ -613,10 +619,12 @@ impl Job<'_> {
             for piece in plan::pieces(&run, ALLOCATION) {
                 // An open that comes now waits longer than this takes.
                 if !lease.is_undisturbed() || fallocate::write_zeroes(self.file, &piece).is_err() {
-                    return;
+                    return done;
                 }
+                done = true;
             }
         }
+        done
     }
 
     /// Has everything that is not written yet written back, as it reads.

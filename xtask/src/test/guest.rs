@@ -115,6 +115,10 @@ impl Guest {
     fn run_tests(&self, native: &Path, tally: &mut Tally) -> Result<()> {
         let scratch = vm::RunDirectory::new()?;
         let mut boot = self.boot()?;
+        if self.nvdimms == 0 {
+            // Its disks lie in memory.
+            boot = boot.memory(4 << 30);
+        }
         for number in 0..self.nvdimms {
             boot = boot.nvdimm(vm::Nvdimm {
                 file: scratch.path().join(format!("nvdimm{number}")),

@@ -71,8 +71,27 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     let release = rustix::system::uname();
     let release = release.release().to_string_lossy();
     let mut findings = vec![Finding::good("kernel", format!("Linux {release}"))];
-    findings.push(fanotify(&release));
-    findings.push(bpf());
+    let in_kernel = bpf();
+    let by_events = fanotify(&release);
+    // One of them is enough.
+    let has_bpf = in_kernel.outcome == Outcome::Good;
+    let gate = if has_bpf {
+        "bpf"
+    } else if by_events.outcome == Outcome::Bad {
+        "none"
+    } else {
+        "fanotify"
+    };
+    findings.push(in_kernel);
+    findings.push(if has_bpf && by_events.outcome == Outcome::Bad {
+        Finding {
+            outcome: Outcome::Note,
+            mend: String::new(),
+            ..by_events
+        }
+    } else {
+        by_events
+    });
     findings.push(holder_capability());
     findings.push(guard_capability());
     findings.push(pid_namespace());
@@ -97,9 +116,9 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
             .collect();
         let value = json!({
             "kernel": release,
-            "gate": if bad { Value::Null } else { json!("fanotify") },
+            "gate": if bad || gate == "none" { Value::Null } else { json!(gate) },
             "findings": listed,
-            "holes": HOLES,
+            "holes": holes(gate),
         });
         output::line(&value.to_string());
     } else {
@@ -114,13 +133,31 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
                 output::line(&format!("      to mend it: {}", finding.mend));
             }
         }
-        output::line("what the fanotify gate cannot refuse:");
-        for hole in HOLES {
+        output::line(&format!("what the {gate} gate cannot refuse:"));
+        for hole in holes(gate) {
             output::line(&format!("  - {hole}"));
         }
     }
     Ok(if bad { Exit::FAILURE } else { Exit::SUCCESS })
 }
+
+/// What remains open under a gate.
+fn holes(gate: &str) -> &'static [&'static str] {
+    if gate == "bpf" { &BPF_HOLES } else { &HOLES }
+}
+
+/// What remains open under the bpf gate.
+const BPF_HOLES: [&str; 5] = [
+    "a holder growing a mapping of its own over frozen blocks with mremap(2)",
+    "storage targets of the kernel that have the file open (LIO fileio, nvmet) discarding in it; \
+     loop devices are refused",
+    "a process with CAP_SYS_ADMIN that changes the argument of an ioctl while it is read \
+     (LOOP_CONFIGURE, XFS_IOC_SCRUB_METADATA)",
+    "stores through the page cache beside frozen blocks while no guard runs: it holds the pages \
+     that keep them apart",
+    "everything, once root takes the gate away (mapdirect guard --unload, or removing it from \
+     /sys/fs/bpf)",
+];
 
 /// What remains open under the fanotify gate.
 const HOLES: [&str; 4] = [
@@ -185,7 +222,9 @@ fn version(release: &str) -> Option<(u32, u32)> {
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
+/// BPF LSM programs: Linux 6.1 and later.
 fn bpf() -> Finding {
+    const NAME: &str = "bpf gate";
     let lsm = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
     let has_lsm = lsm.trim().split(',').any(|name| name == "bpf");
     let has_types = std::path::Path::new("/sys/kernel/btf/vmlinux").exists();
@@ -195,11 +234,44 @@ fn bpf() -> Finding {
         (true, false) => "the kernel has BPF LSM but no BTF",
         (false, false) => "the kernel shows neither BPF LSM nor BTF",
     };
+    probe_bpf(NAME, kernel, has_lsm)
+}
+
+#[cfg(feature = "bpf")]
+fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> Finding {
+    use mapdirect_guard::LoadError;
+    match mapdirect_guard::probe_bpf() {
+        Ok(()) if has_lsm => Finding::good(name, "available: the programs load"),
+        Ok(()) => Finding::good(
+            name,
+            "available: the programs load, and replace what security hooks return",
+        ),
+        Err(LoadError::NotPrivileged) => Finding::new(
+            name,
+            Outcome::Note,
+            format!("{kernel}; only root can tell whether the programs load"),
+            "run `mapdirect doctor` as root",
+        ),
+        Err(error) => Finding::new(
+            name,
+            Outcome::Note,
+            format!(
+                "not available ({kernel}): {}",
+                error.to_string().lines().next().unwrap_or_default()
+            ),
+            "boot a kernel with CONFIG_BPF_LSM, CONFIG_DEBUG_INFO_BTF and lsm=...,bpf; or use \
+             the fanotify gate",
+        ),
+    }
+}
+
+#[cfg(not(feature = "bpf"))]
+fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> Finding {
     Finding::new(
-        "bpf gate",
+        name,
         Outcome::Note,
-        format!("not part of this version ({kernel})"),
-        "use the fanotify gate",
+        format!("not built into this program ({kernel})"),
+        "build it with: cargo build --features bpf (needs libelf-dev, zlib1g-dev, pkg-config)",
     )
 }
 

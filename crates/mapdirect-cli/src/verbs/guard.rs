@@ -3,6 +3,7 @@
 use crate::args::{GateChoice, GuardArgs};
 use crate::{Exit, output};
 use anyhow::Result;
+use mapdirect::Gate;
 use mapdirect_guard::{Config, RefusedOperation, start};
 use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{Signal, SignalFd};
@@ -12,11 +13,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
-    if args.gate == GateChoice::Bpf {
-        output::complain(
-            "the bpf gate is not part of this version; use --gate fanotify (Linux 6.14 and later)",
-        );
-        return Ok(Exit::FAILURE);
+    if args.unload {
+        return unload(args);
     }
     // Before any thread is made, so that all of them have it blocked.
     let signals = SignalFd::block(&[Signal::TERMINATE, Signal::INTERRUPT, Signal::HANGUP])?;
@@ -24,6 +22,12 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
     let log = Mutex::new(Log::new());
     let running = start(Config {
         socket: args.socket.clone(),
+        gate: match args.gate {
+            GateChoice::Auto => mapdirect_guard::GateChoice::Auto,
+            GateChoice::Fanotify => mapdirect_guard::GateChoice::Fanotify,
+            GateChoice::Bpf => mapdirect_guard::GateChoice::Bpf,
+        },
+        bpf_directory: args.bpf_directory.clone(),
         on_refusal: Box::new(move |refused, lost| {
             if !quiet && let Ok(mut log) = log.lock() {
                 log.tell(refused, lost);
@@ -31,9 +35,21 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         }),
     })?;
     output::line(&format!(
-        "mapdirect guard: ready, gate fanotify, listening at {}",
+        "mapdirect guard: ready, gate {}, listening at {}",
+        running.gate(),
         args.socket.display()
     ));
+    let adopted = running.pins();
+    if adopted > 0 {
+        output::line(&format!(
+            "mapdirect guard: took over {adopted} pins that an earlier guard has granted"
+        ));
+    }
+    // What becomes of pins when the guard ends.
+    let fate = match running.gate() {
+        Gate::Bpf => "stay, kept by the kernel (mapdirect guard --unload ends them)",
+        _ => "end now, and their holders are told",
+    };
     loop {
         let signal_fd = signals.as_fd();
         let failed_fd = running.failed();
@@ -48,7 +64,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         }
         if !fds[1].revents().is_empty() {
             let why = running.failure().unwrap_or("unknown reason").to_owned();
-            output::complain(&format!("{why}; pins end now, and holders are told"));
+            output::complain(&format!("{why}; pins {fate}"));
             running.stop();
             return Ok(Exit::FAILURE);
         }
@@ -56,14 +72,33 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             signals.wait()?;
             let pins = running.pins();
             if pins > 0 {
-                output::complain(&format!(
-                    "stopping; {pins} pins end now, and their holders are told"
-                ));
+                output::complain(&format!("stopping; {pins} pins {fate}"));
             }
             running.stop();
             return Ok(Exit::SUCCESS);
         }
     }
+}
+
+#[cfg(feature = "bpf")]
+fn unload(args: &GuardArgs) -> Result<Exit> {
+    let there = mapdirect_guard::unload(&args.bpf_directory)?;
+    output::line(&format!(
+        "mapdirect guard: {} at {}",
+        if there {
+            "took the gate away"
+        } else {
+            "there is no gate"
+        },
+        args.bpf_directory.display()
+    ));
+    Ok(Exit::SUCCESS)
+}
+
+#[cfg(not(feature = "bpf"))]
+fn unload(_args: &GuardArgs) -> Result<Exit> {
+    output::complain("this program was built without the bpf gate (cargo build --features bpf)");
+    Ok(Exit::FAILURE)
 }
 
 /// Refusals on stderr, no more than a terminal can take.

@@ -3,8 +3,12 @@
 
 use crate::world::{World, dax_kinds, is_pinned, open, patience, wait_until_free};
 use libtest_mimic::Trial;
-use mapdirect::{DirectMap, Durability, ExtentState, Guard, Kind as Reason, MapOptions};
+use mapdirect::{
+    DirectMap, Durability, ExtentState, Guard, Kind as Reason, MapOptions, PrepareOptions,
+};
 use mapdirect_sys::Errno;
+use mapdirect_testkit::disk::run;
+use mapdirect_testkit::process::wait_for;
 use mapdirect_testkit::random::Random;
 use mapdirect_testkit::{Kind, latency, raw};
 use std::fs::File;
@@ -12,6 +16,8 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
 
 const PAGE: usize = 4096;
 
@@ -31,6 +37,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
             trials.push(world.trial(name, move |world| run(world, kind)));
         }
     }
+    // A disk that zeroes by itself is a module away in a virtual machine.
+    if dax_kinds().contains(&Kind::Ext4Dax) {
+        let name = format!("pmem::{}::zeroed-by-the-device", Kind::Ext4Dax);
+        trials.push(world.trial(name, zeroed_by_the_device));
+    }
     trials
 }
 
@@ -41,6 +52,92 @@ fn file_of(world: &World, kind: Kind, name: &str, length: usize) -> (PathBuf, Fi
     let file = open(&path);
     file.sync_all().unwrap();
     (path, file)
+}
+
+/// An emulated disk that zeroes by itself, with ext4 on it.
+struct Disk(PathBuf);
+
+impl Disk {
+    fn new() -> Self {
+        run(Command::new("modprobe").arg("sd_mod")).unwrap();
+        run(Command::new("modprobe").args([
+            "scsi_debug",
+            "lbpws=1",
+            "lbpu=1",
+            "lbprz=1",
+            "dev_size_mb=256",
+        ]))
+        .unwrap();
+        let device = wait_for(Duration::from_secs(60), || {
+            let names = std::fs::read_dir("/sys/block")?;
+            let found = names
+                .flatten()
+                .map(|entry| entry.file_name().to_string_lossy().into_owned())
+                .find(|name| name.starts_with("sd"));
+            Ok(found.map(|name| format!("/dev/{name}")))
+        })
+        .unwrap();
+        let root = std::env::temp_dir().join("zeroing-disk");
+        std::fs::create_dir_all(&root).unwrap();
+        run(Kind::EXT4.mkfs().arg(&device)).unwrap();
+        run(Command::new("mount").arg(&device).arg(&root)).unwrap();
+        Self(root)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        let _ = run(Command::new("umount").arg(&self.0));
+        let _ = run(Command::new("rmmod").arg("scsi_debug"));
+    }
+}
+
+/// Bytes this process has had written to devices.
+fn written_bytes() -> u64 {
+    let text = std::fs::read_to_string("/proc/self/io").unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("write_bytes: "));
+    line.unwrap().trim().parse().unwrap()
+}
+
+/// A file that nobody else uses is zeroed without sending zeros.
+fn zeroed_by_the_device(_world: &World) {
+    const LENGTH: u64 = 32 << 20;
+    let disk = Disk::new();
+    for (exclusive, most) in [(true, 4 << 20), (false, u64::MAX)] {
+        let path = disk.0.join(format!("exclusive-{exclusive}"));
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(&path)
+            .unwrap();
+        // Some of it is there already, and not written back yet.
+        file.set_len(LENGTH).unwrap();
+        raw::fallocate(file.as_fd(), 0, 0, LENGTH / 2).unwrap();
+        file.write_all_at(&[7; 5000], 100_000).unwrap();
+        let before = written_bytes();
+        let prepared = PrepareOptions::new()
+            .exclusive(exclusive)
+            .prepare(&file)
+            .unwrap();
+        let sent = written_bytes() - before;
+        assert!(prepared.block_map().is_stable());
+        assert!(sent < most, "{sent} bytes were sent");
+        if !exclusive {
+            assert!(sent >= LENGTH / 2, "only {sent} bytes were sent");
+        }
+        let bytes = std::fs::read(&path).unwrap();
+        let (filled, rest): (Vec<_>, Vec<_>) = (0..)
+            .zip(bytes)
+            .partition(|(at, _)| (100_000..105_000).contains(at));
+        assert!(filled.iter().all(|(_, byte)| *byte == 7));
+        assert!(rest.iter().all(|(_, byte)| *byte == 0));
+        assert_eq!(rest.len() + filled.len(), usize::try_from(LENGTH).unwrap());
+        drop(file);
+        std::fs::remove_file(path).unwrap();
+    }
 }
 
 /// Maps as strictly as a program does that says nothing about caches.

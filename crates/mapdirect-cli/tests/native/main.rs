@@ -17,8 +17,11 @@ mod dax;
 mod doors;
 mod errors;
 mod grants;
+mod in_kernel;
 mod lifetime;
 mod openers;
+#[cfg(feature = "bpf")]
+mod oracle;
 mod prepare;
 mod programs;
 mod random;
@@ -59,7 +62,13 @@ fn main() -> ExitCode {
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system:
     // these come alone, behind all others.
-    let alone = libtest_mimic::run(&arguments, stuck::trials(&world));
+    // So do a second guard's programs, which judge by what it knows.
+    let mut alone = stuck::trials(&world);
+    if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
+        alone.extend(in_kernel::trials(&world));
+        arguments.test_threads = Some(1);
+    }
+    let alone = libtest_mimic::run(&arguments, alone);
     if !listing {
         world.report();
     }

@@ -3,6 +3,8 @@
 
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
+use mapdirect_sys::Errno;
+use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,6 +44,7 @@ pub fn roles() -> Vec<Role> {
         ("store", crate::segments::play_store),
         ("halfway", crate::segments::play_halfway),
         ("writer", crate::prepare::play_writer),
+        ("map-shared", crate::in_kernel::play_map_shared),
         ("few-descriptors", crate::programs::play_few_descriptors),
         ("fork-handlers", crate::programs::play_fork_handlers),
         ("locked-memory", crate::programs::play_locked_memory),
@@ -163,7 +166,8 @@ pub fn written(disk: &Disk, name: &str, length: usize) -> PathBuf {
 }
 
 /// Longer than any test of another thread keeps a shared thing busy.
-pub const PATIENCE: Duration = Duration::from_secs(2);
+/// In a virtual machine everything takes longer.
+pub const PATIENCE: Duration = Duration::from_secs(8);
 
 /// More of it where the processor is emulated on a machine that has other
 /// things to do: a look at a process may take a second there.
@@ -196,8 +200,17 @@ pub fn pin(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> Pin {
         .unwrap()
 }
 
-/// Whether anything of a file is pinned: nobody may open it for writing then.
+/// Whether anything of a file is pinned: nobody may open it for writing then,
+/// or, where the gate is precise, take anything out of its beginning.
 pub fn is_pinned(path: &Path) -> bool {
+    if Gate::under_test() == Gate::Bpf {
+        let file = File::options().write(true).open(path).unwrap();
+        // No block is a byte long, so it fails in any case.
+        let collapse = rustix::fs::FallocateFlags::COLLAPSE_RANGE;
+        let refused = rustix::fs::fallocate(&file, collapse, 0, 1).unwrap_err();
+        assert!(matches!(refused, Errno::TXTBSY | Errno::INVAL), "{refused}");
+        return refused == Errno::TXTBSY;
+    }
     match File::options().write(true).open(path) {
         Ok(_) => false,
         Err(error) => {

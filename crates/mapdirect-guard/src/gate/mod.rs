@@ -2,11 +2,143 @@
 //!
 //! * [`fanotify`]: pre-content permission events, Linux 6.14 and later.
 //!   Sound by excluding everybody who could change the file unseen.
-//! * `bpf` (BPF LSM and fentry programs, 6.1 and later) will stand beside it.
+//! * `bpf`: BPF LSM and fentry programs, Linux 6.1 and later. Precise, and
+//!   still there when the guard is not.
 //!
 //! Both keep the same contract, [`crate::policy::RULES`].
 
+#[cfg(feature = "bpf")]
+pub(crate) mod bpf;
 pub(crate) mod classify;
 pub(crate) mod eyes;
 pub(crate) mod fanotify;
 pub(crate) mod threads;
+
+use crate::Errno;
+use crate::table::{Pin, Watched};
+use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+
+/// The gate of a guard.
+#[derive(Debug)]
+pub(crate) enum Gate {
+    /// Permission events.
+    Fanotify(Box<fanotify::Gate>),
+    /// Programs in the kernel.
+    #[cfg(feature = "bpf")]
+    Bpf(Box<bpf::Gate>),
+}
+
+impl Gate {
+    /// Which one it is.
+    pub(crate) fn kind(&self) -> mapdirect_proto::Gate {
+        match self {
+            Self::Fanotify(_) => mapdirect_proto::Gate::Fanotify,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(_) => mapdirect_proto::Gate::Bpf,
+        }
+    }
+
+    /// It by permission events, if it is that.
+    pub(crate) fn fanotify(&self) -> Option<&fanotify::Gate> {
+        match self {
+            Self::Fanotify(gate) => Some(gate),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(_) => None,
+        }
+    }
+
+    /// It judges by what it finds in the kernel's maps, and holds nobody back.
+    pub(crate) fn is_in_kernel(&self) -> bool {
+        self.fanotify().is_none()
+    }
+
+    /// Has it look again at who waits for the outcome of a grant.
+    pub(crate) fn reconsider(&self) {
+        if let Some(gate) = self.fanotify() {
+            gate.reconsider();
+        }
+    }
+
+    /// The threads it holds back.
+    pub(crate) fn held(&self) -> Arc<Vec<i32>> {
+        match self {
+            Self::Fanotify(gate) => gate.held(),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(_) => Arc::default(),
+        }
+    }
+
+    /// Has it notice that the guard stops.
+    pub(crate) fn wake(&self) {
+        if let Some(gate) = self.fanotify() {
+            gate.wake();
+        }
+    }
+
+    /// Has it judge by the pins that an inode has now.
+    pub(crate) fn publish(&self, watched: &Watched) -> Result<(), Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                // It asks the table itself.
+                let _ = watched;
+                Ok(())
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.publish(watched),
+        }
+    }
+
+    /// Ties the life of a pin to that of a description.
+    pub(crate) fn hold(
+        &self,
+        watched: &Watched,
+        pin: &Pin,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                // The lock on a byte of the description tells its end.
+                let _ = (watched, pin, file);
+                Ok(())
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.hold(watched, pin, file),
+        }
+    }
+
+    /// Refusals by kind, if the kernel counts them: those too that no guard
+    /// was there to hear of.
+    pub(crate) fn refused(&self) -> Option<Vec<(String, u64)>> {
+        match self {
+            Self::Fanotify(_) => None,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => Some(gate.refused()),
+        }
+    }
+
+    /// The pin that a description is, if it can tell.
+    pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = file;
+                Ok(None)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.pin_of(file),
+        }
+    }
+
+    /// How many direct reads and writes of a file are under way, if it can
+    /// tell.
+    pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = file;
+                Ok(0)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.direct_under_way(file),
+        }
+    }
+}

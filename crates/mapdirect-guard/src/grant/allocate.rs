@@ -228,6 +228,10 @@ impl Attempt<'_> {
     /// nobody's if it is asked for by way of that description, and with it
     /// otherwise.
     fn holds_the_pin(&self) -> Result<bool, Refusal> {
+        if self.guard.gate.is_in_kernel() {
+            let pin = self.guard.gate.pin_of(self.file.as_fd());
+            return Ok(pin.map_err(|errno| system("asking the gate", errno))? == Some(self.pin.id));
+        }
         let byte = self.pin.lock_byte();
         let failed = |errno| system("F_OFD_GETLK", errno);
         let by_holder = conflicting_lock(self.file.as_fd(), byte, 1).map_err(failed)?;
@@ -343,6 +347,8 @@ impl Attempt<'_> {
         let (map, result) = match rest {
             Ok((map, pinned, held)) => {
                 self.pin.settle(&map, pinned, held);
+                // If it fails, others go on to be refused what was frozen.
+                let _ = self.guard.gate.publish(self.watched);
                 let result = match moved(before, &map) {
                     None => Ok(()),
                     Some(extent) => Err(refusal(

@@ -2,7 +2,7 @@
 //! behind then. They need root and a loop device.
 
 use super::*;
-use crate::gate::fanotify;
+use crate::gate::{Gate, fanotify};
 use crate::lifetime;
 use mapdirect_proto::Flags;
 use mapdirect_sys::seam::{self, Call};
@@ -15,9 +15,9 @@ use std::path::Path;
 fn with_guard(run: impl FnOnce(&Guard)) {
     // Leases taken for a moment raise it.
     mapdirect_sys::signal::ignore(libc::SIGIO).unwrap();
-    let guard = Guard::new().unwrap();
+    let guard = Guard::new(Gate::Fanotify(Box::new(fanotify::Gate::new().unwrap()))).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| fanotify::run(&guard, &guard.gate).unwrap());
+        scope.spawn(|| fanotify::run(&guard, guard.gate.fanotify().unwrap()).unwrap());
         scope.spawn(|| lifetime::run(&guard).unwrap());
         run(&guard);
         guard.stop();
@@ -68,7 +68,7 @@ fn assert_untouched(guard: &Guard, path: &Path, what: &str) {
     assert_eq!(guard.table.all().len(), 0, "{what}: still in the table");
     let file = open(path);
     assert_eq!(
-        guard.gate.group.has_mark(file.as_fd()),
+        guard.gate.fanotify().unwrap().group.has_mark(file.as_fd()),
         Ok(false),
         "{what}: still marked"
     );

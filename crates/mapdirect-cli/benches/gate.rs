@@ -1,0 +1,215 @@
+//! What the bpf gate costs. It needs root and a kernel that lets it be loaded:
+//!
+//! ```sh
+//! cargo bench --features bpf --bench gate --no-run
+//! cargo xtask vm --kernel 7.3 --memory 6G -- target/release/deps/gate-...
+//! ```
+//!
+//! System calls are measured in turns, with the gate in place and without it,
+//! in the same boot: machines differ more than that. `MAPDIRECT_PINS` and
+//! `MAPDIRECT_EXTENTS` say how many files are pinned, and in how many pieces
+//! the largest file lies.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    clippy::cast_precision_loss,
+    reason = "a benchmark says what it measured, or fails"
+)]
+
+use mapdirect::{Guard, Pin, PinOptions};
+use mapdirect_testkit::contract::GATE_VARIABLE;
+use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::{Disk, Kind, raw};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+const BINARY: &str = env!("CARGO_BIN_EXE_mapdirect");
+const PAGE: usize = 4096;
+
+fn main() {
+    if !std::env::args().any(|argument| argument == "--bench") && std::env::args().len() > 1 {
+        return;
+    }
+    if std::env::var(GATE_VARIABLE).as_deref() != Ok("bpf") {
+        println!("gate: run it with {GATE_VARIABLE}=bpf on a kernel that lets the gate be loaded");
+        return;
+    }
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
+    let disk = Disk::new(Kind::XFS, 6000).unwrap();
+    system_calls(&disk);
+    many_pins(&disk);
+    many_extents(&disk);
+}
+
+fn count_of(variable: &str, default: u64) -> u64 {
+    std::env::var(variable).map_or(default, |value| value.parse().unwrap())
+}
+
+fn open(path: &Path) -> File {
+    File::options().read(true).write(true).open(path).unwrap()
+}
+
+fn written(disk: &Disk, name: &str, length: usize) -> File {
+    let path = disk.path(name);
+    std::fs::write(&path, vec![7; length]).unwrap();
+    let file = open(&path);
+    file.sync_all().unwrap();
+    file
+}
+
+fn pin(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> Pin {
+    PinOptions::new()
+        .range(range)
+        .patience(Duration::from_secs(20))
+        .guard(guard.clone())
+        .pin(file)
+        .unwrap()
+}
+
+/// Nanoseconds of one call, by the best tenth of many small batches: what
+/// disturbs a machine only ever makes it slower.
+fn each(mut call: impl FnMut(u64)) -> f64 {
+    const BATCHES: usize = 400;
+    const CALLS: u64 = 50;
+    let mut times: Vec<f64> = (0..BATCHES)
+        .map(|_| {
+            let started = Instant::now();
+            for number in 0..CALLS {
+                call(number * PAGE as u64);
+            }
+            started.elapsed().as_nanos() as f64 / CALLS as f64
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[BATCHES / 10]
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
+
+/// pread and pwrite of 4 KiB: without the gate, with it on a file that is not
+/// pinned, and on one that is.
+fn system_calls(disk: &Disk) {
+    const ROUNDS: usize = 9;
+    let plain = written(disk, "plain", 1 << 20);
+    let pinned = written(disk, "pinned", 1 << 20);
+    let mut figures: [[Vec<f64>; 3]; 2] =
+        std::array::from_fn(|_| std::array::from_fn(|_| Vec::new()));
+    let measure = |file: &File, read: &mut Vec<f64>, write: &mut Vec<f64>| {
+        let mut page = vec![1; PAGE];
+        read.push(each(|at| file.read_exact_at(&mut page, at).unwrap()));
+        let page = vec![1; PAGE];
+        write.push(each(|at| file.write_all_at(&page, at).unwrap()));
+    };
+    for _ in 0..ROUNDS {
+        let [read, write] = &mut figures;
+        measure(&plain, &mut read[0], &mut write[0]);
+        let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+        measure(&plain, &mut read[1], &mut write[1]);
+        let held = pin(&guard.client(), &pinned, 0..1 << 20);
+        measure(&pinned, &mut read[2], &mut write[2]);
+        drop(held);
+    }
+    for (name, mut times) in ["pread 4 KiB", "pwrite 4 KiB"].into_iter().zip(figures) {
+        // Of each round by itself: what was before differs.
+        let ratio = |at: usize| {
+            let mut ratios: Vec<f64> = times[at]
+                .iter()
+                .zip(&times[0])
+                .map(|(with, without)| with / without)
+                .collect();
+            median(&mut ratios)
+        };
+        let (loaded, pinned) = (ratio(1), ratio(2));
+        println!(
+            "{name}: no gate {:.0} ns; gate, not pinned {:.0} ns, {loaded:.3}x; pinned {:.0} ns, \
+             {pinned:.3}x",
+            median(&mut times[0]),
+            median(&mut times[1]),
+            median(&mut times[2]),
+        );
+    }
+}
+
+/// Memory that is free, or would be if it were needed.
+fn available() -> i64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap();
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kilobytes = line.unwrap().trim().split(' ').next().unwrap();
+    kilobytes.parse::<i64>().unwrap() * 1024
+}
+
+fn many_pins(disk: &Disk) {
+    let count = count_of("MAPDIRECT_PINS", 2000);
+    let directory = disk.path("many");
+    std::fs::create_dir(&directory).unwrap();
+    let files: Vec<File> = (0..count)
+        .map(|number| {
+            let path = directory.join(number.to_string());
+            std::fs::write(&path, [7; PAGE]).unwrap();
+            open(&path)
+        })
+        .collect();
+    rustix::fs::syncfs(&files[0]).unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let client = guard.client();
+    // What is there once.
+    drop(pin(&client, &files[0], 0..PAGE as u64));
+    let before = available();
+    let started = Instant::now();
+    let held: Vec<Pin> = files
+        .iter()
+        .map(|file| pin(&client, file, 0..PAGE as u64))
+        .collect();
+    let took = started.elapsed();
+    let bytes = (before - available()) / i64::try_from(count).unwrap();
+    let refused = raw::fallocate(files[files.len() / 2].as_fd(), 3, 0, PAGE as u64);
+    assert!(refused.is_err());
+    let started = Instant::now();
+    drop(held);
+    println!(
+        "{count} files pinned: {:.2} ms each, {bytes} bytes each (guard, holder and kernel); let \
+         go of in {:.2} ms each",
+        took.as_secs_f64() * 1e3 / count as f64,
+        started.elapsed().as_secs_f64() * 1e3 / count as f64
+    );
+}
+
+fn many_extents(disk: &Disk) {
+    let count = count_of("MAPDIRECT_EXTENTS", 20_000);
+    let file = written(disk, "pieces", 0);
+    for number in 0..count / 2 {
+        file.write_all_at(&[1; PAGE], number * 2 * PAGE as u64)
+            .unwrap();
+    }
+    file.sync_all().unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let before = available();
+    let started = Instant::now();
+    let held = pin(&guard.client(), &file, 0..count * PAGE as u64);
+    let took = started.elapsed();
+    let bytes = before - available();
+    let extents = held.extents().len();
+    let page = vec![1; PAGE];
+    let last = (count / 2 - 1) * 2 * PAGE as u64;
+    let write = each(|at| file.write_all_at(&page, last - 2 * at).unwrap());
+    let hole = file.write_all_at(&page, last - PAGE as u64);
+    assert!(hole.is_err(), "a frozen block was written");
+    println!(
+        "{extents} extents pinned in {:.2} s, {:.1} bytes each; pwrite 4 KiB between frozen \
+         blocks {write:.0} ns",
+        took.as_secs_f64(),
+        bytes as f64 / extents as f64
+    );
+}

@@ -1,0 +1,576 @@
+//! What only the bpf gate can do: run with `MAPDIRECT_GATE=bpf` on a kernel
+//! that lets it be loaded.
+
+use crate::world::{BINARY, World, is_pinned, kinds, map, open, pin, written};
+use libtest_mimic::Trial;
+use mapdirect::{Gate, Kind as Reason, PinOptions};
+use mapdirect_sys::{Errno, proc};
+use mapdirect_testkit::attack::{Attack, Door, Row};
+use mapdirect_testkit::contract::{Gate as UnderTest, Place, Subject};
+use mapdirect_testkit::disk::run;
+use mapdirect_testkit::process::{GuardProcess, Helper, Stranger, wait_for};
+use mapdirect_testkit::{Disk, Kind, raw};
+use std::fs::File;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    if UnderTest::under_test() != UnderTest::Bpf {
+        return trials;
+    }
+    #[cfg(feature = "bpf")]
+    trials.push(world.trial(
+        "in-kernel::judges-as-the-policy",
+        crate::oracle::judges_as_the_policy,
+    ));
+    trials.push(world.trial("in-kernel::one-guard", one_guard));
+    trials.push(world.trial("in-kernel::refusals-are-told", refusals_are_told));
+    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
+        for (name, run) in [
+            ("killed-and-adopted", killed_and_adopted as fn(&World, Kind)),
+            ("ends-without-a-guard", ends_without_a_guard),
+            ("writers-stay", writers_stay),
+            ("older-mappings", older_mappings),
+            ("loop-devices", loop_devices),
+            ("overlay", overlay),
+            ("raw-errors", raw_errors),
+            ("raw-mapping", raw_mapping),
+        ] {
+            let name = format!("in-kernel::{kind}::{name}");
+            trials.push(world.trial(name, move |world| run(world, kind)));
+        }
+        for name in RACERS {
+            let attack = Attack::by_name(name).unwrap();
+            if attack.place.includes(kind) {
+                let name = format!("in-kernel::{kind}::race::{name}");
+                trials.push(world.trial(name, move |world| race(world, kind, attack)));
+            }
+        }
+    }
+    trials
+}
+
+fn one_guard(_world: &World) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    assert_eq!(guard.client().gate().unwrap(), Gate::Bpf);
+    let directory = guard.gate_directory().unwrap().to_owned();
+    let again = |arguments: &[&str]| {
+        Command::new(BINARY)
+            .args([
+                "guard",
+                "--gate",
+                "bpf",
+                "--socket",
+                "/tmp/mapdirect-second.sock",
+            ])
+            .arg("--bpf-directory")
+            .arg(&directory)
+            .args(arguments)
+            .output()
+            .unwrap()
+    };
+    for arguments in [&[][..], &["--unload"]] {
+        let output = again(arguments);
+        assert!(!output.status.success());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains("another guard"), "{said}");
+    }
+    drop(guard);
+    assert!(
+        !directory.exists(),
+        "a guard that ends without pins takes its gate along"
+    );
+}
+
+fn refusals_are_told(world: &World) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let path = written(&world.disk(Kind::EXT4), "in-kernel-told", 1 << 20);
+    let file = open(&path);
+    let held = pin(&guard.client(), &file, 0..65536);
+    assert_eq!(
+        raw::fallocate(file.as_fd(), 3, 8192, 4096),
+        Err(Errno::TXTBSY)
+    );
+    let status = wait_for(Duration::from_secs(5), || {
+        let status = guard.client().status().unwrap();
+        Ok((!status.recent.is_empty()).then_some(status))
+    })
+    .unwrap();
+    assert_eq!(status.gate, Gate::Bpf);
+    assert_eq!(status.refused, [(String::from("punch-hole"), 1)]);
+    let refused = &status.recent[0];
+    assert_eq!(refused.operation, "punch-hole");
+    assert_eq!(refused.range, Some(8192..12_288));
+    assert_eq!(Path::new(&refused.path), path);
+    assert!(refused.command.contains("native") || !refused.command.is_empty());
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+fn punch(file: &File, offset: u64) -> Result<(), Errno> {
+    raw::fallocate(file.as_fd(), 3, offset, 4096)
+}
+
+/// Waits until nothing is refused any more; a second at most.
+fn wait_until_unpinned(path: &Path) {
+    wait_for(Duration::from_secs(5), || {
+        Ok((!is_pinned(path)).then_some(()))
+    })
+    .unwrap();
+}
+
+/// With the guard killed everything is refused as before, and one that comes
+/// later knows the pins.
+fn killed_and_adopted(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "in-kernel-adopted", 1 << 20);
+    let file = open(&path);
+    // Holes, so that runs matter.
+    assert_eq!(punch(&file, 40_960), Ok(()));
+    file.sync_all().unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let held = pin(&guard.client(), &file, 0..65536);
+    let other = pin(&guard.client(), &file, 131_072..196_608);
+    let refuses = |offset| {
+        assert_eq!(punch(&file, offset), Err(Errno::TXTBSY));
+        assert_eq!(rustix::fs::ftruncate(&file, 4096), Err(Errno::TXTBSY));
+        assert_eq!(
+            rustix::io::pwrite(&file, b"x", 40_960),
+            if offset < 65536 {
+                Err(Errno::TXTBSY)
+            } else {
+                Ok(1)
+            }
+        );
+        // What is stable may be written to, what is beside it punched.
+        assert_eq!(rustix::io::pwrite(&file, b"x", offset), Ok(1));
+        assert_eq!(punch(&file, 524_288), Ok(()));
+    };
+    refuses(8192);
+    let gate = guard.kill_and_keep().unwrap();
+    refuses(8192);
+    let guard = GuardProcess::start_at(Path::new(BINARY), &[], gate).unwrap();
+    refuses(8192);
+    let known = guard.client().pinned_ranges(&file).unwrap();
+    let mut ranges: Vec<_> = known.iter().map(|pinned| pinned.range.clone()).collect();
+    ranges.sort_by_key(|range| range.start);
+    assert_eq!(ranges, [0..65536, 131_072..196_608]);
+    // It counts what it took over like what it grants.
+    let third = pin(&guard.client(), &file, 262_144..327_680);
+    drop(held);
+    wait_for(Duration::from_secs(5), || Ok(punch(&file, 8192).ok())).unwrap();
+    assert_eq!(punch(&file, 135_168), Err(Errno::TXTBSY));
+    assert_eq!(punch(&file, 266_240), Err(Errno::TXTBSY));
+    drop(other);
+    drop(third);
+    wait_until_unpinned(&path);
+    drop((guard, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// The kernel ends a pin by itself, and `--unload` all of them.
+fn ends_without_a_guard(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "in-kernel-ends", 1 << 20);
+    let second = written(&disk, "in-kernel-ends-2", 1 << 20);
+    let file = open(&path);
+    let other = open(&second);
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let held = pin(&guard.client(), &file, 0..65536);
+    let stays = pin(&guard.client(), &other, 0..65536);
+    let gate = guard.kill_and_keep().unwrap();
+    assert_eq!(punch(&file, 0), Err(Errno::TXTBSY));
+    drop(held);
+    assert_eq!(punch(&file, 0), Ok(()), "at once");
+    assert_eq!(punch(&other, 0), Err(Errno::TXTBSY));
+    drop(gate);
+    assert_eq!(punch(&other, 0), Ok(()), "it was unloaded");
+    drop((stays, file, other));
+    std::fs::remove_file(&path).unwrap();
+    std::fs::remove_file(&second).unwrap();
+}
+
+/// Whoever has the file open for writing may keep it.
+fn writers_stay(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-writers", 1 << 20);
+    let writer = open(&path);
+    let appender = File::options().append(true).open(&path).unwrap();
+    let file = open(&path);
+    let guard = world.guard().client();
+    let held = map(&guard, &file, 65_536..131_072);
+    assert_eq!(punch(&file, 262_144), Ok(()));
+    let frozen = pin(&guard, &file, 262_144..266_240);
+    // RWF_NOAPPEND, Linux 6.9: it goes where it says, and not to the end.
+    let noappend = raw::pwritev2(appender.as_fd(), &[1; 100], 262_144, 0x20);
+    assert!(
+        matches!(noappend, Err(Errno::TXTBSY | Errno::OPNOTSUPP)),
+        "{noappend:?}"
+    );
+    drop(frozen);
+    assert_eq!(rustix::io::pwrite(&writer, b"stable", 70_000), Ok(6));
+    assert_eq!(rustix::io::write(&appender, &[1; 5000]), Ok(5000));
+    assert_eq!(rustix::fs::ftruncate(&writer, 131_072), Ok(()));
+    assert_eq!(rustix::fs::ftruncate(&writer, 131_071), Err(Errno::TXTBSY));
+    assert_eq!(punch(&writer, 131_072), Ok(()));
+    assert_eq!(punch(&writer, 126_976), Err(Errno::TXTBSY));
+    let mut seen = [0; 6];
+    held.read_at(70_000 - 65_536, &mut seen).unwrap();
+    assert_eq!(&seen, b"stable");
+    drop((held, file, writer, appender));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A mapping from before the pin: harmless over stable blocks, in the way of
+/// frozen ones.
+fn older_mappings(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-older", 1 << 20);
+    let file = open(&path);
+    assert_eq!(punch(&file, 40_960), Ok(()));
+    file.sync_all().unwrap();
+    let guard = world.guard().client();
+    let stranger = Helper::start("map-shared", &[&path.to_string_lossy()]);
+    let mut stranger = stranger.unwrap();
+    assert_eq!(stranger.hear().unwrap(), "mapped");
+    let stable = pin(&guard, &file, 65_536..131_072);
+    let refused = PinOptions::new()
+        .range(0..65_536)
+        .guard(guard.clone())
+        .pin(&file)
+        .unwrap_err();
+    assert_eq!(refused.kind(), Reason::OpenElsewhere, "{refused:#}");
+    assert_eq!(refused.errno(), Errno::TXTBSY.raw_os_error());
+    assert!(
+        refused
+            .openers()
+            .iter()
+            .any(|opener| opener.pid == stranger.pid()),
+        "{refused:#}"
+    );
+    stranger.kill().unwrap();
+    let frozen = pin(&guard, &file, 0..65_536);
+    drop((stable, frozen, file));
+    wait_until_unpinned(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Role: maps a file shared and writable, and waits.
+pub fn play_map_shared(arguments: &[String]) -> anyhow::Result<()> {
+    use mapdirect_testkit::process::{listen, say};
+    let file = open(Path::new(&arguments[0]));
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let map = raw::PlainMap::new(file.as_fd(), prot, libc::MAP_SHARED, 131_072, 65_536)?;
+    map.store(0, 1);
+    say("mapped");
+    let _ = listen()?;
+    drop(map);
+    Ok(())
+}
+
+/// A loop device discards behind everybody's back.
+fn loop_devices(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-loop", 1 << 20);
+    let file = open(&path);
+    let guard = world.guard().client();
+    let attach = || {
+        Command::new("losetup")
+            .args(["--show", "-f"])
+            .arg(&path)
+            .output()
+            .unwrap()
+    };
+    let held = pin(&guard, &file, 0..65_536);
+    assert!(!attach().status.success(), "a pinned file became a disk");
+    drop(held);
+    wait_until_unpinned(&path);
+    let output = attach();
+    assert!(output.status.success(), "{output:?}");
+    let device = String::from_utf8(output.stdout).unwrap();
+    let refused = PinOptions::new()
+        .range(0..65_536)
+        .guard(guard)
+        .pin(&file)
+        .unwrap_err();
+    assert_eq!(refused.errno(), Errno::TXTBSY.raw_os_error(), "{refused:#}");
+    assert!(refused.to_string().contains("loop") || !refused.openers().is_empty());
+    run(Command::new("losetup").arg("-d").arg(device.trim())).unwrap();
+    drop(file);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// An overlay mounted later changes the file below under another name.
+fn overlay(_world: &World, kind: Kind) {
+    if kind.is_dax() {
+        return;
+    }
+    let disk = Disk::new(kind, 512).unwrap();
+    for name in ["upper", "work", "lower", "merged"] {
+        std::fs::create_dir(disk.path(name)).unwrap();
+    }
+    let path = disk.path("upper/file");
+    std::fs::write(&path, vec![7; 1 << 20]).unwrap();
+    let file = open(&path);
+    file.sync_all().unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let held = pin(&guard.client(), &file, 0..65_536);
+    let root = disk.root().display().to_string();
+    let merged = disk.path("merged");
+    run(Command::new("mount")
+        .args(["-t", "overlay", "overlay", "-o"])
+        .arg(format!(
+            "lowerdir={root}/lower,upperdir={root}/upper,workdir={root}/work"
+        ))
+        .arg(&merged))
+    .unwrap();
+    let above = merged.join("file");
+    let truncated = raw::truncate(&raw::c_path(&above), 0);
+    let opened = open(&above);
+    let punched = punch(&opened, 0);
+    let written = rustix::io::pwrite(&opened, b"x", 8192);
+    drop(opened);
+    run(Command::new("umount").arg(&merged)).unwrap();
+    assert_eq!(truncated, Err(Errno::TXTBSY));
+    assert_eq!(punched, Err(Errno::TXTBSY));
+    assert_eq!(written, Ok(1));
+    let now = mapdirect::block_map(&file, 0..65_536).unwrap();
+    assert_eq!(now.extents(), held.extents());
+    drop((held, file));
+}
+
+/// What passes its permission check before the pin, and works after it.
+const RACERS: [&str; 9] = [
+    "pwrite",
+    "aio-write",
+    "io_uring-worker-write",
+    "sendfile-into",
+    "fallocate",
+    "punch-hole",
+    "ftruncate",
+    "truncate",
+    "ficlonerange-from",
+];
+
+/// A filesystem that is frozen; thawed when dropped.
+struct Frozen<'a>(&'a Disk);
+
+impl<'a> Frozen<'a> {
+    fn new(disk: &'a Disk) -> Self {
+        run(Command::new("fsfreeze").arg("-f").arg(disk.root())).unwrap();
+        Self(disk)
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze")
+            .arg("-u")
+            .arg(self.0.root())
+            .status();
+    }
+}
+
+/// Whether a thread of a process waits for a thaw.
+fn waits_for_thaw(pid: i32) -> bool {
+    let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
+    threads.into_iter().any(|tid| {
+        proc::read_task_file(tid, "stack").is_ok_and(|stack| {
+            stack.contains("percpu_rwsem_wait") || stack.contains("__percpu_down_read")
+        })
+    })
+}
+
+/// The filesystem is frozen, the operation begun, the pin asked for, and only
+/// then the filesystem thawed: whatever comes of it, a pin that was granted is
+/// true.
+fn race(world: &World, kind: Kind, attack: &'static Attack) {
+    if kind.is_dax() {
+        return;
+    }
+    let disk = Disk::new(kind, 512).unwrap();
+    let guard = world.guard().client();
+    for place in [Place::Hole, Place::Stable] {
+        let subject = Subject::new(&disk, &format!("race-{}", place.name()), true);
+        let mut stranger = Stranger::start(
+            attack,
+            Door::Path,
+            &subject.path,
+            &subject.other,
+            subject.bytes(place),
+            kind.block(),
+            true,
+        )
+        .unwrap();
+        let pid = stranger.pid();
+        let file = File::open(&subject.path).unwrap();
+        let frozen = Frozen::new(&disk);
+        let (result, pinned) = std::thread::scope(|scope| {
+            let attacking = scope.spawn(move || stranger.attack().unwrap());
+            wait_for(Duration::from_secs(10), || {
+                Ok(waits_for_thaw(pid).then_some(()))
+            })
+            .unwrap();
+            let pinning = scope.spawn(|| {
+                PinOptions::new()
+                    .range(subject.pinned())
+                    .patience(Duration::from_secs(10))
+                    .guard(guard.clone())
+                    .pin(&file)
+            });
+            std::thread::sleep(Duration::from_millis(300));
+            drop(frozen);
+            (attacking.join().unwrap(), pinning.join().unwrap())
+        });
+        if attack.row == Row::Truncate {
+            // It waits before it asks.
+            assert!(matches!(result, Ok(()) | Err(Errno::TXTBSY)), "{result:?}");
+        } else {
+            assert_eq!(result, Ok(()), "it had passed before");
+        }
+        match pinned {
+            Ok(pin) => {
+                file.sync_all().unwrap();
+                let now = subject.block_map();
+                assert_eq!(pin.block_map().extents(), now.extents());
+                world.count("pins granted beside an operation under way", 1);
+            }
+            Err(error) => {
+                assert_eq!(error.errno(), Errno::TXTBSY.raw_os_error(), "{error:#}");
+                world.count("pins refused for an operation under way", 1);
+            }
+        }
+    }
+}
+
+/// The program without a library, compiled once.
+fn raw_mmap() -> &'static Path {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/native/raw_mmap.c");
+        let program =
+            std::env::temp_dir().join(format!("mapdirect-raw-mmap-{}", std::process::id()));
+        run(Command::new("cc")
+            .args(["-static", "-O1", "-o"])
+            .arg(&program)
+            .arg(source))
+        .unwrap();
+        program
+    })
+}
+
+const MAP_DIRECT: i32 = 0x200_0000;
+const BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
+
+fn raw_command(path: &Path, mode: &str, prot: i32, flags: i32, range: Range<u64>) -> Command {
+    let mut command = Command::new(raw_mmap());
+    command
+        .arg(path)
+        .arg(mode)
+        .arg(prot.to_string())
+        .arg(flags.to_string())
+        .arg(range.start.to_string())
+        .arg((range.end - range.start).to_string());
+    command
+}
+
+/// What mmap(2) says, if it does not map.
+fn raw_errno(mut command: Command) -> Option<Errno> {
+    let output = command.stdin(std::process::Stdio::null()).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    let errno = said.trim().strip_prefix("errno ")?.parse().unwrap();
+    Some(Errno::from_raw_os_error(errno))
+}
+
+fn raw_errors(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-raw-errors", 1 << 20);
+    let file = open(&path);
+    assert_eq!(punch(&file, 524_288), Ok(()));
+    file.sync_all().unwrap();
+    let guard = world.guard().client();
+    let shared = libc::MAP_SHARED | MAP_DIRECT;
+    let try_it =
+        |mode: &str, prot, flags, range| raw_errno(raw_command(&path, mode, prot, flags, range));
+    // Nobody has pinned it.
+    assert_eq!(
+        try_it("both", BOTH, shared, 0..4096),
+        Some(Errno::OPNOTSUPP)
+    );
+    let held = map(&guard, &file, 0..65_536);
+    let frozen = pin(&guard, &file, 520_192..532_480);
+    let private = libc::MAP_PRIVATE | MAP_DIRECT;
+    let anonymous = libc::MAP_ANONYMOUS | MAP_DIRECT | libc::MAP_SHARED;
+    let validate = libc::MAP_SHARED_VALIDATE | MAP_DIRECT;
+    for (mode, prot, flags, range, expected) in [
+        ("both", BOTH, private, 0..4096, Errno::INVAL),
+        ("none", BOTH, anonymous, 0..4096, Errno::INVAL),
+        ("both", BOTH, shared, 0..0, Errno::INVAL),
+        ("both", BOTH, shared, 100..4096, Errno::INVAL),
+        ("both", libc::PROT_READ, shared, 0..4096, Errno::ACCESS),
+        ("read", libc::PROT_READ, shared, 0..4096, Errno::ACCESS),
+        ("both", BOTH, validate, 0..4096, Errno::OPNOTSUPP),
+        ("both", BOTH, shared, 61_440..69_632, Errno::OPNOTSUPP),
+        ("both", BOTH, shared, 524_288..528_384, Errno::OPNOTSUPP),
+    ] {
+        let got = try_it(mode, prot, flags, range.clone());
+        assert_eq!(got, Some(expected), "{mode} {prot} {flags:#x} {range:?}");
+    }
+    // Without the capability.
+    let mut command = Command::new("setpriv");
+    let plain = raw_command(&path, "both", BOTH, shared, 0..4096);
+    command
+        .arg("--bounding-set=-linux_immutable")
+        .arg(plain.get_program())
+        .args(plain.get_args());
+    assert_eq!(raw_errno(command), Some(Errno::ACCESS));
+    // A file that nothing was ever pinned of, on a filesystem that cannot.
+    let elsewhere = std::env::temp_dir().join("mapdirect-raw-elsewhere");
+    std::fs::write(&elsewhere, [1; 4096]).unwrap();
+    let command = raw_command(&elsewhere, "both", BOTH, shared, 0..4096);
+    assert_eq!(raw_errno(command), Some(Errno::OPNOTSUPP));
+    std::fs::remove_file(&elsewhere).unwrap();
+    drop((held, frozen, file));
+    wait_until_unpinned(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// It keeps pinned what it maps, whoever else lets go.
+fn raw_mapping(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-raw", 1 << 20);
+    let file = open(&path);
+    let guard = world.guard().client();
+    let held = map(&guard, &file, 0..65_536);
+    let shared = libc::MAP_SHARED | MAP_DIRECT;
+    let mut raw = Helper::spawn(raw_command(&path, "both", BOTH, shared, 4096..12_288)).unwrap();
+    assert_eq!(raw.hear().unwrap(), "mapped");
+    let mut order = |word: &str| {
+        raw.tell(word).unwrap();
+        assert_eq!(raw.hear().unwrap(), "done");
+    };
+    order("store");
+    let mut bytes = [0; 4];
+    file.read_exact_at(&mut bytes, 8000).unwrap();
+    assert_eq!(bytes, [0x5a; 4]);
+    drop(held);
+    // Time for the guard to hear of it, and to do the wrong thing.
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(punch(&file, 4096), Err(Errno::TXTBSY));
+    assert_eq!(rustix::fs::ftruncate(&file, 4096), Err(Errno::TXTBSY));
+    order("close");
+    assert_eq!(punch(&file, 4096), Err(Errno::TXTBSY));
+    let known = guard.pinned_ranges(&file).unwrap();
+    assert!(
+        known.iter().any(|pinned| pinned.pid == raw.pid()),
+        "{known:?}"
+    );
+    raw.tell("unmap").unwrap();
+    assert_eq!(raw.hear().unwrap(), "done");
+    assert_eq!(punch(&file, 4096), Ok(()), "at once");
+    raw.kill().unwrap();
+    drop(file);
+    wait_until_unpinned(&path);
+    std::fs::remove_file(&path).unwrap();
+}

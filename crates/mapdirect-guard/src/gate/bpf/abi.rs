@@ -1,0 +1,289 @@
+//! What user space and the programs exchange, as `mapdirect.bpf.c` lays it
+//! out. Numbers are of the machine's own byte order.
+
+use crate::policy::layers::{LISTS, Layers, LetsGo, Traits};
+use crate::policy::{Meets, OperationKind, RULES, Reach};
+use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
+
+/// How many rows the programs have room for.
+const KINDS: usize = 32;
+/// Where ends of pins are counted that could not be told.
+pub(super) const UNTOLD: u32 = 31;
+/// Runs that an entry holds by itself.
+pub(super) const INLINE: usize = 8;
+
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+struct Row {
+    reach: u8,
+    refused_on: u8,
+    grows: u8,
+    brings_shared: u8,
+    touches: u8,
+    lets_go: u8,
+    pad: [u8; 2],
+}
+
+/// The table of rules, and who the guard is.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Settings {
+    rules: [Row; KINDS],
+    guard_start: u64,
+    guard_tgid: u32,
+    pad: u32,
+}
+
+impl Settings {
+    /// For the process of this number that began so many nanoseconds after
+    /// boot.
+    pub(super) fn new(tgid: u32, start: u64) -> Self {
+        // What is not in the table is refused.
+        let unknown = row(OperationKind::Unknown);
+        let mut rules = [unknown; KINDS];
+        for rule in &RULES {
+            rules[rule.kind as usize] = row(rule.kind);
+        }
+        Self {
+            rules,
+            guard_start: start,
+            guard_tgid: tgid,
+            pad: 0,
+        }
+    }
+}
+
+fn row(kind: OperationKind) -> Row {
+    let rule = kind.rule();
+    let traits = Traits::of(kind);
+    Row {
+        reach: match rule.reach {
+            Reach::Nothing => 0,
+            Reach::Range => 1,
+            Reach::ToTheEnd => 2,
+            Reach::BeyondSize => 3,
+            Reach::Everything => 4,
+        },
+        refused_on: match rule.refused_on {
+            Meets::Frozen => 0,
+            Meets::Any => 1,
+        },
+        grows: rule.grows.into(),
+        brings_shared: traits.brings_shared.into(),
+        touches: traits.touches.into(),
+        lets_go: match traits.lets_go {
+            LetsGo::Nothing => 0,
+            LetsGo::Range => 1,
+            LetsGo::ToTheEnd => 2,
+            LetsGo::RangeIfDirect => 3,
+        },
+        pad: [0; 2],
+    }
+}
+
+/// An inode as the kernel names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Key {
+    pub(super) dev: u32,
+    pad: u32,
+    pub(super) ino: u64,
+}
+
+impl Key {
+    pub(super) fn new(id: crate::table::InodeId) -> Self {
+        // `MKDEV`, include/linux/kdev_t.h
+        let device = id.device();
+        Self {
+            dev: device.major << 20 | device.minor,
+            pad: 0,
+            ino: id.inode,
+        }
+    }
+
+    pub(super) fn inode(self) -> crate::table::InodeId {
+        crate::table::InodeId {
+            dev: rustix::fs::makedev(self.dev >> 20, self.dev & 0xf_ffff),
+            inode: self.ino,
+        }
+    }
+
+    /// Where the filter counts it: `filter_slot`.
+    pub(super) fn slot(self) -> u32 {
+        const BITS: u32 = 18;
+        let mixed = (self.ino ^ u64::from(self.dev) << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        u32::try_from(mixed >> (64 - BITS)).unwrap_or(0)
+    }
+}
+
+/// Bytes from `start` up to `end`.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Run {
+    pub(super) start: u64,
+    pub(super) end: u64,
+}
+
+/// What the pins of an inode keep still.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Entry {
+    pub(super) version: u64,
+    flags: u32,
+    unused: u32,
+    size_floor: u64,
+    fixed_size: u64,
+    largest_size: u64,
+    block: u32,
+    pub(super) spilled: u32,
+    first: [u32; LISTS + 1],
+    pad: u32,
+    runs: [Run; INLINE],
+}
+
+/// Facts of an inode beside its layers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Facts {
+    pub(super) reflink: bool,
+    pub(super) cached: bool,
+}
+
+impl Entry {
+    const REFLINK: u32 = 1;
+    const GROWS_INTO: u32 = 2;
+    const HAS_FROZEN: u32 = 4;
+    const CACHED: u32 = 8;
+
+    /// An entry, and the runs that do not fit into it.
+    pub(super) fn new(version: u64, layers: &Layers, facts: Facts) -> (Self, Option<Vec<Run>>) {
+        let mut first = [0; LISTS + 1];
+        let mut runs = Vec::new();
+        for (at, list) in layers.lists().iter().enumerate() {
+            runs.extend(list.iter().map(|run| Run {
+                start: run.start,
+                end: run.end,
+            }));
+            first[at + 1] = u32::try_from(runs.len()).unwrap_or(u32::MAX);
+        }
+        let flag = |flag, is: bool| if is { flag } else { 0 };
+        let mut inline = [Run::new_zeroed(); INLINE];
+        let spilled = runs.len() > INLINE;
+        if !spilled {
+            inline[..runs.len()].copy_from_slice(&runs);
+        }
+        let entry = Self {
+            version,
+            unused: 0,
+            flags: flag(Self::REFLINK, facts.reflink)
+                | flag(Self::GROWS_INTO, layers.grows_into)
+                | flag(Self::HAS_FROZEN, layers.has_frozen())
+                | flag(Self::CACHED, facts.cached),
+            size_floor: layers.size_floor,
+            fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
+            largest_size: layers.largest_size.unwrap_or(u64::MAX),
+            block: u32::try_from(layers.block).unwrap_or(0),
+            spilled: spilled.into(),
+            first,
+            pad: 0,
+            runs: inline,
+        };
+        (entry, spilled.then_some(runs))
+    }
+}
+
+/// A struct file that is a pin.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Holder {
+    pub(super) key: Key,
+    pub(super) pin: u64,
+    pub(super) start: u64,
+    pub(super) end: u64,
+}
+
+/// What a descriptor of the guard is to the kernel.
+/// and what it shall be.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Identity {
+    pub(super) key: Key,
+    pub(super) file: u64,
+    pub(super) generation: u32,
+    /// Direct writes and reads under way.
+    pub(super) direct: u32,
+    /// The pin that it shall be, or 0.
+    pub(super) pin: u64,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// It is.
+    pub(super) held: u64,
+}
+
+pub(super) const EVENT_REFUSED: u32 = 1;
+pub(super) const EVENT_ENDED: u32 = 2;
+pub(super) const EVENT_RAW: u32 = 3;
+
+/// An inode all of whose pins are gone.
+pub(super) const DEAD: u64 = 1 << 63;
+
+/// Something that happened at the gate.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Event {
+    pub(super) kind_of_event: u32,
+    pub(super) kind: u32,
+    pub(super) tid: u32,
+    pub(super) tgid: u32,
+    pub(super) key: Key,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) pin: u64,
+    pub(super) file: u64,
+    pub(super) command: [u8; 16],
+}
+
+/// Most bytes of a file handle of XFS and ext4 with its parent's, and of any
+/// other that is kept.
+pub(super) const HANDLE: usize = 128;
+
+/// What a guard that comes later must know of a pin.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct PinFacts {
+    pub(super) key: Key,
+    pub(super) id: u64,
+    /// The struct file whose life it is.
+    pub(super) file: u64,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    pub(super) mapped_start: u64,
+    /// 0 if nothing is mapped.
+    pub(super) mapped_end: u64,
+    pub(super) flags: u32,
+    pub(super) pid: i32,
+    pub(super) uid: u32,
+    pub(super) handle_type: i32,
+    pub(super) handle_length: u32,
+    pub(super) path_length: u32,
+    pub(super) handle: [u8; HANDLE],
+    pub(super) path: [u8; 512 - 88 - HANDLE],
+}
+
+const _: () = assert!(size_of::<PinFacts>() == 512);
+const _: () = assert!(size_of::<Event>() == 80);
+
+/// A question to the programs, for tests.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Question {
+    pub(super) key: Key,
+    pub(super) kind: u32,
+    pub(super) read_side: u8,
+    pub(super) direct: u8,
+    pub(super) foreign: u8,
+    pub(super) has_or: u8,
+    pub(super) at: Run,
+    pub(super) or_at: Run,
+    pub(super) size: u64,
+    pub(super) answer: u64,
+}

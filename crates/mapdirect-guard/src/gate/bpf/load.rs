@@ -1,0 +1,460 @@
+//! Bringing the programs into the kernel, and keeping them there: their links
+//! and maps are pinned in a directory of the bpf filesystem, where they
+//! outlive the guard.
+
+use libbpf_rs::btf::types::{Func, FuncProto};
+use libbpf_rs::{
+    Btf, ErrorExt, Link, MapCore, MapHandle, Object, ObjectBuilder, PrintLevel, ProgramType,
+};
+use mapdirect_sys::Errno;
+use rustix::fs::{FlockOperation, Mode, OFlags};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+/// The programs, compiled from `mapdirect.bpf.c` by `cargo xtask bpf`.
+const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
+/// What names the version of the programs: fingerprints of source and object.
+const HASH: &str = include_str!("mapdirect.bpf.hash");
+
+/// The maps that user space uses.
+const MAPS: [&str; 13] = [
+    "settings",
+    "filter",
+    "entries",
+    "spill",
+    "shared_since",
+    "holders",
+    "lives",
+    "devices",
+    "events",
+    "changes",
+    "identities",
+    "pins",
+    "refused",
+];
+
+/// Why the gate cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum LoadError {
+    /// It lacks privilege.
+    #[error("loading BPF programs needs root")]
+    NotPrivileged,
+    /// The kernel lacks something.
+    #[error("this kernel cannot do it: {0}")]
+    Unsupported(String),
+    /// Another guard has the directory.
+    #[error("another guard keeps the gate at {0}; end it first")]
+    AlreadyRunning(String),
+    /// A guard of another version left it.
+    #[error(
+        "the gate at {0} was made by another version; end its pins, then run \
+         `mapdirect guard --unload`"
+    )]
+    OtherVersion(String),
+    /// Something failed.
+    #[error("{0}")]
+    Failed(String),
+}
+
+fn failed(what: &str, error: impl std::fmt::Display) -> LoadError {
+    LoadError::Failed(format!("{what}: {error}"))
+}
+
+/// The maps of a gate that is in place.
+#[derive(Debug)]
+pub(super) struct Maps {
+    pub(super) settings: MapHandle,
+    pub(super) filter: MapHandle,
+    pub(super) entries: MapHandle,
+    pub(super) spill: MapHandle,
+    pub(super) shared_since: MapHandle,
+    pub(super) holders: MapHandle,
+    pub(super) lives: MapHandle,
+    pub(super) devices: MapHandle,
+    pub(super) events: MapHandle,
+    pub(super) changes: MapHandle,
+    pub(super) identities: MapHandle,
+    pub(super) pins: MapHandle,
+    pub(super) refused: MapHandle,
+}
+
+impl Maps {
+    fn open(directory: &Path) -> Result<Self, LoadError> {
+        let map = |name: &str| {
+            MapHandle::from_pinned_path(directory.join(name)).map_err(|error| failed(name, error))
+        };
+        Ok(Self {
+            settings: map("settings")?,
+            filter: map("filter")?,
+            entries: map("entries")?,
+            spill: map("spill")?,
+            shared_since: map("shared_since")?,
+            holders: map("holders")?,
+            lives: map("lives")?,
+            devices: map("devices")?,
+            events: map("events")?,
+            changes: map("changes")?,
+            identities: map("identities")?,
+            pins: map("pins")?,
+            refused: map("refused")?,
+        })
+    }
+}
+
+/// A gate in place, and the claim on it.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    pub(super) maps: Maps,
+    /// A lock on the directory: there is one guard for a gate.
+    _claim: OwnedFd,
+    /// It was there already.
+    pub(super) adopted: bool,
+}
+
+/// Puts the gate in place, or takes over the one that is there.
+pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
+    mount_bpffs(directory)?;
+    match rustix::fs::mkdir(directory, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(Errno::PERM | Errno::ACCESS) => return Err(LoadError::NotPrivileged),
+        Err(errno) => return Err(failed(&format!("making {}", directory.display()), errno)),
+    }
+    let claim = claim(directory)?;
+    let complete = directory.join(marker());
+    let adopted = complete.exists();
+    if !adopted {
+        if has_marker(directory) {
+            return Err(LoadError::OtherVersion(directory.display().to_string()));
+        }
+        // Whoever began here did not get to its end, and has pinned nothing.
+        empty(directory).map_err(|error| failed("clearing", error))?;
+        if let Err(error) = put_in_place(directory) {
+            let _ = empty(directory);
+            return Err(error);
+        }
+        rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
+    }
+    Ok(Loaded {
+        maps: Maps::open(directory)?,
+        _claim: claim,
+        adopted,
+    })
+}
+
+/// Takes the gate away, and with it every pin that it kept.
+pub(super) fn unload(directory: &Path) -> Result<bool, LoadError> {
+    if !directory.exists() {
+        return Ok(false);
+    }
+    let _claim = claim(directory)?;
+    // The kernel lets go of programs when it gets round to it; from now on
+    // they find nothing to refuse.
+    if let Ok(entries) = MapHandle::from_pinned_path(directory.join("entries")) {
+        let keys: Vec<_> = entries.keys().collect();
+        for key in keys {
+            let _ = entries.delete(&key);
+        }
+    }
+    remove(directory)?;
+    Ok(true)
+}
+
+/// The same for whoever has the claim.
+pub(super) fn remove(directory: &Path) -> Result<(), LoadError> {
+    empty(directory)
+        .and_then(|()| std::fs::remove_dir(directory))
+        .map_err(|error| failed(&format!("removing {}", directory.display()), error))
+}
+
+fn marker() -> String {
+    format!("version-{}", HASH.trim().get(..16).unwrap_or("none"))
+}
+
+fn has_marker(directory: &Path) -> bool {
+    std::fs::read_dir(directory).is_ok_and(|entries| {
+        entries
+            .flatten()
+            .any(|entry| entry.file_name().to_string_lossy().starts_with("version-"))
+    })
+}
+
+/// Links first: nobody is refused any more when the pins go. The mark of a
+/// complete gate goes last, so that nobody takes over what is left of one.
+fn empty(directory: &Path) -> std::io::Result<()> {
+    let mut names: Vec<_> = std::fs::read_dir(directory)?
+        .map(|entry| Ok(entry?.file_name()))
+        .collect::<std::io::Result<_>>()?;
+    names.sort_by_key(|name| {
+        let name = name.to_string_lossy();
+        (name.starts_with("version-"), !name.starts_with("link-"))
+    });
+    for name in names {
+        let path = directory.join(&name);
+        if path.is_dir() {
+            std::fs::remove_dir(path)?;
+        } else {
+            std::fs::remove_file(path)?;
+        }
+    }
+    Ok(())
+}
+
+fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(directory, flags, Mode::empty())
+        .map_err(|errno| failed(&format!("opening {}", directory.display()), errno))?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::AGAIN) => Err(LoadError::AlreadyRunning(directory.display().to_string())),
+        Err(errno) => Err(failed("flock", errno)),
+    }
+}
+
+/// BPF_FS_MAGIC, include/uapi/linux/magic.h.
+const BPF_FS: u64 = 0xcafe_4a11;
+
+fn mount_bpffs(directory: &Path) -> Result<(), LoadError> {
+    let parent = directory.parent().unwrap_or(Path::new("/"));
+    let is_there = || {
+        rustix::fs::statfs(parent)
+            .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
+    };
+    if is_there() {
+        return Ok(());
+    }
+    if parent != Path::new("/sys/fs/bpf") {
+        return Err(LoadError::Failed(format!(
+            "{} is not on a bpf filesystem",
+            directory.display()
+        )));
+    }
+    let mounted = rustix::mount::mount(
+        "bpf",
+        parent,
+        "bpf",
+        rustix::mount::MountFlags::empty(),
+        Some(c"mode=0700"),
+    );
+    match mounted {
+        Ok(()) => Ok(()),
+        Err(_) if is_there() => Ok(()),
+        Err(Errno::PERM | Errno::ACCESS) => Err(LoadError::NotPrivileged),
+        Err(errno) => Err(LoadError::Unsupported(format!(
+            "there is no bpf filesystem to mount at {} ({errno})",
+            parent.display()
+        ))),
+    }
+}
+
+/// What the kernel offers, by its own type information.
+struct Offers<'btf> {
+    btf: &'btf Btf<'static>,
+    /// The security hooks call BPF programs.
+    lsm: bool,
+}
+
+impl Offers<'_> {
+    fn function(&self, name: &str) -> Option<usize> {
+        let function: Func<'_> = self.btf.type_by_name(name)?;
+        let prototype = FuncProto::try_from(function.next_type()?).ok()?;
+        Some(prototype.iter().len())
+    }
+
+    fn has(&self, name: &str) -> bool {
+        self.function(name).is_some()
+    }
+
+    /// The function that a hook is watched at.
+    fn hook(&self, name: &str) -> String {
+        if self.lsm {
+            format!("bpf_lsm_{name}")
+        } else {
+            format!("security_{name}")
+        }
+    }
+}
+
+/// What becomes of a program.
+enum Choice {
+    Load,
+    /// The kernel works without it.
+    Leave,
+    /// It is needed, and its place is not there.
+    Missing(String),
+}
+
+/// Hooks that kernels have only since some version.
+const LATER_HOOKS: [&str; 2] = ["inode_file_setattr", "file_ioctl_compat"];
+
+fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
+    let needed = |function: &str| {
+        if offers.has(function) {
+            Choice::Load
+        } else {
+            Choice::Missing(function.to_owned())
+        }
+    };
+    let when = |wanted: bool, otherwise: Choice| if wanted { otherwise } else { Choice::Leave };
+    let three = offers.function(&offers.hook("inode_setattr")) == Some(3);
+    let inlined = !offers.has("remap_verify_area");
+    match name {
+        "inode_setattr" => when(three, needed(&offers.hook("inode_setattr"))),
+        "inode_setattr_2" => when(!three, needed(&offers.hook("inode_setattr"))),
+        "mmap_file" => when(offers.lsm, needed("bpf_lsm_mmap_file")),
+        "mmap_file_3" => when(!offers.lsm, needed("security_mmap_file")),
+        "note_remap" => when(!inlined, Choice::Load),
+        "note_clone" | "note_dedupe" | "note_dedupe_one" => when(
+            inlined,
+            needed(section.rsplit('/').next().unwrap_or_default()),
+        ),
+        _ => match section.split_once('/') {
+            Some(("lsm", hook)) if LATER_HOOKS.contains(&hook) => {
+                when(offers.has(&offers.hook(hook)), Choice::Load)
+            }
+            Some(("lsm", hook)) => needed(&offers.hook(hook)),
+            Some(("fentry" | "fexit", function)) => needed(function),
+            _ => Choice::Load,
+        },
+    }
+}
+
+/// Whether the security hooks call BPF programs.
+fn has_lsm() -> bool {
+    std::fs::read_to_string("/sys/kernel/security/lsm")
+        .is_ok_and(|list| list.trim().split(',').any(|name| name == "bpf"))
+}
+
+/// What libbpf said last: reasons are long, and come line by line.
+static SAID: Mutex<String> = Mutex::new(String::new());
+
+fn listen(_level: PrintLevel, line: String) {
+    let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
+    said.push_str(&line);
+    // The end of it tells most.
+    const MOST: usize = 4000;
+    if said.len() > MOST {
+        let mut from = said.len() - MOST;
+        while !said.is_char_boundary(from) {
+            from += 1;
+        }
+        said.drain(..from);
+    }
+}
+
+/// An error of libbpf with what it had to say.
+fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
+    // The verifier says EACCES, too.
+    let denied = error.kind() == libbpf_rs::ErrorKind::PermissionDenied;
+    if denied && !rustix::process::geteuid().is_root() {
+        return LoadError::NotPrivileged;
+    }
+    let said = std::mem::take(&mut *SAID.lock().unwrap_or_else(PoisonError::into_inner));
+    LoadError::Unsupported(format!("{what}: {error:#}\n{}", said.trim_end()))
+}
+
+/// Loads and attaches the programs, and pins links and maps.
+fn put_in_place(directory: &Path) -> Result<(), LoadError> {
+    let object = load_object()?;
+    for mut map in object_maps(&object) {
+        let path = directory.join(&map.0);
+        map.1
+            .pin(&path)
+            .map_err(|error| told("pinning a map", &error))?;
+    }
+    // Notes first: a hook that found none would refuse.
+    let mut programs: Vec<_> = object.progs_mut().collect();
+    programs.sort_by_key(|program| program.section().to_string_lossy().starts_with("lsm/"));
+    for program in programs {
+        if !program.autoload() || program.prog_type() == ProgramType::Syscall {
+            continue;
+        }
+        let name = program.name().to_string_lossy().into_owned();
+        let mut link: Link = program
+            .attach_trace()
+            .with_context(|| format!("attaching {name}"))
+            .map_err(|error| told("attaching", &error))?;
+        link.pin(directory.join(format!("link-{name}")))
+            .map_err(|error| told("pinning a link", &error))?;
+    }
+    Ok(())
+}
+
+fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
+    object
+        .maps()
+        .filter_map(|map| {
+            let name = map.name().to_str()?.to_owned();
+            MAPS.contains(&name.as_str()).then_some(())?;
+            Some((name, MapHandle::try_from(&map).ok()?))
+        })
+        .collect()
+}
+
+pub(super) fn load_object() -> Result<Object, LoadError> {
+    libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
+    let btf = Btf::from_vmlinux()
+        .map_err(|error| LoadError::Unsupported(format!("it has no type information: {error}")))?;
+    let offers = Offers {
+        btf: &btf,
+        lsm: has_lsm(),
+    };
+    let mut open = ObjectBuilder::default()
+        .open_memory(OBJECT)
+        .map_err(|error| told("reading the programs", &error))?;
+    for mut program in open.progs_mut() {
+        let name = program.name().to_string_lossy().into_owned();
+        let section = program.section().to_string_lossy().into_owned();
+        match choose(&name, &section, &offers) {
+            Choice::Load => {}
+            Choice::Leave => {
+                program.set_autoload(false);
+                continue;
+            }
+            Choice::Missing(function) => {
+                return Err(LoadError::Unsupported(format!("it has no {function}")));
+            }
+        }
+        if let Some(hook) = section.strip_prefix("lsm/")
+            && !offers.lsm
+        {
+            // What a security hook would be asked, its callers can be.
+            program.set_prog_type(ProgramType::Tracing);
+            program.set_attach_type(libbpf_rs::ProgramAttachType::ModifyReturn);
+            program
+                .set_attach_target(0, Some(format!("security_{hook}")))
+                .map_err(|error| told("choosing a place", &error))?;
+        }
+    }
+    open.load().map_err(|error| told("loading", &error))
+}
+
+/// Whether the gate can be loaded here: everything but attaching it.
+///
+/// # Errors
+///
+/// Why not.
+pub fn probe() -> Result<(), LoadError> {
+    load_object().map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mapdirect_testkit::fingerprint::fingerprint;
+
+    #[test]
+    fn the_object_is_that_of_the_source() {
+        let expected = format!(
+            "{} {}",
+            fingerprint(include_bytes!("mapdirect.bpf.c")),
+            fingerprint(OBJECT)
+        );
+        assert_eq!(
+            HASH.trim(),
+            expected,
+            "the source and what was compiled differ: run `cargo xtask bpf`"
+        );
+    }
+}

@@ -1,0 +1,694 @@
+//! The bpf gate: programs in the kernel that judge every operation on a
+//! pinned file, whoever makes it, by whatever way, through a descriptor of
+//! whatever age.
+//!
+//! They find what is pinned in maps, which this module keeps: an entry for
+//! each inode, with the [`Layers`] of all its pins. Programs and maps stay
+//! when the guard dies. The kernel tells the end of a pin by itself, when the
+//! struct file is freed that was the pin.
+
+mod abi;
+mod load;
+pub mod oracle;
+
+use crate::audit::Refused;
+use crate::policy::RULES;
+use crate::policy::layers::Layers;
+use crate::table::{InodeId, Pin, Settled, Watched};
+use crate::{Errno, Guard};
+use abi::{Entry, Event, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
+use libbpf_rs::libbpf_sys::bpf_map_create_opts;
+use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
+pub use load::LoadError;
+pub use load::probe;
+use mapdirect_proto::Flags;
+use mapdirect_sys::file_handle::{self, FileHandle};
+use mapdirect_sys::{fcntl, memfd};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+/// Where the gate is pinned by default.
+pub const DIRECTORY: &str = "/sys/fs/bpf/mapdirect";
+
+/// The argument of fcntl(2) by which the programs know that the guard asks
+/// what a file is to the kernel: WHO_IS_IT in `mapdirect.bpf.c`.
+const WHO_IS_IT: u64 = 0x6d61_7064_6972_6563;
+
+const SHARDS: usize = 64;
+
+/// A gate in place.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    loaded: load::Loaded,
+    directory: PathBuf,
+    versions: AtomicU64,
+    /// What of an inode is in the maps. Whoever changes that holds the lock
+    /// while looking at its pins, so that the last one to look writes last.
+    published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
+    counts: Mutex<Counts>,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Published {
+    version: u64,
+    spilled: bool,
+    pins: u64,
+    handle: Option<FileHandle>,
+    /// Its entry is of a guard before this one, which could not be read: it
+    /// stays as it is.
+    kept: bool,
+}
+
+/// What several inodes have in common.
+#[derive(Debug, Default)]
+struct Counts {
+    /// Inodes in each place of the filter.
+    filter: HashMap<u32, u32>,
+    /// Pins on each filesystem.
+    devices: HashMap<u32, u64>,
+}
+
+/// A pin that an earlier guard has granted, and that lives.
+#[derive(Debug)]
+pub(crate) struct Found {
+    pub(crate) id: u64,
+    pub(crate) inode: InodeId,
+    pub(crate) range: Range<u64>,
+    pub(crate) mapped: Option<Range<u64>>,
+    pub(crate) flags: Flags,
+    pub(crate) pid: i32,
+    pub(crate) uid: u32,
+    pub(crate) handle: FileHandle,
+    pub(crate) path: String,
+}
+
+fn errno(error: &libbpf_rs::Error) -> Errno {
+    match error.kind() {
+        libbpf_rs::ErrorKind::NotFound => Errno::NOENT,
+        libbpf_rs::ErrorKind::PermissionDenied => Errno::PERM,
+        libbpf_rs::ErrorKind::OutOfMemory => Errno::NOMEM,
+        libbpf_rs::ErrorKind::TooBig => Errno::TOOBIG,
+        _ => Errno::IO,
+    }
+}
+
+impl Gate {
+    /// Puts it in place, or takes over the one that is there.
+    pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
+        let loaded = load::load(directory)?;
+        let mut random = [0; 8];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
+            .map_err(|errno| LoadError::Failed(format!("getrandom: {errno}")))?;
+        let gate = Self {
+            loaded,
+            directory: directory.to_owned(),
+            versions: AtomicU64::new(u64::from_ne_bytes(random)),
+            published: std::array::from_fn(|_| Mutex::default()),
+            counts: Mutex::default(),
+        };
+        // The programs fill in when this process began, the first time it
+        // asks them something.
+        let settings = Settings::new(std::process::id(), 0);
+        gate.loaded
+            .maps
+            .settings
+            .update(&0u32.to_ne_bytes(), settings.as_bytes(), MapFlags::ANY)
+            .map_err(|error| LoadError::Failed(format!("writing the rules: {error}")))?;
+        let probe = memfd::sealed("mapdirect-probe", b"")
+            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
+        gate.identify(probe.as_fd())
+            .map_err(|_| LoadError::Failed(String::from("the programs do not answer")))?;
+        Ok(gate)
+    }
+
+    /// It was there already.
+    pub(crate) fn is_adopted(&self) -> bool {
+        self.loaded.adopted
+    }
+
+    /// Takes it away.
+    pub(crate) fn remove(&self) -> Result<(), LoadError> {
+        load::remove(&self.directory)
+    }
+
+    fn shard(&self, id: InodeId) -> &Mutex<HashMap<InodeId, Published>> {
+        let mixed = (id.inode ^ id.dev.rotate_left(32)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        &self.published[usize::try_from(mixed >> 58).unwrap_or(0) % SHARDS]
+    }
+
+    /// Has the programs judge by the pins that the inode has now.
+    pub(crate) fn publish(&self, watched: &Watched) -> Result<(), Errno> {
+        let shard = self.shard(watched.id);
+        let mut published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let pins = watched.pins.load();
+        let live: Vec<&Arc<Pin>> = pins.iter().filter(|pin| !pin.is_dead()).collect();
+        let settled: Vec<Arc<Settled>> = live.iter().filter_map(|pin| pin.settled()).collect();
+        let before = published.get(&watched.id).cloned();
+        let key = Key::new(watched.id);
+        if settled.is_empty() {
+            if let Some(before) = &before
+                && self.forget(key, before)
+            {
+                published.remove(&watched.id);
+            }
+            return Ok(());
+        }
+        let layers = Layers::new(
+            settled.iter().map(|settled| &settled.pinned),
+            watched.abilities.coarse,
+        );
+        let facts = Facts {
+            reflink: watched.abilities.reflink,
+            cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),
+        };
+        let version = self.versions.fetch_add(1, Relaxed);
+        let (entry, runs) = Entry::new(version, &layers, facts);
+        let count = live.len() as u64;
+        let counted = before.as_ref().map(|before| before.pins);
+        self.count(key, counted, Some(count))?;
+        let maps = &self.loaded.maps;
+        let put = || -> Result<(), libbpf_rs::Error> {
+            if let Some(runs) = &runs {
+                spill(&maps.spill, version, runs)?;
+            }
+            maps.entries
+                .update(key.as_bytes(), entry.as_bytes(), MapFlags::ANY)
+        };
+        if let Err(error) = put() {
+            let _ = maps.spill.delete(&version.to_ne_bytes());
+            // What was there stays.
+            let _ = self.count(key, Some(count), counted);
+            return Err(errno(&error));
+        }
+        if let Some(before) = before.as_ref().filter(|before| before.spilled) {
+            let _ = maps.spill.delete(&before.version.to_ne_bytes());
+        }
+        let now = Published {
+            version,
+            spilled: runs.is_some(),
+            pins: count,
+            handle: before.and_then(|before| before.handle),
+            kept: false,
+        };
+        published.insert(watched.id, now);
+        Ok(())
+    }
+
+    /// Takes an inode out of the maps; says no if the kernel knows of pins
+    /// that have not been heard of.
+    fn forget(&self, key: Key, before: &Published) -> bool {
+        let maps = &self.loaded.maps;
+        let lives = maps.lives.lookup(key.as_bytes(), MapFlags::ANY);
+        let lives = lives
+            .ok()
+            .flatten()
+            .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
+            .unwrap_or(abi::DEAD);
+        if lives & abi::DEAD == 0 && lives > 0 {
+            return false;
+        }
+        // The kernel has done it by itself, mostly.
+        let _ = maps.entries.delete(key.as_bytes());
+        let _ = maps.lives.delete(key.as_bytes());
+        let _ = maps.shared_since.delete(key.as_bytes());
+        if before.spilled {
+            let _ = maps.spill.delete(&before.version.to_ne_bytes());
+        }
+        let _ = self.count(key, Some(before.pins), None);
+        true
+    }
+
+    /// Counts the pins of an inode instead of those it had.
+    fn count(&self, key: Key, before: Option<u64>, now: Option<u64>) -> Result<(), Errno> {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let maps = &self.loaded.maps;
+        let device = counts.devices.entry(key.dev).or_default();
+        *device = (*device + now.unwrap_or(0)).saturating_sub(before.unwrap_or(0));
+        let (device, slot) = (*device, key.slot());
+        let told =
+            maps.devices
+                .update(&key.dev.to_ne_bytes(), &device.to_ne_bytes(), MapFlags::ANY);
+        let filter = counts.filter.entry(slot).or_default();
+        match (before, now) {
+            (None, Some(_)) => *filter += 1,
+            (Some(_), None) => *filter = filter.saturating_sub(1),
+            _ => {}
+        }
+        let filter = u64::from(*filter);
+        told.and_then(|()| {
+            maps.filter
+                .update(&slot.to_ne_bytes(), &filter.to_ne_bytes(), MapFlags::ANY)
+        })
+        .map_err(|error| errno(&error))
+    }
+
+    /// What a descriptor of this process is to the kernel.
+    fn identify(&self, file: BorrowedFd<'_>) -> Result<Identity, Errno> {
+        self.ask_about(file, None)
+    }
+
+    /// The same; from now on it is a pin, if one is given.
+    fn ask_about(&self, file: BorrowedFd<'_>, pin: Option<&Pin>) -> Result<Identity, Errno> {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let key = tid.to_ne_bytes();
+        let identities = &self.loaded.maps.identities;
+        if let Some(pin) = pin {
+            let mut asked = Identity::new_zeroed();
+            asked.pin = pin.id;
+            (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
+            identities
+                .update(&key, asked.as_bytes(), MapFlags::ANY)
+                .map_err(|error| errno(&error))?;
+        }
+        fcntl::get_flags_with(file, WHO_IS_IT)?;
+        let found = identities.lookup(&key, MapFlags::ANY);
+        let _ = identities.delete(&key);
+        found
+            .ok()
+            .flatten()
+            .and_then(|bytes| Identity::read_from_bytes(&bytes).ok())
+            .ok_or(Errno::NODATA)
+    }
+
+    /// The pin that a description is.
+    pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
+        let identity = self.identify(file)?;
+        let holder = self
+            .loaded
+            .maps
+            .holders
+            .lookup(&identity.file.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|error| errno(&error))?;
+        let holder = holder.and_then(|bytes| Holder::read_from_bytes(&bytes).ok());
+        Ok(holder.map(|holder| holder.pin))
+    }
+
+    /// How many direct reads and writes of a file are under way.
+    pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {
+        Ok(self.identify(file)?.direct)
+    }
+
+    /// From now on the pin lives as long as this description does.
+    pub(crate) fn hold(
+        &self,
+        watched: &Watched,
+        pin: &Pin,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), Errno> {
+        let key = Key::new(watched.id);
+        let handle = file_handle::of(file)?;
+        self.prepare(watched.id, &handle)?;
+        let identity = self.ask_about(file, Some(pin))?;
+        if identity.key != key || identity.held == 0 {
+            return Err(Errno::STALE);
+        }
+        self.remember(watched, pin, identity.file, &handle)
+    }
+
+    /// Keeps what a guard that comes later must know.
+    fn remember(
+        &self,
+        watched: &Watched,
+        pin: &Pin,
+        file: u64,
+        handle: &FileHandle,
+    ) -> Result<(), Errno> {
+        let mut facts = PinFacts {
+            key: Key::new(watched.id),
+            id: pin.id,
+            file,
+            start: pin.shown.start,
+            end: pin.shown.end,
+            mapped_start: pin.mapped.as_ref().map_or(0, |mapped| mapped.start),
+            mapped_end: pin.mapped.as_ref().map_or(0, |mapped| mapped.end),
+            flags: pin.flags.bits(),
+            pid: pin.pid,
+            uid: pin.uid,
+            handle_type: handle.kind,
+            handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
+            path_length: 0,
+            handle: [0; abi::HANDLE],
+            path: [0; 512 - 88 - abi::HANDLE],
+        };
+        facts.handle[..handle.bytes.len()].copy_from_slice(&handle.bytes);
+        let path = watched.path.as_bytes();
+        let length = path.len().min(facts.path.len());
+        facts.path[..length].copy_from_slice(&path[..length]);
+        facts.path_length = u32::try_from(length).unwrap_or(0);
+        self.loaded
+            .maps
+            .pins
+            .update(&pin.id.to_ne_bytes(), facts.as_bytes(), MapFlags::ANY)
+            .map_err(|error| errno(&error))
+    }
+
+    /// Has the programs look at an inode from now on: they would not see the
+    /// end of a pin otherwise.
+    fn prepare(&self, id: InodeId, handle: &FileHandle) -> Result<(), Errno> {
+        let mut published = self
+            .shard(id)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if published.get(&id).is_some_and(|published| published.kept) {
+            return Err(Errno::BUSY);
+        }
+        if !published.contains_key(&id) {
+            self.count(Key::new(id), None, Some(0))?;
+        }
+        published.entry(id).or_default().handle = Some(handle.clone());
+        Ok(())
+    }
+
+    /// Leaves an inode as an earlier guard has left it.
+    pub(crate) fn keep(&self, found: &Found) {
+        let mut published = self
+            .shard(found.inode)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if published.contains_key(&found.inode) {
+            return;
+        }
+        let key = Key::new(found.inode);
+        let entry = self
+            .loaded
+            .maps
+            .entries
+            .lookup(key.as_bytes(), MapFlags::ANY);
+        let entry = entry
+            .ok()
+            .flatten()
+            .and_then(|bytes| Entry::read_from_bytes(&bytes).ok());
+        let _ = self.count(key, None, Some(1));
+        let kept = Published {
+            version: entry.map_or(0, |entry| entry.version),
+            spilled: entry.is_some_and(|entry| entry.spilled != 0),
+            pins: 1,
+            handle: Some(found.handle.clone()),
+            kept: true,
+        };
+        published.insert(found.inode, kept);
+    }
+
+    /// Takes out what is left of an inode that nobody pins.
+    fn clean(&self, id: InodeId) {
+        let mut published = self
+            .shard(id)
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(before) = published.get(&id)
+            && self.forget(Key::new(id), before)
+        {
+            published.remove(&id);
+        }
+    }
+
+    /// The pins that live, as an earlier guard has left them. Those whose
+    /// description is gone have been taken out by the kernel.
+    pub(crate) fn left_behind(&self) -> Vec<Found> {
+        let maps = &self.loaded.maps;
+        maps.pins
+            .keys()
+            .filter_map(|key| maps.pins.lookup(&key, MapFlags::ANY).ok().flatten())
+            .filter_map(|bytes| PinFacts::read_from_bytes(&bytes).ok())
+            .filter(|facts| {
+                let holder = maps
+                    .holders
+                    .lookup(&facts.file.to_ne_bytes(), MapFlags::ANY);
+                let holder = holder.ok().flatten();
+                holder
+                    .and_then(|bytes| Holder::read_from_bytes(&bytes).ok())
+                    .is_some_and(|holder| holder.pin == facts.id)
+            })
+            .map(|facts| found(&facts))
+            .collect()
+    }
+
+    /// Everything in the maps that no pin of `known` accounts for goes; and
+    /// what is in the maps counts from now on.
+    pub(crate) fn take_over(&self, known: &[InodeId]) {
+        let maps = &self.loaded.maps;
+        // What the filter has beside what was counted again.
+        let stale = |map: &MapHandle| -> Vec<Vec<u8>> {
+            map.keys()
+                .filter(|key| {
+                    Key::read_from_bytes(key).is_ok_and(|key| !known.contains(&key.inode()))
+                })
+                .collect()
+        };
+        for map in [&maps.entries, &maps.shared_since] {
+            for key in stale(map) {
+                let _ = map.delete(&key);
+            }
+        }
+        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let devices: Vec<Vec<u8>> = maps.devices.keys().collect();
+        for key in devices {
+            let is_known = u32::read_from_bytes(&key)
+                .is_ok_and(|device| counts.devices.get(&device).is_some_and(|pins| *pins > 0));
+            if !is_known {
+                let _ = maps.devices.delete(&key);
+            }
+        }
+        for slot in 0u32..1 << 18 {
+            let counted = counts.filter.get(&slot).copied().unwrap_or(0);
+            let there = maps.filter.lookup(&slot.to_ne_bytes(), MapFlags::ANY);
+            let there = there
+                .ok()
+                .flatten()
+                .and_then(|bytes| u64::read_from_bytes(&bytes).ok());
+            if there != Some(u64::from(counted)) {
+                let counted = u64::from(counted).to_ne_bytes();
+                let _ = maps
+                    .filter
+                    .update(&slot.to_ne_bytes(), &counted, MapFlags::ANY);
+            }
+        }
+        let used: Vec<u64> = self
+            .published
+            .iter()
+            .flat_map(|shard| {
+                let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                shard.values().map(|one| one.version).collect::<Vec<_>>()
+            })
+            .collect();
+        let spilled: Vec<Vec<u8>> = maps.spill.keys().collect();
+        for key in spilled {
+            if u64::read_from_bytes(&key).is_ok_and(|version| !used.contains(&version)) {
+                let _ = maps.spill.delete(&key);
+            }
+        }
+    }
+
+    /// Refusals by kind since the gate is in place.
+    pub(crate) fn refused(&self) -> Vec<(String, u64)> {
+        RULES
+            .iter()
+            .map(|rule| (rule.name.to_owned(), self.counted(rule.kind as u32)))
+            .filter(|(_, count)| *count > 0)
+            .collect()
+    }
+
+    fn counted(&self, what: u32) -> u64 {
+        let bytes = self
+            .loaded
+            .maps
+            .refused
+            .lookup(&what.to_ne_bytes(), MapFlags::ANY);
+        bytes
+            .ok()
+            .flatten()
+            .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
+            .unwrap_or(0)
+    }
+}
+
+/// Runs in a map of their own.
+fn spill(spilled: &MapHandle, version: u64, runs: &[Run]) -> Result<(), libbpf_rs::Error> {
+    // BPF_F_INNER_MAP: as many runs as there are, whatever the template
+    // says (include/uapi/linux/bpf.h).
+    let options = bpf_map_create_opts {
+        sz: size_of::<bpf_map_create_opts>() as u64,
+        map_flags: 1 << 12,
+        ..Default::default()
+    };
+    let count = u32::try_from(runs.len()).unwrap_or(u32::MAX);
+    let size = u32::try_from(size_of::<Run>()).unwrap_or(16);
+    let map = MapHandle::create(MapType::Array, Some("runs"), 4, size, count, &options)?;
+    let keys: Vec<u8> = (0..count).flat_map(u32::to_ne_bytes).collect();
+    map.update_batch(&keys, runs.as_bytes(), count, MapFlags::ANY, MapFlags::ANY)?;
+    let fd = std::os::fd::AsRawFd::as_raw_fd(&map.as_fd());
+    spilled.update(&version.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
+}
+
+fn found(facts: &PinFacts) -> Found {
+    let slice = |bytes: &[u8], length: u32| {
+        let length = usize::try_from(length).unwrap_or(0).min(bytes.len());
+        bytes[..length].to_vec()
+    };
+    let mapped = facts.mapped_start..facts.mapped_end;
+    Found {
+        id: facts.id,
+        inode: facts.key.inode(),
+        range: facts.start..facts.end,
+        mapped: (!mapped.is_empty()).then_some(mapped),
+        flags: Flags::from_known_bits(facts.flags),
+        pid: facts.pid,
+        uid: facts.uid,
+        handle: FileHandle {
+            kind: facts.handle_type,
+            bytes: slice(&facts.handle, facts.handle_length),
+        },
+        path: String::from_utf8_lossy(&slice(&facts.path, facts.path_length)).into_owned(),
+    }
+}
+
+/// Takes a gate away that no guard keeps; says whether there was one.
+///
+/// # Errors
+///
+/// When a guard keeps it, or something is in the way.
+pub fn unload(directory: &Path) -> Result<bool, LoadError> {
+    load::unload(directory)
+}
+
+/// Hears of refusals and ends until the guard stops.
+///
+/// # Errors
+///
+/// When events cannot be read any more.
+pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+    let maps = &gate.loaded.maps;
+    let heard = |bytes: &[u8]| {
+        if let Ok(event) = Event::read_from_bytes(bytes) {
+            take(guard, gate, &event);
+        }
+        0
+    };
+    let mut builder = RingBufferBuilder::new();
+    for map in [&maps.changes, &maps.events] {
+        builder.add(map, heard).map_err(|error| errno(&error))?;
+    }
+    let ring = builder.build().map_err(|error| errno(&error))?;
+    let mut untold = gate.counted(abi::UNTOLD);
+    while !guard.is_stopping() {
+        // A signal is none of our business here.
+        let _ = ring.poll(Duration::from_millis(100));
+        let now = gate.counted(abi::UNTOLD);
+        if now != untold {
+            untold = now;
+            end_untold(guard, gate);
+        }
+    }
+    Ok(())
+}
+
+/// Ends the pins whose end could not be told.
+fn end_untold(guard: &Guard, gate: &Gate) {
+    for watched in guard.table.all() {
+        let pins = watched.pins.load_full();
+        for pin in pins.iter().filter(|pin| pin.is_handed_over()) {
+            let there = gate
+                .loaded
+                .maps
+                .pins
+                .lookup(&pin.id.to_ne_bytes(), MapFlags::ANY);
+            if matches!(there, Ok(None)) {
+                end(guard, gate, &watched, pin.id);
+            }
+        }
+    }
+}
+
+fn take(guard: &Guard, gate: &Gate, event: &Event) {
+    let id = event.key.inode();
+    let watched = guard.table.get(id);
+    match event.kind_of_event {
+        abi::EVENT_ENDED => match watched {
+            Some(watched) => end(guard, gate, &watched, event.pin),
+            None => gate.clean(id),
+        },
+        abi::EVENT_RAW => {
+            if let Some(watched) = watched {
+                begin(gate, &watched, event);
+            }
+        }
+        abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
+        _ => {}
+    }
+}
+
+fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
+    let kind = usize::try_from(event.kind).unwrap_or(usize::MAX);
+    let Some(rule) = RULES.get(kind) else {
+        return;
+    };
+    guard.audit.judged();
+    if let Some(watched) = watched {
+        watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
+    }
+    let length = event.command.iter().position(|byte| *byte == 0);
+    let command = &event.command[..length.unwrap_or(event.command.len())];
+    guard.audit.refused(Refused {
+        tid: event.tid.cast_signed(),
+        command: String::from_utf8_lossy(command).into_owned(),
+        kind: rule.kind,
+        id: event.key.inode(),
+        path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),
+        range: (event.end != u64::MAX || event.start > 0).then_some(event.start..event.end),
+    });
+}
+
+/// Somebody has mapped what is pinned, by mmap(2) alone: it stays pinned as
+/// it is for as long as that file lives.
+fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
+    let pins = watched.pins.load_full();
+    let pid = event.tgid.cast_signed();
+    for pin in pins
+        .iter()
+        .filter(|pin| pin.id != event.pin && pin.meets(&(event.start..event.end)))
+    {
+        let joined = Arc::new(pin.joined(event.pin, pid));
+        let handle = {
+            let shard = gate.shard(watched.id);
+            let published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            published
+                .get(&watched.id)
+                .and_then(|published| published.handle.clone())
+        };
+        if let Some(handle) = handle {
+            // Only a guard that comes later misses it.
+            let _ = gate.remember(watched, &joined, event.file, &handle);
+        }
+        watched.add(&joined);
+    }
+    let _ = gate.publish(watched);
+}
+
+/// A pin is over.
+fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
+    for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
+        ended.bury();
+    }
+    watched.remove(|other| other.id == pin);
+    // It can only fail to make less of it.
+    let _ = gate.publish(watched);
+    let_go(guard, watched);
+}
+
+/// Forgets an inode without pins.
+pub(crate) fn let_go(guard: &Guard, watched: &Arc<Watched>) {
+    // A grant under way has a pin, or comes here itself.
+    let Some(mut state) = watched.try_grant() else {
+        return;
+    };
+    if !state.retired && watched.pins.load().is_empty() {
+        state.retired = true;
+        guard.table.remove(watched);
+    }
+}

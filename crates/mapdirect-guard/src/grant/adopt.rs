@@ -1,0 +1,163 @@
+//! Taking over pins that an earlier guard has left in the kernel.
+//!
+//! The gate has kept them all the while. What it needs to be told of them
+//! when something changes is read anew: their block maps are what they were.
+
+use super::{Attempt, Judged, judge};
+use crate::Guard;
+use crate::gate::bpf::{Found, Gate};
+use crate::table::{Abilities, Pin, Watched};
+use mapdirect_proto::{PinRequest, Refusal};
+use mapdirect_sys::unix::Sender;
+use mapdirect_sys::{Errno, file_handle, proc_mountinfo};
+use rustix::fs::{Mode, OFlags};
+use std::cell::Cell;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Nobody to talk to.
+struct Silent;
+
+impl super::Conversation for Silent {
+    fn swap(&mut self, _replacement: std::os::fd::BorrowedFd<'_>) -> Result<(), Refusal> {
+        Err(super::refusal(
+            mapdirect_proto::Reason::Protocol,
+            Errno::PROTO,
+            "nothing is swapped",
+            "",
+        ))
+    }
+}
+
+/// Takes over every pin that lives. One that cannot be read stays in the
+/// kernel as it is, and ends when its description does.
+pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
+    let all = gate.left_behind();
+    let mut untold = Vec::new();
+    let mut known = Vec::new();
+    for found in &all {
+        match recognise(guard, found) {
+            Ok(one) => known.push((found, one)),
+            Err(_) => untold.push(found),
+        }
+    }
+    // Once all are known: who maps a file may be the holder of another.
+    for (found, one) in known {
+        if one.settle(guard, found).is_err() {
+            untold.push(found);
+        }
+    }
+    for found in &untold {
+        // Its entry in the kernel knows pins that are not known here: it must
+        // not be written over by fewer.
+        if let Some(watched) = guard.table.get(found.inode) {
+            guard.table.remove(&watched);
+        }
+        gate.keep(found);
+    }
+    for watched in guard.table.all() {
+        // It was full of pins before, and is so again.
+        let _ = gate.publish(&watched);
+    }
+    let inodes: Vec<_> = all.iter().map(|found| found.inode).collect();
+    gate.take_over(&inodes);
+}
+
+/// Opens the inode of a pin by whatever mount there is of its filesystem.
+fn open(found: &Found) -> Result<OwnedFd, Errno> {
+    let device = found.inode.device();
+    let mounts = proc_mountinfo::read(None).map_err(|_| Errno::IO)?;
+    let mut last = Errno::NODEV;
+    for mount in mounts
+        .iter()
+        .filter(|mount| (mount.major, mount.minor) == (device.major, device.minor))
+    {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let Ok(place) = rustix::fs::open(mount.mount_point.as_str(), flags, Mode::empty()) else {
+            continue;
+        };
+        match file_handle::open(place.as_fd(), &found.handle, OFlags::RDWR) {
+            Ok(file) => {
+                let stat = rustix::fs::fstat(&file)?;
+                if (stat.st_dev, stat.st_ino) == (found.inode.dev, found.inode.inode) {
+                    return Ok(file);
+                }
+            }
+            Err(errno) => last = errno,
+        }
+    }
+    Err(last)
+}
+
+/// A pin that is known again, and not yet what it keeps still.
+struct Recognised {
+    judged: Judged,
+    watched: Arc<Watched>,
+    pin: Arc<Pin>,
+}
+
+fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
+    let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
+    let request = PinRequest {
+        offset: found.range.start,
+        length: found.range.end - found.range.start,
+        flags: found.flags,
+        patience_ms: 0,
+    };
+    let mut judged: Judged = judge(guard, &request, file.as_fd())?;
+    judged.range = found.range.clone();
+    judged.mapped.clone_from(&found.mapped);
+    judged.path = Arc::from(found.path.as_str());
+    let watched = guard.table.get_or_insert(judged.id, || {
+        let abilities = Abilities {
+            reflink: judged.facts.reflink,
+            exchange: judged.facts.exchange,
+            coarse: super::in_kernel::writes_whole_folios(&judged.facts),
+        };
+        Watched::new(judged.id, abilities, Arc::clone(&judged.path))
+    });
+    let owner = Sender {
+        pid: found.pid,
+        uid: found.uid,
+    };
+    let pin = Arc::new(Pin::unsettled(
+        found.id,
+        judged.range.clone(),
+        judged.mapped.clone(),
+        judged.reach(),
+        found.flags,
+        owner,
+    ));
+    watched.add(&pin);
+    Ok(Recognised {
+        judged,
+        watched,
+        pin,
+    })
+}
+
+impl Recognised {
+    /// Reads its block map again: it is what it was.
+    fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
+        // Once more: there may be more pins than descriptors.
+        let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
+        let mut state = super::lock(&self.watched, Duration::from_secs(1))?;
+        let attempt = Attempt {
+            guard,
+            judged: &self.judged,
+            watched: &self.watched,
+            state: &mut state,
+            pin: &self.pin,
+            patience: Duration::from_secs(1),
+            mark: 0,
+            marked: Cell::new(false),
+            talk: &mut Silent,
+            file,
+        };
+        let (map, pinned, held) = attempt.come_to_rest(true)?;
+        self.pin.settle(&map, pinned, held);
+        self.pin.hand_over();
+        Ok(())
+    }
+}

@@ -1,0 +1,200 @@
+//! Grants where the gate judges in the kernel.
+//!
+//! Nobody has to be excluded there: an operation is judged whoever makes it,
+//! by whatever descriptor. So a grant tells the gate first what would be
+//! pinned, as far as that can be seen; then it waits until everybody is out of
+//! what they may have begun before; then it looks whether what is there is
+//! what the gate was told. If so, it is the pin; if not, it begins anew.
+
+use super::{Attempt, refusal, system};
+use crate::Errno;
+use crate::openers::{Openers, kernel_users};
+use crate::policy::Pinned;
+use crate::thaw;
+use crate::wake::Backoff;
+use mapdirect::eligibility::{FileFacts, Filesystem};
+use mapdirect_proto::{Granted, Opener, Reason, Refusal};
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// Whether a write to a part of a folio makes all of it dirty, so that
+/// unwritten blocks in it are converted: XFS through the page cache before
+/// Linux 6.6, where iomap came to know dirty blocks.
+pub(crate) fn writes_whole_folios(facts: &FileFacts) -> bool {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
+    let mut number = || numbers.next().and_then(|text| text.parse::<u32>().ok());
+    let version = (number().unwrap_or(0), number().unwrap_or(0));
+    facts.filesystem == Filesystem::Xfs && !facts.dax && version < (6, 6)
+}
+
+impl Attempt<'_> {
+    /// Grants it, with a gate in the kernel.
+    pub(super) fn run_in_kernel(&mut self) -> Result<(Granted, Option<OwnedFd>), Refusal> {
+        let deadline = Instant::now() + self.patience + Duration::from_secs(1);
+        self.watched.add(self.pin);
+        // Its life begins first: should every other pin of the inode end now,
+        // the gate stays closed.
+        let for_pin = self.open_for_pin()?;
+        self.file = for_pin;
+        self.guard
+            .gate
+            .hold(self.watched, self.pin, self.file.as_fd())
+            .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
+        // Reading the block map waits for a thaw on XFS: better to say who
+        // does so already.
+        let soon = Instant::now() + self.patience.max(Duration::from_millis(50));
+        if !thaw::is_thawed(self.file.as_fd(), soon) {
+            self.wait_for_others(false)?;
+        }
+        let mut map = self.read_map(false)?;
+        loop {
+            self.check_map(&map)?;
+            let (pinned, held) = self.keep_still(&map)?;
+            let frozen = self.frozen_pages(&map, &pinned)?;
+            self.pin.settle(&map, pinned, held);
+            self.publish()?;
+            // From here on nothing new comes to pass that the gate was not
+            // asked about.
+            self.wait_for_others(!frozen.is_empty())?;
+            self.nobody_stores_to(&frozen)?;
+            let again = self.read_map(false)?;
+            if again == map {
+                break;
+            }
+            if Instant::now() >= deadline {
+                return Err(refusal(
+                    Reason::StillChanging,
+                    Errno::TXTBSY,
+                    "its block map keeps changing",
+                    "try again later",
+                ));
+            }
+            map = again;
+        }
+        self.hand_out(&map)
+    }
+
+    fn publish(&self) -> Result<(), Refusal> {
+        self.guard
+            .gate
+            .publish(self.watched)
+            .map_err(|errno| match errno {
+                Errno::NOMEM | Errno::TOOBIG => refusal(
+                    Reason::Limit,
+                    Errno::NOMEM,
+                    "the gate has no room for what would be pinned",
+                    "pin less, or let go of other pins",
+                ),
+                other => system("telling the gate", other),
+            })
+    }
+
+    fn frozen_pages(
+        &self,
+        map: &mapdirect_proto::BlockMap,
+        pinned: &Pinned,
+    ) -> Result<Vec<Range<u64>>, Refusal> {
+        let beside = self.look_beside(map)?;
+        Ok(pinned.frozen_pages(&beside, mapdirect_sys::mmap::page_size()))
+    }
+
+    /// Nobody may be in the middle of something that the gate let pass
+    /// before it knew of the pin.
+    fn wait_for_others(&self, mappings: bool) -> Result<(), Refusal> {
+        self.no_kernel_users()?;
+        self.quietly(|quiet| quiet.wait_for_changes())?;
+        if mappings {
+            self.quietly(|quiet| quiet.wait_for_mappings())?;
+        }
+        // Asynchronous direct writes have no thread that could be looked at.
+        let mut backoff = Backoff::until(
+            Instant::now() + self.patience.max(Duration::from_secs(1)),
+            Duration::from_micros(50),
+            Duration::from_millis(5),
+        );
+        loop {
+            let under_way = self
+                .guard
+                .gate
+                .direct_under_way(self.file.as_fd())
+                .map_err(|errno| system("asking the gate about direct I/O", errno))?;
+            if under_way == 0 {
+                return Ok(());
+            }
+            if backoff.is_over() {
+                return Err(refusal(
+                    Reason::StillChanging,
+                    Errno::TXTBSY,
+                    format!("{under_way} direct reads or writes of it do not come to their end"),
+                    "try again when they are over, or ask with more patience",
+                ));
+            }
+            backoff.pause();
+        }
+    }
+
+    /// Some parts of the kernel write to files without asking anybody.
+    fn no_kernel_users(&self) -> Result<(), Refusal> {
+        let users = kernel_users(self.judged.id, &self.judged.path);
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(self.open_elsewhere(Openers {
+            others: users,
+            ..Openers::default()
+        }))
+    }
+
+    /// With frozen blocks nobody may have a mapping to store by, wherever in
+    /// the file: `mremap(2)` could grow it over them, and no hook sees that.
+    /// Holders of pins are trusted not to. Says whether any of them has one.
+    pub(super) fn nobody_may_come_to_store(&self, frozen: &[Range<u64>]) -> Result<bool, Refusal> {
+        let found = self.openers(None);
+        // Descriptors are judged when they are used, wherever they hide.
+        if found.unseen {
+            return Err(self.open_elsewhere(Openers {
+                hidden: found.hidden,
+                ..Openers::default()
+            }));
+        }
+        let pins = self.watched.pins.load();
+        let is_holder = |opener: &Opener| {
+            pins.iter()
+                .any(|pin| pin.pid == opener.pid && pin.mapped.is_some())
+        };
+        for (opener, mapped) in &found.writable_mappings {
+            let over = frozen
+                .iter()
+                .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end));
+            if is_holder(opener) && !over {
+                continue;
+            }
+            let obstacle = if over {
+                format!(
+                    "a writable mapping of bytes {} to {} covers blocks that cannot be stored to \
+                     as they are",
+                    mapped.start, mapped.end
+                )
+            } else {
+                format!(
+                    "a writable mapping of bytes {} to {} could be grown over blocks that cannot \
+                     be stored to as they are",
+                    mapped.start, mapped.end
+                )
+            };
+            return Err(Refusal {
+                openers: vec![opener.clone()],
+                ..refusal(
+                    Reason::OpenElsewhere,
+                    Errno::TXTBSY,
+                    obstacle,
+                    "unmap it first, or fill and unshare the range",
+                )
+            });
+        }
+        Ok(!found.writable_mappings.is_empty())
+    }
+}
