@@ -35,6 +35,8 @@ const PINNED: Range<u64> = 4 * MIB..12 * MIB;
 const HANGS: Duration = Duration::from_secs(20);
 /// What the exit status of a shell would be after Ctrl-C.
 const INTERRUPTED: u8 = 130;
+/// How long a grant may take: the machine may be busy.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Filesystems an operation makes sense on.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -283,7 +285,10 @@ pub(crate) const ROLES: [Role; 4] = [
 fn play_store(arguments: &[String]) -> Result<()> {
     let path = arguments.first().context("no path")?;
     let file = File::options().read(true).write(true).open(path)?;
-    let map = MapOptions::new().accept_page_cache(true).map(&file)?;
+    let map = MapOptions::new()
+        .accept_page_cache(true)
+        .patience(PATIENCE)
+        .map(&file)?;
     let at = usize::try_from(3 * MIB)?;
     let mut byte = [1];
     map.read_at(at, &mut byte)?;
@@ -458,6 +463,7 @@ impl Scene<'_> {
             .range(PINNED)
             .accept_page_cache(!self.kind.is_dax())
             .guard(self.guard.client())
+            .patience(PATIENCE)
             .map(&file)
             .context("the file cannot be mapped MAP_DIRECT")?;
         println!(

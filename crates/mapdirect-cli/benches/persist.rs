@@ -4,7 +4,13 @@
 //! The instructions are what is measured, not the media: where there is no
 //! persistent memory the file lies in the page cache, and its mapping is told
 //! to do what it would do on persistent memory (and libpmem is told the same
-//! by PMEM_IS_PMEM_FORCE).
+//! by PMEM_IS_PMEM_FORCE). Where `MAPDIRECT_PMEM` names persistent memory it
+//! lies there, and the system calls for the same are measured, too:
+//!
+//! ```sh
+//! cargo bench --bench persist --no-run
+//! cargo xtask vm --nvdimm 1G -- env MAPDIRECT_PMEM=/dev/pmem0 cargo bench --bench persist
+//! ```
 
 #![expect(
     clippy::unwrap_used,
@@ -14,7 +20,7 @@
 
 use mapdirect::{DirectMap, Durability, MapOptions};
 use mapdirect_testkit::process::{GuardProcess, play_role};
-use mapdirect_testkit::{Disk, Kind};
+use mapdirect_testkit::{Disk, Kind, latency};
 use std::ffi::c_void;
 use std::fs::File;
 use std::hint::black_box;
@@ -35,14 +41,17 @@ fn main() -> ExitCode {
         println!("needs root: a guard, and a filesystem on a loop device");
         return ExitCode::FAILURE;
     }
-    let disk = Disk::new(Kind::XFS_PLAIN, 512).unwrap();
+    let dax = Kind::XfsDax { reflink: false };
+    let has_pmem = dax.device().is_some();
+    let kind = if has_pmem { dax } else { Kind::XFS_PLAIN };
+    let disk = Disk::new(kind, 512).unwrap();
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
     let path = disk.path("file");
     std::fs::write(&path, vec![1; LENGTH]).unwrap();
     let file = File::options().read(true).write(true).open(&path).unwrap();
     file.sync_all().unwrap();
     let mut map = MapOptions::new()
-        .accept_page_cache(true)
+        .accept_page_cache(!has_pmem)
         .populate(true)
         .guard(guard.client())
         .map(&file)
@@ -52,6 +61,9 @@ fn main() -> ExitCode {
          90%), {TURNS} turns",
         mapdirect_sys::cache::instruction()
     );
+    if has_pmem {
+        system_calls(&map, &file, &guard, &disk);
+    }
     let libpmem = Libpmem::load();
     if libpmem.is_none() {
         println!(
@@ -64,6 +76,30 @@ fn main() -> ExitCode {
     groups(&map);
     drop(map);
     ExitCode::SUCCESS
+}
+
+/// Against the system calls that make stores durable without this.
+fn system_calls(map: &DirectMap, file: &File, guard: &GuardProcess, disk: &Disk) {
+    let verdict = |ratio: f64, goal: f64| {
+        let met = if ratio >= goal { "met" } else { "MISSED" };
+        format!("{ratio:.0}x, goal {goal}: {met}")
+    };
+    let updates = latency::updates(map, file).unwrap();
+    let [low, middle, high] = updates.times_faster;
+    println!(
+        "64 bytes: stored and persisted {:.2} us, pwrite and fdatasync {:.0} us: {} ({low:.0} to \
+         {high:.0})",
+        updates.persist,
+        updates.fdatasync,
+        verdict(middle, 60.0)
+    );
+    let (first, synced) = latency::first_stores(&guard.client(), &disk.root(), 256, &|| 0).unwrap();
+    println!(
+        "first store to a page: pinned {:.2} us, unwritten with MAP_SYNC {:.0} us: {}",
+        first.microseconds,
+        synced.microseconds,
+        verdict(synced.microseconds / first.microseconds, 15.0)
+    );
 }
 
 /// Part of libpmem, if it is there: a peer to measure against, not a

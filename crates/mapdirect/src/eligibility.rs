@@ -146,7 +146,8 @@ impl FileFacts {
             exchange: false,
             dax: attributes & STATX_ATTR_DAX != 0,
             file_type,
-            links: stat.st_nlink,
+            #[allow(clippy::useless_conversion, reason = "smaller on arm64")]
+            links: u64::from(stat.st_nlink),
             owner: stat.st_uid,
             out_of_place: false,
             journalled: false,

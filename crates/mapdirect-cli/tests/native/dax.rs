@@ -1,7 +1,7 @@
 //! Persistent memory: stores go to the media, and nowhere else. Run where
 //! `MAPDIRECT_PMEM` names devices of it: in a virtual machine, as a rule.
 
-use crate::world::{PATIENCE, World, dax_kinds, is_pinned, open, wait_until_free};
+use crate::world::{World, dax_kinds, is_pinned, open, patience, wait_until_free};
 use libtest_mimic::Trial;
 use mapdirect::{
     DirectMap, Durability, ExtentState, Guard, Kind as Reason, MapOptions, PrepareOptions,
@@ -144,7 +144,7 @@ fn zeroed_by_the_device(_world: &World) {
 fn map(guard: &Guard, file: &File, range: Range<u64>) -> DirectMap {
     MapOptions::new()
         .range(range)
-        .patience(PATIENCE)
+        .patience(patience())
         .guard(guard.clone())
         .map(file)
         .unwrap()

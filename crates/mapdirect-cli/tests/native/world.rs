@@ -169,12 +169,22 @@ pub fn written(disk: &Disk, name: &str, length: usize) -> PathBuf {
 /// In a virtual machine everything takes longer.
 pub const PATIENCE: Duration = Duration::from_secs(8);
 
+/// More of it where the processor is emulated on a machine that has other
+/// things to do: a look at a process may take a second there.
+pub fn patience() -> Duration {
+    if dax_kinds().is_empty() {
+        PATIENCE
+    } else {
+        5 * PATIENCE
+    }
+}
+
 /// Maps a range with the page cache accepted.
 pub fn map(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> DirectMap {
     MapOptions::new()
         .range(range)
         .accept_page_cache(true)
-        .patience(PATIENCE)
+        .patience(patience())
         .guard(guard.clone())
         .map(file)
         .unwrap()
@@ -184,7 +194,7 @@ pub fn map(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> DirectMap
 pub fn pin(guard: &Guard, file: &File, range: std::ops::Range<u64>) -> Pin {
     PinOptions::new()
         .range(range)
-        .patience(PATIENCE)
+        .patience(patience())
         .guard(guard.clone())
         .pin(file)
         .unwrap()

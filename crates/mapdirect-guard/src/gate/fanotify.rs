@@ -329,7 +329,8 @@ impl Server<'_> {
                 tid: event.tid,
                 inode: id.inode,
                 file,
-                links: stat.st_nlink,
+                #[allow(clippy::useless_conversion, reason = "smaller on arm64")]
+                links: u64::from(stat.st_nlink),
             };
             classify::classify(&asked, &descriptors)
         };
