@@ -49,7 +49,9 @@ impl Attempt<'_> {
         if !self.is_alone(&of_holder) && !thaw::is_thawed(self.file.as_fd(), soon) {
             self.wait_for_others(false)?;
         }
-        let mut map = self.read_map(false)?;
+        // As it seems, for now: what is written back is seen when the gate is
+        // closed.
+        let mut map = self.read_map(true)?;
         loop {
             self.check_map(&map)?;
             let (pinned, held) = self.keep_still(&map)?;
