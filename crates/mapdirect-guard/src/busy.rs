@@ -24,6 +24,13 @@ pub(crate) struct Busy {
     had: Option<Run>,
 }
 
+impl Busy {
+    /// It is on a processor, or waits for one, and cannot be looked at.
+    pub(crate) fn runs(&self) -> bool {
+        self.had.is_some()
+    }
+}
+
 /// What a scan looks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LookFor {
@@ -300,6 +307,32 @@ fn wait_for(
     Ok(suspects.into_busy())
 }
 
+/// Whether a thread that waits for a processor does so where it leaves the
+/// kernel, with everything behind it: on a busy machine it may be long before
+/// it runs again.
+fn is_on_its_way_out(tid: i32) -> bool {
+    // On x86-64 nobody reads a stack in use: it is not begun while the thread
+    // is on another processor, and then begins where it was switched out last
+    // (`__unwind_start`, arch/x86/kernel/unwind_orc.c). arm64 does not ask.
+    cfg!(target_arch = "x86_64")
+        && proc::read_task_file(tid, "stack").is_ok_and(|stack| leaves(&stack))
+}
+
+/// Whether a stack is that of a thread which gave way to others right before
+/// it leaves the kernel. What it has left to do there (`task_work_run`) is not
+/// begun, and meets a closed gate.
+fn leaves(stack: &str) -> bool {
+    let functions: Vec<&str> = proc::stack_functions(stack).collect();
+    let innermost = functions
+        .iter()
+        .find(|function| !matches!(**function, "schedule" | "__schedule"));
+    classify::is_whole(&functions)
+        && matches!(
+            innermost,
+            Some(&("exit_to_user_mode_loop" | "irqentry_exit_to_user_mode"))
+        )
+}
+
 enum Seen {
     Idle,
     Busy(&'static str),
@@ -311,6 +344,7 @@ fn look(look_for: LookFor, tid: i32) -> Seen {
         return Seen::Idle;
     };
     match proc::parse_syscall(text.as_bytes()) {
+        Some(SyscallState::Running) if is_on_its_way_out(tid) => Seen::Idle,
         Some(SyscallState::Running) => Seen::Running,
         Some(SyscallState::Inside(syscall)) => {
             let Ok(stack) = proc::read_task_file(tid, "stack") else {
@@ -560,6 +594,23 @@ mod tests {
                        [<0>] do_sys_openat2+0x1/0x2\n";
         assert_eq!(truncating(437, opening), Some("opening"));
         assert_eq!(truncating(257, opening), None, "no O_TRUNC among its flags");
+    }
+
+    #[test]
+    fn whoever_leaves_the_kernel_has_done_everything() {
+        let out = "[<0>] irqentry_exit_to_user_mode+0x110/0x1a0\n\
+                   [<0>] asm_sysvec_apic_timer_interrupt+0x1a/0x20\n";
+        assert!(leaves(out));
+        let out = "[<0>] exit_to_user_mode_loop+0x51/0xe0\n[<0>] do_syscall_64+0x23b/0x280\n\
+                   [<0>] entry_SYSCALL_64_after_hwframe+0x76/0x7e\n";
+        assert!(leaves(out));
+        let broken_off = "[<0>] exit_to_user_mode_loop+0x51/0xe0\n";
+        assert!(!leaves(broken_off));
+        let work = "[<0>] io_write+0x51/0xe0\n[<0>] task_work_run+0x51/0xe0\n\
+                    [<0>] exit_to_user_mode_loop+0x51/0xe0\n\
+                    [<0>] entry_SYSCALL_64_after_hwframe+0x76/0x7e\n";
+        assert!(!leaves(work));
+        assert!(!leaves(""));
     }
 
     #[test]

@@ -1213,7 +1213,8 @@ fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
         .take(4)
         .map(|busy| format!("thread {} ({}) in {}", busy.tid, busy.command, busy.doing))
         .collect();
-    let openers = busy.iter().map(|busy| Opener {
+    // Of those that run it is not known whether they have it open at all.
+    let openers = busy.iter().filter(|busy| !busy.runs()).map(|busy| Opener {
         pid: busy.tid,
         fd: None,
         writable: true,
@@ -1235,24 +1236,12 @@ fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
 }
 
 fn stuck(stuck: Stuck) -> Refusal {
-    Refusal {
-        openers: (stuck.pid != 0)
-            .then(|| Opener {
-                pid: stuck.pid,
-                fd: None,
-                writable: true,
-                mapped: false,
-                command: proc::command(stuck.pid),
-            })
-            .into_iter()
-            .collect(),
-        ..refusal(
-            Reason::StillChanging,
-            Errno::TXTBSY,
-            stuck.obstacle(),
-            "try again when that is over; if it hangs, end it, or what it waits for",
-        )
-    }
+    refusal(
+        Reason::StillChanging,
+        Errno::TXTBSY,
+        stuck.obstacle(),
+        "try again when that is over; if it hangs, end it, or what it waits for",
+    )
 }
 
 /// Holds back every open of an inode while it exists.

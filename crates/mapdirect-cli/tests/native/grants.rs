@@ -18,6 +18,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -250,12 +251,22 @@ fn registered(world: &World, kind: Kind) {
 }
 
 /// A filesystem that is frozen; thawed when dropped.
-struct Frozen<'a>(&'a Disk);
+struct Frozen<'a> {
+    disk: &'a Disk,
+    /// Whose threads wait for a thaw is not told apart, so it is one at a
+    /// time.
+    _alone: MutexGuard<'static, ()>,
+}
 
 impl<'a> Frozen<'a> {
     fn new(disk: &'a Disk) -> Self {
+        static ALONE: Mutex<()> = Mutex::new(());
+        let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         run(Command::new("fsfreeze").arg("-f").arg(disk.root())).unwrap();
-        Self(disk)
+        Self {
+            disk,
+            _alone: alone,
+        }
     }
 }
 
@@ -263,7 +274,7 @@ impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         let _ = Command::new("fsfreeze")
             .arg("-u")
-            .arg(self.0.root())
+            .arg(self.disk.root())
             .status();
     }
 }
