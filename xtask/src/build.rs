@@ -11,6 +11,14 @@ pub(crate) fn workspace() -> &'static Path {
     own.parent().unwrap_or(own)
 }
 
+/// This program, to be run once more. What is built meanwhile may have taken
+/// its place; that is as good.
+pub(crate) fn own() -> std::io::Result<PathBuf> {
+    let own = std::env::current_exe()?;
+    let replaced = own.to_str().and_then(|own| own.strip_suffix(" (deleted)"));
+    Ok(replaced.map_or_else(|| own.clone(), PathBuf::from))
+}
+
 /// The cargo that runs us, in the workspace.
 pub(crate) fn cargo(arguments: &[&str]) -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

@@ -523,7 +523,7 @@ impl Scene<'_> {
 
     /// Has another process map the file and store into the middle of it.
     fn store_in_child(&self) -> Result<StoreOutcome> {
-        let mut command = Command::new(std::env::current_exe()?);
+        let mut command = Command::new(build::own()?);
         command
             .args([HELPER, "store"])
             .arg(self.path("sparse"))

@@ -292,7 +292,7 @@ fn demo() -> Result<Ran> {
     let name = "demo";
     let started = stage(name);
     // As a user runs it: another process, which cleans up after itself.
-    let status = Command::new(std::env::current_exe()?)
+    let status = Command::new(build::own()?)
         .arg("demo")
         .stdin(Stdio::null())
         .status()?;
@@ -309,7 +309,7 @@ fn demo() -> Result<Ran> {
 fn demo_dax() -> Ran {
     let name = "demo --dax";
     let started = Instant::now();
-    let output = std::env::current_exe().and_then(|own| {
+    let output = build::own().and_then(|own| {
         Command::new(own)
             .args(["demo", "--dax"])
             .stdin(Stdio::null())

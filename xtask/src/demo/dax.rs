@@ -73,7 +73,7 @@ fn show(boot: &vm::Boot, binary: &Path) -> Result<bool> {
             size: NVDIMM,
         })
         .start()?;
-    let own = std::env::current_exe()?;
+    let own = build::own()?;
     let words: [&OsStr; 4] = [
         own.as_os_str(),
         HELPER.as_ref(),

@@ -435,7 +435,7 @@ fn nothing_left(series: &str) -> Result<String> {
         (Signal::TERMINATE, Some(143)),
         (Signal::KILL, None),
     ] {
-        let mut task = Command::new(std::env::current_exe()?)
+        let mut task = Command::new(build::own()?)
             .args(["vm", "--kernel", series, "--nvdimm", "64M", "--"])
             .args(["sh", "-c", "echo runs; sleep 100"])
             .stdin(Stdio::null())

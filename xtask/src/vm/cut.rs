@@ -36,7 +36,7 @@ pub(crate) struct Cut {
 /// and fails if any that was told to be durable is gone, or anything else is
 /// not as it should be.
 pub(crate) fn cut(boot: &Boot, binary: &Path, kind: Kind) -> Result<Cut> {
-    let own = std::env::current_exe()?;
+    let own = crate::build::own()?;
     let scratch = RunDirectory::new()?;
     let file = scratch.path().join("nvdimm");
     let boot = boot.clone().nvdimm(Nvdimm { file, size: SIZE });
