@@ -11,6 +11,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// The programs, compiled from `mapdirect.bpf.c` by `cargo xtask bpf`.
 const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
@@ -115,18 +116,7 @@ pub(super) struct Loaded {
 
 /// Puts the gate in place, or takes over the one that is there.
 pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
-    let mounted = mount_bpffs(directory)?;
-    match rustix::fs::mkdir(directory, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(Errno::PERM | Errno::ACCESS) => return Err(LoadError::NotPrivileged),
-        Err(errno) => {
-            return Err(LoadError::Unsupported(format!(
-                "making {}: {errno}",
-                directory.display()
-            )));
-        }
-    }
-    let claim = claim(directory)?;
+    let (claim, mounted) = enter(directory)?;
     let complete = directory.join(marker());
     let adopted = complete.exists();
     if !adopted {
@@ -151,6 +141,57 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
         _claim: claim,
         adopted,
     })
+}
+
+/// How long another guard may take to end, and how long others, one after the
+/// other, to find out that the gate cannot be had here.
+const ENDING: Duration = Duration::from_secs(2);
+const TRYING: Duration = Duration::from_secs(30);
+
+/// Claims the directory, made if need be on a bpf filesystem, mounted if need
+/// be: says whether it was. Another guard may be just about to do the same, or
+/// to take all of it away again.
+fn enter(directory: &Path) -> Result<(OwnedFd, bool), LoadError> {
+    let begun = Instant::now();
+    let mut mounted = false;
+    loop {
+        mounted |= mount_bpffs(directory)?;
+        let error = match rustix::fs::mkdir(directory, Mode::RWXU) {
+            Ok(()) | Err(Errno::EXIST) => match claim(directory) {
+                Ok(claim) if is_at(&claim, directory) => return Ok((claim, mounted)),
+                // It has been removed since.
+                Ok(_) => failed("claiming", directory.display()),
+                Err(error) => error,
+            },
+            Err(errno) => {
+                let error = match errno {
+                    Errno::PERM | Errno::ACCESS => LoadError::NotPrivileged,
+                    _ => LoadError::Unsupported(format!("making {}: {errno}", directory.display())),
+                };
+                if is_bpffs(parent_of(directory)) {
+                    return Err(error);
+                }
+                // It was unmounted since.
+                error
+            }
+        };
+        let patience = if has_marker(directory) {
+            ENDING
+        } else {
+            TRYING
+        };
+        if begun.elapsed() >= patience {
+            return Err(error);
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Whether a directory is the one at a path.
+fn is_at(directory: &OwnedFd, path: &Path) -> bool {
+    let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
+    let here = rustix::fs::fstat(directory).map(identity);
+    here.is_ok() && here == rustix::fs::stat(path).map(identity)
 }
 
 /// Takes the gate away, and with it every pin that it kept.
@@ -225,14 +266,19 @@ fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
 /// BPF_FS_MAGIC, include/uapi/linux/magic.h.
 const BPF_FS: u64 = 0xcafe_4a11;
 
+fn parent_of(directory: &Path) -> &Path {
+    directory.parent().unwrap_or(Path::new("/"))
+}
+
+fn is_bpffs(path: &Path) -> bool {
+    rustix::fs::statfs(path)
+        .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
+}
+
 /// Mounts the bpf filesystem, if it is not there; says whether it did.
 fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
-    let parent = directory.parent().unwrap_or(Path::new("/"));
-    let is_there = || {
-        rustix::fs::statfs(parent)
-            .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
-    };
-    if is_there() {
+    let parent = parent_of(directory);
+    if is_bpffs(parent) {
         return Ok(false);
     }
     if parent != Path::new("/sys/fs/bpf") {
@@ -250,7 +296,7 @@ fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     );
     match mounted {
         Ok(()) => Ok(true),
-        Err(_) if is_there() => Ok(false),
+        Err(_) if is_bpffs(parent) => Ok(false),
         Err(Errno::PERM | Errno::ACCESS) => Err(LoadError::NotPrivileged),
         Err(errno) => Err(LoadError::Unsupported(format!(
             "there is no bpf filesystem to mount at {} ({errno})",
