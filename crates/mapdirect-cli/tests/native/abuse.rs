@@ -42,6 +42,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("leases", leases),
         ("second-guard", second_guard),
         ("socket-in-the-way", socket_in_the_way),
+        ("guards-at-once", guards_at_once),
         ("unprivileged-status", unprivileged_status),
     ] {
         trials.push(world.trial(format!("abuse::{name}"), run));
@@ -710,6 +711,39 @@ fn second_guard(_world: &World) {
     let text = String::from_utf8_lossy(&second.stderr).into_owned();
     assert!(text.contains("another guard listens"), "{text}");
     assert!(guard.client().status().is_ok(), "the first goes on");
+}
+
+/// Guards that start at the same time, each on its own socket, each with the
+/// best gate there is. In the kernel there is one gate, for one guard.
+fn guards_at_once(_world: &World) {
+    let scratch = mapdirect_testkit::process::ScratchDirectory::new("at-once").unwrap();
+    let start = |number: usize| {
+        let mut child = std::process::Command::new(BINARY)
+            .args(["guard", "--socket"])
+            .arg(scratch.path().join(format!("{number}.sock")))
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = child.stdout.take().unwrap();
+        (child, std::io::BufReader::new(stdout))
+    };
+    let started: Vec<_> = (0..5).map(start).collect();
+    let mut gates = Vec::new();
+    let mut children = Vec::new();
+    for (child, mut stdout) in started {
+        let mut line = String::new();
+        std::io::BufRead::read_line(&mut stdout, &mut line).unwrap();
+        gates.push(line.split(", ").nth(1).unwrap_or_default().to_owned());
+        children.push(child);
+    }
+    for mut child in children {
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    let of = |gate: &str| gates.iter().filter(|found| *found == gate).count();
+    let kernel = of("gate bpf");
+    assert!(of("gate fanotify") == 5 || kernel == 1, "{gates:?}");
 }
 
 /// A socket left behind is taken over; any other file is not.
