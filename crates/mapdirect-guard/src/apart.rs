@@ -9,10 +9,8 @@
 //!
 //! A page that is in the page cache by itself cannot become part of a larger
 //! folio. So the pages at both ends of every frozen run are brought in one by
-//! one, and held there for as long as the pin lives. They are pages of frozen
-//! blocks, which nobody may write to, so nothing throws them out again; but
-//! for the page that holds the end of the file, where what is frozen lies
-//! behind it: see `kept` in [`crate::policy`].
+//! one, and held there for as long as the pin lives. Operations that would throw
+//! them out again are refused: see [`Apart::Held`](crate::policy::Apart::Held).
 
 use crate::Errno;
 use mapdirect_sys::mmap::{View, page_size};

@@ -996,7 +996,7 @@ impl Attempt<'_> {
         let mut map = self.read_map(settled)?;
         for _ in 0..TRIES {
             self.check_map(&map)?;
-            let (pinned, held) = self.keep_still(&map)?;
+            let Still { pinned, held, .. } = self.keep_still(&map)?;
             if held.is_none() && !pinned.has_frozen() {
                 return Ok((map, pinned, held));
             }
@@ -1016,7 +1016,7 @@ impl Attempt<'_> {
 
     /// What the pin promises, and what it takes to keep that where somebody
     /// stores beside frozen blocks.
-    fn keep_still(&self, map: &BlockMap) -> Result<(Pinned, Option<Held>), Refusal> {
+    fn keep_still(&self, map: &BlockMap) -> Result<Still, Refusal> {
         let beside = self.look_beside(map)?;
         let mut pinned = Pinned::new(map, self.pin.flags.contains(Flags::WHOLE_FILE));
         let dax = self.judged.facts.dax;
@@ -1037,7 +1037,11 @@ impl Attempt<'_> {
             // Nobody stores near it, and nobody will be let.
             (Apart::No, None)
         };
-        Ok((pinned.with_beside(beside).apart(apart), held))
+        Ok(Still {
+            pinned: pinned.with_beside(beside).apart(apart),
+            held,
+            frozen,
+        })
     }
 
     /// Nobody may have a mapping to store by over what is to be frozen, from
@@ -1242,6 +1246,14 @@ fn stuck(stuck: Stuck) -> Refusal {
         stuck.obstacle(),
         "try again when that is over; if it hangs, end it, or what it waits for",
     )
+}
+
+/// What a pin promises, and what it takes to keep that.
+struct Still {
+    pinned: Pinned,
+    held: Option<Held>,
+    /// Pages that nobody may have mapped to store to.
+    frozen: Vec<Range<u64>>,
 }
 
 /// Holds back every open of an inode while it exists.

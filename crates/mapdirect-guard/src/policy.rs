@@ -271,6 +271,77 @@ impl Operation {
 /// Bytes in the largest block or page there is.
 const LARGEST_BLOCK: u64 = 64 << 10;
 
+/// What gates need to know of a kind beside its [`Rule`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Traits {
+    /// Blocks that others use as well may come to lie where it works.
+    pub brings_shared: bool,
+    /// It writes to the blocks it reaches, or zeroes in them.
+    pub touches: bool,
+    /// The pages it throws out of the page cache.
+    pub lets_go: LetsGo,
+}
+
+/// The pages an operation throws out of the page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LetsGo {
+    /// None.
+    Nothing,
+    /// Those of its range.
+    Range,
+    /// Those from a block before its range on.
+    ToTheEnd,
+    /// Those of its range, if it goes past the page cache.
+    RangeIfDirect,
+}
+
+impl LetsGo {
+    /// Where the pages lie that an operation at `range` throws out, in a file
+    /// of so large blocks; a `direct` one may bypass the page cache.
+    fn pages(self, range: &Range<u64>, direct: bool, block: u64) -> Option<Range<u64>> {
+        let (before, end) = match self {
+            Self::Nothing => return None,
+            Self::RangeIfDirect if !direct => return None,
+            Self::Range | Self::RangeIfDirect => (0, range.end),
+            // From one block earlier on, since it may join the one that is
+            // moved (`xfs_prepare_shift`, fs/xfs/xfs_bmap_util.c).
+            Self::ToTheEnd => (block, u64::MAX),
+        };
+        let page = mapdirect_sys::mmap::page_size();
+        let start = range.start.saturating_sub(before);
+        Some(start - start % page..end)
+    }
+}
+
+impl Traits {
+    /// Those of a kind.
+    #[must_use]
+    pub fn of(kind: OperationKind) -> Self {
+        use OperationKind as K;
+        let rule = kind.rule();
+        Self {
+            brings_shared: Operation::new(kind, 0..0).brings_shared,
+            touches: match kind {
+                K::Truncate | K::Reshape | K::Exchange | K::Clone | K::CopyRange => true,
+                kind => !kind.is_harmless() && rule.reach == Reach::Range,
+            },
+            lets_go: match kind {
+                K::Write | K::WriteUntorn => LetsGo::RangeIfDirect,
+                K::PunchHole
+                | K::ZeroRange
+                | K::WriteZeroes
+                | K::UnshareRange
+                | K::Clone
+                | K::Dedupe
+                | K::CopyRange
+                | K::Exchange => LetsGo::Range,
+                K::CollapseRange | K::InsertRange | K::Reshape => LetsGo::ToTheEnd,
+                _ => LetsGo::Nothing,
+            },
+        }
+    }
+}
+
 /// What a pin keeps still, as far as verdicts need it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pinned {
@@ -475,7 +546,6 @@ impl Pinned {
     /// The blocks that an operation writes to, or zeroes a part of: shared
     /// ones are copied for that, unwritten ones converted.
     fn touched(&self, operation: &Operation, size: u64) -> impl Iterator<Item = Range<u64>> {
-        use OperationKind as K;
         let block = self.block;
         let blocks = |range: &Range<u64>| {
             let end = range
@@ -485,10 +555,7 @@ impl Pinned {
             range.start - range.start % block..end
         };
         let rule = operation.kind.rule();
-        let reaches_blocks = match operation.kind {
-            K::Truncate | K::Reshape | K::Exchange | K::Clone | K::CopyRange => true,
-            kind => !kind.is_harmless() && rule.reach == Reach::Range,
-        };
+        let reaches_blocks = Traits::of(operation.kind).touches;
         let grows = rule.grows && operation.reaches_beyond(size) && !size.is_multiple_of(block);
         // The block that held the end of the file is zeroed behind it.
         let last = grows.then(|| size - size % block..size);
@@ -503,34 +570,16 @@ impl Pinned {
 
     /// Whether an operation throws pages out of the page cache that must stay.
     fn lets_go_of_held(&self, operation: &Operation) -> bool {
-        use OperationKind as K;
         let Apart::Held(held) = &self.apart else {
             return false;
         };
-        let page = mapdirect_sys::mmap::page_size();
-        let (before, to_the_end) = match operation.kind {
-            K::Write | K::WriteUntorn if operation.direct => (0, false),
-            K::PunchHole
-            | K::ZeroRange
-            | K::WriteZeroes
-            | K::UnshareRange
-            | K::Clone
-            | K::Dedupe
-            | K::CopyRange
-            | K::Exchange => (0, false),
-            // From one block earlier on, since it may join the one that is
-            // moved (`xfs_prepare_shift`, fs/xfs/xfs_bmap_util.c).
-            K::CollapseRange | K::InsertRange | K::Reshape => (self.block, true),
-            _ => return false,
-        };
+        let lets_go = Traits::of(operation.kind).lets_go;
         std::iter::once(&operation.range)
             .chain(&operation.or)
-            .any(|range| {
-                let start = range.start.saturating_sub(before);
-                let start = start - start % page;
-                let end = if to_the_end { u64::MAX } else { range.end };
-                let first = held.partition_point(|offset| *offset < start);
-                held.get(first).is_some_and(|offset| *offset < end)
+            .filter_map(|range| lets_go.pages(range, operation.direct, self.block))
+            .any(|pages| {
+                let first = held.partition_point(|offset| *offset < pages.start);
+                held.get(first).is_some_and(|offset| *offset < pages.end)
             })
     }
 

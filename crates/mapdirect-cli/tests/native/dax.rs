@@ -169,7 +169,6 @@ fn maps_directly(world: &World, kind: Kind) {
     let error = refused.unwrap_err();
     assert_eq!(error.kind(), Reason::NoDax, "{error:#}");
     assert_eq!(error.errno(), Errno::OPNOTSUPP.raw_os_error());
-    // And so does a file that gave DAX up.
     std::fs::remove_file(&plain).unwrap();
     std::fs::remove_file(&path).unwrap();
 }

@@ -6,9 +6,8 @@
 //! what they may have begun before; then it looks whether what is there is
 //! what the gate was told. If so, it is the pin; if not, it begins anew.
 
-use super::{Attempt, refusal, system};
+use super::{Attempt, Still, refusal, system};
 use crate::openers::{Openers, kernel_users};
-use crate::policy::Pinned;
 use crate::thaw;
 use crate::wake::Backoff;
 use crate::{Errno, busy};
@@ -54,8 +53,11 @@ impl Attempt<'_> {
         let mut map = self.read_map(true)?;
         loop {
             self.check_map(&map)?;
-            let (pinned, held) = self.keep_still(&map)?;
-            let frozen = self.frozen_pages(&map, &pinned)?;
+            let Still {
+                pinned,
+                held,
+                frozen,
+            } = self.keep_still(&map)?;
             self.pin.settle(&map, pinned, held);
             self.publish()?;
             // From here on nothing new comes to pass that the gate was not
@@ -104,15 +106,6 @@ impl Attempt<'_> {
                 ),
                 other => system("telling the gate", other),
             })
-    }
-
-    fn frozen_pages(
-        &self,
-        map: &mapdirect_proto::BlockMap,
-        pinned: &Pinned,
-    ) -> Result<Vec<Range<u64>>, Refusal> {
-        let beside = self.look_beside(map)?;
-        Ok(pinned.frozen_pages(&beside, mapdirect_sys::mmap::page_size()))
     }
 
     /// Nobody may be in the middle of something that the gate let pass

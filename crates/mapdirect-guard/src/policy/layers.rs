@@ -9,7 +9,7 @@
 
 use super::{
     Apart, LARGEST_BLOCK, Mapped, Meets, Operation, OperationKind, Pinned, RULES, Reach, Rule,
-    folio_page, folio_size,
+    Traits, folio_page, folio_size,
 };
 use mapdirect_proto::ExtentState;
 use std::ops::Range;
@@ -52,59 +52,6 @@ pub struct Layers {
     pub grows_into: bool,
     /// Bytes in a block.
     pub block: u64,
-}
-
-/// What the gate needs to know of a kind beside its [`Rule`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Traits {
-    /// Blocks that others use as well may come to lie where it works.
-    pub brings_shared: bool,
-    /// It writes to the blocks it reaches, or zeroes in them.
-    pub touches: bool,
-    /// The pages it throws out of the page cache.
-    pub lets_go: LetsGo,
-}
-
-/// The pages an operation throws out of the page cache.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LetsGo {
-    /// None.
-    Nothing,
-    /// Those of its range.
-    Range,
-    /// Those from a block before its range on.
-    ToTheEnd,
-    /// Those of its range, if it goes past the page cache.
-    RangeIfDirect,
-}
-
-impl Traits {
-    /// Those of a kind.
-    #[must_use]
-    pub fn of(kind: OperationKind) -> Self {
-        use OperationKind as K;
-        let rule = kind.rule();
-        Self {
-            brings_shared: Operation::new(kind, 0..0).brings_shared,
-            touches: match kind {
-                K::Truncate | K::Reshape | K::Exchange | K::Clone | K::CopyRange => true,
-                kind => !kind.is_harmless() && rule.reach == Reach::Range,
-            },
-            lets_go: match kind {
-                K::Write | K::WriteUntorn => LetsGo::RangeIfDirect,
-                K::PunchHole
-                | K::ZeroRange
-                | K::WriteZeroes
-                | K::UnshareRange
-                | K::Clone
-                | K::Dedupe
-                | K::CopyRange
-                | K::Exchange => LetsGo::Range,
-                K::CollapseRange | K::InsertRange | K::Reshape => LetsGo::ToTheEnd,
-                _ => LetsGo::Nothing,
-            },
-        }
-    }
 }
 
 impl Layers {
@@ -240,7 +187,11 @@ impl Layers {
         if rule.grows && self.largest_size.is_some_and(|most| largest > most) {
             return true;
         }
-        if ranges().any(|range| self.lets_go(traits.lets_go, range, operation.direct)) {
+        let lets_go = |range| traits.lets_go.pages(range, operation.direct, self.block);
+        if ranges()
+            .filter_map(lets_go)
+            .any(|pages| self.meets(List::Held, &pages))
+        {
             return true;
         }
         if traits.brings_shared && self.meets(List::Stores, &brings_to(rule, operation, size)) {
@@ -289,18 +240,6 @@ impl Layers {
         self.meets(List::Beside, &blocks)
             || self.grows_into && writes && range.end > size
             || shared_since && self.meets(List::Window, &blocks)
-    }
-
-    fn lets_go(&self, lets_go: LetsGo, range: &Range<u64>, direct: bool) -> bool {
-        let page = mapdirect_sys::mmap::page_size();
-        let (before, end) = match lets_go {
-            LetsGo::Nothing => return false,
-            LetsGo::RangeIfDirect if !direct => return false,
-            LetsGo::Range | LetsGo::RangeIfDirect => (0, range.end),
-            LetsGo::ToTheEnd => (self.block, u64::MAX),
-        };
-        let start = range.start.saturating_sub(before);
-        self.meets(List::Held, &(start - start % page..end))
     }
 }
 

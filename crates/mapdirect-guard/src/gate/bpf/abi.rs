@@ -1,8 +1,8 @@
 //! What user space and the programs exchange, as `mapdirect.bpf.c` lays it
 //! out. Numbers are of the machine's own byte order.
 
-use crate::policy::layers::{LISTS, Layers, LetsGo, Traits};
-use crate::policy::{Meets, OperationKind, RULES, Reach};
+use crate::policy::layers::{LISTS, Layers};
+use crate::policy::{LetsGo, Meets, OperationKind, RULES, Reach, Traits};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
 /// How many rows the programs have room for.
