@@ -563,15 +563,10 @@ static __always_inline u64 align_up(u64 value, u64 unit)
 	return up == END ? END : up & ~(unit - 1);
 }
 
-// Whether [start, end) meets a run of a list: they are sorted and disjoint.
-// Global functions, those that are not static, are verified once by
-// themselves and not again wherever they are called.
-int meets(struct entry *e, u32 list, u64 start, u64 end)
+// The first run of a list that ends behind `start`: they are sorted and
+// disjoint. 1 if there is one, 0 if not, -1 if it cannot be told.
+static __always_inline int find(struct entry *e, u32 list, u64 start, struct run *found)
 {
-	if (!e)
-		return 1;
-	if (list >= LISTS || start >= end)
-		return 0;
 	u32 low = e->first[list], high = e->first[list + 1];
 	u32 last = high;
 
@@ -579,22 +574,22 @@ int meets(struct entry *e, u32 list, u64 start, u64 end)
 		return 0;
 	if (!e->spilled) {
 		for (u32 at = 0; at < INLINE; at++) {
-			if (at >= low && at < high && e->runs[at].start < end &&
-			    e->runs[at].end > start)
+			if (at >= low && at < high && e->runs[at].end > start) {
+				*found = e->runs[at];
 				return 1;
+			}
 		}
 		return 0;
 	}
 	u64 version = e->version;
 	void *runs = bpf_map_lookup_elem(&spill, &version);
 	if (!runs)
-		return 1;
-	// The first run that ends behind `start`.
+		return -1;
 	for (int step = 0; step < 32 && low < high; step++) {
 		u32 middle = low + (high - low) / 2;
 		struct run *run = bpf_map_lookup_elem(runs, &middle);
 		if (!run)
-			return 1;
+			return -1;
 		if (run->end > start)
 			high = middle;
 		else
@@ -603,7 +598,26 @@ int meets(struct entry *e, u32 list, u64 start, u64 end)
 	if (low >= last)
 		return 0;
 	struct run *run = bpf_map_lookup_elem(runs, &low);
-	return !run || run->start < end;
+	if (!run)
+		return -1;
+	*found = *run;
+	return 1;
+}
+
+// Whether [start, end) meets a run of a list.
+// Global functions, those that are not static, are verified once by
+// themselves and not again wherever they are called: so they may not be
+// inlined either.
+__noinline int meets(struct entry *e, u32 list, u64 start, u64 end)
+{
+	struct run run = {};
+
+	if (!e)
+		return 1;
+	if (list >= LISTS || start >= end)
+		return 0;
+	int found = find(e, list, start, &run);
+	return found < 0 || (found && run.start < end);
 }
 
 // What is judged of one range of an operation. Layers::refuses_range.
@@ -1301,39 +1315,13 @@ static __always_inline void leave(struct key *key)
 }
 
 // Whether one run of a list holds all of [start, end).
-int covers(struct entry *e, u32 list, u64 start, u64 end)
+__noinline int covers(struct entry *e, u32 list, u64 start, u64 end)
 {
+	struct run run = {};
+
 	if (!e || list >= LISTS || start >= end)
 		return 0;
-	u32 low = e->first[list], high = e->first[list + 1];
-
-	if (!e->spilled) {
-		for (u32 at = 0; at < INLINE; at++) {
-			if (at >= low && at < high && e->runs[at].start <= start &&
-			    e->runs[at].end >= end)
-				return 1;
-		}
-		return 0;
-	}
-	u32 last = high;
-	u64 version = e->version;
-	void *runs = bpf_map_lookup_elem(&spill, &version);
-	if (!runs)
-		return 0;
-	for (int step = 0; step < 32 && low < high; step++) {
-		u32 middle = low + (high - low) / 2;
-		struct run *run = bpf_map_lookup_elem(runs, &middle);
-		if (!run)
-			return 0;
-		if (run->end > start)
-			high = middle;
-		else
-			low = middle + 1;
-	}
-	if (low >= last)
-		return 0;
-	struct run *run = bpf_map_lookup_elem(runs, &low);
-	return run && run->start <= start && run->end >= end;
+	return find(e, list, start, &run) > 0 && run.start <= start && run.end >= end;
 }
 
 // include/uapi/linux/capability.h, include/linux/proc_ns.h
