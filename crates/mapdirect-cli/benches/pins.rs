@@ -358,12 +358,7 @@ fn raise_descriptor_limit() {
 /// A file of so many extents with two written MiB in the middle.
 fn scattered(path: &Path, extents: u64) -> File {
     const BLOCK: u64 = 4096;
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .unwrap();
+    let file = File::create_new(path).unwrap();
     for number in 0..extents {
         // One unwritten block, one hole; with room in the middle.
         let gap = if number < extents / 2 { 0 } else { RANGE };

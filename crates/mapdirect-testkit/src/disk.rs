@@ -314,6 +314,28 @@ pub fn remove_stale() {
     }
 }
 
+/// A filesystem that is frozen; thawed when dropped.
+#[derive(Debug)]
+pub struct Frozen(PathBuf);
+
+impl Frozen {
+    /// Freezes that of a disk.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`].
+    pub fn new(disk: &Disk) -> Result<Self> {
+        run(Command::new("fsfreeze").arg("-f").arg(disk.root()))?;
+        Ok(Self(disk.root()))
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        let _ = Command::new("fsfreeze").arg("-u").arg(&self.0).status();
+    }
+}
+
 /// Runs a command that must succeed.
 ///
 /// # Errors

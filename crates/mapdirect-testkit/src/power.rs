@@ -59,11 +59,7 @@ fn play_append(arguments: &[String]) -> Result<()> {
     mount(&device, &root)?;
     let guard = GuardProcess::start(Path::new(binary))?;
     let path = root.join("log");
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)?;
+    let file = File::create_new(&path)?;
     file.set_len(LOG)?;
     let map = MapOptions::new()
         .prepare(true)

@@ -21,32 +21,28 @@ const HALF: u64 = HUGE / 2;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in kinds(&[Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4]) {
-        for (name, run) in [
-            ("mapped-later", mapped_later as fn(&World, Kind)),
+    trials.extend(world.trials(
+        "beside",
+        &kinds(&[Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4]),
+        &[
+            ("mapped-later", mapped_later),
             ("mapped-plainly", mapped_plainly),
             ("allocated", allocated),
             ("stores-while-granting", stores_while_granting),
             ("mappings-while-granting", mappings_while_granting),
             ("thrown-out", thrown_out),
             ("allocate-again", allocate_again),
-        ] {
-            let name = format!("beside::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
-    for kind in kinds(&[Kind::XFS]) {
-        if !kind.reflink() {
-            continue;
-        }
-        for (name, run) in [
-            ("copied", copied as fn(&World, Kind)),
-            ("size-kept", size_kept),
-        ] {
-            let name = format!("beside::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
+        ],
+    ));
+    let sharing: Vec<_> = kinds(&[Kind::XFS])
+        .into_iter()
+        .filter(|kind| kind.reflink())
+        .collect();
+    trials.extend(world.trials(
+        "beside",
+        &sharing,
+        &[("copied", copied), ("size-kept", size_kept)],
+    ));
     trials
 }
 

@@ -23,20 +23,19 @@ const PAGE: usize = 4096;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in dax_kinds() {
-        for (name, run) in [
-            ("maps-directly", maps_directly as fn(&World, Kind)),
+    trials.extend(world.trials(
+        "pmem",
+        &dax_kinds(),
+        &[
+            ("maps-directly", maps_directly),
             ("media", media),
             ("no-page-cache", no_page_cache),
             ("no-commit", no_commit),
             ("figures", figures),
             ("persist-everywhere", persist_everywhere),
             ("huge-pages", huge_pages),
-        ] {
-            let name = format!("pmem::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
+        ],
+    ));
     // A disk that zeroes by itself is a module away in a virtual machine.
     if dax_kinds().contains(&Kind::Ext4Dax) {
         let name = format!("pmem::{}::zeroed-by-the-device", Kind::Ext4Dax);
@@ -107,12 +106,7 @@ fn zeroed_by_the_device(_world: &World) {
     let disk = Disk::new();
     for (exclusive, most) in [(true, 4 << 20), (false, u64::MAX)] {
         let path = disk.0.join(format!("exclusive-{exclusive}"));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .unwrap();
+        let file = File::create_new(&path).unwrap();
         // Some of it is there already, and not written back yet.
         file.set_len(LENGTH).unwrap();
         raw::fallocate(file.as_fd(), 0, 0, LENGTH / 2).unwrap();
@@ -325,12 +319,7 @@ fn figures(world: &World, kind: Kind) {
 fn persist_everywhere(world: &World, kind: Kind) {
     let guard = world.guard();
     let path = world.disk(kind).path("everywhere");
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
+    let file = File::create_new(&path).unwrap();
     // Written, hole, written, and pages beyond the end.
     file.write_all_at(&vec![1; PAGE], 0).unwrap();
     file.write_all_at(&vec![1; PAGE], 2 * PAGE as u64).unwrap();
@@ -389,12 +378,7 @@ fn huge_pages(world: &World, kind: Kind) {
     let path = world.disk(kind).path("huge");
     let make = || {
         let _ = std::fs::remove_file(&path);
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)
-            .unwrap();
+        let file = File::create_new(&path).unwrap();
         let prepared = mapdirect::PrepareOptions::new()
             .size(4 * HUGE as u64)
             .huge(true)

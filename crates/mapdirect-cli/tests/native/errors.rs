@@ -19,19 +19,18 @@ const VALIDATE: i32 = sys::MAP_SHARED_VALIDATE | MAP_DIRECT;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in [Kind::XFS, Kind::EXT4] {
-        for (name, run) in [
-            ("arguments", arguments as fn(&World, Kind)),
+    trials.extend(world.trials(
+        "errors",
+        &[Kind::XFS, Kind::EXT4],
+        &[
+            ("arguments", arguments),
             ("access", access),
             ("capability", capability),
             ("dax", dax),
             ("frozen", frozen),
             ("fixed", fixed),
-        ] {
-            let name = format!("errors::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
+        ],
+    ));
     trials.push(world.trial("errors::filesystems", filesystems));
     trials.push(world.trial("errors::no-guard", no_guard));
     trials

@@ -1,6 +1,8 @@
 //! Grants: a promise is made only when it can be kept.
 
-use crate::world::{PATIENCE, World, is_pinned, kinds, map, open, pin, wait_until_free, written};
+use crate::world::{
+    PATIENCE, World, is_inside, is_pinned, kinds, map, open, pin, wait_until_free, written,
+};
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions};
 use mapdirect_sys::fcntl::{LockKind, LockOwner, conflicting_lock, set_lock};
@@ -8,8 +10,8 @@ use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, inode_flags};
 use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::disk::run;
-use mapdirect_testkit::process::Background;
+use mapdirect_testkit::disk::{Frozen, run};
+use mapdirect_testkit::process::{Background, wait_for};
 use mapdirect_testkit::raw::{self, PlainMap};
 use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
@@ -19,13 +21,15 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
-        for (name, run) in [
-            ("who-has-it-open", who_has_it_open as fn(&World, Kind)),
+    trials.extend(world.trials(
+        "grants",
+        &kinds(&[Kind::XFS, Kind::EXT4]),
+        &[
+            ("who-has-it-open", who_has_it_open),
             ("patience", patience),
             ("duplicate", duplicate),
             ("inherited", inherited),
@@ -48,11 +52,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("unmounted", unmounted),
             ("busy-processor", busy_processor),
             ("hammered", hammered),
-        ] {
-            let name = format!("grants::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
+        ],
+    ));
     trials.push(world.trial("grants::xfs::allocated-ahead", allocated_ahead));
     trials.push(world.trial("grants::xfs::extent-size-hint", extent_size_hint));
     trials.push(world.trial("grants::xfs::copied-along", copied_along));
@@ -250,52 +251,31 @@ fn registered(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// A filesystem that is frozen; thawed when dropped.
-struct Frozen<'a> {
-    disk: &'a Disk,
-    /// Whose threads wait for a thaw is not told apart, so it is one at a
-    /// time.
+/// A filesystem that is frozen. Whose threads wait for a thaw is not told
+/// apart, so it is one at a time.
+struct FrozenAlone {
+    _frozen: Frozen,
     _alone: MutexGuard<'static, ()>,
 }
 
-impl<'a> Frozen<'a> {
-    fn new(disk: &'a Disk) -> Self {
+impl FrozenAlone {
+    fn new(disk: &Disk) -> Self {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-        run(Command::new("fsfreeze").arg("-f").arg(disk.root())).unwrap();
         Self {
-            disk,
+            _frozen: Frozen::new(disk).unwrap(),
             _alone: alone,
         }
     }
 }
 
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("fsfreeze")
-            .arg("-u")
-            .arg(self.disk.root())
-            .status();
-    }
-}
-
 /// Waits until a thread of this process is inside a kernel function.
 fn wait_until_inside(function: &str) {
-    let deadline = Instant::now() + Duration::from_secs(5);
-    loop {
-        let inside = mapdirect_sys::proc::numbers_in("/proc/self/task")
-            .unwrap()
-            .into_iter()
-            .any(|tid| {
-                mapdirect_sys::proc::read_task_file(tid, "stack")
-                    .is_ok_and(|stack| stack.contains(function))
-            });
-        if inside {
-            return;
-        }
-        assert!(Instant::now() < deadline, "nobody is inside {function}");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    let own = std::process::id().cast_signed();
+    let inside = wait_for(Duration::from_secs(5), || {
+        Ok(is_inside(own, function).then_some(()))
+    });
+    assert!(inside.is_ok(), "nobody is inside {function}");
 }
 
 /// A truncation by path that passed its permission check before the gate
@@ -305,7 +285,7 @@ fn frozen_truncate(world: &World, kind: Kind) {
     let path = written(&disk, "file", 1 << 20);
     let guard = world.guard().client();
     let reader = File::open(&path).unwrap();
-    let frozen = Frozen::new(&disk);
+    let frozen = FrozenAlone::new(&disk);
     let victim = path.clone();
     let truncating = std::thread::spawn(move || raw::truncate(&raw::c_path(&victim), 0).unwrap());
     wait_until_inside("percpu_rwsem_wait");
@@ -323,7 +303,7 @@ fn frozen_write(world: &World, kind: Kind) {
     let path = written(&disk, "file", 1 << 20);
     let guard = world.guard().client();
     let file = open(&path);
-    let frozen = Frozen::new(&disk);
+    let frozen = FrozenAlone::new(&disk);
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| rustix::io::pwrite(&file, &[1; 4096], 2 << 20).unwrap());
         wait_until_inside("percpu_rwsem_wait");
@@ -343,7 +323,7 @@ fn frozen_write_behind_the_gate(world: &World, kind: Kind) {
     let guard = world.guard().client();
     let file = open(&path);
     let first = map(&guard, &file, 0..65536);
-    let frozen = Frozen::new(&disk);
+    let frozen = FrozenAlone::new(&disk);
     std::thread::scope(|scope| {
         let punching = scope.spawn(|| raw::fallocate(file.as_fd(), 3, 524_288, 65536).unwrap());
         wait_until_inside("percpu_rwsem_wait");
@@ -556,12 +536,7 @@ fn allocated_ahead(world: &World) {
     let disk = world.disk(Kind::XFS);
     let path = disk.path("grants-ahead");
     let guard = world.guard().client();
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
+    let file = File::create_new(&path).unwrap();
     // Appending in small pieces makes XFS allocate generously.
     for number in 0..256u64 {
         file.write_all_at(&[3; 4096], number * 4096).unwrap();
@@ -757,12 +732,7 @@ fn allocated_into(world: &World) {
 fn converted_along(world: &World) {
     let disk = world.disk(Kind::EXT4);
     let path = disk.path("grants-converted-along");
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
+    let file = File::create_new(&path).unwrap();
     raw::fallocate(file.as_fd(), 0, 0, 28_672).unwrap();
     file.sync_all().unwrap();
     let held = pin(&world.guard().client(), &file, 0..4096);
@@ -834,12 +804,7 @@ fn extent_size_hint(world: &World) {
     let disk = world.disk(Kind::XFS);
     let path = disk.path("grants-hint");
     let guard = world.guard().client();
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
+    let file = File::create_new(&path).unwrap();
     run(Command::new("xfs_io")
         .args(["-c", "extsize 64k"])
         .arg(&path))

@@ -1,13 +1,13 @@
 //! What only the bpf gate can do: run with `MAPDIRECT_GATE=bpf` on a kernel
 //! that lets it be loaded.
 
-use crate::world::{BINARY, World, is_pinned, kinds, map, open, pin, written};
+use crate::world::{BINARY, World, is_inside, is_pinned, kinds, map, open, pin, written};
 use libtest_mimic::Trial;
 use mapdirect::{Gate, Kind as Reason, PinOptions};
-use mapdirect_sys::{Errno, proc};
+use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{Attack, Door, Row};
 use mapdirect_testkit::contract::{Gate as UnderTest, Place, Subject};
-use mapdirect_testkit::disk::run;
+use mapdirect_testkit::disk::{Frozen, run};
 use mapdirect_testkit::process::{GuardProcess, Helper, Stranger, wait_for};
 use mapdirect_testkit::{Disk, Kind, raw};
 use std::fs::File;
@@ -32,18 +32,19 @@ pub fn trials(world: &World) -> Vec<Trial> {
     trials.push(world.trial("in-kernel::one-guard", one_guard));
     trials.push(world.trial("in-kernel::refusals-are-told", refusals_are_told));
     for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
-        for (name, run) in [
-            ("killed-and-adopted", killed_and_adopted as fn(&World, Kind)),
-            ("ends-without-a-guard", ends_without_a_guard),
-            ("writers-stay", writers_stay),
-            ("older-mappings", older_mappings),
-            ("loop-devices", loop_devices),
-            ("raw-errors", raw_errors),
-            ("raw-mapping", raw_mapping),
-        ] {
-            let name = format!("in-kernel::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
+        trials.extend(world.trials(
+            "in-kernel",
+            &[kind],
+            &[
+                ("killed-and-adopted", killed_and_adopted),
+                ("ends-without-a-guard", ends_without_a_guard),
+                ("writers-stay", writers_stay),
+                ("older-mappings", older_mappings),
+                ("loop-devices", loop_devices),
+                ("raw-errors", raw_errors),
+                ("raw-mapping", raw_mapping),
+            ],
+        ));
         if kind.is_dax() {
             // They need a filesystem of their own, and there is one of these.
             continue;
@@ -364,33 +365,9 @@ const RACERS: [&str; 9] = [
     "ficlonerange-from",
 ];
 
-/// A filesystem that is frozen; thawed when dropped.
-struct Frozen<'a>(&'a Disk);
-
-impl<'a> Frozen<'a> {
-    fn new(disk: &'a Disk) -> Self {
-        run(Command::new("fsfreeze").arg("-f").arg(disk.root())).unwrap();
-        Self(disk)
-    }
-}
-
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        let _ = Command::new("fsfreeze")
-            .arg("-u")
-            .arg(self.0.root())
-            .status();
-    }
-}
-
 /// Whether a thread of a process waits for a thaw.
 fn waits_for_thaw(pid: i32) -> bool {
-    let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
-    threads.into_iter().any(|tid| {
-        proc::read_task_file(tid, "stack").is_ok_and(|stack| {
-            stack.contains("percpu_rwsem_wait") || stack.contains("__percpu_down_read")
-        })
-    })
+    is_inside(pid, "percpu_rwsem_wait") || is_inside(pid, "__percpu_down_read")
 }
 
 /// The filesystem is frozen, the operation begun, the pin asked for, and only
@@ -413,7 +390,7 @@ fn race(world: &World, kind: Kind, attack: &'static Attack) {
         .unwrap();
         let pid = stranger.pid();
         let file = File::open(&subject.path).unwrap();
-        let frozen = Frozen::new(&disk);
+        let frozen = Frozen::new(&disk).unwrap();
         let (result, pinned) = std::thread::scope(|scope| {
             let attacking = scope.spawn(move || stranger.attack().unwrap());
             wait_for(Duration::from_secs(10), || {

@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
-        for (name, run) in [
-            ("unmap", unmap as fn(&World, Kind)),
+    trials.extend(world.trials(
+        "lifetime",
+        &kinds(&[Kind::XFS, Kind::EXT4]),
+        &[
+            ("unmap", unmap),
             ("parts", parts),
             ("close", close),
             ("fork-parent-first", fork_parent_first),
@@ -38,11 +40,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("guard-killed", guard_killed),
             ("guard-ended", guard_ended),
             ("whole-file", whole_file),
-        ] {
-            let name = format!("lifetime::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
+        ],
+    ));
     trials
 }
 

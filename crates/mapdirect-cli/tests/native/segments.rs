@@ -37,22 +37,23 @@ const KINDS: [Kind; 5] = [
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for kind in kinds(&KINDS) {
-        for (name, run) in [
-            ("pairs", pairs as fn(&World, Kind)),
+    trials.extend(world.trials(
+        "segments",
+        &kinds(&KINDS),
+        &[
+            ("pairs", pairs),
             ("random", random),
             ("ends", ends),
             ("beyond-the-end", beyond_the_end),
             ("large-folios", large_folios),
             ("allocate", allocate),
-        ] {
-            let name = format!("segments::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
-    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
-        for (name, run) in [
-            ("system-calls", system_calls as fn(&World, Kind)),
+        ],
+    ));
+    trials.extend(world.trials(
+        "segments",
+        &kinds(&[Kind::XFS, Kind::EXT4]),
+        &[
+            ("system-calls", system_calls),
             ("fork", fork),
             ("fork-beside-a-store", fork_beside_a_store),
             ("mprotect", mprotect),
@@ -77,11 +78,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("allocate-without-room", allocate_without_room),
             ("allocate-beside-a-pin", allocate_beside_a_pin),
             ("allocate-under-attack", allocate_under_attack),
-        ] {
-            let name = format!("segments::{kind}::{name}");
-            trials.push(world.trial(name, move |world| run(world, kind)));
-        }
-    }
+        ],
+    ));
     trials
 }
 
@@ -113,12 +111,7 @@ pub(crate) fn make(path: &Path, block: u64, states: &[State], size: u64) -> File
     for path in [path, &other] {
         let _ = std::fs::remove_file(path);
     }
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .unwrap();
+    let file = File::create_new(path).unwrap();
     file.set_len(size).unwrap();
     let length = usize::try_from(block).unwrap();
     let runs = |wanted: State| {
@@ -879,12 +872,7 @@ fn aligned(world: &World, kind: Kind) {
 /// Makes a file of which every other page is a hole.
 fn every_other(path: &Path, pages: u64) -> File {
     let _ = std::fs::remove_file(path);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(path)
-        .unwrap();
+    let file = File::create_new(path).unwrap();
     file.set_len(pages * PAGE).unwrap();
     let bytes = [5; 4096];
     for at in (0..pages).step_by(2) {

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use libtest_mimic::Trial;
 use mapdirect::{Kind as Reason, PinOptions};
 use mapdirect_sys::Errno;
-use mapdirect_testkit::disk::run;
+use mapdirect_testkit::disk::Frozen;
 use mapdirect_testkit::process::{GuardProcess, Helper, say};
 use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::fs::OFlags;
@@ -26,7 +26,9 @@ pub fn trials(world: &World) -> Vec<Trial> {
 /// A loop device whose writes hang, until this is dropped.
 struct Hanging {
     device: PathBuf,
-    disk: Disk,
+    /// Thawed before the loop device goes.
+    frozen: Option<Frozen>,
+    _disk: Disk,
 }
 
 impl Hanging {
@@ -40,15 +42,17 @@ impl Hanging {
             .unwrap();
         assert!(made.status.success(), "{made:?}");
         let device = PathBuf::from(String::from_utf8(made.stdout).unwrap().trim_end());
-        run(Command::new("fsfreeze").arg("-f").arg(disk.root())).unwrap();
-        Self { device, disk }
+        Self {
+            device,
+            frozen: Some(Frozen::new(&disk).unwrap()),
+            _disk: disk,
+        }
     }
 }
 
 impl Drop for Hanging {
     fn drop(&mut self) {
-        let root = self.disk.root();
-        let _ = Command::new("fsfreeze").arg("-u").arg(root).status();
+        drop(self.frozen.take());
         let _ = Command::new("losetup").arg("-d").arg(&self.device).status();
     }
 }

@@ -3,7 +3,7 @@
 
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
-use mapdirect_sys::Errno;
+use mapdirect_sys::{Errno, proc};
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
@@ -51,6 +51,17 @@ pub fn roles() -> Vec<Role> {
         ("merged-memory", crate::programs::play_merged_memory),
         ("inherits", crate::programs::play_inherits),
     ]
+}
+
+/// A test on a filesystem.
+pub type OnKind = fn(&World, Kind);
+
+/// Whether a thread of a process is inside a kernel function.
+pub fn is_inside(pid: i32, function: &str) -> bool {
+    let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
+    threads
+        .into_iter()
+        .any(|tid| proc::read_task_file(tid, "stack").is_ok_and(|stack| stack.contains(function)))
 }
 
 /// The filesystems to test on: `here`, or DAX where there is persistent
@@ -132,6 +143,17 @@ impl World {
         for what in &*unavailable {
             println!("not available here: {what}");
         }
+    }
+
+    /// Tests of a module on each of some filesystems.
+    pub fn trials(&self, module: &str, kinds: &[Kind], tests: &[(&str, OnKind)]) -> Vec<Trial> {
+        let on = |kind: Kind| {
+            tests.iter().map(move |&(name, run)| {
+                let name = format!("{module}::{kind}::{name}");
+                self.trial(name, move |world| run(world, kind))
+            })
+        };
+        kinds.iter().copied().flat_map(on).collect()
     }
 
     /// A trial that needs root.

@@ -14,12 +14,7 @@ const SIZE: u64 = 1 << 20;
 fn subject(disk: &Disk) -> (File, Vec<u8>) {
     let path = disk.path("file");
     let _ = std::fs::remove_file(&path);
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .create_new(true)
-        .open(&path)
-        .unwrap();
+    let file = File::create_new(&path).unwrap();
     let mut bytes = vec![0; usize::try_from(SIZE).unwrap()];
     bytes[300_000..400_000].fill(7);
     file.write_all_at(&bytes[300_000..400_000], 300_000)
