@@ -22,7 +22,7 @@ use anyhow::{Context, Result, ensure};
 use clap::Args;
 use debian::Series;
 use kernel::{Cache, Kernel, Wanted};
-use machine::{End, Failure, NVDIMM_UNIT};
+use machine::{Clock, End, Failure, NVDIMM_UNIT};
 use mapdirect_cli::size::parse_size;
 use mapdirect_sys::signal::{Signal, SignalFd};
 use std::ffi::{OsStr, OsString};
@@ -66,6 +66,10 @@ pub(crate) struct VmArgs {
     #[arg(long, value_name = "NUMBER", default_value = "2",
           value_parser = clap::value_parser!(u32).range(1..=64))]
     processors: u32,
+    /// Let clocks count instructions, one for a nanosecond: what is measured by them does not depend
+    /// on what else this machine does, nor on how fast it emulates
+    #[arg(long)]
+    count_instructions: bool,
     /// More words for the kernel's command line
     #[arg(
         long,
@@ -191,6 +195,11 @@ fn run_command(args: &VmArgs) -> Result<u8> {
     let mut boot = Boot::new(kernel, init)
         .memory(args.memory)
         .processors(args.processors)
+        .clock(if args.count_instructions {
+            Clock::Instructions
+        } else {
+            Clock::Time
+        })
         .parameters(&args.parameters)
         .time_limit(Duration::from_secs(args.time_limit))
         .console_shown(args.verbose)

@@ -1,6 +1,7 @@
 //! Real filesystems on loop devices.
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::{Mode, OFlags};
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -34,7 +35,8 @@ pub enum Kind {
 
 /// Environment variable that names the devices of persistent memory to use,
 /// one for each of [`Kind::DAX`], with commas in between; as many as there
-/// are. What is on them is lost.
+/// are. More of them, in the same order again, are for tests that want a
+/// filesystem for themselves. What is on them is lost.
 pub const PMEM_VARIABLE: &str = "MAPDIRECT_PMEM";
 
 /// The devices of persistent memory there are.
@@ -89,8 +91,28 @@ impl Kind {
     /// The device it lies on, if that is no loop device.
     #[must_use]
     pub fn device(self) -> Option<PathBuf> {
-        let at = Self::DAX.iter().position(|kind| *kind == self)?;
-        pmem().into_iter().nth(at)
+        self.devices().into_iter().next()
+    }
+
+    /// The devices there are for it.
+    fn devices(self) -> Vec<PathBuf> {
+        let at = Self::DAX.iter().position(|kind| *kind == self);
+        at.map_or_else(Vec::new, |at| {
+            let devices = pmem().into_iter().skip(at);
+            devices.step_by(Self::DAX.len()).collect()
+        })
+    }
+
+    /// One of them that nothing is mounted from.
+    fn free_device(self) -> Result<PathBuf> {
+        let devices = self.devices();
+        ensure!(!devices.is_empty(), "{PMEM_VARIABLE} names no device");
+        let is_free = |device: &PathBuf| {
+            let exclusively = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+            rustix::fs::open(device, exclusively, Mode::empty()).is_ok()
+        };
+        let free = devices.into_iter().find(is_free);
+        free.with_context(|| format!("all devices of {PMEM_VARIABLE} for {self} are in use"))
     }
 
     /// Block size in bytes.
@@ -201,9 +223,7 @@ impl Disk {
         // From here on dropping it cleans up.
         let disk = Self { kind, directory };
         let (image, how) = if kind.is_dax() {
-            let device = kind.device();
-            let device = device.with_context(|| format!("{PMEM_VARIABLE} names no device"))?;
-            (device, "dax=always")
+            (kind.free_device()?, "dax=always")
         } else {
             let image = disk.directory.join("image");
             File::create(&image)?.set_len(megabytes << 20)?;

@@ -60,6 +60,15 @@ pub(crate) const NVDIMM_UNIT: u64 = 2 << 20;
 /// With less of it the kernel makes no disk in mode fsdax.
 const LEAST_NVDIMM: u64 = 16 << 20;
 
+/// What the machine's clocks count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Clock {
+    /// The time of this machine.
+    Time,
+    /// A nanosecond for every instruction that a processor executes.
+    Instructions,
+}
+
 /// A machine as it will be booted.
 #[derive(Clone, Debug)]
 pub(crate) struct Boot {
@@ -67,6 +76,7 @@ pub(crate) struct Boot {
     init: PathBuf,
     memory: u64,
     processors: u32,
+    clock: Clock,
     nvdimms: Vec<Nvdimm>,
     parameters: String,
     time_limit: Duration,
@@ -82,6 +92,7 @@ impl Boot {
             init,
             memory: 2 << 30,
             processors: 2,
+            clock: Clock::Time,
             nvdimms: Vec::new(),
             parameters: String::new(),
             time_limit: Duration::from_secs(600),
@@ -104,6 +115,12 @@ impl Boot {
     /// With so many processors.
     pub(crate) fn processors(mut self, processors: u32) -> Self {
         self.processors = processors;
+        self
+    }
+
+    /// With this clock.
+    pub(crate) fn clock(mut self, clock: Clock) -> Self {
+        self.clock = clock;
         self
     }
 
@@ -200,7 +217,7 @@ impl Boot {
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         // A kernel that panics reboots, and that is the end.
         command.arg("-no-reboot");
-        command.args(accelerator()?);
+        command.args(accelerator(self.clock)?);
         let mut memory = format!("{}M", self.memory >> 20);
         let mut machine = String::from("pc,usb=off,vmport=off");
         if !self.nvdimms.is_empty() {
@@ -321,9 +338,21 @@ fn with_path(option: &str, path: &Path) -> OsString {
 }
 
 /// How the machine's processors run.
-fn accelerator() -> Result<[&'static str; 4]> {
+fn accelerator(clock: Clock) -> Result<Vec<&'static str>> {
+    if clock == Clock::Instructions {
+        // Where it moves memory by one instruction, each step of that would
+        // be counted as one: without those it takes a loop.
+        return Ok(vec![
+            "-accel",
+            "tcg,thread=single",
+            "-cpu",
+            "max,-erms,-fsrm",
+            "-icount",
+            "shift=0,sleep=off",
+        ]);
+    }
     if has_kvm() {
-        return Ok(["-accel", "kvm", "-cpu", "host"]);
+        return Ok(vec!["-accel", "kvm", "-cpu", "host"]);
     }
     let mut qemu = Command::new("qemu-system-x86_64");
     let output = qemu
@@ -338,9 +367,9 @@ fn accelerator() -> Result<[&'static str; 4]> {
     // time, for tracepoints, BPF and static keys, and crashes then. Where all
     // processors take turns in one thread that does not happen.
     Ok(if version >= (8, 1) {
-        ["-accel", "tcg,thread=multi", "-cpu", "max"]
+        vec!["-accel", "tcg,thread=multi", "-cpu", "max"]
     } else {
-        ["-accel", "tcg,thread=single", "-cpu", "max"]
+        vec!["-accel", "tcg,thread=single", "-cpu", "max"]
     })
 }
 

@@ -1,7 +1,7 @@
 //! Section 4 of the contract: every operation, at every place, by strangers
 //! and by the holder, and the block map read again after each.
 
-use crate::world::{World, is_brief, kinds, map, open, pin};
+use crate::world::{World, dirties_whole_folios, is_brief, kinds, map, open, pin};
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, Pin};
 use mapdirect_sys::Errno;
@@ -233,15 +233,6 @@ fn try_at(
         );
         assert_eq!(again.unwrap(), natural, "{} after the pin", attack.name);
     }
-}
-
-/// XFS through the page cache before Linux 6.6.
-fn dirties_whole_folios(kind: Kind) -> bool {
-    let release = rustix::system::uname();
-    let release = release.release().to_string_lossy();
-    let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
-    let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
-    kind.is_xfs() && !kind.is_dax() && version < (6, 6)
 }
 
 /// The gate knows its range to the byte, from the registers.

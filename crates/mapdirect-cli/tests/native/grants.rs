@@ -1,7 +1,8 @@
 //! Grants: a promise is made only when it can be kept.
 
 use crate::world::{
-    PATIENCE, World, is_inside, is_pinned, kinds, map, open, pin, wait_until_free, written,
+    PATIENCE, World, dirties_whole_folios, is_inside, is_pinned, kinds, map, open, pin,
+    wait_until_free, written,
 };
 use libtest_mimic::Trial;
 use mapdirect::{DirectMap, ExtentState, Guard, Kind as Reason, MapOptions, Pin, PinOptions};
@@ -486,7 +487,11 @@ fn many_extents(world: &World, kind: Kind) {
     assert_eq!(*held.block_map(), read);
     // A write to any of the holes is refused, to any of the rest is not.
     for number in (0..EXTENTS).step_by(97) {
-        assert_eq!(rustix::io::pwrite(&file, b"x", number * 8192), Ok(1));
+        let written = rustix::io::pwrite(&file, b"x", number * 8192);
+        // What XFS allocates ahead of the end of the file stays unwritten.
+        let coarse = Gate::under_test() == Gate::Bpf && dirties_whole_folios(kind);
+        let too_near = coarse && written == Err(Errno::TXTBSY);
+        assert!(written == Ok(1) || too_near, "{written:?}");
         let refused = rustix::io::pwrite(&file, b"x", number * 8192 + 4096);
         assert_eq!(refused, Err(Errno::TXTBSY));
     }

@@ -31,6 +31,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     ));
     trials.push(world.trial("in-kernel::one-guard", one_guard));
     trials.push(world.trial("in-kernel::refusals-are-told", refusals_are_told));
+    trials.push(world.trial("in-kernel::rests", rests));
     for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         trials.extend(world.trials(
             "in-kernel",
@@ -119,6 +120,40 @@ fn refusals_are_told(world: &World) {
     assert_eq!(Path::new(&refused.path), path);
     assert!(refused.command.contains("native") || !refused.command.is_empty());
     drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What every read and write pays for is there while something is pinned.
+fn rests(world: &World) {
+    let path = written(&world.disk(Kind::EXT4), "in-kernel-rests", 1 << 20);
+    let file = open(&path);
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let directory = guard.gate_directory().unwrap().to_owned();
+    let is_attached = |program: &str| directory.join(format!("link-{program}")).exists();
+    let costly = ["file_free", "note_rw", "file_permission"];
+    let attached = || costly.map(is_attached);
+    assert!(is_attached("file_fcntl"));
+    assert_eq!(attached(), [false; 3]);
+    for _ in 0..2 {
+        let held = pin(&guard.client(), &file, 0..65536);
+        assert_eq!(attached(), [true; 3]);
+        assert_eq!(punch(&file, 8192), Err(Errno::TXTBSY));
+        drop(held);
+        wait_until_unpinned(&path);
+        assert_eq!(attached(), [true; 3], "somebody else may pin soon");
+        wait_for(Duration::from_secs(60), || {
+            Ok((attached() == [false; 3]).then_some(()))
+        })
+        .unwrap();
+    }
+    // A guard that was killed while nothing was pinned leaves nothing that
+    // the next one could not replace.
+    let gate = guard.kill_and_keep().unwrap();
+    let guard = GuardProcess::start_at(Path::new(BINARY), &[], gate).unwrap();
+    assert_eq!(attached(), [false; 3]);
+    let held = pin(&guard.client(), &file, 0..65536);
+    assert_eq!(punch(&file, 8192), Err(Errno::TXTBSY));
+    drop((held, guard, file));
     std::fs::remove_file(&path).unwrap();
 }
 

@@ -86,6 +86,17 @@ pub fn is_brief() -> bool {
     std::env::var_os(BRIEF).is_some()
 }
 
+/// XFS through the page cache before Linux 6.6: a write to a part of a folio
+/// makes all of it dirty, so the bpf gate lets nobody write near what is
+/// frozen and unwritten.
+pub fn dirties_whole_folios(kind: Kind) -> bool {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy();
+    let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
+    let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
+    kind.is_xfs() && !kind.is_dax() && version < (6, 6)
+}
+
 impl World {
     pub fn new() -> Self {
         Self(Arc::new(Inner {

@@ -89,6 +89,15 @@ impl Gate {
         }
     }
 
+    /// Has it watch, if it rests while nothing is pinned; says why it cannot.
+    pub(crate) fn rouse(&self) -> Result<(), String> {
+        match self {
+            Self::Fanotify(_) => Ok(()),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.rouse(),
+        }
+    }
+
     /// Ties the life of a pin to that of a description.
     pub(crate) fn hold(
         &self,

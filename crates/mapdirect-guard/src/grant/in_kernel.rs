@@ -33,6 +33,10 @@ impl Attempt<'_> {
     /// Grants it, with a gate in the kernel.
     pub(super) fn run_in_kernel(&mut self) -> Result<(Granted, Option<OwnedFd>), Refusal> {
         let deadline = Instant::now() + self.patience + Duration::from_secs(1);
+        self.guard.gate.rouse().map_err(|obstacle| {
+            let mend = "see what `mapdirect doctor` says of the bpf gate";
+            refusal(Reason::System, Errno::NOEXEC, obstacle, mend)
+        })?;
         self.watched.add(self.pin);
         // Its life begins first: should every other pin of the inode end now,
         // the gate stays closed.

@@ -9,8 +9,8 @@ use libbpf_rs::{
 use mapdirect_sys::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::OwnedFd;
-use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// The programs, compiled from `mapdirect.bpf.c` by `cargo xtask bpf`.
@@ -108,9 +108,10 @@ impl Maps {
 #[derive(Debug)]
 pub(super) struct Loaded {
     pub(super) maps: Maps,
+    pub(super) costly: Costly,
     /// A lock on the directory: there is one guard for a gate.
     _claim: OwnedFd,
-    /// It was there already.
+    /// It was there already, with pins.
     pub(super) adopted: bool,
 }
 
@@ -118,29 +119,138 @@ pub(super) struct Loaded {
 pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let (claim, mounted) = enter(directory)?;
     let complete = directory.join(marker());
-    let adopted = complete.exists();
-    if !adopted {
-        if has_marker(directory) {
-            return Err(LoadError::OtherVersion(directory.display().to_string()));
-        }
-        // Whoever began here did not get to its end, and has pinned nothing.
+    let in_use = has_marker(directory) && keeps_pins(directory);
+    if in_use && !complete.exists() {
+        return Err(LoadError::OtherVersion(directory.display().to_string()));
+    }
+    let mut object = None;
+    if !in_use {
+        // Whoever was here has pinned nothing, or did not get to the end of
+        // beginning.
         empty(directory).map_err(|error| failed("clearing", error))?;
-        if let Err(error) = put_in_place(directory) {
-            // Nothing stays of what does not work here.
-            let _ = remove(directory);
-            drop(claim);
-            if mounted && let Some(parent) = directory.parent() {
-                let _ = rustix::mount::unmount(parent, rustix::mount::UnmountFlags::empty());
+        match put_in_place(directory) {
+            Ok(loaded) => object = Some(loaded),
+            Err(error) => {
+                // Nothing stays of what does not work here.
+                let _ = remove(directory);
+                drop(claim);
+                if mounted && let Some(parent) = directory.parent() {
+                    let _ = rustix::mount::unmount(parent, rustix::mount::UnmountFlags::empty());
+                }
+                return Err(error);
             }
-            return Err(error);
         }
         rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
     }
     Ok(Loaded {
         maps: Maps::open(directory)?,
+        costly: Costly::new(object, directory),
         _claim: claim,
-        adopted,
+        adopted: in_use,
     })
+}
+
+/// Whether a gate that is there keeps any pin; it does as long as that cannot
+/// be told.
+fn keeps_pins(directory: &Path) -> bool {
+    MapHandle::from_pinned_path(directory.join("holders"))
+        .map_or(true, |holders| holders.keys().next().is_some())
+}
+
+/// Programs that every read, write and close of any file pays for. They are
+/// attached while something is pinned, and for a while after that. In the
+/// order in which they are attached: a hook that found no note would refuse.
+const COSTLY: [&str; 3] = ["file_free", "note_rw", "file_permission"];
+
+/// How long nothing must have been pinned before they are taken off: putting
+/// them on takes longer than a pin otherwise does.
+const QUIET: Duration = Duration::from_secs(10);
+
+/// Those programs.
+#[derive(Debug)]
+pub(super) struct Costly {
+    /// Nothing if the gate was there already: they stay attached then.
+    object: Option<Object>,
+    directory: PathBuf,
+    state: Mutex<CostlyState>,
+}
+
+#[derive(Debug)]
+struct CostlyState {
+    attached: bool,
+    /// Pins about to begin.
+    beginning: u32,
+    quiet_since: Instant,
+}
+
+/// They are attached, and stay so while this is there.
+pub(super) struct Attached<'costly>(&'costly Costly);
+
+impl Costly {
+    fn new(object: Option<Object>, directory: &Path) -> Self {
+        let state = CostlyState {
+            attached: object.is_none(),
+            beginning: 0,
+            quiet_since: Instant::now(),
+        };
+        Self {
+            object,
+            directory: directory.to_owned(),
+            state: Mutex::new(state),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, CostlyState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Attaches them, unless they are.
+    pub(super) fn attached(&self) -> Result<Attached<'_>, LoadError> {
+        let mut state = self.state();
+        if !state.attached
+            && let Some(object) = &self.object
+        {
+            if let Err(error) = attach(object, &self.directory, &COSTLY) {
+                let _ = self.detach();
+                return Err(error);
+            }
+            state.attached = true;
+        }
+        state.beginning += 1;
+        Ok(Attached(self))
+    }
+
+    /// Takes them off when nothing has been pinned for a while.
+    pub(super) fn rest(&self, is_anything_pinned: impl FnOnce() -> bool) {
+        let mut state = self.state();
+        if !state.attached || self.object.is_none() {
+            return;
+        }
+        if state.beginning > 0 || is_anything_pinned() {
+            state.quiet_since = Instant::now();
+        } else if state.quiet_since.elapsed() >= QUIET {
+            // What cannot be taken off is tried again.
+            state.attached = self.detach().is_err();
+        }
+    }
+
+    fn detach(&self) -> std::io::Result<()> {
+        for name in COSTLY.iter().rev() {
+            match std::fs::remove_file(self.directory.join(link_name(name))) {
+                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Attached<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.beginning -= 1;
+        state.quiet_since = Instant::now();
+    }
 }
 
 /// How long another guard may take to end, and how long others, one after the
@@ -239,7 +349,7 @@ fn empty(directory: &Path) -> std::io::Result<()> {
         .collect::<std::io::Result<_>>()?;
     names.sort_by_key(|name| {
         let name = name.to_string_lossy();
-        (name.starts_with("version-"), !name.starts_with("link-"))
+        (name.starts_with("version-"), !name.starts_with(LINKS))
     });
     for name in names {
         let path = directory.join(&name);
@@ -411,8 +521,9 @@ fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
     LoadError::Unsupported(format!("{what}: {error:#}\n{}", said.trim_end()))
 }
 
-/// Loads and attaches the programs, and pins links and maps.
-fn put_in_place(directory: &Path) -> Result<(), LoadError> {
+/// Loads the programs, attaches all but the costly ones, and pins links and
+/// maps.
+fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
     let object = load_object()?;
     for mut map in object_maps(&object) {
         let path = directory.join(&map.0);
@@ -421,21 +532,40 @@ fn put_in_place(directory: &Path) -> Result<(), LoadError> {
             .map_err(|error| told("pinning a map", &error))?;
     }
     // Notes first: a hook that found none would refuse.
-    let mut programs: Vec<_> = object.progs_mut().collect();
-    programs.sort_by_key(|program| program.section().to_string_lossy().starts_with("lsm/"));
-    for program in programs {
-        if !program.autoload() || program.prog_type() == ProgramType::Syscall {
-            continue;
-        }
-        let name = program.name().to_string_lossy().into_owned();
+    let mut programs: Vec<_> = object
+        .progs_mut()
+        .filter(|program| program.autoload() && program.prog_type() != ProgramType::Syscall)
+        .map(|program| {
+            let hook = program.section().to_string_lossy().starts_with("lsm/");
+            (hook, program.name().to_string_lossy().into_owned())
+        })
+        .collect();
+    programs.sort();
+    let names = programs.iter().map(|(_, name)| name.as_str());
+    let names: Vec<&str> = names.filter(|name| !COSTLY.contains(name)).collect();
+    attach(&object, directory, &names)?;
+    Ok(object)
+}
+
+/// Attaches programs, one after the other, and pins their links.
+fn attach(object: &Object, directory: &Path, names: &[&str]) -> Result<(), LoadError> {
+    for wanted in names {
+        let program = object.progs_mut().find(|program| program.name() == *wanted);
+        let program = program.ok_or_else(|| failed("attaching", wanted))?;
         let mut link: Link = program
             .attach_trace()
-            .with_context(|| format!("attaching {name}"))
+            .with_context(|| format!("attaching {wanted}"))
             .map_err(|error| told("attaching", &error))?;
-        link.pin(directory.join(format!("link-{name}")))
+        link.pin(directory.join(link_name(wanted)))
             .map_err(|error| told("pinning a link", &error))?;
     }
     Ok(())
+}
+
+const LINKS: &str = "link-";
+
+fn link_name(program: &str) -> String {
+    format!("{LINKS}{program}")
 }
 
 fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {

@@ -435,9 +435,9 @@ struct {
 } devices SEC(".maps");
 
 struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1 << 16);
-	__type(key, u32);
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
 	__type(value, struct record);
 } records SEC(".maps");
 
@@ -535,15 +535,8 @@ static __always_inline void name(struct key *key, struct inode *inode)
 
 static __always_inline struct record *my_record(bool make)
 {
-	u32 tid = current_tid();
-	struct record *record = bpf_map_lookup_elem(&records, &tid);
-
-	if (!record && make) {
-		struct record none = {};
-		bpf_map_update_elem(&records, &tid, &none, BPF_NOEXIST);
-		record = bpf_map_lookup_elem(&records, &tid);
-	}
-	return record;
+	return bpf_task_storage_get(&records, bpf_get_current_task_btf(), 0,
+				    make ? BPF_LOCAL_STORAGE_GET_F_CREATE : 0);
 }
 
 static __always_inline u64 plus(u64 a, u64 b)
@@ -683,6 +676,25 @@ static __noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
 	return meets(e, HELD, align_down(from, PAGE), how == 2 ? END : end);
 }
 
+static __always_inline bool is_empty(struct entry *e, u32 list)
+{
+	return e->first[list] >= e->first[list + 1];
+}
+
+// Most writes, in short: what the rest of `judge` would look for is not there.
+static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, struct question *q)
+{
+	if (rule->reach != RANGE || rule->refused_on != FROZEN_BLOCKS || rule->brings_shared ||
+	    q->kind == MAP_WRITE || q->has_or)
+		return false;
+	if (q->at.end > q->size || q->at.end > e->tail_size || !is_empty(e, FROZEN) ||
+	    !is_empty(e, BESIDE) || !is_empty(e, HELD))
+		return false;
+	return is_empty(e, WINDOW) ||
+	       !meets(e, WINDOW, align_down(q->at.start, LARGEST_BLOCK),
+		      align_up(q->at.end, LARGEST_BLOCK));
+}
+
 // Layers::refuses.
 static __noinline int judge(struct entry *e, struct question *q)
 {
@@ -707,6 +719,8 @@ static __noinline int judge(struct entry *e, struct question *q)
 	struct rule *rule = &s->rules[kind];
 	u64 size = q->size;
 
+	if (meets_nothing(e, rule, q))
+		return 0;
 	if (refuses_range(e, rule, kind, &q->at, size))
 		return 1;
 	if (q->has_or && refuses_range(e, rule, kind, &q->or_at, size))
@@ -812,7 +826,7 @@ static __noinline int tell(struct question *q)
 
 static __always_inline int decide(struct question *q)
 {
-	if (is_guard() || !verdict(q))
+	if (!verdict(q) || is_guard())
 		return 0;
 	// The entry may be one that the guard has written for pins that were
 	// gone by then.

@@ -68,7 +68,7 @@ struct Published {
 /// What several inodes have in common.
 #[derive(Debug, Default)]
 struct Counts {
-    /// Inodes in each place of the filter.
+    /// Inodes in each place of the filter that has any.
     filter: HashMap<u32, u32>,
     /// Pins on each filesystem.
     devices: HashMap<u32, u64>,
@@ -234,13 +234,18 @@ impl Gate {
         let told =
             maps.devices
                 .update(&key.dev.to_ne_bytes(), &device.to_ne_bytes(), MapFlags::ANY);
-        let filter = counts.filter.entry(slot).or_default();
+        let mut filter = counts.filter.get(&slot).copied().unwrap_or(0);
         match (before, now) {
-            (None, Some(_)) => *filter += 1,
-            (Some(_), None) => *filter = filter.saturating_sub(1),
+            (None, Some(_)) => filter += 1,
+            (Some(_), None) => filter = filter.saturating_sub(1),
             _ => {}
         }
-        let filter = u64::from(*filter);
+        if filter == 0 {
+            counts.filter.remove(&slot);
+        } else {
+            counts.filter.insert(slot, filter);
+        }
+        let filter = u64::from(filter);
         told.and_then(|()| {
             maps.filter
                 .update(&slot.to_ne_bytes(), &filter.to_ne_bytes(), MapFlags::ANY)
@@ -329,6 +334,12 @@ impl Gate {
         Ok(self.identify(file)?.direct)
     }
 
+    /// Attaches what is not attached while nothing is pinned.
+    pub(crate) fn rouse(&self) -> Result<(), String> {
+        let attached = self.loaded.costly.attached();
+        attached.map(drop).map_err(|error| error.to_string())
+    }
+
     /// From now on the pin lives as long as this description does.
     pub(crate) fn hold(
         &self,
@@ -338,6 +349,8 @@ impl Gate {
     ) -> Result<(), Errno> {
         let key = Key::new(watched.id);
         let handle = file_handle::of(file)?;
+        let attached = self.loaded.costly.attached();
+        let _attached = attached.map_err(|_| Errno::NOEXEC)?;
         self.prepare(watched.id, &handle)?;
         let identity = self.ask_about(file, Some(pin))?;
         if identity.key != key || identity.held == 0 {
@@ -529,6 +542,15 @@ impl Gate {
             .collect()
     }
 
+    /// Lets other files off what is there for those that are pinned, when
+    /// there are none.
+    fn rest(&self) {
+        self.loaded.costly.rest(|| {
+            let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+            !counts.filter.is_empty()
+        });
+    }
+
     fn counted(&self, what: u32) -> u64 {
         let bytes = self
             .loaded
@@ -619,6 +641,7 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             untold = now;
             end_untold(guard, gate);
         }
+        gate.rest();
     }
     Ok(())
 }
