@@ -5,7 +5,7 @@ mod guest;
 use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
-use guest::{Guest, PMEM};
+use guest::{Guest, PMEM, TWICE_PMEM};
 use mapdirect_testkit::contract::{GATE_VARIABLE, Gate};
 use mapdirect_testkit::{Kind, disk};
 use std::io::{BufRead, BufReader};
@@ -144,7 +144,9 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
         }
         ran.push(tests("soak", random)?);
     }
-    ran.extend(guest::run(&persistent_memory(false), &[]));
+    let mut guests = persistent_memory(false);
+    guests.extend(conformance());
+    ran.extend(guest::run(&guests, &[]));
     disk::remove_stale();
     Ok(report(&ran))
 }
@@ -152,23 +154,70 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
 /// What is tried on other kernels.
 fn guests() -> Vec<Guest> {
     let mut guests = persistent_memory(true);
-    guests.extend(gate_in_kernel());
+    guests.extend(KERNELS.into_iter().map(|(kernel, often)| {
+        // The contract on one filesystem for each kernel, and in few places;
+        // the soak has all of it.
+        let filters = vec![String::from("in-kernel"), format!("contract::{often}::")];
+        let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
+        guest.environment.push(BRIEF);
+        guest.time_limit = Duration::from_secs(1200);
+        guest
+    }));
     guests
 }
 
-/// What only the gate in the kernel can do, on each kernel it is for.
-fn gate_in_kernel() -> Vec<Guest> {
-    ["6.1", "6.12", "7.3"]
-        .map(|kernel| Guest {
-            name: format!("Linux {kernel}, bpf gate"),
-            kernel,
-            nvdimms: 0,
-            environment: vec![(GATE_VARIABLE, Gate::Bpf.name())],
-            filters: vec![String::from("in-kernel")],
-            cuts: None,
-            time_limit: Duration::from_secs(1200),
-        })
-        .into()
+/// Kernels that the gate in the kernel is for, and what its contract is tried
+/// on every time.
+const KERNELS: [(&str, Kind); 3] = [("6.1", Kind::XFS), ("6.12", Kind::EXT4), ("7.3", Kind::XFS)];
+
+/// Where time is short.
+const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
+
+/// The tests that a precise gate can be put to.
+const WITH_EITHER_GATE: [&str; 13] = [
+    "contract::",
+    "doors::",
+    "errors::",
+    "grants::",
+    "openers::",
+    "lifetime::",
+    "segments::",
+    "beside::",
+    "programs::",
+    "abuse::",
+    "cli::",
+    "prepare::",
+    "random::",
+];
+
+/// All of them on each kernel, on loop devices and on persistent memory.
+fn conformance() -> Vec<Guest> {
+    let on = |(kernel, _)| {
+        let all = WITH_EITHER_GATE.map(String::from);
+        let dax = ["contract::", "grants::", "random::", "in-kernel"].map(String::from);
+        // One of each kind, and one for tests that want it for themselves.
+        let nvdimms = 2 * Kind::DAX.len();
+        [
+            gate_in_kernel(kernel, "bpf gate", 0, all.into()),
+            gate_in_kernel(kernel, "bpf gate, DAX", nvdimms, dax.into()),
+        ]
+    };
+    KERNELS.into_iter().flat_map(on).collect()
+}
+
+/// Tests with the gate in a kernel.
+fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec<String>) -> Guest {
+    let mut environment = vec![(GATE_VARIABLE, Gate::Bpf.name())];
+    environment.extend((nvdimms > 0).then_some(TWICE_PMEM));
+    Guest {
+        name: format!("Linux {kernel}, {name}"),
+        kernel,
+        nvdimms,
+        environment,
+        filters,
+        cuts: None,
+        time_limit: Duration::from_secs(7200),
+    }
 }
 
 /// What is tried on persistent memory: where that is emulated a second is
@@ -185,11 +234,7 @@ fn persistent_memory(brief: bool) -> Vec<Guest> {
             name: format!("Linux 7.3, {kind}"),
             kernel: "7.3",
             nvdimms: Kind::DAX.len(),
-            environment: if brief {
-                vec![PMEM, ("MAPDIRECT_BRIEF", "1")]
-            } else {
-                vec![PMEM]
-            },
+            environment: if brief { vec![PMEM, BRIEF] } else { vec![PMEM] },
             filters,
             cuts: match (brief, kind.reflink()) {
                 (true, true) => None,

@@ -6,6 +6,7 @@ pub mod args;
 mod draw;
 mod exit;
 mod json;
+mod open;
 mod output;
 pub mod size;
 mod verbs;

@@ -158,6 +158,13 @@ pub enum Request {
     /// [`Reply::Granted`] without that description, if the block map changed,
     /// and then a [`Reply::Done`] or [`Reply::Refused`].
     Allocate(AllocateRequest),
+    /// This process has let go of a pin that was granted in this conversation.
+    /// [`Reply::Done`] comes when the gate judges as if it had never been, if
+    /// nobody else keeps it.
+    Ended {
+        /// Names the pin.
+        pin: u64,
+    },
 }
 
 /// Which blocks of a pin to make stable.
@@ -286,6 +293,7 @@ mod kind {
     pub(super) const STATUS: u16 = 6;
     pub(super) const ANNOUNCE: u16 = 7;
     pub(super) const ALLOCATE: u16 = 8;
+    pub(super) const ENDED: u16 = 9;
 
     pub(super) const WELCOME: u16 = 101;
     pub(super) const DONE: u16 = 102;
@@ -322,6 +330,12 @@ struct PinRecord {
 struct AnnounceRecord {
     tid: I32,
     reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct EndedRecord {
+    pin: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -478,7 +492,7 @@ impl Request {
             | Self::Query
             | Self::Announce { .. }
             | Self::Allocate(_) => 1,
-            Self::Hello { .. } | Self::Swapped | Self::Status => 0,
+            Self::Hello { .. } | Self::Swapped | Self::Status | Self::Ended { .. } => 0,
         }
     }
 
@@ -514,6 +528,7 @@ impl Request {
                 };
                 message(kind::ANNOUNCE, &record, &[])
             }
+            Self::Ended { pin } => message(kind::ENDED, &EndedRecord { pin: (*pin).into() }, &[]),
             Self::Allocate(request) => {
                 let record = AllocateRecord {
                     pin: request.pin.into(),
@@ -571,6 +586,12 @@ impl Request {
                 let record: AnnounceRecord = body.only()?;
                 Self::Announce {
                     tid: record.tid.get(),
+                }
+            }
+            kind::ENDED => {
+                let record: EndedRecord = body.only()?;
+                Self::Ended {
+                    pin: record.pin.get(),
                 }
             }
             kind::ALLOCATE => {
@@ -815,6 +836,7 @@ mod tests {
             Just(Request::Query),
             Just(Request::Status),
             any::<i32>().prop_map(|tid| Request::Announce { tid }),
+            any::<u64>().prop_map(|pin| Request::Ended { pin }),
             any::<(u64, u64, u64)>().prop_map(|(pin, offset, length)| {
                 Request::Allocate(AllocateRequest {
                     pin,

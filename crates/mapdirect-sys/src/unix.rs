@@ -10,7 +10,7 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Most descriptors in one message.
 pub const MAX_FDS: usize = 4;
@@ -282,6 +282,27 @@ impl Socket {
             }
         }
         Ok(received)
+    }
+
+    /// Waits until there is something to receive, if only that the peer is
+    /// gone; says whether there is.
+    ///
+    /// # Errors
+    ///
+    /// Whatever `poll(2)` answers.
+    pub fn wait_until_readable(&self, limit: Duration) -> Result<bool> {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let until = Instant::now() + limit;
+        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(ready) => return Ok(ready > 0),
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        }
     }
 
     /// Whether the peer has closed its end, without reading anything.

@@ -14,6 +14,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
 
 /// A guard to ask: where it listens.
 ///
@@ -220,6 +221,29 @@ impl Connection {
                 }
             }
         })
+    }
+
+    /// Says that a pin has been let go of. Where programs in the kernel judge,
+    /// one of several pins of a file is over when the guard has heard so; this
+    /// waits for it, so that a program finds it over that has just let go.
+    /// Others may be asking something, or the guard may be stuck: then it is
+    /// over a little later.
+    pub(crate) fn ended(&self, pin: u64) {
+        const PATIENCE: Duration = Duration::from_secs(1);
+        if self.gate != Gate::Bpf || !self.is_usable() {
+            return;
+        }
+        let Ok(_turn) = self.turn.try_lock() else {
+            return;
+        };
+        let _ = self.whole(|talk| {
+            talk.say(&Request::Ended { pin }, &[])?;
+            match self.socket.wait_until_readable(PATIENCE) {
+                Ok(true) => talk.hear(),
+                Ok(false) => Err(lost(&Errno::TIMEDOUT)),
+                Err(errno) => Err(lost(&errno)),
+            }
+        });
     }
 
     /// Runs a conversation, and lets nobody continue one that did not come to

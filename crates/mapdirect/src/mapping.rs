@@ -833,6 +833,7 @@ impl DirectMap {
         if self.frozen.take().is_some() {
             Frozen::settle();
         }
+        self.connection.ended(self.id);
         result
     }
 }

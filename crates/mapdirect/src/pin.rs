@@ -136,10 +136,9 @@ impl PinOptions {
             connection,
         } = established.map_err(asked)?;
         let mut pin = Pin {
-            id,
             map,
             description,
-            connection,
+            ending: Ending { id, connection },
         };
         if self.prepare {
             // Somebody may have changed it again before it was pinned.
@@ -172,11 +171,24 @@ impl PinOptions {
 #[derive(Debug)]
 #[must_use = "the pin ends when it is dropped"]
 pub struct Pin {
-    id: u64,
     map: BlockMap,
     /// The description whose life is the pin.
     description: OwnedFd,
+    /// Dropped after that.
+    ending: Ending,
+}
+
+/// Tells the guard of the end.
+#[derive(Debug)]
+struct Ending {
+    id: u64,
     connection: Arc<Connection>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        self.connection.ended(self.id);
+    }
 }
 
 impl Pin {
@@ -221,8 +233,8 @@ impl Pin {
         }
         let mut now = None;
         let result = establish::allocate(
-            &self.connection,
-            self.id,
+            &self.ending.connection,
+            self.ending.id,
             (range.start, range.end - range.start),
             self.description.as_fd(),
             &mut now,
@@ -256,18 +268,18 @@ impl Pin {
     /// The number by which the guard knows the pin.
     #[must_use]
     pub fn pin_id(&self) -> u64 {
-        self.id
+        self.ending.id
     }
 
     /// Whether the pin is kept.
     #[must_use]
     pub fn status(&self) -> Status {
-        status_of(&self.connection)
+        status_of(&self.ending.connection)
     }
 
     /// See [`DirectMap::notice_fd`](crate::DirectMap::notice_fd).
     #[must_use]
     pub fn notice_fd(&self) -> BorrowedFd<'_> {
-        self.connection.as_fd()
+        self.ending.connection.as_fd()
     }
 }

@@ -13,6 +13,7 @@ mod serve;
 use anyhow::{Context, Result};
 use mapdirect_sys::signal::{Signal, SignalFd};
 use port::Port;
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::system::RebootCommand;
 use std::path::Path;
 use xtask_init::wire::Message;
@@ -33,6 +34,7 @@ fn main() {
 fn live() -> Result<()> {
     // Before any program is started: they are unblocked there.
     let children = SignalFd::block(&[Signal::CHILD]).context("cannot block signals")?;
+    allow_many_descriptors().context("cannot raise a limit")?;
     filesystems::mount_own().context("cannot mount what the kernel itself offers")?;
     modules::load(Path::new(xtask_init::MODULES))?;
     let mut port = Port::open()?;
@@ -43,6 +45,16 @@ fn live() -> Result<()> {
     }
     port.send(&Message::Ready)?;
     serve::serve(&mut port, &children)
+}
+
+/// The kernel begins with a limit of 4096; programs are used to what systemd
+/// gives them.
+fn allow_many_descriptors() -> rustix::io::Result<()> {
+    let limit = Rlimit {
+        current: Some(1024),
+        maximum: Some(524_288),
+    };
+    setrlimit(Resource::Nofile, limit)
 }
 
 fn get_ready() -> Result<()> {

@@ -3,6 +3,7 @@
 use super::{Counts, Ran, Tally, stage};
 use crate::{build, vm};
 use anyhow::{Context, Result, ensure};
+use mapdirect_testkit::contract::GATE_VARIABLE;
 use mapdirect_testkit::{Kind, disk};
 use std::ffi::OsStr;
 use std::io::{self, Write};
@@ -37,6 +38,12 @@ const NVDIMM: u64 = 512 << 20;
 /// Devices of a machine with an NVDIMM for each filesystem, as the tests want
 /// them named.
 pub(super) const PMEM: (&str, &str) = (disk::PMEM_VARIABLE, "/dev/pmem0,/dev/pmem1,/dev/pmem2");
+
+/// The same where there are two of each.
+pub(super) const TWICE_PMEM: (&str, &str) = (
+    disk::PMEM_VARIABLE,
+    "/dev/pmem0,/dev/pmem1,/dev/pmem2,/dev/pmem3,/dev/pmem4,/dev/pmem5",
+);
 
 /// Runs them all, and `others` beside them, as many at once as there are
 /// processors: an emulated machine keeps one of them busy.
@@ -115,7 +122,11 @@ impl Guest {
     fn run_tests(&self, native: &Path, tally: &mut Tally) -> Result<()> {
         let scratch = vm::RunDirectory::new()?;
         let mut boot = self.boot()?;
-        if self.nvdimms == 0 {
+        let memory = self
+            .environment
+            .iter()
+            .any(|(name, _)| *name == GATE_VARIABLE);
+        if memory {
             // Its disks lie in memory.
             boot = boot.memory(4 << 30);
         }

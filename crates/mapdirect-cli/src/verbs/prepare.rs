@@ -22,13 +22,12 @@ struct Subject {
 
 impl Subject {
     fn open(path: &Path, create: bool) -> Result<Self> {
-        let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
         let mut created = false;
-        let mut opened = rustix::fs::open(path, flags, Mode::empty());
+        let mut opened = crate::open::open(path, OFlags::RDWR);
         if create && matches!(opened, Err(Errno::NOENT)) {
             // What somebody else makes at this moment is not ours to remove.
-            let flags = flags | OFlags::CREATE | OFlags::EXCL;
-            opened = rustix::fs::open(path, flags, Mode::from(0o666));
+            let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
+            opened = rustix::fs::open(path, flags, Mode::from(0o666)).map(File::from);
             created = opened.is_ok();
         }
         let file = opened.with_context(|| {
@@ -36,7 +35,6 @@ impl Subject {
             let hint = if create { "" } else { " (--size makes a file)" };
             format!("cannot open {name} for reading and writing{hint}")
         })?;
-        let file = File::from(file);
         Ok(Self { file, created })
     }
 

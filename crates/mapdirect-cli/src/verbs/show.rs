@@ -7,19 +7,17 @@ use anyhow::{Context, Result};
 use mapdirect::eligibility::FileFacts;
 use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange};
 use mapdirect_sys::capget;
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-/// Opens a file to look at it: a FIFO must not make us wait for its writer.
+/// Opens a file to look at it.
 pub(crate) fn open(path: &Path) -> Result<File> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = rustix::fs::open(path, flags, Mode::empty())
-        .with_context(|| format!("cannot open {}", path.display()))?;
-    Ok(File::from(file))
+    crate::open::open(path, OFlags::RDONLY)
+        .with_context(|| format!("cannot open {}", path.display()))
 }
 
 /// One reason why the file could not be mapped `MAP_DIRECT` here and now.

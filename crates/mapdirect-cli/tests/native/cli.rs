@@ -2,10 +2,13 @@
 
 use crate::world::{BINARY, World, is_pinned, map, open, wait_until_free, written};
 use libtest_mimic::Trial;
+use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::signal::{self, Signal};
 use mapdirect_testkit::Kind;
+use mapdirect_testkit::contract::Gate as UnderTest;
 use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
 use serde_json::Value;
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -21,6 +24,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("show-json", show_json),
         ("doctor-json", doctor_json),
         ("nobody-listens", nobody_listens),
+        ("leased", leased),
     ] {
         trials.push(world.trial(format!("cli::{name}"), run));
     }
@@ -36,6 +40,27 @@ fn mapdirect(socket: &Path, arguments: &[&str]) -> Command {
 fn parsed(output: &Output) -> Value {
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// Somebody who has a lease is given the time to give it up, as an NFS client
+/// needs.
+fn leased(world: &World) {
+    let path = written(&world.disk(Kind::EXT4), "cli-leased", 65536);
+    let file = open(&path);
+    let lease = HeldLease::take(file.as_fd()).unwrap().unwrap();
+    let name = path.to_str().unwrap();
+    let mut show = mapdirect(Path::new("/nowhere"), &["show", name, "--json"]);
+    let show = show.stdout(Stdio::piped()).stderr(Stdio::piped());
+    let show = show.spawn().unwrap();
+    wait_for(Duration::from_secs(20), || {
+        Ok((!lease.is_undisturbed()).then_some(()))
+    })
+    .unwrap();
+    drop(lease);
+    let shown = parsed(&show.wait_with_output().unwrap());
+    assert_eq!(shown["file_size"], 65536);
+    drop(file);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// The extents printed are those of the file, and hold for as long as the
@@ -128,9 +153,13 @@ fn status_json(world: &World) {
         .then_some(value))
     })
     .unwrap();
-    assert_eq!(value["gate"], "fanotify");
+    assert_eq!(value["gate"], UnderTest::under_test().name());
     assert_eq!(value["pins"], 1);
-    assert_eq!(value["refused"]["open-write"], 1);
+    let operation = match UnderTest::under_test() {
+        UnderTest::Fanotify => "open-write",
+        UnderTest::Bpf => "truncate",
+    };
+    assert_eq!(value["refused"][operation], 1);
     let shown = &value["files"][0];
     assert_eq!(shown["file"], name);
     assert_eq!(shown["pins"][0]["offset"], 0);
@@ -140,7 +169,7 @@ fn status_json(world: &World) {
     assert_eq!(holder["pid"], std::process::id());
     assert_eq!(holder["mapped"], 8192);
     let recent = &value["recent"][0];
-    assert_eq!(recent["operation"], "open-write");
+    assert_eq!(recent["operation"], operation);
     assert_eq!(recent["command"], "truncate");
     assert_eq!(recent["file"], name);
     drop((held, file));
@@ -181,7 +210,7 @@ fn doctor_json(world: &World) {
     let guard = world.guard();
     let output = mapdirect(guard.socket(), &["doctor", "--json"]).output();
     let value = parsed(&output.unwrap());
-    assert_eq!(value["gate"], "fanotify");
+    assert_eq!(value["gate"], UnderTest::under_test().name());
     let findings = value["findings"].as_array().unwrap();
     for name in ["kernel", "fanotify gate", "to pin", "guard", "dax"] {
         assert!(

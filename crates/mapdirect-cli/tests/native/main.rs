@@ -30,6 +30,7 @@ mod stuck;
 mod world;
 
 use libtest_mimic::{Arguments, Trial};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::process::ExitCode;
 use world::World;
 
@@ -41,6 +42,10 @@ fn main() -> ExitCode {
     // Cases time themselves against the system's own clock (patience, close
     // events); twice as many as processors only disturb each other.
     arguments.test_threads = arguments.test_threads.or(Some(2));
+    // Crowds of clients need more descriptors than programs are given.
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).unwrap();
     mapdirect_testkit::disk::remove_stale();
     let listing = arguments.list;
     let world = World::new();

@@ -1,7 +1,7 @@
 //! Programs that treat their own memory and descriptors in unusual ways.
 
 use crate::segments::{PAGE, State, at, four, make, map_all, store, try_map};
-use crate::world::{PATIENCE, World, kinds, open, wait_until_free};
+use crate::world::{PATIENCE, World, kernel, kinds, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::Guard;
@@ -35,7 +35,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
         if kind.block() == 1024 {
             let name = format!("programs::{kind}::merged-memory");
             trials.push(world.trial(name, move |world| {
-                if !Path::new(KSM).exists() {
+                // A process can ask for it since Linux 6.4 (PR_SET_MEMORY_MERGE).
+                if !Path::new(KSM).exists() || kernel() < (6, 4) {
                     return world.unavailable(String::from("this kernel merges no memory (KSM)"));
                 }
                 play(world, kind, "merged-memory", "0 stores lost");

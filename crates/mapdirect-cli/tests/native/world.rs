@@ -90,11 +90,15 @@ pub fn is_brief() -> bool {
 /// makes all of it dirty, so the bpf gate lets nobody write near what is
 /// frozen and unwritten.
 pub fn dirties_whole_folios(kind: Kind) -> bool {
+    kind.is_xfs() && !kind.is_dax() && kernel() < (6, 6)
+}
+
+/// The kernel's version: the first two numbers of it.
+pub fn kernel() -> (u32, u32) {
     let release = rustix::system::uname();
     let release = release.release().to_string_lossy();
     let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
-    let version: (u32, u32) = (numbers.next().unwrap(), numbers.next().unwrap());
-    kind.is_xfs() && !kind.is_dax() && version < (6, 6)
+    (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 impl World {

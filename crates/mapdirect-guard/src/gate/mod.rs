@@ -15,7 +15,7 @@ pub(crate) mod fanotify;
 pub(crate) mod threads;
 
 use crate::Errno;
-use crate::table::{Pin, Watched};
+use crate::table::{InodeId, Pin, Watched};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -113,6 +113,18 @@ impl Gate {
             }
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) => gate.hold(watched, pin, file),
+        }
+    }
+
+    /// Takes out a pin that may be over, without waiting to be told.
+    pub(crate) fn look_for_end(&self, guard: &crate::Guard, inode: InodeId, pin: u64) {
+        match self {
+            // It hears of it before anybody can be judged again.
+            Self::Fanotify(_) => {
+                let _ = (guard, inode, pin);
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => bpf::look_for_end(guard, gate, inode, pin),
         }
     }
 

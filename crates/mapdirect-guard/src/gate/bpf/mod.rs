@@ -443,6 +443,12 @@ impl Gate {
         published.insert(found.inode, kept);
     }
 
+    /// Whether the description is gone whose life a pin was.
+    fn is_over(&self, pin: u64) -> bool {
+        let pins = &self.loaded.maps.pins;
+        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
+    }
+
     /// Takes out what is left of an inode that nobody pins.
     fn clean(&self, id: InodeId) {
         let mut published = self
@@ -646,17 +652,21 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     Ok(())
 }
 
+/// Ends a pin that is over, before that is told.
+pub(super) fn look_for_end(guard: &Guard, gate: &Gate, inode: InodeId, pin: u64) {
+    if gate.is_over(pin)
+        && let Some(watched) = guard.table.get(inode)
+    {
+        end(guard, gate, &watched, pin);
+    }
+}
+
 /// Ends the pins whose end could not be told.
 fn end_untold(guard: &Guard, gate: &Gate) {
     for watched in guard.table.all() {
         let pins = watched.pins.load_full();
         for pin in pins.iter().filter(|pin| pin.is_handed_over()) {
-            let there = gate
-                .loaded
-                .maps
-                .pins
-                .lookup(&pin.id.to_ne_bytes(), MapFlags::ANY);
-            if matches!(there, Ok(None)) {
+            if gate.is_over(pin.id) {
                 end(guard, gate, &watched, pin.id);
             }
         }
