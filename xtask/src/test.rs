@@ -35,6 +35,10 @@ pub(crate) struct SoakArgs {
     /// Only what runs in virtual machines
     #[arg(long, conflicts_with_all = ["times", "seed"])]
     machines: bool,
+    /// Only the gate in the kernel: every test with it, on three kernels, on loop devices and with
+    /// DAX, in virtual machines
+    #[arg(long, conflicts_with_all = ["times", "seed", "machines"])]
+    bpf: bool,
 }
 
 /// What a stage counted.
@@ -128,7 +132,7 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
     packages::install_for_bpf()?;
     disk::remove_stale();
     let mut ran = Vec::new();
-    if !args.machines {
+    if !args.machines && !args.bpf {
         let mut random = build::cargo(&[
             "test",
             "--package=mapdirect-cli",
@@ -144,7 +148,10 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
         }
         ran.push(tests("soak", random)?);
     }
-    let mut guests = persistent_memory(false);
+    let mut guests = Vec::new();
+    if !args.bpf {
+        guests.extend(persistent_memory(false));
+    }
     guests.extend(conformance());
     ran.extend(guest::run(&guests, &[]));
     disk::remove_stale();
@@ -186,7 +193,7 @@ const WITH_EITHER_GATE: [&str; 13] = [
     "programs::",
     "abuse::",
     "cli::",
-    "prepare::",
+    "::pinned",
     "random::",
 ];
 

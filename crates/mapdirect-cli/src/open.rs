@@ -3,6 +3,7 @@
 use mapdirect_sys::Errno;
 use rustix::fs::{FileType, Mode, OFlags, fstat};
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 
 /// Opens a file. A FIFO does not make us wait for its other end; a lease on
@@ -23,7 +24,8 @@ pub(crate) fn open(path: &Path, access: OFlags) -> Result<File, Errno> {
         if FileType::from_raw_mode(fstat(&there)?.st_mode) != FileType::RegularFile {
             return Err(errno);
         }
-        open(flags)
+        let again = format!("/proc/self/fd/{}", there.as_raw_fd());
+        rustix::fs::open(again, flags, Mode::empty())
     });
     opened.map(File::from)
 }

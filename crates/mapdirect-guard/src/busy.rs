@@ -438,7 +438,8 @@ impl Quiet<'_> {
     /// Waits until every truncation by path that began before this call has
     /// either finished or is counted by the inode; ask for a lease then.
     /// Tells who may still be at it when the time is over.
-    pub(crate) fn wait_for_truncations(&self, scan: &TruncationScan) -> Result<Vec<Busy>, Stuck> {
+    pub(crate) fn wait_for_truncations(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
+        let scan = &scans.truncations;
         let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
         self.leave_out_other_filesystems(LookFor::Truncations, busy)
     }
@@ -450,14 +451,16 @@ impl Quiet<'_> {
 
     /// Waits until every mapping that was being made before this call shows in
     /// `/proc/<pid>/maps`.
-    pub(crate) fn wait_for_mappings(&self) -> Result<Vec<Busy>, Stuck> {
-        wait_for(LookFor::Mappings, self.held, self.deadline, self.deadline)
+    pub(crate) fn wait_for_mappings(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
+        let scan = &scans.mappings;
+        let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
+        still_busy_here(LookFor::Mappings, busy, self.held, self.deadline)
     }
 
     /// Waits until everybody who was changing any file has finished.
-    pub(crate) fn wait_for_changes(&self) -> Result<Vec<Busy>, Stuck> {
-        let soon = self.deadline.min(Instant::now() + BEFORE_ASKING);
-        let busy = wait_for(LookFor::Changes, self.held, soon, self.deadline)?;
+    pub(crate) fn wait_for_changes(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
+        let scan = &scans.changes;
+        let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
         self.leave_out_other_filesystems(LookFor::Changes, busy)
     }
 
@@ -489,14 +492,32 @@ fn waits_for_thaw(tid: i32) -> bool {
     })
 }
 
-/// Scans for truncations by path, one for all grants that wait for one.
-///
-/// A truncation by path has no description that a lease could count, so a
-/// thread caught between its permission check and the truncation must be
-/// looked for among all threads of the system. Grants that close their gate
-/// before a scan begins share it.
-#[derive(Debug, Default)]
-pub(crate) struct TruncationScan {
+/// Scans of all threads of the system, one for all grants that wait for one:
+/// those that close their gate before a scan begins share it.
+#[derive(Debug)]
+pub(crate) struct Scans {
+    /// A truncation by path has no description that a lease could count, so a
+    /// thread caught between its permission check and the truncation must be
+    /// looked for.
+    truncations: Scan,
+    changes: Scan,
+    mappings: Scan,
+}
+
+impl Default for Scans {
+    fn default() -> Self {
+        Self {
+            truncations: Scan::new(LookFor::Truncations),
+            changes: Scan::new(LookFor::Changes),
+            mappings: Scan::new(LookFor::Mappings),
+        }
+    }
+}
+
+/// Scans for one thing.
+#[derive(Debug)]
+struct Scan {
+    look_for: LookFor,
     state: Mutex<ScanState>,
     changed: Condvar,
 }
@@ -522,9 +543,17 @@ impl Default for ScanState {
     }
 }
 
-impl TruncationScan {
-    /// Waits until no truncation by path is under way that began before this
-    /// call, and tells who still is at it when the time is over.
+impl Scan {
+    fn new(look_for: LookFor) -> Self {
+        Self {
+            look_for,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// Waits until nothing of it is under way that began before this call, and
+    /// tells who still is at it when the time is over.
     fn wait(
         &self,
         held: &dyn Fn() -> Arc<Vec<i32>>,
@@ -548,7 +577,7 @@ impl TruncationScan {
                 state.begun += 1;
                 drop(state);
                 let soon = Instant::now() + patience;
-                let outcome = wait_for(LookFor::Truncations, held, soon, deadline);
+                let outcome = wait_for(self.look_for, held, soon, deadline);
                 state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.running = false;
                 state.finished = state.begun;
@@ -629,7 +658,7 @@ mod tests {
 
     #[test]
     fn scans_are_shared_and_end() {
-        let scan = TruncationScan::default();
+        let scan = Scan::new(LookFor::Truncations);
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {

@@ -488,7 +488,7 @@ impl Attempt<'_> {
     /// Nobody may hold a description from before the gate closed, and nobody
     /// may be in the middle of a truncation from before.
     fn prove_from_scratch(&self) -> Result<(), Refusal> {
-        self.quietly(|quiet| quiet.wait_for_truncations(&self.guard.truncations))?;
+        self.quietly(|quiet| quiet.wait_for_truncations(&self.guard.scans))?;
         let mut backoff = self.patiently();
         loop {
             // It counts writers and truncations alike, those under way too.
@@ -555,7 +555,7 @@ impl Attempt<'_> {
         if !harmless(&again) {
             return Ok(Some(again));
         }
-        self.quietly(|quiet| quiet.wait_for_changes())?;
+        self.quietly(|quiet| quiet.wait_for_changes(&self.guard.scans))?;
         Ok(None)
     }
 
@@ -712,7 +712,9 @@ impl Attempt<'_> {
             return Err(refusal);
         }
         let unrest = self.watched.unrest.swap(false, SeqCst);
-        if unrest && let Err(refusal) = self.quietly(|quiet| quiet.wait_for_changes()) {
+        if unrest
+            && let Err(refusal) = self.quietly(|quiet| quiet.wait_for_changes(&self.guard.scans))
+        {
             self.watched.unrest.store(true, SeqCst);
             return Err(refusal);
         }
@@ -1059,7 +1061,7 @@ impl Attempt<'_> {
             return Ok(false);
         }
         // What the gate has let in may not show yet.
-        self.quietly(|quiet| quiet.wait_for_mappings())?;
+        self.quietly(|quiet| quiet.wait_for_mappings(&self.guard.scans))?;
         let mut backoff = self.patiently();
         let found = loop {
             let found = self.openers(None);

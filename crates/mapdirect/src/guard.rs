@@ -134,13 +134,21 @@ pub(crate) struct Connection {
     /// The process that made it: the guard knows no other on it.
     pid: u32,
     gate: Gate,
-    /// Whoever is asking holds this until the answer is there; says whether
-    /// the capability was proven.
-    turn: Mutex<bool>,
+    /// Whoever is asking holds this until the answer is there.
+    turn: Mutex<Turn>,
     challenge: [u8; 32],
     /// A conversation was left in the middle: what comes next would be an
     /// answer to something else.
     broken: AtomicBool,
+}
+
+/// Where a conversation stands.
+#[derive(Debug, Default)]
+struct Turn {
+    /// The capability was proven.
+    proven: bool,
+    /// Answers still to come that nobody waits for.
+    owed: u32,
 }
 
 impl Connection {
@@ -162,7 +170,7 @@ impl Connection {
             socket,
             pid: std::process::id(),
             gate,
-            turn: Mutex::new(false),
+            turn: Mutex::default(),
             challenge,
             broken: AtomicBool::new(false),
         })
@@ -188,11 +196,34 @@ impl Connection {
         request: &Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>)> {
-        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.catch_up(&mut turn)?;
         self.whole(|talk| {
             talk.say(request, fds)?;
             talk.hear()
         })
+    }
+
+    /// Hears what nobody has waited for. Nothing can be asked where a
+    /// conversation was left in the middle, nor by a child of the process
+    /// that began it.
+    fn catch_up(&self, turn: &mut Turn) -> Result<()> {
+        if self.pid != std::process::id() {
+            return Err(Error::new(
+                Kind::NoGuard,
+                Errno::OPNOTSUPP,
+                "this process is a child of the one that the guard knows",
+                "do it in the process that asked for the pin, or pin the file again",
+            ));
+        }
+        if self.broken.load(Relaxed) {
+            return Err(lost(&Errno::PIPE));
+        }
+        while turn.owed > 0 {
+            self.whole(|talk| talk.hear())?;
+            turn.owed -= 1;
+        }
+        Ok(())
     }
 
     /// Asks for something that needs the capability; `more` answers what the
@@ -203,14 +234,15 @@ impl Connection {
         file: BorrowedFd<'_>,
         mut more: impl FnMut(&Talk<'_>, Reply, Vec<OwnedFd>) -> Result<Option<T>>,
     ) -> Result<T> {
-        let mut proven = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*proven {
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        self.catch_up(&mut turn)?;
+        if !turn.proven {
             let proof = memfd::prove_immutable_capability(&self.challenge).map_err(not_capable)?;
             self.whole(|talk| {
                 talk.say(&Request::Prove, &[proof.as_fd()])?;
                 talk.hear()
             })?;
-            *proven = true;
+            turn.proven = true;
         }
         self.whole(|talk| {
             talk.say(request, &[file])?;
@@ -233,17 +265,22 @@ impl Connection {
         if self.gate != Gate::Bpf || !self.is_usable() {
             return;
         }
-        let Ok(_turn) = self.turn.try_lock() else {
+        let Ok(mut turn) = self.turn.try_lock() else {
             return;
         };
-        let _ = self.whole(|talk| {
-            talk.say(&Request::Ended { pin }, &[])?;
-            match self.socket.wait_until_readable(PATIENCE) {
-                Ok(true) => talk.hear(),
-                Ok(false) => Err(lost(&Errno::TIMEDOUT)),
-                Err(errno) => Err(lost(&errno)),
-            }
-        });
+        // A guard that owes an answer is stuck.
+        if turn.owed > 0
+            || self
+                .whole(|talk| talk.say(&Request::Ended { pin }, &[]))
+                .is_err()
+        {
+            return;
+        }
+        if self.socket.wait_until_readable(PATIENCE) == Ok(true) {
+            let _ = self.whole(|talk| talk.hear());
+        } else {
+            turn.owed += 1;
+        }
     }
 
     /// Runs a conversation, and lets nobody continue one that did not come to

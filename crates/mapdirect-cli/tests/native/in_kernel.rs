@@ -8,7 +8,7 @@ use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{Attack, Door, Row};
 use mapdirect_testkit::contract::{Gate as UnderTest, Place, Subject};
 use mapdirect_testkit::disk::{Frozen, run};
-use mapdirect_testkit::process::{GuardProcess, Helper, Stranger, wait_for};
+use mapdirect_testkit::process::{GuardProcess, Helper, ScratchDirectory, Stranger, wait_for};
 use mapdirect_testkit::{Disk, Kind, raw};
 use std::fs::File;
 use std::ops::Range;
@@ -40,6 +40,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 ("killed-and-adopted", killed_and_adopted),
                 ("ends-without-a-guard", ends_without_a_guard),
                 ("writers-stay", writers_stay),
+                ("stale-notes", stale_notes),
                 ("older-mappings", older_mappings),
                 ("loop-devices", loop_devices),
                 ("raw-errors", raw_errors),
@@ -271,6 +272,49 @@ fn writers_stay(world: &World, kind: Kind) {
     held.read_at(70_000 - 65_536, &mut seen).unwrap();
     assert_eq!(&seen, b"stable");
     drop((held, file, writer, appender));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What is noted of an operation that fails before anybody is asked is not
+/// taken for a part of the next one.
+fn stale_notes(world: &World, kind: Kind) {
+    const APPEND: i32 = 0x10;
+    const NOAPPEND: i32 = 0x20;
+    let path = written(&world.disk(kind), "in-kernel-stale", 1 << 20);
+    let file = open(&path);
+    let appender = File::options().append(true).open(&path).unwrap();
+    assert_eq!(punch(&file, 262_144), Ok(()));
+    file.sync_all().unwrap();
+    let guard = world.guard().client();
+    let held = pin(&guard, &file, 262_144..266_240);
+    let before = held.block_map().clone();
+    // Nothing is written, and then something to a hole.
+    for flags in [APPEND, NOAPPEND] {
+        let nothing = raw::pwritev2(file.as_fd(), &[], 0, flags);
+        assert!(
+            matches!(nothing, Ok(0) | Err(Errno::OPNOTSUPP)),
+            "{nothing:?}"
+        );
+        let written = rustix::io::pwrite(&file, b"x", 262_144);
+        assert_eq!(written, Err(Errno::TXTBSY), "after flags {flags:#x}");
+    }
+    // Where it says is not where an appender writes.
+    let nothing = raw::pwritev2(appender.as_fd(), &[], 0, NOAPPEND);
+    assert!(
+        matches!(nothing, Ok(0) | Err(Errno::OPNOTSUPP)),
+        "{nothing:?}"
+    );
+    assert_eq!(rustix::io::write(&appender, &[1; 100]), Ok(100));
+    // A clone to another filesystem fails, and whoever tried reads instead.
+    let elsewhere = ScratchDirectory::new("stale").unwrap();
+    let copy = File::create(elsewhere.path().join("copy")).unwrap();
+    assert!(rustix::fs::ioctl_ficlone(&copy, &file).is_err());
+    let mut page = [0; 4096];
+    assert_eq!(file.read_at(&mut page, 262_144).unwrap(), 4096);
+    assert_eq!(page, [0; 4096]);
+    let now = mapdirect::block_map(&file, 262_144..266_240).unwrap();
+    assert_eq!(before.extents(), now.extents());
+    drop((held, file, appender));
     std::fs::remove_file(&path).unwrap();
 }
 

@@ -259,7 +259,7 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
     // pin that is held for longer.
     let longest = match Gate::under_test() {
         Gate::Fanotify => 15_000,
-        Gate::Bpf => 500_000,
+        Gate::Bpf => 2_000_000,
     };
     let hold = Duration::from_micros(random.below(longest));
     if random.below(3) == 0 {

@@ -1,6 +1,6 @@
 //! Mapping what may not be stored to: every state next to every other.
 
-use crate::world::{BINARY, PATIENCE, World, is_pinned, kinds, open, wait_until_free};
+use crate::world::{BINARY, PATIENCE, World, is_emulated, is_pinned, kinds, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::{BlockMap, DirectMap, ExtentState, Guard, MapOptions, PinOptions};
@@ -415,7 +415,7 @@ fn beyond_the_end(world: &World, kind: Kind) {
         4 * PAGE..6 * PAGE,
         5 * PAGE..5 * PAGE + 1,
         8 * PAGE..400 * PAGE,
-        0..1 << 30,
+        0..if is_emulated() { 1 << 25 } else { 1 << 30 },
     ] {
         let map = map_all(&guard.client(), &file, range.clone());
         probe(&map, &file, &states, block, &format!("{range:?}"));

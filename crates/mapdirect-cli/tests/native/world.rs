@@ -209,11 +209,17 @@ pub const PATIENCE: Duration = Duration::from_secs(8);
 /// More of it where the processor is emulated on a machine that has other
 /// things to do: a look at a process may take a second there.
 pub fn patience() -> Duration {
-    if dax_kinds().is_empty() {
-        PATIENCE
-    } else {
+    if is_emulated() {
         5 * PATIENCE
+    } else {
+        PATIENCE
     }
+}
+
+/// Whether this is a virtual machine as tests are run in: without KVM all of
+/// it takes many times as long.
+pub fn is_emulated() -> bool {
+    Gate::under_test() == Gate::Bpf || !dax_kinds().is_empty()
 }
 
 /// Maps a range with the page cache accepted.

@@ -116,9 +116,9 @@ impl Attempt<'_> {
     /// before it knew of the pin.
     fn wait_for_others(&self, mappings: bool) -> Result<(), Refusal> {
         self.no_kernel_users()?;
-        self.quietly(|quiet| quiet.wait_for_changes())?;
+        self.quietly(|quiet| quiet.wait_for_changes(&self.guard.scans))?;
         if mappings {
-            self.quietly(|quiet| quiet.wait_for_mappings())?;
+            self.quietly(|quiet| quiet.wait_for_mappings(&self.guard.scans))?;
         }
         // Asynchronous direct writes have no thread that could be looked at.
         let mut backoff = Backoff::until(

@@ -2,9 +2,11 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
+use super::abi::DEAD;
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
-    Btf, ErrorExt, Link, MapCore, MapHandle, Object, ObjectBuilder, PrintLevel, ProgramType,
+    Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
+    ProgramMut, ProgramType,
 };
 use mapdirect_sys::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -12,6 +14,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+use zerocopy::FromBytes;
 
 /// The programs, compiled from `mapdirect.bpf.c` by `cargo xtask bpf`.
 const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
@@ -151,16 +154,40 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
 }
 
 /// Whether a gate that is there keeps any pin; it does as long as that cannot
-/// be told.
+/// be told. Whoever takes a gate away begins with its links.
 fn keeps_pins(directory: &Path) -> bool {
-    MapHandle::from_pinned_path(directory.join("holders"))
-        .map_or(true, |holders| holders.keys().next().is_some())
+    if !directory.join(link_name(COSTLY[0])).exists() {
+        return false;
+    }
+    let Ok(lives) = MapHandle::from_pinned_path(directory.join("lives")) else {
+        return true;
+    };
+    let is_alive = |key: Vec<u8>| {
+        let count = lives.lookup(&key, MapFlags::ANY).ok().flatten();
+        let count = count.and_then(|bytes| u64::read_from_bytes(&bytes).ok());
+        count.is_none_or(|count| count & DEAD == 0)
+    };
+    lives.keys().any(is_alive)
 }
 
 /// Programs that every read, write and close of any file pays for. They are
 /// attached while something is pinned, and for a while after that. In the
 /// order in which they are attached: a hook that found no note would refuse.
-const COSTLY: [&str; 3] = ["file_free", "note_rw", "file_permission"];
+const COSTLY: [&str; 13] = [
+    "file_free",
+    "end_writev",
+    "end_iter_write",
+    "end_iocb_write",
+    "end_aio_write",
+    "end_io_write",
+    "note_writev",
+    "note_iter_write",
+    "note_iocb_write",
+    "note_aio_write",
+    "note_io_write",
+    "note_rw",
+    "file_permission",
+];
 
 /// How long nothing must have been pinned before they are taken off: putting
 /// them on takes longer than a pin otherwise does.
@@ -210,10 +237,7 @@ impl Costly {
         if !state.attached
             && let Some(object) = &self.object
         {
-            if let Err(error) = attach(object, &self.directory, &COSTLY) {
-                let _ = self.detach();
-                return Err(error);
-            }
+            attach(object, &self.directory, &COSTLY)?;
             state.attached = true;
         }
         state.beginning += 1;
@@ -229,19 +253,12 @@ impl Costly {
         if state.beginning > 0 || is_anything_pinned() {
             state.quiet_since = Instant::now();
         } else if state.quiet_since.elapsed() >= QUIET {
-            // What cannot be taken off is tried again.
-            state.attached = self.detach().is_err();
-        }
-    }
-
-    fn detach(&self) -> std::io::Result<()> {
-        for name in COSTLY.iter().rev() {
-            match std::fs::remove_file(self.directory.join(link_name(name))) {
-                Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-                _ => {}
+            // What stays attached is left out when they are attached again.
+            state.attached = false;
+            for name in COSTLY.iter().rev() {
+                let _ = std::fs::remove_file(self.directory.join(link_name(name)));
             }
         }
-        Ok(())
     }
 }
 
@@ -547,19 +564,39 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
     Ok(object)
 }
 
-/// Attaches programs, one after the other, and pins their links.
+/// Attaches programs that are not, one after the other, and pins their links.
 fn attach(object: &Object, directory: &Path, names: &[&str]) -> Result<(), LoadError> {
     for wanted in names {
+        let path = directory.join(link_name(wanted));
+        if path.exists() {
+            continue;
+        }
         let program = object.progs_mut().find(|program| program.name() == *wanted);
         let program = program.ok_or_else(|| failed("attaching", wanted))?;
-        let mut link: Link = program
-            .attach_trace()
+        let mut link = attach_one(&program)
             .with_context(|| format!("attaching {wanted}"))
             .map_err(|error| told("attaching", &error))?;
-        link.pin(directory.join(link_name(wanted)))
+        link.pin(path)
             .map_err(|error| told("pinning a link", &error))?;
     }
     Ok(())
+}
+
+/// Attaches a program. The kernel takes one off when it gets round to it, and
+/// lets nobody attach it before.
+fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
+    let begun = Instant::now();
+    loop {
+        match program.attach_trace() {
+            // EBUSY has no kind of its own.
+            Err(error)
+                if error.kind() == libbpf_rs::ErrorKind::Other && begun.elapsed() < ENDING =>
+            {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            done => return done,
+        }
+    }
 }
 
 const LINKS: &str = "link-";

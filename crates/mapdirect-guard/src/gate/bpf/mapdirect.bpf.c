@@ -441,6 +441,23 @@ struct {
 	__type(value, struct record);
 } records SEC(".maps");
 
+// Those of threads that there was no memory for, or that were preempted in the
+// middle of this (bpf_task_storage_trylock, kernel/bpf/bpf_task_storage.c);
+// and whether there ever were any.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, u32);
+	__type(value, struct record);
+} spare_records SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, u32);
+	__type(value, u64);
+} spared SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 20);
@@ -533,10 +550,30 @@ static __always_inline void name(struct key *key, struct inode *inode)
 	key->ino = inode->i_ino;
 }
 
+static __noinline struct record *spare_record(bool make)
+{
+	u32 zero = 0;
+	u64 *ever = bpf_map_lookup_elem(&spared, &zero);
+
+	if (!ever || (!make && !*ever))
+		return 0;
+	u32 tid = current_tid();
+	struct record *record = bpf_map_lookup_elem(&spare_records, &tid);
+	if (!record && make) {
+		struct record none = {};
+		*ever = 1;
+		bpf_map_update_elem(&spare_records, &tid, &none, BPF_NOEXIST);
+		record = bpf_map_lookup_elem(&spare_records, &tid);
+	}
+	return record;
+}
+
 static __always_inline struct record *my_record(bool make)
 {
-	return bpf_task_storage_get(&records, bpf_get_current_task_btf(), 0,
-				    make ? BPF_LOCAL_STORAGE_GET_F_CREATE : 0);
+	struct record *record =
+		bpf_task_storage_get(&records, bpf_get_current_task_btf(), 0,
+				     make ? BPF_LOCAL_STORAGE_GET_F_CREATE : 0);
+	return record ?: spare_record(make);
 }
 
 static __always_inline u64 plus(u64 a, u64 b)
@@ -886,6 +923,9 @@ int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
 	}
 	u64 start = at, end = plus(start, count);
 	if (!write) {
+		// What is noted may be of an operation that failed before anybody
+		// asked.
+		record->read.file = 0;
 		if (record->copy_in == (u64)file)
 			note_read(file, COPY_RANGE, start, end);
 		return 0;
@@ -970,6 +1010,47 @@ int BPF_PROG(note_io_write, struct io_kiocb *request, unsigned int issue_flags)
 	if (may_be_pinned(BPF_CORE_READ(inode, i_sb, s_dev), BPF_CORE_READ(inode, i_ino)))
 		note_flags(file, BPF_CORE_READ(rw, flags));
 	return 0;
+}
+
+// How one write is made says nothing of the next one: those functions may
+// return before they come to rw_verify_area.
+static __always_inline int forget_flags(void)
+{
+	struct record *record = my_record(false);
+
+	if (record)
+		record->flags_file = 0;
+	return 0;
+}
+
+SEC("fexit/vfs_writev")
+int BPF_PROG(end_writev)
+{
+	return forget_flags();
+}
+
+SEC("fexit/vfs_iter_write")
+int BPF_PROG(end_iter_write)
+{
+	return forget_flags();
+}
+
+SEC("fexit/vfs_iocb_iter_write")
+int BPF_PROG(end_iocb_write)
+{
+	return forget_flags();
+}
+
+SEC("fexit/aio_write")
+int BPF_PROG(end_aio_write)
+{
+	return forget_flags();
+}
+
+SEC("fexit/io_write")
+int BPF_PROG(end_io_write)
+{
+	return forget_flags();
 }
 
 // include/uapi/linux/falloc.h
@@ -1077,9 +1158,8 @@ SEC("fexit/vfs_copy_file_range")
 int BPF_PROG(copied, struct file *in, s64 at_in, struct file *out, s64 at_out, u64 length,
 	     u32 flags)
 {
-	if (!behind(in->f_inode) && !behind(out->f_inode))
-		return 0;
 	struct record *record = my_record(false);
+
 	if (record)
 		record->copy_in = record->copy_out = 0;
 	return 0;

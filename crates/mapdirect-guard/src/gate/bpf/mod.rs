@@ -15,6 +15,7 @@ use crate::audit::Refused;
 use crate::policy::RULES;
 use crate::policy::layers::Layers;
 use crate::table::{InodeId, Pin, Settled, Watched};
+use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use abi::{Entry, Event, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
@@ -30,7 +31,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Where the gate is pinned by default.
@@ -210,7 +211,8 @@ impl Gate {
             .flatten()
             .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
             .unwrap_or(abi::DEAD);
-        if lives & abi::DEAD == 0 && lives > 0 {
+        // Without pins but not dead: somebody is just leaving, or joining.
+        if lives & abi::DEAD == 0 {
             return false;
         }
         // The kernel has done it by itself, mostly.
@@ -351,8 +353,13 @@ impl Gate {
         let handle = file_handle::of(file)?;
         let attached = self.loaded.costly.attached();
         let _attached = attached.map_err(|_| Errno::NOEXEC)?;
-        self.prepare(watched.id, &handle)?;
-        let identity = self.ask_about(file, Some(pin))?;
+        let identity = {
+            // Nobody may forget the inode before the programs count this pin.
+            let shard = self.shard(watched.id);
+            let mut published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            self.prepare(&mut published, watched.id, &handle)?;
+            self.ask_about(file, Some(pin))?
+        };
         if identity.key != key || identity.held == 0 {
             return Err(Errno::STALE);
         }
@@ -398,11 +405,12 @@ impl Gate {
 
     /// Has the programs look at an inode from now on: they would not see the
     /// end of a pin otherwise.
-    fn prepare(&self, id: InodeId, handle: &FileHandle) -> Result<(), Errno> {
-        let mut published = self
-            .shard(id)
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+    fn prepare(
+        &self,
+        published: &mut HashMap<InodeId, Published>,
+        id: InodeId,
+        handle: &FileHandle,
+    ) -> Result<(), Errno> {
         if published.get(&id).is_some_and(|published| published.kept) {
             return Err(Errno::BUSY);
         }
@@ -652,12 +660,23 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Ends a pin that is over, before that is told.
+/// Waits until a pin that is over has been taken out. That must come in the
+/// order in which it is told: somebody may have joined it before.
 pub(super) fn look_for_end(guard: &Guard, gate: &Gate, inode: InodeId, pin: u64) {
-    if gate.is_over(pin)
-        && let Some(watched) = guard.table.get(inode)
-    {
-        end(guard, gate, &watched, pin);
+    if !gate.is_over(pin) {
+        return;
+    }
+    let is_there = || {
+        let watched = guard.table.get(inode);
+        watched.is_some_and(|watched| watched.pins.load().iter().any(|other| other.id == pin))
+    };
+    let mut backoff = Backoff::until(
+        Instant::now() + Duration::from_millis(500),
+        Duration::from_micros(20),
+        Duration::from_millis(2),
+    );
+    while is_there() && !backoff.is_over() {
+        backoff.pause();
     }
 }
 
@@ -743,9 +762,10 @@ fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
         ended.bury();
     }
-    watched.remove(|other| other.id == pin);
     // It can only fail to make less of it.
     let _ = gate.publish(watched);
+    // Whoever finds it gone is judged without it.
+    watched.remove(|other| other.id == pin);
     let_go(guard, watched);
 }
 
