@@ -11,6 +11,7 @@ use mapdirect_testkit::disk::{Frozen, run};
 use mapdirect_testkit::process::{GuardProcess, Helper, ScratchDirectory, Stranger, wait_for};
 use mapdirect_testkit::{Disk, Kind, raw};
 use std::fs::File;
+use std::io::{Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -41,6 +42,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 ("ends-without-a-guard", ends_without_a_guard),
                 ("writers-stay", writers_stay),
                 ("stale-notes", stale_notes),
+                ("unnoticed-writes", unnoticed_writes),
                 ("older-mappings", older_mappings),
                 ("loop-devices", loop_devices),
                 ("raw-errors", raw_errors),
@@ -312,9 +314,79 @@ fn stale_notes(world: &World, kind: Kind) {
     let mut page = [0; 4096];
     assert_eq!(file.read_at(&mut page, 262_144).unwrap(), 4096);
     assert_eq!(page, [0; 4096]);
+    // A copy to another one takes no blocks.
+    if kind == Kind::XFS {
+        let other = written(&world.disk(Kind::XFS_PLAIN), "in-kernel-stale", 1 << 20);
+        let copy = open(&other);
+        let (mut from, mut to) = (262_144, 0);
+        let copied =
+            rustix::fs::copy_file_range(&file, Some(&mut from), &copy, Some(&mut to), 8192);
+        assert_eq!(copied, Ok(8192));
+        std::fs::remove_file(&other).unwrap();
+    }
     let now = mapdirect::block_map(&file, 262_144..266_240).unwrap();
     assert_eq!(before.extents(), now.extents());
     drop((held, file, appender));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// The program that learns where a write goes may be left out, if it was
+/// preempted: then the hook asks what else there is. Here it is taken off.
+fn unnoticed_writes(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-unnoticed", 1 << 20);
+    let mut file = open(&path);
+    let mut appender = File::options().append(true).open(&path).unwrap();
+    assert_eq!(punch(&file, 262_144), Ok(()));
+    file.sync_all().unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let held = pin(&guard.client(), &file, 262_144..270_336);
+    let before = held.block_map().clone();
+    let vectored = |offset| raw::pwritev2(file.as_fd(), b"x", offset, 0);
+    assert_eq!(vectored(0), Ok(1));
+    let directory = guard.gate_directory().unwrap();
+    for program in ["note_copy", "note_remap", "note_clone", "note_rw"] {
+        // Which of them there are is up to the kernel.
+        let taken_off = std::fs::remove_file(directory.join(format!("link-{program}")));
+        assert!(taken_off.is_ok() || program != "note_rw");
+    }
+    // How long a vector is nobody knows now, so it may reach the hole.
+    wait_for(Duration::from_secs(20), || {
+        Ok((vectored(0) == Err(Errno::TXTBSY)).then_some(()))
+    })
+    .unwrap();
+    assert_eq!(vectored(524_288), Ok(1));
+    for (offset, expected) in [
+        (0, Ok(1)),
+        (266_240, Ok(1)),
+        (262_144, Err(Errno::TXTBSY)),
+        (266_239, Err(Errno::TXTBSY)),
+        (524_288, Ok(1)),
+    ] {
+        let written = rustix::io::pwrite(&file, b"x", offset);
+        assert_eq!(written, expected, "pwrite at {offset}");
+        file.seek(SeekFrom::Start(offset)).unwrap();
+        let written = rustix::io::write(&file, b"x");
+        assert_eq!(written, expected, "write at {offset}");
+    }
+    assert_eq!(
+        rustix::io::pwrite(&file, &[1; 8192], 258_048),
+        Err(Errno::TXTBSY)
+    );
+    if kind.reflink() {
+        let other = written(&world.disk(kind), "in-kernel-unnoticed-2", 1 << 20);
+        let other = open(&other);
+        let (mut from, mut to) = (266_240, 0);
+        let copied =
+            rustix::fs::copy_file_range(&file, Some(&mut from), &other, Some(&mut to), 4096);
+        assert_eq!(copied, Err(Errno::TXTBSY), "copied from");
+        assert_eq!(rustix::fs::ioctl_ficlone(&other, &file), Err(Errno::TXTBSY));
+        std::fs::remove_file(world.disk(kind).path("in-kernel-unnoticed-2")).unwrap();
+    }
+    appender.write_all(b"more").unwrap();
+    assert_eq!(punch(&file, 262_144), Err(Errno::TXTBSY));
+    let now = mapdirect::block_map(&file, 262_144..270_336).unwrap();
+    assert_eq!(before.extents(), now.extents());
+    drop((held, file, appender, guard));
     std::fs::remove_file(&path).unwrap();
 }
 

@@ -6,7 +6,7 @@ use super::abi::DEAD;
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
-    ProgramMut, ProgramType,
+    ProgramAttachType, ProgramMut, ProgramType,
 };
 use mapdirect_sys::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags};
@@ -452,10 +452,10 @@ impl Offers<'_> {
 
     /// The function that a hook is watched at.
     fn hook(&self, name: &str) -> String {
-        if self.lsm {
-            format!("bpf_lsm_{name}")
-        } else {
-            format!("security_{name}")
+        match name {
+            _ if self.lsm => format!("bpf_lsm_{name}"),
+            "file_free_security" => String::from("security_file_free"),
+            _ => format!("security_{name}"),
         }
     }
 }
@@ -643,11 +643,19 @@ pub(super) fn load_object() -> Result<Object, LoadError> {
         if let Some(hook) = section.strip_prefix("lsm/")
             && !offers.lsm
         {
-            // What a security hook would be asked, its callers can be.
+            // What a security hook would be asked, its callers can be; and where
+            // they ask nothing they can be watched.
+            let (attach_type, function) = match hook {
+                "file_free_security" => (ProgramAttachType::TraceFentry, "security_file_free"),
+                _ => (
+                    ProgramAttachType::ModifyReturn,
+                    &*format!("security_{hook}"),
+                ),
+            };
             program.set_prog_type(ProgramType::Tracing);
-            program.set_attach_type(libbpf_rs::ProgramAttachType::ModifyReturn);
+            program.set_attach_type(attach_type);
             program
-                .set_attach_target(0, Some(format!("security_{hook}")))
+                .set_attach_target(0, Some(function.to_owned()))
                 .map_err(|error| told("choosing a place", &error))?;
         }
     }

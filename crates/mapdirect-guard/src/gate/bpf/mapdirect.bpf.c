@@ -61,6 +61,7 @@ struct file {
 	struct inode *f_inode;
 	unsigned int f_flags;
 	unsigned int f_mode;
+	s64 f_pos;
 } CORE;
 
 // References to a struct file: until 6.12, and later.
@@ -93,6 +94,7 @@ struct vm_area_struct {
 
 struct kiocb {
 	struct file *ki_filp;
+	s64 ki_pos;
 	int ki_flags;
 } CORE;
 
@@ -104,6 +106,7 @@ struct io_rw {
 struct io_kiocb;
 
 struct iocb {
+	s64 aio_offset;
 	u32 aio_rw_flags;
 } CORE;
 
@@ -144,10 +147,20 @@ struct cred {
 struct task_struct {
 	int pid;
 	int tgid;
+	unsigned int flags;
 	u64 start_boottime;
 	struct task_struct *group_leader;
 	struct files_struct *files;
 	const struct cred *cred;
+} CORE;
+
+// arch/x86/include/asm/ptrace.h
+struct pt_regs___x86 {
+	unsigned long r10;
+	unsigned long ax;
+	unsigned long dx;
+	unsigned long di;
+	unsigned long orig_ax;
 } CORE;
 
 struct mnt_idmap;
@@ -305,10 +318,13 @@ struct note {
 struct record {
 	struct note read;
 	struct note write;
+	struct note rough;	// the same as `write`, but only that it is not more
 	u64 copy_in;
 	u64 copy_out;
 	u64 flags_file;
 	u32 rwf;
+	u32 remaps;	// an ioctl has begun that may share blocks
+	u32 copies;	// a copy_file_range has been noticed
 	u32 pad;
 };
 
@@ -926,6 +942,7 @@ int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
 		// What is noted may be of an operation that failed before anybody
 		// asked.
 		record->read.file = 0;
+		record->remaps = 0;
 		if (record->copy_in == (u64)file)
 			note_read(file, COPY_RANGE, start, end);
 		return 0;
@@ -948,7 +965,14 @@ int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
 	return 0;
 }
 
-static __always_inline void note_flags(struct file *file, u32 rwf)
+// include/linux/fs.h
+#define MAX_RW_COUNT 0x7ffff000ULL
+
+// How a write is made, and roughly where: rw_verify_area knows that to the
+// byte, but a program of ours is left out where the same one was preempted
+// (bpf_prog_get_recursion_context, include/linux/bpf.h, in
+// __bpf_prog_enter_recur). Hooks never are.
+static __always_inline void note_flags(struct file *file, s64 at, u32 rwf)
 {
 	struct record *record = my_record(true);
 
@@ -956,6 +980,18 @@ static __always_inline void note_flags(struct file *file, u32 rwf)
 		return;
 	record->flags_file = (u64)file;
 	record->rwf = rwf;
+	record->rough.file = at < 0 ? 0 : (u64)file;
+	record->rough.start = at;
+	record->rough.end = plus(at, MAX_RW_COUNT);
+}
+
+static __always_inline s64 position(const s64 *ppos)
+{
+	s64 at = -1;
+
+	if (ppos)
+		bpf_probe_read_kernel(&at, sizeof(at), ppos);
+	return at;
 }
 
 SEC("fentry/vfs_writev")
@@ -963,7 +999,7 @@ int BPF_PROG(note_writev, struct file *file, const void *vec, unsigned long coun
 	     u32 flags)
 {
 	if (behind(file->f_inode))
-		note_flags(file, flags);
+		note_flags(file, position(pos), flags);
 	return 0;
 }
 
@@ -971,7 +1007,7 @@ SEC("fentry/vfs_iter_write")
 int BPF_PROG(note_iter_write, struct file *file, struct iov_iter *iter, s64 *ppos, u32 flags)
 {
 	if (behind(file->f_inode))
-		note_flags(file, flags);
+		note_flags(file, position(ppos), flags);
 	return 0;
 }
 
@@ -982,7 +1018,7 @@ int BPF_PROG(note_iocb_write, struct file *file, struct kiocb *iocb, struct iov_
 		return 0;
 	// Here these decide, and not how the file was opened.
 	u32 flags = iocb->ki_flags & (RWF_APPEND | RWF_ATOMIC);
-	note_flags(file, flags & RWF_APPEND ? flags : flags | RWF_NOAPPEND);
+	note_flags(file, iocb->ki_pos, flags & RWF_APPEND ? flags : flags | RWF_NOAPPEND);
 	return 0;
 }
 
@@ -993,7 +1029,7 @@ int BPF_PROG(note_aio_write, struct kiocb *request, const struct iocb *iocb, boo
 	struct file *file = request->ki_filp;
 
 	if (file && behind(file->f_inode))
-		note_flags(file, BPF_CORE_READ(iocb, aio_rw_flags));
+		note_flags(file, BPF_CORE_READ(iocb, aio_offset), BPF_CORE_READ(iocb, aio_rw_flags));
 	return 0;
 }
 
@@ -1008,7 +1044,7 @@ int BPF_PROG(note_io_write, struct io_kiocb *request, unsigned int issue_flags)
 		return 0;
 	struct inode *inode = BPF_CORE_READ(file, f_inode);
 	if (may_be_pinned(BPF_CORE_READ(inode, i_sb, s_dev), BPF_CORE_READ(inode, i_ino)))
-		note_flags(file, BPF_CORE_READ(rw, flags));
+		note_flags(file, BPF_CORE_READ(rw, kiocb.ki_pos), BPF_CORE_READ(rw, flags));
 	return 0;
 }
 
@@ -1019,7 +1055,7 @@ static __always_inline int forget_flags(void)
 	struct record *record = my_record(false);
 
 	if (record)
-		record->flags_file = 0;
+		record->flags_file = record->rough.file = 0;
 	return 0;
 }
 
@@ -1141,13 +1177,14 @@ SEC("fentry/vfs_copy_file_range")
 int BPF_PROG(note_copy, struct file *in, s64 at_in, struct file *out, s64 at_out, u64 length,
 	     u32 flags)
 {
-	// Blocks are shared within a filesystem only.
-	if (in->f_inode->i_sb != out->f_inode->i_sb)
-		return 0;
 	if (!behind(in->f_inode) && !behind(out->f_inode))
 		return 0;
 	struct record *record = my_record(true);
 	if (!record)
+		return 0;
+	record->copies = 1;
+	// Blocks are shared within a filesystem only.
+	if (in->f_inode->i_sb != out->f_inode->i_sb)
 		return 0;
 	record->copy_in = (u64)in;
 	record->copy_out = (u64)out;
@@ -1161,7 +1198,7 @@ int BPF_PROG(copied, struct file *in, s64 at_in, struct file *out, s64 at_out, u
 	struct record *record = my_record(false);
 
 	if (record)
-		record->copy_in = record->copy_out = 0;
+		record->copy_in = record->copy_out = record->copies = 0;
 	return 0;
 }
 
@@ -1181,6 +1218,104 @@ int BPF_PROG(note_mmap, struct file *file, unsigned long address, unsigned long 
 }
 
 // ---- hooks ----
+
+// include/linux/sched.h: of processes without system calls of their own.
+#define PF_IO_WORKER 0x10
+#define PF_USER_WORKER 0x4000
+#define PF_KTHREAD 0x200000
+#define ENOSYS 38
+// arch/x86/entry/syscalls/syscall_64.tbl
+#define X86_64_WRITE 1
+#define X86_64_PWRITE64 18
+
+#define X86_64_COPY_FILE_RANGE 326
+#define I386_COPY_FILE_RANGE 377
+
+// The number of the system call that the thread is in the middle of: it has
+// not been answered yet, or the kernel would be doing what is left to do
+// afterwards.
+static __always_inline u64 number_of_syscall(struct pt_regs___x86 *regs)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+
+	if (!bpf_core_field_exists(regs->orig_ax) ||
+	    (task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) ||
+	    BPF_CORE_READ(regs, ax) != (u64)-ENOSYS)
+		return END;
+	return BPF_CORE_READ(regs, orig_ax);
+}
+
+static __always_inline struct pt_regs___x86 *own_registers(void)
+{
+	return (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
+}
+
+// Whether it is a copy_file_range(2), though nobody noticed it.
+static __noinline int copies_by_syscall(void)
+{
+	u64 number = number_of_syscall(own_registers());
+
+	return number == X86_64_COPY_FILE_RANGE || number == I386_COPY_FILE_RANGE;
+}
+
+// Where the write(2) or pwrite(2) goes that the thread is in the middle of, if
+// that is of this file: nobody but its registers knows, where rw_verify_area
+// was not noticed.
+static __noinline int write_of_syscall(struct file *file, struct run *at)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	struct pt_regs___x86 *regs = own_registers();
+	u64 number = number_of_syscall(regs);
+
+	if (!at || (number != X86_64_WRITE && number != X86_64_PWRITE64))
+		return 0;
+	u32 fd = BPF_CORE_READ(regs, di);
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	if (fd >= BPF_CORE_READ(table, max_fds))
+		return 0;
+	struct file **slot = BPF_CORE_READ(table, fd) + fd;
+	struct file *there = 0;
+	bpf_probe_read_kernel(&there, sizeof(there), slot);
+	if (there != file)
+		return 0;
+	s64 start = number == X86_64_WRITE ? BPF_CORE_READ(file, f_pos) :
+					     (s64)BPF_CORE_READ(regs, r10);
+	if (start < 0)
+		return 0;
+	at->start = start;
+	at->end = plus(start, BPF_CORE_READ(regs, dx));
+	if (BPF_CORE_READ(file, f_flags) & O_APPEND) {
+		at->start = BPF_CORE_READ(file, f_inode, i_size);
+		at->end = END;
+	}
+	return 1;
+}
+
+// A write that rw_verify_area was not noticed of.
+static __noinline int rough_write(struct file *file, struct record *record, struct question *q)
+{
+	u32 flags = BPF_CORE_READ(file, f_flags);
+
+	q->direct = !!(flags & O_DIRECT);
+	if (record && record->rough.file == (u64)file && record->flags_file == (u64)file) {
+		u32 rwf = record->rwf;
+		q->kind = rwf & RWF_ATOMIC ? WRITE_UNTORN : WRITE;
+		q->at.start = record->rough.start;
+		q->at.end = record->rough.end;
+		if ((rwf & RWF_APPEND) || ((flags & O_APPEND) && !(rwf & RWF_NOAPPEND))) {
+			q->at.start = q->size;
+			q->at.end = END;
+		}
+		record->flags_file = record->rough.file = 0;
+		return 0;
+	}
+	struct run at = {};
+	if (write_of_syscall(file, &at)) {
+		q->kind = WRITE;
+		q->at = at;
+	}
+	return 0;
+}
 
 SEC("lsm/file_permission")
 int BPF_PROG(file_permission, struct file *file, int mask, int before)
@@ -1203,11 +1338,23 @@ int BPF_PROG(file_permission, struct file *file, int mask, int before)
 			q.at.end = record->write.end;
 			q.direct = record->write.direct;
 			record->write.file = 0;
+			if (q.kind == WRITE && !record->copies && copies_by_syscall())
+				q.kind = COPY_RANGE;
+		} else {
+			rough_write(file, record, &q);
 		}
 		return decide(&q);
 	}
-	if (!record || record->read.file != (u64)file)
-		return 0;
+	if (!record || record->read.file != (u64)file) {
+		// What is not noted of a read may be one all the same.
+		bool remaps = record && record->remaps;
+		if (!remaps && ((record && record->copies) || !copies_by_syscall()))
+			return 0;
+		q.kind = remaps ? CLONE : COPY_RANGE;
+		q.at.end = END;
+		q.read_side = 1;
+		return decide(&q);
+	}
 	q.kind = record->read.kind;
 	q.at.start = record->read.start;
 	q.at.end = record->read.end;
@@ -1260,6 +1407,9 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 
 // fs/xfs/xfs_fs.h, fs/ext4/ext4.h, include/uapi/linux/{fs,loop}.h; sizes in
 // the numbers differ between ABIs and are not compared.
+#define FICLONE 0x9409
+#define FICLONERANGE 0x940d
+#define FIDEDUPERANGE 0x9436
 #define XFS_SWAPEXT 0x586d
 #define XFS_SCRUB 0x583c
 #define XFS_SCRUBV 0x5840
@@ -1300,6 +1450,12 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		q.kind = UNKNOWN;
 		q.at.end = END;
 		return decide(&q);
+	}
+	if (number == FICLONE || number == FICLONERANGE || number == FIDEDUPERANGE) {
+		struct record *record = my_record(true);
+		if (record)
+			record->remaps = 1;
+		return 0;
 	}
 	u64 magic = inode->i_sb->s_magic;
 	bool exchanges = magic == XFS_MAGIC ? number == XFS_SWAPEXT || number == XFS_SCRUB ||
@@ -1589,13 +1745,11 @@ int BPF_PROG(file_mprotect, struct vm_area_struct *area, unsigned long asked, un
 }
 
 // The last mapping of a pin is gone, or somebody else's file, mostly.
-SEC("fentry/security_file_free")
+// A hook where hooks call programs: those are never left out.
+SEC("lsm/file_free_security")
 int BPF_PROG(file_free, struct file *file)
 {
-	struct inode *inode = file->f_inode;
-
-	if (!inode || !behind(inode))
-		return 0;
+	// Its inode may be gone.
 	u64 pointer = (u64)file;
 	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
 	if (!holder)
