@@ -321,7 +321,7 @@ fn stale_notes(world: &World, kind: Kind) {
         let (mut from, mut to) = (262_144, 0);
         let copied =
             rustix::fs::copy_file_range(&file, Some(&mut from), &copy, Some(&mut to), 8192);
-        assert_eq!(copied, Ok(8192));
+        assert!(matches!(copied, Ok(8192) | Err(Errno::XDEV)), "{copied:?}");
         std::fs::remove_file(&other).unwrap();
     }
     let now = mapdirect::block_map(&file, 262_144..266_240).unwrap();

@@ -157,8 +157,11 @@ struct task_struct {
 // arch/x86/include/asm/ptrace.h
 struct pt_regs___x86 {
 	unsigned long r10;
+	unsigned long r9;
+	unsigned long r8;
 	unsigned long ax;
 	unsigned long dx;
+	unsigned long si;
 	unsigned long di;
 	unsigned long orig_ax;
 } CORE;
@@ -1228,6 +1231,7 @@ int BPF_PROG(note_mmap, struct file *file, unsigned long address, unsigned long 
 #define X86_64_WRITE 1
 #define X86_64_PWRITE64 18
 
+#define X86_64_MMAP 9
 #define X86_64_COPY_FILE_RANGE 326
 #define I386_COPY_FILE_RANGE 377
 
@@ -1250,6 +1254,19 @@ static __always_inline struct pt_regs___x86 *own_registers(void)
 	return (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
 }
 
+static __always_inline struct file *own_file(u32 fd)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file *file = 0;
+
+	if (fd >= BPF_CORE_READ(table, max_fds))
+		return 0;
+	struct file **slot = BPF_CORE_READ(table, fd) + fd;
+	bpf_probe_read_kernel(&file, sizeof(file), slot);
+	return file;
+}
+
 // Whether it is a copy_file_range(2), though nobody noticed it.
 static __noinline int copies_by_syscall(void)
 {
@@ -1263,20 +1280,12 @@ static __noinline int copies_by_syscall(void)
 // was not noticed.
 static __noinline int write_of_syscall(struct file *file, struct run *at)
 {
-	struct task_struct *task = (void *)bpf_get_current_task_btf();
 	struct pt_regs___x86 *regs = own_registers();
 	u64 number = number_of_syscall(regs);
 
 	if (!at || (number != X86_64_WRITE && number != X86_64_PWRITE64))
 		return 0;
-	u32 fd = BPF_CORE_READ(regs, di);
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	if (fd >= BPF_CORE_READ(table, max_fds))
-		return 0;
-	struct file **slot = BPF_CORE_READ(table, fd) + fd;
-	struct file *there = 0;
-	bpf_probe_read_kernel(&there, sizeof(there), slot);
-	if (there != file)
+	if (own_file(BPF_CORE_READ(regs, di)) != file)
 		return 0;
 	s64 start = number == X86_64_WRITE ? BPF_CORE_READ(file, f_pos) :
 					     (s64)BPF_CORE_READ(regs, r10);
@@ -1433,13 +1442,7 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		if (number == LOOP_CONFIGURE &&
 		    bpf_probe_read_user(&fd, sizeof(fd), (void *)argument))
 			return 0;
-		struct task_struct *task = (void *)bpf_get_current_task();
-		struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-		if (fd >= BPF_CORE_READ(table, max_fds))
-			return 0;
-		struct file **slot = BPF_CORE_READ(table, fd) + fd;
-		struct file *file = 0;
-		bpf_probe_read_kernel(&file, sizeof(file), slot);
+		struct file *file = own_file(fd);
 		struct inode *backing = BPF_CORE_READ(file, f_inode);
 		struct question q = {};
 		q.key.dev = BPF_CORE_READ(backing, i_sb, s_dev);
@@ -1667,6 +1670,22 @@ static __noinline int map_direct(struct file *file, struct note *note, u32 prot,
 	return 0;
 }
 
+// What mmap(2) maps of a file, if nobody noticed it.
+static __noinline int mapping_of_syscall(struct file *file, struct note *note)
+{
+	struct pt_regs___x86 *regs = own_registers();
+
+	if (!note || !file || number_of_syscall(regs) != X86_64_MMAP)
+		return 0;
+	if (own_file(BPF_CORE_READ(regs, r8)) != file)
+		return 0;
+	note->file = (u64)file;
+	note->kind = MAP_WRITE;
+	note->start = BPF_CORE_READ(regs, r9);
+	note->end = plus(note->start, align_up(BPF_CORE_READ(regs, si), PAGE));
+	return 1;
+}
+
 static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 {
 	u32 type = flags & MAP_TYPE;
@@ -1678,6 +1697,8 @@ static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 			none = mine->write;
 			mine->write.file = 0;
 		}
+		if (none.file != (u64)file || none.kind != MAP_WRITE)
+			mapping_of_syscall(file, &none);
 		return map_direct(file, &none, prot, flags);
 	}
 
@@ -1692,10 +1713,14 @@ static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 	q.kind = MAP_WRITE;
 	q.at.end = END;
 	struct record *record = my_record(false);
+	struct note rough = {};
 	if (record && record->write.file == (u64)file && record->write.kind == MAP_WRITE) {
 		q.at.start = record->write.start;
 		q.at.end = record->write.end;
 		record->write.file = 0;
+	} else if (mapping_of_syscall(file, &rough)) {
+		q.at.start = rough.start;
+		q.at.end = rough.end;
 	}
 	if (!(prot & PROT_WRITE) || !(file->f_mode & FMODE_WRITE))
 		return 0;
