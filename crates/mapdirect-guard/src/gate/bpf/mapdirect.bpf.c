@@ -1244,9 +1244,9 @@ static __always_inline u64 number_of_syscall(struct pt_regs___x86 *regs)
 
 	if (!bpf_core_field_exists(regs->orig_ax) ||
 	    (task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) ||
-	    BPF_CORE_READ(regs, ax) != (u64)-ENOSYS)
+	    regs->ax != (u64)-ENOSYS)
 		return END;
-	return BPF_CORE_READ(regs, orig_ax);
+	return regs->orig_ax;
 }
 
 static __always_inline struct pt_regs___x86 *own_registers(void)
@@ -1285,14 +1285,14 @@ static __noinline int write_of_syscall(struct file *file, struct run *at)
 
 	if (!at || (number != X86_64_WRITE && number != X86_64_PWRITE64))
 		return 0;
-	if (own_file(BPF_CORE_READ(regs, di)) != file)
+	if (own_file(regs->di) != file)
 		return 0;
 	s64 start = number == X86_64_WRITE ? BPF_CORE_READ(file, f_pos) :
-					     (s64)BPF_CORE_READ(regs, r10);
+					     (s64)regs->r10;
 	if (start < 0)
 		return 0;
 	at->start = start;
-	at->end = plus(start, BPF_CORE_READ(regs, dx));
+	at->end = plus(start, regs->dx);
 	if (BPF_CORE_READ(file, f_flags) & O_APPEND) {
 		at->start = BPF_CORE_READ(file, f_inode, i_size);
 		at->end = END;
@@ -1677,12 +1677,12 @@ static __noinline int mapping_of_syscall(struct file *file, struct note *note)
 
 	if (!note || !file || number_of_syscall(regs) != X86_64_MMAP)
 		return 0;
-	if (own_file(BPF_CORE_READ(regs, r8)) != file)
+	if (own_file(regs->r8) != file)
 		return 0;
 	note->file = (u64)file;
 	note->kind = MAP_WRITE;
-	note->start = BPF_CORE_READ(regs, r9);
-	note->end = plus(note->start, align_up(BPF_CORE_READ(regs, si), PAGE));
+	note->start = regs->r9;
+	note->end = plus(note->start, align_up(regs->si, PAGE));
 	return 1;
 }
 
