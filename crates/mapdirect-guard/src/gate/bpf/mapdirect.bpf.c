@@ -432,8 +432,8 @@ struct {
 } holders SEC(".maps");
 
 // How many struct files are pins of an inode. Only programs change it. At its
-// end the inode is DEAD until the guard pins it again: then its entry goes,
-// and nobody else can join.
+// end the inode is DEAD until the guard pins it again: then its entry counts
+// for nothing, and nobody else can join.
 #define DEAD (1ULL << 63)
 
 struct {
@@ -1561,10 +1561,10 @@ static __always_inline void leave(struct key *key)
 
 	if (!lives_of)
 		return;
-	// Somebody may join meanwhile: then it lives.
-	if (__sync_fetch_and_add(lives_of, -1) == 1 &&
-	    __sync_val_compare_and_swap(lives_of, 0, DEAD) == 0)
-		bpf_map_delete_elem(&entries, key);
+	// Somebody may join meanwhile: then it lives. The entry is left for the
+	// guard to take away, who may have written one for the next pin already.
+	if (__sync_fetch_and_add(lives_of, -1) == 1)
+		__sync_val_compare_and_swap(lives_of, 0, DEAD);
 }
 
 // Whether one run of a list holds all of [start, end).

@@ -201,21 +201,22 @@ impl Gate {
         Ok(())
     }
 
+    /// Whether the kernel knows of pins of an inode, or somebody is just
+    /// leaving or joining.
+    fn lives(&self, key: Key) -> bool {
+        let lives = self.loaded.maps.lives.lookup(key.as_bytes(), MapFlags::ANY);
+        let lives = lives.ok().flatten();
+        let lives = lives.and_then(|bytes| u64::read_from_bytes(&bytes).ok());
+        lives.is_some_and(|lives| lives & abi::DEAD == 0)
+    }
+
     /// Takes an inode out of the maps; says no if the kernel knows of pins
     /// that have not been heard of.
     fn forget(&self, key: Key, before: &Published) -> bool {
-        let maps = &self.loaded.maps;
-        let lives = maps.lives.lookup(key.as_bytes(), MapFlags::ANY);
-        let lives = lives
-            .ok()
-            .flatten()
-            .and_then(|bytes| u64::read_from_bytes(&bytes).ok())
-            .unwrap_or(abi::DEAD);
-        // Without pins but not dead: somebody is just leaving, or joining.
-        if lives & abi::DEAD == 0 {
+        if self.lives(key) {
             return false;
         }
-        // The kernel has done it by itself, mostly.
+        let maps = &self.loaded.maps;
         let _ = maps.entries.delete(key.as_bytes());
         let _ = maps.lives.delete(key.as_bytes());
         let _ = maps.shared_since.delete(key.as_bytes());
@@ -358,6 +359,10 @@ impl Gate {
             let shard = self.shard(watched.id);
             let mut published = shard.lock().unwrap_or_else(PoisonError::into_inner);
             self.prepare(&mut published, watched.id, &handle)?;
+            if !self.lives(key) {
+                // That of pins which are gone would count again.
+                let _ = self.loaded.maps.entries.delete(key.as_bytes());
+            }
             self.ask_about(file, Some(pin))?
         };
         if identity.key != key || identity.held == 0 {
