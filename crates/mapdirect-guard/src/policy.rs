@@ -161,6 +161,12 @@ pub const RULES: [Rule; 23] = {
 };
 
 impl OperationKind {
+    /// Whether it may make XFS allocate ahead of what is written, when the
+    /// file grows. A copy is a write where blocks cannot be shared.
+    pub(crate) const fn may_allocate_ahead(self) -> bool {
+        matches!(self, Self::Write | Self::WriteUntorn | Self::CopyRange)
+    }
+
     /// The row of this operation.
     #[must_use]
     pub const fn rule(self) -> &'static Rule {
@@ -418,9 +424,8 @@ impl Beside {
         shared_since: bool,
         kind: OperationKind,
     ) -> bool {
-        let may_allocate_ahead = matches!(kind, OperationKind::Write | OperationKind::WriteUntorn);
         self.frozen.iter().any(|run| intersects(run, range))
-            || self.grows_into && may_allocate_ahead && range.end > size
+            || self.grows_into && kind.may_allocate_ahead() && range.end > size
             || shared_since
                 && self
                     .window

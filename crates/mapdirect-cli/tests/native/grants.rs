@@ -564,7 +564,24 @@ fn allocated_ahead(world: &World) {
     rustix::fs::ftruncate(&file, 8 << 20).unwrap();
     let grown = mapdirect::block_map(&file, 0..8 << 20).unwrap();
     assert_eq!(grown.extents(), held.extents());
-    drop((held, file));
+    drop(held);
+    // A copy that cannot share blocks is a write, for which XFS allocates
+    // ahead as well: into holes behind the end of the file.
+    let source = written(&disk, "grants-ahead-source", 65536);
+    let source = open(&source);
+    for (from, length) in [(100, 100), (5000, 100), (100, 5000)] {
+        rustix::fs::ftruncate(&file, 372_736).unwrap();
+        let held = pin(&guard, &file, 454_656..471_040);
+        let (mut from, mut to) = (from, 446_464);
+        let copied =
+            rustix::fs::copy_file_range(&source, Some(&mut from), &file, Some(&mut to), length);
+        assert!(matches!(copied, Ok(_) | Err(Errno::TXTBSY)), "{copied:?}");
+        let now = mapdirect::block_map(&file, 454_656..471_040).unwrap();
+        assert_eq!(now.extents(), held.extents(), "after a copy: {copied:?}");
+        drop(held);
+    }
+    drop((file, source));
+    std::fs::remove_file(disk.path("grants-ahead-source")).unwrap();
     std::fs::remove_file(&path).unwrap();
 }
 

@@ -197,7 +197,7 @@ impl Layers {
         if traits.brings_shared && self.meets(List::Stores, &brings_to(rule, operation, size)) {
             return true;
         }
-        let writes = matches!(kind, OperationKind::Write | OperationKind::WriteUntorn);
+        let writes = kind.may_allocate_ahead();
         if traits.touches
             && ranges().any(|range| self.minds_range(writes, range, size, shared_since))
         {

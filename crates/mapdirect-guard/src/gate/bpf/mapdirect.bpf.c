@@ -813,7 +813,7 @@ static __noinline int judge(struct entry *e, struct question *q)
 	struct key key = q->key;
 	if (e->first[WINDOW + 1] > e->first[WINDOW] && bpf_map_lookup_elem(&shared_since, &key))
 		beside = SHARED_SINCE;
-	u32 writes = kind == WRITE || kind == WRITE_UNTORN ? WRITES : 0;
+	u32 writes = kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE ? WRITES : 0;
 	if (rule->touches && minds_range(e, beside | writes, &q->at, size))
 		return 1;
 	if (rule->touches && q->has_or && minds_range(e, beside | writes, &q->or_at, size))
