@@ -5,7 +5,7 @@ mod guest;
 use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
-use guest::{Guest, PMEM, TWICE_PMEM};
+use guest::Guest;
 use mapdirect_testkit::contract::{GATE_VARIABLE, Gate};
 use mapdirect_testkit::{Kind, disk};
 use std::io::{BufRead, BufReader};
@@ -214,13 +214,11 @@ fn conformance() -> Vec<Guest> {
 
 /// Tests with the gate in a kernel.
 fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec<String>) -> Guest {
-    let mut environment = vec![(GATE_VARIABLE, Gate::Bpf.name())];
-    environment.extend((nvdimms > 0).then_some(TWICE_PMEM));
     Guest {
         name: format!("Linux {kernel}, {name}"),
         kernel,
         nvdimms,
-        environment,
+        environment: vec![(GATE_VARIABLE, Gate::Bpf.name())],
         filters,
         cuts: None,
         time_limit: Duration::from_secs(7200),
@@ -241,7 +239,7 @@ fn persistent_memory(brief: bool) -> Vec<Guest> {
             name: format!("Linux 7.3, {kind}"),
             kernel: "7.3",
             nvdimms: Kind::DAX.len(),
-            environment: if brief { vec![PMEM, BRIEF] } else { vec![PMEM] },
+            environment: brief.then_some(BRIEF).into_iter().collect(),
             filters,
             cuts: match (brief, kind.reflink()) {
                 (true, true) => None,

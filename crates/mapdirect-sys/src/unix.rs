@@ -2,6 +2,7 @@
 //! is speaking.
 
 use crate::{Errno, Result, checked};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -291,18 +292,7 @@ impl Socket {
     ///
     /// Whatever `poll(2)` answers.
     pub fn wait_until_readable(&self, limit: Duration) -> Result<bool> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let until = Instant::now() + limit;
-        let mut fds = [PollFd::new(&self.fd, PollFlags::IN)];
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
-            match poll(&mut fds, Some(&timeout)) {
-                Ok(ready) => return Ok(ready > 0),
-                Err(Errno::INTR) => {}
-                Err(other) => return Err(other),
-            }
-        }
+        Ok(!self.poll(PollFlags::IN, limit)?.is_empty())
     }
 
     /// Whether the peer has closed its end, without reading anything.
@@ -311,22 +301,25 @@ impl Socket {
     ///
     /// Whatever `poll(2)` answers.
     pub fn peer_is_gone(&self) -> Result<bool> {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
-        let mut fds = [PollFd::new(&self.fd, PollFlags::RDHUP)];
-        let now = Timespec {
-            tv_sec: 0,
-            tv_nsec: 0,
-        };
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        Ok(self
+            .poll(PollFlags::RDHUP, Duration::ZERO)?
+            .intersects(gone))
+    }
+
+    /// What there is of some events, within a limit.
+    fn poll(&self, events: PollFlags, limit: Duration) -> Result<PollFlags> {
+        let until = Instant::now() + limit;
+        let mut fds = [PollFd::new(&self.fd, events)];
         loop {
-            match poll(&mut fds, Some(&now)) {
-                Ok(_) => break,
+            let left = until.saturating_duration_since(Instant::now());
+            let timeout = Timespec::try_from(left).map_err(|_| Errno::INVAL)?;
+            match poll(&mut fds, Some(&timeout)) {
+                Ok(_) => return Ok(fds[0].revents()),
                 Err(Errno::INTR) => {}
                 Err(other) => return Err(other),
             }
         }
-        Ok(fds[0]
-            .revents()
-            .intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
     }
 }
 

@@ -35,16 +35,6 @@ pub(super) struct Guest {
 /// XFS holds itself to be too small with less than 300 MiB.
 const NVDIMM: u64 = 512 << 20;
 
-/// Devices of a machine with an NVDIMM for each filesystem, as the tests want
-/// them named.
-pub(super) const PMEM: (&str, &str) = (disk::PMEM_VARIABLE, "/dev/pmem0,/dev/pmem1,/dev/pmem2");
-
-/// The same where there are two of each.
-pub(super) const TWICE_PMEM: (&str, &str) = (
-    disk::PMEM_VARIABLE,
-    "/dev/pmem0,/dev/pmem1,/dev/pmem2,/dev/pmem3,/dev/pmem4,/dev/pmem5",
-);
-
 /// Runs them all, and `others` beside them, as many at once as there are
 /// processors: an emulated machine keeps one of them busy.
 pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
@@ -122,12 +112,9 @@ impl Guest {
     fn run_tests(&self, native: &Path, tally: &mut Tally) -> Result<()> {
         let scratch = vm::RunDirectory::new()?;
         let mut boot = self.boot()?;
-        let memory = self
-            .environment
-            .iter()
-            .any(|(name, _)| *name == GATE_VARIABLE);
-        if memory {
-            // Its disks lie in memory.
+        let by_gate = |(name, _): &(&str, &str)| *name == GATE_VARIABLE;
+        if self.environment.iter().any(by_gate) {
+            // It makes disks that lie in memory.
             boot = boot.memory(4 << 30);
         }
         for number in 0..self.nvdimms {
@@ -137,7 +124,12 @@ impl Guest {
             });
         }
         let mut machine = boot.start()?;
-        let mut environment = self.environment.clone();
+        let devices: Vec<_> = (0..self.nvdimms).map(|n| format!("/dev/pmem{n}")).collect();
+        let devices = devices.join(",");
+        let mut environment: Vec<(&str, &str)> = self.environment.clone();
+        if self.nvdimms > 0 {
+            environment.push((disk::PMEM_VARIABLE, &devices));
+        }
         // A guard that meets a panic ends; what the panic said is enough.
         environment.push(("RUST_BACKTRACE", "0"));
         for filter in &self.filters {

@@ -441,9 +441,7 @@ impl Announcing {
         let request = Request::Announce { tid };
         ask(&self.connection, &request, &[self.known.as_fd()]).unwrap()
     }
-}
 
-impl Announcing {
     /// Whether the calling thread may open it for writing must be `announced`;
     /// where operations are judged whoever likes may.
     fn expect_let_in(&self, announced: bool, why: &str) {

@@ -116,7 +116,7 @@ impl Gate {
         }
     }
 
-    /// Takes out a pin that may be over, without waiting to be told.
+    /// Waits until a pin has been taken out, if it is over.
     pub(crate) fn look_for_end(&self, guard: &crate::Guard, inode: InodeId, pin: u64) {
         match self {
             // It hears of it before anybody can be judged again.

@@ -162,12 +162,17 @@ fn keeps_pins(directory: &Path) -> bool {
     let Ok(lives) = MapHandle::from_pinned_path(directory.join("lives")) else {
         return true;
     };
-    let is_alive = |key: Vec<u8>| {
-        let count = lives.lookup(&key, MapFlags::ANY).ok().flatten();
-        let count = count.and_then(|bytes| u64::read_from_bytes(&bytes).ok());
-        count.is_none_or(|count| count & DEAD == 0)
-    };
-    lives.keys().any(is_alive)
+    lives.keys().any(|key| has_pins(&lives, &key))
+}
+
+/// Whether the programs count pins of an inode, or somebody is just leaving or
+/// joining; they do as long as that cannot be told.
+pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
+    match lives.lookup(key, MapFlags::ANY) {
+        Ok(None) => false,
+        Ok(Some(bytes)) => u64::read_from_bytes(&bytes).map_or(true, |lives| lives & DEAD == 0),
+        Err(_) => true,
+    }
 }
 
 /// Programs that every read, write and close of any file pays for. They are

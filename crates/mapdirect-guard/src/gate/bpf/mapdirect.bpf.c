@@ -811,7 +811,7 @@ static __noinline int judge(struct entry *e, struct question *q)
 	}
 	u32 beside = 0;
 	struct key key = q->key;
-	if (e->first[WINDOW + 1] > e->first[WINDOW] && bpf_map_lookup_elem(&shared_since, &key))
+	if (!is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key))
 		beside = SHARED_SINCE;
 	u32 writes = kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE ? WRITES : 0;
 	if (rule->touches && minds_range(e, beside | writes, &q->at, size))
@@ -921,6 +921,13 @@ static __always_inline void note_read(struct file *file, u32 kind, u64 start, u6
 	record->read.end = end;
 }
 
+// Whether a write goes to the end of the file, wherever it says. Others append,
+// too: where that will be is not known.
+static __always_inline bool appends(u32 file_flags, u32 rwf)
+{
+	return (rwf & RWF_APPEND) || ((file_flags & O_APPEND) && !(rwf & RWF_NOAPPEND));
+}
+
 SEC("fentry/rw_verify_area")
 int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
 {
@@ -955,8 +962,7 @@ int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
 	record->flags_file = 0;
 	if (rwf & RWF_ATOMIC)
 		kind = WRITE_UNTORN;
-	if ((rwf & RWF_APPEND) || ((file->f_flags & O_APPEND) && !(rwf & RWF_NOAPPEND))) {
-		// Others append, too: where it will go is not known.
+	if (appends(file->f_flags, rwf)) {
 		start = inode->i_size;
 		end = END;
 	}
@@ -1062,35 +1068,18 @@ static __always_inline int forget_flags(void)
 	return 0;
 }
 
-SEC("fexit/vfs_writev")
-int BPF_PROG(end_writev)
-{
-	return forget_flags();
-}
+#define FORGETS(name, function)                                                                    \
+	SEC("fexit/" #function)                                                                    \
+	int BPF_PROG(name)                                                                         \
+	{                                                                                          \
+		return forget_flags();                                                             \
+	}
 
-SEC("fexit/vfs_iter_write")
-int BPF_PROG(end_iter_write)
-{
-	return forget_flags();
-}
-
-SEC("fexit/vfs_iocb_iter_write")
-int BPF_PROG(end_iocb_write)
-{
-	return forget_flags();
-}
-
-SEC("fexit/aio_write")
-int BPF_PROG(end_aio_write)
-{
-	return forget_flags();
-}
-
-SEC("fexit/io_write")
-int BPF_PROG(end_io_write)
-{
-	return forget_flags();
-}
+FORGETS(end_writev, vfs_writev)
+FORGETS(end_iter_write, vfs_iter_write)
+FORGETS(end_iocb_write, vfs_iocb_iter_write)
+FORGETS(end_aio_write, aio_write)
+FORGETS(end_io_write, io_write)
 
 // include/uapi/linux/falloc.h
 #define KEEP_SIZE 0x01
@@ -1229,10 +1218,10 @@ int BPF_PROG(note_mmap, struct file *file, unsigned long address, unsigned long 
 #define ENOSYS 38
 // arch/x86/entry/syscalls/syscall_64.tbl
 #define X86_64_WRITE 1
-#define X86_64_PWRITE64 18
-
 #define X86_64_MMAP 9
+#define X86_64_PWRITE64 18
 #define X86_64_COPY_FILE_RANGE 326
+// arch/x86/entry/syscalls/syscall_32.tbl
 #define I386_COPY_FILE_RANGE 377
 
 // The number of the system call that the thread is in the middle of: it has
@@ -1293,36 +1282,30 @@ static __noinline int write_of_syscall(struct file *file, struct run *at)
 		return 0;
 	at->start = start;
 	at->end = plus(start, regs->dx);
-	if (BPF_CORE_READ(file, f_flags) & O_APPEND) {
-		at->start = BPF_CORE_READ(file, f_inode, i_size);
-		at->end = END;
-	}
 	return 1;
 }
 
 // A write that rw_verify_area was not noticed of.
 static __noinline int rough_write(struct file *file, struct record *record, struct question *q)
 {
-	u32 flags = BPF_CORE_READ(file, f_flags);
+	u32 flags = BPF_CORE_READ(file, f_flags), rwf = 0;
+	struct run at = {};
 
 	q->direct = !!(flags & O_DIRECT);
 	if (record && record->rough.file == (u64)file && record->flags_file == (u64)file) {
-		u32 rwf = record->rwf;
-		q->kind = rwf & RWF_ATOMIC ? WRITE_UNTORN : WRITE;
-		q->at.start = record->rough.start;
-		q->at.end = record->rough.end;
-		if ((rwf & RWF_APPEND) || ((flags & O_APPEND) && !(rwf & RWF_NOAPPEND))) {
-			q->at.start = q->size;
-			q->at.end = END;
-		}
+		rwf = record->rwf;
+		at.start = record->rough.start;
+		at.end = record->rough.end;
 		record->flags_file = record->rough.file = 0;
+	} else if (!write_of_syscall(file, &at)) {
 		return 0;
 	}
-	struct run at = {};
-	if (write_of_syscall(file, &at)) {
-		q->kind = WRITE;
-		q->at = at;
+	if (appends(flags, rwf)) {
+		at.start = q->size;
+		at.end = END;
 	}
+	q->kind = rwf & RWF_ATOMIC ? WRITE_UNTORN : WRITE;
+	q->at = at;
 	return 0;
 }
 

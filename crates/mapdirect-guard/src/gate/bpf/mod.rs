@@ -201,13 +201,9 @@ impl Gate {
         Ok(())
     }
 
-    /// Whether the kernel knows of pins of an inode, or somebody is just
-    /// leaving or joining.
+    /// Whether the kernel knows of pins of an inode.
     fn lives(&self, key: Key) -> bool {
-        let lives = self.loaded.maps.lives.lookup(key.as_bytes(), MapFlags::ANY);
-        let lives = lives.ok().flatten();
-        let lives = lives.and_then(|bytes| u64::read_from_bytes(&bytes).ok());
-        lives.is_some_and(|lives| lives & abi::DEAD == 0)
+        load::has_pins(&self.loaded.maps.lives, key.as_bytes())
     }
 
     /// Takes an inode out of the maps; says no if the kernel knows of pins
