@@ -191,8 +191,14 @@ impl Running {
             // Past the few instructions between a permission check and the
             // counts that a lease looks at.
             LookFor::Truncations => now.all >= self.had.all + 50_000,
-            // It has been outside of the kernel.
-            LookFor::Opens | LookFor::Changes | LookFor::Mappings => now.outside > self.had.outside,
+            // It has been outside of the kernel. What it has run is split by
+            // the ticks that found it inside and outside (`cputime_adjust`,
+            // kernel/sched/cputime.c): until the next tick finds it inside,
+            // what it runs there is taken for outside. That is no more than
+            // one of these, which are as long as the longest tick there is.
+            LookFor::Opens | LookFor::Changes | LookFor::Mappings => {
+                now.outside > self.had.outside.saturating_add(1)
+            }
         }
     }
 }
