@@ -86,6 +86,23 @@ fn system(call: &str, errno: Errno) -> Refusal {
     refusal(Reason::System, errno, format!("{call} failed: {errno}"), "")
 }
 
+/// Writes a file back. It also fails for what went wrong before, in whatever
+/// anybody wrote: whoever does fsync(2) first is told, and only they
+/// (`file_check_and_advance_wb_err`, mm/filemap.c). That includes a direct
+/// write that met somebody's pages in use (`dio_warn_stale_pagecache`, there).
+fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
+    fsync::fsync(file).map_err(|errno| {
+        let mend = "something written to the file before may not be on the disk, or be what is \
+                    there: if that does not matter, or was written again, try again";
+        refusal(
+            Reason::System,
+            errno,
+            format!("fsync failed: {errno}"),
+            mend,
+        )
+    })
+}
+
 fn obstructed(obstacle: Obstacle) -> Refusal {
     refusal(
         obstacle.reason,
@@ -842,9 +859,8 @@ impl Attempt<'_> {
             mapdirect::extents::read(self.file.as_fd(), self.judged.range.clone())
                 .map_err(|errno| system("FIEMAP", errno))
         };
-        let write_back = || fsync::fsync(self.file.as_fd()).map_err(|errno| system("fsync", errno));
         if !settled {
-            write_back()?;
+            write_back(self.file.as_fd())?;
         }
         let mut map = read()?;
         if !self.judged.facts.keeps_blocks_beyond_the_end() && reaches_beyond_the_end(&map) {
@@ -882,7 +898,7 @@ impl Attempt<'_> {
                 ));
             }
             std::thread::sleep(Duration::from_millis(1));
-            write_back()?;
+            write_back(self.file.as_fd())?;
             map = again;
         }
     }

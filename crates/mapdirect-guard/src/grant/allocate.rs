@@ -5,7 +5,7 @@
 //! settled anew its blocks count as frozen for everybody else, and the holder
 //! goes on to see zeros there, which is what the new blocks hold.
 
-use super::{Attempt, Conversation, Judged, judge, lock, refusal, system};
+use super::{Attempt, Conversation, Judged, judge, lock, refusal, system, write_back};
 use crate::policy::{self, Operation, OperationKind as K};
 use crate::table::{InodeId, Pin};
 use crate::{Errno, Guard};
@@ -15,7 +15,7 @@ use mapdirect_proto::{
 use mapdirect_sys::fcntl::conflicting_lock;
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
-use mapdirect_sys::{fsync, inode_flags, setfsuid};
+use mapdirect_sys::{inode_flags, setfsuid};
 use rustix::fs::{FallocateFlags, OFlags};
 use std::cell::Cell;
 use std::ops::Range;
@@ -395,8 +395,7 @@ impl Filling<'_> {
             .and_then(|()| self.unshare(&work.shared))
             .and_then(|()| self.write_zeros(&work.zeros));
         drop(behalf);
-        let written =
-            fsync::fsync(self.attempt.file.as_fd()).map_err(|errno| system("fsync", errno));
+        let written = write_back(self.attempt.file.as_fd());
         drop(hint);
         filled.and(written)
     }
