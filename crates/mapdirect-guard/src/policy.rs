@@ -409,23 +409,20 @@ pub struct Beside {
     /// shared at all.
     pub stores: bool,
     /// A write that makes the file grow allocates ahead, into holes of the
-    /// pin beyond the end of the file (XFS).
+    /// pin beyond the end of the file (XFS: `xfs_iomap_prealloc_size`,
+    /// fs/xfs/xfs_iomap.c). Whether it does is seen by XFS when the write has
+    /// the lock of the inode, and the file may have been made larger and
+    /// smaller again before. It never gets smaller than it was when it was
+    /// pinned: a write that ends there does not make it grow.
     pub grows_into: bool,
 }
 
 impl Beside {
-    /// Whether writing to `range` of a file of `size` bytes takes blocks of
-    /// the pin along; `shared_since` if blocks of the window may have come to
-    /// be shared since it was looked at.
-    fn minds(
-        &self,
-        range: &Range<u64>,
-        size: u64,
-        shared_since: bool,
-        kind: OperationKind,
-    ) -> bool {
+    /// Whether writing to `range` takes blocks of the pin along;
+    /// `shared_since` if blocks of the window may have come to be shared since
+    /// it was looked at.
+    fn minds(&self, range: &Range<u64>, shared_since: bool) -> bool {
         self.frozen.iter().any(|run| intersects(run, range))
-            || self.grows_into && kind.may_allocate_ahead() && range.end > size
             || shared_since
                 && self
                     .window
@@ -521,6 +518,12 @@ impl Pinned {
         if tail && kind.rule().grows && operation.reaches_beyond(self.file_size) {
             return true;
         }
+        if self.beside.grows_into
+            && kind.may_allocate_ahead()
+            && operation.reaches_beyond(self.file_size)
+        {
+            return true;
+        }
         if self.lets_go_of_held(operation) {
             return true;
         }
@@ -536,7 +539,7 @@ impl Pinned {
         self.touched(operation, size).any(|range| {
             // What lies wholly inside is judged by its own blocks.
             let inside = range.start >= self.range.start && range.end <= self.range.end;
-            !inside && self.beside.minds(&range, size, since.shared, kind)
+            !inside && self.beside.minds(&range, since.shared)
         })
     }
 

@@ -44,12 +44,8 @@ pub fn judges_as_the_policy(world: &World) {
             let minds = |pin: &Pinned| {
                 !judge(&operation, pin, now) || pin.minds_beside(&operation, now, since)
             };
-            let grows = operation.range.end > now;
-            if pins.iter().any(minds) && !told {
-                // A block that reaches beyond the end of the file is taken
-                // for growth there.
-                assert!(layers.grows_into && !grows, "{operation:?}, {layers:?}");
-            }
+            let expected = pins.iter().any(minds);
+            assert!(told || !expected, "{operation:?} of {now} bytes, {pins:?}");
             world.count("questions to programs and policy", 1);
         }
     }

@@ -48,8 +48,10 @@ pub struct Layers {
     pub fixed_size: Option<u64>,
     /// The largest size there may be.
     pub largest_size: Option<u64>,
-    /// A write that makes the file grow allocates ahead, into a pin.
-    pub grows_into: bool,
+    /// A write that ends behind this may make the file grow, and allocates
+    /// ahead then, into a pin; see
+    /// [`Beside::grows_into`](super::Beside::grows_into).
+    pub grows_from: Option<u64>,
     /// Bytes in a block.
     pub block: u64,
 }
@@ -66,7 +68,7 @@ impl Layers {
             size_floor: 0,
             fixed_size: None,
             largest_size: None,
-            grows_into: false,
+            grows_from: None,
             block: 1,
         };
         for pin in pins {
@@ -86,7 +88,10 @@ impl Layers {
             let largest = self.largest_size.unwrap_or(u64::MAX);
             self.largest_size = Some(largest.min(pin.file_size));
         }
-        self.grows_into |= pin.beside.grows_into;
+        if pin.beside.grows_into {
+            let from = self.grows_from.unwrap_or(u64::MAX);
+            self.grows_from = Some(from.min(pin.file_size));
+        }
         self.push(List::Pinned, pin.range.clone());
         for (run, state) in &pin.frozen {
             self.push(List::Frozen, run.clone());
@@ -197,17 +202,14 @@ impl Layers {
         if traits.brings_shared && self.meets(List::Stores, &brings_to(rule, operation, size)) {
             return true;
         }
-        let writes = kind.may_allocate_ahead();
-        if traits.touches
-            && ranges().any(|range| self.minds_range(writes, range, size, shared_since))
-        {
+        if kind.may_allocate_ahead() && self.grows_from.is_some_and(|from| largest > from) {
+            return true;
+        }
+        if traits.touches && ranges().any(|range| self.minds_range(range, shared_since)) {
             return true;
         }
         let last = size - size % self.block..size;
-        rule.grows
-            && largest > size
-            && !last.is_empty()
-            && self.minds_range(false, &last, size, shared_since)
+        rule.grows && largest > size && !last.is_empty() && self.minds_range(&last, shared_since)
     }
 
     fn refuses_range(&self, rule: &Rule, range: &Range<u64>, size: u64) -> bool {
@@ -234,12 +236,10 @@ impl Layers {
         self.meets(list, &reach) || grows && self.meets(List::Shared, &last)
     }
 
-    fn minds_range(&self, writes: bool, range: &Range<u64>, size: u64, shared_since: bool) -> bool {
+    fn minds_range(&self, range: &Range<u64>, shared_since: bool) -> bool {
         let end = range.end.checked_next_multiple_of(self.block);
         let blocks = range.start - range.start % self.block..end.unwrap_or(u64::MAX);
-        self.meets(List::Beside, &blocks)
-            || self.grows_into && writes && range.end > size
-            || shared_since && self.meets(List::Window, &blocks)
+        self.meets(List::Beside, &blocks) || shared_since && self.meets(List::Window, &blocks)
     }
 }
 
@@ -400,19 +400,11 @@ mod tests {
             });
             let layers = Layers::new(&pins, false);
             let refuses = layers.refuses(&operation, later, shared);
-            // That a block reaches beyond the end of the file is no growth of
-            // it, though `Beside::minds` takes it for that.
-            let end = operation.or.as_ref().map_or(0, |range| range.end);
-            let grows = operation.range.end.max(end) > later;
-            prop_assert!(
-                refuses || !expected || layers.grows_into && !grows,
-                "{:?} {:?}", operation, layers
-            );
+            prop_assert!(refuses || !expected, "{:?} {:?}", operation, layers);
             // Which pins a range lies wholly inside of is not known any more:
             // it may be refused for one that it cannot harm.
             let sure = pins.len() == 1
                 && operation.or.is_none()
-                && !layers.grows_into
                 && models[0].beside.is_empty();
             prop_assert!(!refuses || expected || !sure, "{:?} {:?}", operation, layers);
         }

@@ -130,14 +130,13 @@ pub(super) struct Run {
 pub(super) struct Entry {
     pub(super) version: u64,
     flags: u32,
-    unused: u32,
+    pub(super) spilled: u32,
     size_floor: u64,
     fixed_size: u64,
     largest_size: u64,
+    grows_from: u64,
     block: u32,
-    pub(super) spilled: u32,
     first: [u32; LISTS + 1],
-    pad: u32,
     runs: [Run; INLINE],
 }
 
@@ -150,9 +149,8 @@ pub(super) struct Facts {
 
 impl Entry {
     const REFLINK: u32 = 1;
-    const GROWS_INTO: u32 = 2;
-    const HAS_FROZEN: u32 = 4;
-    const CACHED: u32 = 8;
+    const HAS_FROZEN: u32 = 2;
+    const CACHED: u32 = 4;
 
     /// An entry, and the runs that do not fit into it.
     pub(super) fn new(version: u64, layers: &Layers, facts: Facts) -> (Self, Option<Vec<Run>>) {
@@ -173,18 +171,16 @@ impl Entry {
         }
         let entry = Self {
             version,
-            unused: 0,
             flags: flag(Self::REFLINK, facts.reflink)
-                | flag(Self::GROWS_INTO, layers.grows_into)
                 | flag(Self::HAS_FROZEN, layers.has_frozen())
                 | flag(Self::CACHED, facts.cached),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
+            grows_from: layers.grows_from.unwrap_or(u64::MAX),
             block: u32::try_from(layers.block).unwrap_or(0),
             spilled: spilled.into(),
             first,
-            pad: 0,
             runs: inline,
         };
         (entry, spilled.then_some(runs))

@@ -277,21 +277,19 @@ enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, LISTS 
 #define INLINE 8
 
 #define REFLINK 1	// its filesystem shares blocks
-#define GROWS_INTO 2	// writes that grow it allocate ahead into the pin
-#define HAS_FROZEN 4
-#define CACHED 8	// raw mappings through the page cache are accepted
+#define HAS_FROZEN 2
+#define CACHED 4	// raw mappings through the page cache are accepted
 
 struct entry {
 	u64 version;
 	u32 flags;
-	u32 unused;
+	u32 spilled;	// runs are in the map `spill[version]`
 	u64 size_floor;
 	u64 fixed_size;
 	u64 tail_size;
+	u64 grows_from;	// a write that ends behind this may allocate ahead
 	u32 block;
-	u32 spilled;	// runs are in the map `spill[version]`
 	u32 first[LISTS + 1];
-	u32 pad;
 	struct run runs[INLINE];
 };
 
@@ -706,10 +704,7 @@ static __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind
 }
 
 // What an operation does beside the pins. Layers::minds_range.
-#define WRITES 1
-#define SHARED_SINCE 2
-
-static __noinline int minds_range(struct entry *e, u32 how, struct run *at, u64 size)
+static __noinline int minds_range(struct entry *e, bool shared, struct run *at)
 {
 	u64 block = e->block;
 	u64 start = at->start, end = at->end;
@@ -719,9 +714,7 @@ static __noinline int minds_range(struct entry *e, u32 how, struct run *at, u64 
 	u64 from = align_down(start, block), to = align_up(end, block);
 	if (meets(e, BESIDE, from, to))
 		return 1;
-	if ((e->flags & GROWS_INTO) && (how & WRITES) && end > size)
-		return 1;
-	return (how & SHARED_SINCE) && meets(e, WINDOW, from, to);
+	return shared && meets(e, WINDOW, from, to);
 }
 
 static __noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
@@ -743,7 +736,8 @@ static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, st
 	if (rule->reach != RANGE || rule->refused_on != FROZEN_BLOCKS || rule->brings_shared ||
 	    q->kind == MAP_WRITE || q->has_or)
 		return false;
-	if (q->at.end > q->size || q->at.end > e->tail_size || !is_empty(e, FROZEN) ||
+	if (q->at.end > q->size || q->at.end > e->tail_size ||
+	    q->at.end > e->grows_from || !is_empty(e, FROZEN) ||
 	    !is_empty(e, BESIDE) || !is_empty(e, HELD))
 		return false;
 	return is_empty(e, WINDOW) ||
@@ -809,21 +803,21 @@ static __noinline int judge(struct entry *e, struct question *q)
 		if (meets(e, STORES, align_down(from, LARGEST_BLOCK), align_up(to, LARGEST_BLOCK)))
 			return 1;
 	}
-	u32 beside = 0;
-	struct key key = q->key;
-	if (!is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key))
-		beside = SHARED_SINCE;
-	u32 writes = kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE ? WRITES : 0;
-	if (rule->touches && minds_range(e, beside | writes, &q->at, size))
+	if ((kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE) &&
+	    largest > e->grows_from)
 		return 1;
-	if (rule->touches && q->has_or && minds_range(e, beside | writes, &q->or_at, size))
+	struct key key = q->key;
+	bool shared = !is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key);
+	if (rule->touches && minds_range(e, shared, &q->at))
+		return 1;
+	if (rule->touches && q->has_or && minds_range(e, shared, &q->or_at))
 		return 1;
 	u64 block = e->block;
 	if (!block || (block & (block - 1)))
 		return 1;
 	struct run tail = { align_down(size, block), size };
 	if (rule->grows && largest > size && (size & (block - 1)) &&
-	    minds_range(e, beside, &tail, size))
+	    minds_range(e, shared, &tail))
 		return 1;
 	if (rule->brings_shared) {
 		u64 one = 1;
