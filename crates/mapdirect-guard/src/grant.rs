@@ -923,8 +923,7 @@ impl Attempt<'_> {
         let range = map.range();
         let mut beside = Beside {
             window: self.judged.window(),
-            grows_into: !self.judged.facts.keeps_blocks_beyond_the_end()
-                && range.end > map.file_size(),
+            grows_into: self.judged.facts.allocates_ahead() && range.end > map.file_size(),
             ..Beside::default()
         };
         let failed = |errno| system("FIEMAP", errno);

@@ -259,6 +259,15 @@ impl FileFacts {
         self.filesystem != Filesystem::Xfs || self.extended.flags & inode_flags::XFLAG_PREALLOC != 0
     }
 
+    /// A write that makes the file grow may take more blocks behind it than it
+    /// needs, whoever asked for those that are there (XFS:
+    /// `xfs_iomap_prealloc_size`, and `xfs_iomap_eof_align_last_fsb` for direct
+    /// writes, fs/xfs/xfs_iomap.c).
+    #[must_use]
+    pub fn allocates_ahead(&self) -> bool {
+        self.filesystem == Filesystem::Xfs
+    }
+
     /// Size and alignment of the copies XFS sets blocks aside for when a shared
     /// block is written to, in bytes; its neighbours within go along the next
     /// time they are written, shared or not.

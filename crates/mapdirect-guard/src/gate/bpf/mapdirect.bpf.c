@@ -117,6 +117,7 @@ struct file_dedupe_range {
 
 struct file_kattr {
 	u32 fsx_xflags;
+	u32 fsx_extsize;
 	u32 fsx_cowextsize;
 } CORE;
 
@@ -1406,7 +1407,21 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 #define LOOP_SET_FD 0x4c00
 #define LOOP_CHANGE_FD 0x4c06
 #define LOOP_CONFIGURE 0x4c0a
+#define FS_XFLAG_EXTSIZE 0x800
 #define FS_XFLAG_COWEXTSIZE 0x10000
+
+// How far XFS allocates around what is written, and copies around what is
+// shared, is part of what was promised: no such hints may come to be. (The
+// first can be set while the file has no blocks.)
+static __noinline int sets_hint(struct inode *inode, u32 flags, u32 extents, u32 copies)
+{
+	struct key key;
+
+	if (!(flags & (FS_XFLAG_EXTSIZE | FS_XFLAG_COWEXTSIZE)) && !extents && !copies)
+		return 0;
+	name(&key, inode);
+	return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
+}
 
 static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 {
@@ -1458,17 +1473,11 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		return refuse_exchange(inode, EXCHANGE);
 	}
 	if (number == FSSETXATTR && magic == XFS_MAGIC && behind(inode)) {
-		// How far copies of shared blocks reach is part of what was
-		// promised: fsx_xflags and fsx_cowextsize of struct fsxattr.
+		// fsx_xflags, fsx_extsize and fsx_cowextsize of struct fsxattr.
 		u32 fields[5] = {};
-		struct key key;
-		name(&key, inode);
 		if (bpf_probe_read_user(fields, sizeof(fields), (void *)argument))
 			return 0;
-		if (!(fields[0] & FS_XFLAG_COWEXTSIZE) && !fields[4])
-			return 0;
-		if (bpf_map_lookup_elem(&entries, &key))
-			return refuse_exchange(inode, UNKNOWN);
+		return sets_hint(inode, fields[0], fields[1], fields[4]);
 	}
 	return 0;
 }
@@ -1495,13 +1504,7 @@ int BPF_PROG(inode_file_setattr, struct dentry *dentry, struct file_kattr *attr,
 	struct inode *inode = dentry->d_inode;
 	if (!inode || !behind(inode) || inode->i_sb->s_magic != XFS_MAGIC)
 		return 0;
-	if (!(attr->fsx_xflags & FS_XFLAG_COWEXTSIZE) && !attr->fsx_cowextsize)
-		return 0;
-	struct key key;
-	name(&key, inode);
-	if (bpf_map_lookup_elem(&entries, &key))
-		return refuse_exchange(inode, UNKNOWN);
-	return 0;
+	return sets_hint(inode, attr->fsx_xflags, attr->fsx_extsize, attr->fsx_cowextsize);
 }
 
 // One more struct file is a pin of the inode. Only the guard begins anew where
