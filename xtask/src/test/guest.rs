@@ -2,7 +2,7 @@
 
 use super::{Counts, Ran, Tally, stage};
 use crate::{build, vm};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use mapdirect_testkit::contract::GATE_VARIABLE;
 use mapdirect_testkit::{Kind, disk};
 use std::ffi::OsStr;
@@ -132,6 +132,7 @@ impl Guest {
         }
         // A guard that meets a panic ends; what the panic said is enough.
         environment.push(("RUST_BACKTRACE", "0"));
+        let mut failed = None;
         for filter in &self.filters {
             let words: [&OsStr; 4] = [
                 native.as_os_str(),
@@ -150,13 +151,15 @@ impl Guest {
             });
             let status = machine.run(&program, &mut lines, io::stderr())?;
             lines.finish();
-            ensure!(
-                status == 0,
-                "the tests of {filter} ended with status {status}"
-            );
-            ensure!(tally.counts.passed > before, "there is no test of {filter}");
+            // The others may be fine: better to know of all at once.
+            if status != 0 {
+                failed.get_or_insert(format!("the tests of {filter} ended with status {status}"));
+            } else if tally.counts.passed == before {
+                failed.get_or_insert(format!("there is no test of {filter}"));
+            }
         }
-        machine.switch_off()
+        machine.switch_off()?;
+        failed.map_or(Ok(()), |failed| Err(anyhow::Error::msg(failed)))
     }
 
     fn cut_power(&self, binary: &Path, tally: &mut Tally) -> Result<()> {
