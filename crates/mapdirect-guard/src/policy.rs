@@ -249,6 +249,11 @@ impl Operation {
         self.range.end > size || self.or.as_ref().is_some_and(|range| range.end > size)
     }
 
+    /// Whether it may work on any of these bytes.
+    fn meets(&self, bytes: &Range<u64>) -> bool {
+        intersects(&self.range, bytes) || self.or.as_ref().is_some_and(|or| intersects(or, bytes))
+    }
+
     /// Bytes outside of which no pin can mind it, in a file of `size` bytes.
     #[must_use]
     pub fn reach(&self, size: u64) -> Range<u64> {
@@ -518,10 +523,7 @@ impl Pinned {
         if tail && kind.rule().grows && operation.reaches_beyond(self.file_size) {
             return true;
         }
-        if self.beside.grows_into
-            && kind.may_allocate_ahead()
-            && operation.reaches_beyond(self.file_size)
-        {
+        if kind.may_allocate_ahead() && operation.meets(&self.ahead()) {
             return true;
         }
         if self.lets_go_of_held(operation) {
@@ -541,6 +543,16 @@ impl Pinned {
             let inside = range.start >= self.range.start && range.end <= self.range.end;
             !inside && self.beside.minds(&range, since.shared)
         })
+    }
+
+    /// Where a write may make the file grow, and allocate ahead into the pin:
+    /// what it takes lies behind where it begins.
+    fn ahead(&self) -> Range<u64> {
+        if self.beside.grows_into {
+            self.file_size..self.range.end
+        } else {
+            0..0
+        }
     }
 
     /// Where nothing may come to be shared: what lies beside the pin, or will

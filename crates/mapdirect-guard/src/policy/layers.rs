@@ -33,10 +33,13 @@ pub enum List {
     Held,
     /// A store to a mapping of it may allocate or copy frozen blocks.
     Mapped,
+    /// A write to it may make the file grow, and allocate ahead into a pin;
+    /// see [`Beside::grows_into`](super::Beside::grows_into).
+    Ahead,
 }
 
 /// How many lists there are.
-pub const LISTS: usize = 8;
+pub const LISTS: usize = 9;
 
 /// What the pins of an inode keep still.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,10 +51,6 @@ pub struct Layers {
     pub fixed_size: Option<u64>,
     /// The largest size there may be.
     pub largest_size: Option<u64>,
-    /// A write that ends behind this may make the file grow, and allocates
-    /// ahead then, into a pin; see
-    /// [`Beside::grows_into`](super::Beside::grows_into).
-    pub grows_from: Option<u64>,
     /// Bytes in a block.
     pub block: u64,
 }
@@ -68,7 +67,6 @@ impl Layers {
             size_floor: 0,
             fixed_size: None,
             largest_size: None,
-            grows_from: None,
             block: 1,
         };
         for pin in pins {
@@ -88,10 +86,7 @@ impl Layers {
             let largest = self.largest_size.unwrap_or(u64::MAX);
             self.largest_size = Some(largest.min(pin.file_size));
         }
-        if pin.beside.grows_into {
-            let from = self.grows_from.unwrap_or(u64::MAX);
-            self.grows_from = Some(from.min(pin.file_size));
-        }
+        self.push(List::Ahead, pin.ahead());
         self.push(List::Pinned, pin.range.clone());
         for (run, state) in &pin.frozen {
             self.push(List::Frozen, run.clone());
@@ -202,7 +197,7 @@ impl Layers {
         if traits.brings_shared && self.meets(List::Stores, &brings_to(rule, operation, size)) {
             return true;
         }
-        if kind.may_allocate_ahead() && self.grows_from.is_some_and(|from| largest > from) {
+        if kind.may_allocate_ahead() && ranges().any(|range| self.meets(List::Ahead, range)) {
             return true;
         }
         if traits.touches && ranges().any(|range| self.minds_range(range, shared_since)) {

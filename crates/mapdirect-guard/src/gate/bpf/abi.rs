@@ -134,9 +134,9 @@ pub(super) struct Entry {
     size_floor: u64,
     fixed_size: u64,
     largest_size: u64,
-    grows_from: u64,
     block: u32,
     first: [u32; LISTS + 1],
+    pad: u32,
     runs: [Run; INLINE],
 }
 
@@ -177,10 +177,10 @@ impl Entry {
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
-            grows_from: layers.grows_from.unwrap_or(u64::MAX),
             block: u32::try_from(layers.block).unwrap_or(0),
             spilled: spilled.into(),
             first,
+            pad: 0,
             runs: inline,
         };
         (entry, spilled.then_some(runs))

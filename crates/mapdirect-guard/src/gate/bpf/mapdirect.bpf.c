@@ -273,7 +273,7 @@ struct run {
 
 // What an operation may not meet, for all pins of an inode together; see
 // layers.rs, which says the same in Rust.
-enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, LISTS };
+enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD, LISTS };
 
 #define INLINE 8
 
@@ -288,9 +288,9 @@ struct entry {
 	u64 size_floor;
 	u64 fixed_size;
 	u64 tail_size;
-	u64 grows_from;	// a write that ends behind this may allocate ahead
 	u32 block;
 	u32 first[LISTS + 1];
+	u32 pad;
 	struct run runs[INLINE];
 };
 
@@ -737,9 +737,8 @@ static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, st
 	if (rule->reach != RANGE || rule->refused_on != FROZEN_BLOCKS || rule->brings_shared ||
 	    q->kind == MAP_WRITE || q->has_or)
 		return false;
-	if (q->at.end > q->size || q->at.end > e->tail_size ||
-	    q->at.end > e->grows_from || !is_empty(e, FROZEN) ||
-	    !is_empty(e, BESIDE) || !is_empty(e, HELD))
+	if (q->at.end > q->size || q->at.end > e->tail_size || !is_empty(e, FROZEN) ||
+	    !is_empty(e, BESIDE) || !is_empty(e, HELD) || !is_empty(e, AHEAD))
 		return false;
 	return is_empty(e, WINDOW) ||
 	       !meets(e, WINDOW, align_down(q->at.start, LARGEST_BLOCK),
@@ -804,9 +803,12 @@ static __noinline int judge(struct entry *e, struct question *q)
 		if (meets(e, STORES, align_down(from, LARGEST_BLOCK), align_up(to, LARGEST_BLOCK)))
 			return 1;
 	}
-	if ((kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE) &&
-	    largest > e->grows_from)
-		return 1;
+	if ((kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE) && !is_empty(e, AHEAD)) {
+		if (meets(e, AHEAD, q->at.start, q->at.end))
+			return 1;
+		if (q->has_or && meets(e, AHEAD, q->or_at.start, q->or_at.end))
+			return 1;
+	}
 	struct key key = q->key;
 	bool shared = !is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key);
 	if (rule->touches && minds_range(e, shared, &q->at))
