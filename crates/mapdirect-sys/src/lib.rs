@@ -39,6 +39,7 @@ pub mod seam;
 pub mod setfsuid;
 pub mod signal;
 pub mod sync_file_range;
+pub mod uname;
 pub mod unix;
 pub mod userfaultfd;
 pub mod vmsplice;

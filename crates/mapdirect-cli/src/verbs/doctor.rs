@@ -6,7 +6,7 @@ use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Guard;
 use mapdirect_sys::fanotify::Group;
-use mapdirect_sys::{Errno, capget, memfd, proc_mountinfo};
+use mapdirect_sys::{Errno, capget, memfd, proc_mountinfo, uname};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 
@@ -72,7 +72,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     let release = release.release().to_string_lossy();
     let mut findings = vec![Finding::good("kernel", format!("Linux {release}"))];
     let in_kernel = bpf();
-    let by_events = fanotify(&release);
+    let by_events = fanotify();
     // One of them is enough.
     let has_bpf = in_kernel.outcome == Outcome::Good;
     let gate = if has_bpf {
@@ -169,13 +169,12 @@ const HOLES: [&str; 4] = [
 ];
 
 /// Fanotify pre-content events: Linux 6.14.
-fn fanotify(release: &str) -> Finding {
+fn fanotify() -> Finding {
     const NAME: &str = "fanotify gate";
     let group = match Group::pre_content() {
         Ok(group) => group,
         Err(Errno::PERM) => {
-            let recent = version(release).is_some_and(|version| version >= (6, 14));
-            return if recent {
+            return if uname::version() >= (6, 14) {
                 Finding::new(
                     NAME,
                     Outcome::Note,
@@ -214,12 +213,6 @@ fn no_pre_content() -> Finding {
         "this kernel has no pre-content permission events",
         "boot Linux 6.14 or later with CONFIG_FANOTIFY_ACCESS_PERMISSIONS",
     )
-}
-
-/// Major and minor version of a kernel release.
-fn version(release: &str) -> Option<(u32, u32)> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
 /// BPF LSM programs: Linux 6.1 and later.
@@ -470,18 +463,5 @@ fn filesystems() -> Finding {
             "filesystems",
             format!("can be pinned on: {}", able.join(", ")),
         )
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn versions_of_real_kernels() {
-        assert_eq!(version("6.18.44-fc-v669"), Some((6, 18)));
-        assert_eq!(version("7.3-1-amd64"), Some((7, 3)));
-        assert_eq!(version("6.1.0-32-amd64"), Some((6, 1)));
-        assert_eq!(version(""), None);
     }
 }

@@ -1,11 +1,11 @@
 //! Preparing: whatever a range is like it becomes stable, and nobody loses a
 //! byte by it.
 
-use crate::world::{BINARY, World, kernel, map, open, pin, wait_until_free, written};
+use crate::world::{BINARY, World, map, open, pin, wait_until_free, written};
 use anyhow::Result;
 use libtest_mimic::Trial;
 use mapdirect::{BlockMap, ExtentState, HugePieces, Kind as Reason, PrepareOptions, Prepared};
-use mapdirect_sys::{Errno, fallocate, inode_flags};
+use mapdirect_sys::{Errno, fallocate, inode_flags, uname};
 use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
@@ -295,7 +295,7 @@ fn sizes(world: &World, kind: Kind) {
     assert_eq!(prepared.allocated(), block);
     let around = mapdirect::block_map(&file, 0..1 << 20).unwrap();
     // A fault makes all of a folio dirty; Linux 6.12 has made one of 16 KiB.
-    let folio = if kernel() < (6, 18) { 65536 } else { 1 };
+    let folio = if uname::version() < (6, 18) { 65536 } else { 1 };
     let page = mapdirect_sys::mmap::page_size().max(block).max(folio);
     assert!(
         (1 << 20) - around.total(ExtentState::Hole) <= page,

@@ -1,10 +1,11 @@
 //! Programs that treat their own memory and descriptors in unusual ways.
 
 use crate::segments::{PAGE, State, at, four, make, map_all, store, try_map};
-use crate::world::{PATIENCE, World, kernel, kinds, open, wait_until_free};
+use crate::world::{PATIENCE, World, kinds, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
 use mapdirect::Guard;
+use mapdirect_sys::uname;
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::fault::{Access, load};
 use mapdirect_testkit::process::{Helper, say, wait_for};
@@ -36,7 +37,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             let name = format!("programs::{kind}::merged-memory");
             trials.push(world.trial(name, move |world| {
                 // A process can ask for it since Linux 6.4 (PR_SET_MEMORY_MERGE).
-                if !Path::new(KSM).exists() || kernel() < (6, 4) {
+                if !Path::new(KSM).exists() || uname::version() < (6, 4) {
                     return world.unavailable(String::from("this kernel merges no memory (KSM)"));
                 }
                 play(world, kind, "merged-memory", "0 stores lost");

@@ -3,7 +3,7 @@
 
 use libtest_mimic::{Failed, Trial};
 use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions};
-use mapdirect_sys::{Errno, proc};
+use mapdirect_sys::{Errno, proc, uname};
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{GuardProcess, Role};
 use mapdirect_testkit::{Disk, Kind};
@@ -90,15 +90,7 @@ pub fn is_brief() -> bool {
 /// makes all of it dirty, so the bpf gate lets nobody write near what is
 /// frozen and unwritten.
 pub fn dirties_whole_folios(kind: Kind) -> bool {
-    kind.is_xfs() && !kind.is_dax() && kernel() < (6, 6)
-}
-
-/// The kernel's version: the first two numbers of it.
-pub fn kernel() -> (u32, u32) {
-    let release = rustix::system::uname();
-    let release = release.release().to_string_lossy();
-    let mut numbers = release.split('.').map(|number| number.parse().unwrap_or(0));
-    (numbers.next().unwrap(), numbers.next().unwrap())
+    kind.is_xfs() && !kind.is_dax() && uname::version() < (6, 6)
 }
 
 impl World {

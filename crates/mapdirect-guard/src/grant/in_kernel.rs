@@ -13,6 +13,7 @@ use crate::wake::Backoff;
 use crate::{Errno, busy};
 use mapdirect::eligibility::{FileFacts, Filesystem};
 use mapdirect_proto::{Granted, Opener, Reason, Refusal};
+use mapdirect_sys::uname;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -21,12 +22,7 @@ use std::time::{Duration, Instant};
 /// unwritten blocks in it are converted: XFS through the page cache before
 /// Linux 6.6, where iomap came to know dirty blocks.
 pub(crate) fn writes_whole_folios(facts: &FileFacts) -> bool {
-    let release = rustix::system::uname();
-    let release = release.release().to_string_lossy();
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit());
-    let mut number = || numbers.next().and_then(|text| text.parse::<u32>().ok());
-    let version = (number().unwrap_or(0), number().unwrap_or(0));
-    facts.filesystem == Filesystem::Xfs && !facts.dax && version < (6, 6)
+    facts.filesystem == Filesystem::Xfs && !facts.dax && uname::version() < (6, 6)
 }
 
 impl Attempt<'_> {
