@@ -20,7 +20,7 @@ use crate::policy::{self, Apart, Beside, Pinned};
 use crate::table::{Abilities, GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
-use mapdirect::eligibility::{FileFacts, Obstacle};
+use mapdirect::eligibility::{FileFacts, Filesystem, Obstacle};
 use mapdirect::plan::Plan;
 use mapdirect_proto::{
     BlockMap, Extent, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
@@ -921,8 +921,10 @@ impl Attempt<'_> {
     /// What beside the range would take blocks of it along when written to.
     fn look_beside(&self, map: &BlockMap) -> Result<Beside, Refusal> {
         let range = map.range();
+        let is_ext4 = self.judged.facts.filesystem == Filesystem::Ext4;
         let mut beside = Beside {
             window: self.judged.window(),
+            failing_frees: is_ext4 && reaches_beyond_the_end(map),
             grows_into: self.judged.facts.allocates_ahead() && range.end > map.file_size(),
             ..Beside::default()
         };
@@ -946,7 +948,15 @@ impl Attempt<'_> {
                 let around = mapdirect::extents::read(self.file.as_fd(), self.judged.reach());
                 let around = around.map_err(failed)?;
                 if let Some(extent) = around.find(edge).filter(unwritten) {
-                    beside.frozen.push(extent.offset..extent.end());
+                    let run = extent.offset..extent.end();
+                    if is_ext4 {
+                        let block = u64::from(map.block_size());
+                        beside
+                            .edges
+                            .push(run.start.saturating_sub(block)..run.start);
+                        beside.edges.push(run.end..run.end.saturating_add(block));
+                    }
+                    beside.frozen.push(run);
                 }
             }
         }
@@ -1057,9 +1067,10 @@ impl Attempt<'_> {
             (Apart::No, None)
         };
         Ok(Still {
-            pinned: pinned.with_beside(beside).apart(apart),
+            pinned: pinned.with_beside(beside.clone()).apart(apart),
             held,
             frozen,
+            beside,
         })
     }
 
@@ -1273,6 +1284,7 @@ struct Still {
     held: Option<Held>,
     /// Pages that nobody may have mapped to store to.
     frozen: Vec<Range<u64>>,
+    beside: Beside,
 }
 
 /// Holds back every open of an inode while it exists.

@@ -161,10 +161,26 @@ pub const RULES: [Rule; 23] = {
 };
 
 impl OperationKind {
-    /// Whether it may make XFS allocate ahead of what is written, when the
-    /// file grows. A copy is a write where blocks cannot be shared.
-    pub(crate) const fn may_allocate_ahead(self) -> bool {
+    /// Whether it writes bytes: when the file grows XFS may allocate ahead for
+    /// that, and ext4 truncate what it did if it fails. A copy is a write
+    /// where blocks cannot be shared.
+    pub(crate) const fn writes_data(self) -> bool {
         matches!(self, Self::Write | Self::WriteUntorn | Self::CopyRange)
+    }
+
+    /// Whether what it allocates is unwritten, or moves, and may become one
+    /// extent with what lies beside it.
+    pub(crate) const fn leaves_unwritten(self) -> bool {
+        matches!(
+            self,
+            Self::Allocate
+                | Self::AllocateKeepSize
+                | Self::ZeroRange
+                | Self::WriteZeroes
+                | Self::CollapseRange
+                | Self::InsertRange
+                | Self::Reshape
+        )
     }
 
     /// The row of this operation.
@@ -251,7 +267,11 @@ impl Operation {
 
     /// Whether it may work on any of these bytes.
     fn meets(&self, bytes: &Range<u64>) -> bool {
-        intersects(&self.range, bytes) || self.or.as_ref().is_some_and(|or| intersects(or, bytes))
+        let to_the_end = self.kind.rule().reach == Reach::ToTheEnd;
+        std::iter::once(&self.range).chain(&self.or).any(|range| {
+            let end = if to_the_end { u64::MAX } else { range.end };
+            intersects(&(range.start..end), bytes)
+        })
     }
 
     /// Bytes outside of which no pin can mind it, in a file of `size` bytes.
@@ -420,12 +440,27 @@ pub struct Beside {
     /// smaller again before. It never gets smaller than it was when it was
     /// pinned: a write that ends there does not make it grow.
     pub grows_into: bool,
+    /// A write that would have made the file grow and fails frees all blocks
+    /// behind its end, those of the pin as well (ext4:
+    /// `ext4_truncate_failed_write`, fs/ext4/truncate.h), until the file has
+    /// grown over them. Smaller it does not get before, so whether it has is
+    /// known when the write is judged.
+    pub failing_frees: bool,
+    /// Blocks next to unwritten ones of the pin: what comes to be unwritten
+    /// there becomes one extent with them, and what is written to that is
+    /// converted with its neighbours (ext4:
+    /// `ext4_ext_convert_to_initialized`, fs/ext4/extents.c).
+    pub edges: Vec<Range<u64>>,
 }
 
 impl Beside {
     /// Whether writing to `range` takes blocks of the pin along;
     /// `shared_since` if blocks of the window may have come to be shared since
     /// it was looked at.
+    ///
+    /// An untorn write goes to new blocks, and XFS sets more of those aside
+    /// than it needs (`xfs_atomic_write_cow_iomap_begin`,
+    /// fs/xfs/xfs_iomap.c, 6.16), whether anything is shared or not.
     fn minds(&self, range: &Range<u64>, shared_since: bool) -> bool {
         self.frozen.iter().any(|run| intersects(run, range))
             || shared_since
@@ -523,7 +558,17 @@ impl Pinned {
         if tail && kind.rule().grows && operation.reaches_beyond(self.file_size) {
             return true;
         }
-        if kind.may_allocate_ahead() && operation.meets(&self.ahead()) {
+        if kind.writes_data() && operation.meets(&self.ahead()) {
+            return true;
+        }
+        if self.beside.failing_frees
+            && kind.writes_data()
+            && size < self.size_floor
+            && operation.reaches_beyond(size)
+        {
+            return true;
+        }
+        if kind.leaves_unwritten() && self.beside.edges.iter().any(|edge| operation.meets(edge)) {
             return true;
         }
         if self.lets_go_of_held(operation) {
@@ -541,7 +586,10 @@ impl Pinned {
         self.touched(operation, size).any(|range| {
             // What lies wholly inside is judged by its own blocks.
             let inside = range.start >= self.range.start && range.end <= self.range.end;
-            !inside && self.beside.minds(&range, since.shared)
+            !inside
+                && self
+                    .beside
+                    .minds(&range, since.shared || kind == K::WriteUntorn)
         })
     }
 
@@ -704,7 +752,7 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
     let reach = match rule.reach {
         Reach::Nothing => return true,
         Reach::Everything => return false,
-        Reach::Range => range.clone(),
+        Reach::Range => reach_of(rule.kind, range, size),
         Reach::ToTheEnd => range.start..u64::MAX,
         Reach::BeyondSize => {
             let resized = pinned.size.is_some_and(|size| *range != (size..size));
@@ -733,6 +781,18 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
             .any(|(_, state)| matches!(state, ExtentState::Shared | ExtentState::Unknown));
     }
     true
+}
+
+/// The bytes an operation at `range` of a file of `size` bytes reaches. Behind
+/// the end of the file a hole may be punched to the end of the page (ext4
+/// with blocks smaller than that: `ext4_punch_hole`, fs/ext4/inode.c, 6.12).
+fn reach_of(kind: OperationKind, range: &Range<u64>, size: u64) -> Range<u64> {
+    let end = if kind == OperationKind::PunchHole && range.end > size {
+        range.end.max(folio_page(size))
+    } else {
+        range.end
+    };
+    range.start..end
 }
 
 /// The bytes that folios of the page cache around `range` may hold: a store

@@ -380,6 +380,12 @@ impl PlainMap {
         Ok(Self { address, length })
     }
 
+    /// Where it begins.
+    #[must_use]
+    pub const fn address(&self) -> usize {
+        self.address
+    }
+
     fn pointer(&self) -> *mut libc::c_void {
         std::ptr::with_exposed_provenance_mut(self.address)
     }

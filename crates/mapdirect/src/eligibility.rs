@@ -259,6 +259,24 @@ impl FileFacts {
         self.filesystem != Filesystem::Xfs || self.extended.flags & inode_flags::XFLAG_PREALLOC != 0
     }
 
+    /// Whether the flags and hints by which the filesystem allocates blocks of
+    /// the file are still those. (That blocks were asked for is none of them.)
+    ///
+    /// # Errors
+    ///
+    /// What `FS_IOC_FSGETXATTR` answers.
+    pub fn still_allocates_so(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+        let hints = |found: ExtendedFlags| ExtendedFlags {
+            flags: found.flags & !inode_flags::XFLAG_PREALLOC,
+            ..found
+        };
+        if self.filesystem != Filesystem::Xfs {
+            return Ok(true);
+        }
+        let now = inode_flags::extended(file)?;
+        Ok(hints(now) == hints(self.extended))
+    }
+
     /// A write that makes the file grow may take more blocks behind it than it
     /// needs, whoever asked for those that are there (XFS:
     /// `xfs_iomap_prealloc_size`, and `xfs_iomap_eof_align_last_fsb` for direct
@@ -306,7 +324,9 @@ impl FileFacts {
         if self.filesystem != Filesystem::Ext4 {
             return None;
         }
-        let option = ["nodelalloc", "dioread_lock"]
+        // The last is how kernels spell the one before it
+        // (`_ext4_show_options`, fs/ext4/super.c: the first name there is).
+        let option = ["nodelalloc", "dioread_lock", "nodioread_nolock"]
             .into_iter()
             .find(|option| is_mounted_with(self.device, |mount| mount.option(option).is_some()))?;
         Some(Obstacle::unsupported(

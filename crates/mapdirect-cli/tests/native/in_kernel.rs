@@ -33,6 +33,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     trials.push(world.trial("in-kernel::one-guard", one_guard));
     trials.push(world.trial("in-kernel::refusals-are-told", refusals_are_told));
     trials.push(world.trial("in-kernel::rests", rests));
+    trials.extend(crate::neighbours::trials(world));
     for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         trials.extend(world.trials(
             "in-kernel",
@@ -49,13 +50,6 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 ("raw-mapping", raw_mapping),
             ],
         ));
-        if kind.is_xfs() {
-            trials.push(
-                world.trial(format!("in-kernel::{kind}::hints"), move |world| {
-                    hints(world, kind)
-                }),
-            );
-        }
         if kind.is_dax() {
             // They need a filesystem of their own, and there is one of these.
             continue;
@@ -169,36 +163,6 @@ fn rests(world: &World) {
 
 fn punch(file: &File, offset: u64) -> Result<(), Errno> {
     raw::fallocate(file.as_fd(), 3, offset, 4096)
-}
-
-/// While a file has no blocks it can be given a hint for the size of its
-/// extents: then a write beside a pinned hole would allocate in it.
-fn hints(world: &World, kind: Kind) {
-    let disk = world.disk(kind);
-    let path = disk.path("in-kernel-hints");
-    let file = File::create_new(&path).unwrap();
-    file.set_len(1 << 20).unwrap();
-    let held = pin(&world.guard().client(), &file, 65_536..131_072);
-    let commands = &["extsize 1m", "cowextsize 1m"][..1 + usize::from(kind.reflink())];
-    let hint = |command: &str| {
-        run(Command::new("xfs_io")
-            .args(["-r", "-c", command])
-            .arg(&path))
-    };
-    for command in commands {
-        hint(command).unwrap_err();
-    }
-    file.write_all_at(&[5; 4096], 0).unwrap();
-    file.sync_all().unwrap();
-    let now = mapdirect::block_map(&file, 65_536..131_072).unwrap();
-    assert_eq!(now.extents(), held.extents());
-    drop(held);
-    file.set_len(0).unwrap();
-    for command in commands {
-        hint(command).unwrap();
-    }
-    drop(file);
-    std::fs::remove_file(&path).unwrap();
 }
 
 /// Waits until nothing is refused any more; a second at most.

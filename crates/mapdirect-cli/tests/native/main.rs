@@ -19,6 +19,7 @@ mod errors;
 mod grants;
 mod in_kernel;
 mod lifetime;
+mod neighbours;
 mod openers;
 #[cfg(feature = "bpf")]
 mod oracle;

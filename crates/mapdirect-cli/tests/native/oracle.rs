@@ -88,6 +88,10 @@ fn random_pin(random: &mut Random, size: u64, longest: u64) -> Pinned {
             .then(|| range.start.saturating_sub(5 * BLOCK)..range.end + 5 * BLOCK),
         stores: random.below(2) == 0,
         grows_into: random.below(3) == 0,
+        failing_frees: random.below(3) == 0,
+        edges: (0..random.below(2))
+            .map(|_| range.end..range.end + BLOCK)
+            .collect(),
     };
     pinned.with_beside(beside).apart(match random.below(3) {
         0 => Apart::No,

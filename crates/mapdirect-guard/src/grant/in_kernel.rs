@@ -57,6 +57,7 @@ impl Attempt<'_> {
                 pinned,
                 held,
                 frozen,
+                beside,
             } = self.keep_still(&map)?;
             self.pin.settle(&map, pinned, held);
             self.publish()?;
@@ -67,7 +68,8 @@ impl Attempt<'_> {
             }
             self.nobody_stores_to(&frozen)?;
             let again = self.read_map(false)?;
-            if again == map {
+            if again == map && self.look_beside(&again)? == beside {
+                self.hints_are_as_they_were()?;
                 break;
             }
             if Instant::now() >= deadline {
@@ -91,6 +93,25 @@ impl Attempt<'_> {
             .gate
             .is_alone(of_holder.as_fd(), self.file.as_fd());
         alone == Ok(true) && busy::is_at_rest(self.pin.pid)
+    }
+
+    /// From here on the gate lets nobody change how XFS allocates and copies;
+    /// what the pin was judged by was read before.
+    fn hints_are_as_they_were(&self) -> Result<(), Refusal> {
+        if self
+            .judged
+            .facts
+            .still_allocates_so(self.file.as_fd())
+            .map_err(|errno| system("FS_IOC_FSGETXATTR", errno))?
+        {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            "its flags and hints for allocation have just been changed",
+            "try again",
+        ))
     }
 
     fn publish(&self) -> Result<(), Refusal> {

@@ -36,10 +36,12 @@ pub enum List {
     /// A write to it may make the file grow, and allocate ahead into a pin;
     /// see [`Beside::grows_into`](super::Beside::grows_into).
     Ahead,
+    /// What comes to be unwritten there becomes one extent with a pin's.
+    Edges,
 }
 
 /// How many lists there are.
-pub const LISTS: usize = 9;
+pub const LISTS: usize = 10;
 
 /// What the pins of an inode keep still.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -51,6 +53,10 @@ pub struct Layers {
     pub fixed_size: Option<u64>,
     /// The largest size there may be.
     pub largest_size: Option<u64>,
+    /// Until the file has grown to `size_floor`, a write that would make it
+    /// grow and fails frees blocks of a pin; see
+    /// [`Beside::failing_frees`](super::Beside::failing_frees).
+    pub failing_frees: bool,
     /// Bytes in a block.
     pub block: u64,
 }
@@ -59,7 +65,8 @@ impl Layers {
     /// Those of all pins of an inode. Where a
     /// write to a part of a folio makes all of it dirty (`coarse`: XFS before
     /// Linux 6.6 without DAX), unwritten blocks that share one with it are
-    /// converted, too, so they keep the whole folio from being written to.
+    /// converted, too, so they keep the whole folio from being written to, and
+    /// from being zeroed in.
     #[must_use]
     pub fn new<'a>(pins: impl IntoIterator<Item = &'a Pinned>, coarse: bool) -> Self {
         let mut layers = Self {
@@ -67,6 +74,7 @@ impl Layers {
             size_floor: 0,
             fixed_size: None,
             largest_size: None,
+            failing_frees: false,
             block: 1,
         };
         for pin in pins {
@@ -87,6 +95,10 @@ impl Layers {
             self.largest_size = Some(largest.min(pin.file_size));
         }
         self.push(List::Ahead, pin.ahead());
+        self.failing_frees |= pin.beside.failing_frees;
+        for edge in &pin.beside.edges {
+            self.push(List::Edges, edge.clone());
+        }
         self.push(List::Pinned, pin.range.clone());
         for (run, state) in &pin.frozen {
             self.push(List::Frozen, run.clone());
@@ -94,7 +106,7 @@ impl Layers {
                 self.push(List::Shared, run.clone());
             }
             if coarse && *state == ExtentState::Unwritten {
-                self.push(List::Frozen, super::folios(run));
+                self.push(List::Beside, super::folios(run));
             }
         }
         for run in &pin.beside.frozen {
@@ -160,10 +172,13 @@ impl Layers {
         &self.lists
     }
 
-    /// Whether any block of any pin is frozen.
+    /// Whether there are blocks that nobody may store to through a mapping,
+    /// wherever that begins.
     #[must_use]
     pub fn has_frozen(&self) -> bool {
-        !self.list(List::Frozen).is_empty()
+        [List::Frozen, List::Beside]
+            .into_iter()
+            .any(|list| !self.list(list).is_empty())
     }
 
     fn meets(&self, list: List, range: &Range<u64>) -> bool {
@@ -197,21 +212,28 @@ impl Layers {
         if traits.brings_shared && self.meets(List::Stores, &brings_to(rule, operation, size)) {
             return true;
         }
-        if kind.may_allocate_ahead() && ranges().any(|range| self.meets(List::Ahead, range)) {
+        if kind.writes_data() && ranges().any(|range| self.meets(List::Ahead, range)) {
             return true;
         }
-        if traits.touches && ranges().any(|range| self.minds_range(range, shared_since)) {
+        if self.failing_frees && kind.writes_data() && size < self.size_floor && largest > size {
+            return true;
+        }
+        if kind.leaves_unwritten() && ranges().any(|range| self.refuses_edge(rule, range)) {
+            return true;
+        }
+        let may_be_shared = shared_since || kind == OperationKind::WriteUntorn;
+        if traits.touches && ranges().any(|range| self.minds_range(range, may_be_shared)) {
             return true;
         }
         let last = size - size % self.block..size;
-        rule.grows && largest > size && !last.is_empty() && self.minds_range(&last, shared_since)
+        rule.grows && largest > size && !last.is_empty() && self.minds_range(&last, may_be_shared)
     }
 
     fn refuses_range(&self, rule: &Rule, range: &Range<u64>, size: u64) -> bool {
         let reach = match rule.reach {
             Reach::Nothing => return false,
             Reach::Everything => return true,
-            Reach::Range => range.clone(),
+            Reach::Range => super::reach_of(rule.kind, range, size),
             Reach::ToTheEnd => range.start..u64::MAX,
             Reach::BeyondSize => {
                 let resized = self.fixed_size.is_some_and(|size| *range != (size..size));
@@ -229,6 +251,14 @@ impl Layers {
         let last = size - size % self.block..size;
         let grows = rule.grows && range.end > size;
         self.meets(list, &reach) || grows && self.meets(List::Shared, &last)
+    }
+
+    fn refuses_edge(&self, rule: &Rule, range: &Range<u64>) -> bool {
+        let end = match rule.reach {
+            Reach::ToTheEnd => u64::MAX,
+            _ => range.end,
+        };
+        self.meets(List::Edges, &(range.start..end))
     }
 
     fn minds_range(&self, range: &Range<u64>, shared_since: bool) -> bool {
@@ -289,6 +319,8 @@ mod tests {
         window: bool,
         stores: bool,
         grows_into: bool,
+        failing_frees: bool,
+        edges: bool,
         /// 0 none, 1 through the page cache, 2 DAX.
         mapped: u8,
         apart: u8,
@@ -318,6 +350,12 @@ mod tests {
                     window: self.window.then_some(around),
                     stores: self.stores,
                     grows_into: self.grows_into,
+                    failing_frees: self.failing_frees,
+                    edges: if self.edges {
+                        vec![range.end..range.end + BLOCK]
+                    } else {
+                        Vec::new()
+                    },
                 })
                 .apart(match self.apart {
                     0 => Apart::No,
@@ -340,14 +378,13 @@ mod tests {
             proptest::collection::vec(state, 1..10),
             prop_oneof![9 => Just(false), 1 => Just(true)],
             proptest::collection::vec(beside, 0..3),
-            any::<bool>(),
-            any::<bool>(),
-            any::<bool>(),
+            proptest::array::uniform5(any::<bool>()),
             0u8..3,
             0u8..3,
         )
             .prop_map(
-                |(first, states, whole_file, beside, window, stores, grows_into, mapped, apart)| {
+                |(first, states, whole_file, beside, flags, mapped, apart)| {
+                    let [window, stores, grows_into, failing_frees, edges] = flags;
                     Model {
                         first,
                         states,
@@ -356,6 +393,8 @@ mod tests {
                         window,
                         stores,
                         grows_into,
+                        failing_frees,
+                        edges,
                         mapped,
                         apart,
                     }

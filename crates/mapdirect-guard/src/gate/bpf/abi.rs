@@ -136,7 +136,6 @@ pub(super) struct Entry {
     largest_size: u64,
     block: u32,
     first: [u32; LISTS + 1],
-    pad: u32,
     runs: [Run; INLINE],
 }
 
@@ -151,6 +150,7 @@ impl Entry {
     const REFLINK: u32 = 1;
     const HAS_FROZEN: u32 = 2;
     const CACHED: u32 = 4;
+    const FAILING_FREES: u32 = 8;
 
     /// An entry, and the runs that do not fit into it.
     pub(super) fn new(version: u64, layers: &Layers, facts: Facts) -> (Self, Option<Vec<Run>>) {
@@ -173,14 +173,14 @@ impl Entry {
             version,
             flags: flag(Self::REFLINK, facts.reflink)
                 | flag(Self::HAS_FROZEN, layers.has_frozen())
-                | flag(Self::CACHED, facts.cached),
+                | flag(Self::CACHED, facts.cached)
+                | flag(Self::FAILING_FREES, layers.failing_frees),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
             block: u32::try_from(layers.block).unwrap_or(0),
             spilled: spilled.into(),
             first,
-            pad: 0,
             runs: inline,
         };
         (entry, spilled.then_some(runs))
@@ -284,6 +284,8 @@ pub(super) struct Question {
     pub(super) direct: u8,
     pub(super) foreign: u8,
     pub(super) has_or: u8,
+    pub(super) stored_to: u8,
+    pub(super) pad: [u8; 7],
     pub(super) at: Run,
     pub(super) or_at: Run,
     pub(super) size: u64,

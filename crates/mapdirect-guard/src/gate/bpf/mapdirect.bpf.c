@@ -41,6 +41,10 @@ typedef struct {
 	int counter;
 } atomic_t;
 
+struct address_space {
+	atomic_t i_mmap_writable;
+} CORE;
+
 struct inode {
 	u32 i_flags;
 	u16 i_mode;
@@ -51,6 +55,7 @@ struct inode {
 	atomic_t i_writecount;
 	atomic_t i_readcount;
 	struct super_block *i_sb;
+	struct address_space *i_mapping;
 } CORE;
 
 struct dentry {
@@ -273,13 +278,14 @@ struct run {
 
 // What an operation may not meet, for all pins of an inode together; see
 // layers.rs, which says the same in Rust.
-enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD, LISTS };
+enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD, EDGES, LISTS };
 
 #define INLINE 8
 
 #define REFLINK 1	// its filesystem shares blocks
-#define HAS_FROZEN 2
+#define HAS_FROZEN 2	// or blocks beside it that take frozen ones along
 #define CACHED 4	// raw mappings through the page cache are accepted
+#define FAILING_FREES 8	// a growing write that fails frees blocks of a pin
 
 struct entry {
 	u64 version;
@@ -290,7 +296,6 @@ struct entry {
 	u64 tail_size;
 	u32 block;
 	u32 first[LISTS + 1];
-	u32 pad;
 	struct run runs[INLINE];
 };
 
@@ -301,6 +306,8 @@ struct question {
 	u8 direct;
 	u8 foreign;	// a mapping of a file that is no pin's
 	u8 has_or;
+	u8 stored_to;	// there are mappings to store to the file by
+	u8 pad[7];
 	struct run at;
 	struct run or_at;
 	u64 size;
@@ -681,6 +688,12 @@ static __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind
 		return 0;
 	case EVERYTHING:
 		return 1;
+	case RANGE:
+		// Behind the end of the file a hole may be punched to the end of
+		// the page.
+		if (kind == PUNCH_HOLE && end > size && align_up(size, PAGE) > end)
+			to = align_up(size, PAGE);
+		break;
 	case TO_THE_END:
 		to = END;
 		break;
@@ -731,11 +744,26 @@ static __always_inline bool is_empty(struct entry *e, u32 list)
 	return e->first[list] >= e->first[list + 1];
 }
 
+// OperationKind::writes_data.
+static __always_inline bool writes_data(u32 kind)
+{
+	return kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE;
+}
+
+// OperationKind::leaves_unwritten.
+static __always_inline bool leaves_unwritten(u32 kind)
+{
+	return kind == ALLOCATE || kind == ALLOCATE_KEEP_SIZE || kind == ZERO_RANGE ||
+	       kind == WRITE_ZEROES || kind == COLLAPSE_RANGE || kind == INSERT_RANGE ||
+	       kind == RESHAPE;
+}
+
 // Most writes, in short: what the rest of `judge` would look for is not there.
 static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, struct question *q)
 {
 	if (rule->reach != RANGE || rule->refused_on != FROZEN_BLOCKS || rule->brings_shared ||
-	    q->kind == MAP_WRITE || q->has_or)
+	    q->kind == MAP_WRITE || q->has_or || (e->flags & FAILING_FREES) ||
+	    !is_empty(e, EDGES))
 		return false;
 	if (q->at.end > q->size || q->at.end > e->tail_size || !is_empty(e, FROZEN) ||
 	    !is_empty(e, BESIDE) || !is_empty(e, HELD) || !is_empty(e, AHEAD))
@@ -765,6 +793,11 @@ static __noinline int judge(struct entry *e, struct question *q)
 	// Rounded down to a mapping that is older than its blocks, it could be
 	// grown over frozen ones by mremap(2), which no hook sees.
 	if (kind == MAP_WRITE && q->foreign && (e->flags & HAS_FROZEN))
+		return 1;
+	struct key key = q->key;
+	bool shared = !is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key);
+	// So it could over blocks that have come to be shared beside a pin.
+	if (kind == MAP_WRITE && q->foreign && shared)
 		return 1;
 	struct rule *rule = &s->rules[kind];
 	u64 size = q->size;
@@ -800,17 +833,27 @@ static __noinline int judge(struct entry *e, struct question *q)
 			u64 last = size ? size - 1 : 0;
 			from = from < last ? from : last;
 		}
-		if (meets(e, STORES, align_down(from, LARGEST_BLOCK), align_up(to, LARGEST_BLOCK)))
+		from = align_down(from, LARGEST_BLOCK);
+		to = align_up(to, LARGEST_BLOCK);
+		// Whoever has it mapped may store to what comes to be shared, and
+		// is not judged then.
+		if (meets(e, STORES, from, to) || (q->stored_to && meets(e, WINDOW, from, to)))
 			return 1;
 	}
-	if ((kind == WRITE || kind == WRITE_UNTORN || kind == COPY_RANGE) && !is_empty(e, AHEAD)) {
+	if (writes_data(kind) && !is_empty(e, AHEAD)) {
 		if (meets(e, AHEAD, q->at.start, q->at.end))
 			return 1;
 		if (q->has_or && meets(e, AHEAD, q->or_at.start, q->or_at.end))
 			return 1;
 	}
-	struct key key = q->key;
-	bool shared = !is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key);
+	if ((e->flags & FAILING_FREES) && writes_data(kind) && size < e->size_floor &&
+	    largest > size)
+		return 1;
+	u64 unwritten_to = rule->reach == TO_THE_END ? END : q->at.end;
+	if (leaves_unwritten(kind) && meets(e, EDGES, q->at.start, unwritten_to))
+		return 1;
+	if (kind == WRITE_UNTORN)
+		shared = true;
 	if (rule->touches && minds_range(e, shared, &q->at))
 		return 1;
 	if (rule->touches && q->has_or && minds_range(e, shared, &q->or_at))
@@ -1318,6 +1361,7 @@ int BPF_PROG(file_permission, struct file *file, int mask, int before)
 	struct question q = {};
 	name(&q.key, inode);
 	q.size = inode->i_size;
+	q.stored_to = inode->i_mapping->i_mmap_writable.counter > 0;
 	if (mask & MAY_WRITE) {
 		q.kind = UNKNOWN;
 		q.at.end = END;
@@ -1403,23 +1447,27 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 #define XFS_SCRUB 0x583c
 #define XFS_SCRUBV 0x5840
 #define FSSETXATTR 0x5820
+#define ENABLE_VERITY 0x6685
 #define EXT4_MIGRATE 0x6609
 #define EXT4_MOVE_EXT 0x660f
 #define EXT4_SWAP_BOOT 0x6611
 #define LOOP_SET_FD 0x4c00
 #define LOOP_CHANGE_FD 0x4c06
 #define LOOP_CONFIGURE 0x4c0a
+#define FS_XFLAG_REALTIME 0x1
 #define FS_XFLAG_EXTSIZE 0x800
 #define FS_XFLAG_COWEXTSIZE 0x10000
 
 // How far XFS allocates around what is written, and copies around what is
 // shared, is part of what was promised: no such hints may come to be. (The
-// first can be set while the file has no blocks.)
+// first can be set while the file has no blocks; and so can it be moved to a
+// device whose blocks are larger.)
 static __noinline int sets_hint(struct inode *inode, u32 flags, u32 extents, u32 copies)
 {
 	struct key key;
 
-	if (!(flags & (FS_XFLAG_EXTSIZE | FS_XFLAG_COWEXTSIZE)) && !extents && !copies)
+	if (!(flags & (FS_XFLAG_REALTIME | FS_XFLAG_EXTSIZE | FS_XFLAG_COWEXTSIZE)) && !extents &&
+	    !copies)
 		return 0;
 	name(&key, inode);
 	return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
@@ -1474,11 +1522,18 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 			return 0;
 		return refuse_exchange(inode, EXCHANGE);
 	}
+	// It writes its tree behind the end of the file, and frees what is there.
+	if (number == ENABLE_VERITY && behind(inode)) {
+		struct key key;
+		name(&key, inode);
+		return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
+	}
 	if (number == FSSETXATTR && magic == XFS_MAGIC && behind(inode)) {
 		// fsx_xflags, fsx_extsize and fsx_cowextsize of struct fsxattr.
 		u32 fields[5] = {};
+		// What is not in memory cannot be read here: refuse it then.
 		if (bpf_probe_read_user(fields, sizeof(fields), (void *)argument))
-			return 0;
+			fields[1] = 1;
 		return sets_hint(inode, fields[0], fields[1], fields[4]);
 	}
 	return 0;

@@ -1,0 +1,269 @@
+//! Operations that do not meet a pin, and would change blocks of it all the
+//! same: by what filesystems do beside what they are asked for.
+
+use crate::world::{World, kinds, open, pin, written};
+use libtest_mimic::Trial;
+use mapdirect::Pin;
+use mapdirect_sys::Errno;
+use mapdirect_testkit::attack::clone_range;
+use mapdirect_testkit::disk::run;
+use mapdirect_testkit::{Kind, raw};
+use std::fs::File;
+use std::io::{Seek, SeekFrom};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+use std::process::Command;
+
+const KEEP_SIZE: i32 = 1;
+const PUNCH_HOLE: i32 = 2 | KEEP_SIZE;
+const BUSY: Errno = Errno::TXTBSY;
+
+/// For a gate in the kernel: the one by permission events keeps everybody out
+/// who could do any of this.
+pub fn trials(world: &World) -> Vec<Trial> {
+    let mut trials = Vec::new();
+    let mut add = |name: &str, kind: Kind, test: fn(&World, Kind)| {
+        let name = format!("in-kernel::{kind}::{name}");
+        trials.push(world.trial(name, move |world| test(world, kind)));
+    };
+    for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
+        if kind.is_xfs() {
+            add("hints", kind, hints);
+        } else {
+            add("failing-writes", kind, failing_writes);
+            add("joined-extents", kind, joined_extents);
+            add("verity", kind, verity);
+        }
+        if kind.reflink() {
+            add("shared-behind-a-mapping", kind, shared_behind_a_mapping);
+            add("shared-before-a-mapping", kind, shared_before_a_mapping);
+            add("untorn-beside", kind, untorn_beside);
+        }
+    }
+    // Blocks smaller than pages do not go with DAX.
+    add("punched-page", Kind::Ext4 { block: 1024 }, punched_page);
+    trials
+}
+
+fn unchanged(pin: &Pin, file: &File, after: &str) {
+    file.sync_all().unwrap();
+    let range = pin.block_map().range();
+    let now = mapdirect::block_map(file, range).unwrap();
+    assert_eq!(now.extents(), pin.extents(), "after {after}");
+}
+
+fn map_to_store(file: &File, range: Range<u64>) -> Result<raw::PlainMap, Errno> {
+    let prot = libc::PROT_READ | libc::PROT_WRITE;
+    let length = usize::try_from(range.end - range.start).unwrap();
+    raw::PlainMap::new(file.as_fd(), prot, libc::MAP_SHARED, range.start, length)
+}
+
+/// Opens past the page cache.
+fn open_direct(path: &Path) -> File {
+    File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .unwrap()
+}
+
+/// While a file has no blocks it can be given a hint for the size of its
+/// extents: then a write beside a pinned hole would allocate in it.
+fn hints(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = disk.path("neighbours-hints");
+    let file = File::create_new(&path).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let held = pin(&world.guard().client(), &file, 65_536..131_072);
+    let commands = &["extsize 1m", "cowextsize 1m"][..1 + usize::from(kind.reflink())];
+    let hint = |command: &str| {
+        run(Command::new("xfs_io")
+            .args(["-r", "-c", command])
+            .arg(&path))
+    };
+    for command in commands {
+        hint(command).unwrap_err();
+    }
+    // The programs cannot read what is not in memory: `struct fsxattr`, in a
+    // file that nobody has touched through this mapping.
+    const FSSETXATTR: u64 = 0x401c_5820;
+    let mut attributes = [0u8; 4096];
+    attributes[1] = 0x08; // FS_XFLAG_EXTSIZE
+    attributes[6] = 0x10; // 1 MiB
+    let argument = disk.path("neighbours-argument");
+    std::fs::write(&argument, attributes).unwrap();
+    let argument_file = open(&argument);
+    let absent = map_to_store(&argument_file, 0..4096).unwrap();
+    let set = raw::ioctl_value(file.as_fd(), FSSETXATTR, absent.address() as u64);
+    assert_eq!(set, Err(BUSY));
+    file.write_all_at(&[5; 4096], 0).unwrap();
+    unchanged(&held, &file, "a write beside it");
+    drop(held);
+    file.set_len(0).unwrap();
+    for command in commands {
+        hint(command).unwrap();
+    }
+    drop((file, absent, argument_file));
+    std::fs::remove_file(&argument).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A write that would have made the file grow and fails truncates the file to
+/// where it was, and takes what was allocated behind that along.
+fn failing_writes(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "neighbours-failing", 4096);
+    let file = open(&path);
+    raw::fallocate(file.as_fd(), KEEP_SIZE, 65_536, 65_536).unwrap();
+    let held = pin(&world.guard().client(), &file, 65_536..131_072);
+    let write_nothing = |mut file: &File, to: u64| {
+        file.seek(SeekFrom::Start(to)).unwrap();
+        // There is no memory at that address.
+        raw::write_from(file.as_fd(), 4096, 4096)
+    };
+    let direct = open_direct(&path);
+    assert_eq!(write_nothing(&direct, 4096), Err(BUSY));
+    assert_eq!(write_nothing(&file, 4096), Err(BUSY));
+    assert_eq!(rustix::io::pwrite(&file, &[1; 100], 4096), Err(BUSY));
+    unchanged(&held, &file, "writes that would have failed");
+    // When the file has grown over it nothing is truncated.
+    assert_eq!(rustix::fs::ftruncate(&file, 131_072), Ok(()));
+    assert_eq!(write_nothing(&direct, 4096), Err(Errno::FAULT));
+    assert_eq!(write_nothing(&direct, 131_072), Err(Errno::FAULT));
+    assert_eq!(rustix::io::pwrite(&file, &[1; 100], 131_072), Ok(100));
+    unchanged(&held, &file, "writes beside it");
+    drop((held, file, direct));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What comes to be unwritten next to unwritten blocks is one extent with
+/// them, and a write to it may write zeros to its neighbours.
+fn joined_extents(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "neighbours-joined", 4096);
+    let file = open(&path);
+    file.set_len(1 << 20).unwrap();
+    raw::fallocate(file.as_fd(), 0, 65_536, 16_384).unwrap();
+    file.sync_all().unwrap();
+    let held = pin(&world.guard().client(), &file, 65_536..81_920);
+    let allocate = |mode: i32, range: Range<u64>| {
+        raw::fallocate(file.as_fd(), mode, range.start, range.end - range.start)
+    };
+    for mode in [0, KEEP_SIZE] {
+        assert_eq!(allocate(mode, 81_920..86_016), Err(BUSY));
+        assert_eq!(allocate(mode, 61_440..65_536), Err(BUSY));
+        assert_eq!(allocate(mode, 86_016..90_112), Ok(()));
+    }
+    // A write brings blocks that are written.
+    file.write_all_at(&[1; 4096], 81_920).unwrap();
+    file.write_all_at(&[1; 4096], 61_440).unwrap();
+    file.write_all_at(&[1; 4096], 86_016).unwrap();
+    unchanged(&held, &file, "writes beside it");
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A tree of hashes would be written behind the end of the file, and what is
+/// there freed before. Neither looks at a pin.
+fn verity(world: &World, kind: Kind) {
+    const ENABLE_VERITY: u64 = 0x4080_6685;
+    let path = written(&world.disk(kind), "neighbours-verity", 100_000);
+    let file = File::open(&path).unwrap();
+    let held = pin(&world.guard().client(), &file, 0..1 << 20);
+    let enable = || raw::ioctl(file.as_fd(), ENABLE_VERITY, &mut [0u8; 128]);
+    assert_eq!(enable(), Err(BUSY));
+    drop(held);
+    // This filesystem was made without.
+    assert_ne!(enable(), Err(BUSY));
+    drop(file);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Whoever has the file mapped stores without being asked: nothing beside a
+/// pin may come to be shared then.
+fn shared_behind_a_mapping(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "neighbours-mapped", 1 << 20);
+    let other = disk.path("neighbours-clone");
+    let file = open(&path);
+    let held = pin(&world.guard().client(), &file, 0..65_536);
+    let into = File::create_new(&other).unwrap();
+    let share = || clone_range(into.as_fd(), file.as_fd(), 65_536, 4096, 0);
+    let map = map_to_store(&file, 65_536..69_632).unwrap();
+    assert_eq!(share(), Err(BUSY));
+    map.store(0, 1);
+    file.write_all_at(&[2; 4096], 0).unwrap();
+    unchanged(&held, &file, "a store beside it");
+    drop(map);
+    share().unwrap();
+    // And nobody may come to store to it.
+    assert_eq!(map_to_store(&file, 65_536..69_632).err(), Some(BUSY));
+    assert_eq!(rustix::io::pwrite(&file, &[1; 100], 65_536), Err(BUSY));
+    file.write_all_at(&[2; 4096], 0).unwrap();
+    unchanged(&held, &file, "a write to it");
+    drop((held, file, into));
+    std::fs::remove_file(&other).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// A mapping anywhere could be grown over what is shared beside a pin.
+fn shared_before_a_mapping(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "neighbours-shared", 1 << 20);
+    let other = disk.path("neighbours-sharer");
+    let file = open(&path);
+    let into = File::create_new(&other).unwrap();
+    clone_range(into.as_fd(), file.as_fd(), 69_632, 4096, 0).unwrap();
+    let held = pin(&world.guard().client(), &file, 0..65_536);
+    for range in [69_632..73_728, 98_304..102_400, 524_288..528_384] {
+        assert_eq!(
+            map_to_store(&file, range.clone()).err(),
+            Some(BUSY),
+            "{range:?}"
+        );
+    }
+    drop(held);
+    drop(map_to_store(&file, 524_288..528_384).unwrap());
+    drop((file, into));
+    std::fs::remove_file(&other).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// An untorn write goes to new blocks, of which XFS sets aside more than are
+/// needed.
+fn untorn_beside(world: &World, kind: Kind) {
+    const RWF_ATOMIC: i32 = 0x40;
+    #[repr(C, align(4096))]
+    struct Block([u8; 4096]);
+    let path = written(&world.disk(kind), "neighbours-untorn", 1 << 20);
+    let file = open_direct(&path);
+    let held = pin(&world.guard().client(), &file, 0..65_536);
+    let block = Block([3; 4096]);
+    let write = |at| raw::pwritev2(file.as_fd(), &block.0, at, RWF_ATOMIC);
+    let far = write(524_288);
+    let beside = write(65_536);
+    if far.is_ok() {
+        assert_eq!(beside, Err(BUSY));
+    } else {
+        world.unavailable(format!("untorn writes on {kind}: {far:?}"));
+    }
+    open(&path).write_all_at(&[2; 4096], 0).unwrap();
+    unchanged(&held, &file, "an untorn write beside it");
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Behind the end of the file ext4 punches to the end of the page.
+fn punched_page(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "neighbours-punched", 1000);
+    let file = open(&path);
+    raw::fallocate(file.as_fd(), KEEP_SIZE, 1024, 3072).unwrap();
+    let held = pin(&world.guard().client(), &file, 1024..4096);
+    let punched = raw::fallocate(file.as_fd(), PUNCH_HOLE, 0, 1024);
+    assert_eq!(punched, Err(BUSY));
+    assert_eq!(raw::fallocate(file.as_fd(), PUNCH_HOLE, 0, 1000), Ok(()));
+    unchanged(&held, &file, "holes beside it");
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
