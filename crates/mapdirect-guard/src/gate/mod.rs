@@ -167,6 +167,16 @@ impl Gate {
         }
     }
 
+    /// Whether the life of a pin is over, though it may not have been told
+    /// yet; `file` is a description of its file that is not the pin's.
+    pub(crate) fn is_over(&self, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+        match self {
+            Self::Fanotify(_) => !pin.is_alive(file),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.is_over(pin.id),
+        }
+    }
+
     /// How many direct reads and writes of a file are under way, if it can
     /// tell.
     pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {

@@ -304,7 +304,7 @@ impl Attempt<'_> {
                 .iter()
                 .map(|_| Operation::new(K::MapWrite, range.clone()));
             let minds = writes.chain(maps).any(|operation| minds(&operation));
-            if minds && !other.is_alive(self.file.as_fd()) {
+            if minds && self.guard.gate.is_over(other, self.file.as_fd()) {
                 // Its last mapping is gone, only the notice is not here yet.
                 other.bury();
                 self.guard.lifetime.kick(self.watched.id);

@@ -453,7 +453,7 @@ impl Gate {
     }
 
     /// Whether the description is gone whose life a pin was.
-    fn is_over(&self, pin: u64) -> bool {
+    pub(crate) fn is_over(&self, pin: u64) -> bool {
         let pins = &self.loaded.maps.pins;
         matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
     }
