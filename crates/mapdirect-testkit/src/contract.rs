@@ -224,6 +224,10 @@ fn expected_in_kernel(attack: &Attack, place: Place, reflink: bool) -> Expected 
     if verdict(attack, place, reflink) || is_whole_file(attack) || names_no_other(attack) {
         return Expected::Refused;
     }
+    // XFS sets the neighbours' blocks aside as well, and all places are near.
+    if reflink && attack.row == Row::Untorn {
+        return Expected::Refused;
+    }
     // Beside a mapping through the page cache nothing may come to be shared:
     // what comes nearer, or from another file, may be. And a copy into the
     // file is one where blocks can be shared.
@@ -261,6 +265,8 @@ fn expected_by_events(
         // whole folio dirty.
         _ if reflink && matches!(attack.row, Row::Reflink | Row::CopyFrom) => Expected::Either,
         _ if attack.row == Row::MapWrite => Expected::Either,
+        // XFS sets the neighbours' blocks aside as well.
+        _ if reflink && attack.row == Row::Untorn => Expected::Either,
         _ if attack.precise => Expected::Works,
         _ => Expected::Either,
     }

@@ -22,7 +22,7 @@ pub fn judges_as_the_policy(world: &World) {
         let pins: Vec<Pinned> = (0..1 + random.below(3))
             .map(|_| random_pin(&mut random, size, longest))
             .collect();
-        let layers = Layers::new(&pins, false);
+        let layers = Layers::new(&pins, random.below(4) == 0);
         if oracle.put(&layers, true).unwrap() {
             world.count("pins judged from a map of their own", 1);
         }

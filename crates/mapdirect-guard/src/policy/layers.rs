@@ -38,10 +38,12 @@ pub enum List {
     Ahead,
     /// What comes to be unwritten there becomes one extent with a pin's.
     Edges,
+    /// Folios of unwritten blocks of a pin, all of which a write dirties.
+    Coarse,
 }
 
 /// How many lists there are.
-pub const LISTS: usize = 10;
+pub const LISTS: usize = 11;
 
 /// What the pins of an inode keep still.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,7 +108,7 @@ impl Layers {
                 self.push(List::Shared, run.clone());
             }
             if coarse && *state == ExtentState::Unwritten {
-                self.push(List::Beside, super::folios(run));
+                self.push(List::Coarse, super::folios(run));
             }
         }
         for run in &pin.beside.frozen {
@@ -225,8 +227,18 @@ impl Layers {
         if traits.touches && ranges().any(|range| self.minds_range(range, may_be_shared)) {
             return true;
         }
+        // Mappings are judged by folios as it is.
+        if traits.touches
+            && kind != OperationKind::MapWrite
+            && ranges().any(|range| self.meets(List::Coarse, &self.blocks(range)))
+        {
+            return true;
+        }
         let last = size - size % self.block..size;
-        rule.grows && largest > size && !last.is_empty() && self.minds_range(&last, may_be_shared)
+        rule.grows
+            && largest > size
+            && !last.is_empty()
+            && (self.minds_range(&last, may_be_shared) || self.meets(List::Coarse, &last))
     }
 
     fn refuses_range(&self, rule: &Rule, range: &Range<u64>, size: u64) -> bool {
@@ -253,6 +265,12 @@ impl Layers {
         self.meets(list, &reach) || grows && self.meets(List::Shared, &last)
     }
 
+    /// Rounded out to blocks.
+    fn blocks(&self, range: &Range<u64>) -> Range<u64> {
+        let end = range.end.checked_next_multiple_of(self.block);
+        range.start - range.start % self.block..end.unwrap_or(u64::MAX)
+    }
+
     fn refuses_edge(&self, rule: &Rule, range: &Range<u64>) -> bool {
         let end = match rule.reach {
             Reach::ToTheEnd => u64::MAX,
@@ -262,8 +280,7 @@ impl Layers {
     }
 
     fn minds_range(&self, range: &Range<u64>, shared_since: bool) -> bool {
-        let end = range.end.checked_next_multiple_of(self.block);
-        let blocks = range.start - range.start % self.block..end.unwrap_or(u64::MAX);
+        let blocks = self.blocks(range);
         self.meets(List::Beside, &blocks) || shared_since && self.meets(List::Window, &blocks)
     }
 }

@@ -136,6 +136,7 @@ pub(super) struct Entry {
     largest_size: u64,
     block: u32,
     first: [u32; LISTS + 1],
+    pad: u32,
     runs: [Run; INLINE],
 }
 
@@ -181,6 +182,7 @@ impl Entry {
             block: u32::try_from(layers.block).unwrap_or(0),
             spilled: spilled.into(),
             first,
+            pad: 0,
             runs: inline,
         };
         (entry, spilled.then_some(runs))

@@ -278,7 +278,7 @@ struct run {
 
 // What an operation may not meet, for all pins of an inode together; see
 // layers.rs, which says the same in Rust.
-enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD, EDGES, LISTS };
+enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD, EDGES, COARSE, LISTS };
 
 #define INLINE 8
 
@@ -296,6 +296,7 @@ struct entry {
 	u64 tail_size;
 	u32 block;
 	u32 first[LISTS + 1];
+	u32 pad;
 	struct run runs[INLINE];
 };
 
@@ -790,14 +791,12 @@ static __noinline int judge(struct entry *e, struct question *q)
 		kind = WRITE;
 	if (kind >= KINDS)
 		return 1;
-	// Rounded down to a mapping that is older than its blocks, it could be
-	// grown over frozen ones by mremap(2), which no hook sees.
-	if (kind == MAP_WRITE && q->foreign && (e->flags & HAS_FROZEN))
-		return 1;
 	struct key key = q->key;
-	bool shared = !is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key);
-	// So it could over blocks that have come to be shared beside a pin.
-	if (kind == MAP_WRITE && q->foreign && shared)
+	// Wherever it begins, it could be grown over frozen blocks by mremap(2),
+	// which no hook sees, and over what has come to be shared beside a pin.
+	if (kind == MAP_WRITE && q->foreign &&
+	    ((e->flags & HAS_FROZEN) ||
+	     (!is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key))))
 		return 1;
 	struct rule *rule = &s->rules[kind];
 	u64 size = q->size;
@@ -852,8 +851,8 @@ static __noinline int judge(struct entry *e, struct question *q)
 	u64 unwritten_to = rule->reach == TO_THE_END ? END : q->at.end;
 	if (leaves_unwritten(kind) && meets(e, EDGES, q->at.start, unwritten_to))
 		return 1;
-	if (kind == WRITE_UNTORN)
-		shared = true;
+	bool shared = !is_empty(e, WINDOW) &&
+		      (kind == WRITE_UNTORN || bpf_map_lookup_elem(&shared_since, &key));
 	if (rule->touches && minds_range(e, shared, &q->at))
 		return 1;
 	if (rule->touches && q->has_or && minds_range(e, shared, &q->or_at))
@@ -862,8 +861,18 @@ static __noinline int judge(struct entry *e, struct question *q)
 	if (!block || (block & (block - 1)))
 		return 1;
 	struct run tail = { align_down(size, block), size };
-	if (rule->grows && largest > size && (size & (block - 1)) &&
-	    minds_range(e, shared, &tail))
+	bool zeroes_tail = rule->grows && largest > size && (size & (block - 1));
+	if (zeroes_tail && minds_range(e, shared, &tail))
+		return 1;
+	// Mappings are judged by folios as it is.
+	if (!is_empty(e, COARSE) && rule->touches && kind != MAP_WRITE) {
+		if (meets(e, COARSE, align_down(q->at.start, block), align_up(q->at.end, block)))
+			return 1;
+		if (q->has_or && meets(e, COARSE, align_down(q->or_at.start, block),
+				       align_up(q->or_at.end, block)))
+			return 1;
+	}
+	if (zeroes_tail && meets(e, COARSE, tail.start, tail.end))
 		return 1;
 	if (rule->brings_shared) {
 		u64 one = 1;
