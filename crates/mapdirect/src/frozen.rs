@@ -587,13 +587,26 @@ fn register(
     for range in ranges {
         // SAFETY: memory as `Run` says, by the promise made to `protect`.
         unsafe { uffd.register(range) }.map_err(|errno| (4, errno))?;
-        loop {
-            match uffd.write_protect(range) {
+        // Linux 6.1 protects no more at a time than lies in one mapping as the
+        // kernel keeps them (`mwriteprotect_range`, mm/userfaultfd.c), which
+        // nobody can tell from here: smaller and smaller pieces, in order.
+        let page = rustix::param::page_size();
+        let mut pieces = vec![range.clone()];
+        while let Some(piece) = pieces.pop() {
+            match uffd.write_protect(&piece) {
+                Ok(()) => {}
                 Err(Errno::AGAIN) => {
                     hear(speaking, uffd, kept);
                     std::thread::yield_now();
+                    pieces.push(piece);
                 }
-                other => break other.map_err(|errno| (5, errno))?,
+                Err(Errno::NOENT) if piece.len() > page => {
+                    let half = (piece.len() / 2).next_multiple_of(page);
+                    let middle = piece.start + half;
+                    pieces.push(middle..piece.end);
+                    pieces.push(piece.start..middle);
+                }
+                Err(errno) => return Err((5, errno)),
             }
         }
     }
