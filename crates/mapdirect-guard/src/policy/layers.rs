@@ -368,11 +368,11 @@ mod tests {
                     stores: self.stores,
                     grows_into: self.grows_into,
                     failing_frees: self.failing_frees,
-                    edges: if self.edges {
-                        vec![range.end..range.end + BLOCK]
-                    } else {
-                        Vec::new()
-                    },
+                    edges: self
+                        .edges
+                        .then_some(range.end..range.end + BLOCK)
+                        .into_iter()
+                        .collect(),
                 })
                 .apart(match self.apart {
                     0 => Apart::No,
