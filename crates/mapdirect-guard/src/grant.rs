@@ -922,10 +922,12 @@ impl Attempt<'_> {
     fn look_beside(&self, map: &BlockMap) -> Result<Beside, Refusal> {
         let range = map.range();
         let is_ext4 = self.judged.facts.filesystem == Filesystem::Ext4;
+        let block = u64::from(map.block_size()).max(1);
         let mut beside = Beside {
             window: self.judged.window(),
             failing_frees: is_ext4 && reaches_beyond_the_end(map),
-            grows_into: self.judged.facts.allocates_ahead() && range.end > map.file_size(),
+            grows_into: self.judged.facts.allocates_ahead()
+                && range.end > map.file_size().next_multiple_of(block),
             ..Beside::default()
         };
         let failed = |errno| system("FIEMAP", errno);
@@ -950,7 +952,6 @@ impl Attempt<'_> {
                 if let Some(extent) = around.find(edge).filter(unwritten) {
                     let run = extent.offset..extent.end();
                     if is_ext4 {
-                        let block = u64::from(map.block_size());
                         beside
                             .edges
                             .push(run.start.saturating_sub(block)..run.start);

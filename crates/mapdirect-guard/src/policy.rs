@@ -783,12 +783,13 @@ fn judge_range(rule: &Rule, range: &Range<u64>, pinned: &Pinned, size: u64) -> b
     true
 }
 
-/// The bytes an operation at `range` of a file of `size` bytes reaches. Behind
-/// the end of the file a hole may be punched to the end of the page (ext4
-/// with blocks smaller than that: `ext4_punch_hole`, fs/ext4/inode.c, 6.12).
+/// The bytes an operation at `range` of a file of `size` bytes reaches. A hole
+/// that ends behind the end of the file may be punched to the end of the page
+/// that is in then (ext4 with blocks smaller than pages: `ext4_punch_hole`,
+/// fs/ext4/inode.c, 6.12).
 fn reach_of(kind: OperationKind, range: &Range<u64>, size: u64) -> Range<u64> {
     let end = if kind == OperationKind::PunchHole && range.end > size {
-        range.end.max(folio_page(size))
+        folio_page(range.end)
     } else {
         range.end
     };
@@ -815,7 +816,8 @@ pub fn folio_size() -> u64 {
 
 /// The end of the page that byte `end` lies in, if it is not one itself.
 fn folio_page(end: u64) -> u64 {
-    end.next_multiple_of(mapdirect_sys::mmap::page_size())
+    end.checked_next_multiple_of(mapdirect_sys::mmap::page_size())
+        .unwrap_or(u64::MAX)
 }
 
 /// Runs in file order, the later ones cut off where they overlap.

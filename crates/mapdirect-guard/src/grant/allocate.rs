@@ -293,17 +293,25 @@ impl Attempt<'_> {
                 !policy::judge(operation, &settled.pinned, size)
                     || settled.pinned.minds_beside(operation, size, since)
             };
+            // Nothing is written behind the end of the file.
             let writes = work.zeros.iter().chain(&work.shared).map(|run| {
-                let mut write = Operation::new(K::Write, run.clone());
+                let mut write = Operation::new(K::Write, run.start..run.end.min(size));
                 write.direct = false;
                 write
             });
+            let fills = work
+                .holes
+                .iter()
+                .map(|run| Operation::new(K::AllocateKeepSize, run.clone()));
             let maps = self
                 .pin
                 .mapped
                 .iter()
                 .map(|_| Operation::new(K::MapWrite, range.clone()));
-            let minds = writes.chain(maps).any(|operation| minds(&operation));
+            let minds = writes
+                .chain(fills)
+                .chain(maps)
+                .any(|operation| minds(&operation));
             if minds && self.guard.gate.is_over(other, self.file.as_fd()) {
                 // Its last mapping is gone, only the notice is not here yet.
                 other.bury();

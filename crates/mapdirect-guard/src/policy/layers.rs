@@ -38,7 +38,8 @@ pub enum List {
     Ahead,
     /// What comes to be unwritten there becomes one extent with a pin's.
     Edges,
-    /// Folios of unwritten blocks of a pin, all of which a write dirties.
+    /// Folios of unwritten blocks of a pin, all of which is dirty when a part
+    /// of it is written to, or zeroed.
     Coarse,
 }
 
@@ -227,11 +228,7 @@ impl Layers {
         if traits.touches && ranges().any(|range| self.minds_range(range, may_be_shared)) {
             return true;
         }
-        // Mappings are judged by folios as it is.
-        if traits.touches
-            && kind != OperationKind::MapWrite
-            && ranges().any(|range| self.meets(List::Coarse, &self.blocks(range)))
-        {
+        if traits.touches && ranges().any(|range| self.dirties_folios(kind, range)) {
             return true;
         }
         let last = size - size % self.block..size;
@@ -269,6 +266,19 @@ impl Layers {
     fn blocks(&self, range: &Range<u64>) -> Range<u64> {
         let end = range.end.checked_next_multiple_of(self.block);
         range.start - range.start % self.block..end.unwrap_or(u64::MAX)
+    }
+
+    /// Whole blocks are not zeroed by way of the page cache; and mappings are
+    /// judged by folios as it is.
+    fn dirties_folios(&self, kind: OperationKind, range: &Range<u64>) -> bool {
+        let blocks = self.blocks(range);
+        if kind.writes_data() || kind == OperationKind::UnshareRange {
+            return self.meets(List::Coarse, &blocks);
+        }
+        kind != OperationKind::MapWrite
+            && (blocks.start != range.start
+                && self.meets(List::Coarse, &(blocks.start..range.start))
+                || blocks.end != range.end && self.meets(List::Coarse, &(range.end..blocks.end)))
     }
 
     fn refuses_edge(&self, rule: &Rule, range: &Range<u64>) -> bool {

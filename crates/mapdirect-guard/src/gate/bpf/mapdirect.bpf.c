@@ -690,10 +690,9 @@ static __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind
 	case EVERYTHING:
 		return 1;
 	case RANGE:
-		// Behind the end of the file a hole may be punched to the end of
-		// the page.
-		if (kind == PUNCH_HOLE && end > size && align_up(size, PAGE) > end)
-			to = align_up(size, PAGE);
+		// reach_of in policy.rs.
+		if (kind == PUNCH_HOLE && end > size)
+			to = align_up(end, PAGE);
 		break;
 	case TO_THE_END:
 		to = END;
@@ -774,6 +773,20 @@ static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, st
 		      align_up(q->at.end, LARGEST_BLOCK));
 }
 
+// Layers::dirties_folios.
+static __noinline int dirties_folios(struct entry *e, u32 kind, struct run *at)
+{
+	u64 block = e->block, start = at->start, end = at->end;
+
+	if (!block || (block & (block - 1)))
+		return 1;
+	u64 from = align_down(start, block), to = align_up(end, block);
+	if (writes_data(kind) || kind == UNSHARE_RANGE)
+		return meets(e, COARSE, from, to);
+	return kind != MAP_WRITE && ((from != start && meets(e, COARSE, from, start)) ||
+				     (to != end && meets(e, COARSE, end, to)));
+}
+
 // Layers::refuses.
 static __noinline int judge(struct entry *e, struct question *q)
 {
@@ -819,6 +832,7 @@ static __noinline int judge(struct entry *e, struct question *q)
 		return 1;
 	if (how && q->has_or && lets_go(e, how, q->or_at.start, q->or_at.end))
 		return 1;
+	bool nears = false;
 	if (rule->brings_shared) {
 		u64 from = q->at.start, to = q->at.end;
 		if (rule->reach == EVERYTHING) {
@@ -836,7 +850,8 @@ static __noinline int judge(struct entry *e, struct question *q)
 		to = align_up(to, LARGEST_BLOCK);
 		// Whoever has it mapped may store to what comes to be shared, and
 		// is not judged then.
-		if (meets(e, STORES, from, to) || (q->stored_to && meets(e, WINDOW, from, to)))
+		nears = meets(e, WINDOW, from, to);
+		if (meets(e, STORES, from, to) || (q->stored_to && nears))
 			return 1;
 	}
 	if (writes_data(kind) && !is_empty(e, AHEAD)) {
@@ -864,17 +879,15 @@ static __noinline int judge(struct entry *e, struct question *q)
 	bool zeroes_tail = rule->grows && largest > size && (size & (block - 1));
 	if (zeroes_tail && minds_range(e, shared, &tail))
 		return 1;
-	// Mappings are judged by folios as it is.
-	if (!is_empty(e, COARSE) && rule->touches && kind != MAP_WRITE) {
-		if (meets(e, COARSE, align_down(q->at.start, block), align_up(q->at.end, block)))
-			return 1;
-		if (q->has_or && meets(e, COARSE, align_down(q->or_at.start, block),
-				       align_up(q->or_at.end, block)))
+	if (!is_empty(e, COARSE) && rule->touches && !q->read_side) {
+		if (dirties_folios(e, kind, &q->at) ||
+		    (q->has_or && dirties_folios(e, kind, &q->or_at)))
 			return 1;
 	}
 	if (zeroes_tail && meets(e, COARSE, tail.start, tail.end))
 		return 1;
-	if (rule->brings_shared) {
+	// Far away nothing comes to be shared beside a pin.
+	if (nears) {
 		u64 one = 1;
 		bpf_map_update_elem(&shared_since, &key, &one, BPF_ANY);
 	}
