@@ -29,6 +29,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         trials.push(world.trial(name, move |world| test(world, kind)));
     };
     for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
+        add("growing-in-a-block", kind, growing_in_a_block);
         if kind.is_xfs() {
             add("hints", kind, hints);
         } else {
@@ -196,6 +197,9 @@ fn shared_behind_a_mapping(world: &World, kind: Kind) {
     file.write_all_at(&[2; 4096], 0).unwrap();
     unchanged(&held, &file, "a store beside it");
     drop(map);
+    // Far away it is nobody's business.
+    clone_range(into.as_fd(), file.as_fd(), 786_432, 4096, 4096).unwrap();
+    drop(map_to_store(&file, 65_536..69_632).unwrap());
     share().unwrap();
     // And nobody may come to store to it.
     assert_eq!(map_to_store(&file, 65_536..69_632).err(), Some(BUSY));
@@ -264,6 +268,26 @@ fn punched_page(world: &World, kind: Kind) {
     assert_eq!(punched, Err(BUSY));
     assert_eq!(raw::fallocate(file.as_fd(), PUNCH_HOLE, 0, 1000), Ok(()));
     unchanged(&held, &file, "holes beside it");
+    drop(held);
+    // A whole page further, where it ends with one.
+    file.set_len(4096).unwrap();
+    raw::fallocate(file.as_fd(), KEEP_SIZE, 5120, 3072).unwrap();
+    let held = pin(&world.guard().client(), &file, 5120..8192);
+    let punched = raw::fallocate(file.as_fd(), PUNCH_HOLE, 0, 4097);
+    assert_eq!(punched, Err(BUSY));
+    unchanged(&held, &file, "a hole beside it");
+    drop((held, file));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Where the last block of a pin is there, the file grows as ever.
+fn growing_in_a_block(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "neighbours-tail", 5000);
+    let file = open(&path);
+    let held = pin(&world.guard().client(), &file, 0..5000);
+    assert_eq!(rustix::io::pwrite(&file, &[1; 100], 5000), Ok(100));
+    assert_eq!(rustix::io::pwrite(&file, &[1; 8192], 5100), Ok(8192));
+    unchanged(&held, &file, "appending to it");
     drop((held, file));
     std::fs::remove_file(&path).unwrap();
 }
