@@ -19,6 +19,9 @@ use std::process::Command;
 const KEEP_SIZE: i32 = 1;
 const PUNCH_HOLE: i32 = 2 | KEEP_SIZE;
 const BUSY: Errno = Errno::TXTBSY;
+/// Out of the reach of copies for a pin at the beginning: folios have up to
+/// 2 MiB.
+const FAR: u64 = 3 << 20;
 
 /// For a gate in the kernel: the one by permission events keeps everybody out
 /// who could do any of this.
@@ -185,7 +188,7 @@ fn verity(world: &World, kind: Kind) {
 /// pin may come to be shared then.
 fn shared_behind_a_mapping(world: &World, kind: Kind) {
     let disk = world.disk(kind);
-    let path = written(&disk, "neighbours-mapped", 1 << 20);
+    let path = written(&disk, "neighbours-mapped", 4 << 20);
     let other = disk.path("neighbours-clone");
     let file = open(&path);
     let held = pin(&world.guard().client(), &file, 0..65_536);
@@ -198,7 +201,7 @@ fn shared_behind_a_mapping(world: &World, kind: Kind) {
     unchanged(&held, &file, "a store beside it");
     drop(map);
     // Far away it is nobody's business.
-    clone_range(into.as_fd(), file.as_fd(), 786_432, 4096, 4096).unwrap();
+    clone_range(into.as_fd(), file.as_fd(), FAR, 4096, 4096).unwrap();
     drop(map_to_store(&file, 65_536..69_632).unwrap());
     share().unwrap();
     // And nobody may come to store to it.
@@ -240,12 +243,12 @@ fn untorn_beside(world: &World, kind: Kind) {
     const RWF_ATOMIC: i32 = 0x40;
     #[repr(C, align(4096))]
     struct Block([u8; 4096]);
-    let path = written(&world.disk(kind), "neighbours-untorn", 1 << 20);
+    let path = written(&world.disk(kind), "neighbours-untorn", 4 << 20);
     let file = open_direct(&path);
     let held = pin(&world.guard().client(), &file, 0..65_536);
     let block = Block([3; 4096]);
     let write = |at| raw::pwritev2(file.as_fd(), &block.0, at, RWF_ATOMIC);
-    let far = write(524_288);
+    let far = write(FAR);
     let beside = write(65_536);
     if far.is_ok() {
         assert_eq!(beside, Err(BUSY));
