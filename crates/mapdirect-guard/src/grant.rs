@@ -91,15 +91,12 @@ fn system(call: &str, errno: Errno) -> Refusal {
 /// (`file_check_and_advance_wb_err`, mm/filemap.c). That includes a direct
 /// write that met somebody's pages in use (`dio_warn_stale_pagecache`, there).
 fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
-    fsync::fsync(file).map_err(|errno| {
-        let mend = "something written to the file before may not be on the disk, or be what is \
-                    there: if that does not matter, or was written again, try again";
-        refusal(
-            Reason::System,
-            errno,
-            format!("fsync failed: {errno}"),
-            mend,
-        )
+    fsync::fsync(file).map_err(|errno| Refusal {
+        mend: String::from(
+            "something written to the file before may not be on the disk, or be what is there: \
+             if that does not matter, or was written again, try again",
+        ),
+        ..system("fsync", errno)
     })
 }
 
@@ -952,10 +949,10 @@ impl Attempt<'_> {
                 if let Some(extent) = around.find(edge).filter(unwritten) {
                     let run = extent.offset..extent.end();
                     if is_ext4 {
-                        beside
-                            .edges
-                            .push(run.start.saturating_sub(block)..run.start);
-                        beside.edges.push(run.end..run.end.saturating_add(block));
+                        beside.edges.extend([
+                            run.start.saturating_sub(block)..run.start,
+                            run.end..run.end.saturating_add(block),
+                        ]);
                     }
                     beside.frozen.push(run);
                 }

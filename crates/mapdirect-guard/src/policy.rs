@@ -294,8 +294,7 @@ impl Operation {
         }
         // What shares a page or a block with it is thrown out, zeroed or
         // copied with it.
-        let end = reach.end.checked_next_multiple_of(LARGEST_BLOCK);
-        reach.start - reach.start % LARGEST_BLOCK..end.unwrap_or(u64::MAX)
+        rounded_out(&reach, LARGEST_BLOCK)
     }
 }
 
@@ -615,13 +614,6 @@ impl Pinned {
     /// ones are copied for that, unwritten ones converted.
     fn touched(&self, operation: &Operation, size: u64) -> impl Iterator<Item = Range<u64>> {
         let block = self.block;
-        let blocks = |range: &Range<u64>| {
-            let end = range
-                .end
-                .checked_next_multiple_of(block)
-                .unwrap_or(u64::MAX);
-            range.start - range.start % block..end
-        };
         let rule = operation.kind.rule();
         let reaches_blocks = Traits::of(operation.kind).touches;
         let grows = rule.grows && operation.reaches_beyond(size) && !size.is_multiple_of(block);
@@ -630,7 +622,7 @@ impl Pinned {
         std::iter::once(&operation.range)
             .chain(&operation.or)
             .filter(move |_| reaches_blocks)
-            .map(blocks)
+            .map(|range| rounded_out(range, block))
             .chain(last)
             .collect::<Vec<_>>()
             .into_iter()
@@ -800,9 +792,13 @@ fn reach_of(kind: OperationKind, range: &Range<u64>, size: u64) -> Range<u64> {
 /// to one page makes all of its folio dirty.
 #[must_use]
 pub fn folios(range: &Range<u64>) -> Range<u64> {
-    let folio = folio_size();
-    let end = range.end.checked_next_multiple_of(folio);
-    range.start - range.start % folio..end.unwrap_or(u64::MAX)
+    rounded_out(range, folio_size())
+}
+
+/// The bytes of all units that hold any of `range`.
+fn rounded_out(range: &Range<u64>, unit: u64) -> Range<u64> {
+    let end = range.end.checked_next_multiple_of(unit);
+    range.start - range.start % unit..end.unwrap_or(u64::MAX)
 }
 
 /// Bytes in the largest folio of the page cache: a huge page, or what fits

@@ -266,13 +266,13 @@ impl FileFacts {
     ///
     /// What `FS_IOC_FSGETXATTR` answers.
     pub fn still_allocates_so(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+        if self.filesystem != Filesystem::Xfs {
+            return Ok(true);
+        }
         let hints = |found: ExtendedFlags| ExtendedFlags {
             flags: found.flags & !inode_flags::XFLAG_PREALLOC,
             ..found
         };
-        if self.filesystem != Filesystem::Xfs {
-            return Ok(true);
-        }
         let now = inode_flags::extended(file)?;
         Ok(hints(now) == hints(self.extended))
     }

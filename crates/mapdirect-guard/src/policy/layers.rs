@@ -9,7 +9,7 @@
 
 use super::{
     Apart, LARGEST_BLOCK, Mapped, Meets, Operation, OperationKind, Pinned, RULES, Reach, Rule,
-    Traits, folio_page, folio_size,
+    Traits, folio_page, folio_size, rounded_out,
 };
 use mapdirect_proto::ExtentState;
 use std::ops::Range;
@@ -262,16 +262,10 @@ impl Layers {
         self.meets(list, &reach) || grows && self.meets(List::Shared, &last)
     }
 
-    /// Rounded out to blocks.
-    fn blocks(&self, range: &Range<u64>) -> Range<u64> {
-        let end = range.end.checked_next_multiple_of(self.block);
-        range.start - range.start % self.block..end.unwrap_or(u64::MAX)
-    }
-
     /// Whole blocks are not zeroed by way of the page cache; and mappings are
     /// judged by folios as it is.
     fn dirties_folios(&self, kind: OperationKind, range: &Range<u64>) -> bool {
-        let blocks = self.blocks(range);
+        let blocks = rounded_out(range, self.block);
         if kind.writes_data() || kind == OperationKind::UnshareRange {
             return self.meets(List::Coarse, &blocks);
         }
@@ -290,7 +284,7 @@ impl Layers {
     }
 
     fn minds_range(&self, range: &Range<u64>, shared_since: bool) -> bool {
-        let blocks = self.blocks(range);
+        let blocks = rounded_out(range, self.block);
         self.meets(List::Beside, &blocks) || shared_since && self.meets(List::Window, &blocks)
     }
 }
@@ -306,8 +300,7 @@ fn brings_to(rule: &Rule, operation: &Operation, size: u64) -> Range<u64> {
     if rule.grows && reach.end > size {
         reach.start = reach.start.min(size.saturating_sub(1));
     }
-    let end = reach.end.checked_next_multiple_of(LARGEST_BLOCK);
-    reach.start - reach.start % LARGEST_BLOCK..end.unwrap_or(u64::MAX)
+    rounded_out(&reach, LARGEST_BLOCK)
 }
 
 /// Sorts runs, and joins those that touch.
