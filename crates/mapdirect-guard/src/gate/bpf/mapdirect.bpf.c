@@ -1480,19 +1480,24 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 #define FS_XFLAG_EXTSIZE 0x800
 #define FS_XFLAG_COWEXTSIZE 0x10000
 
+static __noinline int refuse_if_pinned(struct inode *inode)
+{
+	struct key key;
+
+	name(&key, inode);
+	return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
+}
+
 // How far XFS allocates around what is written, and copies around what is
 // shared, is part of what was promised: no such hints may come to be. (The
 // first can be set while the file has no blocks; and so can it be moved to a
 // device whose blocks are larger.)
 static __noinline int sets_hint(struct inode *inode, u32 flags, u32 extents, u32 copies)
 {
-	struct key key;
-
 	if (!(flags & (FS_XFLAG_REALTIME | FS_XFLAG_EXTSIZE | FS_XFLAG_COWEXTSIZE)) && !extents &&
 	    !copies)
 		return 0;
-	name(&key, inode);
-	return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
+	return refuse_if_pinned(inode);
 }
 
 static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
@@ -1545,11 +1550,8 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		return refuse_exchange(inode, EXCHANGE);
 	}
 	// It writes its tree behind the end of the file, and frees what is there.
-	if (number == ENABLE_VERITY && behind(inode)) {
-		struct key key;
-		name(&key, inode);
-		return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
-	}
+	if (number == ENABLE_VERITY && behind(inode))
+		return refuse_if_pinned(inode);
 	if (number == FSSETXATTR && magic == XFS_MAGIC && behind(inode)) {
 		// fsx_xflags, fsx_extsize and fsx_cowextsize of struct fsxattr.
 		u32 fields[5] = {};
