@@ -12,6 +12,7 @@ pub(crate) mod census;
 mod functions;
 mod load;
 pub mod oracle;
+mod sharing;
 
 use crate::audit::Refused;
 use crate::policy::RULES;
@@ -57,6 +58,7 @@ pub(crate) struct Gate {
     /// while looking at its pins, so that the last one to look writes last.
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
+    sharing: sharing::Sharing,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -134,6 +136,7 @@ impl Gate {
             versions: AtomicU64::new(u64::from_ne_bytes(random)),
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
+            sharing: sharing::Sharing::default(),
         };
         gate.introduce(&functions::Kernel::read()?)?;
         Ok(gate)
@@ -758,6 +761,16 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
 ///
 /// When events cannot be read any more.
 pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name(String::from("sharing"))
+            .spawn_scoped(scope, || sharing::run(guard, gate))
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
+        hear(guard, gate)
+    })
+}
+
+fn hear(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     let maps = &gate.loaded.maps;
     let heard = |bytes: &[u8]| {
         if let Ok(event) = Event::read_from_bytes(bytes) {
@@ -830,6 +843,7 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
             }
         }
         abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
+        abi::EVENT_SHARED => gate.sharing.add(id),
         // Without them such writes stay refused.
         abi::EVENT_DOUBT => drop(gate.note_writes(id)),
         _ => {}
