@@ -154,6 +154,7 @@ impl Recognised {
             marked: Cell::new(false),
             talk: &mut Silent,
             file,
+            life: None,
         };
         let (map, pinned, held) = attempt.come_to_rest(true)?;
         self.pin.settle(&map, pinned, held);
