@@ -254,13 +254,15 @@ impl<'guard> Session<'guard> {
                 granted,
                 file,
                 extents,
+                life,
             }) => {
                 let mut fds = vec![file.as_fd()];
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
+                fds.extend(life.as_ref().map(AsFd::as_fd));
                 // If the client is gone the description goes with this
                 // message, and the pin with it.
                 let sent = self.send(&Reply::Granted(granted), &fds);
-                drop(file);
+                drop((file, life));
                 if self.guard.gate.is_in_kernel() {
                     self.granted.add(&pin, inode);
                 }

@@ -155,6 +155,23 @@ impl Gate {
         }
     }
 
+    /// Whether nobody else can write by a description of the inode that these
+    /// two are of, if it can tell.
+    pub(crate) fn is_sole_writer(
+        &self,
+        of_holder: BorrowedFd<'_>,
+        of_pin: BorrowedFd<'_>,
+    ) -> Result<bool, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = (of_holder, of_pin);
+                Ok(false)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.is_sole_writer(of_holder, of_pin),
+        }
+    }
+
     /// The pin that a description is, if it can tell.
     pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
         match self {

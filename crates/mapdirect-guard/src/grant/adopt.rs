@@ -99,7 +99,8 @@ struct Recognised {
 }
 
 fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
-    let file = open(found.inode, &found.handle).map_err(|errno| super::system("opening it by its handle", errno))?;
+    let file = open(found.inode, &found.handle)
+        .map_err(|errno| super::system("opening it by its handle", errno))?;
     let request = PinRequest {
         offset: found.range.start,
         length: found.range.end - found.range.start,
@@ -142,7 +143,8 @@ impl Recognised {
     /// Reads its block map again: it is what it was.
     fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
         // Once more: there may be more pins than descriptors.
-        let file = open(found.inode, &found.handle).map_err(|errno| super::system("opening it by its handle", errno))?;
+        let file = open(found.inode, &found.handle)
+            .map_err(|errno| super::system("opening it by its handle", errno))?;
         let mut state = super::lock(&self.watched, Duration::from_secs(1))?;
         let attempt = Attempt {
             guard,
@@ -155,6 +157,7 @@ impl Recognised {
             marked: Cell::new(false),
             talk: &mut Silent,
             file,
+            life: None,
         };
         let (map, pinned, held) = attempt.come_to_rest(true)?;
         self.pin.settle(&map, pinned, held);

@@ -20,9 +20,7 @@ use crate::policy::layers::Layers;
 use crate::table::{InodeId, Pin, Settled, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
-use abi::{
-    Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings,
-};
+use abi::{Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
 pub use load::LoadError;
@@ -419,16 +417,7 @@ impl Gate {
         of_holder: BorrowedFd<'_>,
         of_pin: BorrowedFd<'_>,
     ) -> Result<bool, Errno> {
-        let mut writers = 0;
-        let mut readers = 0;
-        for file in [of_holder, of_pin] {
-            let access = rustix::fs::fcntl_getfl(file)? & rustix::fs::OFlags::ACCMODE;
-            if access == rustix::fs::OFlags::RDONLY {
-                readers += 1;
-            } else {
-                writers += 1;
-            }
-        }
+        let (writers, readers) = known_counts([of_holder, of_pin])?;
         let holders = self.identify(of_holder)?;
         let pins = self.identify(of_pin)?;
         // The question itself holds one: this process has many threads.
@@ -437,6 +426,23 @@ impl Gate {
             && [holders, pins]
                 .iter()
                 .all(|one| (one.writers, one.readers, one.direct) == (writers, readers, 0)))
+    }
+
+    /// Whether the inode of these two descriptions, as in
+    /// [`is_alone`](Self::is_alone), counts no writer but them, and nobody else
+    /// has the holder's: readers there may be.
+    pub(crate) fn is_sole_writer(
+        &self,
+        of_holder: BorrowedFd<'_>,
+        of_pin: BorrowedFd<'_>,
+    ) -> Result<bool, Errno> {
+        let (writers, _) = known_counts([of_holder, of_pin])?;
+        let holders = self.identify(of_holder)?;
+        let pins = self.identify(of_pin)?;
+        Ok(holders.references <= 3
+            && pins.references <= 2
+            && holders.writers == writers
+            && pins.writers == writers)
     }
 
     /// The pin that a description is.
@@ -919,4 +925,18 @@ pub(crate) fn let_go(guard: &Guard, watched: &Arc<Watched>) {
         state.retired = true;
         guard.table.remove(watched);
     }
+}
+
+/// How many writers and readers these descriptions count for.
+fn known_counts(files: [BorrowedFd<'_>; 2]) -> Result<(i32, i32), Errno> {
+    let mut counts = (0, 0);
+    for file in files {
+        let access = rustix::fs::fcntl_getfl(file)? & rustix::fs::OFlags::ACCMODE;
+        if access == rustix::fs::OFlags::RDONLY {
+            counts.1 += 1;
+        } else {
+            counts.0 += 1;
+        }
+    }
+    Ok(counts)
 }

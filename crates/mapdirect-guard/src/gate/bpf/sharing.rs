@@ -19,7 +19,6 @@ use crate::table::{InodeId, Watched};
 use libbpf_rs::{MapCore, MapFlags};
 use mapdirect_proto::ExtentState;
 use std::collections::HashSet;
-use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -141,28 +140,15 @@ impl Gate {
         }
         let pins = watched.pins.load_full();
         pins.iter().filter_map(|pin| pin.settled()).all(|settled| {
-            let beside = &settled.pinned.beside;
-            let Some(window) = &beside.window else {
+            let pinned = &settled.pinned;
+            let Some(window) = pinned.window() else {
                 return true;
             };
-            let known: Vec<Range<u64>> = beside
-                .frozen
-                .iter()
-                .cloned()
-                .chain(settled.pinned.frozen.iter().map(|(run, _)| run.clone()))
-                .collect();
             mapdirect::extents::read(file.as_fd(), window.clone()).is_ok_and(|map| {
                 map.frozen()
                     .filter(|extent| extent.state == ExtentState::Shared)
-                    .all(|extent| is_within(&(extent.offset..extent.end()), &known))
+                    .all(|extent| pinned.counts_as_shared(&(extent.offset..extent.end())))
             })
         })
     }
-}
-
-/// Whether one of some runs has all of another.
-fn is_within(run: &Range<u64>, known: &[Range<u64>]) -> bool {
-    known
-        .iter()
-        .any(|known| known.start <= run.start && run.end <= known.end)
 }
