@@ -32,7 +32,7 @@ use mapdirect_sys::fcntl::{
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -1307,10 +1307,18 @@ impl Drop for HoldOpens<'_> {
 
 /// The pins of a file, for whoever has it open.
 pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>, Refusal> {
-    let stat = rustix::fs::fstat(file).map_err(|errno| system("fstat", errno))?;
+    // Anybody may ask about any file, and no server of a filesystem (FUSE, NFS)
+    // may make the guard wait: this asks none.
+    let statx = rustix::fs::statx(
+        file,
+        "",
+        AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC,
+        StatxFlags::INO,
+    )
+    .map_err(|errno| system("statx", errno))?;
     let id = InodeId {
-        dev: stat.st_dev,
-        inode: stat.st_ino,
+        dev: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+        inode: statx.stx_ino,
     };
     let Some(watched) = guard.table.get(id) else {
         return Ok(Vec::new());

@@ -24,6 +24,7 @@ pub mod ledger;
 mod lifetime;
 mod openers;
 mod overlay;
+mod places;
 pub mod policy;
 mod server;
 mod session;
@@ -33,7 +34,7 @@ mod thaw;
 mod wake;
 
 use mapdirect_sys::Errno;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
 #[cfg(feature = "bpf")]
@@ -54,14 +55,14 @@ pub(crate) struct Guard {
     overlays: overlay::Overlays,
     scans: busy::Scans,
     pages: apart::Pages,
-    clients: AtomicUsize,
+    places: std::sync::Arc<places::Places>,
     next: AtomicU64,
     started: Instant,
     stopping: AtomicBool,
 }
 
 impl Guard {
-    fn new(gate: gate::Gate) -> Result<Self, Errno> {
+    fn new(gate: gate::Gate, limits: places::Limits) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.
         let mut random = [0; 8];
@@ -76,7 +77,7 @@ impl Guard {
             overlays: overlay::Overlays::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
-            clients: AtomicUsize::new(0),
+            places: places::Places::new(limits),
             next: AtomicU64::new(first),
             started: Instant::now(),
             stopping: AtomicBool::new(false),

@@ -6,11 +6,11 @@
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
+use crate::places::Place;
 use crate::table::{Announcement, InodeId, Pin};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
-    VERSION,
+    AllocateRequest, DecodeError, Flags, PinRequest, Reason, Refusal, Reply, Request, VERSION,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
@@ -25,6 +25,11 @@ use std::time::{Duration, Instant};
 const SEND_PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take to replace a descriptor.
 const SWAP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long a client may say nothing before it is asked whether it needs its
+/// place: one that has not said hello, and a stranger when there is a crowd,
+/// must leave then.
+const IDLE: Duration = Duration::from_secs(10);
 
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
@@ -78,6 +83,7 @@ impl<'guard> Session<'guard> {
     pub(crate) fn new(guard: &'guard Guard, socket: Socket) -> Result<Self, Errno> {
         socket.tell_senders()?;
         socket.set_send_timeout(SEND_PATIENCE)?;
+        socket.set_receive_timeout(Some(IDLE))?;
         let peer = socket.peer()?;
         let mut challenge = [0; 32];
         rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
@@ -93,13 +99,23 @@ impl<'guard> Session<'guard> {
         })
     }
 
-    /// Talks until the client leaves or talks nonsense.
-    pub(crate) fn run(mut self) {
-        let mut buffer = vec![0; MAX_MESSAGE + 1];
-        while let Ok(received) = self.socket.receive(&mut buffer) {
-            if received.length == 0 {
-                return;
-            }
+    /// Talks until the client leaves or talks nonsense, or asks for nothing
+    /// while others wait for its place.
+    pub(crate) fn run(mut self, place: &Place) {
+        // Requests are short; a longer message is nonsense.
+        let mut buffer = [0; 1024];
+        loop {
+            let received = match self.socket.receive(&mut buffer) {
+                Ok(received) if received.length > 0 => received,
+                Err(Errno::AGAIN) => {
+                    let may_stay = self.proven.is_some() || self.greeted && !place.is_wanted();
+                    if may_stay {
+                        continue;
+                    }
+                    return;
+                }
+                _ => return,
+            };
             match self.answer(&buffer, received) {
                 Ok(()) => {}
                 Err(End::Gone) => return,
@@ -409,7 +425,9 @@ impl<'guard> Session<'guard> {
             .map_err(failed)?;
         let mut buffer = [0; 256];
         let received = self.socket.receive(&mut buffer);
-        self.socket.set_receive_timeout(None).map_err(failed)?;
+        self.socket
+            .set_receive_timeout(Some(IDLE))
+            .map_err(failed)?;
         let received = received.map_err(failed)?;
         match understand(&buffer, &received) {
             Ok(Request::Swapped) => Ok(()),
