@@ -59,6 +59,11 @@ pub(crate) trait Conversation {
     /// Has the holder put `replacement` in the place of the descriptor it
     /// sent.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+
+    /// Whether somebody still waits for the answer.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// Longest patience a request can ask for.
@@ -491,6 +496,19 @@ impl Attempt<'_> {
         })
     }
 
+    /// Whoever has left is waited for no longer: others wait for the outcome.
+    fn require_wanted(&self) -> Result<(), Refusal> {
+        if self.talk.is_wanted() {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::Protocol,
+            Errno::PIPE,
+            "the client is gone",
+            "",
+        ))
+    }
+
     fn patiently(&self) -> Backoff {
         Backoff::until(
             Instant::now() + self.patience,
@@ -522,6 +540,7 @@ impl Attempt<'_> {
                     return Err(self.open_elsewhere(found));
                 }
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -757,6 +776,7 @@ impl Attempt<'_> {
             if backoff.is_over() {
                 return Err(self.open_elsewhere(found));
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }

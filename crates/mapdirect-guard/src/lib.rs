@@ -22,6 +22,7 @@ mod gate;
 mod grant;
 pub mod ledger;
 mod lifetime;
+mod needs;
 mod notice;
 mod openers;
 mod overlay;

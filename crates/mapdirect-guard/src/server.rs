@@ -4,7 +4,7 @@ use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
 use crate::wake::Waker;
-use crate::{Errno, Guard, gate, lifetime};
+use crate::{Errno, Guard, gate, lifetime, needs};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
@@ -28,6 +28,8 @@ pub struct Config {
     pub on_refusal: Box<OnRefusal>,
     /// Called for every breach and every pin that is lost, by the same thread.
     pub on_notice: Box<OnNotice>,
+    /// Called when somebody has tampered with the gate, with what came of it.
+    pub on_tampering: Box<OnTampering>,
 }
 
 /// Which gate to use.
@@ -47,13 +49,34 @@ pub type OnRefusal = dyn Fn(&RefusedOperation, u64) + Send;
 /// Is told what happens to pins.
 pub type OnNotice = dyn Fn(&Notice) + Send;
 
+/// Is told that somebody has tampered with the gate.
+pub type OnTampering = dyn Fn(&str) + Send;
+
 /// Why a guard did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// It lacks privilege.
-    #[error("watching files needs CAP_SYS_ADMIN; run the guard as root")]
-    NotPrivileged,
+    /// It lacks capabilities.
+    #[error(
+        "the guard lacks {missing}; with the {gate} gate it needs {needed}\n  \
+         help: run it as root, or give its unit all of them"
+    )]
+    NotPrivileged {
+        /// Names of what it lacks, and what for.
+        missing: String,
+        /// The gate that it was to have.
+        gate: mapdirect_proto::Gate,
+        /// Names of all that this gate needs.
+        needed: String,
+    },
+    /// Something else is not there that it cannot do without.
+    #[error("{what}\n  help: {help}")]
+    Missing {
+        /// What, and what follows.
+        what: String,
+        /// What to do.
+        help: String,
+    },
     /// It would not see who does what.
     #[error(
         "the guard must run in the initial PID namespace, where it can see every process; \
@@ -62,7 +85,9 @@ pub enum StartError {
     PidNamespace,
     /// The kernel cannot do it.
     #[error(
-        "this kernel has no permission events to watch files with ({0}); see `mapdirect doctor`"
+        "this kernel has no pre-content permission events to watch files with ({0})\n  \
+         help: boot Linux 6.14 or later with CONFIG_FANOTIFY_ACCESS_PERMISSIONS, or use the bpf \
+         gate; see `mapdirect doctor`"
     )]
     NoGate(Errno),
     /// The bpf gate cannot be had.
@@ -130,10 +155,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         errno,
     })?;
     let limits = Limits::of_process(raise_descriptor_limit());
-    let guard = Guard::new(open_gate(&config)?, limits).map_err(|errno| match errno {
-        Errno::PERM => StartError::NotPrivileged,
-        other => StartError::NoGate(other),
-    })?;
+    let guard = Guard::new(open_gate(&config)?, limits).map_err(no_fanotify)?;
     adopt(&guard);
     let shared = Arc::new(Shared {
         guard,
@@ -158,13 +180,18 @@ pub fn start(config: Config) -> Result<Running, StartError> {
                 errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
             })
     };
+    let tell_tampering = config.on_tampering;
     spawn(
         "gate",
-        Box::new(|shared| {
+        Box::new(move |shared| {
             let result = match &shared.guard.gate {
-                Gate::Fanotify(gate) => gate::fanotify::run(&shared.guard, gate),
+                Gate::Fanotify(gate) => {
+                    // Nobody but the guard can reach its groups.
+                    let _ = &tell_tampering;
+                    gate::fanotify::run(&shared.guard, gate)
+                }
                 #[cfg(feature = "bpf")]
-                Gate::Bpf(gate) => gate::bpf::run(&shared.guard, gate),
+                Gate::Bpf(gate) => gate::bpf::run(&shared.guard, gate, &*tell_tampering),
             };
             if let Err(errno) = result {
                 shared.fail("the gate cannot go on", errno);
@@ -264,11 +291,19 @@ impl Running {
     }
 }
 
-fn open_fanotify() -> Result<Gate, StartError> {
-    let gate = gate::fanotify::Gate::new().map_err(|errno| match errno {
-        Errno::PERM => StartError::NotPrivileged,
+fn no_fanotify(errno: Errno) -> StartError {
+    match errno {
+        Errno::MFILE => StartError::Missing {
+            what: String::from("there are as many fanotify groups as one user may have"),
+            help: String::from("end other watchers, or raise fs.fanotify.max_user_groups"),
+        },
         other => StartError::NoGate(other),
-    })?;
+    }
+}
+
+fn open_fanotify() -> Result<Gate, StartError> {
+    needs::require(mapdirect_proto::Gate::Fanotify)?;
+    let gate = gate::fanotify::Gate::new().map_err(no_fanotify)?;
     Ok(Gate::Fanotify(Box::new(gate)))
 }
 
@@ -278,9 +313,9 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
     if config.gate == GateChoice::Fanotify {
         return open_fanotify();
     }
+    needs::require(mapdirect_proto::Gate::Bpf)?;
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
-        Err(LoadError::NotPrivileged) => Err(StartError::NotPrivileged),
         // Where it cannot be had for good there is another one.
         Err(LoadError::Unsupported(_)) if config.gate == GateChoice::Auto => open_fanotify(),
         Err(error) => Err(StartError::NoBpf(error.to_string())),

@@ -470,6 +470,10 @@ impl Conversation for Session<'_> {
             .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
         self.wait_for_swapped()
     }
+
+    fn is_wanted(&self) -> bool {
+        self.socket.peer_is_gone() == Ok(false)
+    }
 }
 
 impl Drop for Session<'_> {

@@ -17,7 +17,14 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         return unload(args);
     }
     // Before any thread is made, so that all of them have it blocked.
-    let signals = SignalFd::block(&[Signal::TERMINATE, Signal::INTERRUPT, Signal::HANGUP])?;
+    let signals = SignalFd::block(&[
+        Signal::TERMINATE,
+        Signal::INTERRUPT,
+        Signal::HANGUP,
+        Signal::QUIT,
+        Signal::USER_1,
+        Signal::USER_2,
+    ])?;
     let quiet = args.quiet;
     let log = Mutex::new(Log::new());
     let running = start(Config {
@@ -34,6 +41,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             }
         }),
         on_notice: Box::new(tell_notice),
+        on_tampering: Box::new(|text| output::complain(text)),
     })?;
     output::line(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",
@@ -70,8 +78,20 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             return Ok(Exit::FAILURE);
         }
         if !fds[0].revents().is_empty() {
-            signals.wait()?;
+            let received = signals.wait()?;
             let pins = running.pins();
+            match received.number {
+                Signal::TERMINATE | Signal::INTERRUPT => {}
+                // What a supervisor sends to have a service reload.
+                Signal::HANGUP => {
+                    output::complain(&format!(
+                        "SIGHUP: there is nothing to read again; {pins} pins stay as they are"
+                    ));
+                    continue;
+                }
+                // Whoever sends one of these by mistake ends no pin by it.
+                _ => continue,
+            }
             if pins > 0 {
                 output::complain(&format!("stopping; {pins} pins {fate}"));
             }

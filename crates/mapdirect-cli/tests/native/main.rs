@@ -74,6 +74,7 @@ fn main() -> ExitCode {
     let mut alone = stuck::trials(&world);
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));
+        alone.extend(service::trials_in_kernel(&world));
         arguments.test_threads = Some(1);
     }
     let alone = libtest_mimic::run(&arguments, alone);

@@ -53,6 +53,14 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// Whether the rules and the guard are the same; when that began the
+    /// programs fill in.
+    pub(super) fn says_the_same_as(&self, other: &Self) -> bool {
+        (self.rules.as_bytes(), self.guard_tgid) == (other.rules.as_bytes(), other.guard_tgid)
+    }
+}
+
 fn row(kind: OperationKind) -> Row {
     let rule = kind.rule();
     let traits = Traits::of(kind);

@@ -3,6 +3,7 @@
 //! outlive the guard.
 
 use super::abi::DEAD;
+use super::watch::Held;
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
@@ -12,7 +13,7 @@ use mapdirect_sys::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::FromBytes;
 
@@ -22,7 +23,7 @@ const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-const MAPS: [&str; 13] = [
+pub(super) const BPF_MAPS: [&str; 13] = [
     "settings",
     "filter",
     "entries",
@@ -112,6 +113,7 @@ impl Maps {
 pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) costly: Costly,
+    pub(super) held: Arc<Held>,
     /// A lock on the directory: there is one guard for a gate.
     claim: OwnedFd,
     /// It was there already, with pins.
@@ -136,8 +138,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     if !in_use {
         // Whoever was here has pinned nothing, or did not get to the end of
         // beginning.
-        empty(directory).map_err(|error| failed("clearing", error))?;
-        match put_in_place(directory) {
+        match replace(directory) {
             Ok(loaded) => object = Some(loaded),
             Err(error) => {
                 // Nothing stays of what does not work here.
@@ -151,12 +152,42 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
         }
         rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
     }
+    let held = Held::new(directory, marker()).map_err(|errno| failed("holding the gate", errno))?;
+    let held = Arc::new(held);
     Ok(Loaded {
         maps: Maps::open(directory)?,
-        costly: Costly::new(object, directory),
+        costly: Costly::new(object, directory, Arc::clone(&held)),
+        held,
         claim,
         adopted: in_use,
     })
+}
+
+/// Where a gate is put together before it takes the place of another; the
+/// second, if a guard was killed in the middle of that.
+const NEXT: [&str; 2] = ["next-0", "next-1"];
+
+/// Puts the gate in place of one that keeps no pin, if there is one. That one
+/// stays attached until this one is: `mmap(2)` with `MAP_DIRECT` would be
+/// answered as if there were no such flag in between.
+fn replace(directory: &Path) -> Result<Object, LoadError> {
+    let clearing = |error: std::io::Error| failed("clearing", error);
+    let free = NEXT.iter().find(|name| !directory.join(name).exists());
+    let next = directory.join(free.unwrap_or(&NEXT[0]));
+    if free.is_none() {
+        empty(&next).map_err(clearing)?;
+    } else {
+        rustix::fs::mkdir(&next, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
+    }
+    let object = put_in_place(&next)?;
+    empty_but(directory, Some(&next)).map_err(clearing)?;
+    let moving = |error: std::io::Error| failed("moving", error);
+    for entry in std::fs::read_dir(&next).map_err(moving)? {
+        let name = entry.map_err(moving)?.file_name();
+        std::fs::rename(next.join(&name), directory.join(&name)).map_err(moving)?;
+    }
+    std::fs::remove_dir(&next).map_err(clearing)?;
+    Ok(object)
 }
 
 /// Whether a gate that is there keeps any pin; it does as long as that cannot
@@ -210,6 +241,7 @@ pub(super) struct Costly {
     /// Nothing if the gate was there already: they stay attached then.
     object: Option<Object>,
     directory: PathBuf,
+    held: Arc<Held>,
     state: Mutex<CostlyState>,
 }
 
@@ -225,7 +257,7 @@ struct CostlyState {
 pub(super) struct Attached<'costly>(&'costly Costly);
 
 impl Costly {
-    fn new(object: Option<Object>, directory: &Path) -> Self {
+    fn new(object: Option<Object>, directory: &Path, held: Arc<Held>) -> Self {
         let state = CostlyState {
             attached: object.is_none(),
             beginning: 0,
@@ -234,6 +266,7 @@ impl Costly {
         Self {
             object,
             directory: directory.to_owned(),
+            held,
             state: Mutex::new(state),
         }
     }
@@ -249,6 +282,9 @@ impl Costly {
             && let Some(object) = &self.object
         {
             attach(object, &self.directory, &COSTLY)?;
+            self.held
+                .hold()
+                .map_err(|errno| failed("holding the gate", errno))?;
             state.attached = true;
         }
         state.beginning += 1;
@@ -264,11 +300,9 @@ impl Costly {
         if state.beginning > 0 || is_anything_pinned() {
             state.quiet_since = Instant::now();
         } else if state.quiet_since.elapsed() >= QUIET {
-            // What stays attached is left out when they are attached again.
             state.attached = false;
-            for name in COSTLY.iter().rev() {
-                let _ = std::fs::remove_file(self.directory.join(link_name(name)));
-            }
+            self.held
+                .remove(COSTLY.iter().rev().map(|name| link_name(name)));
         }
     }
 }
@@ -372,6 +406,10 @@ fn has_marker(directory: &Path) -> bool {
 /// Links first: nobody is refused any more when the pins go. The mark of a
 /// complete gate goes last, so that nobody takes over what is left of one.
 fn empty(directory: &Path) -> std::io::Result<()> {
+    empty_but(directory, None)
+}
+
+fn empty_but(directory: &Path, kept: Option<&Path>) -> std::io::Result<()> {
     let mut names: Vec<_> = std::fs::read_dir(directory)?
         .map(|entry| Ok(entry?.file_name()))
         .collect::<std::io::Result<_>>()?;
@@ -381,7 +419,11 @@ fn empty(directory: &Path) -> std::io::Result<()> {
     });
     for name in names {
         let path = directory.join(&name);
+        if kept == Some(&path) {
+            continue;
+        }
         if path.is_dir() {
+            empty(&path)?;
             std::fs::remove_dir(path)?;
         } else {
             std::fs::remove_file(path)?;
@@ -390,7 +432,7 @@ fn empty(directory: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
+pub(super) fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let file = rustix::fs::open(directory, flags, Mode::empty())
         .map_err(|errno| failed(&format!("opening {}", directory.display()), errno))?;
@@ -414,7 +456,7 @@ fn is_bpffs(path: &Path) -> bool {
 }
 
 /// Mounts the bpf filesystem, if it is not there; says whether it did.
-fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
+pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     let parent = parent_of(directory);
     if is_bpffs(parent) {
         return Ok(false);
@@ -610,7 +652,7 @@ fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
     }
 }
 
-const LINKS: &str = "link-";
+pub(super) const LINKS: &str = "link-";
 
 fn link_name(program: &str) -> String {
     format!("{LINKS}{program}")
@@ -621,7 +663,7 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
         .maps()
         .filter_map(|map| {
             let name = map.name().to_str()?.to_owned();
-            MAPS.contains(&name.as_str()).then_some(())?;
+            BPF_MAPS.contains(&name.as_str()).then_some(())?;
             Some((name, MapHandle::try_from(&map).ok()?))
         })
         .collect()

@@ -10,6 +10,7 @@
 mod abi;
 mod load;
 pub mod oracle;
+mod watch;
 
 use crate::audit::Refused;
 use crate::policy::RULES;
@@ -54,6 +55,9 @@ pub(crate) struct Gate {
     /// while looking at its pins, so that the last one to look writes last.
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
+    watch: watch::Watch,
+    /// A file of the guard's own, to ask the programs about.
+    probe: OwnedFd,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -104,6 +108,8 @@ impl Gate {
     /// Puts it in place, or takes over the one that is there.
     pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
         let loaded = load::load(directory)?;
+        let probe = memfd::sealed("mapdirect-probe", b"")
+            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|errno| LoadError::Failed(format!("getrandom: {errno}")))?;
@@ -113,6 +119,8 @@ impl Gate {
             versions: AtomicU64::new(u64::from_ne_bytes(random)),
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
+            watch: watch::Watch::default(),
+            probe,
         };
         // The programs fill in when this process began, the first time it
         // asks them something.
@@ -122,9 +130,7 @@ impl Gate {
             .settings
             .update(&0u32.to_ne_bytes(), settings.as_bytes(), MapFlags::ANY)
             .map_err(|error| LoadError::Failed(format!("writing the rules: {error}")))?;
-        let probe = memfd::sealed("mapdirect-probe", b"")
-            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
-        gate.identify(probe.as_fd())
+        gate.identify(gate.probe.as_fd())
             .map_err(|_| LoadError::Failed(String::from("the programs do not answer")))?;
         Ok(gate)
     }
@@ -142,6 +148,7 @@ impl Gate {
 
     /// Takes it away.
     pub(crate) fn remove(&self) -> Result<(), LoadError> {
+        self.loaded.held.let_go();
         load::remove(&self.directory)
     }
 
@@ -342,6 +349,7 @@ impl Gate {
 
     /// Attaches what is not attached while nothing is pinned.
     pub(crate) fn rouse(&self) -> Result<(), String> {
+        self.require_whole()?;
         let attached = self.loaded.costly.attached();
         attached.map(drop).map_err(|error| error.to_string())
     }
@@ -642,12 +650,13 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
     load::unload(directory)
 }
 
-/// Hears of refusals and ends until the guard stops.
+/// Hears of refusals and ends, and watches the gate, until the guard stops;
+/// `say` tells whoever runs it what somebody has done to the gate.
 ///
 /// # Errors
 ///
 /// When events cannot be read any more.
-pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
     let maps = &gate.loaded.maps;
     let heard = |bytes: &[u8]| {
         if let Ok(event) = Event::read_from_bytes(bytes) {
@@ -670,6 +679,9 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             end_untold(guard, gate);
         }
         gate.rest();
+        if !guard.is_stopping() {
+            gate.watch(guard, say);
+        }
     }
     Ok(())
 }
