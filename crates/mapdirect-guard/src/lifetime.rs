@@ -147,9 +147,10 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         let timeout = if undecided.is_empty() {
             keeper.next_deadline()
         } else {
-            Some(Duration::ZERO)
+            Duration::ZERO
         };
-        let [_, kicked] = wait_any(&[lifetime.closes.as_fd(), lifetime.waker.as_fd()], timeout)?;
+        let fds = [lifetime.closes.as_fd(), lifetime.waker.as_fd()];
+        let [_, kicked] = wait_any(&fds, Some(timeout))?;
         if kicked {
             lifetime.waker.clear();
         }
@@ -206,12 +207,11 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
 }
 
 impl Keeper<'_> {
-    fn next_deadline(&self) -> Option<Duration> {
+    fn next_deadline(&self) -> Duration {
         let lingering = self.lingering.values().map(|entry| entry.until);
         let looks = self.second_looks.values().map(|look| look.at);
-        let sweep = (!self.guard.table.all().is_empty()).then_some(self.sweep.at);
-        let due = lingering.chain(looks).chain(sweep).min()?;
-        Some(due.saturating_duration_since(Instant::now()))
+        let due = lingering.chain(looks).fold(self.sweep.at, Instant::min);
+        due.saturating_duration_since(Instant::now())
     }
 
     fn look_again(&mut self, id: InodeId, file: BorrowedFd<'_>) {
