@@ -33,7 +33,7 @@ use mapdirect_sys::fcntl::{
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::pipe::PipeFlags;
 use std::cell::Cell;
 use std::ops::Range;
@@ -63,6 +63,11 @@ pub(crate) trait Conversation {
     /// Has the holder put `replacement` in the place of the descriptor it
     /// sent.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+
+    /// Whether somebody still waits for the answer.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// Longest patience a request can ask for.
@@ -505,6 +510,19 @@ impl Attempt<'_> {
         })
     }
 
+    /// Whoever has left is waited for no longer: others wait for the outcome.
+    fn require_wanted(&self) -> Result<(), Refusal> {
+        if self.talk.is_wanted() {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::Protocol,
+            Errno::PIPE,
+            "the client is gone",
+            "",
+        ))
+    }
+
     fn patiently(&self) -> Backoff {
         Backoff::until(
             Instant::now() + self.patience,
@@ -538,6 +556,7 @@ impl Attempt<'_> {
                     return Err(self.open_elsewhere(found));
                 }
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -801,6 +820,7 @@ impl Attempt<'_> {
             if backoff.is_over() {
                 return Err(self.open_elsewhere(found));
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -1363,10 +1383,18 @@ impl Drop for HoldOpens<'_> {
 
 /// The pins of a file, for whoever has it open.
 pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>, Refusal> {
-    let stat = rustix::fs::fstat(file).map_err(|errno| system("fstat", errno))?;
+    // Anybody may ask about any file, and no server of a filesystem (FUSE, NFS)
+    // may make the guard wait: this asks none.
+    let statx = rustix::fs::statx(
+        file,
+        "",
+        AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC,
+        StatxFlags::INO,
+    )
+    .map_err(|errno| system("statx", errno))?;
     let id = InodeId {
-        dev: stat.st_dev,
-        inode: stat.st_ino,
+        dev: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+        inode: statx.stx_ino,
     };
     let Some(watched) = guard.table.get(id) else {
         return Ok(Vec::new());

@@ -6,6 +6,7 @@
 
 use crate::apart::Held;
 use crate::ledger::{PinSet, Ranged};
+use crate::notice::Fate;
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
@@ -61,6 +62,8 @@ pub(crate) struct Pin {
     handed_over: AtomicBool,
     /// The description it lived in is gone.
     dead: AtomicBool,
+    /// Whether it was kept.
+    pub(crate) fate: Fate,
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -118,6 +121,7 @@ impl Pin {
             life: OnceLock::new(),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 
@@ -145,6 +149,7 @@ impl Pin {
             life: OnceLock::new(),
             handed_over: AtomicBool::new(true),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 

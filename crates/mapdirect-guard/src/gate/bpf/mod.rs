@@ -13,6 +13,7 @@ mod functions;
 mod load;
 pub mod oracle;
 mod sharing;
+mod watch;
 
 use crate::audit::Refused;
 use crate::policy::RULES;
@@ -28,9 +29,10 @@ pub use load::probe;
 use mapdirect_proto::Flags;
 use mapdirect_sys::file_handle::{self, FileHandle};
 use mapdirect_sys::{fcntl, memfd};
+use rustix::fs::{Mode, OFlags};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -57,6 +59,10 @@ pub(crate) struct Gate {
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
     sharing: sharing::Sharing,
+    rules: Mutex<Settings>,
+    watch: watch::Watch,
+    /// A file of the guard's own, to ask the programs about.
+    probe: OwnedFd,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -125,6 +131,8 @@ impl Gate {
     /// Puts it in place, or takes over the one that is there.
     pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
         let loaded = load::load(directory)?;
+        let probe = memfd::sealed("mapdirect-probe", b"")
+            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|errno| LoadError::Failed(format!("getrandom: {errno}")))?;
@@ -135,15 +143,24 @@ impl Gate {
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
             sharing: sharing::Sharing::default(),
+            rules: Mutex::new(Settings::new(0, &functions::Kernel::default(), true)),
+            watch: watch::Watch::default(),
+            probe,
         };
         gate.introduce(&functions::Kernel::read()?)?;
         Ok(gate)
+    }
+
+    /// What the programs have been told.
+    fn rules(&self) -> MutexGuard<'_, Settings> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells the programs the rules, who the guard is, and what kernel this is.
     fn introduce(&self, kernel: &functions::Kernel) -> Result<(), LoadError> {
         let tell = |preempts| {
             let settings = Settings::new(std::process::id(), kernel, preempts);
+            *self.rules() = settings;
             self.loaded
                 .maps
                 .settings
@@ -151,10 +168,8 @@ impl Gate {
                 .map_err(|error| LoadError::Failed(format!("writing the rules: {error}")))
         };
         tell(true)?;
-        let probe = memfd::sealed("mapdirect-probe", b"")
-            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
         let answered = self
-            .identify(probe.as_fd())
+            .identify(self.probe.as_fd())
             .map_err(|_| LoadError::Failed(String::from("the programs do not answer")))?;
         let preempts = preempts(kernel, answered.preemption);
         if preempts && !self.loaded.hooked {
@@ -171,7 +186,7 @@ impl Gate {
             return Ok(());
         }
         tell(false)?;
-        self.identify(probe.as_fd())
+        self.identify(self.probe.as_fd())
             .map(drop)
             .map_err(|_| LoadError::Failed(String::from("the programs do not answer any more")))
     }
@@ -181,8 +196,15 @@ impl Gate {
         self.loaded.adopted
     }
 
+    /// Where it is pinned; no descriptor that a lock could be taken by.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(self.loaded.claim(), ".", flags, Mode::empty()).ok()
+    }
+
     /// Takes it away.
     pub(crate) fn remove(&self) -> Result<(), LoadError> {
+        self.loaded.held.let_go();
         load::remove(&self.directory)
     }
 
@@ -465,6 +487,7 @@ impl Gate {
 
     /// Attaches what is not attached while nothing is pinned.
     pub(crate) fn rouse(&self) -> Result<(), String> {
+        self.require_whole()?;
         let attached = self.loaded.costly.attached();
         attached.map(drop).map_err(|error| error.to_string())
     }
@@ -586,6 +609,12 @@ impl Gate {
     pub(crate) fn is_over(&self, pin: u64) -> bool {
         let pins = &self.loaded.maps.pins;
         matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
+    }
+
+    /// Whether the kernel keeps a pin.
+    pub(crate) fn keeps(&self, pin: u64) -> bool {
+        let pins = &self.loaded.maps.pins;
+        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(Some(_)))
     }
 
     /// Takes out what is left of an inode that nobody pins.
@@ -761,22 +790,23 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
     load::unload(directory)
 }
 
-/// Hears of refusals and ends until the guard stops.
+/// Hears of refusals and ends, and watches the gate, until the guard stops;
+/// `say` tells whoever runs it what somebody has done to the gate.
 ///
 /// # Errors
 ///
 /// When events cannot be read any more.
-pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
     std::thread::scope(|scope| {
         std::thread::Builder::new()
             .name(String::from("sharing"))
             .spawn_scoped(scope, || sharing::run(guard, gate))
             .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
-        hear(guard, gate)
+        hear(guard, gate, say)
     })
 }
 
-fn hear(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+fn hear(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
     let maps = &gate.loaded.maps;
     let heard = |bytes: &[u8]| {
         if let Ok(event) = Event::read_from_bytes(bytes) {
@@ -799,6 +829,9 @@ fn hear(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             end_untold(guard, gate);
         }
         gate.rest();
+        if !guard.is_stopping() {
+            gate.watch(guard, say);
+        }
     }
     Ok(())
 }
