@@ -5,6 +5,7 @@
 //!   through every door the kernel has, made by real system calls.
 //! * [`contract`]: which of them must be refused where, as data.
 //! * [`fault`]: loads and stores that may raise SIGBUS.
+//! * [`hammer`]: tricks without privilege, again and again, by processes that preempt each other.
 //! * [`latency`]: how long it takes until a store is durable.
 //! * [`power`]: what must be left when the power goes.
 //! * [`process`]: guards, holders and attackers in processes of their own.
@@ -28,6 +29,7 @@ pub mod disk;
 )]
 pub mod fault;
 pub mod fingerprint;
+pub mod hammer;
 pub mod latency;
 pub mod power;
 pub mod process;

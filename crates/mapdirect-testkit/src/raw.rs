@@ -3,6 +3,8 @@
 //!
 //! All of them act on descriptors and memory of the caller only.
 
+pub mod adversary;
+
 use io_uring::{IoUring, opcode, squeue, types};
 use mapdirect_sys::Errno;
 use rustix::fs::{Mode, OFlags};

@@ -17,6 +17,7 @@ mod dax;
 mod doors;
 mod errors;
 mod grants;
+mod hammer;
 mod in_kernel;
 mod lifetime;
 mod neighbours;
@@ -65,6 +66,7 @@ fn main() -> ExitCode {
     trials.extend(cli::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
+    trials.extend(hammer::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system:
     // these come alone, behind all others.
