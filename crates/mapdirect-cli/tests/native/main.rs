@@ -30,6 +30,7 @@ mod random;
 mod segments;
 mod stuck;
 mod world;
+mod writers;
 
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(contract::trials(&world));
     trials.extend(doors::trials(&world));
+    trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
     trials.extend(openers::trials(&world));

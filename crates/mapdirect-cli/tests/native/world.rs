@@ -51,6 +51,8 @@ pub fn roles() -> Vec<Role> {
         ("merged-memory", crate::programs::play_merged_memory),
         ("inherits", crate::programs::play_inherits),
         ("hammer", mapdirect_testkit::hammer::play),
+        ("overlay", mapdirect_testkit::overlay::play),
+        ("dump-core", crate::writers::play_dump_core),
     ]
 }
 
