@@ -117,12 +117,17 @@ fn guests() -> Vec<Guest> {
         // The contract on one filesystem for each kernel, and in few places;
         // the soak has all of it.
         let mut filters = vec![String::from("in-kernel"), format!("contract::{often}::")];
-        filters.push(String::from("hammer::"));
+        filters.extend(["hammer::", "writers::"].map(String::from));
         let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
         guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
         guest.time_limit = Duration::from_secs(1200);
         guest
     }));
+    // Storage targets are modules of these kernels, and not of this machine's.
+    let mut guest = gate_in_kernel("7.3", "fanotify gate", 0, vec![String::from("writers::")]);
+    guest.environment = vec![(GATE_VARIABLE, Gate::Fanotify.name().to_owned())];
+    guest.time_limit = Duration::from_secs(600);
+    guests.push(guest);
     let without_bpf = vec![String::from("gate::without-lsm")];
     let mut guest = gate_in_kernel("7.3", "no bpf in lsm=", 0, without_bpf);
     guest.parameters = "lsm=landlock,yama,apparmor";
@@ -139,9 +144,10 @@ const KERNELS: [(&str, Kind); 3] = [("6.1", Kind::XFS), ("6.12", Kind::EXT4), ("
 const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
 
 /// The tests that a precise gate can be put to.
-const WITH_EITHER_GATE: [&str; 13] = [
+const WITH_EITHER_GATE: [&str; 14] = [
     "contract::",
     "doors::",
+    "writers::",
     "errors::",
     "grants::",
     "openers::",

@@ -164,10 +164,11 @@ pub fn section() -> String {
          programs pass.\n\
          The table says what becomes of them if they have the file, or an overlay above\n\
          it, before it is pinned, and if they come after that.\n\
-         It does not matter who mounts an overlay, nor in which namespace.\n\
+         It does not matter who mounts an overlay, nor in which namespace, and the\n\
+         answers are the same on every kernel.\n\
          .PP\n\
          .TS\n\
-         l l l l.\n\
+         lw(36n) l l l.\n\
          writer\tcomes\tbpf\tfanotify\n\
          _\n",
     );

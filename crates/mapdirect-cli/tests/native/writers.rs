@@ -1,15 +1,15 @@
 //! Writers that meet no hook: each line of the table in mapdirect.7
 //! (`testkit/src/writers.rs`), tried under the gate there is.
 
-use crate::world::{World, patience};
+use crate::world::{BINARY, World, patience};
 use anyhow::{Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{BlockMap, Pin, PinOptions};
+use mapdirect::{BlockMap, Guard, Pin, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::overlay::{Above, OPERATIONS, Owner};
-use mapdirect_testkit::process::Helper;
+use mapdirect_testkit::process::{GuardProcess, Helper};
 use mapdirect_testkit::raw::adversary;
 use mapdirect_testkit::writers::{Answer, When, Writer};
 use mapdirect_testkit::{Disk, Kind, raw};
@@ -17,7 +17,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use std::fmt;
 use std::fs::{self, File};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -87,6 +87,7 @@ impl Came {
 /// A file of a user without privilege, in a directory of that user's.
 struct Scene<'a> {
     world: &'a World,
+    guard: Guard,
     base: PathBuf,
     path: PathBuf,
     file: File,
@@ -97,6 +98,13 @@ impl<'a> Scene<'a> {
     /// With a hole at its end, which is pinned as well.
     fn new(world: &'a World, disk: &Disk, name: &str) -> Self {
         Self::with(world, disk, name, true)
+    }
+
+    /// The same before a guard of one's own.
+    fn before_guard(world: &'a World, guard: &GuardProcess, disk: &Disk, name: &str) -> Self {
+        let mut scene = Self::new(world, disk, name);
+        scene.guard = guard.client();
+        scene
     }
 
     fn with(world: &'a World, disk: &Disk, name: &str, hole: bool) -> Self {
@@ -116,6 +124,7 @@ impl<'a> Scene<'a> {
         let file = File::open(&path).unwrap();
         Self {
             world,
+            guard: world.guard().client(),
             base,
             path,
             file,
@@ -127,7 +136,7 @@ impl<'a> Scene<'a> {
         let pin = PinOptions::new()
             .range(0..self.range)
             .patience(patience)
-            .guard(self.world.guard().client())
+            .guard(self.guard.clone())
             .pin(&self.file)?;
         Ok(Held {
             before: pin.block_map().clone(),
@@ -235,6 +244,13 @@ fn name_of(operation: &str) -> &'static str {
     }
 }
 
+/// A disk and a guard of one's own: while an overlay is there, nobody else's
+/// pins are granted as they would be.
+fn alone(kind: Kind) -> (Disk, GuardProcess) {
+    let disk = Disk::new(kind, 512).unwrap();
+    (disk, GuardProcess::start(Path::new(BINARY)).unwrap())
+}
+
 /// Mounts one, or says that there can be none here.
 fn above(scene: &Scene<'_>, owner: Owner, operation: &str, early: bool) -> Option<Above> {
     match Above::new(&scene.base, owner, operation, early).unwrap() {
@@ -248,13 +264,12 @@ fn above(scene: &Scene<'_>, owner: Owner, operation: &str, early: bool) -> Optio
 
 /// Every operation through overlays mounted after the pin.
 fn overlay_after(world: &World, kind: Kind) {
-    // A disk of its own: while an overlay is there, nobody else's pins are
-    // granted as they would be.
-    let disk = Disk::new(kind, 512).unwrap();
+    let (disk, guard) = alone(kind);
     for owner in [Owner::Root, Owner::Nobody] {
         for operation in OPERATIONS {
             let how = format!("{operation} by {}", owner.name());
-            let scene = Scene::new(world, &disk, &how.replace(' ', "-"));
+            let name = how.replace(' ', "-");
+            let scene = Scene::before_guard(world, &guard, &disk, &name);
             scene.after(name_of(operation), &how, || {
                 match above(&scene, owner, operation, false) {
                     Some(mut above) => Came::of(above.attack(harmful(operation)).unwrap()),
@@ -267,28 +282,32 @@ fn overlay_after(world: &World, kind: Kind) {
 
 /// The same with overlays that were there before, with the file open.
 fn overlay_before(world: &World, kind: Kind) {
-    let disk = Disk::new(kind, 512).unwrap();
+    let (disk, guard) = alone(kind);
+    let mut all = Vec::new();
     for owner in [Owner::Root, Owner::Nobody] {
         for operation in OPERATIONS {
             let how = format!("{operation} by {}", owner.name());
-            let scene = Scene::new(world, &disk, &how.replace(' ', "-"));
-            let Some(mut above) = above(&scene, owner, operation, true) else {
-                continue;
-            };
-            // What is known of mounts may be a second old.
-            std::thread::sleep(Duration::from_millis(1100));
-            scene.before(name_of(operation), &how, || {
-                Came::of(above.attack(harmful(operation)).unwrap())
-            });
+            let name = how.replace(' ', "-");
+            let scene = Scene::before_guard(world, &guard, &disk, &name);
+            if let Some(above) = above(&scene, owner, operation, true) {
+                all.push((operation, how, above, scene));
+            }
         }
+    }
+    // What is known of mounts may be a second old.
+    std::thread::sleep(Duration::from_millis(1100));
+    for (operation, how, mut above, scene) in all {
+        scene.before(name_of(operation), &how, || {
+            Came::of(above.attack(harmful(operation)).unwrap())
+        });
     }
 }
 
 /// Overlays that no list of mounts has.
 fn overlay_detached(world: &World, kind: Kind) {
-    let disk = Disk::new(kind, 512).unwrap();
+    let (disk, guard) = alone(kind);
     for operation in OPERATIONS {
-        let scene = Scene::new(world, &disk, &format!("detached-{operation}"));
+        let scene = Scene::before_guard(world, &guard, &disk, &format!("detached-{operation}"));
         let Some(mut above) = above(&scene, Owner::Detached, operation, true) else {
             continue;
         };
@@ -305,9 +324,9 @@ fn overlay_detached(world: &World, kind: Kind) {
 
 /// The pinned file is in a lower directory, and copied, or cloned.
 fn copy_up(world: &World, kind: Kind) {
-    let disk = Disk::new(kind, 512).unwrap();
+    let (disk, guard) = alone(kind);
     for owner in [Owner::Root, Owner::Nobody] {
-        let scene = Scene::new(world, &disk, &format!("copy-up-{}", owner.name()));
+        let scene = Scene::before_guard(world, &guard, &disk, &format!("copy-up-{}", owner.name()));
         scene.after("copy-up", owner.name(), || {
             match above(&scene, owner, "copy-up", false) {
                 Some(mut above) => Came::of(above.attack(4096).unwrap()),
@@ -612,15 +631,14 @@ fn verity(world: &World, kind: Kind) {
             return;
         }
     };
+    let plain = disk.path("plain");
+    fs::write(&plain, [1; 4096]).unwrap();
+    if let Err(errno) = enable_verity(&File::open(&plain).unwrap()) {
+        world.unavailable(format!("fs-verity: {errno}"));
+        return;
+    }
     let mut scene = Scene::with(world, &disk, "verity", false);
     // Its tree of hashes lies behind the end of the file.
     scene.range = 2 * LENGTH;
     scene.after("verity", "", || Came::of(enable_verity(&scene.file)));
-    let plain = disk.path("plain");
-    let file = File::create(&plain).unwrap();
-    file.write_all_at(&[1; 4096], 0).unwrap();
-    drop(file);
-    if let Err(errno) = enable_verity(&File::open(&plain).unwrap()) {
-        world.unavailable(format!("fs-verity: {errno}"));
-    }
 }
