@@ -292,9 +292,9 @@ impl Piece {
                 // filesystems, on one processor and on two.
                 let each = operations.div_ceil(4).max(1);
                 guest.environment = vec![
-                    (GATE_VARIABLE, Gate::Bpf.name().into()),
-                    (TRIES_VARIABLE, each.to_string().into()),
-                    ("MAPDIRECT_SEED", seed.to_string().into()),
+                    (GATE_VARIABLE, Gate::Bpf.name().to_owned()),
+                    (TRIES_VARIABLE, each.to_string()),
+                    ("MAPDIRECT_SEED", seed.to_string()),
                 ];
                 Some(guest)
             }

@@ -95,19 +95,18 @@ struct Scene<'a> {
 }
 
 impl<'a> Scene<'a> {
-    /// With a hole at its end, which is pinned as well.
+    /// Before the guard that all tests share, with a hole at the end of the
+    /// file, which is pinned as well.
     fn new(world: &'a World, disk: &Disk, name: &str) -> Self {
-        Self::with(world, disk, name, true)
+        Self::with(world, world.guard().client(), disk, name, true)
     }
 
     /// The same before a guard of one's own.
     fn before_guard(world: &'a World, guard: &GuardProcess, disk: &Disk, name: &str) -> Self {
-        let mut scene = Self::new(world, disk, name);
-        scene.guard = guard.client();
-        scene
+        Self::with(world, guard.client(), disk, name, true)
     }
 
-    fn with(world: &'a World, disk: &Disk, name: &str, hole: bool) -> Self {
+    fn with(world: &'a World, guard: Guard, disk: &Disk, name: &str, hole: bool) -> Self {
         let base = disk.path(&format!("writers-{name}"));
         let up = base.join("up");
         fs::create_dir_all(&up).unwrap();
@@ -124,7 +123,7 @@ impl<'a> Scene<'a> {
         let file = File::open(&path).unwrap();
         Self {
             world,
-            guard: world.guard().client(),
+            guard,
             base,
             path,
             file,
@@ -484,10 +483,14 @@ fn nvmet(world: &World, kind: Kind) {
     let _turn = turn();
     let disk = world.disk(kind);
     let scene = Scene::new(world, &disk, "nvmet");
+    match nvmet_with(&scene.path) {
+        Ok(configured) => {
+            scene.before("nvmet", "", || Came::Passed);
+            drop(configured);
+        }
+        Err(error) => world.unavailable(format!("nvmet: {error}")),
+    }
     scene.after("nvmet", "", || Came::of(nvmet_with(&scene.path)));
-    let configured = nvmet_with(&scene.path).unwrap();
-    scene.before("nvmet", "", || Came::Passed);
-    drop(configured);
 }
 
 /// A backstore of LIO in a file.
@@ -516,7 +519,6 @@ fn fileio(world: &World, kind: Kind) {
     let _turn = turn();
     let disk = world.disk(kind);
     let scene = Scene::new(world, &disk, "fileio");
-    scene.after("fileio", "", || Came::of(fileio_with(&scene.path)));
     match fileio_with(&scene.path) {
         Ok(configured) => {
             scene.before("fileio", "", || Came::Passed);
@@ -524,6 +526,7 @@ fn fileio(world: &World, kind: Kind) {
         }
         Err(error) => world.unavailable(format!("LIO fileio: {error}")),
     }
+    scene.after("fileio", "", || Came::of(fileio_with(&scene.path)));
 }
 
 /// A loop device, detached when it is dropped.
@@ -593,7 +596,7 @@ fn loop_device(world: &World, kind: Kind) {
 fn swapon(world: &World, kind: Kind) {
     let _turn = turn();
     let disk = world.disk(kind);
-    let scene = Scene::with(world, &disk, "swapon", false);
+    let scene = Scene::with(world, world.guard().client(), &disk, "swapon", false);
     chown(&scene.path, Some(0), Some(0)).unwrap();
     if let Err(error) = run(Command::new("mkswap").arg(&scene.path)) {
         world.unavailable(format!("mkswap: {error:#}"));
@@ -637,7 +640,7 @@ fn verity(world: &World, kind: Kind) {
         world.unavailable(format!("fs-verity: {errno}"));
         return;
     }
-    let mut scene = Scene::with(world, &disk, "verity", false);
+    let mut scene = Scene::with(world, world.guard().client(), &disk, "verity", false);
     // Its tree of hashes lies behind the end of the file.
     scene.range = 2 * LENGTH;
     scene.after("verity", "", || Came::of(enable_verity(&scene.file)));
