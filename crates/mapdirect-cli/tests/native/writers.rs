@@ -43,6 +43,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("overlay-after", overlay_after),
             ("overlay-before", overlay_before),
             ("overlay-detached", overlay_detached),
+            ("overlay-between", overlay_between),
             ("copy-up", copy_up),
             ("core", core),
             ("acct", acct),
@@ -319,6 +320,21 @@ fn overlay_detached(world: &World, kind: Kind) {
             Came::of(above.attack(harmful(operation)).unwrap())
         });
     }
+}
+
+/// One that came between two pins: the gate knew the file already, and let it
+/// in.
+fn overlay_between(world: &World, kind: Kind) {
+    let (disk, guard) = alone(kind);
+    let scene = Scene::before_guard(world, &guard, &disk, "between");
+    drop(scene.pin(patience()).unwrap());
+    crate::world::wait_until_free(&scene.path);
+    let Some(mut above) = above(&scene, Owner::Detached, "write", true) else {
+        return;
+    };
+    scene.before("overlay-detached", "write, between two pins", || {
+        Came::of(above.attack(harmful("write")).unwrap())
+    });
 }
 
 /// The pinned file is in a lower directory, and copied, or cloned.
