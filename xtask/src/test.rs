@@ -408,7 +408,8 @@ impl Tally {
             self.counts.ignored += found.ignored;
             return None;
         }
-        if line.starts_with("tried: ") || line.starts_with("not available here: ") {
+        let told = ["tried: ", "not available here: ", "wrong: "];
+        if told.iter().any(|word| line.starts_with(word)) {
             self.notes.push(line.to_owned());
         }
         (!line.is_empty() && !line.starts_with("running ")).then(|| line.to_owned())

@@ -144,7 +144,10 @@ fn run(world: &World, kind: Kind, processors: u32) {
                 .map(|said| format!(": {said}"))
                 .unwrap_or_default(),
         );
-        wrong.extend(said.map(|said| format!("{}: {said}", trick.name)));
+        if let Some(said) = said {
+            println!("wrong: {} on {kind}: {said}", trick.name);
+            wrong.push(format!("{}: {said}", trick.name));
+        }
         all.tries += counts.tries;
         all.refused += counts.refused;
     }
