@@ -37,6 +37,7 @@ pub mod proc_pagemap;
 pub mod pthread_atfork;
 pub mod seam;
 pub mod setfsuid;
+pub mod shared_words;
 pub mod signal;
 pub mod sync_file_range;
 pub mod uname;

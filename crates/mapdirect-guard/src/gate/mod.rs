@@ -177,6 +177,19 @@ impl Gate {
         }
     }
 
+    /// How many descriptions of a file can write and belong to no process, if
+    /// it can tell.
+    pub(crate) fn hidden_writers(&self, file: BorrowedFd<'_>) -> Result<usize, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = file;
+                Ok(0)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.writers(file).map(bpf::census::Writers::hidden),
+        }
+    }
+
     /// How many direct reads and writes of a file are under way, if it can
     /// tell.
     pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {

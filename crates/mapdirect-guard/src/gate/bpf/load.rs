@@ -2,15 +2,16 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
-use super::abi::DEAD;
+use super::abi::{DEAD, FILTER_WORDS};
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
     ProgramAttachType, ProgramMut, ProgramType,
 };
 use mapdirect_sys::Errno;
+use mapdirect_sys::shared_words::SharedWords;
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -22,12 +23,13 @@ const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-const MAPS: [&str; 13] = [
+const MAPS: [&str; 14] = [
     "settings",
     "filter",
     "entries",
     "spill",
     "shared_since",
+    "not_shared",
     "holders",
     "lives",
     "devices",
@@ -70,10 +72,11 @@ fn failed(what: &str, error: impl std::fmt::Display) -> LoadError {
 #[derive(Debug)]
 pub(super) struct Maps {
     pub(super) settings: MapHandle,
-    pub(super) filter: MapHandle,
+    pub(super) filter: SharedWords,
     pub(super) entries: MapHandle,
     pub(super) spill: MapHandle,
     pub(super) shared_since: MapHandle,
+    pub(super) not_shared: MapHandle,
     pub(super) holders: MapHandle,
     pub(super) lives: MapHandle,
     pub(super) devices: MapHandle,
@@ -91,10 +94,12 @@ impl Maps {
         };
         Ok(Self {
             settings: map("settings")?,
-            filter: map("filter")?,
+            filter: SharedWords::new(map("filter")?.as_fd(), 3 * FILTER_WORDS)
+                .map_err(|errno| failed("mapping the filter", errno))?,
             entries: map("entries")?,
             spill: map("spill")?,
             shared_since: map("shared_since")?,
+            not_shared: map("not_shared")?,
             holders: map("holders")?,
             lives: map("lives")?,
             devices: map("devices")?,
@@ -116,6 +121,9 @@ pub(super) struct Loaded {
     _claim: OwnedFd,
     /// It was there already, with pins.
     pub(super) adopted: bool,
+    /// The kernel's security hooks call the programs; else they are attached
+    /// to functions.
+    pub(super) hooked: bool,
 }
 
 /// Puts the gate in place, or takes over the one that is there.
@@ -126,13 +134,20 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     if in_use && !complete.exists() {
         return Err(LoadError::OtherVersion(directory.display().to_string()));
     }
-    let mut object = None;
-    if !in_use {
+    let object = if in_use {
+        // The same programs, with the maps that are there: what is missing of
+        // the gate is put back by them.
+        load_object(Some(directory))?
+    } else {
         // Whoever was here has pinned nothing, or did not get to the end of
         // beginning.
         empty(directory).map_err(|error| failed("clearing", error))?;
         match put_in_place(directory) {
-            Ok(loaded) => object = Some(loaded),
+            Ok(object) => {
+                rustix::fs::mkdir(&complete, Mode::RWXU)
+                    .map_err(|errno| failed("mkdir", errno))?;
+                object
+            }
             Err(error) => {
                 // Nothing stays of what does not work here.
                 let _ = remove(directory);
@@ -143,13 +158,13 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
                 return Err(error);
             }
         }
-        rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
-    }
+    };
     Ok(Loaded {
         maps: Maps::open(directory)?,
         costly: Costly::new(object, directory),
         _claim: claim,
         adopted: in_use,
+        hooked: has_lsm(),
     })
 }
 
@@ -175,24 +190,14 @@ pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
     }
 }
 
-/// Programs that every read, write and close of any file pays for. They are
-/// attached while something is pinned, and for a while after that. In the
-/// order in which they are attached: a hook that found no note would refuse.
-const COSTLY: [&str; 13] = [
-    "file_free",
-    "end_writev",
-    "end_iter_write",
-    "end_iocb_write",
-    "end_aio_write",
-    "end_io_write",
-    "note_writev",
-    "note_iter_write",
-    "note_iocb_write",
-    "note_aio_write",
-    "note_io_write",
-    "note_rw",
-    "file_permission",
-];
+/// Programs that every read, write, open and close of any file pays for. They
+/// are attached while something is pinned, and for a while after that, in this
+/// order.
+const COSTLY: [&str; 3] = ["file_free", "file_open", "file_permission"];
+
+/// Programs that note where each write goes, for what registers do not say.
+/// They are attached while something is pinned for which that matters.
+const NOTES: [&str; 2] = ["end_rw", "note_rw"];
 
 /// How long nothing must have been pinned before they are taken off: putting
 /// them on takes longer than a pin otherwise does.
@@ -201,29 +206,69 @@ const QUIET: Duration = Duration::from_secs(10);
 /// Those programs.
 #[derive(Debug)]
 pub(super) struct Costly {
-    /// Nothing if the gate was there already: they stay attached then.
-    object: Option<Object>,
+    object: Object,
     directory: PathBuf,
     state: Mutex<CostlyState>,
 }
 
 #[derive(Debug)]
 struct CostlyState {
-    attached: bool,
+    costly: Attachment,
+    notes: Attachment,
     /// Pins about to begin.
     beginning: u32,
+}
+
+/// Some programs that are attached together.
+#[derive(Debug)]
+struct Attachment {
+    names: &'static [&'static str],
+    attached: bool,
     quiet_since: Instant,
+}
+
+impl Attachment {
+    fn new(names: &'static [&'static str], directory: &Path) -> Self {
+        let is_there = |name: &&str| directory.join(link_name(name)).exists();
+        Self {
+            names,
+            attached: names.iter().all(is_there),
+            quiet_since: Instant::now(),
+        }
+    }
+
+    fn attach(&mut self, object: &Object, directory: &Path) -> Result<(), LoadError> {
+        self.quiet_since = Instant::now();
+        if !self.attached {
+            attach(object, directory, self.names)?;
+            self.attached = true;
+        }
+        Ok(())
+    }
+
+    /// Takes them off when nobody has needed them for a while.
+    fn rest(&mut self, are_needed: bool, directory: &Path) {
+        if are_needed {
+            self.quiet_since = Instant::now();
+        } else if self.attached && self.quiet_since.elapsed() >= QUIET {
+            // What stays attached is left out when they are attached again.
+            self.attached = false;
+            for name in self.names.iter().rev() {
+                let _ = std::fs::remove_file(directory.join(link_name(name)));
+            }
+        }
+    }
 }
 
 /// They are attached, and stay so while this is there.
 pub(super) struct Attached<'costly>(&'costly Costly);
 
 impl Costly {
-    fn new(object: Option<Object>, directory: &Path) -> Self {
+    fn new(object: Object, directory: &Path) -> Self {
         let state = CostlyState {
-            attached: object.is_none(),
+            costly: Attachment::new(&COSTLY, directory),
+            notes: Attachment::new(&NOTES, directory),
             beginning: 0,
-            quiet_since: Instant::now(),
         };
         Self {
             object,
@@ -236,42 +281,48 @@ impl Costly {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attaches them, unless they are.
+    /// Attaches what every file pays for, unless it is.
     pub(super) fn attached(&self) -> Result<Attached<'_>, LoadError> {
         let mut state = self.state();
-        if !state.attached
-            && let Some(object) = &self.object
-        {
-            attach(object, &self.directory, &COSTLY)?;
-            state.attached = true;
-        }
+        state.costly.attach(&self.object, &self.directory)?;
         state.beginning += 1;
         Ok(Attached(self))
     }
 
-    /// Takes them off when nothing has been pinned for a while.
-    pub(super) fn rest(&self, is_anything_pinned: impl FnOnce() -> bool) {
-        let mut state = self.state();
-        if !state.attached || self.object.is_none() {
-            return;
-        }
-        if state.beginning > 0 || is_anything_pinned() {
-            state.quiet_since = Instant::now();
-        } else if state.quiet_since.elapsed() >= QUIET {
-            // What stays attached is left out when they are attached again.
-            state.attached = false;
-            for name in COSTLY.iter().rev() {
-                let _ = std::fs::remove_file(self.directory.join(link_name(name)));
-            }
-        }
+    /// Attaches the programs that note where writes go, unless they are.
+    pub(super) fn take_notes(&self) -> Result<(), LoadError> {
+        self.state().notes.attach(&self.object, &self.directory)
     }
+
+    /// The programs.
+    pub(super) fn object(&self) -> &Object {
+        &self.object
+    }
+
+    /// Takes off what nothing has needed for a while.
+    pub(super) fn rest(&self, needs: impl FnOnce() -> Needs) {
+        let mut state = self.state();
+        let needs = needs();
+        let beginning = state.beginning > 0;
+        state.notes.rest(beginning || needs.notes, &self.directory);
+        state.costly.rest(beginning || needs.hooks, &self.directory);
+    }
+}
+
+/// What is needed just now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs {
+    /// Something is pinned.
+    pub(super) hooks: bool,
+    /// It matters where a write goes.
+    pub(super) notes: bool,
 }
 
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.beginning -= 1;
-        state.quiet_since = Instant::now();
+        state.costly.quiet_since = Instant::now();
     }
 }
 
@@ -494,7 +545,8 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
         "mmap_file" => when(offers.lsm, needed("bpf_lsm_mmap_file")),
         "mmap_file_3" => when(!offers.lsm, needed("security_mmap_file")),
         "note_remap" => when(!inlined, Choice::Load),
-        "note_clone" | "note_dedupe" | "note_dedupe_one" => when(
+        "end_remap" => when(!inlined, Choice::Load),
+        "note_clone" | "note_dedupe" | "note_dedupe_one" | "end_clone" | "end_dedupe_one" => when(
             inlined,
             needed(section.rsplit('/').next().unwrap_or_default()),
         ),
@@ -546,17 +598,22 @@ fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
 /// Loads the programs, attaches all but the costly ones, and pins links and
 /// maps.
 fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
-    let object = load_object()?;
+    let object = load_object(None)?;
     for mut map in object_maps(&object) {
         let path = directory.join(&map.0);
         map.1
             .pin(&path)
             .map_err(|error| told("pinning a map", &error))?;
     }
-    // Notes first: a hook that found none would refuse.
+    // Notes first: a hook that finds none judges by less.
     let mut programs: Vec<_> = object
         .progs_mut()
-        .filter(|program| program.autoload() && program.prog_type() != ProgramType::Syscall)
+        .filter(|program| {
+            let is_attached_when_asked = program.section().to_string_lossy().starts_with("iter/");
+            program.autoload()
+                && program.prog_type() != ProgramType::Syscall
+                && !is_attached_when_asked
+        })
         .map(|program| {
             let hook = program.section().to_string_lossy().starts_with("lsm/");
             (hook, program.name().to_string_lossy().into_owned())
@@ -564,7 +621,9 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
         .collect();
     programs.sort();
     let names = programs.iter().map(|(_, name)| name.as_str());
-    let names: Vec<&str> = names.filter(|name| !COSTLY.contains(name)).collect();
+    let names: Vec<&str> = names
+        .filter(|name| !COSTLY.contains(name) && !NOTES.contains(name))
+        .collect();
     attach(&object, directory, &names)?;
     Ok(object)
 }
@@ -614,14 +673,22 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
     object
         .maps()
         .filter_map(|map| {
-            let name = map.name().to_str()?.to_owned();
-            MAPS.contains(&name.as_str()).then_some(())?;
-            Some((name, MapHandle::try_from(&map).ok()?))
+            let name = pinned_name(map.name().to_str()?);
+            MAPS.contains(&name).then_some(())?;
+            Some((name.to_owned(), MapHandle::try_from(&map).ok()?))
         })
         .collect()
 }
 
-pub(super) fn load_object() -> Result<Object, LoadError> {
+/// The name that a map is pinned by. libbpf names the one of global variables
+/// after their section, and the bpf filesystem takes no name with a dot.
+fn pinned_name(name: &str) -> &str {
+    if name.contains(".bss") { "filter" } else { name }
+}
+
+/// Loads the programs; with the maps that are pinned in a directory, if one is
+/// given.
+pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
     let btf = Btf::from_vmlinux()
         .map_err(|error| LoadError::Unsupported(format!("it has no type information: {error}")))?;
@@ -664,6 +731,15 @@ pub(super) fn load_object() -> Result<Object, LoadError> {
                 .map_err(|error| told("choosing a place", &error))?;
         }
     }
+    if let Some(directory) = maps {
+        for mut map in open.maps_mut() {
+            let name = pinned_name(map.name().to_str().unwrap_or_default()).to_owned();
+            if MAPS.contains(&name.as_str()) {
+                map.reuse_pinned_map(directory.join(&name))
+                    .map_err(|error| told("taking over a map", &error))?;
+            }
+        }
+    }
     open.load().map_err(|error| told("loading", &error))
 }
 
@@ -673,7 +749,7 @@ pub(super) fn load_object() -> Result<Object, LoadError> {
 ///
 /// Why not.
 pub fn probe() -> Result<(), LoadError> {
-    load_object().map(drop)
+    load_object(None).map(drop)
 }
 
 #[cfg(test)]
