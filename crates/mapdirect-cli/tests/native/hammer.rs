@@ -228,7 +228,7 @@ fn without_lsm(world: &World) {
             status.is_some_and(|status| !status.success()),
             "the guard runs ({status:?}) on a kernel that may leave its gate out"
         );
-        assert!(said.contains("not supported here"), "{said}");
+        assert!(said.contains("preempts programs"), "{said}");
         assert!(said.contains("lsm="), "the remedy is missing: {said}");
     } else {
         assert!(status.is_none(), "it ended with {status:?}: {said}");
