@@ -527,6 +527,32 @@ pub const TRICKS: &[Trick] = &[
         });
         pwrite(&a.sparse, a.random.frozen())
     }),
+    // Plain calls of a thread that has rings: nothing proves them.
+    breach("rings-pwrite", |a| {
+        ring(a, Uring::Inline, |ring, a| {
+            ring.write(a.own.as_fd(), b"y", 0, 0)
+        })?;
+        pwrite(&a.sparse, a.random.frozen())
+    }),
+    breach("rings-write", |a| {
+        ring(a, Uring::Inline, |ring, a| {
+            ring.write(a.own.as_fd(), b"y", 0, 0)
+        })?;
+        seek(&a.sparse, SeekFrom::Start(a.random.frozen()))?;
+        rustix::io::write(&a.sparse, b"y").map(drop)
+    }),
+    breach("rings-punch", |a| {
+        ring(a, Uring::Inline, |ring, a| {
+            ring.write(a.own.as_fd(), b"y", 0, 0)
+        })?;
+        punch(a)
+    }),
+    reflink(breach("rings-clone", |a| {
+        ring(a, Uring::Inline, |ring, a| {
+            ring.write(a.own.as_fd(), b"y", 0, 0)
+        })?;
+        clone_from(a)
+    })),
     breach("append-io_uring", |a| {
         let at = a.random.stable();
         ring(a, Uring::Inline, |ring, a| {

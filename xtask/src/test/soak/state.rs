@@ -38,18 +38,15 @@ pub(super) struct State {
     pieces: BTreeMap<String, Done>,
 }
 
-/// The commit that is checked out, marked if what is built is not exactly
-/// that. What is documentation changes nothing.
+/// What is documentation changes nothing that runs.
+const WHAT_RUNS: [&str; 4] = [".", ":!docs", ":!man", ":!*.md"];
+
+/// The last commit that changed what runs, marked if what is built is not
+/// exactly that.
 fn checked_out() -> Result<String> {
-    let commit = git(&["rev-parse", "--short=12", "HEAD"])?;
-    let changed = git(&[
-        "status",
-        "--porcelain",
-        "--untracked-files=no",
-        "--",
-        ".",
-        ":!docs",
-    ])?;
+    let of = |arguments: &[&str]| git(&[arguments, &["--"], &WHAT_RUNS].concat());
+    let commit = of(&["log", "-1", "--abbrev=12", "--format=%h"])?;
+    let changed = of(&["status", "--porcelain", "--untracked-files=no"])?;
     Ok(if changed.is_empty() {
         commit
     } else {

@@ -71,12 +71,14 @@ fn list(
     let sought = sought.ok_or_else(|| failed(&"there is no map for it"))?;
     let sought = MapHandle::try_from(&sought).map_err(|error| failed(&error))?;
     // The programs run in this thread.
-    let tid = rustix::thread::gettid().as_raw_nonzero().get().to_ne_bytes();
+    let tid = rustix::thread::gettid()
+        .as_raw_nonzero()
+        .get()
+        .to_ne_bytes();
     sought
         .update(&tid, key.as_bytes(), MapFlags::ANY)
         .map_err(|error| failed(&error))?;
-    let lister: Option<ProgramMut<'_>> =
-        object.progs_mut().find(|other| other.name() == program);
+    let lister: Option<ProgramMut<'_>> = object.progs_mut().find(|other| other.name() == program);
     let lister = lister.ok_or_else(|| failed(&"there is no such program"))?;
     let link = lister.attach().map_err(|error| failed(&error))?;
     let mut bytes = Vec::new();

@@ -103,7 +103,8 @@ impl Kernel {
         let mut found = Vec::new();
         for line in symbols.split(|byte| *byte == b'\n') {
             let mut words = line.split(u8::is_ascii_whitespace);
-            let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next())
+            let (Some(address), Some(kind), Some(name)) =
+                (words.next(), words.next(), words.next())
             else {
                 continue;
             };
@@ -169,7 +170,10 @@ mod tests {
             .iter()
             .map(|one| (one.start & 0xfff, one.end & 0xfff, one.doing))
             .collect();
-        assert_eq!(found, [(0x100, 0x180, 1), (0x180, 0x200, 3), (0x90, 0x100, 2)]);
+        assert_eq!(
+            found,
+            [(0x100, 0x180, 1), (0x180, 0x200, 3), (0x90, 0x100, 2)]
+        );
     }
 
     proptest! {

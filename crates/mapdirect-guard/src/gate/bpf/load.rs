@@ -144,8 +144,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
         empty(directory).map_err(|error| failed("clearing", error))?;
         match put_in_place(directory) {
             Ok(object) => {
-                rustix::fs::mkdir(&complete, Mode::RWXU)
-                    .map_err(|errno| failed("mkdir", errno))?;
+                rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
                 object
             }
             Err(error) => {
@@ -683,7 +682,11 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
 /// The name that a map is pinned by. libbpf names the one of global variables
 /// after their section, and the bpf filesystem takes no name with a dot.
 fn pinned_name(name: &str) -> &str {
-    if name.contains(".bss") { "filter" } else { name }
+    if name.contains(".bss") {
+        "filter"
+    } else {
+        name
+    }
 }
 
 /// Loads the programs; with the maps that are pinned in a directory, if one is

@@ -19,9 +19,7 @@ use crate::policy::layers::Layers;
 use crate::table::{InodeId, Pin, Settled, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
-use abi::{
-    Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings,
-};
+use abi::{Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
 pub use load::LoadError;
