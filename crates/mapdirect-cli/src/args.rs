@@ -42,6 +42,19 @@ pub enum Command {
     /// process that makes it. There is one guard per machine as a rule; several
     /// may run on sockets of their own. When it ends, so do its promises, and
     /// holders are told.
+    ///
+    /// It says that it is ready only when it can keep pins; else it ends with
+    /// status 1 and says what is missing. Of capabilities it needs CAP_SYS_ADMIN,
+    /// CAP_SYS_PTRACE, CAP_DAC_OVERRIDE and CAP_SETUID, all in the initial user
+    /// namespace; with the fanotify gate also CAP_LEASE, with the bpf gate also
+    /// CAP_DAC_READ_SEARCH.
+    ///
+    /// SIGHUP has it read again what it was told by files, which is nothing yet,
+    /// and say so. SIGQUIT, SIGUSR1 and SIGUSR2 do nothing.
+    ///
+    /// A user other than root has a limited number of connections, and all of
+    /// them together leave places for root. Whoever finds none is told so
+    /// (EAGAIN).
     Guard(GuardArgs),
     /// Pin a range of a file, without mapping it, and print its extents
     ///
@@ -166,6 +179,9 @@ pub struct PrepareArgs {
     /// Bytes to prepare, as in 1M:2M; OFFSET: goes to the end [default: the whole file]
     #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
     pub range: Option<ByteRange>,
+    /// How long to wait for I/O of others that uses pages of the file (DAX), in milliseconds
+    #[arg(long, value_name = "MS", default_value = "10000")]
+    pub patience: u32,
     /// Place new blocks so that huge pages (2 MiB) can map them, where the filesystem can
     #[arg(long)]
     pub huge: bool,

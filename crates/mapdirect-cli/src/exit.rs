@@ -38,6 +38,11 @@ impl Exit {
         Self(u8::try_from(number).unwrap_or(u8::MAX))
     }
 
+    /// A signal ended it before there was anything to hold.
+    pub(crate) fn of_signal(number: i32) -> Self {
+        Self(u8::try_from(128 + number).unwrap_or(u8::MAX))
+    }
+
     /// The number.
     #[must_use]
     pub const fn code(self) -> u8 {

@@ -7,6 +7,14 @@
 //! of these steps waits for never comes, say an answer of a FUSE server, then
 //! whoever reads waits for ever, and cannot be called back. So every look is
 //! taken by a thread of its own, which is left alone when it takes too long.
+//!
+//! A look that hangs says something all the same. Whoever waits for
+//! `exec_update_lock` (`lock_trace`, fs/proc/base.c; `mm_access`,
+//! kernel/fork.c) waits for a process that is past `de_thread`: its one thread
+//! is in the middle of `execve(2)` and of nothing else. So
+//! [`is_in_execve`] looks at what the hanging thread of *ours* sleeps in,
+//! which no lock guards, and how many threads the process has. (Landlock takes
+//! the same lock in a process with other threads, from Linux 7.0: they count.)
 
 use mapdirect_sys::proc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
@@ -14,13 +22,16 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 /// Looks under way at any time, those that hang included.
-const MOST: usize = 16;
+const MOST: usize = 64;
 
 /// How much longer than somebody's patience a look may take, so that a busy
 /// processor is not taken for a process that cannot be looked at.
 const GRACE: Duration = Duration::from_millis(200);
 
-static LOOKS: Looks = Looks::new(MOST);
+/// How often to see whether a look hangs.
+const A_WHILE: Duration = Duration::from_millis(20);
+
+static LOOKS: Looks = Looks::new(MOST, hangs_for_execve);
 
 /// A process could not be looked at in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,18 +55,36 @@ impl Stuck {
         )
     }
 
-    /// Waits while a look hangs at this process; says whether that is over.
-    pub(crate) fn is_over_before(self, deadline: Instant) -> bool {
-        loop {
-            if !LOOKS.hangs_at(self.pid) {
-                return true;
-            }
-            if Instant::now() >= deadline {
-                return false;
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
+    /// Whether a look still hangs there because the process is in the middle
+    /// of `execve(2)`.
+    pub(crate) fn is_in_execve(self) -> bool {
+        LOOKS.hangs_for_execve(self.pid)
     }
+}
+
+/// Whether thread `tid` of this process waits for process `pid` to be done
+/// with `execve(2)`.
+fn hangs_for_execve(tid: i32, pid: i32) -> bool {
+    // In this order: a process that has one thread while a look waits has had
+    // one ever since that began to wait, unless it got further.
+    let alone =
+        || proc::numbers_in(&format!("/proc/{pid}/task")).is_ok_and(|threads| threads.len() == 1);
+    let waits = || {
+        proc::sleeps_in(tid).is_ok_and(|function| {
+            function.is_some_and(|function| {
+                matches!(
+                    function.as_str(),
+                    "lock_trace"
+                        | "mm_access"
+                        | "proc_pid_syscall"
+                        | "proc_pid_stack"
+                        | "kcmp_lock"
+                ) || function.starts_with("down_read_killable")
+                    || function.starts_with("rwsem_down_read")
+            })
+        })
+    };
+    waits() && alone() && waits()
 }
 
 /// A look under way.
@@ -63,6 +92,8 @@ impl Stuck {
 struct Look {
     /// The process it is at.
     pid: AtomicI32,
+    /// The thread that looks.
+    tid: AtomicI32,
     /// Nobody waits for it any more.
     is_given_up: AtomicBool,
 }
@@ -79,18 +110,25 @@ impl Looking {
     ///
     /// # Errors
     ///
-    /// An earlier look hangs there: this one would as well.
+    /// The process is in the middle of `execve(2)`, and an earlier look hangs
+    /// there: this one would as well.
     pub(crate) fn at(&self, pid: i32) -> Result<(), Stuck> {
-        if self.looks.hangs_at(pid) {
+        if self.looks.hangs_for_execve(pid) {
             return Err(Stuck { pid });
         }
         self.look.pid.store(pid, SeqCst);
         Ok(())
     }
+
+    /// Whether nobody waits any more for what is seen.
+    pub(crate) fn is_given_up(&self) -> bool {
+        self.look.is_given_up.load(SeqCst)
+    }
 }
 
 /// Takes a look in a thread of its own and waits for what it sees, but not
-/// for longer than `limit`. What it sees later is dropped.
+/// for longer than `limit`, nor for a process in the middle of `execve(2)`.
+/// What it sees later is dropped.
 pub(crate) fn within<T: Send + 'static>(
     limit: Duration,
     look: impl FnOnce(&Looking) -> T + Send + 'static,
@@ -117,14 +155,17 @@ struct Looks {
     under_way: Mutex<Vec<Arc<Look>>>,
     ended: Condvar,
     most: usize,
+    /// Whether a thread of ours hangs at a process for its `execve(2)`.
+    is_in_execve: fn(i32, i32) -> bool,
 }
 
 impl Looks {
-    const fn new(most: usize) -> Self {
+    const fn new(most: usize, is_in_execve: fn(i32, i32) -> bool) -> Self {
         Self {
             under_way: Mutex::new(Vec::new()),
             ended: Condvar::new(),
             most,
+            is_in_execve,
         }
     }
 
@@ -134,10 +175,13 @@ impl Looks {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn hangs_at(&self, pid: i32) -> bool {
-        self.lock()
+    fn hangs_for_execve(&self, pid: i32) -> bool {
+        let there = self
+            .lock()
             .iter()
-            .any(|look| look.is_given_up.load(SeqCst) && look.pid.load(SeqCst) == pid)
+            .find(|look| look.is_given_up.load(SeqCst) && look.pid.load(SeqCst) == pid)
+            .map(|look| look.tid.load(SeqCst));
+        there.is_some_and(|tid| (self.is_in_execve)(tid, pid))
     }
 
     fn within<T: Send + 'static>(
@@ -162,6 +206,8 @@ impl Looks {
             .spawn(move || {
                 // It counts as under way until it is told.
                 let _under_way = under_way;
+                let tid = rustix::thread::gettid().as_raw_nonzero().get();
+                looking.look.tid.store(tid, SeqCst);
                 let seen = look(&looking);
                 // Nobody listens any more if it took too long.
                 let _ = tell.send(seen);
@@ -169,14 +215,18 @@ impl Looks {
         if spawned.is_err() {
             return Err(Stuck { pid: 0 });
         }
-        told.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-            .or_else(|_| {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if let Ok(seen) = told.recv_timeout(left.min(A_WHILE)) {
+                return Ok(seen);
+            }
+            let (tid, pid) = (noted.tid.load(SeqCst), noted.pid.load(SeqCst));
+            let hangs = || tid > 0 && pid > 0 && (self.is_in_execve)(tid, pid);
+            if left.is_zero() || hangs() {
                 noted.is_given_up.store(true, SeqCst);
-                told.try_recv()
-            })
-            .map_err(|_| Stuck {
-                pid: noted.pid.load(SeqCst),
-            })
+                return told.try_recv().map_err(|_| Stuck { pid });
+            }
+        }
     }
 
     /// Waits until there is room for another look.
@@ -223,7 +273,7 @@ mod tests {
     const LATE: Duration = Duration::from_secs(60);
 
     fn looks(most: usize) -> &'static Looks {
-        Box::leak(Box::new(Looks::new(most)))
+        Box::leak(Box::new(Looks::new(most, |_, _| true)))
     }
 
     /// A look that hangs at a process until the sender is dropped.
@@ -253,10 +303,18 @@ mod tests {
         let next = looks.within(LATE, |looking| (looking.at(76), looking.at(77)));
         assert_eq!(next, Ok((Ok(()), Err(Stuck { pid: 77 }))));
         drop(release);
-        while looks.hangs_at(77) {
+        while looks.hangs_for_execve(77) {
             std::thread::sleep(Duration::from_millis(1));
         }
         assert_eq!(looks.within(LATE, |looking| looking.at(77)), Ok(Ok(())));
+    }
+
+    #[test]
+    fn a_look_that_is_only_slow_keeps_no_other_away() {
+        let looks = Box::leak(Box::new(Looks::new(2, hangs_for_execve)));
+        let (seen, _release) = hang(looks, 1);
+        assert_eq!(seen, Err(Stuck { pid: 1 }));
+        assert_eq!(looks.within(LATE, |looking| looking.at(1)), Ok(Ok(())));
     }
 
     #[test]

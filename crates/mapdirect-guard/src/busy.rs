@@ -2,14 +2,31 @@
 //!
 //! A lease proves that nobody has a file open, but a truncation by path needs
 //! no description, and what the gate let in through one behind it may still
-//! be under way. Both are looked for among all threads of the system.
+//! be under way. Both are looked for among the threads that can be at it: all
+//! of the system for what began before the gate closed, and only those that
+//! the gate let in for what began behind it. [`suspicion`] says when a thread
+//! is a suspect; whoever does anything else is none, however long it takes.
+//!
+//! A thread is looked at in two steps. The function it sleeps in
+//! (`/proc/<tid>/wchan`) can always be read and mostly settles it. Otherwise
+//! its stack does, and that only counts if the thread did not run while it was
+//! read. A thread on a processor has no stack that could be read: where it
+//! matters whoever looks goes to that processor, and so takes it away from the
+//! thread for a moment.
+//!
+//! [`suspicion`]: crate::suspicion
 
 use crate::bounded::{self, Looking, Stuck, within};
 use crate::gate::classify::{self, classify_open};
+use crate::listeners;
 use crate::policy::OperationKind;
+use crate::suspicion::{self, Finding, LookFor, Prefix, judge};
+use crate::table::InodeId;
 use crate::thaw;
 use crate::wake::Backoff;
-use mapdirect_sys::proc::{self, Syscall, SyscallState};
+use mapdirect_sys::kcmp;
+use mapdirect_sys::proc::{self, Runs, SyscallState};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,507 +37,521 @@ pub(crate) struct Busy {
     pub(crate) tid: i32,
     pub(crate) command: String,
     pub(crate) doing: &'static str,
-    /// What it had run when it was first seen running, if it was.
-    had: Option<Run>,
 }
 
-impl Busy {
-    /// It is on a processor, or waits for one, and cannot be looked at.
-    pub(crate) fn runs(&self) -> bool {
-        self.had.is_some()
-    }
+/// The file that a look is about.
+#[derive(Clone, Copy, Debug)]
+struct Subject {
+    id: InodeId,
+    prefix: Prefix,
 }
 
-/// What a scan looks for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LookFor {
-    /// Truncation by path, which needs no description. A lease asked for
-    /// afterwards counts whoever is past the permission check by then.
-    Truncations,
-    /// Opens of any kind.
-    Opens,
-    /// Whatever may change a block map.
-    Changes,
-    /// Making mappings.
-    Mappings,
-}
-
-/// The functions a thread is inside of while it truncates by path or opens
-/// with `O_TRUNC`, from before the permission check to the end.
-const TRUNCATING: [&str; 5] = [
-    "vfs_truncate",
-    "do_sys_truncate",
-    "do_truncate",
-    "handle_truncate",
-    "notify_change",
-];
-
-/// The functions a thread is inside of while it changes a file.
-const CHANGING: [&str; 27] = [
-    "vfs_write",
-    "vfs_writev",
-    "vfs_iter_write",
-    "vfs_iocb_iter_write",
-    "do_iter_write",
-    "aio_write",
-    "io_write",
-    "vfs_fallocate",
-    "do_ftruncate",
-    "do_sys_ftruncate",
-    "vfs_truncate",
-    "do_sys_truncate",
-    "do_truncate",
-    "notify_change",
-    "vfs_clone_file_range",
-    "vfs_dedupe_file_range",
-    "vfs_copy_file_range",
-    "do_splice",
-    "do_sendfile",
-    "splice_direct_to_actor",
-    "xfs_exchange_range",
-    "xfs_ioc_swapext",
-    "xfs_swap_extents",
-    "do_clone_file_range",
-    "vfs_fileattr_set",
-    "ext4_move_extents",
-    "ext4_ioctl",
-];
-
-/// The functions a thread is inside of while it maps a file, from before the
-/// permission check until the mapping shows.
-const MAPPING: [&str; 5] = [
-    "vm_mmap_pgoff",
-    "ksys_mmap_pgoff",
-    "do_mmap",
-    "do_shmat",
-    "__do_sys_remap_file_pages",
-];
-
-/// Where writes end that are none to a file.
-const NOT_A_FILE: [&str; 10] = [
-    // splice(2) and sendfile(2) from a file, for as long as nobody reads.
-    "splice_file_to_pipe",
-    "pipe_write",
-    "anon_pipe_write",
-    "sock_write_iter",
-    "sock_sendmsg",
-    "unix_stream_sendmsg",
-    "tcp_sendmsg",
-    "tty_write",
-    "file_tty_write",
-    "eventfd_write",
-];
-
-fn is_busy(look_for: LookFor, syscall: &Syscall, stack: &str) -> Option<&'static str> {
-    let functions = || proc::stack_functions(stack);
-    let names: Vec<&str> = functions().collect();
-    // A FIFO only waits for its other end.
-    let opening = || {
-        functions().any(|name| name == "path_openat" || name == "do_open")
-            && !functions().any(|name| name == "fifo_open")
-    };
-    let inside = |names: &'static [&'static str]| {
-        names
-            .iter()
-            .copied()
-            .find(|name| functions().any(|function| function == *name))
-    };
-    match look_for {
-        LookFor::Truncations => inside(&TRUNCATING).or_else(|| {
-            // Opening with O_TRUNC, or possibly so: it truncates after the
-            // permission check.
-            let truncates = classify_open(Some(syscall), &names) == OperationKind::OpenTruncate;
-            (opening() && truncates).then_some("opening")
-        }),
-        LookFor::Opens => opening().then_some("opening"),
-        LookFor::Changes => inside(&CHANGING).filter(|_| inside(&NOT_A_FILE).is_none()),
-        LookFor::Mappings => inside(&MAPPING),
-    }
-}
-
-/// A thread found on a processor, or waiting for one.
-struct Running {
+/// A thread that may be in the middle of something, and why.
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
     tid: i32,
-    /// What it had run when first seen.
-    had: Run,
+    seen: Seen,
+    /// How often it has been looked at.
+    looks: u32,
+}
+
+/// What a look at a thread shows.
+#[derive(Clone, Copy, Debug)]
+enum Seen {
+    /// It is in the middle of nothing that matters.
+    Innocent,
+    /// It may be.
+    At(Finding),
+    /// It is on a processor, or waits for one, and shows nothing; this is what
+    /// it had run when first seen so.
+    Running(Run),
 }
 
 /// How much a thread has run.
 #[derive(Clone, Copy, Debug)]
 struct Run {
-    /// Nanoseconds in all (`/proc/<tid>/schedstat`, which every distribution
-    /// kernel has: `CONFIG_SCHED_INFO`).
+    /// Nanoseconds in all.
     all: u64,
-    /// Clock ticks outside the kernel (`/proc/<tid>/stat`, field 14).
+    /// Clock ticks outside the kernel.
     outside: u64,
 }
 
 impl Run {
-    /// More than any thread runs.
+    /// More than any thread runs: if it cannot be read, no run is enough.
     const ENDLESS: Self = Self {
         all: u64::MAX / 2,
         outside: u64::MAX / 2,
     };
 
     fn of(tid: i32) -> Option<Self> {
-        let schedstat = proc::read_task_file(tid, "schedstat").ok()?;
-        let stat = proc::read_task_file(tid, "stat").ok()?;
-        // The command in parentheses may hold anything, parentheses too.
-        let (_, behind) = stat.rsplit_once(')')?;
         Some(Self {
-            all: schedstat.split_ascii_whitespace().next()?.parse().ok()?,
-            outside: behind.split_ascii_whitespace().nth(11)?.parse().ok()?,
+            all: proc::runs(tid).ok()?.time,
+            outside: proc::ticks_outside(tid).ok()?,
         })
     }
-}
 
-impl Running {
-    fn now(tid: i32) -> Self {
-        // If it cannot be read, no run is enough.
-        let had = Run::of(tid).unwrap_or(Run::ENDLESS);
-        Self { tid, had }
-    }
-
-    /// Whether it has got out of what it may have been in the middle of, by
-    /// what it has run since.
-    fn has_moved_on(&self, look_for: LookFor) -> bool {
-        let Some(now) = Run::of(self.tid) else {
+    /// Whether a thread has got out of what it may have been in the middle of,
+    /// by what it has run since.
+    fn is_over(self, tid: i32, look_for: LookFor) -> bool {
+        let Some(now) = Self::of(tid) else {
             return false;
         };
         match look_for {
             // Past the few instructions between a permission check and the
             // counts that a lease looks at.
-            LookFor::Truncations => now.all >= self.had.all + 50_000,
+            LookFor::Truncations => now.all >= self.all.saturating_add(50_000),
             // It has been outside of the kernel. What it has run is split by
             // the ticks that found it inside and outside (`cputime_adjust`,
             // kernel/sched/cputime.c): until the next tick finds it inside,
             // what it runs there is taken for outside. That is no more than
             // one of these, which are as long as the longest tick there is.
-            LookFor::Opens | LookFor::Changes | LookFor::Mappings => {
-                now.outside > self.had.outside.saturating_add(1)
-            }
+            _ => now.outside > self.outside.saturating_add(1),
         }
     }
 }
 
-/// Threads that may be in the middle of something.
-#[derive(Default)]
-struct Suspects {
-    sleeping: Vec<(i32, &'static str)>,
-    running: Vec<Running>,
+/// The functions on a thread's stack, if it can be told that all of them are
+/// there and that it did not run while they were read.
+fn exact_stack(tid: i32) -> Option<String> {
+    let asleep = || matches!(proc::sleeps_in(tid), Ok(Some(_)));
+    for _ in 0..3 {
+        let before: Option<Runs> = proc::runs(tid).ok();
+        let stack = proc::read_task_file(tid, "stack").ok()?;
+        let sleeps = asleep();
+        let after = proc::runs(tid).ok();
+        let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+        // On x86-64 nobody reads a stack in use: it is not begun while the
+        // thread is on another processor, and then begins where it was
+        // switched out last (`__unwind_start`, arch/x86/kernel/unwind_orc.c).
+        // arm64 does not ask, so there the thread must sleep.
+        let is_readable = sleeps || cfg!(target_arch = "x86_64");
+        let is_whole = classify::is_whole(&functions) || sleeps && !functions.is_empty();
+        if before.is_some() && before == after && is_readable && is_whole {
+            return Some(stack);
+        }
+        if before.is_none() {
+            // What cannot be counted must sleep all the while.
+            return (asleep() && sleeps && is_whole).then_some(stack);
+        }
+    }
+    None
 }
 
-impl Suspects {
-    /// Every thread of the system that is not idle.
-    fn find(look_for: LookFor, looking: &Looking) -> Result<Self, Stuck> {
-        let own_pid = std::process::id().cast_signed();
-        let mut suspects = Self::default();
-        for pid in proc::numbers_in("/proc").unwrap_or_default() {
-            if pid == own_pid {
-                continue;
-            }
-            looking.at(pid)?;
-            for tid in proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default() {
-                suspects.note(tid, look(look_for, tid));
-            }
-        }
-        Ok(suspects)
+/// Takes a thread's processor away from it for a moment, so that its stack can
+/// be read.
+fn visit(tid: i32) -> Option<String> {
+    let home = sched_getaffinity(None).ok()?;
+    let processor = proc::processor(tid).ok()?;
+    let mut there = CpuSet::new();
+    if processor >= CpuSet::MAX_CPU {
+        return None;
     }
+    there.set(processor);
+    sched_setaffinity(None, &there).ok()?;
+    // We are there, so it is not.
+    let stack = exact_stack(tid);
+    let _ = sched_setaffinity(None, &home);
+    stack
+}
 
-    fn note(&mut self, tid: i32, seen: Seen) {
-        match seen {
-            Seen::Idle => {}
-            Seen::Busy(doing) => self.sleeping.push((tid, doing)),
-            Seen::Running => self.running.push(Running::now(tid)),
-        }
+/// Looks at a thread. What is asked of it beyond a first look is read only
+/// where it decides.
+fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) -> Seen {
+    let Ok(sleeps_in) = proc::sleeps_in(tid) else {
+        return Seen::Innocent;
+    };
+    if let Some(function) = &sleeps_in
+        && suspicion::is_elsewhere(look_for, function)
+    {
+        return Seen::Innocent;
     }
-
-    /// Those of them who still may be.
-    fn look_again(self, look_for: LookFor, looking: &Looking) -> Result<Self, Stuck> {
-        let mut left = Self::default();
-        for (tid, _) in self.sleeping {
-            looking.at(tid)?;
-            left.note(tid, look(look_for, tid));
-        }
-        for thread in self.running {
-            looking.at(thread.tid)?;
-            match look(look_for, thread.tid) {
-                Seen::Running if thread.has_moved_on(look_for) => {}
-                Seen::Running => left.running.push(thread),
-                seen => left.note(thread.tid, seen),
-            }
-        }
-        Ok(left)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.sleeping.is_empty() && self.running.is_empty()
-    }
-
-    fn into_busy(self) -> Vec<Busy> {
-        let busy = |tid, doing, had| Busy {
-            tid,
-            command: proc::command(tid),
-            doing,
-            had,
+    /// It was given time to sleep, or to give way, by itself.
+    const LOOKS_FROM_AFAR: u32 = 3;
+    let stack = exact_stack(tid).or_else(|| (looks >= LOOKS_FROM_AFAR).then(|| visit(tid))?);
+    let Some(stack) = stack else {
+        return if proc::sleeps_in(tid).is_err() {
+            Seen::Innocent
+        } else {
+            Seen::Running(Run::of(tid).unwrap_or(Run::ENDLESS))
         };
-        let asleep = self.sleeping.into_iter();
-        let awake = self.running.into_iter();
-        asleep
-            .map(|(tid, doing)| busy(tid, doing, None))
-            .chain(awake.map(|thread| busy(thread.tid, "running", Some(thread.had))))
-            .collect()
+    };
+    let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+    let found = judge(look_for, &functions, subject.prefix);
+    match found {
+        Finding::Nothing => Seen::Innocent,
+        Finding::MayByDescriptor(_) if has_other_files(subject.id, tid, &functions) => {
+            Seen::Innocent
+        }
+        _ if look_for == LookFor::AllTruncations && opens_without_truncating(tid, &functions) => {
+            Seen::Innocent
+        }
+        found => Seen::At(found),
     }
 }
 
-/// Looks at every thread of the system until none is busy any more or the
-/// time is over, and tells who still is. Those that begin later are not
-/// waited for: they meet a closed gate. Nor are those that `held` names: they
-/// have not passed it. A process that cannot be looked at is waited for until
-/// `limit`.
-fn wait_for(
+/// Whether a thread opens something by a call that does not truncate.
+fn opens_without_truncating(tid: i32, functions: &[&str]) -> bool {
+    let truncates = functions.iter().any(|name| name.contains("truncate"));
+    !truncates
+        && inside(tid).is_some_and(|syscall| {
+            classify_open(Some(&syscall), functions) != OperationKind::OpenTruncate
+        })
+}
+
+fn inside(tid: i32) -> Option<proc::Syscall> {
+    let text = proc::read_task_file(tid, "syscall").ok()?;
+    match proc::parse_syscall(text.as_bytes()) {
+        Some(SyscallState::Inside(syscall)) => Some(syscall),
+        _ => None,
+    }
+}
+
+/// Whether a thread's call was made with descriptors of other files, and
+/// nobody can have put those in the place of others since: the thread is its
+/// process's only one, and no other process shares its table.
+fn has_other_files(id: InodeId, tid: i32, functions: &[&str]) -> bool {
+    let Some(syscall) = inside(tid) else {
+        return false;
+    };
+    let Some(syscall) = classify::own_registers(Some(&syscall), functions) else {
+        return false;
+    };
+    let Some(descriptors) = suspicion::descriptors(syscall) else {
+        return false;
+    };
+    let are_others = || {
+        descriptors.iter().all(|fd| {
+            let link = format!("/proc/{tid}/fd/{fd}");
+            crate::openers::identify(&link).is_some_and(|other| other != id)
+        })
+    };
+    let is_alone = || proc::numbers_in(&format!("/proc/{tid}/task")).is_ok_and(|t| t.len() == 1);
+    let shares = || {
+        let pids = proc::numbers_in("/proc").unwrap_or_default();
+        pids.into_iter()
+            .any(|pid| pid != tid && kcmp::same_descriptors(tid, pid))
+    };
+    are_others() && is_alone() && !shares()
+}
+
+/// A process to look at, or a suspect to look at once more.
+#[derive(Clone, Copy, Debug)]
+enum Item {
+    Process(i32),
+    Suspect(Suspect),
+}
+
+impl Item {
+    fn id(&self) -> i32 {
+        match self {
+            Self::Process(pid) => *pid,
+            Self::Suspect(suspect) => suspect.tid,
+        }
+    }
+
+    fn look(&self, look_for: LookFor, subject: Subject) -> Vec<Suspect> {
+        match self {
+            Self::Process(pid) => proc::numbers_in(&format!("/proc/{pid}/task"))
+                .unwrap_or_default()
+                .into_iter()
+                .filter_map(|tid| {
+                    let seen = look(look_for, subject, tid, 0);
+                    let suspect = Suspect {
+                        tid,
+                        seen,
+                        looks: 0,
+                    };
+                    (!matches!(seen, Seen::Innocent)).then_some(suspect)
+                })
+                .collect(),
+            Self::Suspect(suspect) => suspect.look_again(look_for, subject).into_iter().collect(),
+        }
+    }
+}
+
+impl Suspect {
+    fn look_again(self, look_for: LookFor, subject: Subject) -> Option<Self> {
+        let looks = self.looks.saturating_add(1);
+        let seen = match (self.seen, look(look_for, subject, self.tid, looks)) {
+            (_, Seen::Innocent) => return None,
+            (Seen::Running(had), Seen::Running(_)) if had.is_over(self.tid, look_for) => {
+                return None;
+            }
+            // What counts is what it had run at first.
+            (Seen::Running(had), Seen::Running(_)) => Seen::Running(had),
+            (_, seen) => seen,
+        };
+        Some(Self {
+            tid: self.tid,
+            seen,
+            looks,
+        })
+    }
+
+    fn into_busy(self) -> Busy {
+        Busy {
+            tid: self.tid,
+            command: proc::command(self.tid),
+            doing: match self.seen {
+                Seen::At(
+                    Finding::May(doing)
+                    | Finding::MayByDescriptor(doing)
+                    | Finding::IfFrozen(doing)
+                    | Finding::IfWatched(doing),
+                ) => doing,
+                Seen::Running(_) | Seen::Innocent | Seen::At(Finding::Nothing) => "running",
+            },
+        }
+    }
+}
+
+/// What is left to look at, and what was found.
+struct Work {
+    left: Vec<Item>,
+    found: Vec<Suspect>,
+}
+
+/// Looks at everything in `items`, and returns the suspects. A process in the
+/// middle of `execve(2)`, where a look hangs, is none. Where a look hangs for
+/// something else, or the system is so busy that there is no progress until
+/// `limit`, there is no answer.
+fn sweep(
+    items: Vec<Item>,
     look_for: LookFor,
-    held: &dyn Fn() -> Arc<Vec<i32>>,
-    deadline: Instant,
+    subject: Subject,
     limit: Instant,
-) -> Result<Vec<Busy>, Stuck> {
-    let mut suspects = loop {
-        let found = within(bounded::limit(limit), move |looking| {
-            Suspects::find(look_for, looking)
+) -> Result<Vec<Suspect>, Stuck> {
+    let work = Arc::new(Mutex::new(Work {
+        left: items,
+        found: Vec::new(),
+    }));
+    loop {
+        let shared = Arc::clone(&work);
+        let looked = within(bounded::limit(limit), move |looking| {
+            look_at_all(&shared, look_for, subject, looking);
         });
-        match found? {
-            Ok(suspects) => break suspects,
-            Err(stuck) if stuck.is_over_before(limit) => {}
+        let mut work = work.lock().unwrap_or_else(PoisonError::into_inner);
+        match looked {
+            Ok(()) => return Ok(std::mem::take(&mut work.found)),
+            Err(stuck) if stuck.pid > 0 && stuck.is_in_execve() => {
+                if work.left.last().is_some_and(|item| item.id() == stuck.pid) {
+                    work.left.pop();
+                }
+            }
             Err(stuck) => return Err(stuck),
         }
-    };
-    let mut backoff = Backoff::until(
-        deadline,
-        Duration::from_micros(100),
-        Duration::from_millis(5),
-    );
-    while !suspects.is_empty() {
-        let waiting = held();
-        suspects.sleeping.retain(|(tid, _)| !waiting.contains(tid));
-        suspects = within(bounded::limit(limit), move |looking| {
-            suspects.look_again(look_for, looking)
-        })??;
-        if backoff.is_over() {
-            break;
-        }
-        backoff.pause();
     }
-    Ok(suspects.into_busy())
 }
 
-/// Whether a thread that waits for a processor does so where it leaves the
-/// kernel, with everything behind it: on a busy machine it may be long before
-/// it runs again.
-fn is_on_its_way_out(tid: i32) -> bool {
-    // On x86-64 nobody reads a stack in use: it is not begun while the thread
-    // is on another processor, and then begins where it was switched out last
-    // (`__unwind_start`, arch/x86/kernel/unwind_orc.c). arm64 does not ask.
-    cfg!(target_arch = "x86_64")
-        && proc::read_task_file(tid, "stack").is_ok_and(|stack| leaves(&stack))
-}
-
-/// Whether a stack is that of a thread which gave way to others right before
-/// it leaves the kernel. What it has left to do there (`task_work_run`) is not
-/// begun, and meets a closed gate.
-fn leaves(stack: &str) -> bool {
-    let functions: Vec<&str> = proc::stack_functions(stack).collect();
-    let innermost = functions
-        .iter()
-        .find(|function| !matches!(**function, "schedule" | "__schedule"));
-    classify::is_whole(&functions)
-        && matches!(
-            innermost,
-            Some(&("exit_to_user_mode_loop" | "irqentry_exit_to_user_mode"))
-        )
-}
-
-enum Seen {
-    Idle,
-    Busy(&'static str),
-    Running,
-}
-
-fn look(look_for: LookFor, tid: i32) -> Seen {
-    let Ok(text) = proc::read_task_file(tid, "syscall") else {
-        return Seen::Idle;
-    };
-    match proc::parse_syscall(text.as_bytes()) {
-        Some(SyscallState::Running) if is_on_its_way_out(tid) => Seen::Idle,
-        Some(SyscallState::Running) => Seen::Running,
-        Some(SyscallState::Inside(syscall)) => {
-            let Ok(stack) = proc::read_task_file(tid, "stack") else {
-                return Seen::Idle;
-            };
-            let functions: Vec<&str> = proc::stack_functions(&stack).collect();
-            // It woke up just now: the stack breaks off, or is what it was in
-            // an earlier sleep.
-            if !classify::is_whole(&functions) {
-                return Seen::Running;
-            }
-            is_busy(look_for, &syscall, &stack).map_or(Seen::Idle, Seen::Busy)
+fn look_at_all(work: &Mutex<Work>, look_for: LookFor, subject: Subject, looking: &Looking) {
+    let lock = || work.lock().unwrap_or_else(PoisonError::into_inner);
+    loop {
+        let Some(item) = lock().left.last().copied() else {
+            return;
+        };
+        // In the middle of execve(2): of nothing else, then.
+        let found = match looking.at(item.id()) {
+            Ok(()) => item.look(look_for, subject),
+            Err(_) => Vec::new(),
+        };
+        let mut work = lock();
+        // Given up before it took the lock: somebody else goes on from here.
+        if looking.is_given_up() {
+            return;
         }
-        _ => Seen::Idle,
+        work.left.pop();
+        work.found.extend(found);
     }
+}
+
+/// Every process of the system but this one.
+fn everybody() -> Vec<Item> {
+    let own = std::process::id().cast_signed();
+    proc::numbers_in("/proc")
+        .unwrap_or_default()
+        .into_iter()
+        .filter(|pid| *pid != own)
+        .map(Item::Process)
+        .collect()
 }
 
 /// Whether every thread of a process sleeps, none of them changing a file.
 pub(crate) fn is_at_rest(pid: i32) -> bool {
+    let subject = Subject {
+        id: InodeId { dev: 0, inode: 0 },
+        // Whatever it is of.
+        prefix: Prefix(""),
+    };
     let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
     !threads.is_empty()
         && threads
             .into_iter()
-            .all(|tid| matches!(look(LookFor::Changes, tid), Seen::Idle))
-}
-
-/// Whether any of the threads found busy can still be about to change a file
-/// of this filesystem, which is not frozen: a thread that sleeps waiting for
-/// a thaw waits for another one.
-fn still_busy_here(
-    look_for: LookFor,
-    mut left: Vec<Busy>,
-    held: &dyn Fn() -> Arc<Vec<i32>>,
-    deadline: Instant,
-) -> Result<Vec<Busy>, Stuck> {
-    loop {
-        // Whoever has come to the gate since is out of it.
-        let waiting = held();
-        left.retain(|busy| !waiting.contains(&busy.tid));
-        left = within(bounded::limit(deadline), move |looking| {
-            stay_busy(look_for, left, looking)
-        })??;
-        if left.is_empty() || Instant::now() >= deadline {
-            return Ok(left);
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-}
-
-/// Those who still are busy, and not because they wait for a thaw.
-fn stay_busy(
-    look_for: LookFor,
-    mut left: Vec<Busy>,
-    looking: &Looking,
-) -> Result<Vec<Busy>, Stuck> {
-    let mut stuck = Ok(());
-    left.retain_mut(|busy| {
-        if let Err(there) = looking.at(busy.tid) {
-            stuck = Err(there);
-            return true;
-        }
-        match look(look_for, busy.tid) {
-            Seen::Idle => false,
-            Seen::Running => {
-                // Woken by a thaw, perhaps: it will tell when it sleeps
-                // again, or has run for long enough.
-                let tid = busy.tid;
-                let had = *busy.had.get_or_insert_with(|| Running::now(tid).had);
-                !Running { tid, had }.has_moved_on(look_for)
-            }
-            Seen::Busy(_) => !waits_for_thaw(busy.tid),
-        }
-    });
-    stuck.map(|()| left)
+            .all(|tid| matches!(look(LookFor::Changes, subject, tid, 0), Seen::Innocent))
 }
 
 /// How long to wait for threads to get through, before asking whether their
 /// filesystem is frozen.
 const BEFORE_ASKING: Duration = Duration::from_millis(50);
+/// How often to look again at least, however little time there is: a thread
+/// that was taken off its processor needs a chance to get back.
+const LEAST_LOOKS: u32 = 20;
 
 /// A file that nobody shall be in the middle of changing.
 pub(crate) struct Quiet<'a> {
     /// Any descriptor of it.
     pub(crate) file: BorrowedFd<'a>,
+    pub(crate) id: InodeId,
+    /// What the names of its filesystem's functions begin with.
+    pub(crate) prefix: Prefix,
     /// Threads that wait at the gate: they have not passed it.
     pub(crate) held: &'a dyn Fn() -> Arc<Vec<i32>>,
     pub(crate) deadline: Instant,
 }
 
 impl Quiet<'_> {
+    fn subject(&self) -> Subject {
+        Subject {
+            id: self.id,
+            prefix: self.prefix,
+        }
+    }
+
     /// Waits until every truncation by path that began before this call has
     /// either finished or is counted by the inode; ask for a lease then.
     /// Tells who may still be at it when the time is over.
     pub(crate) fn wait_for_truncations(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
-        let scan = &scans.truncations;
-        let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
-        self.leave_out_other_filesystems(LookFor::Truncations, busy)
+        // This does not depend on the file: all grants share it.
+        let found = scans.truncations.sweep(self.subject(), self.deadline)?;
+        self.wait_for(LookFor::Truncations, found)
+    }
+
+    /// The same where a lease will be asked for that lets readers be.
+    pub(crate) fn wait_for_all_truncations(&self) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for_everybody(LookFor::AllTruncations)
     }
 
     /// Waits until every open that began before this call has finished.
     pub(crate) fn wait_for_opens(&self) -> Result<Vec<Busy>, Stuck> {
-        wait_for(LookFor::Opens, self.held, self.deadline, self.deadline)
+        self.wait_for_everybody(LookFor::Opens)
+    }
+
+    /// Waits until everybody who was changing the file has finished.
+    pub(crate) fn wait_for_changes(&self) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for_everybody(LookFor::Changes)
+    }
+
+    /// The same where it is known that nobody else can write to it.
+    pub(crate) fn wait_for_readers(&self) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for_everybody(LookFor::ChangesByReaders)
     }
 
     /// Waits until every mapping that was being made before this call shows in
     /// `/proc/<pid>/maps`.
-    pub(crate) fn wait_for_mappings(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
-        let scan = &scans.mappings;
-        let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
-        still_busy_here(LookFor::Mappings, busy, self.held, self.deadline)
+    pub(crate) fn wait_for_mappings(&self) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for_everybody(LookFor::Mappings)
     }
 
-    /// Waits until everybody who was changing any file has finished.
-    pub(crate) fn wait_for_changes(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
-        let scan = &scans.changes;
-        let busy = scan.wait(self.held, BEFORE_ASKING, self.deadline)?;
-        self.leave_out_other_filesystems(LookFor::Changes, busy)
+    /// Waits until none of these threads is changing the file any more.
+    pub(crate) fn wait_for_changes_by(&self, tids: &[i32]) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for_these(LookFor::Changes, tids)
     }
 
-    /// If it is not this filesystem that is frozen, whoever waits for a thaw
-    /// waits for another.
-    fn leave_out_other_filesystems(
-        &self,
-        look_for: LookFor,
-        busy: Vec<Busy>,
-    ) -> Result<Vec<Busy>, Stuck> {
-        if busy.is_empty() || !thaw::is_thawed(self.file, self.deadline) {
-            return Ok(busy);
+    /// Waits until none of these threads is making a mapping any more.
+    pub(crate) fn wait_for_mappings_by(&self, tids: &[i32]) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for_these(LookFor::Mappings, tids)
+    }
+
+    fn wait_for_everybody(&self, look_for: LookFor) -> Result<Vec<Busy>, Stuck> {
+        let found = sweep(everybody(), look_for, self.subject(), self.deadline)?;
+        self.wait_for(look_for, found)
+    }
+
+    fn wait_for_these(&self, look_for: LookFor, tids: &[i32]) -> Result<Vec<Busy>, Stuck> {
+        let suspects = tids.iter().map(|tid| Suspect {
+            tid: *tid,
+            seen: Seen::At(Finding::May("running")),
+            looks: 0,
+        });
+        self.wait_for(look_for, suspects.collect())
+    }
+
+    /// Looks at the suspects until there is none left, or the time is over and
+    /// each has been looked at often enough. Those that begin later are not
+    /// waited for: they meet a closed gate. Nor are those that `held` names:
+    /// they have not passed it.
+    fn wait_for(&self, look_for: LookFor, mut suspects: Vec<Suspect>) -> Result<Vec<Busy>, Stuck> {
+        let begun = Instant::now();
+        let mut facts = Facts::default();
+        let mut looks = 0;
+        let mut backoff = Backoff::until(
+            self.deadline,
+            Duration::from_micros(100),
+            Duration::from_millis(5),
+        );
+        while !suspects.is_empty() {
+            let waiting = (self.held)();
+            suspects.retain(|suspect| !waiting.contains(&suspect.tid));
+            let items = suspects.into_iter().map(Item::Suspect).collect();
+            suspects = sweep(items, look_for, self.subject(), self.deadline)?;
+            let asks = begun.elapsed() >= BEFORE_ASKING || looks >= LEAST_LOOKS;
+            suspects.retain(|suspect| match suspect.seen {
+                Seen::At(Finding::IfFrozen(_)) if asks => facts.is_frozen(self),
+                Seen::At(Finding::IfWatched(_)) if asks => facts.is_watched(self),
+                _ => true,
+            });
+            looks += 1;
+            if backoff.is_over() && looks >= LEAST_LOOKS {
+                break;
+            }
+            backoff.pause();
         }
-        still_busy_here(look_for, busy, self.held, self.deadline)
+        Ok(suspects.into_iter().map(Suspect::into_busy).collect())
     }
 }
 
-/// Whether a thread sleeps waiting for a filesystem to thaw: in
-/// `sb_start_write`, which is inlined into `mnt_want_write`.
-fn waits_for_thaw(tid: i32) -> bool {
-    proc::read_task_file(tid, "stack").is_ok_and(|stack| {
-        proc::stack_functions(&stack).any(|function| {
-            matches!(
-                function,
-                "mnt_want_write" | "sb_start_write" | "__sb_start_write"
-            ) || function.starts_with("percpu_rwsem_wait")
-                || function.starts_with("__percpu_down_read")
-        })
-    })
+/// What is asked once at most for a wait.
+#[derive(Default)]
+struct Facts {
+    frozen: Option<bool>,
+    watched: Option<bool>,
 }
 
-/// Scans of all threads of the system, one for all grants that wait for one:
-/// those that close their gate before a scan begins share it.
+impl Facts {
+    /// Who sleeps waiting for a thaw waits for another filesystem's, if this
+    /// one is not frozen. It stays asked until then.
+    fn is_frozen(&mut self, quiet: &Quiet<'_>) -> bool {
+        let frozen = match self.frozen {
+            Some(false) => false,
+            _ => !thaw::is_thawed(quiet.file, quiet.deadline),
+        };
+        self.frozen = Some(frozen);
+        frozen
+    }
+
+    /// Who waits for an answer that is not ours waits for another listener's.
+    fn is_watched(&mut self, quiet: &Quiet<'_>) -> bool {
+        *self
+            .watched
+            .get_or_insert_with(|| listeners::others_may_watch(quiet.id, quiet.deadline))
+    }
+}
+
+/// Sweeps of all threads of the system, one for all grants that wait for one:
+/// those that close their gate before a sweep begins share what it finds.
 #[derive(Debug)]
 pub(crate) struct Scans {
-    /// A truncation by path has no description that a lease could count, so a
-    /// thread caught between its permission check and the truncation must be
-    /// looked for.
     truncations: Scan,
-    changes: Scan,
-    mappings: Scan,
 }
 
 impl Default for Scans {
     fn default() -> Self {
         Self {
             truncations: Scan::new(LookFor::Truncations),
-            changes: Scan::new(LookFor::Changes),
-            mappings: Scan::new(LookFor::Mappings),
         }
     }
 }
 
-/// Scans for one thing.
+/// Sweeps for one thing.
 #[derive(Debug)]
 struct Scan {
     look_for: LookFor,
@@ -530,12 +561,12 @@ struct Scan {
 
 #[derive(Debug)]
 struct ScanState {
-    /// Scans begun, and scans finished.
+    /// Sweeps begun, and sweeps finished.
     begun: u64,
     finished: u64,
     running: bool,
-    /// What the last finished scan left, or why it came to nothing.
-    outcome: Result<Vec<Busy>, Stuck>,
+    /// What the last finished sweep found, or why it came to nothing.
+    outcome: Result<Vec<Suspect>, Stuck>,
 }
 
 impl Default for ScanState {
@@ -558,32 +589,24 @@ impl Scan {
         }
     }
 
-    /// Waits until nothing of it is under way that began before this call, and
-    /// tells who still is at it when the time is over.
-    fn wait(
-        &self,
-        held: &dyn Fn() -> Arc<Vec<i32>>,
-        patience: Duration,
-        deadline: Instant,
-    ) -> Result<Vec<Busy>, Stuck> {
+    /// Everybody who may be at it and began before this call. One that was
+    /// given up by who began it is no answer for others: they begin anew.
+    fn sweep(&self, subject: Subject, deadline: Instant) -> Result<Vec<Suspect>, Stuck> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // A scan that is running now may have passed a thread before it went
+        // A sweep that is running now may have passed a thread before it went
         // into the kernel: the next one counts.
         let wanted = state.begun + 1;
         loop {
-            if state.finished >= wanted {
-                match &state.outcome {
-                    // Whoever began it may have been less patient.
-                    Err(_) if Instant::now() < deadline => {}
-                    outcome => return outcome.clone(),
-                }
+            if state.finished >= wanted
+                && let Ok(found) = &state.outcome
+            {
+                return Ok(found.clone());
             }
             if !state.running {
                 state.running = true;
                 state.begun += 1;
                 drop(state);
-                let soon = Instant::now() + patience;
-                let outcome = wait_for(self.look_for, held, soon, deadline);
+                let outcome = sweep(everybody(), self.look_for, subject, deadline);
                 state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
                 state.running = false;
                 state.finished = state.begun;
@@ -607,59 +630,13 @@ impl Scan {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-    fn truncating(number: i64, stack: &str) -> Option<&'static str> {
-        let syscall = Syscall {
-            number,
-            args: [0, 0, 0o2001, 0, 0, 0],
-            sp: 1,
-            pc: 1,
-        };
-        is_busy(LookFor::Truncations, &syscall, stack)
-    }
-
-    #[test]
-    fn truncations_by_path_are_seen_and_fifos_are_not() {
-        let frozen = "[<0>] percpu_rwsem_wait+0x1/0x2\n[<0>] vfs_truncate+0x1/0x2\n";
-        assert_eq!(truncating(76, frozen), Some("vfs_truncate"));
-        let fifo = "[<0>] fifo_open+0x1/0x2\n[<0>] do_dentry_open+0x1/0x2\n\
-                    [<0>] path_openat+0x1/0x2\n";
-        assert_eq!(truncating(437, fifo), None);
-        let opening = "[<0>] xfs_ilock+0x1/0x2\n[<0>] path_openat+0x1/0x2\n\
-                       [<0>] do_sys_openat2+0x1/0x2\n";
-        assert_eq!(truncating(437, opening), Some("opening"));
-        assert_eq!(truncating(257, opening), None, "no O_TRUNC among its flags");
-    }
-
-    #[test]
-    fn whoever_leaves_the_kernel_has_done_everything() {
-        let out = "[<0>] irqentry_exit_to_user_mode+0x110/0x1a0\n\
-                   [<0>] asm_sysvec_apic_timer_interrupt+0x1a/0x20\n";
-        assert!(leaves(out));
-        let out = "[<0>] exit_to_user_mode_loop+0x51/0xe0\n[<0>] do_syscall_64+0x23b/0x280\n\
-                   [<0>] entry_SYSCALL_64_after_hwframe+0x76/0x7e\n";
-        assert!(leaves(out));
-        let broken_off = "[<0>] exit_to_user_mode_loop+0x51/0xe0\n";
-        assert!(!leaves(broken_off));
-        let work = "[<0>] io_write+0x51/0xe0\n[<0>] task_work_run+0x51/0xe0\n\
-                    [<0>] exit_to_user_mode_loop+0x51/0xe0\n\
-                    [<0>] entry_SYSCALL_64_after_hwframe+0x76/0x7e\n";
-        assert!(!leaves(work));
-        assert!(!leaves(""));
-    }
-
-    #[test]
-    fn a_write_to_a_pipe_is_no_change() {
-        let syscall = Syscall {
-            number: 1,
-            args: [0; 6],
-            sp: 1,
-            pc: 1,
-        };
-        let pipe = "[<0>] anon_pipe_write+0x1/0x2\n[<0>] vfs_write+0x1/0x2\n";
-        assert_eq!(is_busy(LookFor::Changes, &syscall, pipe), None);
-        let file = "[<0>] percpu_rwsem_wait+0x1/0x2\n[<0>] vfs_write+0x1/0x2\n";
-        assert_eq!(is_busy(LookFor::Changes, &syscall, file), Some("vfs_write"));
+    fn subject() -> Subject {
+        Subject {
+            id: InodeId { dev: 0, inode: 0 },
+            prefix: Prefix("xfs_"),
+        }
     }
 
     #[test]
@@ -669,11 +646,63 @@ mod tests {
             for _ in 0..8 {
                 scope.spawn(|| {
                     let late = Instant::now() + Duration::from_secs(60);
-                    scan.wait(&Arc::default, Duration::from_millis(200), late)
+                    scan.sweep(subject(), late)
                 });
             }
         });
         let state = scan.state.lock().unwrap();
         assert!(state.begun <= 9 && state.finished == state.begun);
+    }
+
+    /// A thread that never leaves its processor by itself is seen all the same.
+    #[test]
+    fn a_thread_that_runs_is_visited() {
+        if !rustix::process::geteuid().is_root() || cfg!(not(target_arch = "x86_64")) {
+            // Stacks are root's to read.
+            return;
+        }
+        let over = AtomicBool::new(false);
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                    .unwrap();
+                while !over.load(SeqCst) {
+                    std::hint::spin_loop();
+                }
+            });
+            let tid = told.recv().unwrap();
+            let seen = (0..100).find_map(|_| visit(tid));
+            over.store(true, SeqCst);
+            let stack = seen.unwrap();
+            let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+            assert_eq!(
+                judge(LookFor::Changes, &functions, Prefix("")),
+                Finding::Nothing
+            );
+        });
+    }
+
+    #[test]
+    fn a_thread_that_sleeps_is_read_exactly() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (tell, told) = std::sync::mpsc::channel();
+        let sleeper = std::thread::spawn(move || {
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
+            let _ = released.recv();
+        });
+        let tid = told.recv().unwrap();
+        let stack = (0..1000).find_map(|_| {
+            std::thread::sleep(Duration::from_millis(1));
+            exact_stack(tid).filter(|stack| stack.contains("futex"))
+        });
+        assert!(stack.is_some());
+        drop(release);
+        sleeper.join().unwrap();
+        assert!(exact_stack(tid).is_none());
     }
 }

@@ -17,6 +17,7 @@ use crate::gate::fanotify::MASK;
 use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers_before};
 use crate::policy::{self, Apart, Beside, Pinned};
+use crate::suspicion::Prefix;
 use crate::table::{Abilities, GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
@@ -32,7 +33,8 @@ use mapdirect_sys::fcntl::{
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
+use rustix::pipe::PipeFlags;
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -52,6 +54,8 @@ pub(crate) struct Grant {
     pub(crate) file: OwnedFd,
     /// The extents, if there are too many for a message.
     pub(crate) extents: Option<OwnedFd>,
+    /// What the pin lives by if the description cannot write.
+    pub(crate) life: Option<OwnedFd>,
 }
 
 /// The holder's part in a grant.
@@ -59,10 +63,19 @@ pub(crate) trait Conversation {
     /// Has the holder put `replacement` in the place of the descriptor it
     /// sent.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+
+    /// Whether somebody still waits for the answer.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// Longest patience a request can ask for.
 const MOST_PATIENCE: Duration = Duration::from_secs(60);
+/// How often to ask for a lease at least, however little patience there is: a
+/// truncation that changes nothing is over at once, and is counted all the
+/// same.
+const LEAST_TRIES: u32 = 5;
 /// How long a replaced description may take to go away: an operation of
 /// another thread may be using it.
 const LETTING_GO: Duration = Duration::from_millis(200);
@@ -152,6 +165,7 @@ pub(crate) fn grant(
             marked: Cell::new(false),
             talk,
             file,
+            life: None,
         };
         let result = if guard.gate.is_in_kernel() {
             attempt.run_in_kernel()
@@ -161,7 +175,7 @@ pub(crate) fn grant(
         attempt.unmark();
         watched.refuse_opens.store(false, SeqCst);
         watched.opens_wait.store(false, SeqCst);
-        let file = attempt.file;
+        let (file, life) = (attempt.file, attempt.life);
         if result.is_err() {
             abandon(guard, &watched, &mut state, &pin, file.as_fd());
         }
@@ -174,6 +188,7 @@ pub(crate) fn grant(
             granted,
             file,
             extents,
+            life,
         });
     }
 }
@@ -407,6 +422,8 @@ struct Attempt<'a> {
     talk: &'a mut dyn Conversation,
     /// A description of the inode: the holder's, later the pin's.
     file: OwnedFd,
+    /// The holder's end of the pipe that the pin lives by, if it does.
+    life: Option<OwnedFd>,
 }
 
 impl Attempt<'_> {
@@ -417,6 +434,8 @@ impl Attempt<'_> {
         let was_closed = self.state.closed && marked == Ok(true);
         self.state.closed = was_closed;
         if !was_closed {
+            self.watched.unrest_by.take();
+            self.watched.mapping_by.take();
             for note in [
                 &self.watched.writers_let_in,
                 &self.watched.unrest,
@@ -445,7 +464,7 @@ impl Attempt<'_> {
             self.unmark();
             self.file = for_pin;
         }
-        self.take_lock()?;
+        self.begin_life()?;
         self.state.closed = true;
         let (map, pinned, held) = self.come_to_rest(settled)?;
         self.check_marks()?;
@@ -491,6 +510,19 @@ impl Attempt<'_> {
         })
     }
 
+    /// Whoever has left is waited for no longer: others wait for the outcome.
+    fn require_wanted(&self) -> Result<(), Refusal> {
+        if self.talk.is_wanted() {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::Protocol,
+            Errno::PIPE,
+            "the client is gone",
+            "",
+        ))
+    }
+
     fn patiently(&self) -> Backoff {
         Backoff::until(
             Instant::now() + self.patience,
@@ -504,6 +536,7 @@ impl Attempt<'_> {
     fn prove_from_scratch(&self) -> Result<(), Refusal> {
         self.quietly(|quiet| quiet.wait_for_truncations(&self.guard.scans))?;
         let mut backoff = self.patiently();
+        let mut tries = 0;
         loop {
             // It counts writers and truncations alike, those under way too.
             if self.lease_proves()? {
@@ -512,7 +545,8 @@ impl Attempt<'_> {
             if self.turn_openers_away()? {
                 continue;
             }
-            let over = backoff.is_over();
+            tries += 1;
+            let over = backoff.is_over() && tries >= LEAST_TRIES;
             if !self.judged.facts.reflink || over {
                 let found = self.look_around()?;
                 let Some(found) = found else {
@@ -522,6 +556,7 @@ impl Attempt<'_> {
                     return Err(self.open_elsewhere(found));
                 }
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -569,7 +604,7 @@ impl Attempt<'_> {
         if !harmless(&again) {
             return Ok(Some(again));
         }
-        self.quietly(|quiet| quiet.wait_for_changes(&self.guard.scans))?;
+        self.quietly(|quiet| quiet.wait_for_changes())?;
         Ok(None)
     }
 
@@ -580,6 +615,13 @@ impl Attempt<'_> {
     ) -> Result<(), Refusal> {
         let quiet = Quiet {
             file: self.file.as_fd(),
+            id: self.judged.id,
+            prefix: match self.judged.facts.filesystem {
+                Filesystem::Xfs => Prefix("xfs_"),
+                Filesystem::Ext4 => Prefix("ext4_"),
+                // Anybody's.
+                _ => Prefix(""),
+            },
             held: &|| self.guard.gate.held(),
             // It ends as soon as it can, and a busy processor needs some time
             // to show that a thread goes on.
@@ -608,8 +650,13 @@ impl Attempt<'_> {
                 if no_writer == Ok(true) {
                     let found = self.openers(None);
                     self.refuse_executed(&found)?;
+                    // Whoever opens it to truncate it counts as a reader so
+                    // far.
+                    self.quietly(|quiet| quiet.wait_for_all_truncations())?;
+                    lease_holds(file, Lease::NoWriter)
+                } else {
+                    no_writer
                 }
-                no_writer
             }
             proven => proven,
         };
@@ -688,8 +735,9 @@ impl Attempt<'_> {
         };
         let mut obstacle = if found.others.is_empty() {
             String::from(
-                "somebody has it open that /proc does not show (a descriptor on its way \
-                 through a socket, a mount of another kind, an NFS export)",
+                "it is open somewhere that /proc does not show (a descriptor in flight through \
+                 a socket, a client of an NFS export, a part of the kernel), or somebody \
+                 truncates it by path again and again",
             )
         } else if reason == Reason::OpenHere {
             String::from("this process has it open or mapped a second time")
@@ -726,13 +774,28 @@ impl Attempt<'_> {
             return Err(refusal);
         }
         let unrest = self.watched.unrest.swap(false, SeqCst);
-        if unrest
-            && let Err(refusal) = self.quietly(|quiet| quiet.wait_for_changes(&self.guard.scans))
-        {
-            self.watched.unrest.store(true, SeqCst);
-            return Err(refusal);
+        if unrest {
+            self.wait_for_those_let_in()?;
         }
         Ok(!writers && !unrest)
+    }
+
+    /// Whatever the gate has let in must be over. It is known which threads
+    /// these are: nobody else can be at it.
+    fn wait_for_those_let_in(&self) -> Result<(), Refusal> {
+        let threads = self.watched.unrest_by.take();
+        let waited = self.quietly(|quiet| {
+            if threads.and_others {
+                quiet.wait_for_changes()
+            } else {
+                quiet.wait_for_changes_by(&threads.tids)
+            }
+        });
+        if waited.is_err() {
+            self.watched.unrest_by.add(&threads);
+            self.watched.unrest.store(true, SeqCst);
+        }
+        waited
     }
 
     /// Nobody else may have it open for writing. All descriptions are behind
@@ -765,6 +828,7 @@ impl Attempt<'_> {
             if backoff.is_over() {
                 return Err(self.open_elsewhere(found));
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -852,7 +916,18 @@ impl Attempt<'_> {
         }
     }
 
-    fn take_lock(&self) -> Result<(), Refusal> {
+    /// Ties the life of the pin to something that only its holders have. A
+    /// description that can write is one: nobody else has such while the file
+    /// is pinned, and its lock tells when it goes. Every reader could hold the
+    /// same lock as one that cannot, so that comes with a pipe.
+    fn begin_life(&mut self) -> Result<(), Refusal> {
+        if !self.judged.is_writable() {
+            let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+            let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
+            self.pin.lives_by(ours);
+            self.life = Some(theirs);
+            return Ok(());
+        }
         let byte = self.pin.lock_byte();
         lock_byte_shared(self.file.as_fd(), byte).map_err(|errno| self.lock_refused(errno, byte))
     }
@@ -1093,7 +1168,18 @@ impl Attempt<'_> {
             return Ok(false);
         }
         // What the gate has let in may not show yet.
-        self.quietly(|quiet| quiet.wait_for_mappings(&self.guard.scans))?;
+        let threads = self.watched.mapping_by.take();
+        let waited = self.quietly(|quiet| {
+            if threads.and_others {
+                quiet.wait_for_mappings()
+            } else {
+                quiet.wait_for_mappings_by(&threads.tids)
+            }
+        });
+        if waited.is_err() {
+            self.watched.mapping_by.add(&threads);
+        }
+        waited?;
         let mut backoff = self.patiently();
         let found = loop {
             let found = self.openers(None);
@@ -1251,28 +1337,18 @@ fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
     let who: Vec<_> = busy
         .iter()
         .take(4)
-        .map(|busy| format!("thread {} ({}) in {}", busy.tid, busy.command, busy.doing))
+        .map(|busy| format!("thread {} ({}) is {}", busy.tid, busy.command, busy.doing))
         .collect();
-    // Of those that run it is not known whether they have it open at all.
-    let openers = busy.iter().filter(|busy| !busy.runs()).map(|busy| Opener {
-        pid: busy.tid,
-        fd: None,
-        writable: true,
-        mapped: false,
-        command: busy.command.clone(),
-    });
-    Err(Refusal {
-        openers: openers.collect(),
-        ..refusal(
-            Reason::StillChanging,
-            Errno::TXTBSY,
-            format!(
-                "somebody may be in the middle of changing it: {}",
-                who.join(", ")
-            ),
-            "try again when that is over, or ask with more patience",
-        )
-    })
+    // None of them is an opener: it is not known whether they have it open.
+    Err(refusal(
+        Reason::StillChanging,
+        Errno::TXTBSY,
+        format!(
+            "somebody may be in the middle of changing it: {}",
+            who.join(", ")
+        ),
+        "try again when that is over, or ask with more patience",
+    ))
 }
 
 fn stuck(stuck: Stuck) -> Refusal {
@@ -1315,10 +1391,18 @@ impl Drop for HoldOpens<'_> {
 
 /// The pins of a file, for whoever has it open.
 pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>, Refusal> {
-    let stat = rustix::fs::fstat(file).map_err(|errno| system("fstat", errno))?;
+    // Anybody may ask about any file, and no server of a filesystem (FUSE, NFS)
+    // may make the guard wait: this asks none.
+    let statx = rustix::fs::statx(
+        file,
+        "",
+        AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC,
+        StatxFlags::INO,
+    )
+    .map_err(|errno| system("statx", errno))?;
     let id = InodeId {
-        dev: stat.st_dev,
-        inode: stat.st_ino,
+        dev: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+        inode: statx.stx_ino,
     };
     let Some(watched) = guard.table.get(id) else {
         return Ok(Vec::new());

@@ -22,18 +22,23 @@ mod gate;
 mod grant;
 pub mod ledger;
 mod lifetime;
+mod listeners;
+mod needs;
+mod notice;
 mod openers;
 mod overlay;
+mod places;
 pub mod policy;
 mod server;
 mod session;
 mod status;
+mod suspicion;
 mod table;
 mod thaw;
 mod wake;
 
 use mapdirect_sys::Errno;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::time::Instant;
 
 #[cfg(feature = "bpf")]
@@ -41,7 +46,8 @@ pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
 pub use mapdirect_proto::status::RefusedOperation;
-pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
+pub use mapdirect_proto::{Breach, Notice};
+pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.
 #[derive(Debug)]
@@ -51,17 +57,18 @@ pub(crate) struct Guard {
     table: table::Table,
     own: table::OwnOpens,
     audit: audit::Audit,
+    notices: notice::Notices,
     overlays: overlay::Overlays,
     scans: busy::Scans,
     pages: apart::Pages,
-    clients: AtomicUsize,
+    places: std::sync::Arc<places::Places>,
     next: AtomicU64,
     started: Instant,
     stopping: AtomicBool,
 }
 
 impl Guard {
-    fn new(gate: gate::Gate) -> Result<Self, Errno> {
+    fn new(gate: gate::Gate, limits: places::Limits) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.
         let mut random = [0; 8];
@@ -73,10 +80,11 @@ impl Guard {
             table: table::Table::new(),
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
+            notices: notice::Notices::new(),
             overlays: overlay::Overlays::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
-            clients: AtomicUsize::new(0),
+            places: places::Places::new(limits),
             next: AtomicU64::new(first),
             started: Instant::now(),
             stopping: AtomicBool::new(false),

@@ -1,10 +1,23 @@
 //! When a pin ends, and what is done then.
 //!
 //! A pin lives as long as its description does: until the last mapping made
-//! from it is gone, in whichever process. The description holds a lock on a
-//! byte of its own; a close event on the inode says when to look whether the
-//! lock still stands. The event comes a moment before the lock goes (`__fput`,
-//! fs/file_table.c), so what still stands is looked at once more.
+//! from it is gone, in whichever process. A close event on the inode says when
+//! to look whether it is still there. The event comes a moment before locks go
+//! (`__fput`, fs/file_table.c), so what still stands is looked at once more.
+//!
+//! Whether it is there is told by something that no reader of the file can
+//! have, or every reader could keep a pin alive:
+//!
+//! * A description that can write holds a lock on a byte of its own. It is a
+//!   shared one, since readers lock whole files and an exclusive one would keep
+//!   them out, so readers can lock the same byte; but they cannot write. While
+//!   the lock of one of them may hide that a pin has ended, the lease that is
+//!   given only where nobody can write tells ([`Lease::NoWriter`]), or, if
+//!   there is another holder who can, a search for descriptors and mappings
+//!   that can write.
+//! * A description that cannot write comes with the end of a pipe, and the pin
+//!   ends when that is closed everywhere. It goes where the description goes:
+//!   to children, and away on `execve(2)`.
 //!
 //! An inode whose last pin ended stays behind the gate for a while if
 //! somebody still has it open: a pin that comes back finds it closed and
@@ -13,16 +26,17 @@
 
 use crate::gate::fanotify::{MASK, is_final};
 use crate::openers::{Wanted, openers};
-use crate::table::{InodeId, Pin, Watched};
+use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
 use mapdirect_sys::fanotify::{Group, Mask};
-use mapdirect_sys::fcntl::{FoundLock, Lease, conflicting_lock, lease_holds};
+use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -38,6 +52,21 @@ const LINGER: Duration = Duration::from_millis(250);
 const ROUND: Duration = Duration::from_micros(300);
 /// When to look once more at pins whose lock still stood after a close.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
+/// The longest pause before a further look, each after twice the time, where
+/// others hold locks.
+const LAST_LOOK: Duration = Duration::from_millis(640);
+/// When to look for pins whose end nobody told of, after the notice of a close
+/// was lost; the lock may stand a moment longer.
+const SWEEPS: [Duration; 4] = [
+    SECOND_LOOK,
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+];
+/// When to do so without a reason, while anything is pinned: the kernel says
+/// nothing of a notice that is lost behind others (`fanotify_read`).
+const SWEEP: Duration = Duration::from_secs(5);
+
 /// The group that hears of closes, and how to reach the thread that reads it.
 #[derive(Debug)]
 pub(crate) struct Lifetime {
@@ -80,12 +109,43 @@ struct Keeper<'guard> {
     guard: &'guard Guard,
     lingering: HashMap<InodeId, Lingering>,
     second_looks: HashMap<InodeId, SecondLook>,
+    sweep: Sweep,
+}
+
+/// When to look at pins that no close was told of.
+struct Sweep {
+    at: Instant,
+    /// How many of [`SWEEPS`] are over.
+    done: usize,
+}
+
+impl Sweep {
+    fn new() -> Self {
+        Self {
+            at: Instant::now() + SWEEP,
+            done: SWEEPS.len(),
+        }
+    }
+
+    fn soon(&mut self) {
+        self.done = 0;
+        self.at = Instant::now() + SWEEPS[0];
+    }
+
+    fn next(&mut self) {
+        self.done += 1;
+        self.at = Instant::now() + SWEEPS.get(self.done).copied().unwrap_or(SWEEP);
+    }
 }
 
 /// An inode to look at once more, with an `O_PATH` descriptor of it.
 struct SecondLook {
     path: OwnedFd,
+    /// What was closed could be written to.
+    could_write: bool,
     at: Instant,
+    /// How long it was waited for.
+    after: Duration,
 }
 
 /// Serves the close events until the guard stops.
@@ -98,27 +158,29 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         guard,
         lingering: HashMap::new(),
         second_looks: HashMap::new(),
+        sweep: Sweep::new(),
     };
     let own = rustix::thread::gettid().as_raw_nonzero().get();
     let mut buffer = vec![0; 64 * 1024];
-    let mut undecided: Vec<(InodeId, OwnedFd)> = Vec::new();
+    let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
     while !guard.is_stopping() {
         let lifetime = &guard.lifetime;
         let timeout = if undecided.is_empty() {
             keeper.next_deadline()
         } else {
-            Some(Duration::ZERO)
+            Duration::ZERO
         };
-        let [_, kicked] = wait_any(&[lifetime.closes.as_fd(), lifetime.waker.as_fd()], timeout)?;
+        let fds = [lifetime.closes.as_fd(), lifetime.waker.as_fd()];
+        let [_, kicked] = wait_any(&fds, Some(timeout))?;
         if kicked {
             lifetime.waker.clear();
         }
-        for (id, file) in std::mem::take(&mut undecided) {
+        for (id, file, could_write) in std::mem::take(&mut undecided) {
             if !keeper.tend(id, file.as_fd()) {
-                keeper.look_again(id, file.as_fd());
+                keeper.look_again(id, file.as_fd(), could_write);
             }
         }
-        let mut closed = HashMap::new();
+        let mut closed: HashMap<InodeId, (OwnedFd, bool)> = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
             // Our own second looks end with a close as well.
             if event.tid != own
@@ -129,22 +191,27 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
                     dev: stat.st_dev,
                     inode: stat.st_ino,
                 };
-                closed.insert(id, file);
+                let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
+                let (_, noted) = closed.entry(id).or_insert((file, false));
+                *noted |= could_write;
             }
         });
         match read {
             Ok(_) => {}
             Err(errno) if is_final(errno) => return Err(errno),
+            Err(Errno::AGAIN | Errno::INTR) => {}
             // The notice of one close is lost: its filesystem is dead, or
             // descriptors are short. The gate asks for itself whether a pin
             // lives before it refuses.
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => std::thread::sleep(ROUND),
+            Err(_) => {
+                keeper.sweep.soon();
+                std::thread::sleep(ROUND);
+            }
         }
         let busy = !closed.is_empty();
-        for (id, file) in closed {
+        for (id, (file, could_write)) in closed {
             if !keeper.tend(id, file.as_fd()) {
-                undecided.push((id, file));
+                undecided.push((id, file, could_write));
             }
         }
         while let Some(id) = lifetime.kicked.pop() {
@@ -163,20 +230,27 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
 }
 
 impl Keeper<'_> {
-    fn next_deadline(&self) -> Option<Duration> {
+    fn next_deadline(&self) -> Duration {
         let lingering = self.lingering.values().map(|entry| entry.until);
         let looks = self.second_looks.values().map(|look| look.at);
-        let due = lingering.chain(looks).min()?;
-        Some(due.saturating_duration_since(Instant::now()))
+        let due = lingering.chain(looks).fold(self.sweep.at, Instant::min);
+        due.saturating_duration_since(Instant::now())
     }
 
-    fn look_again(&mut self, id: InodeId, file: BorrowedFd<'_>) {
-        if let Entry::Vacant(entry) = self.second_looks.entry(id)
-            && let Ok(path) = proc::reopen(file, OFlags::PATH)
-        {
+    fn look_again(&mut self, id: InodeId, file: BorrowedFd<'_>, could_write: bool) {
+        let entry = match self.second_looks.entry(id) {
+            Entry::Occupied(mut entry) => {
+                entry.get_mut().could_write |= could_write;
+                return;
+            }
+            Entry::Vacant(entry) => entry,
+        };
+        if let Ok(path) = proc::reopen(file, OFlags::PATH) {
             entry.insert(SecondLook {
                 path,
+                could_write,
                 at: Instant::now() + SECOND_LOOK,
+                after: SECOND_LOOK,
             });
         }
     }
@@ -187,14 +261,26 @@ impl Keeper<'_> {
             .second_looks
             .extract_if(|_, look| look.at <= now)
             .collect();
-        for (id, look) in due {
+        for (id, mut look) in due {
             let path = look.path.as_fd();
             let reopened = self
                 .guard
                 .own
                 .during(|| proc::reopen(path, OFlags::RDONLY | OFlags::NONBLOCK));
-            if let Ok(file) = reopened {
-                self.tend(id, file.as_fd());
+            let Ok(file) = reopened else {
+                continue;
+            };
+            let has_ended = if look.could_write {
+                has_ended_for_sure
+            } else {
+                has_ended_beside_others
+            };
+            let settled = self.tend_with(id, file.as_fd(), has_ended);
+            // Where others have locks nothing may tell of the end again.
+            if !settled && look.after < LAST_LOOK && self.has_foreign_locks(id) {
+                look.after *= 2;
+                look.at = now + look.after;
+                self.second_looks.entry(id).or_insert(look);
             }
         }
         let over: Vec<_> = self
@@ -205,12 +291,113 @@ impl Keeper<'_> {
         for entry in over {
             self.stop_lingering(entry);
         }
+        if self.sweep.at <= now {
+            self.sweep();
+            self.sweep.next();
+        }
+    }
+
+    /// Ends pins whose description is gone without a notice that reached us.
+    /// Their files cannot be opened, or they would have been looked at: all
+    /// that tells is the list of locks, together with `/proc`.
+    fn sweep(&mut self) {
+        let pinned: Vec<_> = self
+            .guard
+            .table
+            .all()
+            .into_iter()
+            .filter(|watched| watched.pins.load().iter().any(|pin| pin.is_handed_over()))
+            .collect();
+        if pinned.is_empty() {
+            return;
+        }
+        let mut listed = HashSet::new();
+        // The list may leave out some while it changes.
+        for look in 0..3 {
+            if look > 0 {
+                std::thread::sleep(ROUND);
+            }
+            match proc_locks::read_all() {
+                Ok(locks) => listed.extend(
+                    locks
+                        .iter()
+                        .filter(|lock| lock.start >= LOCK_BASE)
+                        .map(|lock| ((lock.major, lock.minor), lock.inode, lock.start)),
+                ),
+                Err(_) => return,
+            }
+        }
+        for watched in pinned {
+            let device = watched.id.device();
+            let pins = watched.pins.load_full();
+            let is_listed = |pin: &Pin| {
+                let key = (
+                    (device.major, device.minor),
+                    watched.id.inode,
+                    pin.lock_byte(),
+                );
+                listed.contains(&key)
+            };
+            let has_ended = |pin: &Pin| match pin.is_let_go() {
+                Some(let_go) => let_go,
+                None => !is_listed(pin) && !can_be_found(&watched, pin),
+            };
+            let ended: HashSet<u64> = pins
+                .iter()
+                .filter(|pin| pin.is_handed_over() && has_ended(pin))
+                .map(|pin| pin.id)
+                .collect();
+            if ended.is_empty() {
+                continue;
+            }
+            watched.remove(|pin| ended.contains(&pin.id));
+            if watched.pins.load().is_empty() {
+                self.forget(&watched);
+            }
+        }
+    }
+
+    /// Lets an inode without pins go that cannot be opened any more.
+    fn forget(&mut self, watched: &Arc<Watched>) {
+        let Some(mut state) = watched.try_grant() else {
+            return;
+        };
+        if state.retired || !watched.pins.load().is_empty() {
+            return;
+        }
+        state.retired = true;
+        self.lingering.remove(&watched.id);
+        self.second_looks.remove(&watched.id);
+        // Marks that stay are of an inode that nobody is refused anything on.
+        if let Some(path) = path_to(watched) {
+            if let Some(gate) = self.guard.gate.fanotify() {
+                let _ = gate.group.remove_at(MASK, path.as_fd());
+            }
+            let _ = self.guard.lifetime.closes.remove_at(CLOSES, path.as_fd());
+        }
+        self.guard.table.remove(watched);
     }
 
     /// Ends the pins of an inode whose lock is gone; `file` is a description
     /// of it that is closed soon. Says whether that settles the matter: no
     /// when pins are left, any of which may have been meant.
     fn tend(&mut self, id: InodeId, file: BorrowedFd<'_>) -> bool {
+        self.tend_with(id, file, has_ended)
+    }
+
+    fn has_foreign_locks(&self, id: InodeId) -> bool {
+        self.guard.table.get(id).is_some_and(|watched| {
+            let pins = watched.pins.load();
+            pins.iter().any(|pin| may_be_foreign(&watched, pin))
+        })
+    }
+
+    fn tend_with(
+        &mut self,
+        id: InodeId,
+        file: BorrowedFd<'_>,
+        has_ended: fn(&Watched, &Pin, BorrowedFd<'_>) -> bool,
+    ) -> bool {
         let Some(watched) = self.guard.table.get(id) else {
             return true;
         };
@@ -287,55 +474,86 @@ impl Keeper<'_> {
     }
 }
 
-/// Whether the description of a pin is gone; `file` is another one of the
-/// same inode.
-fn has_ended(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    let byte = pin.lock_byte();
-    match conflicting_lock(file, byte, 1) {
-        Ok(None) => true,
-        Ok(Some(FoundLock {
-            start, length: 1, ..
-        })) if start == byte => false,
-        // Somebody's lock to the end of all offsets hides whether ours still
-        // stands. The list of locks may skip some while it changes, and
-        // /proc does not show everything: believe them only together.
-        Ok(Some(_)) => {
-            let listed = (0..8).any(|look| {
-                if look > 0 {
-                    std::thread::sleep(Duration::from_micros(200));
-                }
-                is_listed(watched.id, byte)
-            });
-            !listed && {
-                let found = openers(Wanted {
-                    id: watched.id,
-                    path: &watched.path,
-                    mark: Some(byte),
-                });
-                // A mapping that can never be written to was not made from
-                // the description of a pin for mapping.
-                found.marked.is_empty()
-                    && !found
-                        .others
-                        .iter()
-                        .any(|opener| opener.mapped && opener.writable)
-            }
-        }
-        Err(_) => false,
+/// Whether nothing holds a pin any more, as far as that can be told at once;
+/// `file` is another description of the same inode.
+fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    match pin.is_let_go() {
+        Some(let_go) => let_go,
+        None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),
     }
 }
 
-/// Whether the list of all locks shows one on this byte of the inode, or
-/// cannot be read.
-fn is_listed(id: InodeId, byte: u64) -> bool {
-    let device = id.device();
-    proc_locks::read_all().is_ok_and(|locks| {
-        locks.iter().any(|lock| {
-            lock.kind == proc_locks::Kind::Description
-                && lock.inode == id.inode
-                && (lock.major, lock.minor) == (device.major, device.minor)
-                && lock.start == byte
-                && lock.last == Some(byte)
-        })
-    })
+/// The same where a lock that stands may not be the pin's.
+fn has_ended_for_sure(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    has_ended(watched, pin, file)
+        || pin.is_let_go().is_none()
+            // The description can write, so while it is there somebody can.
+            && (lease_holds(file, Lease::NoWriter) == Ok(true) || !can_be_found(watched, pin))
+}
+
+/// The same when a reader has closed the file: to search for the description
+/// takes long, and is done only where somebody else has a lock.
+fn has_ended_beside_others(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    if may_be_foreign(watched, pin) {
+        has_ended_for_sure(watched, pin, file)
+    } else {
+        has_ended(watched, pin, file)
+    }
+}
+
+/// Whether the description of a pin, which can write, may be in some process.
+fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
+    let found = openers(Wanted {
+        id: watched.id,
+        path: &watched.path,
+        mark: Some(pin.lock_byte()),
+    });
+    // Descriptors of readers are none, nor are their mappings.
+    let is_mapped = |bytes: &Range<u64>| {
+        pin.mapped
+            .as_ref()
+            .is_some_and(|mapped| mapped.start.max(bytes.start) < mapped.end.min(bytes.end))
+    };
+    // The holder may not have received it yet.
+    found.unseen
+        || found.in_flight.contains(&pin.pid)
+        || found.marked.iter().any(|opener| opener.writable)
+        || found
+            .writable_mappings
+            .iter()
+            .any(|(_, bytes)| is_mapped(bytes))
+}
+
+/// Whether the lock on a pin's byte may be somebody else's: its holder is gone,
+/// or there is more than one, or one that is not of this byte alone.
+fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
+    if pin.is_let_go().is_some() {
+        return false;
+    }
+    let (device, byte) = (watched.id.device(), pin.lock_byte());
+    let Ok(locks) = proc_locks::read_all() else {
+        return true;
+    };
+    let mut there = locks.iter().filter(|lock| {
+        lock.inode == watched.id.inode
+            && (lock.major, lock.minor) == (device.major, device.minor)
+            && lock.start <= byte
+            && lock.last.is_none_or(|last| last >= byte)
+            && matches!(
+                lock.kind,
+                proc_locks::Kind::Description | proc_locks::Kind::Posix
+            )
+    });
+    let is_own = |lock: &proc_locks::Lock| (lock.start, lock.last) == (byte, Some(byte));
+    let only = there.next().is_none_or(is_own) && there.next().is_none();
+    !only || proc::start_time(pin.pid).is_err()
+}
+
+/// A file by the path it had, if that still leads to it; opening it so asks
+/// nothing of its filesystem.
+fn path_to(watched: &Watched) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let path = rustix::fs::open(&*watched.path, flags, Mode::empty()).ok()?;
+    let stat = rustix::fs::fstat(&path).ok()?;
+    ((stat.st_dev, stat.st_ino) == (watched.id.dev, watched.id.inode)).then_some(path)
 }

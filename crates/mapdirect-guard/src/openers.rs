@@ -12,7 +12,7 @@ use mapdirect_sys::{kcmp, proc_locks};
 use rustix::fs::{AtFlags, StatxFlags};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A file whose openers are looked for.
@@ -39,14 +39,20 @@ pub(crate) struct Openers {
     pub(crate) executing: Option<Opener>,
     /// Places a description could hide in that cannot be looked into.
     pub(crate) hidden: Vec<String>,
+    /// Processes with descriptors in flight through their sockets.
+    pub(crate) in_flight: Vec<i32>,
     /// Some process could not be looked at, nor what it maps.
     pub(crate) unseen: bool,
 }
 
 impl Openers {
-    /// Somebody other than the marked description can write.
+    /// Somebody other than the marked description can write. Whoever sets up
+    /// a device of the kernel can make it writable later on, whatever it is
+    /// now.
     pub(crate) fn has_writer(&self) -> bool {
-        self.others.iter().any(|opener| opener.writable)
+        self.others
+            .iter()
+            .any(|opener| opener.writable || opener.pid == 0)
     }
 }
 
@@ -75,14 +81,23 @@ pub(crate) fn openers_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
 }
 
 fn look_for(wanted: &[Wanted<'_>], limit: Duration) -> Vec<Openers> {
-    let search = Search::of(wanted);
-    let shared = Arc::clone(&search.found);
-    let looked = within(limit, move |looking| search.run(looking));
-    let mut found = std::mem::take(&mut *shared.lock().unwrap_or_else(PoisonError::into_inner));
+    let search = Arc::new(Search::of(wanted));
+    let deadline = Instant::now() + limit;
+    let looked = loop {
+        let shared = Arc::clone(&search);
+        let left = deadline.saturating_duration_since(Instant::now());
+        match within(left, move |looking| shared.run(looking)) {
+            Ok(()) => break Ok(()),
+            Err(stuck) if stuck.pid > 0 && stuck.is_in_execve() => search.pass(stuck.pid),
+            Err(stuck) => break Err(stuck),
+        }
+    };
+    let mut found = std::mem::take(&mut *search.found());
     if let Err(stuck) = looked {
         // What was found until then is true, but not all.
         for found in &mut found {
             found.hidden.push(stuck.obstacle());
+            found.unseen = true;
         }
     }
     found
@@ -93,7 +108,9 @@ struct Search {
     wanted: Vec<Sought>,
     by_inode: HashMap<u64, Vec<usize>>,
     /// Taken away from a search that took too long.
-    found: Arc<Mutex<Vec<Openers>>>,
+    found: Mutex<Vec<Openers>>,
+    /// Processes still to be looked at.
+    left: Mutex<Vec<i32>>,
 }
 
 /// [`Wanted`], owned.
@@ -115,36 +132,50 @@ impl Search {
             path: file.path.to_owned(),
             mark: file.mark,
         });
+        let own = std::process::id().cast_signed();
+        let mut left = proc::numbers_in("/proc").unwrap_or_default();
+        left.retain(|pid| *pid != own);
         Self {
             wanted: sought.collect(),
             by_inode,
-            found: Arc::new(Mutex::new(found)),
+            found: Mutex::new(found),
+            left: Mutex::new(left),
         }
     }
 
+    fn found(&self) -> MutexGuard<'_, Vec<Openers>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn left(&self) -> MutexGuard<'_, Vec<i32>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn run(&self, looking: &Looking) {
-        let own = std::process::id().cast_signed();
-        for pid in proc::numbers_in("/proc").unwrap_or_default() {
-            if pid == own {
-                continue;
+        loop {
+            let Some(pid) = self.left().last().copied() else {
+                break;
+            };
+            let in_execve = looking.at(pid).is_err();
+            self.look_at_process(pid, in_execve);
+            if looking.is_given_up() {
+                return;
             }
-            match looking.at(pid) {
-                Ok(()) => self.look_at_process(pid),
-                Err(stuck) => {
-                    self.hide(&stuck.obstacle());
-                    for at in 0..self.wanted.len() {
-                        self.note(at, |found| found.unseen = true);
-                    }
-                }
-            }
+            self.pass(pid);
         }
         self.look_into_the_kernel();
     }
 
+    /// A process has been looked at. One in the middle of `execve(2)` has
+    /// shown its descriptors before a look hung; what it had mapped is on its
+    /// way out, and nothing can be stored by it any more.
+    fn pass(&self, pid: i32) {
+        self.left().pop_if(|last| *last == pid);
+    }
+
     /// Notes something about a file; nothing here waits for a process.
     fn note(&self, at: usize, add: impl FnOnce(&mut Openers)) {
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = found.get_mut(at) {
+        if let Some(found) = self.found().get_mut(at) {
             add(found);
         }
     }
@@ -156,40 +187,55 @@ impl Search {
         }
     }
 
-    fn look_at_process(&self, pid: i32) {
+    fn look_at_process(&self, pid: i32, in_execve: bool) {
         let mut process = Process {
             pid,
             threads: proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default(),
             command: None,
         };
+        let mut sockets = self.look_at_descriptors(&mut process);
         // What is on its way through a socket is received in a moment, and
-        // then it is in a table that was looked at before: look again.
-        for _ in 1..TRIES {
-            if self.look_at_descriptors(&mut process) == 0 {
-                return self.look_at_mappings(&mut process);
+        // then it is in a table that was looked at before: look again. Only
+        // sockets tell whether it was, so a large table is read twice at most.
+        let mut tries = 1;
+        let in_flight = loop {
+            let in_flight: u64 = sockets.iter().map(Socket::in_flight).sum();
+            if in_flight == 0 || tries >= TRIES {
+                break in_flight;
             }
-            self.forget(pid);
+            tries += 1;
             std::thread::sleep(Duration::from_millis(2));
+        };
+        if tries > 1 {
+            self.forget(pid);
+            sockets = self.look_at_descriptors(&mut process);
         }
-        let in_flight = self.look_at_descriptors(&mut process);
+        let in_flight = in_flight.max(sockets.iter().map(Socket::in_flight).sum());
         if in_flight > 0 {
+            for at in 0..self.wanted.len() {
+                self.note(at, |found| found.in_flight.push(pid));
+            }
             self.hide(&format!(
-                "{in_flight} descriptors on their way through sockets of pid {pid} ({})",
+                "{in_flight} descriptors in flight through sockets of pid {pid} ({})",
                 process.command()
             ));
         }
-        self.look_at_mappings(&mut process);
+        if !in_execve {
+            self.look_at_mappings(&mut process);
+        }
     }
 
-    /// Returns how many are on their way through its sockets.
-    fn look_at_descriptors(&self, process: &mut Process) -> u64 {
-        let mut in_flight = 0;
+    /// Returns the sockets among them.
+    fn look_at_descriptors(&self, process: &mut Process) -> Vec<Socket> {
+        let mut sockets = Vec::new();
         for table in process.descriptor_tables() {
             for fd in proc::numbers_in(&format!("/proc/{table}/fd")).unwrap_or_default() {
-                in_flight += self.look_at_descriptor(process, table, fd);
+                if self.look_at_descriptor(process, table, fd) {
+                    sockets.push(Socket { table, fd });
+                }
             }
         }
-        in_flight
+        sockets
     }
 
     /// Forgets the descriptors of a process.
@@ -198,33 +244,45 @@ impl Search {
             self.note(at, |found| {
                 found.others.retain(|opener| opener.pid != pid);
                 found.marked.retain(|opener| opener.pid != pid);
+                found
+                    .writable_mappings
+                    .retain(|(opener, _)| opener.pid != pid);
             });
         }
     }
 
-    /// Returns how many others are on their way through it.
-    fn look_at_descriptor(&self, process: &mut Process, table: i32, fd: i32) -> u64 {
+    /// Says whether it is a socket.
+    fn look_at_descriptor(&self, process: &mut Process, table: i32, fd: i32) -> bool {
         let link = format!("/proc/{table}/fd/{fd}");
         let Ok(target) = std::fs::read_link(&link) else {
-            return 0;
+            return false;
         };
         let target = target.to_string_lossy();
-        let is_file = target.starts_with('/');
+        if target.starts_with("socket:") {
+            return true;
+        }
         let is_ring = target.starts_with("anon_inode:[io_uring]");
-        if !is_file && !is_ring && !target.starts_with("socket:") {
-            return 0;
+        // Most are of other files: that is told much sooner than the rest.
+        let is_wanted = || {
+            target.starts_with('/')
+                && identify(&link).is_some_and(|id| {
+                    let same = self.by_inode.get(&id.inode).into_iter().flatten();
+                    same.copied().any(|at| self.wanted[at].id == id)
+                })
+        };
+        if !is_ring && !is_wanted() {
+            return false;
         }
         let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
-            return 0;
+            return false;
         };
         let info = proc::parse_fdinfo(&text);
-        let in_flight = info.in_flight;
-        if is_file {
-            self.note_descriptor(process, &link, fd, &info);
-        } else if is_ring {
+        if is_ring {
             self.look_into_ring(process, table, fd, info);
+        } else {
+            self.note_descriptor(process, &link, fd, &info);
         }
-        in_flight
+        false
     }
 
     fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
@@ -348,10 +406,10 @@ impl Search {
 
     /// Users of the files inside the kernel that can be found.
     fn look_into_the_kernel(&self) {
-        for (path, user) in all_kernel_users() {
+        for user in all_kernel_users() {
             for (at, wanted) in self.wanted.iter().enumerate() {
-                if path == wanted.path || is_inode(&path, wanted.id) {
-                    self.note(at, |found| found.others.push(kernel_user(&user)));
+                if user.path == wanted.path || is_inode(&user.path, wanted.id) {
+                    self.note(at, |found| found.others.push(user.opener()));
                 }
             }
         }
@@ -362,42 +420,67 @@ impl Search {
 pub(crate) fn kernel_users(id: InodeId, known_path: &str) -> Vec<Opener> {
     all_kernel_users()
         .into_iter()
-        .filter(|(path, _)| path == known_path || is_inode(path, id))
-        .map(|(_, user)| kernel_user(&user))
+        .filter(|user| user.path == known_path || is_inode(&user.path, id))
+        .map(|user| user.opener())
         .collect()
 }
 
-fn kernel_user(user: &str) -> Opener {
-    Opener {
-        pid: 0,
-        fd: None,
-        writable: true,
-        mapped: false,
-        command: user.to_owned(),
+/// A socket of a process.
+struct Socket {
+    table: i32,
+    fd: i32,
+}
+
+impl Socket {
+    /// How many descriptors are in flight through it.
+    fn in_flight(&self) -> u64 {
+        proc::read_task_file(self.table, &format!("fdinfo/{}", self.fd))
+            .map_or(0, |text| proc::parse_fdinfo(&text).in_flight)
     }
 }
 
-/// What the kernel itself has open, by path, and what for.
-fn all_kernel_users() -> Vec<(String, String)> {
+/// What the kernel itself has open.
+struct KernelUser {
+    path: String,
+    what: String,
+    writable: bool,
+}
+
+impl KernelUser {
+    fn opener(&self) -> Opener {
+        Opener {
+            pid: 0,
+            fd: None,
+            writable: self.writable,
+            mapped: false,
+            command: self.what.clone(),
+        }
+    }
+}
+
+fn all_kernel_users() -> Vec<KernelUser> {
     let mut users = Vec::new();
     let blocks = std::fs::read_dir("/sys/block").into_iter().flatten();
     for entry in blocks.flatten() {
         let backing = entry.path().join("loop/backing_file");
         if let Ok(backing) = std::fs::read_to_string(backing) {
             let name = entry.file_name().to_string_lossy().into_owned();
-            users.push((
-                backing.trim_end().to_owned(),
-                format!("loop device /dev/{name}"),
-            ));
+            let read_only = std::fs::read_to_string(entry.path().join("ro"));
+            users.push(KernelUser {
+                path: backing.trim_end_matches('\n').to_owned(),
+                what: format!("loop device /dev/{name}"),
+                writable: !read_only.is_ok_and(|text| text.trim_end() == "1"),
+            });
         }
     }
     let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
     for line in swaps.lines().skip(1) {
         if let Some(file) = line.split_ascii_whitespace().next() {
-            users.push((
-                file.to_owned(),
-                String::from("swap space (swapoff it first)"),
-            ));
+            users.push(KernelUser {
+                path: file.to_owned(),
+                what: String::from("swap space (swapoff it first)"),
+                writable: true,
+            });
         }
     }
     users
@@ -466,10 +549,17 @@ fn device_of(path: &str) -> Option<u64> {
 /// Whether `link` leads to the inode, without asking a server behind a
 /// network filesystem.
 fn is_inode(link: &str, id: InodeId) -> bool {
+    identify(link) == Some(id)
+}
+
+/// The inode that a link leads to, without asking a server behind a network
+/// filesystem.
+pub(crate) fn identify(link: &str) -> Option<InodeId> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
-    rustix::fs::statx(rustix::fs::CWD, link, flags, StatxFlags::INO).is_ok_and(|stat| {
-        stat.stx_ino == id.inode
-            && rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor) == id.dev
+    let stat = rustix::fs::statx(rustix::fs::CWD, link, flags, StatxFlags::INO).ok()?;
+    Some(InodeId {
+        dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
     })
 }
 

@@ -6,11 +6,13 @@
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
+use crate::notice::Watcher;
+use crate::places::Place;
 use crate::table::{Announcement, InodeId, Pin};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
-    VERSION,
+    VERSION, WatchedPin,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
@@ -26,9 +28,14 @@ const SEND_PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take to replace a descriptor.
 const SWAP_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a client may say nothing before it is asked whether it needs its
+/// place: one that has not said hello, and a stranger when there is a crowd,
+/// must leave then.
+const IDLE: Duration = Duration::from_secs(10);
+
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
-    socket: Socket,
+    socket: Arc<Socket>,
     /// Process that connected, and its user then.
     peer: Sender,
     challenge: [u8; 32],
@@ -39,6 +46,8 @@ pub(crate) struct Session<'guard> {
     /// What it announced and may still come to pass.
     announced: Vec<Arc<Announcement>>,
     granted: Pins,
+    /// The connection is for notices alone.
+    watcher: Option<Arc<Watcher>>,
 }
 
 /// The pins granted in a conversation, and those of them that may be over.
@@ -78,28 +87,39 @@ impl<'guard> Session<'guard> {
     pub(crate) fn new(guard: &'guard Guard, socket: Socket) -> Result<Self, Errno> {
         socket.tell_senders()?;
         socket.set_send_timeout(SEND_PATIENCE)?;
+        socket.set_receive_timeout(Some(IDLE))?;
         let peer = socket.peer()?;
         let mut challenge = [0; 32];
         rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
         Ok(Self {
             guard,
-            socket,
+            socket: Arc::new(socket),
             peer,
             challenge,
             greeted: false,
             proven: None,
             announced: Vec::new(),
             granted: Pins::default(),
+            watcher: None,
         })
     }
 
-    /// Talks until the client leaves or talks nonsense.
-    pub(crate) fn run(mut self) {
+    /// Talks until the client leaves or talks nonsense, or asks for nothing
+    /// while others wait for its place.
+    pub(crate) fn run(mut self, place: &Place) {
         let mut buffer = vec![0; MAX_MESSAGE + 1];
-        while let Ok(received) = self.socket.receive(&mut buffer) {
-            if received.length == 0 {
-                return;
-            }
+        loop {
+            let received = match self.socket.receive(&mut buffer) {
+                Ok(received) if received.length > 0 => received,
+                Err(Errno::AGAIN) => {
+                    let is_used = self.proven.is_some() || self.watcher.is_some();
+                    if is_used || self.greeted && !place.is_wanted() {
+                        continue;
+                    }
+                    return;
+                }
+                _ => return,
+            };
             match self.answer(&buffer, received) {
                 Ok(()) => {}
                 Err(End::Gone) => return,
@@ -135,8 +155,13 @@ impl<'guard> Session<'guard> {
                     &[],
                 )?)
             }
-            _ if !self.greeted => {
-                self.refuse(protocol("a conversation begins with a hello"))?;
+            (Request::Watch(pins), None) if self.greeted => self.watch(pins, sender),
+            _ if !self.greeted || self.watcher.is_some() => {
+                self.refuse(protocol(if self.greeted {
+                    "this connection is for notices"
+                } else {
+                    "a conversation begins with a hello"
+                }))?;
                 Err(End::Nonsense)
             }
             (Request::Prove, Some(proof)) => self.prove(proof.as_fd(), sender),
@@ -247,6 +272,9 @@ impl<'guard> Session<'guard> {
             self.check_mapping(pin)?;
             grant::grant(self.guard, pin, file, sender, self)
         });
+        if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
+            grant.pin.fate.belongs_to(prover.start);
+        }
         match granted {
             Ok(Grant {
                 pin,
@@ -254,13 +282,15 @@ impl<'guard> Session<'guard> {
                 granted,
                 file,
                 extents,
+                life,
             }) => {
                 let mut fds = vec![file.as_fd()];
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
+                fds.extend(life.as_ref().map(AsFd::as_fd));
                 // If the client is gone the description goes with this
                 // message, and the pin with it.
                 let sent = self.send(&Reply::Granted(granted), &fds);
-                drop(file);
+                drop((file, life));
                 if self.guard.gate.is_in_kernel() {
                     self.granted.add(&pin, inode);
                 }
@@ -270,6 +300,22 @@ impl<'guard> Session<'guard> {
             }
             Err(refusal) => self.refuse(refusal),
         }
+    }
+
+    /// What happens to pins is told on this connection from now on.
+    fn watch(&mut self, pins: &[WatchedPin], sender: Option<Sender>) -> Result<(), End> {
+        let peer = match self.require_peer(sender) {
+            Ok(peer) => peer,
+            Err(refusal) => return self.refuse(refusal),
+        };
+        let watcher = self
+            .watcher
+            .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
+        let Guard { notices, table, .. } = self.guard;
+        notices.watch(table, watcher, pins, |named| self.guard.gate.fate_of(named));
+        let directory = self.guard.gate.directory();
+        let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();
+        Ok(self.send(&Reply::Watching, &fds)?)
     }
 
     /// Nobody else's pin can be ended: it is over if the kernel says so.
@@ -409,7 +455,9 @@ impl<'guard> Session<'guard> {
             .map_err(failed)?;
         let mut buffer = [0; 256];
         let received = self.socket.receive(&mut buffer);
-        self.socket.set_receive_timeout(None).map_err(failed)?;
+        self.socket
+            .set_receive_timeout(Some(IDLE))
+            .map_err(failed)?;
         let received = received.map_err(failed)?;
         match understand(&buffer, &received) {
             Ok(Request::Swapped) => Ok(()),
@@ -424,10 +472,17 @@ impl Conversation for Session<'_> {
             .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
         self.wait_for_swapped()
     }
+
+    fn is_wanted(&self) -> bool {
+        self.socket.peer_is_gone() == Ok(false)
+    }
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
+        if let Some(watcher) = &self.watcher {
+            self.guard.notices.forget(watcher);
+        }
         // Whoever it spoke for is perhaps no more.
         for announcement in &self.announced {
             announcement.take();

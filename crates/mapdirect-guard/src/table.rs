@@ -6,14 +6,15 @@
 
 use crate::apart::Held;
 use crate::ledger::{PinSet, Ranged};
+use crate::notice::Fate;
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
 use mapdirect_sys::fcntl::conflicting_lock;
 use std::ops::Range;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// Names an inode as long as it is watched.
@@ -53,11 +54,16 @@ pub(crate) struct Pin {
     pub(crate) since: Instant,
     /// Missing while the grant is still settling.
     settled: ArcSwapOption<Settled>,
+    /// The other end of a pipe that its holders have, for a pin that was asked
+    /// for with a description which cannot write.
+    life: OnceLock<OwnedFd>,
     /// The guard's own copy of its description is closed: from now on the
     /// description is gone when its holders have let go of it.
     handed_over: AtomicBool,
     /// The description it lived in is gone.
     dead: AtomicBool,
+    /// Whether it was kept.
+    pub(crate) fate: Fate,
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -112,8 +118,10 @@ impl Pin {
             uid: owner.uid,
             since: Instant::now(),
             settled: ArcSwapOption::empty(),
+            life: OnceLock::new(),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 
@@ -138,8 +146,10 @@ impl Pin {
             uid: self.uid,
             since: Instant::now(),
             settled: ArcSwapOption::new(self.settled()),
+            life: OnceLock::new(),
             handed_over: AtomicBool::new(true),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 
@@ -183,12 +193,28 @@ impl Pin {
         self.dead.store(true, SeqCst);
     }
 
-    /// Whether its lock is still held; `file` is a description of the file
-    /// that is not its own. Somebody's lock to the end of all offsets can hide
-    /// it: then it counts as alive until the lifetime thread has read the list
-    /// of locks.
+    /// From now on it lives as long as the other end of this pipe does.
+    pub(crate) fn lives_by(&self, life: OwnedFd) {
+        let _ = self.life.set(life);
+    }
+
+    /// Whether its holders have closed their end of the pipe it lives by, if
+    /// it does.
+    pub(crate) fn is_let_go(&self) -> Option<bool> {
+        self.life
+            .get()
+            .map(|life| crate::wake::has_hung_up(life.as_fd()))
+    }
+
+    /// Whether it is still held; `file` is a description of the file that is
+    /// not its own. Where its lock tells, somebody else's can hide that it is
+    /// gone: then it counts as alive until the lifetime thread has looked
+    /// further.
     pub(crate) fn is_alive(&self, file: BorrowedFd<'_>) -> bool {
-        conflicting_lock(file, self.lock_byte(), 1) != Ok(None)
+        match self.is_let_go() {
+            Some(let_go) => !let_go,
+            None => conflicting_lock(file, self.lock_byte(), 1) != Ok(None),
+        }
     }
 
     pub(crate) fn is_dead(&self) -> bool {
@@ -242,8 +268,12 @@ pub(crate) struct Watched {
     /// Something that may change the block map was let in and may still be
     /// under way.
     pub(crate) unrest: AtomicBool,
+    /// The threads it is under way in.
+    pub(crate) unrest_by: LetIn,
     /// A mapping through which somebody can store was let in.
     pub(crate) mapped_writable: AtomicBool,
+    /// The threads that may still be making one.
+    pub(crate) mapping_by: LetIn,
     /// No open gets an answer while this is set: a description is being
     /// replaced, and its record locks with it.
     pub(crate) hold_opens: AtomicBool,
@@ -285,7 +315,9 @@ impl Watched {
             pins: ArcSwap::default(),
             writers_let_in: AtomicBool::new(false),
             unrest: AtomicBool::new(false),
+            unrest_by: LetIn::default(),
             mapped_writable: AtomicBool::new(false),
+            mapping_by: LetIn::default(),
             hold_opens: AtomicBool::new(false),
             shared_since: AtomicBool::new(false),
             cloned_since: AtomicBool::new(false),
@@ -367,6 +399,57 @@ impl Watched {
             .filter(|announcement| announcement.tid == tid && announcement.is_good(came))
             .find(|announcement| start_time() == Some(announcement.start))
             .cloned()
+    }
+}
+
+/// Threads that the gate has let in and that may still be at it. Written by
+/// the gate thread before it sets the flag that belongs to it, and taken by
+/// grants after they have found that flag set. No lock.
+#[derive(Debug, Default)]
+pub(crate) struct LetIn(ArcSwap<Threads>);
+
+/// Threads, as far as they are known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Threads {
+    pub(crate) tids: Vec<i32>,
+    /// There were more: anybody may be one of them.
+    pub(crate) and_others: bool,
+}
+
+/// Most threads remembered for a file.
+const MAX_LET_IN: usize = 256;
+
+impl LetIn {
+    /// Notes a thread.
+    pub(crate) fn note(&self, tid: i32) {
+        self.add(&Threads {
+            tids: vec![tid],
+            and_others: false,
+        });
+    }
+
+    /// Notes threads, also those taken before that are still to be waited for.
+    pub(crate) fn add(&self, more: &Threads) {
+        self.0.rcu(|threads| {
+            let mut threads = Threads::clone(threads);
+            threads.and_others |= more.and_others;
+            for tid in &more.tids {
+                if threads.tids.contains(tid) {
+                    continue;
+                }
+                if threads.tids.len() >= MAX_LET_IN {
+                    threads.and_others = true;
+                    break;
+                }
+                threads.tids.push(*tid);
+            }
+            threads
+        });
+    }
+
+    /// Takes those noted so far.
+    pub(crate) fn take(&self) -> Threads {
+        Threads::clone(&self.0.swap(Arc::default()))
     }
 }
 

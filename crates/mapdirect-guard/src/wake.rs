@@ -51,6 +51,17 @@ pub(crate) fn wait_any<const N: usize>(
     Ok(polled.map(|fd| !fd.revents().is_empty()))
 }
 
+/// Whether the other end of a pipe is closed everywhere.
+pub(crate) fn has_hung_up(pipe: BorrowedFd<'_>) -> bool {
+    let mut polled = [PollFd::from_borrowed_fd(pipe, PollFlags::empty())];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    matches!(rustix::event::poll(&mut polled, Some(&now)), Ok(1))
+        && polled[0].revents().contains(PollFlags::HUP)
+}
+
 /// Waits again and again for something that nobody tells of, each time for
 /// twice as long, until the time is over.
 #[derive(Debug)]
@@ -83,6 +94,17 @@ impl Backoff {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pipe_hangs_up_with_its_last_copy() {
+        let (reader, writer) = std::io::pipe().unwrap();
+        let copy = writer.try_clone().unwrap();
+        assert!(!has_hung_up(reader.as_fd()));
+        drop(writer);
+        assert!(!has_hung_up(reader.as_fd()));
+        drop(copy);
+        assert!(has_hung_up(reader.as_fd()));
+    }
 
     #[test]
     fn pauses_grow_to_the_longest_and_no_further() {

@@ -14,6 +14,8 @@ compile_error!("mapdirect speaks to Linux interfaces only");
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
 
+pub mod apart;
+pub mod bpf;
 pub mod cache;
 pub mod capget;
 pub mod descriptors;

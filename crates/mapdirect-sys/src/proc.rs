@@ -90,6 +90,71 @@ pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
+/// The kernel function that a thread sleeps in (`/proc/<tid>/wchan`), without
+/// the scheduler's own and without suffixes the compiler adds; nothing if it
+/// runs or waits for a processor.
+///
+/// It takes no lock that anybody else can hold, and it is exact: the kernel
+/// reads it while it keeps the thread from waking up (`get_wchan`,
+/// kernel/sched/core.c).
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when the thread is gone.
+pub fn sleeps_in(tid: i32) -> Result<Option<String>> {
+    let text = read_task_file(tid, "wchan")?;
+    let name = text.trim_end();
+    let name = name.split_once('.').map_or(name, |(name, _)| name);
+    Ok((!name.is_empty() && name != "0").then(|| name.to_owned()))
+}
+
+/// How much a thread has run (`/proc/<tid>/schedstat`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Runs {
+    /// Nanoseconds on a processor in all.
+    pub time: u64,
+    /// How often it was given one: while this stays the same, it did not run,
+    /// or did so without a break.
+    pub times: u64,
+}
+
+/// How much a thread has run so far.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` where the kernel does not
+/// count (without `CONFIG_SCHED_INFO`, which every distribution has).
+pub fn runs(tid: i32) -> Result<Runs> {
+    parse_runs(&read_task_file(tid, "schedstat")?).ok_or(Errno::INVAL)
+}
+
+fn parse_runs(text: &str) -> Option<Runs> {
+    let mut words = text.split_ascii_whitespace();
+    let time = words.next()?.parse().ok()?;
+    let times = words.nth(1)?.parse().ok()?;
+    (times > 0).then_some(Runs { time, times })
+}
+
+/// The processor a thread runs on, waits for, or ran on last.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` for text of no known form.
+pub fn processor(tid: i32) -> Result<usize> {
+    let stat = read_task_file(tid, "stat")?;
+    parse_stat_field(&stat, 39).ok_or(Errno::INVAL)
+}
+
+/// Clock ticks that a thread ran outside of the kernel.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` for text of no known form.
+pub fn ticks_outside(tid: i32) -> Result<u64> {
+    let stat = read_task_file(tid, "stat")?;
+    parse_stat_field(&stat, 14).ok_or(Errno::INVAL)
+}
+
 /// `/proc/self/fd/N` of a descriptor.
 pub(crate) fn own_fd_path(file: BorrowedFd<'_>) -> CString {
     let name = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -202,10 +267,17 @@ pub fn own_start_time() -> Result<u64> {
 
 /// Field 22 of `/proc/<id>/stat`.
 fn parse_start_time(stat: &str) -> Option<u64> {
+    parse_stat_field(stat, 22)
+}
+
+/// A field of `/proc/<id>/stat`, the third or a later one, by the number it
+/// has in proc(5).
+fn parse_stat_field<T: std::str::FromStr>(stat: &str, number: usize) -> Option<T> {
     // The command in parentheses may hold anything, parentheses too; field 3
     // is the first behind it.
     let (_, behind) = stat.rsplit_once(')')?;
-    behind.split_ascii_whitespace().nth(22 - 3)?.parse().ok()
+    let at = number.checked_sub(3)?;
+    behind.split_ascii_whitespace().nth(at)?.parse().ok()
 }
 
 /// Whether a process is in the initial user namespace, where its
@@ -517,6 +589,50 @@ mod tests {
     }
 
     #[test]
+    fn a_sleeper_tells_where_it_sleeps() {
+        let (tell, told) = std::sync::mpsc::channel();
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let sleeper = std::thread::spawn(move || {
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
+            let _ = released.recv();
+        });
+        let tid = told.recv().unwrap();
+        for _ in 0..5000 {
+            // A kernel without symbols, or one that does not let us look.
+            let own = rustix::process::geteuid().is_root();
+            if !own
+                || sleeps_in(tid)
+                    .unwrap()
+                    .is_some_and(|name| name.starts_with("futex"))
+            {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let before = runs(tid).unwrap();
+        assert_eq!(runs(tid), Ok(before));
+        drop(release);
+        sleeper.join().unwrap();
+        assert!(sleeps_in(i32::MAX).is_err());
+        let own = rustix::thread::gettid().as_raw_nonzero().get();
+        assert_eq!(sleeps_in(own), Ok(None));
+        assert!(processor(own).is_ok() && ticks_outside(own).is_ok());
+    }
+
+    #[test]
+    fn how_much_a_thread_has_run() {
+        let runs = Runs {
+            time: 57,
+            times: 28,
+        };
+        assert_eq!(parse_runs("57 954 28\n"), Some(runs));
+        for text in ["", "0 0 0\n", "1 2", "a b c"] {
+            assert_eq!(parse_runs(text), None, "{text:?}");
+        }
+    }
+
+    #[test]
     fn stack_frames_lose_offsets_and_suffixes() {
         let text = "[<0>] fanotify_handle_event+0x19/0x20\n\
                     [<0>] rw_verify_area.part.0+0xb1/0x150\n\
@@ -579,6 +695,7 @@ mod tests {
             let _ = stack_functions(&text).count();
             let _ = parse_fdinfo(&text);
             let _ = parse_maps_line(&text);
+            let _ = parse_runs(&text);
             let _ = crate::proc_locks::parse_line(&text);
             let _ = crate::proc_mountinfo::parse_line(&text);
         }

@@ -5,6 +5,8 @@ use crate::proc::unescape;
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
+    /// Its number in the namespace, as fanotify and statx have it.
+    pub id: u64,
     /// Major number of `st_dev` of its files.
     pub major: u32,
     /// Minor number.
@@ -37,7 +39,9 @@ impl Mount {
 #[must_use]
 pub fn parse_line(line: &str) -> Option<Mount> {
     let (mount, filesystem) = line.split_once(" - ")?;
-    let mut words = mount.split(' ').skip(2);
+    let mut words = mount.split(' ');
+    let id = words.next()?.parse().ok()?;
+    let mut words = words.skip(1);
     let (major, minor) = words.next()?.split_once(':')?;
     let _root = words.next()?;
     let mount_point = unescape(words.next()?);
@@ -47,6 +51,7 @@ pub fn parse_line(line: &str) -> Option<Mount> {
     let source = unescape(words.next()?);
     let options = format!("{mount_options},{}", unescape(words.next().unwrap_or("")));
     Some(Mount {
+        id,
         major: major.parse().ok()?,
         minor: minor.parse().ok()?,
         mount_point,
@@ -79,7 +84,7 @@ mod tests {
     fn a_line_with_everything() {
         let line = "36 35 98:0 /mnt1 /mnt\\0402 rw,noatime master:1 - ext4 /dev/root rw,dax=always";
         let mount = parse_line(line).unwrap();
-        assert_eq!((mount.major, mount.minor), (98, 0));
+        assert_eq!((mount.id, mount.major, mount.minor), (36, 98, 0));
         assert_eq!(mount.mount_point, "/mnt 2");
         assert_eq!(mount.fs_type, "ext4");
         assert_eq!(mount.option("dax"), Some("always"));

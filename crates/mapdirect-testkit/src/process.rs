@@ -187,6 +187,15 @@ impl BpfDirectory {
         }
     }
 
+    /// One that exists already, or is on another bpf filesystem.
+    #[must_use]
+    pub fn at(binary: &Path, path: &Path) -> Self {
+        Self {
+            binary: binary.to_owned(),
+            path: path.to_owned(),
+        }
+    }
+
     /// Where it is.
     #[must_use]
     pub fn path(&self) -> &Path {

@@ -834,3 +834,88 @@ pub mod compat {
         call(54, [number(file), request, argument, 0, 0, 0]).map(drop)
     }
 }
+
+/// Maps a page of a file with `MAP_SHARED | MAP_DIRECT`, as a program without
+/// a library does, and unmaps it at once.
+pub fn map_direct_once(file: BorrowedFd<'_>) -> Result<()> {
+    const MAP_DIRECT: i32 = 0x200_0000;
+    let length = 4096;
+    // SAFETY: the kernel chooses the address, and nothing uses the memory.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | MAP_DIRECT,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        checked(-1)?;
+    }
+    // SAFETY: that mapping, which nothing else knows of.
+    checked(unsafe { libc::munmap(address, length) }.into()).map(drop)
+}
+
+/// `union bpf_attr` of the commands below (include/uapi/linux/bpf.h).
+#[repr(C)]
+#[derive(Default)]
+struct BpfElement {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Deletes every key from a map of the bpf filesystem; sets every element of
+/// one that is an array to zeros. Returns how many there were.
+pub fn empty_bpf_map(path: &std::path::Path) -> Result<u32> {
+    const MAP_UPDATE_ELEM: i32 = 2;
+    const MAP_DELETE_ELEM: i32 = 3;
+    const MAP_GET_NEXT_KEY: i32 = 4;
+    let map = mapdirect_sys::bpf::get(path)?;
+    let call = |command: i32, key: u64, value: u64| {
+        let mut element = BpfElement {
+            map: map.as_raw_fd().cast_unsigned(),
+            key,
+            value,
+            ..BpfElement::default()
+        };
+        // SAFETY: reads the attributes, and what they point to: a key and a
+        // value of the callers, longer than any of these maps has.
+        let ret = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                command,
+                &raw mut element,
+                size_of::<BpfElement>(),
+            )
+        };
+        checked(ret).map(drop)
+    };
+    let zeros = [0u8; 1024];
+    let mut key = [0u8; 64];
+    let mut emptied = 0;
+    // The first key, as long as there is one; an array has one after another.
+    let mut after: Option<[u8; 64]> = None;
+    loop {
+        let from = after.as_ref().map_or(0, |after| after.as_ptr() as u64);
+        match call(MAP_GET_NEXT_KEY, from, key.as_mut_ptr() as u64) {
+            Ok(()) => {}
+            Err(Errno::NOENT) => return Ok(emptied),
+            Err(errno) => return Err(errno),
+        }
+        let at = key.as_ptr() as u64;
+        match call(MAP_DELETE_ELEM, at, 0) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => {
+                call(MAP_UPDATE_ELEM, at, zeros.as_ptr() as u64)?;
+                after = Some(key);
+            }
+            Err(errno) => return Err(errno),
+        }
+        emptied += 1;
+    }
+}

@@ -31,6 +31,8 @@ pub(crate) struct Established {
     pub(crate) map: BlockMap,
     /// The description whose life is the pin.
     pub(crate) file: OwnedFd,
+    /// What the pin lives by besides, if that description cannot write.
+    pub(crate) life: Option<OwnedFd>,
     pub(crate) connection: Arc<Connection>,
 }
 
@@ -77,13 +79,19 @@ pub(crate) fn establish(
         talk.say(&Request::Swapped, &[])?;
         Ok(None)
     })?;
-    // The second descriptor, if there is one, has the extents.
-    let extents = (fds.len() > 1).then(|| fds.pop()).flatten();
+    // Behind the description come the extents, if they are not in the message,
+    // and what the pin lives by, if the description does not do for that.
+    let is_sealed = granted.extents.is_empty() && granted.extent_count > 0;
+    let more_than =
+        |count: usize, fds: &mut Vec<OwnedFd>| (fds.len() > count).then(|| fds.pop()).flatten();
+    let life = more_than(1 + usize::from(is_sealed), &mut fds);
+    let extents = more_than(1, &mut fds);
     let file = fds.pop().ok_or_else(unexpected)?;
     Ok(Established {
         id: granted.pin,
         map: block_map(granted, extents)?,
         file,
+        life,
         connection,
     })
 }

@@ -313,17 +313,27 @@ pub(crate) struct Talk<'socket> {
 
 impl Talk<'_> {
     pub(crate) fn say(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        self.socket
-            .send(&[&request.encode()], fds)
-            .map_err(|errno| lost(&errno))
+        match self.socket.send(&[&request.encode()], fds) {
+            Ok(()) => Ok(()),
+            // The guard has hung up; it may have said why.
+            Err(errno @ (Errno::PIPE | Errno::CONNRESET)) => match self.hear() {
+                Err(error) if self.refused.get() => Err(error),
+                _ => Err(lost(&errno)),
+            },
+            Err(errno) => Err(lost(&errno)),
+        }
     }
 
     fn hear(&self) -> Result<(Reply, Vec<OwnedFd>)> {
         let mut buffer = [0; MAX_MESSAGE];
-        let received = self
-            .socket
-            .receive(&mut buffer)
-            .map_err(|errno| lost(&errno))?;
+        let received = match self.socket.receive(&mut buffer) {
+            // A guard that hangs up without having read everything resets the
+            // connection. The kernel says so once, and then delivers what the
+            // guard had said before.
+            Err(Errno::CONNRESET) => self.socket.receive(&mut buffer),
+            received => received,
+        };
+        let received = received.map_err(|errno| lost(&errno))?;
         if received.length == 0 {
             return Err(lost(&Errno::PIPE));
         }

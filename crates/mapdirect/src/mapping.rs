@@ -278,6 +278,8 @@ impl How {
             id,
             map,
             file: pinned,
+            // Only where the description cannot write.
+            life: _,
             connection,
         } = establish(&self.guard, file, range, asked, self.patience)?;
         // MAP_SYNC has a meaning only where flags are validated.

@@ -133,10 +133,12 @@ impl PinOptions {
             id,
             map,
             file: description,
+            life,
             connection,
         } = established.map_err(asked)?;
         let mut pin = Pin {
             map,
+            _life: life,
             description,
             ending: Ending { id, connection },
         };
@@ -172,6 +174,8 @@ impl PinOptions {
 #[must_use = "the pin ends when it is dropped"]
 pub struct Pin {
     map: BlockMap,
+    /// Dropped before the description: the guard looks when that is closed.
+    _life: Option<OwnedFd>,
     /// The description whose life is the pin.
     description: OwnedFd,
     /// Dropped after that.

@@ -155,14 +155,16 @@ const BPF_HOLES: [&str; 5] = [
      (LOOP_CONFIGURE, XFS_IOC_SCRUB_METADATA)",
     "stores through the page cache beside frozen blocks while no guard runs: it holds the pages \
      that keep them apart",
-    "everything, once root takes the gate away (mapdirect guard --unload, or removing it from \
-     /sys/fs/bpf)",
+    "whatever happens in the second until the guard puts back what root deletes from the gate's \
+     maps; and everything, once root takes the gate away while no guard runs (mapdirect guard \
+     --unload, or removing it from /sys/fs/bpf)",
 ];
 
 /// What remains open under the fanotify gate.
 const HOLES: [&str; 4] = [
     "a holder moving blocks through its own descriptor (XFS_IOC_SWAPEXT, EXT4_IOC_MOVE_EXT, \
-     EXT4_IOC_SWAP_BOOT), or growing a mapping of its own over frozen blocks with mremap(2)",
+     EXT4_IOC_SWAP_BOOT), or bringing a mapping of its own over frozen blocks with mremap(2) or \
+     remap_file_pages(2)",
     "an NFS client setting the size of an exported file (the server does not ask)",
     "an overlay mounted later over the directory of a pinned file",
     "everything, once the guard has been killed: holders are told then",
@@ -411,7 +413,19 @@ fn dax() -> Finding {
         .map(|mount| format!("{} ({})", mount.mount_point, mount.fs_type))
         .collect();
     if !mounted.is_empty() {
-        return Finding::good(NAME, format!("mounted with DAX: {}", mounted.join(", ")));
+        let mounted = format!("mounted with DAX: {}", mounted.join(", "));
+        if uname::version() >= (7, 3) {
+            return Finding::good(NAME, mounted);
+        }
+        return Finding::new(
+            NAME,
+            Outcome::Note,
+            format!(
+                "{mounted}; this kernel may give blocks to another file while a device still \
+                 works on them by way of a mapping that is gone (7.3 waits)"
+            ),
+            "keep a mapping until devices have finished with it",
+        );
     }
     let devices: Vec<_> = std::fs::read_dir("/sys/block")
         .into_iter()

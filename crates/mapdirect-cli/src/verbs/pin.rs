@@ -7,6 +7,8 @@ use mapdirect::{Pin, PinOptions, Scope};
 use mapdirect_sys::signal::{self, Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::json;
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -48,8 +50,10 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
         );
         options = options.range(bytes);
     }
-    let pin = options.pin(&file)?;
-    drop(file);
+    let pin = match ask(options, file, &signals)? {
+        Asked::Answered(pin) => pin?,
+        Asked::Interrupted(number) => return Ok(Exit::of_signal(number)),
+    };
     tell(args, &pin);
     match &args.command[..] {
         [] => hold(&pin, &signals),
@@ -68,6 +72,53 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
                     })
                 }
             }
+        }
+    }
+}
+
+/// What came of asking for a pin.
+enum Asked {
+    Answered(mapdirect::Result<Pin>),
+    /// A signal came while others had to be waited for.
+    Interrupted(i32),
+}
+
+/// Asks for the pin, and lets a signal end the waiting: signals are blocked
+/// here, so another thread has to wait for the guard. It ends with the process,
+/// which takes the connection along, and the guard forgets the request.
+fn ask(options: PinOptions, file: File, signals: &SignalFd) -> Result<Asked> {
+    let (mut answered, answer) = std::io::pipe()?;
+    let asking = std::thread::spawn(move || {
+        let pin = options.pin(&file);
+        // The pin does not need it, and a duplicate would be in its way.
+        drop(file);
+        // Closed here, however this ends.
+        drop(answer);
+        pin
+    });
+    loop {
+        let signal_fd = signals.as_fd();
+        let answered_fd = answered.as_fd();
+        let mut fds = [
+            PollFd::new(&signal_fd, PollFlags::IN),
+            PollFd::new(&answered_fd, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        if !fds[1].revents().is_empty() {
+            // Nothing is ever written to it: it has ended.
+            let _ = answered.read(&mut [0])?;
+            return match asking.join() {
+                Ok(pin) => Ok(Asked::Answered(pin)),
+                Err(_) => anyhow::bail!("asking for the pin failed"),
+            };
+        }
+        let received = signals.wait()?;
+        if received.number != Signal::CHILD {
+            return Ok(Asked::Interrupted(received.number));
         }
     }
 }

@@ -28,6 +28,7 @@ mod prepare;
 mod programs;
 mod random;
 mod segments;
+mod service;
 mod stuck;
 mod world;
 mod writers;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(service::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
     trials.extend(hammer::trials(&world));
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
     let mut alone = stuck::trials(&world);
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));
+        alone.extend(service::trials_in_kernel(&world));
         arguments.test_threads = Some(1);
     }
     let alone = libtest_mimic::run(&arguments, alone);

@@ -23,7 +23,8 @@ use crate::{Errno, Guard};
 use arc_swap::ArcSwap;
 use mapdirect::ExtentState;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
-use mapdirect_sys::proc;
+use mapdirect_sys::{dup, memfd, proc};
+use rustix::fs::OFlags;
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -57,9 +58,17 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
+    /// Opens it.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` or `ENOSYS` where the kernel has no pre-content events, and
+    /// whatever else opening a group answers.
     pub(crate) fn new() -> Result<Self, Errno> {
+        let group = Group::pre_content()?;
+        require_pre_content(&group)?;
         Ok(Self {
-            group: Group::pre_content()?,
+            group,
             eyes: Eyes::new()?,
             waker: Waker::new()?,
             waiting: AtomicUsize::new(0),
@@ -86,6 +95,17 @@ impl Gate {
     pub(crate) fn wake(&self) {
         self.waker.wake();
         self.eyes.wake();
+    }
+}
+
+/// A kernel before 6.14 makes such a group, too, and only refuses its marks: a
+/// mask that it does not know with `EINVAL`. One that knows it refuses it for
+/// a memory file, whose filesystem has no such events.
+fn require_pre_content(group: &Group) -> Result<(), Errno> {
+    let probe = memfd::sealed("mapdirect-probe", b"")?;
+    match group.add(Mask::PRE_ACCESS, probe.as_fd()) {
+        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+        Err(errno) => Err(errno),
     }
 }
 
@@ -258,6 +278,9 @@ impl Server<'_> {
             Verdict::Allow => Response::allow(fd),
             Verdict::Refuse => Response::deny(fd, Errno::TXTBSY),
             verdict @ (Verdict::NotYet | Verdict::Hold) => {
+                if verdict == Verdict::Hold && !waiting.held {
+                    waiting.keep_as_path();
+                }
                 waiting.held = verdict == Verdict::Hold;
                 self.waiting.push(waiting);
                 return;
@@ -335,7 +358,7 @@ impl Server<'_> {
             classify::classify(&asked, &descriptors)
         };
         let verdict = judge_announced(&watched, event.tid, operation.kind, late)
-            .unwrap_or_else(|| self.judge(&watched, &operation, size, file, late));
+            .unwrap_or_else(|| self.judge(&watched, event.tid, &operation, size, file, late));
         if verdict == Verdict::Refuse {
             self.note(&watched, event, &operation);
         }
@@ -347,6 +370,7 @@ impl Server<'_> {
     fn judge(
         &self,
         watched: &Watched,
+        tid: i32,
         operation: &Operation,
         size: u64,
         file: BorrowedFd<'_>,
@@ -372,8 +396,14 @@ impl Server<'_> {
         // way round: it publishes its pin and then looks for notes.
         let note = match operation.kind {
             K::OpenWrite => &watched.writers_let_in,
-            K::MapWrite => &watched.mapped_writable,
-            _ => &watched.unrest,
+            K::MapWrite => {
+                watched.mapping_by.note(tid);
+                &watched.mapped_writable
+            }
+            _ => {
+                watched.unrest_by.note(tid);
+                &watched.unrest
+            }
         };
         note.store(true, SeqCst);
         let fails = operation.kind == K::Exchange && !watched.abilities.exchange;
@@ -564,6 +594,18 @@ fn wait_for_grant(late: Duration) -> Verdict {
 }
 
 impl Waiting {
+    /// Keeps the event's number and gives its description up. The kernel
+    /// counts that as one more reader of the file, and the grant that is
+    /// waited for may need to prove that there is none. A mere path is not
+    /// counted, and tells all that is asked until the answer. To open one
+    /// asks nobody, and waits for nobody.
+    fn keep_as_path(&mut self) {
+        if let Ok(path) = proc::reopen(self.file.as_fd(), OFlags::PATH) {
+            // It stays what it was if that fails.
+            let _ = dup::replace(self.file.as_fd(), path.as_fd());
+        }
+    }
+
     /// How long to wait before looking again.
     fn pause(&self) -> Duration {
         match self.looks {

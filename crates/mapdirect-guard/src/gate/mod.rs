@@ -16,7 +16,8 @@ pub(crate) mod threads;
 
 use crate::Errno;
 use crate::table::{InodeId, Pin, Watched};
-use std::os::fd::BorrowedFd;
+use mapdirect_proto::{Notice, WatchedPin};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// The gate of a guard.
@@ -128,6 +129,35 @@ impl Gate {
         }
     }
 
+    /// What has become of a pin that this guard does not have.
+    pub(crate) fn fate_of(&self, named: &WatchedPin) -> Notice {
+        let pin = named.pin;
+        match self {
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) if gate.keeps(pin) => Notice::Unattended {
+                pin,
+                why: String::from(
+                    "the guard could not take it over: the kernel refuses, and ends it with its \
+                     last mapping",
+                ),
+            },
+            _ => Notice::Lost {
+                pin,
+                why: String::from("the guard does not know the pin"),
+            },
+        }
+    }
+
+    /// What stays in the kernel for as long as the gate does, if it is there
+    /// without its guard: a directory, by which nothing in it can be reached.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Fanotify(_) => None,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.directory(),
+        }
+    }
+
     /// Refusals by kind, if the kernel counts them: those too that no guard
     /// was there to hear of.
     pub(crate) fn refused(&self) -> Option<Vec<(String, u64)>> {
@@ -152,6 +182,23 @@ impl Gate {
             }
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) => gate.is_alone(of_holder, of_pin),
+        }
+    }
+
+    /// Whether nobody else can write by a description of the inode that these
+    /// two are of, if it can tell.
+    pub(crate) fn is_sole_writer(
+        &self,
+        of_holder: BorrowedFd<'_>,
+        of_pin: BorrowedFd<'_>,
+    ) -> Result<bool, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = (of_holder, of_pin);
+                Ok(false)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.is_sole_writer(of_holder, of_pin),
         }
     }
 

@@ -104,6 +104,7 @@ fn prepare(
         marked: Cell::new(false),
         talk: &mut Silent,
         file,
+        life: None,
     };
     if !attempt.holds_the_pin()? {
         return Err(no_pin());

@@ -13,7 +13,7 @@ use crate::wake::Backoff;
 use crate::{Errno, busy};
 use mapdirect::eligibility::{FileFacts, Filesystem};
 use mapdirect_proto::{Granted, Opener, Reason, Refusal};
-use mapdirect_sys::uname;
+use mapdirect_sys::{proc, uname};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -46,7 +46,7 @@ impl Attempt<'_> {
         // does so already.
         let soon = Instant::now() + self.patience.max(Duration::from_millis(50));
         if !self.is_alone(&of_holder) && !thaw::is_thawed(self.file.as_fd(), soon) {
-            self.wait_for_others(false)?;
+            self.wait_for_others(&of_holder, false)?;
         }
         // As it seems, for now: what is written back is seen when the gate is
         // closed.
@@ -64,7 +64,7 @@ impl Attempt<'_> {
             // From here on nothing new comes to pass that the gate was not
             // asked about.
             if !self.is_alone(&of_holder) {
-                self.wait_for_others(!frozen.is_empty())?;
+                self.wait_for_others(&of_holder, !frozen.is_empty())?;
             }
             self.nobody_stores_to(&frozen)?;
             let again = self.read_map(false)?;
@@ -131,12 +131,25 @@ impl Attempt<'_> {
 
     /// Nobody may be in the middle of something that the gate let pass
     /// before it knew of the pin.
-    fn wait_for_others(&self, mappings: bool) -> Result<(), Refusal> {
+    fn wait_for_others(&self, of_holder: &OwnedFd, mappings: bool) -> Result<(), Refusal> {
         self.no_kernel_users()?;
-        self.no_hidden_writers()?;
-        self.quietly(|quiet| quiet.wait_for_changes(&self.guard.scans))?;
-        if mappings {
-            self.quietly(|quiet| quiet.wait_for_mappings(&self.guard.scans))?;
+        if self.others_may_write(of_holder)? {
+            self.no_hidden_writers()?;
+            self.quietly(|quiet| quiet.wait_for_changes())?;
+            if mappings {
+                self.quietly(|quiet| quiet.wait_for_mappings())?;
+            }
+        } else {
+            self.quietly(|quiet| quiet.wait_for_readers())?;
+            self.quietly(|quiet| {
+                let own = proc::numbers_in(&format!("/proc/{}/task", self.pin.pid));
+                let own = own.unwrap_or_default();
+                let busy = quiet.wait_for_changes_by(&own)?;
+                if !busy.is_empty() || !mappings {
+                    return Ok(busy);
+                }
+                quiet.wait_for_mappings_by(&own)
+            })?;
         }
         // Asynchronous direct writes have no thread that could be looked at.
         let mut backoff = Backoff::until(
@@ -199,6 +212,19 @@ impl Attempt<'_> {
             }
             backoff.pause();
         }
+    }
+
+    /// Whether anybody but the holder itself can be in the middle of writing
+    /// to it, by what the kernel counts: whoever writes, or truncates, or maps
+    /// it to store, does so by a description that is counted as a writer.
+    fn others_may_write(&self, of_holder: &OwnedFd) -> Result<bool, Refusal> {
+        let alone = self
+            .guard
+            .gate
+            .is_sole_writer(of_holder.as_fd(), self.file.as_fd());
+        alone
+            .map(|alone| !alone)
+            .map_err(|errno| system("asking the gate who writes", errno))
     }
 
     /// Some parts of the kernel write to files without asking anybody.

@@ -77,6 +77,20 @@ impl Settings {
     }
 }
 
+impl Settings {
+    /// Whether the rules and the guard are the same; when that began the
+    /// programs fill in.
+    pub(super) fn says_the_same_as(&self, other: &Self) -> bool {
+        let said = |one: &Self| {
+            let mut said = *one;
+            // When this guard began is for the programs to fill in.
+            said.guard_start = 0;
+            said
+        };
+        said(self).as_bytes() == said(other).as_bytes()
+    }
+}
+
 fn row(kind: OperationKind) -> Row {
     let rule = kind.rule();
     let traits = Traits::of(kind);

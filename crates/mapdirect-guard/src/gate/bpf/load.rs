@@ -3,6 +3,7 @@
 //! outlive the guard.
 
 use super::abi::{DEAD, FILTER_WORDS};
+use super::watch::Held;
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
@@ -13,7 +14,7 @@ use mapdirect_sys::shared_words::SharedWords;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::FromBytes;
 
@@ -23,7 +24,7 @@ const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-const MAPS: [&str; 14] = [
+pub(super) const BPF_MAPS: [&str; 14] = [
     "settings",
     "filter",
     "entries",
@@ -117,13 +118,20 @@ impl Maps {
 pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) costly: Costly,
+    pub(super) held: Arc<Held>,
     /// A lock on the directory: there is one guard for a gate.
-    _claim: OwnedFd,
+    claim: OwnedFd,
     /// It was there already, with pins.
     pub(super) adopted: bool,
     /// The kernel's security hooks call the programs; else they are attached
     /// to functions.
     pub(super) hooked: bool,
+}
+
+impl Loaded {
+    pub(super) fn claim(&self) -> &OwnedFd {
+        &self.claim
+    }
 }
 
 /// Puts the gate in place, or takes over the one that is there.
@@ -141,8 +149,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     } else {
         // Whoever was here has pinned nothing, or did not get to the end of
         // beginning.
-        empty(directory).map_err(|error| failed("clearing", error))?;
-        match put_in_place(directory) {
+        match replace(directory) {
             Ok(object) => {
                 rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
                 object
@@ -158,13 +165,43 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
             }
         }
     };
+    let held = Held::new(directory, marker()).map_err(|errno| failed("holding the gate", errno))?;
+    let held = Arc::new(held);
     Ok(Loaded {
         maps: Maps::open(directory)?,
-        costly: Costly::new(object, directory),
-        _claim: claim,
+        costly: Costly::new(object, directory, Arc::clone(&held)),
+        held,
+        claim,
         adopted: in_use,
         hooked: has_lsm(),
     })
+}
+
+/// Where a gate is put together before it takes the place of another; the
+/// second, if a guard was killed in the middle of that.
+const NEXT: [&str; 2] = ["next-0", "next-1"];
+
+/// Puts the gate in place of one that keeps no pin, if there is one. That one
+/// stays attached until this one is: `mmap(2)` with `MAP_DIRECT` would be
+/// answered as if there were no such flag in between.
+fn replace(directory: &Path) -> Result<Object, LoadError> {
+    let clearing = |error: std::io::Error| failed("clearing", error);
+    let free = NEXT.iter().find(|name| !directory.join(name).exists());
+    let next = directory.join(free.unwrap_or(&NEXT[0]));
+    if free.is_none() {
+        empty(&next).map_err(clearing)?;
+    } else {
+        rustix::fs::mkdir(&next, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
+    }
+    let object = put_in_place(&next)?;
+    empty_but(directory, Some(&next)).map_err(clearing)?;
+    let moving = |error: std::io::Error| failed("moving", error);
+    for entry in std::fs::read_dir(&next).map_err(moving)? {
+        let name = entry.map_err(moving)?.file_name();
+        std::fs::rename(next.join(&name), directory.join(&name)).map_err(moving)?;
+    }
+    std::fs::remove_dir(&next).map_err(clearing)?;
+    Ok(object)
 }
 
 /// Whether a gate that is there keeps any pin; it does as long as that cannot
@@ -207,6 +244,7 @@ const QUIET: Duration = Duration::from_secs(10);
 pub(super) struct Costly {
     object: Object,
     directory: PathBuf,
+    held: Arc<Held>,
     state: Mutex<CostlyState>,
 }
 
@@ -236,25 +274,24 @@ impl Attachment {
         }
     }
 
-    fn attach(&mut self, object: &Object, directory: &Path) -> Result<(), LoadError> {
+    fn attach(&mut self, object: &Object, directory: &Path, held: &Held) -> Result<(), LoadError> {
         self.quiet_since = Instant::now();
         if !self.attached {
             attach(object, directory, self.names)?;
+            held.hold()
+                .map_err(|errno| failed("holding the gate", errno))?;
             self.attached = true;
         }
         Ok(())
     }
 
     /// Takes them off when nobody has needed them for a while.
-    fn rest(&mut self, are_needed: bool, directory: &Path) {
+    fn rest(&mut self, are_needed: bool, held: &Held) {
         if are_needed {
             self.quiet_since = Instant::now();
         } else if self.attached && self.quiet_since.elapsed() >= QUIET {
-            // What stays attached is left out when they are attached again.
             self.attached = false;
-            for name in self.names.iter().rev() {
-                let _ = std::fs::remove_file(directory.join(link_name(name)));
-            }
+            held.remove(self.names.iter().rev().map(|name| link_name(name)));
         }
     }
 }
@@ -263,7 +300,7 @@ impl Attachment {
 pub(super) struct Attached<'costly>(&'costly Costly);
 
 impl Costly {
-    fn new(object: Object, directory: &Path) -> Self {
+    fn new(object: Object, directory: &Path, held: Arc<Held>) -> Self {
         let state = CostlyState {
             costly: Attachment::new(&COSTLY, directory),
             notes: Attachment::new(&NOTES, directory),
@@ -272,6 +309,7 @@ impl Costly {
         Self {
             object,
             directory: directory.to_owned(),
+            held,
             state: Mutex::new(state),
         }
     }
@@ -283,14 +321,18 @@ impl Costly {
     /// Attaches what every file pays for, unless it is.
     pub(super) fn attached(&self) -> Result<Attached<'_>, LoadError> {
         let mut state = self.state();
-        state.costly.attach(&self.object, &self.directory)?;
+        state
+            .costly
+            .attach(&self.object, &self.directory, &self.held)?;
         state.beginning += 1;
         Ok(Attached(self))
     }
 
     /// Attaches the programs that note where writes go, unless they are.
     pub(super) fn take_notes(&self) -> Result<(), LoadError> {
-        self.state().notes.attach(&self.object, &self.directory)
+        self.state()
+            .notes
+            .attach(&self.object, &self.directory, &self.held)
     }
 
     /// The programs.
@@ -303,8 +345,8 @@ impl Costly {
         let mut state = self.state();
         let needs = needs();
         let beginning = state.beginning > 0;
-        state.notes.rest(beginning || needs.notes, &self.directory);
-        state.costly.rest(beginning || needs.hooks, &self.directory);
+        state.notes.rest(beginning || needs.notes, &self.held);
+        state.costly.rest(beginning || needs.hooks, &self.held);
     }
 }
 
@@ -416,6 +458,10 @@ fn has_marker(directory: &Path) -> bool {
 /// Links first: nobody is refused any more when the pins go. The mark of a
 /// complete gate goes last, so that nobody takes over what is left of one.
 fn empty(directory: &Path) -> std::io::Result<()> {
+    empty_but(directory, None)
+}
+
+fn empty_but(directory: &Path, kept: Option<&Path>) -> std::io::Result<()> {
     let mut names: Vec<_> = std::fs::read_dir(directory)?
         .map(|entry| Ok(entry?.file_name()))
         .collect::<std::io::Result<_>>()?;
@@ -425,7 +471,11 @@ fn empty(directory: &Path) -> std::io::Result<()> {
     });
     for name in names {
         let path = directory.join(&name);
+        if kept == Some(&path) {
+            continue;
+        }
         if path.is_dir() {
+            empty(&path)?;
             std::fs::remove_dir(path)?;
         } else {
             std::fs::remove_file(path)?;
@@ -434,7 +484,7 @@ fn empty(directory: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
+pub(super) fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let file = rustix::fs::open(directory, flags, Mode::empty())
         .map_err(|errno| failed(&format!("opening {}", directory.display()), errno))?;
@@ -458,7 +508,7 @@ fn is_bpffs(path: &Path) -> bool {
 }
 
 /// Mounts the bpf filesystem, if it is not there; says whether it did.
-fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
+pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     let parent = parent_of(directory);
     if is_bpffs(parent) {
         return Ok(false);
@@ -662,7 +712,7 @@ fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
     }
 }
 
-const LINKS: &str = "link-";
+pub(super) const LINKS: &str = "link-";
 
 fn link_name(program: &str) -> String {
     format!("{LINKS}{program}")
@@ -673,7 +723,7 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
         .maps()
         .filter_map(|map| {
             let name = pinned_name(map.name().to_str()?);
-            MAPS.contains(&name).then_some(())?;
+            BPF_MAPS.contains(&name).then_some(())?;
             Some((name.to_owned(), MapHandle::try_from(&map).ok()?))
         })
         .collect()
@@ -737,7 +787,7 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     if let Some(directory) = maps {
         for mut map in open.maps_mut() {
             let name = pinned_name(map.name().to_str().unwrap_or_default()).to_owned();
-            if MAPS.contains(&name.as_str()) {
+            if BPF_MAPS.contains(&name.as_str()) {
                 map.reuse_pinned_map(directory.join(&name))
                     .map_err(|error| told("taking over a map", &error))?;
             }

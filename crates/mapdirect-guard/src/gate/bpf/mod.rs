@@ -12,6 +12,8 @@ pub(crate) mod census;
 mod functions;
 mod load;
 pub mod oracle;
+mod sharing;
+mod watch;
 
 use crate::audit::Refused;
 use crate::policy::RULES;
@@ -27,9 +29,10 @@ pub use load::probe;
 use mapdirect_proto::Flags;
 use mapdirect_sys::file_handle::{self, FileHandle};
 use mapdirect_sys::{fcntl, memfd};
+use rustix::fs::{Mode, OFlags};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -55,6 +58,11 @@ pub(crate) struct Gate {
     /// while looking at its pins, so that the last one to look writes last.
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
+    sharing: sharing::Sharing,
+    rules: Mutex<Settings>,
+    watch: watch::Watch,
+    /// A file of the guard's own, to ask the programs about.
+    probe: OwnedFd,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -123,6 +131,8 @@ impl Gate {
     /// Puts it in place, or takes over the one that is there.
     pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
         let loaded = load::load(directory)?;
+        let probe = memfd::sealed("mapdirect-probe", b"")
+            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|errno| LoadError::Failed(format!("getrandom: {errno}")))?;
@@ -132,15 +142,25 @@ impl Gate {
             versions: AtomicU64::new(u64::from_ne_bytes(random)),
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
+            sharing: sharing::Sharing::default(),
+            rules: Mutex::new(Settings::new(0, &functions::Kernel::default(), true)),
+            watch: watch::Watch::default(),
+            probe,
         };
         gate.introduce(&functions::Kernel::read()?)?;
         Ok(gate)
+    }
+
+    /// What the programs have been told.
+    fn rules(&self) -> MutexGuard<'_, Settings> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Tells the programs the rules, who the guard is, and what kernel this is.
     fn introduce(&self, kernel: &functions::Kernel) -> Result<(), LoadError> {
         let tell = |preempts| {
             let settings = Settings::new(std::process::id(), kernel, preempts);
+            *self.rules() = settings;
             self.loaded
                 .maps
                 .settings
@@ -148,10 +168,8 @@ impl Gate {
                 .map_err(|error| LoadError::Failed(format!("writing the rules: {error}")))
         };
         tell(true)?;
-        let probe = memfd::sealed("mapdirect-probe", b"")
-            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
         let answered = self
-            .identify(probe.as_fd())
+            .identify(self.probe.as_fd())
             .map_err(|_| LoadError::Failed(String::from("the programs do not answer")))?;
         let preempts = preempts(kernel, answered.preemption);
         if preempts && !self.loaded.hooked {
@@ -168,7 +186,7 @@ impl Gate {
             return Ok(());
         }
         tell(false)?;
-        self.identify(probe.as_fd())
+        self.identify(self.probe.as_fd())
             .map(drop)
             .map_err(|_| LoadError::Failed(String::from("the programs do not answer any more")))
     }
@@ -178,8 +196,15 @@ impl Gate {
         self.loaded.adopted
     }
 
+    /// Where it is pinned; no descriptor that a lock could be taken by.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(self.loaded.claim(), ".", flags, Mode::empty()).ok()
+    }
+
     /// Takes it away.
     pub(crate) fn remove(&self) -> Result<(), LoadError> {
+        self.loaded.held.let_go();
         load::remove(&self.directory)
     }
 
@@ -414,16 +439,7 @@ impl Gate {
         of_holder: BorrowedFd<'_>,
         of_pin: BorrowedFd<'_>,
     ) -> Result<bool, Errno> {
-        let mut writers = 0;
-        let mut readers = 0;
-        for file in [of_holder, of_pin] {
-            let access = rustix::fs::fcntl_getfl(file)? & rustix::fs::OFlags::ACCMODE;
-            if access == rustix::fs::OFlags::RDONLY {
-                readers += 1;
-            } else {
-                writers += 1;
-            }
-        }
+        let (writers, readers) = known_counts([of_holder, of_pin])?;
         let holders = self.identify(of_holder)?;
         let pins = self.identify(of_pin)?;
         // The question itself holds one: this process has many threads.
@@ -432,6 +448,23 @@ impl Gate {
             && [holders, pins]
                 .iter()
                 .all(|one| (one.writers, one.readers, one.direct) == (writers, readers, 0)))
+    }
+
+    /// Whether the inode of these two descriptions, as in
+    /// [`is_alone`](Self::is_alone), counts no writer but them, and nobody else
+    /// has the holder's: readers there may be.
+    pub(crate) fn is_sole_writer(
+        &self,
+        of_holder: BorrowedFd<'_>,
+        of_pin: BorrowedFd<'_>,
+    ) -> Result<bool, Errno> {
+        let (writers, _) = known_counts([of_holder, of_pin])?;
+        let holders = self.identify(of_holder)?;
+        let pins = self.identify(of_pin)?;
+        Ok(holders.references <= 3
+            && pins.references <= 2
+            && holders.writers == writers
+            && pins.writers == writers)
     }
 
     /// The pin that a description is.
@@ -454,6 +487,7 @@ impl Gate {
 
     /// Attaches what is not attached while nothing is pinned.
     pub(crate) fn rouse(&self) -> Result<(), String> {
+        self.require_whole()?;
         let attached = self.loaded.costly.attached();
         attached.map(drop).map_err(|error| error.to_string())
     }
@@ -575,6 +609,12 @@ impl Gate {
     pub(crate) fn is_over(&self, pin: u64) -> bool {
         let pins = &self.loaded.maps.pins;
         matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
+    }
+
+    /// Whether the kernel keeps a pin.
+    pub(crate) fn keeps(&self, pin: u64) -> bool {
+        let pins = &self.loaded.maps.pins;
+        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(Some(_)))
     }
 
     /// Takes out what is left of an inode that nobody pins.
@@ -750,12 +790,23 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
     load::unload(directory)
 }
 
-/// Hears of refusals and ends until the guard stops.
+/// Hears of refusals and ends, and watches the gate, until the guard stops;
+/// `say` tells whoever runs it what somebody has done to the gate.
 ///
 /// # Errors
 ///
 /// When events cannot be read any more.
-pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name(String::from("sharing"))
+            .spawn_scoped(scope, || sharing::run(guard, gate))
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
+        hear(guard, gate, say)
+    })
+}
+
+fn hear(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
     let maps = &gate.loaded.maps;
     let heard = |bytes: &[u8]| {
         if let Ok(event) = Event::read_from_bytes(bytes) {
@@ -778,6 +829,9 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             end_untold(guard, gate);
         }
         gate.rest();
+        if !guard.is_stopping() {
+            gate.watch(guard, say);
+        }
     }
     Ok(())
 }
@@ -828,6 +882,7 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
             }
         }
         abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
+        abi::EVENT_SHARED => gate.sharing.add(id),
         // Without them such writes stay refused.
         abi::EVENT_DOUBT => drop(gate.note_writes(id)),
         _ => {}
@@ -903,4 +958,18 @@ pub(crate) fn let_go(guard: &Guard, watched: &Arc<Watched>) {
         state.retired = true;
         guard.table.remove(watched);
     }
+}
+
+/// How many writers and readers these descriptions count for.
+fn known_counts(files: [BorrowedFd<'_>; 2]) -> Result<(i32, i32), Errno> {
+    let mut counts = (0, 0);
+    for file in files {
+        let access = rustix::fs::fcntl_getfl(file)? & rustix::fs::OFlags::ACCMODE;
+        if access == rustix::fs::OFlags::RDONLY {
+            counts.1 += 1;
+        } else {
+            counts.0 += 1;
+        }
+    }
+    Ok(counts)
 }
