@@ -811,11 +811,19 @@ impl Attempt<'_> {
             let mut found = self.openers(Some(self.mark));
             // Holders of pins may have theirs, and have been asked.
             let is_holder = |opener: &Opener| pins.iter().any(|pin| pin.pid == opener.pid);
-            found
-                .others
-                .retain(|opener| opener.writable && !is_holder(opener));
+            found.others.retain(|opener| opener.writable);
+            let explained = self.judged.is_writable()
+                || pins.iter().any(|pin| pin.id != self.pin.id)
+                || found.others.iter().any(is_holder);
+            found.others.retain(|opener| !is_holder(opener));
             if found.others.is_empty() && found.hidden.is_empty() {
-                return Ok(());
+                // The kernel's own writers (a storage target, an overlay that
+                // is mounted nowhere) are in no process. They count as
+                // writers of the inode, and where nobody else may, it shows.
+                let file = self.file.as_fd();
+                if explained || lease_holds(file, Lease::NoWriter) != Ok(false) {
+                    return Ok(());
+                }
             }
             if backoff.is_over() {
                 return Err(self.open_elsewhere(found));

@@ -452,14 +452,14 @@ fn parse_words(words: &[String]) -> Result<(&'static Attack, Target)> {
 }
 
 /// What came of an attack, as one process says it to another.
-fn answer(result: std::result::Result<(), Errno>) -> String {
+pub(crate) fn answer(result: std::result::Result<(), Errno>) -> String {
     match result {
         Ok(()) => String::from("ok"),
         Err(errno) => format!("errno {}", errno.raw_os_error()),
     }
 }
 
-fn parse_answer(line: &str) -> Result<std::result::Result<(), Errno>> {
+pub(crate) fn parse_answer(line: &str) -> Result<std::result::Result<(), Errno>> {
     match line.strip_prefix("errno ") {
         None if line == "ok" => Ok(Ok(())),
         Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),

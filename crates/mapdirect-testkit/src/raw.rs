@@ -3,6 +3,8 @@
 //!
 //! All of them act on descriptors and memory of the caller only.
 
+pub mod adversary;
+
 use io_uring::{IoUring, opcode, squeue, types};
 use mapdirect_sys::Errno;
 use rustix::fs::{Mode, OFlags};
@@ -644,6 +646,25 @@ pub fn lock_own_memory() -> Result<()> {
 pub fn own_user_namespace() -> Result<()> {
     // SAFETY: takes flags; nothing that is in memory changes.
     let ret = unsafe { libc::unshare(libc::CLONE_NEWUSER) };
+    checked(ret.into()).map(drop)
+}
+
+/// Puts the calling process, which must have one thread only, into a mount
+/// namespace of its own, and into a user namespace before that if asked for.
+pub fn own_mount_namespace(of_own_user: bool) -> Result<()> {
+    let user = if of_own_user { libc::CLONE_NEWUSER } else { 0 };
+    // SAFETY: takes flags; nothing that is in memory changes.
+    let ret = unsafe { libc::unshare(libc::CLONE_NEWNS | user) };
+    checked(ret.into()).map(drop)
+}
+
+/// Has the kernel write a record to a file whenever a process ends, or to none
+/// any more (`acct(2)`).
+pub fn account_to(path: Option<&Path>) -> Result<()> {
+    let path = path.map(c_path);
+    let pointer = path.as_ref().map_or(std::ptr::null(), |path| path.as_ptr());
+    // SAFETY: no path, or a C string that outlives the call.
+    let ret = unsafe { libc::acct(pointer) };
     checked(ret.into()).map(drop)
 }
 

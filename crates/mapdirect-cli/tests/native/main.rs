@@ -17,6 +17,7 @@ mod dax;
 mod doors;
 mod errors;
 mod grants;
+mod hammer;
 mod in_kernel;
 mod lifetime;
 mod neighbours;
@@ -30,6 +31,7 @@ mod segments;
 mod service;
 mod stuck;
 mod world;
+mod writers;
 
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -54,6 +56,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(contract::trials(&world));
     trials.extend(doors::trials(&world));
+    trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
     trials.extend(openers::trials(&world));
@@ -67,6 +70,7 @@ fn main() -> ExitCode {
     trials.extend(service::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
+    trials.extend(hammer::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system:
     // these come alone, behind all others.

@@ -52,6 +52,9 @@ pub fn roles() -> Vec<Role> {
         ("locked-memory", crate::programs::play_locked_memory),
         ("merged-memory", crate::programs::play_merged_memory),
         ("inherits", crate::programs::play_inherits),
+        ("hammer", mapdirect_testkit::hammer::play),
+        ("overlay", mapdirect_testkit::overlay::play),
+        ("dump-core", crate::writers::play_dump_core),
     ]
 }
 
