@@ -141,6 +141,7 @@ pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
             "--",
             "--include-ignored",
             "random::",
+            "::legal-load",
         ]);
         random.env("MAPDIRECT_SOAK", args.times.to_string());
         if let Some(seed) = args.seed {
@@ -164,7 +165,11 @@ fn guests() -> Vec<Guest> {
     guests.extend(KERNELS.into_iter().map(|(kernel, often)| {
         // The contract on one filesystem for each kernel, and in few places;
         // the soak has all of it.
-        let filters = vec![String::from("in-kernel"), format!("contract::{often}::")];
+        let filters = vec![
+            String::from("in-kernel"),
+            format!("contract::{often}::"),
+            format!("tripwire::{often}::"),
+        ];
         let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
         guest.environment.push(BRIEF);
         guest.time_limit = Duration::from_secs(1200);
@@ -181,7 +186,7 @@ const KERNELS: [(&str, Kind); 3] = [("6.1", Kind::XFS), ("6.12", Kind::EXT4), ("
 const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
 
 /// The tests that a precise gate can be put to.
-const WITH_EITHER_GATE: [&str; 13] = [
+const WITH_EITHER_GATE: [&str; 14] = [
     "contract::",
     "doors::",
     "errors::",
@@ -195,6 +200,7 @@ const WITH_EITHER_GATE: [&str; 13] = [
     "cli::",
     "::pinned",
     "random::",
+    "tripwire::",
 ];
 
 /// All of them on each kernel, on loop devices and on persistent memory.
@@ -230,9 +236,10 @@ fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec
 fn persistent_memory(brief: bool) -> Vec<Guest> {
     let on = |kind: Kind| {
         let filters = if brief {
-            vec![format!("pmem::{kind}"), format!("contract::{kind}")]
+            let often = ["pmem", "contract", "tripwire"];
+            often.map(|tests| format!("{tests}::{kind}")).into()
         } else {
-            let all = ["pmem", "contract", "segments"];
+            let all = ["pmem", "contract", "segments", "tripwire"];
             all.map(|tests| format!("{tests}::{kind}")).into()
         };
         Guest {
