@@ -116,7 +116,11 @@ fn guests() -> Vec<Guest> {
     guests.extend(KERNELS.into_iter().map(|(kernel, often)| {
         // The contract on one filesystem for each kernel, and in few places;
         // the soak has all of it.
-        let mut filters = vec![String::from("in-kernel"), format!("contract::{often}::")];
+        let mut filters = vec![
+            String::from("in-kernel"),
+            format!("contract::{often}::"),
+            format!("tripwire::{often}::"),
+        ];
         filters.extend(["hammer::", "writers::"].map(String::from));
         let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
         guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
@@ -144,7 +148,7 @@ const KERNELS: [(&str, Kind); 3] = [("6.1", Kind::XFS), ("6.12", Kind::EXT4), ("
 const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
 
 /// The tests that a precise gate can be put to.
-const WITH_EITHER_GATE: [&str; 14] = [
+const WITH_EITHER_GATE: [&str; 15] = [
     "contract::",
     "doors::",
     "writers::",
@@ -159,6 +163,7 @@ const WITH_EITHER_GATE: [&str; 14] = [
     "cli::",
     "::pinned",
     "random::",
+    "tripwire::",
 ];
 
 /// All of them on each kernel, on loop devices and on persistent memory.
@@ -195,9 +200,10 @@ fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec
 fn persistent_memory(brief: bool) -> Vec<Guest> {
     let on = |kind: Kind| {
         let filters = if brief {
-            vec![format!("pmem::{kind}"), format!("contract::{kind}")]
+            let often = ["pmem", "contract", "tripwire"];
+            often.map(|tests| format!("{tests}::{kind}")).into()
         } else {
-            let all = ["pmem", "contract", "segments"];
+            let all = ["pmem", "contract", "segments", "tripwire"];
             all.map(|tests| format!("{tests}::{kind}")).into()
         };
         Guest {

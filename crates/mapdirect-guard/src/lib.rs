@@ -35,6 +35,7 @@ mod status;
 mod suspicion;
 mod table;
 mod thaw;
+mod tripwire;
 mod wake;
 
 use mapdirect_sys::Errno;
@@ -49,6 +50,16 @@ pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 
+/// Whether this kernel lets a guard notice what its gate cannot refuse, and
+/// why not.
+///
+/// # Errors
+///
+/// What is missing, for a person; also for lack of privilege.
+pub fn probe_tripwire() -> Result<(), String> {
+    tripwire::probe()
+}
+
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {
@@ -62,6 +73,7 @@ pub(crate) struct Guard {
     scans: busy::Scans,
     pages: apart::Pages,
     places: std::sync::Arc<places::Places>,
+    tripwire: tripwire::Tripwire,
     next: AtomicU64,
     started: Instant,
     stopping: AtomicBool,
@@ -85,6 +97,7 @@ impl Guard {
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
             places: places::Places::new(limits),
+            tripwire: tripwire::Tripwire::new()?,
             next: AtomicU64::new(first),
             started: Instant::now(),
             stopping: AtomicBool::new(false),
@@ -109,6 +122,7 @@ impl Guard {
         self.stopping.store(true, SeqCst);
         self.gate.wake();
         self.lifetime.wake();
+        self.tripwire.wake();
         self.audit.stop();
     }
 }

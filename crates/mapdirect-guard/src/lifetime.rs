@@ -476,7 +476,7 @@ impl Keeper<'_> {
 
 /// Whether nothing holds a pin any more, as far as that can be told at once;
 /// `file` is another description of the same inode.
-fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+pub(crate) fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     match pin.is_let_go() {
         Some(let_go) => let_go,
         None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),

@@ -4,7 +4,7 @@ use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
 use crate::wake::Waker;
-use crate::{Errno, Guard, gate, lifetime, needs};
+use crate::{Errno, Guard, gate, lifetime, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
@@ -217,6 +217,21 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             }),
         )?;
     }
+    let looking = Arc::clone(&shared);
+    spawn(
+        "tripwire",
+        Box::new(move |shared| {
+            let start = move |run: fn(&Guard)| {
+                let shared = Arc::clone(&looking);
+                let thread = thread::Builder::new().name(String::from("look"));
+                let thread = thread.stack_size(SESSION_STACK);
+                thread.spawn(move || run(&shared.guard)).is_ok()
+            };
+            if let Err(errno) = tripwire::run(&shared.guard, &start) {
+                shared.fail("the tripwire cannot go on", errno);
+            }
+        }),
+    )?;
     let (tell, tell_notice) = (config.on_refusal, config.on_notice);
     spawn(
         "audit",
@@ -261,6 +276,12 @@ impl Running {
     pub fn pins(&self) -> usize {
         let files = self.shared.guard.table.all();
         files.iter().map(|file| file.pins.load().len()).sum()
+    }
+
+    /// Why it does not notice what the gate cannot refuse, if so.
+    #[must_use]
+    pub fn without_tripwire(&self) -> Option<String> {
+        self.shared.guard.tripwire.missing()
     }
 
     /// Which gate it has.

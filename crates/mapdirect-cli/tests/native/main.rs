@@ -30,6 +30,7 @@ mod random;
 mod segments;
 mod service;
 mod stuck;
+mod tripwire;
 mod world;
 mod writers;
 
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(service::trials(&world));
+    trials.extend(tripwire::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
     trials.extend(hammer::trials(&world));

@@ -17,6 +17,8 @@ enum Doing {
     Allocating = 3,
     Remapping = 4,
     Copying = 5,
+    /// Writing by a kiocb.
+    Asynchronous = 6,
 }
 
 /// Functions from which `security_file_permission` is called, sooner or later,
@@ -48,10 +50,10 @@ const NAMES: [(&str, Doing); 38] = [
     ("vfs_writev", Doing::Writing),
     ("do_iter_write", Doing::Writing),
     ("vfs_iter_write", Doing::Writing),
-    ("vfs_iocb_iter_write", Doing::Writing),
+    ("vfs_iocb_iter_write", Doing::Asynchronous),
     ("kernel_write", Doing::Writing),
-    ("aio_write", Doing::Writing),
-    ("io_write", Doing::Writing),
+    ("aio_write", Doing::Asynchronous),
+    ("io_write", Doing::Asynchronous),
     ("do_splice_from", Doing::Writing),
     ("do_splice_direct", Doing::Writing),
     ("do_splice_direct_actor", Doing::Writing),

@@ -285,7 +285,8 @@ struct rule {
 };
 
 // What a function of the kernel does that asks for permission.
-enum doing { ANYTHING, READING, WRITING, ALLOCATING, REMAPPING, COPYING };
+// ASYNCHRONOUS: writing by a kiocb, which says where and how.
+enum doing { ANYTHING, READING, WRITING, ALLOCATING, REMAPPING, COPYING, ASYNCHRONOUS };
 
 // Where it lies: addresses of its code.
 struct function {
@@ -1559,7 +1560,8 @@ static __always_inline bool take(struct record *record, bool write, struct file 
 		return false;
 	*taken = *one;
 	one->file = 0;
-	return taken->doing == doing || (doing == COPYING && taken->doing == WRITING);
+	return taken->doing == doing ||
+	       (taken->doing == WRITING && (doing == COPYING || doing == ASYNCHRONOUS));
 }
 
 // ---- hooks ----
@@ -1653,35 +1655,29 @@ static __noinline int ask_about_write(void *ctx, struct file *file, struct quest
 		}
 		return 0;
 	}
-	if (doing != WRITING && doing != COPYING) {
+	if (doing != WRITING && doing != COPYING && doing != ASYNCHRONOUS) {
 		if (record)
 			record->write.file = 0;
 		return 0;
 	}
 	bool known = take(record, true, file, doing, &noted);
-	bool proven = call != NOT_PROVEN && call != IO_SUBMIT && call != IO_URING_ENTER;
-	bool either = false;
 	u32 rwf = 0;
-	if (proven) {
-		rwf = call == PWRITEV2 ? argument(5) : 0;
-	} else if (known) {
-		if (noted.has_rwf) {
-			// Here these decide, and not how the file was opened;
-			// IOCB_APPEND and IOCB_ATOMIC are the bits of RWF_APPEND
-			// and RWF_ATOMIC.
-			rwf = noted.rwf & (RWF_APPEND | RWF_ATOMIC);
-			if (!(rwf & RWF_APPEND))
-				rwf |= RWF_NOAPPEND;
-		}
-		// What looks like a kiocb may be something else, if it is a call of
-		// a thread with rings.
-		if (call_without_rings() == PWRITEV2) {
-			rwf |= (u32)argument(5) & (RWF_APPEND | RWF_ATOMIC);
-			either = true;
-		}
+	bool is_plain = doing != ASYNCHRONOUS;
+	if (is_plain) {
+		// It is a call of this thread, with rings or without, or of the
+		// kernel's own threads, which do not say how. What stands in memory
+		// before the position may look like a kiocb, and is none.
+		if (call_without_rings() == PWRITEV2)
+			rwf = argument(5);
+	} else if (known && noted.has_rwf) {
+		// Here these decide, and not how the file was opened; IOCB_APPEND and
+		// IOCB_ATOMIC are the bits of RWF_APPEND and RWF_ATOMIC.
+		rwf = noted.rwf & (RWF_APPEND | RWF_ATOMIC);
+		if (!(rwf & RWF_APPEND))
+			rwf |= RWF_NOAPPEND;
 	} else if (flags & O_DIRECT) {
-		// aio, io_uring, or the kernel's own threads: nobody knows how. An
-		// untorn write is direct (generic_atomic_write_valid).
+		// Nobody knows how. An untorn write is direct
+		// (generic_atomic_write_valid).
 		q->has_doubt = 1;
 	}
 	if (ours && call == PWRITE) {
@@ -1693,9 +1689,7 @@ static __noinline int ask_about_write(void *ctx, struct file *file, struct quest
 		place_by_registers(call, &q->at);
 	}
 	// What is not known to go anywhere, nor how, stays so.
-	if ((proven || known) && appends(flags, rwf)) {
-		q->or_at = q->at;
-		q->has_or = either;
+	if ((is_plain || known) && appends(flags, rwf)) {
 		q->at.start = q->size;
 		q->at.end = END;
 	}
