@@ -59,6 +59,14 @@ impl Fate {
         let _ = self.holder.set(start);
     }
 
+    /// What a holder is told that asks now.
+    fn notices(&self, pin: u64) -> Vec<Notice> {
+        let inner = self.lock();
+        let lost = inner.lost.clone().map(|why| Notice::Lost { pin, why });
+        let breaches = inner.first.iter().cloned().map(Notice::Breach);
+        breaches.chain(lost).collect()
+    }
+
     /// How many breaches there were, and why it is lost, if it is.
     pub(crate) fn summary(&self) -> (u64, Option<String>) {
         let inner = self.lock();
@@ -84,6 +92,15 @@ impl Watcher {
         let bytes = Reply::Notice(notice.clone()).encode();
         if self.socket.send_now(&[&bytes], &[]).is_err() {
             // Its session sees the end of the connection, and ends.
+            let _ = self.socket.shut_down();
+        }
+    }
+
+    /// Answers a request, in the thread of the connection, which may wait a
+    /// little for its client.
+    fn answer(&self, notice: &Notice) {
+        let bytes = Reply::Notice(notice.clone()).encode();
+        if self.socket.send(&[&bytes], &[]).is_err() {
             let _ = self.socket.shut_down();
         }
     }
@@ -250,13 +267,13 @@ impl Notices {
             });
             match found {
                 Some(pin) if watcher.may_hear_of(&pin) => self.watch_one(watcher, &pin),
-                Some(pin) => watcher.tell(&Notice::Unattended {
+                Some(pin) => watcher.answer(&Notice::Unattended {
                     pin: pin.id,
                     why: String::from(
                         "the guard keeps the pin, and does not know this process as its holder",
                     ),
                 }),
-                None => watcher.tell(&fate(named)),
+                None => watcher.answer(&fate(named)),
             }
         }
     }
@@ -281,13 +298,9 @@ impl Notices {
             return;
         }
         audience.watchers.push(Arc::clone(watcher));
-        let fate = pin.fate.lock();
-        for breach in &fate.first {
-            watcher.tell(&Notice::Breach(breach.clone()));
-        }
-        if let Some(why) = fate.lost.clone() {
-            watcher.tell(&Notice::Lost { pin: pin.id, why });
-        }
+        let before = pin.fate.notices(pin.id);
+        drop(audiences);
+        before.iter().for_each(|notice| watcher.answer(notice));
     }
 
     /// A connection is gone.
