@@ -30,6 +30,7 @@ mod session;
 mod status;
 mod table;
 mod thaw;
+mod tripwire;
 mod wake;
 
 use mapdirect_sys::Errno;
@@ -41,6 +42,16 @@ pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
 pub use mapdirect_proto::status::RefusedOperation;
+/// Whether this kernel lets a guard notice what its gate cannot refuse, and
+/// why not.
+///
+/// # Errors
+///
+/// What is missing, for a person; also for lack of privilege.
+pub fn probe_tripwire() -> Result<(), String> {
+    tripwire::probe()
+}
+
 pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.
@@ -54,6 +65,7 @@ pub(crate) struct Guard {
     overlays: overlay::Overlays,
     scans: busy::Scans,
     pages: apart::Pages,
+    tripwire: tripwire::Tripwire,
     clients: AtomicUsize,
     next: AtomicU64,
     started: Instant,
@@ -76,6 +88,7 @@ impl Guard {
             overlays: overlay::Overlays::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
+            tripwire: tripwire::Tripwire::new()?,
             clients: AtomicUsize::new(0),
             next: AtomicU64::new(first),
             started: Instant::now(),
@@ -101,6 +114,7 @@ impl Guard {
         self.stopping.store(true, SeqCst);
         self.gate.wake();
         self.lifetime.wake();
+        self.tripwire.wake();
         self.audit.stop();
     }
 }
