@@ -22,6 +22,7 @@ mod gate;
 mod grant;
 pub mod ledger;
 mod lifetime;
+mod notice;
 mod openers;
 mod overlay;
 pub mod policy;
@@ -42,6 +43,9 @@ pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
 pub use mapdirect_proto::status::RefusedOperation;
+pub use mapdirect_proto::{Breach, Notice};
+pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
+
 /// Whether this kernel lets a guard notice what its gate cannot refuse, and
 /// why not.
 ///
@@ -52,7 +56,6 @@ pub fn probe_tripwire() -> Result<(), String> {
     tripwire::probe()
 }
 
-pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
 
 /// Everything the threads of a guard share.
 #[derive(Debug)]
@@ -62,6 +65,7 @@ pub(crate) struct Guard {
     table: table::Table,
     own: table::OwnOpens,
     audit: audit::Audit,
+    notices: notice::Notices,
     overlays: overlay::Overlays,
     scans: busy::Scans,
     pages: apart::Pages,
@@ -85,6 +89,7 @@ impl Guard {
             table: table::Table::new(),
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
+            notices: notice::Notices::new(),
             overlays: overlay::Overlays::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),

@@ -3,9 +3,9 @@
 use crate::gate::Gate;
 use crate::session::Session;
 use crate::wake::Waker;
-use crate::{Errno, Guard, audit, gate, lifetime, tripwire};
+use crate::{Errno, Guard, gate, lifetime, tripwire};
 use mapdirect_proto::status::RefusedOperation;
-use mapdirect_proto::{Reason, Refusal, Reply};
+use mapdirect_proto::{Notice, Reason, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::collections::HashMap;
@@ -27,6 +27,8 @@ pub struct Config {
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
     pub on_refusal: Box<OnRefusal>,
+    /// Called for every breach and every pin that is lost, by the same thread.
+    pub on_notice: Box<OnNotice>,
 }
 
 /// Which gate to use.
@@ -42,6 +44,9 @@ pub enum GateChoice {
 
 /// Is told of a refusal.
 pub type OnRefusal = dyn Fn(&RefusedOperation, u64) + Send;
+
+/// Is told what happens to pins.
+pub type OnNotice = dyn Fn(&Notice) + Send;
 
 /// Why a guard did not start.
 #[derive(Debug, thiserror::Error)]
@@ -231,10 +236,18 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             }
         }),
     )?;
-    let tell = config.on_refusal;
+    let (tell, tell_notice) = (config.on_refusal, config.on_notice);
     spawn(
         "audit",
-        Box::new(move |shared| audit::Audit::run(&shared.guard.audit, &*tell)),
+        Box::new(move |shared| {
+            let notices = &shared.guard.notices;
+            notices.printed_here();
+            shared.guard.audit.run(&*tell, &|| {
+                while let Some(notice) = notices.next() {
+                    tell_notice(&notice);
+                }
+            });
+        }),
     )?;
     let accepting = Arc::clone(&shared);
     spawn(

@@ -6,11 +6,12 @@
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
+use crate::notice::Watcher;
 use crate::table::{Announcement, InodeId, Pin};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
-    VERSION,
+    VERSION, WatchedPin,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
@@ -28,7 +29,7 @@ const SWAP_PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
-    socket: Socket,
+    socket: Arc<Socket>,
     /// Process that connected, and its user then.
     peer: Sender,
     challenge: [u8; 32],
@@ -39,6 +40,8 @@ pub(crate) struct Session<'guard> {
     /// What it announced and may still come to pass.
     announced: Vec<Arc<Announcement>>,
     granted: Pins,
+    /// The connection is for notices alone.
+    watcher: Option<Arc<Watcher>>,
 }
 
 /// The pins granted in a conversation, and those of them that may be over.
@@ -83,13 +86,14 @@ impl<'guard> Session<'guard> {
         rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
         Ok(Self {
             guard,
-            socket,
+            socket: Arc::new(socket),
             peer,
             challenge,
             greeted: false,
             proven: None,
             announced: Vec::new(),
             granted: Pins::default(),
+            watcher: None,
         })
     }
 
@@ -135,8 +139,13 @@ impl<'guard> Session<'guard> {
                     &[],
                 )?)
             }
-            _ if !self.greeted => {
-                self.refuse(protocol("a conversation begins with a hello"))?;
+            (Request::Watch(pins), None) if self.greeted => self.watch(pins, sender),
+            _ if !self.greeted || self.watcher.is_some() => {
+                self.refuse(protocol(if self.greeted {
+                    "this connection is for notices"
+                } else {
+                    "a conversation begins with a hello"
+                }))?;
                 Err(End::Nonsense)
             }
             (Request::Prove, Some(proof)) => self.prove(proof.as_fd(), sender),
@@ -247,6 +256,9 @@ impl<'guard> Session<'guard> {
             self.check_mapping(pin)?;
             grant::grant(self.guard, pin, file, sender, self)
         });
+        if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
+            grant.pin.fate.belongs_to(prover.start);
+        }
         match granted {
             Ok(Grant {
                 pin,
@@ -270,6 +282,22 @@ impl<'guard> Session<'guard> {
             }
             Err(refusal) => self.refuse(refusal),
         }
+    }
+
+    /// What happens to pins is told on this connection from now on.
+    fn watch(&mut self, pins: &[WatchedPin], sender: Option<Sender>) -> Result<(), End> {
+        let peer = match self.require_peer(sender) {
+            Ok(peer) => peer,
+            Err(refusal) => return self.refuse(refusal),
+        };
+        let watcher = self
+            .watcher
+            .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
+        let Guard { notices, table, .. } = self.guard;
+        notices.watch(table, watcher, pins, |named| self.guard.gate.fate_of(named));
+        let directory = self.guard.gate.directory();
+        let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();
+        Ok(self.send(&Reply::Watching, &fds)?)
     }
 
     /// Nobody else's pin can be ended: it is over if the kernel says so.
@@ -428,6 +456,9 @@ impl Conversation for Session<'_> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
+        if let Some(watcher) = &self.watcher {
+            self.guard.notices.forget(watcher);
+        }
         // Whoever it spoke for is perhaps no more.
         for announcement in &self.announced {
             announcement.take();

@@ -43,6 +43,8 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
     };
     let mut recent = guard.audit.recent();
     recent.retain(|refused| only_uid.is_none() || shown(refused.inode, refused.device));
+    let (breached, mut breaches) = guard.notices.breaches();
+    breaches.retain(|breach| only_uid.is_none() || shown(breach.inode, breach.device));
     Status {
         gate: guard.gate.kind(),
         pid: std::process::id().cast_signed(),
@@ -52,6 +54,8 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         refused: guard.gate.refused().unwrap_or_else(|| guard.audit.counts()),
         files,
         recent,
+        breached,
+        breaches,
     }
 }
 
@@ -70,6 +74,8 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
             age: pin.since.elapsed().as_secs(),
             stable: settled.stable,
             frozen: settled.frozen,
+            breaches: pin.fate.summary().0,
+            lost: pin.fate.summary().1.unwrap_or_default(),
         })
         .collect();
     if live.is_empty() {

@@ -6,6 +6,7 @@
 
 use crate::apart::Held;
 use crate::ledger::{PinSet, Ranged};
+use crate::notice::Fate;
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
@@ -63,6 +64,8 @@ pub(crate) struct Pin {
     handed_over: AtomicBool,
     /// The description it lived in is gone.
     dead: AtomicBool,
+    /// Whether it was kept.
+    pub(crate) fate: Fate,
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -132,6 +135,7 @@ impl Pin {
             changes: AtomicU64::new(0),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 
@@ -160,6 +164,7 @@ impl Pin {
             changes: AtomicU64::new(self.changes.load(SeqCst)),
             handed_over: AtomicBool::new(true),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 

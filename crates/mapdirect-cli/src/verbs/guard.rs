@@ -4,7 +4,7 @@ use crate::args::{GateChoice, GuardArgs};
 use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Gate;
-use mapdirect_guard::{Config, RefusedOperation, start};
+use mapdirect_guard::{Config, Notice, RefusedOperation, start};
 use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -33,6 +33,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
                 log.tell(refused, lost);
             }
         }),
+        on_notice: Box::new(tell_notice),
     })?;
     output::line(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",
@@ -99,6 +100,29 @@ fn unload(args: &GuardArgs) -> Result<Exit> {
 fn unload(_args: &GuardArgs) -> Result<Exit> {
     output::complain("this program was built without the bpf gate (cargo build --features bpf)");
     Ok(Exit::FAILURE)
+}
+
+/// Whatever ends a promise is said, also by a guard that is told to be quiet.
+fn tell_notice(notice: &Notice) {
+    match notice {
+        Notice::Breach(breach) => {
+            let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
+                format!("; by {}", printable(&cause.to_string()))
+            });
+            output::complain(&format!(
+                "breach: blocks under a pin have changed: bytes {} to {} of {} (inode {} of {}), \
+                 pin {}{cause}",
+                breach.range.start,
+                breach.range.end,
+                printable(&breach.path),
+                breach.inode,
+                breach.device,
+                breach.pin,
+            ));
+        }
+        Notice::Lost { pin, why } => output::complain(&format!("pin {pin} is lost: {why}")),
+        _ => {}
+    }
 }
 
 /// Refusals on stderr, no more than a terminal can take.

@@ -16,7 +16,8 @@ pub(crate) mod threads;
 
 use crate::Errno;
 use crate::table::{InodeId, Pin, Watched};
-use std::os::fd::BorrowedFd;
+use mapdirect_proto::{Notice, WatchedPin};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// The gate of a guard.
@@ -125,6 +126,35 @@ impl Gate {
             }
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) => bpf::look_for_end(guard, gate, inode, pin),
+        }
+    }
+
+    /// What has become of a pin that this guard does not have.
+    pub(crate) fn fate_of(&self, named: &WatchedPin) -> Notice {
+        let pin = named.pin;
+        match self {
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) if gate.keeps(pin) => Notice::Unattended {
+                pin,
+                why: String::from(
+                    "the guard could not take it over: the kernel refuses, and ends it with its \
+                     last mapping",
+                ),
+            },
+            _ => Notice::Lost {
+                pin,
+                why: String::from("the guard does not know the pin"),
+            },
+        }
+    }
+
+    /// What stays in the kernel for as long as the gate does, if it is there
+    /// without its guard: a directory, by which nothing in it can be reached.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Fanotify(_) => None,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.directory(),
         }
     }
 

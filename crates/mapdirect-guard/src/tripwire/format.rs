@@ -55,7 +55,7 @@ pub(crate) fn id_of(record: &[u8]) -> Option<u16> {
     record.first_chunk().map(|bytes| u16::from_ne_bytes(*bytes))
 }
 
-/// A line like `field:xfs_ino_t ino;	offset:16;	size:8;	signed:0;`.
+/// A line like `field:xfs_ino_t ino; offset:16; size:8; signed:0;`, with tabs.
 fn field(line: &str) -> Option<Field> {
     let mut parts = line.trim().strip_prefix("field:")?.split(';');
     let declared = parts.next()?;

@@ -18,7 +18,7 @@ use super::compare::{self, difference, difference_of_stable, extents_in};
 use super::wires::{Listened, Who};
 use crate::table::{Pin, Watched};
 use crate::{Errno, Guard};
-use mapdirect_proto::{BlockMap, Extent};
+use mapdirect_proto::{BlockMap, Breach, Cause};
 use mapdirect_sys::{file_handle, proc_mountinfo};
 use rustix::fs::{Mode, OFlags};
 use std::ops::Range;
@@ -26,30 +26,18 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// A pinned block is not what it was.
-#[derive(Clone, Debug)]
-pub(crate) struct Breach {
-    /// Nanoseconds since the epoch.
-    pub(crate) time: u64,
-    pub(crate) pin: u64,
-    /// From the first byte that differs to the last.
-    pub(crate) range: Range<u64>,
-    pub(crate) before: Vec<Extent>,
-    pub(crate) after: Vec<Extent>,
-    /// Who did it, where that is known.
-    pub(crate) who: Option<Hit>,
-}
-
 /// Somebody changed the block map of a file.
 #[derive(Clone, Debug)]
-pub(crate) struct Hit {
-    pub(crate) who: Who,
+pub(super) struct Hit {
+    pub(super) who: Who,
     /// Name of the thread.
-    pub(crate) command: String,
+    pub(super) command: String,
     /// First block and how many, if that is known.
-    pub(crate) blocks: Option<(u64, u64)>,
+    pub(super) blocks: Option<(u64, u64)>,
+    /// The tracepoint.
+    pub(super) at: &'static str,
     /// A look since then found everything as it was.
-    pub(crate) seen: bool,
+    pub(super) seen: bool,
 }
 
 impl Hit {
@@ -211,17 +199,19 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         if has_ended(guard, &order.watched, pin, file) {
             return Outcome::Done;
         }
-        let breach = Breach {
-            time: since_the_epoch(),
-            pin: pin.id,
-            before: extents_in(&map, &found.range),
-            after: extents_in(&now, &found.range),
-            who: who(&order.hits, &map, &found.range),
-            range: found.range.clone(),
-        };
+        let hit = who(&order.hits, &map, &found.range);
+        let cause = hit.map(|hit| {
+            let what = format!("thread {} in {}", hit.who.tid, hit.at);
+            Cause::new(hit.who.pid, hit.command, what)
+        });
+        let was = extents_in(&map, &found.range);
+        let is = extents_in(&now, &found.range);
+        let id = (order.watched.id.device(), order.watched.id.inode);
+        let (time, range) = (since_the_epoch(), found.range.clone());
+        let breach = Breach::new(pin.id, id, "", time, range, (&was, &is)).caused_by(cause);
         // It is told once: from now on this is what there is.
         pin.renew(&map, compare::renewed(&map, &now, &found.range));
-        super::tell(guard, &order.watched, pin, &breach);
+        guard.notices.breach(&order.watched, pin, breach);
     }
     outcome
 }
@@ -277,7 +267,7 @@ fn open(file: &Listened) -> Result<OwnedFd, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mapdirect_proto::{DeviceId, ExtentState};
+    use mapdirect_proto::{DeviceId, Extent, ExtentState};
     use proptest::prelude::*;
 
     fn map() -> BlockMap {
@@ -295,6 +285,7 @@ mod tests {
             },
             command: String::new(),
             blocks,
+            at: "",
             seen,
         }
     }
@@ -320,9 +311,9 @@ mod tests {
         for run in 0..=16 {
             blocks.add(Some((11 + 2 * (run % 4) + 100 * (run / 4), 1)));
         }
-        assert_eq!(blocks.of(&map()), [110..200]);
+        assert_eq!(blocks.of(&map()), vec![110..200; 1]);
         blocks.add(None);
-        assert_eq!(blocks.of(&map()), [100..200]);
+        assert_eq!(blocks.of(&map()), vec![100..200; 1]);
     }
 
     proptest! {

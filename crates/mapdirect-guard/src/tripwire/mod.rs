@@ -22,9 +22,7 @@ mod points;
 mod tracefs;
 mod wires;
 
-pub(crate) use look::Breach;
-
-use crate::table::{InodeId, Pin, Watched};
+use crate::table::{InodeId, Watched};
 use crate::wake::Waker;
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
@@ -168,11 +166,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Records a breach and tells whoever should know.
-fn tell(guard: &Guard, watched: &Watched, pin: &Pin, breach: &Breach) {
-    let _ = (guard, watched, pin, breach);
-}
-
 /// What is known of a file that was heard of.
 struct Case {
     watched: Arc<Watched>,
@@ -205,9 +198,9 @@ impl Case {
         }
     }
 
-    fn heard(&mut self, blocks: Option<(u64, u64)>, hit: Option<Who>) {
+    fn heard(&mut self, blocks: Option<(u64, u64)>, hit: Option<(Who, &'static str)>) {
         self.blocks.add(blocks);
-        if let Some(who) = hit {
+        if let Some((who, at)) = hit {
             let known = self
                 .hits
                 .iter()
@@ -222,6 +215,7 @@ impl Case {
                     who,
                     command: proc::command(who.tid),
                     blocks,
+                    at,
                     seen: false,
                 });
             }
@@ -447,13 +441,13 @@ fn wait(
 fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     let mut heard = Vec::new();
     let mut wired = lock(wires);
-    let lost = wired.drain(|id, told, who| heard.push((id, told.blocks, who)));
-    for (id, blocks, who) in heard {
+    let lost = wired.drain(|id, told, who| heard.push((id, told, who)));
+    for (id, told, who) in heard {
         let Some(watched) = guard.table.get(id) else {
             continue;
         };
         let pins = watched.pins.load();
-        if !pins.iter().any(|pin| look::concerns(pin, blocks)) {
+        if !pins.iter().any(|pin| look::concerns(pin, told.blocks)) {
             continue;
         }
         if let Entry::Vacant(entry) = cases.entry(id) {
@@ -464,7 +458,7 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
             entry.insert(Case::new(watched, file));
         }
         if let Some(case) = cases.get_mut(&id) {
-            case.heard(blocks, Some(who));
+            case.heard(told.blocks, Some((who, told.at)));
         }
     }
     drop(wired);

@@ -116,6 +116,8 @@ pub(crate) enum Missing {
 #[derive(Debug)]
 pub(crate) struct Tracepoint {
     format: Format,
+    /// Without its group.
+    name: &'static str,
     blocks: Blocks,
     pub(crate) condition: Option<&'static str>,
 }
@@ -132,6 +134,8 @@ pub(crate) struct Told {
     /// As the kernel numbers devices.
     pub(crate) device: u32,
     pub(crate) inode: u64,
+    /// The tracepoint.
+    pub(crate) at: &'static str,
     /// First block and how many; nothing if it may be any.
     pub(crate) blocks: Option<(u64, u64)>,
 }
@@ -173,6 +177,7 @@ impl Tracepoints {
                 .filter(|(field, _)| format.has(field))
                 .map(|(_, condition)| condition);
             found.push(Tracepoint {
+                name: point.name.split_once('/').map_or(point.name, |(_, name)| name),
                 blocks: point.blocks,
                 condition,
                 format,
@@ -196,6 +201,7 @@ impl Tracepoints {
         Some(Told {
             device: u32::try_from(value("dev")?).ok()?,
             inode: value("ino")?,
+            at: point.name,
             blocks,
         })
     }

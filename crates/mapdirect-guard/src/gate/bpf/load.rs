@@ -113,9 +113,15 @@ pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) costly: Costly,
     /// A lock on the directory: there is one guard for a gate.
-    _claim: OwnedFd,
+    claim: OwnedFd,
     /// It was there already, with pins.
     pub(super) adopted: bool,
+}
+
+impl Loaded {
+    pub(super) fn claim(&self) -> &OwnedFd {
+        &self.claim
+    }
 }
 
 /// Puts the gate in place, or takes over the one that is there.
@@ -148,7 +154,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     Ok(Loaded {
         maps: Maps::open(directory)?,
         costly: Costly::new(object, directory),
-        _claim: claim,
+        claim,
         adopted: in_use,
     })
 }

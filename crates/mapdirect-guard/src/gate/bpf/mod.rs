@@ -25,9 +25,10 @@ pub use load::probe;
 use mapdirect_proto::Flags;
 use mapdirect_sys::file_handle::{self, FileHandle};
 use mapdirect_sys::{fcntl, memfd};
+use rustix::fs::{Mode, OFlags};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -131,6 +132,12 @@ impl Gate {
     /// It was there already.
     pub(crate) fn is_adopted(&self) -> bool {
         self.loaded.adopted
+    }
+
+    /// Where it is pinned; no descriptor that a lock could be taken by.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(self.loaded.claim(), ".", flags, Mode::empty()).ok()
     }
 
     /// Takes it away.
@@ -456,6 +463,12 @@ impl Gate {
     pub(crate) fn is_over(&self, pin: u64) -> bool {
         let pins = &self.loaded.maps.pins;
         matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
+    }
+
+    /// Whether the kernel keeps a pin.
+    pub(crate) fn keeps(&self, pin: u64) -> bool {
+        let pins = &self.loaded.maps.pins;
+        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(Some(_)))
     }
 
     /// Takes out what is left of an inode that nobody pins.
