@@ -56,7 +56,6 @@ pub fn probe_tripwire() -> Result<(), String> {
     tripwire::probe()
 }
 
-
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {

@@ -117,9 +117,9 @@ mod tests {
     type Blocks = Vec<(S, Option<u64>)>;
 
     fn map(blocks: &Blocks) -> BlockMap {
-        let extents = (0..).zip(blocks).map(|(at, (state, physical))| {
-            Extent::new(at, *physical, 1, *state)
-        });
+        let extents = (0..)
+            .zip(blocks)
+            .map(|(at, (state, physical))| Extent::new(at, *physical, 1, *state));
         BlockMap::new(DEVICE, 1, END, 0..END, extents)
     }
 

@@ -301,7 +301,10 @@ mod tests {
             tid(&[before.clone(), elsewhere.clone(), first, next]),
             Some(3)
         );
-        assert_eq!(tid(&[hit(9, None, true), before, elsewhere.clone()]), Some(1));
+        assert_eq!(
+            tid(&[hit(9, None, true), before, elsewhere.clone()]),
+            Some(1)
+        );
         assert_eq!(tid(&[elsewhere]), None);
     }
 

@@ -30,8 +30,8 @@ use look::{Blocks, Hit, Order, Outcome};
 use mapdirect::eligibility::Filesystem;
 use mapdirect_sys::{file_handle, proc};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use std::collections::{HashMap, VecDeque};
 use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -82,7 +82,10 @@ pub(crate) struct Armed {
 impl Tripwire {
     pub(crate) fn new() -> Result<Self, Errno> {
         let wires = Wires::new();
-        let missing = wires.as_ref().err().map(ToString::to_string);
+        let missing = match &wires {
+            Ok(_) => probe_tracepoints().err(),
+            Err(error) => Some(error.to_string()),
+        };
         Ok(Self {
             wires: wires.ok().map(Mutex::new),
             missing: Mutex::new(missing),
@@ -140,26 +143,23 @@ impl Tripwire {
     }
 }
 
-/// Whether the kernel offers what a tripwire needs, and why not: for both
-/// filesystems, as far as their modules are there to be asked.
+/// Whether the kernel offers what a tripwire needs, and why not.
 pub(crate) fn probe() -> Result<(), String> {
     Wires::new().map_err(|error| error.to_string())?;
-    let mut missing = Vec::new();
+    probe_tracepoints()
+}
+
+/// Whether the tracepoints are there, of filesystems whose modules are.
+fn probe_tracepoints() -> Result<(), String> {
+    let events = tracefs::events()
+        .map_err(|errno| format!("tracepoints cannot be read (tracefs): {errno}"))?;
     for (name, filesystem) in [("xfs", Filesystem::Xfs), ("ext4", Filesystem::Ext4)] {
-        let there = tracefs::events()
-            .map_err(|errno| format!("tracepoints cannot be read (tracefs): {errno}"))?;
-        if rustix::fs::statat(&there, name, rustix::fs::AtFlags::empty()).is_err() {
-            continue;
-        }
-        if let Err(error) = points::Tracepoints::find(&filesystem) {
-            missing.push(error.to_string());
+        let here = rustix::fs::statat(&events, name, rustix::fs::AtFlags::empty());
+        if here.is_ok() {
+            points::Tracepoints::find(&filesystem).map_err(|missing| missing.to_string())?;
         }
     }
-    if missing.is_empty() {
-        Ok(())
-    } else {
-        Err(missing.join("; "))
-    }
+    Ok(())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -427,10 +427,14 @@ fn wait(
             .iter()
             .map(|owner| PollFd::new(&**owner, PollFlags::IN)),
     );
-    let timeout = due.into_iter().chain(regular).min().map(|timeout| Timespec {
-        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
-        tv_nsec: timeout.subsec_nanos().into(),
-    });
+    let timeout = due
+        .into_iter()
+        .chain(regular)
+        .min()
+        .map(|timeout| Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        });
     match poll(&mut polled, timeout.as_ref()) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(errno) => Err(errno),

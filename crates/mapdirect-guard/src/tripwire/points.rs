@@ -177,7 +177,10 @@ impl Tracepoints {
                 .filter(|(field, _)| format.has(field))
                 .map(|(_, condition)| condition);
             found.push(Tracepoint {
-                name: point.name.split_once('/').map_or(point.name, |(_, name)| name),
+                name: point
+                    .name
+                    .split_once('/')
+                    .map_or(point.name, |(_, name)| name),
                 blocks: point.blocks,
                 condition,
                 format,
@@ -261,7 +264,10 @@ mod tests {
         assert_eq!(told("ext4/ext4_remove_blocks").blocks, Some((10, 3)));
         assert_eq!(points.understand(&[1, 0]), None);
         assert_eq!(points.understand(&[]), None);
-        assert_eq!(points.understand(&record("ext4/ext4_remove_blocks")[..12]), None);
+        assert_eq!(
+            points.understand(&record("ext4/ext4_remove_blocks")[..12]),
+            None
+        );
     }
 
     #[test]
