@@ -1,6 +1,6 @@
 //! What no gate refuses is noticed, and nothing else is.
 
-use crate::world::{BINARY, World, is_emulated, kinds, open, patience, pin, wait_until_free};
+use crate::world::{BINARY, World, is_emulated, kinds, map, open, patience, pin, wait_until_free};
 use libtest_mimic::Trial;
 use mapdirect::{BlockMap, ExtentState, Pin, PinOptions};
 use mapdirect_proto::Breach;
@@ -14,7 +14,7 @@ use mapdirect_testkit::random::Random;
 use mapdirect_testkit::raw;
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, MetadataExt};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -28,6 +28,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("taken-away", taken_away),
             ("nvmet", nvmet),
             ("legal-load", legal_load),
+            ("allocated-by-holder", allocated_by_holder),
         ],
     );
     // Under the other gate each of these is refused; what is left to notice
@@ -62,18 +63,17 @@ fn since_the_epoch() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap()
 }
 
-/// The breaches of a file so far.
-fn breaches(guard: &GuardProcess, inode: u64) -> Vec<Breach> {
+/// The breaches of a pin so far.
+fn breaches(guard: &GuardProcess, pin: u64) -> Vec<Breach> {
     let mut breaches = guard.client().status().unwrap().breaches;
-    breaches.retain(|breach| breach.inode == inode);
+    breaches.retain(|breach| breach.pin == pin);
     breaches
 }
 
-/// Waits for a breach of a file, and says how long after `since` it was
-/// noticed.
-fn noticed(world: &World, guard: &GuardProcess, inode: u64, since: Duration) -> Breach {
-    let found = wait_for(patience(), || Ok(breaches(guard, inode).pop()));
-    let breach = found.unwrap_or_else(|_| panic!("inode {inode}: nothing was noticed"));
+/// Waits for a breach of a pin, and sees how long after `since` it was noticed.
+fn noticed(world: &World, guard: &GuardProcess, pin: u64, since: Duration) -> Breach {
+    let found = wait_for(patience(), || Ok(breaches(guard, pin).pop()));
+    let breach = found.unwrap_or_else(|_| panic!("pin {pin}: nothing was noticed"));
     let after = Duration::from_nanos(breach.time).saturating_sub(since);
     println!("noticed after {} us", after.as_micros());
     assert!(after <= limit(), "noticed after {after:?}");
@@ -120,10 +120,6 @@ fn move_blocks(kind: Kind, subject: &Subject, file: &File) {
     (attack.run)(&target).unwrap();
 }
 
-fn inode_of(file: &File) -> u64 {
-    file.metadata().unwrap().ino()
-}
-
 fn moved_by_holder(world: &World, kind: Kind) {
     let guard = world.guard();
     let subject = Subject::new(&world.disk(kind), "tripwire-moved", false);
@@ -131,7 +127,7 @@ fn moved_by_holder(world: &World, kind: Kind) {
     let pin = pin(&guard.client(), &file, subject.pinned());
     let since = since_the_epoch();
     move_blocks(kind, &subject, &file);
-    let breach = noticed(world, &guard, inode_of(&file), since);
+    let breach = noticed(world, &guard, pin.pin_id(), since);
     assert_differs(pin.block_map(), &breach);
     assert_eq!(breach.path, subject.path.to_string_lossy());
     let cause = breach.cause.unwrap();
@@ -140,14 +136,14 @@ fn moved_by_holder(world: &World, kind: Kind) {
     let since = since_the_epoch();
     move_blocks(kind, &subject, &file);
     wait_for(patience(), || {
-        let count = breaches(&guard, inode_of(&file)).len();
+        let count = breaches(&guard, pin.pin_id()).len();
         assert!(count <= 2, "told {count} times");
         Ok((count == 2).then_some(()))
     })
     .unwrap();
-    noticed(world, &guard, inode_of(&file), since);
+    noticed(world, &guard, pin.pin_id(), since);
     std::thread::sleep(Duration::from_millis(500));
-    assert_eq!(breaches(&guard, inode_of(&file)).len(), 2);
+    assert_eq!(breaches(&guard, pin.pin_id()).len(), 2);
     drop(pin);
 }
 
@@ -156,11 +152,11 @@ fn moved_when_deleted(world: &World, kind: Kind) {
     let guard = world.guard();
     let subject = Subject::new(&world.disk(kind), "tripwire-deleted", false);
     let file = open(&subject.path);
-    let _pin = pin(&guard.client(), &file, subject.pinned());
+    let pin = pin(&guard.client(), &file, subject.pinned());
     std::fs::remove_file(&subject.path).unwrap();
     let since = since_the_epoch();
     move_blocks(kind, &subject, &file);
-    noticed(world, &guard, inode_of(&file), since);
+    noticed(world, &guard, pin.pin_id(), since);
 }
 
 /// One event that matters among 10,000 that do not.
@@ -168,7 +164,7 @@ fn moved_in_a_burst(world: &World, kind: Kind) {
     let guard = world.guard();
     let subject = Subject::new(&world.disk(kind), "tripwire-burst", false);
     let file = open(&subject.path);
-    let _pin = pin(&guard.client(), &file, subject.pinned());
+    let pin = pin(&guard.client(), &file, subject.pinned());
     let beside = subject.bytes(Place::After).0 + 16 * kind.block();
     let mut since = Duration::ZERO;
     for round in 0..5_000 {
@@ -184,7 +180,7 @@ fn moved_in_a_burst(world: &World, kind: Kind) {
             move_blocks(kind, &subject, &file);
         }
     }
-    let breach = noticed(world, &guard, inode_of(&file), since);
+    let breach = noticed(world, &guard, pin.pin_id(), since);
     assert!(breach.cause.is_some());
 }
 
@@ -199,18 +195,20 @@ fn moved_among_many(world: &World, kind: Kind) {
         std::fs::write(&path, vec![1; usize::try_from(block).unwrap()]).unwrap();
         let file = open(&path);
         // Every other one, so that their numbers are no range.
-        let pin = (number % 2 == 0).then(|| pin(&guard.client(), &file, 0..block));
-        others.push((path, file, pin));
+        let other = (number % 2 == 0).then(|| pin(&guard.client(), &file, 0..block));
+        others.push((path, file, other));
     }
     let subject = Subject::new(&disk, "tripwire-among", false);
     let file = open(&subject.path);
-    let _pin = pin(&guard.client(), &file, subject.pinned());
+    let pin = pin(&guard.client(), &file, subject.pinned());
     let since = since_the_epoch();
     move_blocks(kind, &subject, &file);
-    noticed(world, &guard, inode_of(&file), since);
-    for (path, file, pin) in others {
-        assert_eq!(breaches(&guard, inode_of(&file)).len(), 0);
-        drop((pin, file));
+    noticed(world, &guard, pin.pin_id(), since);
+    for (path, file, other) in others {
+        if let Some(other) = &other {
+            assert_eq!(breaches(&guard, other.pin_id()).len(), 0);
+        }
+        drop((other, file));
         std::fs::remove_file(path).unwrap();
     }
 }
@@ -245,7 +243,7 @@ fn overlay_later(world: &World, kind: Kind) {
         let since = since_the_epoch();
         match raw::truncate(&raw::c_path(&merged.join("file")), 4096) {
             Ok(()) => {
-                let breach = noticed(world, &guard, inode_of(&file), since);
+                let breach = noticed(world, &guard, held.pin_id(), since);
                 assert_differs(held.block_map(), &breach);
                 assert_eq!(breach.range, 4096..16 * 4096);
                 assert!(
@@ -287,7 +285,7 @@ fn taken_away(world: &World, kind: Kind) {
     let since = since_the_epoch();
     match raw::fallocate(file.as_fd(), 3, offset, length) {
         Ok(()) => {
-            let breach = noticed(world, &guard, inode_of(&file), since);
+            let breach = noticed(world, &guard, held.pin_id(), since);
             assert_differs(held.block_map(), &breach);
             let cause = breach.cause.unwrap();
             assert_eq!(cause.pid, std::process::id().cast_signed(), "{cause}");
@@ -332,7 +330,7 @@ fn nvmet(world: &World, kind: Kind) {
         world.unavailable(format!("a discard by nvmet: {discarded:?}"));
         return;
     }
-    let breach = noticed(world, &guard, inode_of(&file), since);
+    let breach = noticed(world, &guard, held.pin_id(), since);
     assert_differs(held.block_map(), &breach);
 }
 
@@ -427,7 +425,6 @@ fn legal_load(world: &World, kind: Kind) {
     let subject = Subject::new(&disk, "tripwire-legal", true);
     let file = open(&subject.path);
     let held = pin(&guard.client(), &file, subject.pinned());
-    let inode = inode_of(&file);
     let aside = disk.path("tripwire-aside");
     let mut random = Random::new(u64::from(std::process::id()));
     let until = Instant::now() + load_time();
@@ -547,9 +544,36 @@ fn legal_load(world: &World, kind: Kind) {
         now.extents(),
         "not legal after all"
     );
-    let alarms = breaches(&guard, inode);
+    let alarms = breaches(&guard, held.pin_id());
     assert!(alarms.is_empty(), "{alarms:#?}");
     drop(held);
+}
+
+/// What a holder has allocated is no breach, and is watched from then on.
+fn allocated_by_holder(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let path = world.disk(kind).path("tripwire-allocated");
+    for round in 0..5 {
+        let file = File::create_new(&path).unwrap();
+        file.set_len(512 * 4096).unwrap();
+        file.write_all_at(&[1; 4096], 9 * 4096).unwrap();
+        raw::fallocate(file.as_fd(), 0, 64 * 4096, 64 * 4096).unwrap();
+        file.sync_all().unwrap();
+        drop(file);
+        let file = open(&path);
+        let mut held = map(&guard.client(), &file, 0..512 * 4096);
+        for part in 0..8 {
+            let start = (part * 64 + round) * 4096;
+            held.allocate(start..start + 4096 * 16).unwrap();
+        }
+        std::thread::sleep(Duration::from_millis(100));
+        let alarms = breaches(&guard, held.pin_id());
+        assert!(alarms.is_empty(), "{alarms:#?}");
+        world.count("allocations of holders", 8);
+        drop((held, file));
+        wait_until_free(&path);
+        std::fs::remove_file(&path).unwrap();
+    }
 }
 
 fn meets_range(one: &std::ops::Range<u64>, other: &std::ops::Range<u64>) -> bool {

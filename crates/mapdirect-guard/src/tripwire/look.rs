@@ -153,7 +153,8 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     if alive.is_empty() {
         return Outcome::Done;
     }
-    let file = match guard.own.during(|| open(&order.file)) {
+    let holders: Vec<i32> = alive.iter().map(|pin| pin.pid).collect();
+    let file = match guard.own.during(|| open(&order.file, &holders)) {
         Ok(file) => file,
         // The inode is gone, and every pin of it.
         Err(Errno::STALE) => return Outcome::Done,
@@ -238,18 +239,40 @@ fn since_the_epoch() -> u64 {
         .unwrap_or(0)
 }
 
-/// Opens a file by whatever mount there is of its filesystem. Nothing is kept
-/// open for that, which would keep the filesystem busy.
-fn open(file: &Listened) -> Result<OwnedFd, Errno> {
+/// Opens a file by whatever mount there is of its filesystem, here or where
+/// its holders are. Nothing is kept open for that, which would keep the
+/// filesystem busy.
+fn open(file: &Listened, holders: &[i32]) -> Result<OwnedFd, Errno> {
+    let mut last = match open_by_mounts(file, None) {
+        Err(errno) => errno,
+        opened => return opened,
+    };
+    for pid in holders {
+        match open_by_mounts(file, Some(*pid)) {
+            Err(Errno::NODEV) => {}
+            Err(errno) => last = errno,
+            opened => return opened,
+        }
+    }
+    Err(last)
+}
+
+/// The same by the mounts that a process sees, or this one.
+fn open_by_mounts(file: &Listened, pid: Option<i32>) -> Result<OwnedFd, Errno> {
     let device = file.id.device();
-    let mounts = proc_mountinfo::read(None).map_err(|_| Errno::IO)?;
+    // Nobody's mounts any more, if it is gone.
+    let mounts = proc_mountinfo::read(pid).map_err(|_| Errno::NODEV)?;
     let mut last = Errno::NODEV;
     for mount in mounts
         .iter()
         .filter(|mount| (mount.major, mount.minor) == (device.major, device.minor))
     {
+        let place = pid.map_or_else(
+            || mount.mount_point.clone(),
+            |pid| format!("/proc/{pid}/root{}", mount.mount_point),
+        );
         let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let opened = rustix::fs::open(mount.mount_point.as_str(), flags, Mode::empty())
+        let opened = rustix::fs::open(place, flags, Mode::empty())
             .and_then(|place| file_handle::open(place.as_fd(), &file.handle, flags));
         match opened {
             Ok(opened) => {

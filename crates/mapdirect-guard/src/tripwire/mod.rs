@@ -110,11 +110,11 @@ impl Tripwire {
         let Some(wires) = &self.wires else {
             return Ok(Armed { _listened: None });
         };
+        let listened = Listened::new(id, file_handle::of(file)?);
         let (listened, begins) = {
             let mut wires = lock(wires);
             let begins = wires.is_idle();
-            let handle = || Ok(Listened::new(id, file_handle::of(file)?));
-            (wires.listen(filesystem, handle, id), begins)
+            (wires.listen(filesystem, listened), begins)
         };
         if begins {
             // It slept.
@@ -196,6 +196,11 @@ impl Case {
             looks: 0,
             retry: RETRY,
         }
+    }
+
+    /// The number of the inode may be another file's by now.
+    fn is_of(&self, watched: &Arc<Watched>, file: &Arc<Listened>) -> bool {
+        Arc::ptr_eq(&self.watched, watched) && Arc::ptr_eq(&self.file, file)
     }
 
     fn heard(&mut self, blocks: Option<(u64, u64)>, hit: Option<(Who, &'static str)>) {
@@ -281,6 +286,25 @@ struct Wanted {
     /// Threads, and those of them that wait for an order.
     threads: usize,
     idle: usize,
+    /// When the looks under way began.
+    begun: Vec<(InodeId, Instant)>,
+}
+
+impl Wanted {
+    /// More threads would help: those that are not held up are too few.
+    fn is_short(&self) -> bool {
+        /// As many as look at a time when none of them has to wait.
+        const ENOUGH: usize = 4;
+        /// Whoever takes longer waits for something.
+        const LONG: Duration = Duration::from_millis(20);
+        let waiting = self
+            .begun
+            .iter()
+            .filter(|(_, begun)| begun.elapsed() > LONG);
+        self.orders.len() > self.idle
+            && self.threads < LOOKERS
+            && self.threads < ENOUGH + waiting.count()
+    }
 }
 
 /// Starts a thread of the guard that does this; says whether there is one.
@@ -288,21 +312,27 @@ pub(crate) type Spawn = dyn Fn(fn(&Guard)) -> bool;
 
 impl Looks {
     /// Has somebody take a look.
-    fn order(&self, spawn: &Spawn, order: Order) {
+    fn order(&self, order: Order) {
+        lock(&self.wanted).orders.push_back(order);
+        self.bell.notify_one();
+    }
+
+    /// Sees to it that there is somebody for all that is to be looked at; says
+    /// whether something is left.
+    fn staff(&self, spawn: &Spawn) -> bool {
         let mut wanted = lock(&self.wanted);
-        wanted.orders.push_back(order);
-        if wanted.orders.len() <= wanted.idle {
-            self.bell.notify_one();
-            return;
-        }
-        if wanted.threads < LOOKERS {
+        while wanted.is_short() {
             wanted.threads += 1;
             drop(wanted);
-            if !spawn(take_looks) {
+            let started = spawn(take_looks);
+            wanted = lock(&self.wanted);
+            if !started {
                 // Whoever is done with another look takes it.
-                lock(&self.wanted).threads -= 1;
+                wanted.threads -= 1;
+                break;
             }
         }
+        !wanted.orders.is_empty()
     }
 
     /// The next look to take; nothing if there is none for a while.
@@ -312,6 +342,7 @@ impl Looks {
         let mut wanted = lock(&self.wanted);
         loop {
             if let Some(order) = wanted.orders.pop_front() {
+                wanted.begun.push((order.file.id, Instant::now()));
                 return Some(order);
             }
             wanted.idle += 1;
@@ -327,6 +358,15 @@ impl Looks {
             }
         }
     }
+
+    fn taken(&self, looked: Looked) {
+        let mut wanted = lock(&self.wanted);
+        if let Some(at) = wanted.begun.iter().position(|(id, _)| *id == looked.id) {
+            wanted.begun.swap_remove(at);
+        }
+        drop(wanted);
+        self.taken.push(looked);
+    }
 }
 
 /// A thread that takes looks.
@@ -335,7 +375,7 @@ fn take_looks(guard: &Guard) {
     while let Some(order) = looks.next() {
         let begun = Instant::now();
         let outcome = look::look(guard, &order);
-        looks.taken.push(Looked {
+        looks.taken(Looked {
             id: order.file.id,
             outcome,
             took: begun.elapsed(),
@@ -357,8 +397,9 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
     };
     let mut cases: HashMap<InodeId, Case> = HashMap::new();
     let (mut kept_house, mut tidied) = (Instant::now(), Instant::now());
+    let mut is_behind = false;
     while !guard.is_stopping() {
-        wait(tripwire, wires, &cases)?;
+        wait(tripwire, wires, &cases, is_behind)?;
         tripwire.waker.clear();
         while let Some(looked) = tripwire.looks.taken.pop() {
             if let Some(case) = cases.get_mut(&looked.id) {
@@ -369,16 +410,14 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
         let now = Instant::now();
         for case in cases.values_mut().filter(|case| case.is_due(now)) {
             (case.due, case.looking) = (None, true);
-            tripwire.looks.order(
-                spawn,
-                Order {
-                    watched: Arc::clone(&case.watched),
-                    file: Arc::clone(&case.file),
-                    blocks: case.blocks.clone(),
-                    hits: case.hits.clone(),
-                },
-            );
+            tripwire.looks.order(Order {
+                watched: Arc::clone(&case.watched),
+                file: Arc::clone(&case.file),
+                blocks: case.blocks.clone(),
+                hits: case.hits.clone(),
+            });
         }
+        is_behind = tripwire.looks.staff(spawn);
         cases.retain(|_, case| case.looking || case.due.is_some());
         if now.duration_since(kept_house) >= HOUSEKEEPING {
             kept_house = now;
@@ -399,6 +438,7 @@ fn wait(
     tripwire: &Tripwire,
     wires: &Mutex<Wires>,
     cases: &HashMap<InodeId, Case>,
+    is_behind: bool,
 ) -> Result<(), Errno> {
     let now = Instant::now();
     let due = cases
@@ -411,7 +451,7 @@ fn wait(
         let wires = lock(wires);
         let regular = if wires.is_idle() {
             None
-        } else if wires.hears_more() {
+        } else if is_behind || wires.hears_more() {
             Some(ROUND)
         } else {
             Some(HOUSEKEEPING)
@@ -454,15 +494,9 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
         if !pins.iter().any(|pin| look::concerns(pin, told.blocks)) {
             continue;
         }
-        if let Entry::Vacant(entry) = cases.entry(id) {
-            let Some(file) = wired.listened(id) else {
-                continue;
-            };
-            drop(pins);
-            entry.insert(Case::new(watched, file));
-        }
-        if let Some(case) = cases.get_mut(&id) {
-            case.heard(told.blocks, Some((who, told.at)));
+        drop(pins);
+        if let Some(file) = wired.listened(id) {
+            case_of(cases, watched, file).heard(told.blocks, Some((who, told.at)));
         }
     }
     drop(wired);
@@ -475,11 +509,24 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
 fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     for file in lock(wires).all() {
         if let Some(watched) = guard.table.get(file.id) {
-            cases
-                .entry(file.id)
-                .or_insert_with(|| Case::new(watched, file))
-                .heard(None, None);
+            case_of(cases, watched, file).heard(None, None);
         }
+    }
+}
+
+fn case_of(
+    cases: &mut HashMap<InodeId, Case>,
+    watched: Arc<Watched>,
+    file: Arc<Listened>,
+) -> &mut Case {
+    match cases.entry(file.id) {
+        Entry::Occupied(entry) if entry.get().is_of(&watched, &file) => entry.into_mut(),
+        Entry::Occupied(mut entry) => {
+            // A look at the other one may be under way: it finds nothing.
+            entry.insert(Case::new(watched, file));
+            entry.into_mut()
+        }
+        Entry::Vacant(entry) => entry.insert(Case::new(watched, file)),
     }
 }
 

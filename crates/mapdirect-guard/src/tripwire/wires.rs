@@ -107,34 +107,37 @@ impl Wires {
     pub(super) fn listen(
         &mut self,
         filesystem: &Filesystem,
-        file: impl FnOnce() -> Result<Listened, Errno>,
-        id: InodeId,
+        file: Listened,
     ) -> Result<Arc<Listened>, CannotArm> {
-        if let Some(wire) = self.of.get_mut(&id.dev)
-            && let Some(known) = wire.files.get(&id.inode)
-        {
-            known.idle.store(false, SeqCst);
-            return Ok(Arc::clone(known));
-        }
+        let id = file.id;
         let points = self.points_of(filesystem)?;
-        let listened = Arc::new(file()?);
         let wire = self.of.entry(id.dev).or_insert_with(|| Wire {
             points,
             cover: Cover::default(),
             files: BTreeMap::new(),
             events: Vec::new(),
         });
+        // The number of a file that is gone is used again: what names it is
+        // the handle.
+        if let Some(known) = wire.files.get(&id.inode)
+            && known.handle == file.handle
+        {
+            known.idle.store(false, SeqCst);
+            return Ok(Arc::clone(known));
+        }
+        let listened = Arc::new(file);
         wire.files.insert(id.inode, Arc::clone(&listened));
-        if !wire.cover.covers(id.inode) {
-            let inodes: BTreeSet<u64> = wire.files.keys().copied().collect();
-            let cover = Cover::of(&inodes, Some(id.inode));
-            if let Err(errno) = wire.rearm(id.dev, &self.processors, cover) {
-                wire.files.remove(&id.inode);
-                if wire.files.is_empty() {
-                    self.of.remove(&id.dev);
-                }
-                return Err(errno.into());
+        if wire.cover.covers(id.inode) {
+            return Ok(listened);
+        }
+        let inodes: BTreeSet<u64> = wire.files.keys().copied().collect();
+        let cover = Cover::of(&inodes, Some(id.inode));
+        if let Err(errno) = wire.rearm(id.dev, &self.processors, cover) {
+            wire.files.remove(&id.inode);
+            if wire.files.is_empty() {
+                self.of.remove(&id.dev);
             }
+            return Err(errno.into());
         }
         Ok(listened)
     }
