@@ -18,6 +18,7 @@ use crate::lifetime::CLOSES;
 use crate::openers::{Openers, Wanted, openers_before};
 use crate::policy::{self, Apart, Beside, Pinned};
 use crate::table::{Abilities, GrantState, InodeId, LOCK_BASE, Pin, Watched};
+use crate::tripwire::Armed;
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Filesystem, Obstacle};
@@ -119,6 +120,8 @@ pub(crate) fn grant(
 ) -> Result<Grant, Refusal> {
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
+    // First of all: what is changed from here on is noticed.
+    let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
         let watched = guard.table.get_or_insert(judged.id, || {
             let abilities = Abilities {
@@ -174,6 +177,25 @@ pub(crate) fn grant(
             extents,
         });
     }
+}
+
+/// Has the tripwire listen to a file.
+fn arm(guard: &Guard, judged: &Judged, file: BorrowedFd<'_>) -> Result<Armed, Refusal> {
+    let armed = guard
+        .tripwire
+        .arm(judged.id, &judged.facts.filesystem, file);
+    armed.map_err(|errno| {
+        let call = "arming the tripwire (perf_event_open, name_to_handle_at)";
+        match errno {
+            Errno::MFILE | Errno::NFILE | Errno::NOMEM => refusal(
+                Reason::Limit,
+                Errno::NOMEM,
+                format!("{call} failed: {errno}"),
+                "give the guard more descriptors (ulimit -n), or let go of other pins",
+            ),
+            other => system(call, other),
+        }
+    })
 }
 
 /// What the request and the file say by themselves.

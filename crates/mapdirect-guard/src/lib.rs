@@ -31,6 +31,7 @@ mod session;
 mod status;
 mod table;
 mod thaw;
+mod tripwire;
 mod wake;
 
 use mapdirect_sys::Errno;
@@ -45,6 +46,16 @@ pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 
+/// Whether this kernel lets a guard notice what its gate cannot refuse, and
+/// why not.
+///
+/// # Errors
+///
+/// What is missing, for a person; also for lack of privilege.
+pub fn probe_tripwire() -> Result<(), String> {
+    tripwire::probe()
+}
+
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {
@@ -57,6 +68,7 @@ pub(crate) struct Guard {
     overlays: overlay::Overlays,
     scans: busy::Scans,
     pages: apart::Pages,
+    tripwire: tripwire::Tripwire,
     clients: AtomicUsize,
     next: AtomicU64,
     started: Instant,
@@ -80,6 +92,7 @@ impl Guard {
             overlays: overlay::Overlays::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
+            tripwire: tripwire::Tripwire::new()?,
             clients: AtomicUsize::new(0),
             next: AtomicU64::new(first),
             started: Instant::now(),
@@ -105,6 +118,7 @@ impl Guard {
         self.stopping.store(true, SeqCst);
         self.gate.wake();
         self.lifetime.wake();
+        self.tripwire.wake();
         self.audit.stop();
     }
 }

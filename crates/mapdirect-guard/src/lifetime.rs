@@ -289,7 +289,7 @@ impl Keeper<'_> {
 
 /// Whether the description of a pin is gone; `file` is another one of the
 /// same inode.
-fn has_ended(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+pub(crate) fn has_ended(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     let byte = pin.lock_byte();
     match conflicting_lock(file, byte, 1) {
         Ok(None) => true,

@@ -3,7 +3,7 @@
 use crate::gate::Gate;
 use crate::session::Session;
 use crate::wake::Waker;
-use crate::{Errno, Guard, gate, lifetime};
+use crate::{Errno, Guard, gate, lifetime, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Reason, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
@@ -221,6 +221,21 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             }),
         )?;
     }
+    let looking = Arc::clone(&shared);
+    spawn(
+        "tripwire",
+        Box::new(move |shared| {
+            let start = move |run: fn(&Guard)| {
+                let shared = Arc::clone(&looking);
+                let thread = thread::Builder::new().name(String::from("look"));
+                let thread = thread.stack_size(SESSION_STACK);
+                thread.spawn(move || run(&shared.guard)).is_ok()
+            };
+            if let Err(errno) = tripwire::run(&shared.guard, &start) {
+                shared.fail("the tripwire cannot go on", errno);
+            }
+        }),
+    )?;
     let (tell, tell_notice) = (config.on_refusal, config.on_notice);
     spawn(
         "audit",
@@ -265,6 +280,12 @@ impl Running {
     pub fn pins(&self) -> usize {
         let files = self.shared.guard.table.all();
         files.iter().map(|file| file.pins.load().len()).sum()
+    }
+
+    /// Why it does not notice what the gate cannot refuse, if so.
+    #[must_use]
+    pub fn without_tripwire(&self) -> Option<String> {
+        self.shared.guard.tripwire.missing()
     }
 
     /// Which gate it has.

@@ -54,6 +54,11 @@ pub(crate) struct Pin {
     pub(crate) since: Instant,
     /// Missing while the grant is still settling.
     settled: ArcSwapOption<Settled>,
+    /// Where its blocks are, as its holder was told.
+    map: ArcSwapOption<BlockMap>,
+    /// Grows by one when its holder begins to have blocks allocated, and when
+    /// that is over.
+    changes: AtomicU64,
     /// The guard's own copy of its description is closed: from now on the
     /// description is gone when its holders have let go of it.
     handed_over: AtomicBool,
@@ -80,6 +85,17 @@ impl Ranged for Pin {
     }
     fn id(&self) -> u64 {
         self.id
+    }
+}
+
+/// How often a pin was changed on behalf of its holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Changes(u64);
+
+impl Changes {
+    /// It is just being changed.
+    pub(crate) fn is_under_way(self) -> bool {
+        !self.0.is_multiple_of(2)
     }
 }
 
@@ -115,6 +131,8 @@ impl Pin {
             uid: owner.uid,
             since: Instant::now(),
             settled: ArcSwapOption::empty(),
+            map: ArcSwapOption::empty(),
+            changes: AtomicU64::new(0),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
             fate: Fate::default(),
@@ -142,6 +160,8 @@ impl Pin {
             uid: self.uid,
             since: Instant::now(),
             settled: ArcSwapOption::new(self.settled()),
+            map: ArcSwapOption::new(self.map()),
+            changes: AtomicU64::new(self.changes.load(SeqCst)),
             handed_over: AtomicBool::new(true),
             dead: AtomicBool::new(false),
             fate: Fate::default(),
@@ -158,12 +178,40 @@ impl Pin {
     pub(crate) fn settle(&self, map: &BlockMap, pinned: Pinned, held: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
+        self.record(map);
         self.settled.store(Some(Arc::new(Settled {
             pinned,
             _held: held,
             stable: range.end - range.start - frozen,
             frozen,
         })));
+    }
+
+    /// Its blocks are there, as its holder is told.
+    pub(crate) fn record(&self, map: &BlockMap) {
+        self.map.store(Some(Arc::new(map.clone())));
+    }
+
+    /// Where its blocks are, as far as that is known.
+    pub(crate) fn map(&self) -> Option<Arc<BlockMap>> {
+        self.map.load_full()
+    }
+
+    /// Some of its blocks are elsewhere now, and that was told: unless
+    /// somebody else says something newer than `seen`.
+    pub(crate) fn renew(&self, seen: &Arc<BlockMap>, now: BlockMap) {
+        self.map.compare_and_swap(seen, Some(Arc::new(now)));
+    }
+
+    /// Its holder begins to have blocks allocated, or that is over: in between
+    /// nothing is known of what is frozen.
+    pub(crate) fn changes_or_is_done(&self) {
+        self.changes.fetch_add(1, SeqCst);
+    }
+
+    /// What its holder has had allocated so far.
+    pub(crate) fn changes(&self) -> Changes {
+        Changes(self.changes.load(SeqCst))
     }
 
     pub(crate) fn settled(&self) -> Option<Arc<Settled>> {

@@ -48,6 +48,20 @@ pub fn ioctl_value(file: BorrowedFd<'_>, request: u64, argument: u64) -> Result<
     checked(ret.into()).map(|_| ret)
 }
 
+/// A descriptor of another process: `pidfd_getfd(2)`.
+pub fn take_descriptor(pid: i32, fd: i32) -> Result<OwnedFd> {
+    // SAFETY: integers only.
+    let pidfd = checked(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let pidfd = i32::try_from(pidfd).map_err(|_| Errno::IO)?;
+    // SAFETY: the kernel has just made it for us.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    // SAFETY: integers only.
+    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    let taken = i32::try_from(checked(taken)?).map_err(|_| Errno::IO)?;
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(taken) })
+}
+
 /// `fallocate(2)` with any mode bits.
 pub fn fallocate(file: BorrowedFd<'_>, mode: i32, offset: u64, length: u64) -> Result<()> {
     // SAFETY: integers only.

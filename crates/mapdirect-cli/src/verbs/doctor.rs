@@ -92,6 +92,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     } else {
         by_events
     });
+    findings.push(tripwire());
     findings.push(holder_capability());
     findings.push(guard_capability());
     findings.push(pid_namespace());
@@ -266,6 +267,30 @@ fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> Finding {
         format!("not built into this program ({kernel})"),
         "build it with: cargo build --features bpf (needs libelf-dev, zlib1g-dev, pkg-config)",
     )
+}
+
+/// What the gate cannot refuse is noticed, or not.
+fn tripwire() -> Finding {
+    const NAME: &str = "tripwire";
+    match mapdirect_guard::probe_tripwire() {
+        Ok(()) => Finding::good(
+            NAME,
+            "available: changes of pinned blocks that the gate cannot refuse are noticed",
+        ),
+        Err(_) if !capable(capget::CAP_SYS_ADMIN) => Finding::new(
+            NAME,
+            Outcome::Note,
+            "only root can tell whether it is available",
+            "run `mapdirect doctor` as root",
+        ),
+        Err(missing) => Finding::new(
+            NAME,
+            Outcome::Note,
+            format!("not available, so what the gate cannot refuse goes unnoticed: {missing}"),
+            "boot a kernel with CONFIG_PERF_EVENTS and CONFIG_FTRACE, not locked down for \
+             confidentiality",
+        ),
+    }
 }
 
 fn capable(capability: u32) -> bool {

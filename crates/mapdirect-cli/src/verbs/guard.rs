@@ -40,6 +40,11 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         running.gate(),
         args.socket.display()
     ));
+    if let Some(missing) = running.without_tripwire() {
+        output::complain(&format!(
+            "no tripwire, so what the gate cannot refuse goes unnoticed: {missing}"
+        ));
+    }
     let adopted = running.pins();
     if adopted > 0 {
         output::line(&format!(

@@ -28,6 +28,7 @@ mod programs;
 mod random;
 mod segments;
 mod stuck;
+mod tripwire;
 mod world;
 
 use libtest_mimic::{Arguments, Trial};
@@ -63,6 +64,7 @@ fn main() -> ExitCode {
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(tripwire::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);

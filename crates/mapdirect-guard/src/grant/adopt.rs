@@ -7,6 +7,7 @@ use super::{Attempt, Judged, judge};
 use crate::Guard;
 use crate::gate::bpf::{Found, Gate};
 use crate::table::{Abilities, Pin, Watched};
+use crate::tripwire::Armed;
 use mapdirect_proto::{PinRequest, Refusal};
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{Errno, file_handle, proc_mountinfo};
@@ -95,6 +96,7 @@ struct Recognised {
     judged: Judged,
     watched: Arc<Watched>,
     pin: Arc<Pin>,
+    _armed: Armed,
 }
 
 fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
@@ -109,6 +111,7 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     judged.range = found.range.clone();
     judged.mapped.clone_from(&found.mapped);
     judged.path = Arc::from(found.path.as_str());
+    let armed = super::arm(guard, &judged, file.as_fd())?;
     let watched = guard.table.get_or_insert(judged.id, || {
         let abilities = Abilities {
             reflink: judged.facts.reflink,
@@ -134,6 +137,7 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         judged,
         watched,
         pin,
+        _armed: armed,
     })
 }
 
