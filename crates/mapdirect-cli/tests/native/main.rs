@@ -27,6 +27,7 @@ mod prepare;
 mod programs;
 mod random;
 mod segments;
+mod states;
 mod stuck;
 mod tripwire;
 mod world;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(states::trials(&world));
     trials.extend(tripwire::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));

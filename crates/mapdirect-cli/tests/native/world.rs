@@ -50,6 +50,7 @@ pub fn roles() -> Vec<Role> {
         ("locked-memory", crate::programs::play_locked_memory),
         ("merged-memory", crate::programs::play_merged_memory),
         ("inherits", crate::programs::play_inherits),
+        ("forked", crate::states::play_forked),
     ]
 }
 
