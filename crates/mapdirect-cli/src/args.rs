@@ -75,8 +75,9 @@ pub enum Command {
     /// What the guard is doing: pins, holders, refusals
     ///
     /// The gate in force, the files with pins and who maps or opens them, how
-    /// often which operation was refused, and the last refusals. Others than
-    /// root see details of their own pins only.
+    /// often which operation was refused, the last refusals, and breaches: pins
+    /// whose blocks have changed all the same. Others than root see details of
+    /// their own pins only.
     Status(StatusArgs),
     /// What this machine offers, what is missing, and how to mend it
     ///

@@ -80,11 +80,21 @@ pub(crate) struct Watcher {
     socket: Arc<Socket>,
     /// Process and user at the other end.
     peer: Sender,
+    /// What it asked about; some of them may be over.
+    pins: Mutex<Vec<u64>>,
 }
 
 impl Watcher {
     pub(crate) fn new(socket: Arc<Socket>, peer: Sender) -> Arc<Self> {
-        Arc::new(Self { socket, peer })
+        Arc::new(Self {
+            socket,
+            peer,
+            pins: Mutex::default(),
+        })
+    }
+
+    fn pins(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says something, or closes the connection: never waits.
@@ -298,6 +308,14 @@ impl Notices {
             return;
         }
         audience.watchers.push(Arc::clone(watcher));
+        let mut asked = watcher.pins();
+        if asked.len() == asked.capacity() {
+            asked.retain(|pin| audiences.of.contains_key(pin));
+            let room = asked.len() + 64;
+            asked.reserve(room);
+        }
+        asked.push(pin.id);
+        drop(asked);
         let before = pin.fate.notices(pin.id);
         drop(audiences);
         before.iter().for_each(|notice| watcher.answer(notice));
@@ -305,12 +323,17 @@ impl Notices {
 
     /// A connection is gone.
     pub(crate) fn forget(&self, watcher: &Arc<Watcher>) {
-        self.lock().of.retain(|_, audience| {
-            audience
-                .watchers
-                .retain(|other| !Arc::ptr_eq(other, watcher));
-            !audience.watchers.is_empty()
-        });
+        let mut audiences = self.lock();
+        for pin in watcher.pins().drain(..) {
+            if let Some(audience) = audiences.of.get_mut(&pin) {
+                audience
+                    .watchers
+                    .retain(|other| !Arc::ptr_eq(other, watcher));
+                if audience.watchers.is_empty() {
+                    audiences.of.remove(&pin);
+                }
+            }
+        }
     }
 
     /// How many breaches there were, and the latest of them, oldest first.
@@ -536,5 +559,6 @@ mod tests {
             setting.watched.remove(|pin| pin.id == id);
         }
         assert!(setting.notices.lock().of.len() < 200);
+        assert!(setting.watcher.pins().len() < 400);
     }
 }

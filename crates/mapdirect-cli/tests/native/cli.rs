@@ -236,7 +236,7 @@ fn nobody_listens(world: &World) {
     let guard = world.guard();
     let path = written(&world.disk(Kind::XFS), "cli-nobody-listens", 65536);
     let name = path.to_str().unwrap();
-    let mut pin = mapdirect(guard.socket(), &["pin", name])
+    let mut pin = mapdirect(guard.socket(), &["pin", name, "--patience", "5000"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
