@@ -30,6 +30,12 @@
 //! unwritten blocks read as zeros. [`DirectMap::allocate`] makes them
 //! *stable* under a pin that holds, [`MapOptions::prepare`] before there is
 //! one.
+//!
+//! A pin is `Kept`, `Unattended` or `Lost` ([`State`]). What no gate can refuse
+//! the guard notices: then [`Pin::integrity`] says which blocks have changed,
+//! and a mapping raises SIGBUS from then on, unless [`MapOptions::on_breach`]
+//! said otherwise. [`Pin::event_fd`] says when to look. For that a thread is
+//! started in each process with the first pin.
 
 #![deny(unsafe_code)]
 

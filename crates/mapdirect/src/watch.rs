@@ -167,10 +167,13 @@ impl Hold {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
         let changed = !entry.state.is_kept() || entry.count > 0;
         let fd = rustix::event::eventfd(u32::from(changed), flags).map_err(failed)?;
-        let Some(thread) = threads.get(entry.thread) else {
-            return Ok(None);
-        };
-        let Some(orders) = thread.orders.as_ref().filter(|_| thread.is_usable()) else {
+        let thread = threads
+            .get(entry.thread)
+            .filter(|thread| thread.is_usable());
+        let Some(orders) = thread.and_then(|thread| thread.orders.as_ref()) else {
+            // The program has closed what it is reached by.
+            drop(shared);
+            self.register()?;
             return Ok(None);
         };
         match orders.send_now(&[&entry.named.pin.to_ne_bytes()], &[fd.as_fd()]) {
@@ -201,14 +204,8 @@ impl Hold {
 
     /// Reads what is known of the pin in this process.
     fn look<T>(&self, read: impl Fn(&Entry) -> T) -> Result<T> {
-        let known = || {
-            let watching = watching();
-            let shared = watching.lock();
-            let entry = shared.pins.get(&self.named.pin)?;
-            let thread = shared.threads.get(entry.thread);
-            let is_watched = entry.state.is_lost() || thread.is_some_and(Thread::is_usable);
-            is_watched.then(|| read(entry))
-        };
+        // A thread that takes no orders any more watches all the same.
+        let known = || watching().lock().pins.get(&self.named.pin).map(&read);
         if let Some(known) = known() {
             return Ok(known);
         }
@@ -286,7 +283,11 @@ impl Hold {
             event: Weak::new(),
         };
         let entry = shared.pins.entry(self.named.pin).or_insert(fresh);
-        entry.thread = thread;
+        if entry.thread != thread {
+            // This one has to be given what the other one has.
+            entry.thread = thread;
+            entry.event = Weak::new();
+        }
     }
 }
 

@@ -369,6 +369,9 @@ fn its_descriptors_are_its_own() {
         other.unwrap()
     });
     assert!(other.state().is_kept());
+    // So does whoever wants a descriptor of what is watched already.
+    let event = hold.event_fd().unwrap();
+    assert!(event.clear() && hold.state().is_lost());
 }
 
 #[test]
