@@ -385,7 +385,8 @@ fn unattended_and_taken_over(world: &World, kind: Kind) {
     let mut held = map(&guard.client(), &file, 0..131_072);
     let other = pin(&guard.client(), &file, 0..4096);
     let event = held.event_fd().unwrap();
-    let mut shown = Pinned::start(guard.socket(), &path, &[]);
+    // It would keep frozen what is to be allocated, if it had more.
+    let mut shown = Pinned::start(guard.socket(), &path, &["--range", "0:4K"]);
     let is_refused = || {
         assert_eq!(rustix::fs::ftruncate(&file, 0), Err(Errno::TXTBSY));
         let punched = raw::fallocate(file.as_fd(), 3, 0, 4096);
