@@ -11,9 +11,11 @@ Exit status:
   1    it was refused, or failed
   2    the command line makes no sense
   3    no guard answers
-  4    the guard went away while a pin was held
+  4    a pin that was held is lost: nothing keeps it any more
+  5    a pin that was held is broken: blocks of it have changed
 `pin -- COMMAND` passes COMMAND's own status on (128 + N if signal N killed it), and ends
-with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found.
+with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found,
+124 if the pin was lost while COMMAND ran, 123 if it was broken.
 
 Environment:
   MAPDIRECT_SOCKET   where the guard listens (default: /run/mapdirect/guard.sock)
@@ -60,8 +62,13 @@ pub enum Command {
     ///
     /// While the pin is held nobody can move, free, share or allocate the
     /// blocks of the range: the extents printed stay true. It needs no DAX.
-    /// If the guard goes away, this says so: with status 4, or, when it runs a
-    /// COMMAND, by a line on stderr.
+    ///
+    /// Under the bpf gate the pin stays when the guard goes away: this says so,
+    /// once, and once more when a guard is back. When the pin is lost (under
+    /// the fanotify gate with the guard, under the bpf gate with the gate) or
+    /// broken (its blocks have changed by a way that no gate refuses), this says
+    /// so and ends, with a status of its own. It lets COMMAND run to its end,
+    /// and ends with such a status then.
     Pin(PinArgs),
     /// Have every block of a file allocated, written, and shared with nobody
     ///
@@ -81,8 +88,9 @@ pub enum Command {
     /// What the guard is doing: pins, holders, refusals
     ///
     /// The gate in force, the files with pins and who maps or opens them, how
-    /// often which operation was refused, and the last refusals. Others than
-    /// root see details of their own pins only.
+    /// often which operation was refused, the last refusals, and breaches: pins
+    /// whose blocks have changed all the same. Others than root see details of
+    /// their own pins only.
     Status(StatusArgs),
     /// What this machine offers, what is missing, and how to mend it
     ///

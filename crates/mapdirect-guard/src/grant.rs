@@ -49,7 +49,6 @@ use std::time::{Duration, Instant};
 pub(crate) struct Grant {
     /// To be handed over once `file` is closed here.
     pub(crate) pin: Arc<Pin>,
-    pub(crate) inode: InodeId,
     pub(crate) granted: Granted,
     /// The description whose life is the pin.
     pub(crate) file: OwnedFd,
@@ -187,7 +186,6 @@ pub(crate) fn grant(
         let (granted, extents) = result?;
         return Ok(Grant {
             pin,
-            inode: watched.id,
             granted,
             file,
             extents,

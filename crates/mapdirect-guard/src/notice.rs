@@ -59,6 +59,14 @@ impl Fate {
         let _ = self.holder.set(start);
     }
 
+    /// What a holder is told that asks now.
+    fn notices(&self, pin: u64) -> Vec<Notice> {
+        let inner = self.lock();
+        let lost = inner.lost.clone().map(|why| Notice::Lost { pin, why });
+        let breaches = inner.first.iter().cloned().map(Notice::Breach);
+        breaches.chain(lost).collect()
+    }
+
     /// How many breaches there were, and why it is lost, if it is.
     pub(crate) fn summary(&self) -> (u64, Option<String>) {
         let inner = self.lock();
@@ -72,11 +80,21 @@ pub(crate) struct Watcher {
     socket: Arc<Socket>,
     /// Process and user at the other end.
     peer: Sender,
+    /// What it asked about; some of them may be over.
+    pins: Mutex<Vec<u64>>,
 }
 
 impl Watcher {
     pub(crate) fn new(socket: Arc<Socket>, peer: Sender) -> Arc<Self> {
-        Arc::new(Self { socket, peer })
+        Arc::new(Self {
+            socket,
+            peer,
+            pins: Mutex::default(),
+        })
+    }
+
+    fn pins(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Says something, or closes the connection: never waits.
@@ -84,6 +102,15 @@ impl Watcher {
         let bytes = Reply::Notice(notice.clone()).encode();
         if self.socket.send_now(&[&bytes], &[]).is_err() {
             // Its session sees the end of the connection, and ends.
+            let _ = self.socket.shut_down();
+        }
+    }
+
+    /// Answers a request, in the thread of the connection, which may wait a
+    /// little for its client.
+    fn answer(&self, notice: &Notice) {
+        let bytes = Reply::Notice(notice.clone()).encode();
+        if self.socket.send(&[&bytes], &[]).is_err() {
             let _ = self.socket.shut_down();
         }
     }
@@ -250,13 +277,13 @@ impl Notices {
             });
             match found {
                 Some(pin) if watcher.may_hear_of(&pin) => self.watch_one(watcher, &pin),
-                Some(pin) => watcher.tell(&Notice::Unattended {
+                Some(pin) => watcher.answer(&Notice::Unattended {
                     pin: pin.id,
                     why: String::from(
                         "the guard keeps the pin, and does not know this process as its holder",
                     ),
                 }),
-                None => watcher.tell(&fate(named)),
+                None => watcher.answer(&fate(named)),
             }
         }
     }
@@ -281,23 +308,32 @@ impl Notices {
             return;
         }
         audience.watchers.push(Arc::clone(watcher));
-        let fate = pin.fate.lock();
-        for breach in &fate.first {
-            watcher.tell(&Notice::Breach(breach.clone()));
+        let mut asked = watcher.pins();
+        if asked.len() == asked.capacity() {
+            asked.retain(|pin| audiences.of.contains_key(pin));
+            let room = asked.len() + 64;
+            asked.reserve(room);
         }
-        if let Some(why) = fate.lost.clone() {
-            watcher.tell(&Notice::Lost { pin: pin.id, why });
-        }
+        asked.push(pin.id);
+        drop(asked);
+        let before = pin.fate.notices(pin.id);
+        drop(audiences);
+        before.iter().for_each(|notice| watcher.answer(notice));
     }
 
     /// A connection is gone.
     pub(crate) fn forget(&self, watcher: &Arc<Watcher>) {
-        self.lock().of.retain(|_, audience| {
-            audience
-                .watchers
-                .retain(|other| !Arc::ptr_eq(other, watcher));
-            !audience.watchers.is_empty()
-        });
+        let mut audiences = self.lock();
+        for pin in watcher.pins().drain(..) {
+            if let Some(audience) = audiences.of.get_mut(&pin) {
+                audience
+                    .watchers
+                    .retain(|other| !Arc::ptr_eq(other, watcher));
+                if audience.watchers.is_empty() {
+                    audiences.of.remove(&pin);
+                }
+            }
+        }
     }
 
     /// How many breaches there were, and the latest of them, oldest first.
@@ -523,5 +559,6 @@ mod tests {
             setting.watched.remove(|pin| pin.id == id);
         }
         assert!(setting.notices.lock().of.len() < 200);
+        assert!(setting.watcher.pins().len() < 400);
     }
 }

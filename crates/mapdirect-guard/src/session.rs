@@ -8,7 +8,7 @@ use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
 use crate::notice::Watcher;
 use crate::places::Place;
-use crate::table::{Announcement, InodeId, Pin};
+use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
@@ -18,9 +18,8 @@ use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
 use mapdirect_sys::{capget, proc};
 use rustix::fs::OFlags;
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a client may take to read a reply.
@@ -45,27 +44,8 @@ pub(crate) struct Session<'guard> {
     proven: Option<Prover>,
     /// What it announced and may still come to pass.
     announced: Vec<Arc<Announcement>>,
-    granted: Pins,
     /// The connection is for notices alone.
     watcher: Option<Arc<Watcher>>,
-}
-
-/// The pins granted in a conversation, and those of them that may be over.
-#[derive(Debug, Default)]
-struct Pins {
-    inodes: HashMap<u64, (Weak<Pin>, InodeId)>,
-    /// When there are so many, those that are over are thrown out.
-    enough: usize,
-}
-
-impl Pins {
-    fn add(&mut self, pin: &Arc<Pin>, inode: InodeId) {
-        if self.inodes.len() >= self.enough {
-            self.inodes.retain(|_, (pin, _)| pin.strong_count() > 0);
-            self.enough = 2 * self.inodes.len() + 64;
-        }
-        self.inodes.insert(pin.id, (Arc::downgrade(pin), inode));
-    }
 }
 
 /// Why a conversation ends.
@@ -99,7 +79,6 @@ impl<'guard> Session<'guard> {
             greeted: false,
             proven: None,
             announced: Vec::new(),
-            granted: Pins::default(),
             watcher: None,
         })
     }
@@ -170,7 +149,7 @@ impl<'guard> Session<'guard> {
             (Request::Announce { tid }, Some(file)) => self.announce(*tid, file.as_fd(), sender),
             (Request::Query, Some(file)) => self.query(file.as_fd()),
             (Request::Status, None) => self.status(),
-            (Request::Ended { pin }, None) => self.ended(*pin),
+            (Request::Ended(pin), None) => self.ended(*pin),
             (Request::Swapped, None) => {
                 self.refuse(protocol("nothing was to be swapped"))?;
                 Err(End::Nonsense)
@@ -278,7 +257,6 @@ impl<'guard> Session<'guard> {
         match granted {
             Ok(Grant {
                 pin,
-                inode,
                 granted,
                 file,
                 extents,
@@ -291,9 +269,6 @@ impl<'guard> Session<'guard> {
                 // message, and the pin with it.
                 let sent = self.send(&Reply::Granted(granted), &fds);
                 drop((file, life));
-                if self.guard.gate.is_in_kernel() {
-                    self.granted.add(&pin, inode);
-                }
                 pin.hand_over();
                 self.guard.gate.reconsider();
                 Ok(sent?)
@@ -319,10 +294,12 @@ impl<'guard> Session<'guard> {
     }
 
     /// Nobody else's pin can be ended: it is over if the kernel says so.
-    fn ended(&mut self, pin: u64) -> Result<(), End> {
-        if let Some((_, inode)) = self.granted.inodes.remove(&pin) {
-            self.guard.gate.look_for_end(self.guard, inode, pin);
-        }
+    fn ended(&self, ended: WatchedPin) -> Result<(), End> {
+        let inode = InodeId {
+            dev: ended.device,
+            inode: ended.inode,
+        };
+        self.guard.gate.look_for_end(self.guard, inode, ended.pin);
         Ok(self.send(&Reply::Done, &[])?)
     }
 

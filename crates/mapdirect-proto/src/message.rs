@@ -159,13 +159,9 @@ pub enum Request {
     /// [`Reply::Granted`] without that description, if the block map changed,
     /// and then a [`Reply::Done`] or [`Reply::Refused`].
     Allocate(AllocateRequest),
-    /// This process has let go of a pin that was granted in this conversation.
-    /// [`Reply::Done`] comes when the gate judges as if it had never been, if
-    /// nobody else keeps it.
-    Ended {
-        /// Names the pin.
-        pin: u64,
-    },
+    /// This process has let go of a pin. [`Reply::Done`] comes when the gate
+    /// judges as if it had never been, if nobody else keeps it.
+    Ended(WatchedPin),
     /// Asks to be told what happens to pins of this user from now on. The
     /// answer is what has happened to each of them already, and then
     /// [`Reply::Watching`]. From the first such request on the connection is for
@@ -175,7 +171,7 @@ pub enum Request {
     Watch(Vec<WatchedPin>),
 }
 
-/// A pin to be told about.
+/// A pin, and where the guard finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WatchedPin {
     /// Names the pin.
@@ -364,12 +360,6 @@ struct AnnounceRecord {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct EndedRecord {
-    pin: U64,
-}
-
-#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
-#[repr(C)]
 struct WatchRecord {
     count: U32,
     reserved: U32,
@@ -381,6 +371,26 @@ struct WatchedPinRecord {
     pin: U64,
     device: U64,
     inode: U64,
+}
+
+impl WatchedPin {
+    fn to_wire(self) -> WatchedPinRecord {
+        WatchedPinRecord {
+            pin: self.pin.into(),
+            device: self.device.into(),
+            inode: self.inode.into(),
+        }
+    }
+}
+
+impl From<WatchedPinRecord> for WatchedPin {
+    fn from(record: WatchedPinRecord) -> Self {
+        Self {
+            pin: record.pin.get(),
+            device: record.device.get(),
+            inode: record.inode.get(),
+        }
+    }
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -543,11 +553,9 @@ impl Request {
             | Self::Query
             | Self::Announce { .. }
             | Self::Allocate(_) => 1,
-            Self::Hello { .. }
-            | Self::Swapped
-            | Self::Status
-            | Self::Ended { .. }
-            | Self::Watch(_) => 0,
+            Self::Hello { .. } | Self::Swapped | Self::Status | Self::Ended(_) | Self::Watch(_) => {
+                0
+            }
         }
     }
 
@@ -583,7 +591,7 @@ impl Request {
                 };
                 message(kind::ANNOUNCE, &record, &[])
             }
-            Self::Ended { pin } => message(kind::ENDED, &EndedRecord { pin: (*pin).into() }, &[]),
+            Self::Ended(pin) => message(kind::ENDED, &pin.to_wire(), &[]),
             Self::Allocate(request) => {
                 let record = AllocateRecord {
                     pin: request.pin.into(),
@@ -645,10 +653,8 @@ impl Request {
                 }
             }
             kind::ENDED => {
-                let record: EndedRecord = body.only()?;
-                Self::Ended {
-                    pin: record.pin.get(),
-                }
+                let record: WatchedPinRecord = body.only()?;
+                Self::Ended(record.into())
             }
             kind::ALLOCATE => {
                 let record: AllocateRecord = body.only()?;
@@ -745,12 +751,7 @@ fn encode_watch(pins: &[WatchedPin]) -> Vec<u8> {
     };
     let mut tail = Vec::new();
     for pin in named {
-        let record = WatchedPinRecord {
-            pin: pin.pin.into(),
-            device: pin.device.into(),
-            inode: pin.inode.into(),
-        };
-        tail.extend_from_slice(record.as_bytes());
+        tail.extend_from_slice(pin.to_wire().as_bytes());
     }
     message(kind::WATCH, &record, &tail)
 }
@@ -760,11 +761,7 @@ fn decode_watch(body: Body<'_>) -> Result<Vec<WatchedPin>, DecodeError> {
     let mut pins = Vec::new();
     for _ in 0..record.count.get() {
         let record: WatchedPinRecord = rest.record()?;
-        pins.push(WatchedPin {
-            pin: record.pin.get(),
-            device: record.device.get(),
-            inode: record.inode.get(),
-        });
+        pins.push(record.into());
     }
     if rest.is_empty() {
         Ok(pins)
@@ -970,7 +967,9 @@ mod tests {
             Just(Request::Query),
             Just(Request::Status),
             any::<i32>().prop_map(|tid| Request::Announce { tid }),
-            any::<u64>().prop_map(|pin| Request::Ended { pin }),
+            any::<(u64, u64, u64)>().prop_map(|(pin, device, inode)| {
+                Request::Ended(WatchedPin { pin, device, inode })
+            }),
             proptest::collection::vec(any::<(u64, u64, u64)>(), 0..9).prop_map(|pins| {
                 let pins = pins.into_iter();
                 let watched = pins.map(|(pin, device, inode)| WatchedPin { pin, device, inode });

@@ -29,6 +29,7 @@ mod programs;
 mod random;
 mod segments;
 mod service;
+mod states;
 mod stuck;
 mod tripwire;
 mod world;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
     trials.extend(cli::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(tripwire::trials(&world));
+    trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
     trials.extend(hammer::trials(&world));

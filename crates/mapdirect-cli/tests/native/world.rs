@@ -55,6 +55,7 @@ pub fn roles() -> Vec<Role> {
         ("hammer", mapdirect_testkit::hammer::play),
         ("overlay", mapdirect_testkit::overlay::play),
         ("dump-core", crate::writers::play_dump_core),
+        ("forked", crate::states::play_forked),
     ]
 }
 
