@@ -92,23 +92,23 @@ impl Child {
             )
         };
         if pid == 0 {
-            // SAFETY: as above; the arguments are numbers, and `errno` is that
-            // of the copied thread.
-            unsafe {
-                let kill = libc::c_long::from(libc::SIGKILL);
-                libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, kill, 0, 0, 0);
-                // Its parent may have ended before that.
-                let status = if libc::syscall(libc::SYS_getppid) != libc::c_long::from(parent) {
-                    libc::EINTR
-                } else if libc::syscall(libc::SYS_fallocate, fd, mode, offset, length) < 0 {
-                    *libc::__errno_location()
-                } else {
-                    0
-                };
-                libc::syscall(libc::SYS_exit_group, libc::c_long::from(status));
-                // Not reached.
-                libc::abort();
-            }
+            let kill = libc::c_long::from(libc::SIGKILL);
+            // SAFETY: takes numbers.
+            unsafe { libc::syscall(libc::SYS_prctl, libc::PR_SET_PDEATHSIG, kill, 0, 0, 0) };
+            // SAFETY: takes nothing.
+            let is_orphan =
+                unsafe { libc::syscall(libc::SYS_getppid) } != libc::c_long::from(parent);
+            // It may have been one before it asked to be killed then.
+            let status = if is_orphan {
+                libc::EINTR
+            // SAFETY: takes numbers, computed before.
+            } else if unsafe { libc::syscall(libc::SYS_fallocate, fd, mode, offset, length) } < 0 {
+                last_errno().raw_os_error()
+            } else {
+                0
+            };
+            // SAFETY: ends the process; runs nothing of the parent's.
+            unsafe { libc::_exit(status) }
         }
         let pid = i32::try_from(pid).map_err(|_| Errno::OVERFLOW)?;
         checked(if pid < 0 { -1 } else { 0 })?;

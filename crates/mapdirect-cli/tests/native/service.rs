@@ -619,11 +619,8 @@ pub fn play_crowd(arguments: &[String]) -> Result<()> {
     for uid in USERS {
         become_user(uid)?;
         last = uid;
-        loop {
-            match greeted(path)? {
-                Some(socket) => held.push(socket),
-                None => break,
-            }
+        while let Some(socket) = greeted(path)? {
+            held.push(socket);
         }
         become_user(0)?;
     }

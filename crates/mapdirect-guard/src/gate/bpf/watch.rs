@@ -104,7 +104,7 @@ impl Held {
             let name = name.to_string_lossy().into_owned();
             let is_ours = name.starts_with(LINKS) || BPF_MAPS.contains(&name.as_str());
             if is_ours && !state.objects.contains_key(&name) {
-                let fd = bpf::get(&self.directory.join(&name))?;
+                let fd = bpf::get(self.directory.join(&name))?;
                 let id = bpf::id(&fd)?;
                 state.objects.insert(name, Object { fd, id });
             }
