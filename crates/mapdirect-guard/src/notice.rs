@@ -17,17 +17,9 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 
 /// Breaches kept for `mapdirect status`.
-#[cfg_attr(
-    not(test),
-    allow(dead_code, reason = "for whoever watches pins and gate")
-)]
 const RECENT: usize = 64;
 /// Breaches kept with each pin, for a holder that asks later: the first ones,
 /// since it is the first that ends the promise.
-#[cfg_attr(
-    not(test),
-    allow(dead_code, reason = "for whoever watches pins and gate")
-)]
 const OF_A_PIN: usize = 4;
 /// Notices kept for whoever runs the guard, until they are printed.
 const UNTOLD: usize = 1024;
@@ -178,10 +170,6 @@ impl Notices {
     /// Records that blocks of a pin are not what they were, and tells its
     /// holder. The inode, the pin and the path are filled in here, the path
     /// only if `breach` has none.
-    #[cfg_attr(
-        not(test),
-        allow(dead_code, reason = "for whoever watches pins and gate")
-    )]
     pub(crate) fn breach(&self, watched: &Watched, pin: &Pin, mut breach: Breach) {
         breach.pin = pin.id;
         (breach.device, breach.inode) = (watched.id.device(), watched.id.inode);
@@ -209,8 +197,8 @@ impl Notices {
 
     /// Records that nothing keeps a pin any more, and tells its holder; once.
     #[cfg_attr(
-        not(test),
-        allow(dead_code, reason = "for whoever watches pins and gate")
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
     )]
     pub(crate) fn lost(&self, pin: &Pin, why: &str) {
         let audiences = self.lock();
@@ -227,8 +215,8 @@ impl Notices {
 
     /// The same of every pin there is.
     #[cfg_attr(
-        not(test),
-        allow(dead_code, reason = "for whoever watches pins and gate")
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
     )]
     pub(crate) fn lost_all(&self, table: &Table, why: &str) {
         for watched in table.all() {
@@ -238,10 +226,6 @@ impl Notices {
         }
     }
 
-    #[cfg_attr(
-        not(test),
-        allow(dead_code, reason = "for whoever watches pins and gate")
-    )]
     fn tell(&self, audiences: &Audiences, notice: Notice) {
         if let Some(audience) = audiences.of.get(&notice.pin()) {
             for watcher in &audience.watchers {
