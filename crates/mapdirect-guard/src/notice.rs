@@ -196,10 +196,6 @@ impl Notices {
     }
 
     /// Records that nothing keeps a pin any more, and tells its holder; once.
-    #[cfg_attr(
-        all(not(feature = "bpf"), not(test)),
-        expect(dead_code, reason = "for the bpf gate")
-    )]
     pub(crate) fn lost(&self, pin: &Pin, why: &str) {
         let audiences = self.lock();
         {
