@@ -49,7 +49,7 @@ pub enum Command {
     /// status 1 and says what is missing. Of capabilities it needs CAP_SYS_ADMIN,
     /// CAP_SYS_PTRACE, CAP_DAC_OVERRIDE and CAP_SETUID, all in the initial user
     /// namespace; with the fanotify gate also CAP_LEASE, with the bpf gate also
-    /// CAP_DAC_READ_SEARCH.
+    /// CAP_DAC_READ_SEARCH and CAP_SYSLOG.
     ///
     /// SIGHUP has it read again what it was told by files, which is nothing yet,
     /// and say so. SIGQUIT, SIGUSR1 and SIGUSR2 do nothing.

@@ -7,7 +7,7 @@ use crate::StartError;
 use mapdirect_proto::Gate;
 use mapdirect_sys::capget::{
     CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_LEASE, CAP_SETUID, CAP_SYS_ADMIN, CAP_SYS_PTRACE,
-    contains, effective,
+    CAP_SYSLOG, contains, effective,
 };
 use mapdirect_sys::proc;
 
@@ -23,7 +23,7 @@ struct Need {
 
 /// Found by trying: with these a guard does all it should, and without any one
 /// of them something fails, on Linux 6.18 (fanotify) and 6.12 (bpf).
-const NEEDS: [Need; 6] = [
+const NEEDS: [Need; 7] = [
     Need {
         capability: CAP_SYS_ADMIN,
         name: "CAP_SYS_ADMIN",
@@ -49,6 +49,13 @@ const NEEDS: [Need; 6] = [
         capability: CAP_DAC_READ_SEARCH,
         name: "CAP_DAC_READ_SEARCH",
         purpose: "to find the files of pins that an earlier guard has left",
+        fanotify: false,
+        bpf: true,
+    },
+    Need {
+        capability: CAP_SYSLOG,
+        name: "CAP_SYSLOG",
+        purpose: "to know where the kernel's functions are",
         fanotify: false,
         bpf: true,
     },

@@ -8,6 +8,8 @@ const VERSION_3: u32 = 0x2008_0522;
 pub const CAP_LINUX_IMMUTABLE: u32 = 9;
 /// `CAP_DAC_OVERRIDE`: every file can be opened.
 pub const CAP_DAC_OVERRIDE: u32 = 1;
+/// `CAP_SYSLOG`: addresses of the kernel's functions are told.
+pub const CAP_SYSLOG: u32 = 34;
 /// `CAP_DAC_READ_SEARCH`: every file can be read, and opened by its handle.
 pub const CAP_DAC_READ_SEARCH: u32 = 2;
 /// `CAP_SETUID`: acting on behalf of another user.
