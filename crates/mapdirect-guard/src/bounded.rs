@@ -67,15 +67,18 @@ impl Stuck {
 fn hangs_for_execve(tid: i32, pid: i32) -> bool {
     // In this order: a process that has one thread while a look waits has had
     // one ever since that began to wait, unless it got further.
-    let alone = || {
-        proc::numbers_in(&format!("/proc/{pid}/task")).is_ok_and(|threads| threads.len() == 1)
-    };
+    let alone =
+        || proc::numbers_in(&format!("/proc/{pid}/task")).is_ok_and(|threads| threads.len() == 1);
     let waits = || {
         proc::sleeps_in(tid).is_ok_and(|function| {
             function.is_some_and(|function| {
                 matches!(
                     function.as_str(),
-                    "lock_trace" | "mm_access" | "proc_pid_syscall" | "proc_pid_stack" | "kcmp_lock"
+                    "lock_trace"
+                        | "mm_access"
+                        | "proc_pid_syscall"
+                        | "proc_pid_stack"
+                        | "kcmp_lock"
                 ) || function.starts_with("down_read_killable")
                     || function.starts_with("rwsem_down_read")
             })

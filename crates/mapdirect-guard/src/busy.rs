@@ -16,6 +16,7 @@
 //!
 //! [`suspicion`]: crate::suspicion
 
+use crate::Errno;
 use crate::bounded::{self, Looking, Stuck, within};
 use crate::gate::classify::{self, classify_open};
 use crate::listeners;
@@ -112,11 +113,15 @@ impl Run {
 
 /// The functions on a thread's stack, if it can be told that all of them are
 /// there and that it did not run while they were read.
-fn exact_stack(tid: i32) -> Option<String> {
+///
+/// # Errors
+///
+/// The thread is gone, or must not be looked at.
+fn exact_stack(tid: i32) -> Result<Option<String>, Errno> {
     let asleep = || matches!(proc::sleeps_in(tid), Ok(Some(_)));
     for _ in 0..3 {
         let before: Option<Runs> = proc::runs(tid).ok();
-        let stack = proc::read_task_file(tid, "stack").ok()?;
+        let stack = proc::read_task_file(tid, "stack")?;
         let sleeps = asleep();
         let after = proc::runs(tid).ok();
         let functions: Vec<&str> = proc::stack_functions(&stack).collect();
@@ -127,14 +132,14 @@ fn exact_stack(tid: i32) -> Option<String> {
         let is_readable = sleeps || cfg!(target_arch = "x86_64");
         let is_whole = classify::is_whole(&functions) || sleeps && !functions.is_empty();
         if before.is_some() && before == after && is_readable && is_whole {
-            return Some(stack);
+            return Ok(Some(stack));
         }
         if before.is_none() {
             // What cannot be counted must sleep all the while.
-            return (asleep() && sleeps && is_whole).then_some(stack);
+            return Ok((asleep() && sleeps && is_whole).then_some(stack));
         }
     }
-    None
+    Ok(None)
 }
 
 /// Takes a thread's processor away from it for a moment, so that its stack can
@@ -149,7 +154,7 @@ fn visit(tid: i32) -> Option<String> {
     there.set(processor);
     sched_setaffinity(None, &there).ok()?;
     // We are there, so it is not.
-    let stack = exact_stack(tid);
+    let stack = exact_stack(tid).ok().flatten();
     let _ = sched_setaffinity(None, &home);
     stack
 }
@@ -167,13 +172,13 @@ fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) -> Seen {
     }
     /// It was given time to sleep, or to give way, by itself.
     const LOOKS_FROM_AFAR: u32 = 3;
-    let stack = exact_stack(tid).or_else(|| (looks >= LOOKS_FROM_AFAR).then(|| visit(tid))?);
+    // It is gone; or it has privileges that this process lacks.
+    let Ok(stack) = exact_stack(tid) else {
+        return Seen::Innocent;
+    };
+    let stack = stack.or_else(|| (looks >= LOOKS_FROM_AFAR).then(|| visit(tid))?);
     let Some(stack) = stack else {
-        return if proc::sleeps_in(tid).is_err() {
-            Seen::Innocent
-        } else {
-            Seen::Running(Run::of(tid).unwrap_or(Run::ENDLESS))
-        };
+        return Seen::Running(Run::of(tid).unwrap_or(Run::ENDLESS));
     };
     let functions: Vec<&str> = proc::stack_functions(&stack).collect();
     let found = judge(look_for, &functions, subject.prefix);
@@ -479,11 +484,7 @@ impl Quiet<'_> {
     /// each has been looked at often enough. Those that begin later are not
     /// waited for: they meet a closed gate. Nor are those that `held` names:
     /// they have not passed it.
-    fn wait_for(
-        &self,
-        look_for: LookFor,
-        mut suspects: Vec<Suspect>,
-    ) -> Result<Vec<Busy>, Stuck> {
+    fn wait_for(&self, look_for: LookFor, mut suspects: Vec<Suspect>) -> Result<Vec<Busy>, Stuck> {
         let begun = Instant::now();
         let mut facts = Facts::default();
         let mut looks = 0;
@@ -669,7 +670,8 @@ mod tests {
         let (tell, told) = std::sync::mpsc::channel();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+                tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                    .unwrap();
                 while !over.load(SeqCst) {
                     std::hint::spin_loop();
                 }
@@ -679,7 +681,10 @@ mod tests {
             over.store(true, SeqCst);
             let stack = seen.unwrap();
             let functions: Vec<&str> = proc::stack_functions(&stack).collect();
-            assert_eq!(judge(LookFor::Changes, &functions, Prefix("")), Finding::Nothing);
+            assert_eq!(
+                judge(LookFor::Changes, &functions, Prefix("")),
+                Finding::Nothing
+            );
         });
     }
 
@@ -691,17 +696,20 @@ mod tests {
         let (release, released) = std::sync::mpsc::channel::<()>();
         let (tell, told) = std::sync::mpsc::channel();
         let sleeper = std::thread::spawn(move || {
-            tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
             let _ = released.recv();
         });
         let tid = told.recv().unwrap();
         let stack = (0..1000).find_map(|_| {
             std::thread::sleep(Duration::from_millis(1));
-            exact_stack(tid).filter(|stack| stack.contains("futex"))
+            exact_stack(tid)
+                .unwrap()
+                .filter(|stack| stack.contains("futex"))
         });
         assert!(stack.is_some());
         drop(release);
         sleeper.join().unwrap();
-        assert!(exact_stack(tid).is_none());
+        assert!(exact_stack(tid).is_err());
     }
 }

@@ -18,6 +18,7 @@ mod apart;
 mod audit;
 mod bounded;
 mod busy;
+mod exports;
 mod gate;
 mod grant;
 pub mod ledger;
@@ -54,6 +55,7 @@ pub(crate) struct Guard {
     own: table::OwnOpens,
     audit: audit::Audit,
     overlays: overlay::Overlays,
+    exports: exports::Exports,
     scans: busy::Scans,
     pages: apart::Pages,
     clients: AtomicUsize,
@@ -76,6 +78,7 @@ impl Guard {
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
             overlays: overlay::Overlays::default(),
+            exports: exports::Exports::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
             clients: AtomicUsize::new(0),

@@ -389,7 +389,10 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
     found.unseen
         || found.in_flight.contains(&pin.pid)
         || found.marked.iter().any(|opener| opener.writable)
-        || found.writable_mappings.iter().any(|(_, bytes)| is_mapped(bytes))
+        || found
+            .writable_mappings
+            .iter()
+            .any(|(_, bytes)| is_mapped(bytes))
 }
 
 /// Whether the lock on a pin's byte may be somebody else's: its holder is gone,

@@ -105,9 +105,15 @@ mod tests {
         assert!(asked(above));
         let elsewhere = "fanotify ino:83 sdev:700004 mflags:0 mask:100000 ignored_mask:0\n";
         assert!(!asked(elsewhere));
-        assert!(asked("fanotify sdev:700003 mflags:0 mask:10000 ignored_mask:0\n"));
-        assert!(!asked("fanotify mnt_id:1f mflags:0 mask:10000 ignored_mask:0\n"));
-        assert!(may_be_asked("fanotify mnt_id:1f mask:10000\n", id, |_| None));
+        assert!(asked(
+            "fanotify sdev:700003 mflags:0 mask:10000 ignored_mask:0\n"
+        ));
+        assert!(!asked(
+            "fanotify mnt_id:1f mflags:0 mask:10000 ignored_mask:0\n"
+        ));
+        assert!(may_be_asked("fanotify mnt_id:1f mask:10000\n", id, |_| {
+            None
+        }));
         assert!(asked("fanotify mask:10000\n"), "of no known form");
         assert!(!asked("fanotify \nfanotify ino:zz\n\n"));
     }

@@ -5,6 +5,7 @@
 //! swapped in whole. Changes are made by grants and by the lifetime thread.
 
 use crate::apart::Held;
+use crate::grant::pending::Queue;
 use crate::ledger::{PinSet, Ranged};
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
@@ -196,7 +197,9 @@ impl Pin {
     /// Whether its holders have closed their end of the pipe it lives by, if
     /// it does.
     pub(crate) fn is_let_go(&self) -> Option<bool> {
-        self.life.get().map(|life| crate::wake::has_hung_up(life.as_fd()))
+        self.life
+            .get()
+            .map(|life| crate::wake::has_hung_up(life.as_fd()))
     }
 
     /// Whether it is still held; `file` is a description of the file that is
@@ -286,6 +289,8 @@ pub(crate) struct Watched {
     announced: ArcSwap<Vec<Arc<Announcement>>>,
     /// Refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
+    /// Who waits for a grant.
+    pub(crate) queue: Queue,
     grant: Mutex<GrantState>,
 }
 
@@ -319,6 +324,7 @@ impl Watched {
             refuse_opens: AtomicBool::new(false),
             announced: ArcSwap::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
+            queue: Queue::default(),
             grant: Mutex::default(),
         }
     }

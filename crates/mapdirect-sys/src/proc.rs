@@ -593,14 +593,19 @@ mod tests {
         let (tell, told) = std::sync::mpsc::channel();
         let (release, released) = std::sync::mpsc::channel::<()>();
         let sleeper = std::thread::spawn(move || {
-            tell.send(rustix::thread::gettid().as_raw_nonzero().get()).unwrap();
+            tell.send(rustix::thread::gettid().as_raw_nonzero().get())
+                .unwrap();
             let _ = released.recv();
         });
         let tid = told.recv().unwrap();
         for _ in 0..5000 {
             // A kernel without symbols, or one that does not let us look.
             let own = rustix::process::geteuid().is_root();
-            if !own || sleeps_in(tid).unwrap().is_some_and(|name| name.starts_with("futex")) {
+            if !own
+                || sleeps_in(tid)
+                    .unwrap()
+                    .is_some_and(|name| name.starts_with("futex"))
+            {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
@@ -617,7 +622,10 @@ mod tests {
 
     #[test]
     fn how_much_a_thread_has_run() {
-        let runs = Runs { time: 57, times: 28 };
+        let runs = Runs {
+            time: 57,
+            times: 28,
+        };
         assert_eq!(parse_runs("57 954 28\n"), Some(runs));
         for text in ["", "0 0 0\n", "1 2", "a b c"] {
             assert_eq!(parse_runs(text), None, "{text:?}");

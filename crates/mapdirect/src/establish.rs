@@ -82,9 +82,8 @@ pub(crate) fn establish(
     // Behind the description come the extents, if they are not in the message,
     // and what the pin lives by, if the description does not do for that.
     let is_sealed = granted.extents.is_empty() && granted.extent_count > 0;
-    let more_than = |count: usize, fds: &mut Vec<OwnedFd>| {
-        (fds.len() > count).then(|| fds.pop()).flatten()
-    };
+    let more_than =
+        |count: usize, fds: &mut Vec<OwnedFd>| (fds.len() > count).then(|| fds.pop()).flatten();
     let life = more_than(1 + usize::from(is_sealed), &mut fds);
     let extents = more_than(1, &mut fds);
     let file = fds.pop().ok_or_else(unexpected)?;

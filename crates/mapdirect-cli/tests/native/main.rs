@@ -27,6 +27,7 @@ mod prepare;
 mod programs;
 mod random;
 mod segments;
+mod strangers;
 mod stuck;
 mod world;
 
@@ -65,11 +66,13 @@ fn main() -> ExitCode {
     trials.extend(cli::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
+    trials.extend(strangers::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system:
     // these come alone, behind all others.
     // So do a second guard's programs, which judge by what it knows.
     let mut alone = stuck::trials(&world);
+    alone.extend(strangers::alone(&world));
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));
         arguments.test_threads = Some(1);

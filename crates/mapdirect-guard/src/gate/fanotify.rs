@@ -339,9 +339,7 @@ impl Server<'_> {
             classify::classify(&asked, &descriptors)
         };
         let verdict = judge_announced(&watched, event.tid, operation.kind, late)
-            .unwrap_or_else(|| {
-                self.judge(&watched, event.tid, &operation, size, file, late)
-            });
+            .unwrap_or_else(|| self.judge(&watched, event.tid, &operation, size, file, late));
         if verdict == Verdict::Refuse {
             self.note(&watched, event, &operation);
         }
