@@ -8,8 +8,8 @@
 //! is a suspect; whoever does anything else is none, however long it takes.
 //!
 //! A thread is looked at in two steps. The function it sleeps in
-//! (`/proc/<tid>/wchan`) can always be read and mostly settles it. Otherwise
-//! its stack does, and that only counts if the thread did not run while it was
+//! (`/proc/<tid>/wchan`) is exact, and mostly settles it. Otherwise its stack
+//! does, and that only counts if the thread did not run while it was
 //! read. A thread on a processor has no stack that could be read: where it
 //! matters whoever looks goes to that processor, and so takes it away from the
 //! thread for a moment.
@@ -25,8 +25,8 @@ use crate::suspicion::{self, Finding, LookFor, Prefix, judge};
 use crate::table::InodeId;
 use crate::thaw;
 use crate::wake::Backoff;
-use mapdirect_sys::kcmp;
 use mapdirect_sys::proc::{self, Runs, SyscallState};
+use mapdirect_sys::{kcmp, proc_locks};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -302,6 +302,7 @@ impl Suspect {
                     Finding::May(doing)
                     | Finding::MayByDescriptor(doing)
                     | Finding::IfFrozen(doing)
+                    | Finding::IfLeased(doing)
                     | Finding::IfWatched(doing),
                 ) => doing,
                 Seen::Running(_) | Seen::Innocent | Seen::At(Finding::Nothing) => "running",
@@ -502,6 +503,7 @@ impl Quiet<'_> {
             suspects.retain(|suspect| match suspect.seen {
                 Seen::At(Finding::IfFrozen(_)) if asks => facts.is_frozen(self),
                 Seen::At(Finding::IfWatched(_)) if asks => facts.is_watched(self),
+                Seen::At(Finding::IfLeased(_)) => is_leased(self.id),
                 _ => true,
             });
             looks += 1;
@@ -512,6 +514,19 @@ impl Quiet<'_> {
         }
         Ok(suspects.into_iter().map(Suspect::into_busy).collect())
     }
+}
+
+/// Whether there is a lease on an inode that somebody could wait for. Yes, if
+/// that cannot be told.
+fn is_leased(id: InodeId) -> bool {
+    let device = id.device();
+    proc_locks::read_all().map_or(true, |locks| {
+        locks.iter().any(|lock| {
+            lock.kind == proc_locks::Kind::Lease
+                && lock.inode == id.inode
+                && (lock.major, lock.minor) == (device.major, device.minor)
+        })
+    })
 }
 
 /// What is asked once at most for a wait.

@@ -94,9 +94,9 @@ pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
 /// the scheduler's own and without suffixes the compiler adds; nothing if it
 /// runs or waits for a processor.
 ///
-/// It takes no lock that anybody else can hold, and it is exact: the kernel
-/// reads it while it keeps the thread from waking up (`get_wchan`,
-/// kernel/sched/core.c).
+/// It is exact: the kernel reads it while it keeps the thread from waking up
+/// (`get_wchan`, kernel/sched/core.c). Like the stack it cannot be read while
+/// the process is in the middle of `execve(2)` (seen on 6.18).
 ///
 /// # Errors
 ///

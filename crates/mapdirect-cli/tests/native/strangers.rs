@@ -36,7 +36,6 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("before-an-empty-pipe", before_an_empty_pipe),
             ("send-from-an-empty-pipe", send_from_an_empty_pipe),
             ("copying-to-nowhere", copying_to_nowhere),
-            ("many-descriptors", many_descriptors),
             ("unanswered-setattr", unanswered_setattr),
             ("a-listener-that-stopped", a_listener_that_stopped),
             ("locks-of-readers", locks_of_readers),
@@ -51,7 +50,16 @@ pub fn trials(world: &World) -> Vec<Trial> {
 
 /// Those that make whoever looks at all processes wait.
 pub fn alone(world: &World) -> Vec<Trial> {
-    vec![world.trial("strangers::unanswered-flush", unanswered_flush)]
+    // A descriptor in flight anywhere may be one of a file that readers have
+    // open, too.
+    let many = kinds(&[Kind::XFS, Kind::EXT4]);
+    let mut trials = world.trials(
+        "strangers",
+        &many,
+        &[("many-descriptors", many_descriptors)],
+    );
+    trials.push(world.trial("strangers::unanswered-flush", unanswered_flush));
+    trials
 }
 
 /// This program as somebody without any privilege, in another role.
@@ -557,9 +565,9 @@ fn locks_keep_no_pin(world: &World, kind: Kind, how: &str) {
         let path = written(&disk, &format!("strangers-lock-{how}-{whose}"), 1 << 20);
         let file = how == "map";
         let file = file.then(|| open(&path));
-        let reader = File::open(&path).unwrap();
         let client = guard.client();
         let held = file.as_ref().map(|file| map(&client, file, 0..65536));
+        let reader = File::open(&path).unwrap();
         let pinned = held.is_none().then(|| pin(&client, &reader, 0..65536));
         let id = client.pinned_ranges(&reader).unwrap()[0].pin.to_string();
         let mut reading = stranger(&["lock", path.to_str().unwrap(), &id, whose]);
