@@ -91,6 +91,15 @@ impl Run {
         })
     }
 
+    /// This one, or `later` if nothing could be read for this one.
+    fn or(self, later: Self) -> Self {
+        if self.all == Self::ENDLESS.all {
+            later
+        } else {
+            self
+        }
+    }
+
     /// Whether a thread has got out of what it may have been in the middle of,
     /// by what it has run since.
     fn is_over(self, tid: i32, look_for: LookFor) -> bool {
@@ -176,8 +185,14 @@ fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) -> Seen {
     let Ok(stack) = exact_stack(tid) else {
         return Seen::Innocent;
     };
-    let stack = stack.or_else(|| (looks >= LOOKS_FROM_AFAR).then(|| visit(tid))?);
+    let has_ended = || proc::has_ended(tid).unwrap_or(true);
+    let visits = looks >= LOOKS_FROM_AFAR && stack.is_none() && !has_ended();
+    let stack = stack.or_else(|| visits.then(|| visit(tid))?);
     let Some(stack) = stack else {
+        // What has ended has no stack any more, and is not collected yet.
+        if has_ended() {
+            return Seen::Innocent;
+        }
         return Seen::Running(Run::of(tid).unwrap_or(Run::ENDLESS));
     };
     let functions: Vec<&str> = proc::stack_functions(&stack).collect();
@@ -282,8 +297,9 @@ impl Suspect {
             (Seen::Running(had), Seen::Running(_)) if had.is_over(self.tid, look_for) => {
                 return None;
             }
-            // What counts is what it had run at first.
-            (Seen::Running(had), Seen::Running(_)) => Seen::Running(had),
+            // What counts is what it had run when that could be read first: one
+            // that never ran has no count.
+            (Seen::Running(had), Seen::Running(now)) => Seen::Running(had.or(now)),
             (_, seen) => seen,
         };
         Some(Self {
@@ -701,6 +717,33 @@ mod tests {
                 Finding::Nothing
             );
         });
+    }
+
+    /// A process that nobody has collected yet is in the middle of nothing.
+    #[test]
+    fn what_has_ended_is_no_suspect() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        while !proc::has_ended(pid).unwrap() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let looks = [LookFor::Truncations, LookFor::Opens, LookFor::Changes];
+        for (look_for, looks) in looks.into_iter().zip(0..) {
+            let seen = look(look_for, subject(), pid, looks);
+            assert!(matches!(seen, Seen::Innocent), "{seen:?}");
+        }
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_was_not_counted_yet_counts_from_later() {
+        let later = Run { all: 7, outside: 1 };
+        assert_eq!(Run::ENDLESS.or(later).all, 7);
+        let had = Run { all: 5, outside: 1 };
+        assert_eq!(had.or(later).all, 5);
     }
 
     #[test]

@@ -155,6 +155,19 @@ pub fn ticks_outside(tid: i32) -> Result<u64> {
     parse_stat_field(&stat, 14).ok_or(Errno::INVAL)
 }
 
+/// Whether a thread has ended and is only there to be collected. It is past
+/// everything it could do to a file (`exit_notify` in `do_exit`,
+/// kernel/exit.c), and has no stack that could be read.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` for text of no known form.
+pub fn has_ended(tid: i32) -> Result<bool> {
+    let stat = read_task_file(tid, "stat")?;
+    let state: char = parse_stat_field(&stat, 3).ok_or(Errno::INVAL)?;
+    Ok(matches!(state, 'Z' | 'X'))
+}
+
 /// `/proc/self/fd/N` of a descriptor.
 pub(crate) fn own_fd_path(file: BorrowedFd<'_>) -> CString {
     let name = format!("/proc/self/fd/{}", file.as_raw_fd());
@@ -618,6 +631,7 @@ mod tests {
         let own = rustix::thread::gettid().as_raw_nonzero().get();
         assert_eq!(sleeps_in(own), Ok(None));
         assert!(processor(own).is_ok() && ticks_outside(own).is_ok());
+        assert_eq!(has_ended(own), Ok(false));
     }
 
     #[test]
