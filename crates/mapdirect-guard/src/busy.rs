@@ -17,7 +17,7 @@
 //! [`suspicion`]: crate::suspicion
 
 use crate::Errno;
-use crate::bounded::{self, Looking, Stuck, within};
+use crate::bounded::{self, Looking, Retries, Stuck, within};
 use crate::gate::classify::{self, classify_open};
 use crate::listeners;
 use crate::policy::OperationKind;
@@ -347,6 +347,7 @@ fn sweep(
         left: items,
         found: Vec::new(),
     }));
+    let retries = Retries::until(limit);
     loop {
         let shared = Arc::clone(&work);
         let looked = within(bounded::limit(limit), move |looking| {
@@ -360,7 +361,10 @@ fn sweep(
                     work.left.pop();
                 }
             }
-            Err(stuck) => return Err(stuck),
+            Err(stuck) => {
+                drop(work);
+                retries.once_more(stuck)?;
+            }
         }
     }
 }

@@ -869,7 +869,8 @@ impl Attempt<'_> {
             // Holders of pins may have theirs, and have been asked; so may
             // those who ask now.
             let is_holder = |opener: &Opener| {
-                pins.iter().any(|pin| pin.pid == opener.pid) || self.watched.queue.has(opener.pid)
+                pins.iter().any(|pin| pin.pid == opener.pid)
+                    || self.watched.queue.has(opener.pid, self.pin.pid)
             };
             found
                 .others

@@ -90,11 +90,10 @@ impl Queue {
         })
     }
 
-    /// Whether a process waits for a grant, and is behind the gate.
-    pub(crate) fn has(&self, pid: i32) -> bool {
-        self.all()
-            .iter()
-            .any(|pending| pending.pid == pid && pending.armed.get().is_some())
+    /// Whether a process other than `own` waits for a grant: where everybody
+    /// is behind the gate already, none of them has to come there.
+    pub(crate) fn has(&self, pid: i32, own: i32) -> bool {
+        pid != own && self.all().iter().any(|pending| pending.pid == pid)
     }
 }
 
