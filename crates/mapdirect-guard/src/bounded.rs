@@ -12,8 +12,8 @@
 //! `exec_update_lock` (`lock_trace`, fs/proc/base.c; `mm_access`,
 //! kernel/fork.c) waits for a process that is past `de_thread`: its one thread
 //! is in the middle of `execve(2)` and of nothing else. So
-//! [`is_in_execve`] looks at what the hanging thread of *ours* sleeps in,
-//! which no lock guards, and how many threads the process has. (Landlock takes
+//! [`Stuck::is_in_execve`] looks at what the hanging thread of *ours* sleeps in,
+//! and how many threads the process has. (Landlock takes
 //! the same lock in a process with other threads, from Linux 7.0: they count.)
 
 use mapdirect_sys::proc;
@@ -22,7 +22,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 /// Looks under way at any time, those that hang included.
-const MOST: usize = 64;
+const MOST: usize = 512;
 
 /// How much longer than somebody's patience a look may take, so that a busy
 /// processor is not taken for a process that cannot be looked at.
@@ -72,15 +72,21 @@ fn hangs_for_execve(tid: i32, pid: i32) -> bool {
     let waits = || {
         proc::sleeps_in(tid).is_ok_and(|function| {
             function.is_some_and(|function| {
-                matches!(
-                    function.as_str(),
-                    "lock_trace"
-                        | "mm_access"
-                        | "proc_pid_syscall"
-                        | "proc_pid_stack"
-                        | "kcmp_lock"
-                ) || function.starts_with("down_read_killable")
-                    || function.starts_with("rwsem_down_read")
+                // Inlined here and there: what reads a file of `/proc` or the
+                // name of a namespace, takes a look at memory, or compares
+                // descriptors.
+                let waits_in = [
+                    "lock_trace",
+                    "proc_pid_",
+                    "proc_ns_",
+                    "call_proc_get_link",
+                    "mm_access",
+                    "kcmp",
+                    "__do_sys_kcmp",
+                    "down_read_killable",
+                    "rwsem_down_read",
+                ];
+                waits_in.iter().any(|name| function.starts_with(name))
             })
         })
     };
@@ -113,10 +119,11 @@ impl Looking {
     /// The process is in the middle of `execve(2)`, and an earlier look hangs
     /// there: this one would as well.
     pub(crate) fn at(&self, pid: i32) -> Result<(), Stuck> {
+        // Noted even so: whoever takes this look all the same may hang there.
+        self.look.pid.store(pid, SeqCst);
         if self.looks.hangs_for_execve(pid) {
             return Err(Stuck { pid });
         }
-        self.look.pid.store(pid, SeqCst);
         Ok(())
     }
 
@@ -134,6 +141,32 @@ pub(crate) fn within<T: Send + 'static>(
     look: impl FnOnce(&Looking) -> T + Send + 'static,
 ) -> Result<T, Stuck> {
     LOOKS.within(limit, look)
+}
+
+/// Looks taken again when one was given up for an `execve(2)` that went on.
+///
+/// A program that is only just starting can make a look wait for a moment, too;
+/// when whoever gave it up asks again ([`Stuck::is_in_execve`]) that may be over.
+#[derive(Debug)]
+pub(crate) struct Retries(Instant);
+
+impl Retries {
+    pub(crate) fn until(limit: Instant) -> Self {
+        Self(limit)
+    }
+
+    /// Waits a moment before the next look.
+    ///
+    /// # Errors
+    ///
+    /// `stuck`, if there is no time for another.
+    pub(crate) fn once_more(&self, stuck: Stuck) -> Result<(), Stuck> {
+        if Instant::now() >= self.0 || stuck.pid <= 0 {
+            return Err(stuck);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+        Ok(())
+    }
 }
 
 /// The limit of a look for somebody who is patient until `deadline`.

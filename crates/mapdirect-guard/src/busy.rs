@@ -8,15 +8,16 @@
 //! is a suspect; whoever does anything else is none, however long it takes.
 //!
 //! A thread is looked at in two steps. The function it sleeps in
-//! (`/proc/<tid>/wchan`) can always be read and mostly settles it. Otherwise
-//! its stack does, and that only counts if the thread did not run while it was
+//! (`/proc/<tid>/wchan`) is exact, and mostly settles it. Otherwise its stack
+//! does, and that only counts if the thread did not run while it was
 //! read. A thread on a processor has no stack that could be read: where it
 //! matters whoever looks goes to that processor, and so takes it away from the
 //! thread for a moment.
 //!
 //! [`suspicion`]: crate::suspicion
 
-use crate::bounded::{self, Looking, Stuck, within};
+use crate::Errno;
+use crate::bounded::{self, Looking, Retries, Stuck, within};
 use crate::gate::classify::{self, classify_open};
 use crate::listeners;
 use crate::policy::OperationKind;
@@ -24,8 +25,8 @@ use crate::suspicion::{self, Finding, LookFor, Prefix, judge};
 use crate::table::InodeId;
 use crate::thaw;
 use crate::wake::Backoff;
-use mapdirect_sys::kcmp;
 use mapdirect_sys::proc::{self, Runs, SyscallState};
+use mapdirect_sys::{kcmp, proc_locks};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -90,6 +91,15 @@ impl Run {
         })
     }
 
+    /// This one, or `later` if nothing could be read for this one.
+    fn or(self, later: Self) -> Self {
+        if self.all == Self::ENDLESS.all {
+            later
+        } else {
+            self
+        }
+    }
+
     /// Whether a thread has got out of what it may have been in the middle of,
     /// by what it has run since.
     fn is_over(self, tid: i32, look_for: LookFor) -> bool {
@@ -112,11 +122,15 @@ impl Run {
 
 /// The functions on a thread's stack, if it can be told that all of them are
 /// there and that it did not run while they were read.
-fn exact_stack(tid: i32) -> Option<String> {
+///
+/// # Errors
+///
+/// The thread is gone, or must not be looked at.
+fn exact_stack(tid: i32) -> Result<Option<String>, Errno> {
     let asleep = || matches!(proc::sleeps_in(tid), Ok(Some(_)));
     for _ in 0..3 {
         let before: Option<Runs> = proc::runs(tid).ok();
-        let stack = proc::read_task_file(tid, "stack").ok()?;
+        let stack = proc::read_task_file(tid, "stack")?;
         let sleeps = asleep();
         let after = proc::runs(tid).ok();
         let functions: Vec<&str> = proc::stack_functions(&stack).collect();
@@ -127,14 +141,14 @@ fn exact_stack(tid: i32) -> Option<String> {
         let is_readable = sleeps || cfg!(target_arch = "x86_64");
         let is_whole = classify::is_whole(&functions) || sleeps && !functions.is_empty();
         if before.is_some() && before == after && is_readable && is_whole {
-            return Some(stack);
+            return Ok(Some(stack));
         }
         if before.is_none() {
             // What cannot be counted must sleep all the while.
-            return (asleep() && sleeps && is_whole).then_some(stack);
+            return Ok((asleep() && sleeps && is_whole).then_some(stack));
         }
     }
-    None
+    Ok(None)
 }
 
 /// Takes a thread's processor away from it for a moment, so that its stack can
@@ -149,7 +163,7 @@ fn visit(tid: i32) -> Option<String> {
     there.set(processor);
     sched_setaffinity(None, &there).ok()?;
     // We are there, so it is not.
-    let stack = exact_stack(tid);
+    let stack = exact_stack(tid).ok().flatten();
     let _ = sched_setaffinity(None, &home);
     stack
 }
@@ -167,13 +181,19 @@ fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) -> Seen {
     }
     /// It was given time to sleep, or to give way, by itself.
     const LOOKS_FROM_AFAR: u32 = 3;
-    let stack = exact_stack(tid).or_else(|| (looks >= LOOKS_FROM_AFAR).then(|| visit(tid))?);
+    // It is gone; or it has privileges that this process lacks.
+    let Ok(stack) = exact_stack(tid) else {
+        return Seen::Innocent;
+    };
+    let has_ended = || proc::has_ended(tid).unwrap_or(true);
+    let visits = looks >= LOOKS_FROM_AFAR && stack.is_none() && !has_ended();
+    let stack = stack.or_else(|| visits.then(|| visit(tid))?);
     let Some(stack) = stack else {
-        return if proc::sleeps_in(tid).is_err() {
-            Seen::Innocent
-        } else {
-            Seen::Running(Run::of(tid).unwrap_or(Run::ENDLESS))
-        };
+        // What has ended has no stack any more, and is not collected yet.
+        if has_ended() {
+            return Seen::Innocent;
+        }
+        return Seen::Running(Run::of(tid).unwrap_or(Run::ENDLESS));
     };
     let functions: Vec<&str> = proc::stack_functions(&stack).collect();
     let found = judge(look_for, &functions, subject.prefix);
@@ -277,8 +297,9 @@ impl Suspect {
             (Seen::Running(had), Seen::Running(_)) if had.is_over(self.tid, look_for) => {
                 return None;
             }
-            // What counts is what it had run at first.
-            (Seen::Running(had), Seen::Running(_)) => Seen::Running(had),
+            // What counts is what it had run when that could be read first: one
+            // that never ran has no count.
+            (Seen::Running(had), Seen::Running(now)) => Seen::Running(had.or(now)),
             (_, seen) => seen,
         };
         Some(Self {
@@ -297,6 +318,7 @@ impl Suspect {
                     Finding::May(doing)
                     | Finding::MayByDescriptor(doing)
                     | Finding::IfFrozen(doing)
+                    | Finding::IfLeased(doing)
                     | Finding::IfWatched(doing),
                 ) => doing,
                 Seen::Running(_) | Seen::Innocent | Seen::At(Finding::Nothing) => "running",
@@ -325,6 +347,7 @@ fn sweep(
         left: items,
         found: Vec::new(),
     }));
+    let retries = Retries::until(limit);
     loop {
         let shared = Arc::clone(&work);
         let looked = within(bounded::limit(limit), move |looking| {
@@ -338,7 +361,10 @@ fn sweep(
                     work.left.pop();
                 }
             }
-            Err(stuck) => return Err(stuck),
+            Err(stuck) => {
+                drop(work);
+                retries.once_more(stuck)?;
+            }
         }
     }
 }
@@ -497,6 +523,7 @@ impl Quiet<'_> {
             suspects.retain(|suspect| match suspect.seen {
                 Seen::At(Finding::IfFrozen(_)) if asks => facts.is_frozen(self),
                 Seen::At(Finding::IfWatched(_)) if asks => facts.is_watched(self),
+                Seen::At(Finding::IfLeased(_)) => is_leased(self.id),
                 _ => true,
             });
             looks += 1;
@@ -507,6 +534,19 @@ impl Quiet<'_> {
         }
         Ok(suspects.into_iter().map(Suspect::into_busy).collect())
     }
+}
+
+/// Whether there is a lease on an inode that somebody could wait for. Yes, if
+/// that cannot be told.
+fn is_leased(id: InodeId) -> bool {
+    let device = id.device();
+    proc_locks::read_all().map_or(true, |locks| {
+        locks.iter().any(|lock| {
+            lock.kind == proc_locks::Kind::Lease
+                && lock.inode == id.inode
+                && (lock.major, lock.minor) == (device.major, device.minor)
+        })
+    })
 }
 
 /// What is asked once at most for a wait.
@@ -683,6 +723,33 @@ mod tests {
         });
     }
 
+    /// A process that nobody has collected yet is in the middle of nothing.
+    #[test]
+    fn what_has_ended_is_no_suspect() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        while !proc::has_ended(pid).unwrap() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let looks = [LookFor::Truncations, LookFor::Opens, LookFor::Changes];
+        for (look_for, looks) in looks.into_iter().zip(0..) {
+            let seen = look(look_for, subject(), pid, looks);
+            assert!(matches!(seen, Seen::Innocent), "{seen:?}");
+        }
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn what_was_not_counted_yet_counts_from_later() {
+        let later = Run { all: 7, outside: 1 };
+        assert_eq!(Run::ENDLESS.or(later).all, 7);
+        let had = Run { all: 5, outside: 1 };
+        assert_eq!(had.or(later).all, 5);
+    }
+
     #[test]
     fn a_thread_that_sleeps_is_read_exactly() {
         if !rustix::process::geteuid().is_root() {
@@ -698,11 +765,13 @@ mod tests {
         let tid = told.recv().unwrap();
         let stack = (0..1000).find_map(|_| {
             std::thread::sleep(Duration::from_millis(1));
-            exact_stack(tid).filter(|stack| stack.contains("futex"))
+            exact_stack(tid)
+                .unwrap()
+                .filter(|stack| stack.contains("futex"))
         });
         assert!(stack.is_some());
         drop(release);
         sleeper.join().unwrap();
-        assert!(exact_stack(tid).is_none());
+        assert!(exact_stack(tid).is_err());
     }
 }

@@ -10,6 +10,7 @@
 //! since the last proof, all of that holds, and what remains is to open a
 //! description, lock its byte and read the block map.
 
+use self::pending::{Queue, Turn};
 use crate::apart::{self, Held};
 use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
@@ -131,6 +132,7 @@ pub(crate) fn grant(
     owner: Sender,
     talk: &mut dyn Conversation,
 ) -> Result<Grant, Refusal> {
+    let mut file = file;
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
     // First of all: what is changed from here on is noticed.
@@ -144,10 +146,17 @@ pub(crate) fn grant(
             };
             Watched::new(judged.id, abilities, Arc::clone(&judged.path))
         });
-        let mut state = lock(&watched, patience)?;
+        let waiting = Queue::join(&watched, owner.pid);
+        let mut state = lock_meanwhile(&watched, patience, || {
+            if guard.gate.is_in_kernel() {
+                return Ok(());
+            }
+            waiting.step_aside(guard, &judged, &mut file, talk)
+        })?;
         if state.retired {
             continue;
         }
+        let turn = waiting.is_next();
         let pin = Arc::new(Pin::unsettled(
             guard.next_id(),
             judged.range.clone(),
@@ -168,6 +177,7 @@ pub(crate) fn grant(
             talk,
             file,
             life: None,
+            turn: Some(turn),
         };
         let result = if guard.gate.is_in_kernel() {
             attempt.run_in_kernel()
@@ -336,6 +346,20 @@ fn judge(guard: &Guard, request: &PinRequest, file: BorrowedFd<'_>) -> Result<Ju
             "unmount the overlay, or move the file out of its upper directory",
         ));
     }
+    if !guard.gate.is_in_kernel()
+        && let Some(directory) = guard.exports.of(id.dev)
+    {
+        return Err(refusal(
+            Reason::Filesystem,
+            Errno::OPNOTSUPP,
+            format!(
+                "its filesystem is exported by NFS for writing (at {}), and a client that sets a \
+                 file's size asks no gate of permission events",
+                proc::printable(&directory)
+            ),
+            "export it read-only, or use the bpf gate",
+        ));
+    }
     Ok(Judged {
         id,
         facts,
@@ -382,6 +406,15 @@ fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refus
 }
 
 fn lock(watched: &Watched, patience: Duration) -> Result<MutexGuard<'_, GrantState>, Refusal> {
+    lock_meanwhile(watched, patience, || Ok(()))
+}
+
+/// The same; `meanwhile` is done again and again while others have it.
+fn lock_meanwhile(
+    watched: &Watched,
+    patience: Duration,
+    mut meanwhile: impl FnMut() -> Result<(), Refusal>,
+) -> Result<MutexGuard<'_, GrantState>, Refusal> {
     // Another grant on the inode may rightly take as long as its patience.
     let mut backoff = Backoff::until(
         Instant::now() + patience + MOST_PATIENCE,
@@ -400,6 +433,7 @@ fn lock(watched: &Watched, patience: Duration) -> Result<MutexGuard<'_, GrantSta
                 "try again later",
             ));
         }
+        meanwhile()?;
         backoff.pause();
     }
 }
@@ -444,7 +478,18 @@ struct Attempt<'a> {
     file: OwnedFd,
     /// The holder's end of the pipe that the pin lives by, if it does.
     life: Option<OwnedFd>,
+    /// Who else asks for the same file.
+    turn: Option<Turn>,
 }
+
+/// What a description that takes another's place keeps of its flags.
+const KEPT_FLAGS: OFlags = OFlags::ACCMODE
+    .union(OFlags::APPEND)
+    .union(OFlags::DIRECT)
+    .union(OFlags::DSYNC)
+    .union(OFlags::SYNC)
+    .union(OFlags::NOATIME)
+    .union(OFlags::NONBLOCK);
 
 impl Attempt<'_> {
     fn run(&mut self) -> Result<(Granted, Option<OwnedFd>), Refusal> {
@@ -565,6 +610,9 @@ impl Attempt<'_> {
             if self.turn_openers_away()? {
                 continue;
             }
+            if self.only_those_who_wait()? {
+                return Ok(());
+            }
             tries += 1;
             let over = backoff.is_over() && tries >= LEAST_TRIES;
             if !self.judged.facts.reflink || over {
@@ -596,6 +644,34 @@ impl Attempt<'_> {
         }
         self.watched.refuse_opens.store(true, SeqCst);
         self.guard.gate.reconsider();
+        Ok(true)
+    }
+
+    /// Whether everybody who has the file open asks for a pin of it, too, and
+    /// has come behind the gate for that.
+    fn only_those_who_wait(&self) -> Result<bool, Refusal> {
+        let Some(turn) = self.turn.as_ref().filter(|turn| turn.bring_others()) else {
+            return Ok(false);
+        };
+        self.mark_own_description()?;
+        let harmless = |found: &Openers| {
+            found.hidden.is_empty()
+                && found.others.iter().all(|opener| {
+                    turn.queue().knows(opener)
+                        || !self.judged.facts.reflink && !opener.writable && opener.pid != 0
+                })
+        };
+        if !harmless(&self.openers(Some(self.mark))) {
+            return Ok(false);
+        }
+        // As beside readers: see `look_around`.
+        self.quietly(|quiet| quiet.wait_for_opens())?;
+        let again = self.openers(Some(self.mark));
+        if !harmless(&again) {
+            return Ok(false);
+        }
+        self.refuse_executed(&again)?;
+        self.quietly(|quiet| quiet.wait_for_changes())?;
         Ok(true)
     }
 
@@ -830,8 +906,12 @@ impl Attempt<'_> {
             }
             self.mark_own_description()?;
             let mut found = self.openers(Some(self.mark));
-            // Holders of pins may have theirs, and have been asked.
-            let is_holder = |opener: &Opener| pins.iter().any(|pin| pin.pid == opener.pid);
+            // Holders of pins may have theirs, and have been asked; so may
+            // those who ask now.
+            let is_holder = |opener: &Opener| {
+                pins.iter().any(|pin| pin.pid == opener.pid)
+                    || self.watched.queue.has(opener.pid, self.pin.pid)
+            };
             found.others.retain(|opener| opener.writable);
             let explained = self.judged.is_writable()
                 || pins.iter().any(|pin| pin.id != self.pin.id)
@@ -876,14 +956,7 @@ impl Attempt<'_> {
     fn replace_description(&mut self) -> Result<(), Refusal> {
         // The old description is marked by a lock that goes when it does.
         self.mark_own_description()?;
-        let kept = OFlags::ACCMODE
-            | OFlags::APPEND
-            | OFlags::DIRECT
-            | OFlags::DSYNC
-            | OFlags::SYNC
-            | OFlags::NOATIME
-            | OFlags::NONBLOCK;
-        let replacement = self.reopen(self.judged.open_flags & kept)?;
+        let replacement = self.reopen(self.judged.open_flags & KEPT_FLAGS)?;
         let position = rustix::fs::seek(&self.file, SeekFrom::Current(0))
             .and_then(|at| rustix::fs::seek(&replacement, SeekFrom::Start(at)));
         position.map_err(|errno| system("lseek", errno))?;
@@ -1445,5 +1518,6 @@ pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedR
 pub(crate) mod adopt;
 pub(crate) mod allocate;
 pub(crate) mod in_kernel;
+pub(crate) mod pending;
 #[cfg(test)]
 mod tests;

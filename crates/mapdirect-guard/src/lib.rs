@@ -18,6 +18,7 @@ mod apart;
 mod audit;
 mod bounded;
 mod busy;
+mod exports;
 mod gate;
 mod grant;
 pub mod ledger;
@@ -70,6 +71,7 @@ pub(crate) struct Guard {
     audit: audit::Audit,
     notices: notice::Notices,
     overlays: overlay::Overlays,
+    exports: exports::Exports,
     scans: busy::Scans,
     pages: apart::Pages,
     places: std::sync::Arc<places::Places>,
@@ -94,6 +96,7 @@ impl Guard {
             audit: audit::Audit::new(),
             notices: notice::Notices::new(),
             overlays: overlay::Overlays::default(),
+            exports: exports::Exports::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
             places: places::Places::new(limits),

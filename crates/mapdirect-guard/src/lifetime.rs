@@ -487,12 +487,14 @@ pub(crate) fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> 
 fn has_ended_for_sure(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     has_ended(watched, pin, file)
         || pin.is_let_go().is_none()
-            // The description can write, so while it is there somebody can.
-            && (lease_holds(file, Lease::NoWriter) == Ok(true) || !can_be_found(watched, pin))
+            // The description can write, so while it is there somebody can. To
+            // search for it takes long, and is done only where somebody else
+            // may have a lock.
+            && (lease_holds(file, Lease::NoWriter) == Ok(true)
+                || may_be_foreign(watched, pin) && !can_be_found(watched, pin))
 }
 
-/// The same when a reader has closed the file: to search for the description
-/// takes long, and is done only where somebody else has a lock.
+/// The same when a reader has closed the file.
 fn has_ended_beside_others(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     if may_be_foreign(watched, pin) {
         has_ended_for_sure(watched, pin, file)

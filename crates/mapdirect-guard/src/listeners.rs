@@ -6,7 +6,7 @@
 //! shows: a thread that waits for a listener which cannot waits for another
 //! file's sake.
 
-use crate::bounded::{self, Looking, within};
+use crate::bounded::{self, Looking, Retries, within};
 use crate::table::InodeId;
 use mapdirect_sys::{proc, proc_mountinfo};
 use std::time::Instant;
@@ -20,20 +20,30 @@ const ON_CHILD: u64 = 0x0800_0000;
 /// Whether a listener of another process may be asked about an inode. Yes, if
 /// that cannot be told before `deadline`.
 pub(crate) fn others_may_watch(id: InodeId, deadline: Instant) -> bool {
-    within(bounded::limit(deadline), move |looking| search(id, looking)).unwrap_or(true)
+    let retries = Retries::until(deadline);
+    loop {
+        match within(bounded::limit(deadline), move |looking| search(id, looking)) {
+            Ok(may) => return may,
+            Err(stuck) if retries.once_more(stuck).is_err() => return true,
+            Err(_) => {}
+        }
+    }
 }
 
 fn search(id: InodeId, looking: &Looking) -> bool {
     let own = std::process::id().cast_signed();
     let pids = proc::numbers_in("/proc").unwrap_or_default();
     pids.into_iter().filter(|pid| *pid != own).any(|pid| {
-        // One in the middle of execve(2) shows its descriptors all the same,
-        // and nothing else is read of it.
-        let _ = looking.at(pid);
+        // One in the middle of execve(2) does not say what its descriptors are
+        // of, but shows everything else about them.
+        let in_execve = looking.at(pid).is_err();
         let fds = proc::numbers_in(&format!("/proc/{pid}/fd")).unwrap_or_default();
         fds.into_iter().any(|fd| {
-            let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
-            link.is_ok_and(|link| link.as_os_str() == "anon_inode:[fanotify]")
+            let is_listener = || {
+                let link = std::fs::read_link(format!("/proc/{pid}/fd/{fd}"));
+                link.is_ok_and(|link| link.as_os_str() == "anon_inode:[fanotify]")
+            };
+            (in_execve || is_listener())
                 && proc::read_task_file(pid, &format!("fdinfo/{fd}"))
                     .is_ok_and(|text| may_be_asked(&text, id, |mount| device_of(pid, mount)))
         })

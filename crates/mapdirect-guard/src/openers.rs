@@ -4,7 +4,7 @@
 //! is found here decides only where the exact proof (a lease) cannot be had,
 //! and explains refusals.
 
-use crate::bounded::{self, Looking, within};
+use crate::bounded::{self, Looking, Retries, within};
 use crate::table::{InodeId, LOCK_BASE};
 use mapdirect_proto::Opener;
 use mapdirect_sys::proc::{self, FdInfo};
@@ -12,6 +12,7 @@ use mapdirect_sys::{kcmp, proc_locks};
 use rustix::fs::{AtFlags, StatxFlags};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -83,13 +84,17 @@ pub(crate) fn openers_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
 fn look_for(wanted: &[Wanted<'_>], limit: Duration) -> Vec<Openers> {
     let search = Arc::new(Search::of(wanted));
     let deadline = Instant::now() + limit;
+    let retries = Retries::until(deadline);
     let looked = loop {
         let shared = Arc::clone(&search);
         let left = deadline.saturating_duration_since(Instant::now());
         match within(left, move |looking| shared.run(looking)) {
             Ok(()) => break Ok(()),
-            Err(stuck) if stuck.pid > 0 && stuck.is_in_execve() => search.pass(stuck.pid),
-            Err(stuck) => break Err(stuck),
+            Err(stuck) if stuck.pid > 0 && stuck.is_in_execve() && search.is_news(stuck.pid) => {}
+            Err(stuck) => match retries.once_more(stuck) {
+                Ok(()) => {}
+                Err(stuck) => break Err(stuck),
+            },
         }
     };
     let mut found = std::mem::take(&mut *search.found());
@@ -111,6 +116,8 @@ struct Search {
     found: Mutex<Vec<Openers>>,
     /// Processes still to be looked at.
     left: Mutex<Vec<i32>>,
+    /// The last one that was found in the middle of `execve(2)`.
+    in_execve: AtomicI32,
 }
 
 /// [`Wanted`], owned.
@@ -140,6 +147,7 @@ impl Search {
             by_inode,
             found: Mutex::new(found),
             left: Mutex::new(left),
+            in_execve: AtomicI32::new(0),
         }
     }
 
@@ -166,11 +174,16 @@ impl Search {
         self.look_into_the_kernel();
     }
 
-    /// A process has been looked at. One in the middle of `execve(2)` has
-    /// shown its descriptors before a look hung; what it had mapped is on its
-    /// way out, and nothing can be stored by it any more.
     fn pass(&self, pid: i32) {
         self.left().pop_if(|last| *last == pid);
+    }
+
+    /// A look hung at a process in the middle of `execve(2)`. The next one is
+    /// content with what can be read of it all the same: its descriptors. What
+    /// it had mapped is on its way out, and nothing can be stored by it any
+    /// more. Says whether that is worth a try: once.
+    fn is_news(&self, pid: i32) -> bool {
+        self.in_execve.swap(pid, SeqCst) != pid
     }
 
     /// Notes something about a file; nothing here waits for a process.
@@ -193,7 +206,7 @@ impl Search {
             threads: proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default(),
             command: None,
         };
-        let mut sockets = self.look_at_descriptors(&mut process);
+        let mut sockets = self.look_at_descriptors(&mut process, in_execve);
         // What is on its way through a socket is received in a moment, and
         // then it is in a table that was looked at before: look again. Only
         // sockets tell whether it was, so a large table is read twice at most.
@@ -208,7 +221,7 @@ impl Search {
         };
         if tries > 1 {
             self.forget(pid);
-            sockets = self.look_at_descriptors(&mut process);
+            sockets = self.look_at_descriptors(&mut process, in_execve);
         }
         let in_flight = in_flight.max(sockets.iter().map(Socket::in_flight).sum());
         if in_flight > 0 {
@@ -226,11 +239,16 @@ impl Search {
     }
 
     /// Returns the sockets among them.
-    fn look_at_descriptors(&self, process: &mut Process) -> Vec<Socket> {
+    fn look_at_descriptors(&self, process: &mut Process, in_execve: bool) -> Vec<Socket> {
         let mut sockets = Vec::new();
         for table in process.descriptor_tables() {
             for fd in proc::numbers_in(&format!("/proc/{table}/fd")).unwrap_or_default() {
-                if self.look_at_descriptor(process, table, fd) {
+                let is_socket = if in_execve {
+                    self.look_at_descriptor_in_execve(process, table, fd)
+                } else {
+                    self.look_at_descriptor(process, table, fd)
+                };
+                if is_socket {
                     sockets.push(Socket { table, fd });
                 }
             }
@@ -283,6 +301,21 @@ impl Search {
             self.note_descriptor(process, &link, fd, &info);
         }
         false
+    }
+
+    /// The same where links cannot be read: `fdinfo` can (seen on 6.18, where
+    /// `proc_pid_readlink` waits for the end of execve(2)).
+    fn look_at_descriptor_in_execve(&self, process: &mut Process, table: i32, fd: i32) -> bool {
+        let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
+            return false;
+        };
+        let info = proc::parse_fdinfo(&text);
+        if text.contains("\nSqMask:") {
+            self.look_into_ring(process, table, fd, info);
+        } else {
+            self.note_descriptor(process, &format!("/proc/{table}/fd/{fd}"), fd, &info);
+        }
+        text.contains("\nscm_fds:")
     }
 
     fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {

@@ -66,6 +66,8 @@ pub(crate) enum Finding {
     MayByDescriptor(&'static str),
     /// It may if this filesystem is frozen.
     IfFrozen(&'static str),
+    /// It may if somebody has a lease on the file.
+    IfLeased(&'static str),
     /// It may if another listener watches the file.
     IfWatched(&'static str),
 }
@@ -254,15 +256,20 @@ fn opening(functions: &[&str], prefix: Prefix, truncates: bool) -> Finding {
             || function.starts_with("security_")
             || function.starts_with("ima_")
             || function.starts_with("process_measurement")
-            || function.contains("break_lease")
             || counted.contains(function)
     };
-    // The holder has the file open already: nobody can have a lease on it
-    // that an open for reading waits for.
-    let waits_as_reader = truncates && inner.iter().any(|name| name.contains("break_lease"));
+    if inner.iter().any(|name| name.contains("break_lease")) {
+        // The holder has the file open already: nobody can have a lease on it
+        // that an open for reading waits for.
+        return if truncates {
+            Finding::Nothing
+        } else {
+            Finding::IfLeased(DOING)
+        };
+    }
     match inner.last() {
         None => Finding::May(DOING),
-        Some(callee) if is_of_vfs(callee) && !waits_as_reader => Finding::May(DOING),
+        Some(callee) if is_of_vfs(callee) => Finding::May(DOING),
         Some(_) => Finding::Nothing,
     }
 }
@@ -659,7 +666,7 @@ mod tests {
                 Finding::May(_)
             ));
         }
-        assert!(matches!(see(LookFor::Opens, &lease), Finding::May(_)));
+        assert!(matches!(see(LookFor::Opens, &lease), Finding::IfLeased(_)));
         assert_eq!(see(LookFor::AllTruncations, &lease), Finding::Nothing);
         assert!(matches!(see(LookFor::Opens, &truncating), Finding::May(_)));
         assert_eq!(see(LookFor::AllTruncations, &truncating), Finding::Nothing);

@@ -5,6 +5,7 @@
 //! swapped in whole. Changes are made by grants and by the lifetime thread.
 
 use crate::apart::Held;
+use crate::grant::pending::Queue;
 use crate::ledger::{PinSet, Ranged};
 use crate::notice::Fate;
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
@@ -341,6 +342,8 @@ pub(crate) struct Watched {
     announced: ArcSwap<Vec<Arc<Announcement>>>,
     /// Refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
+    /// Who waits for a grant.
+    pub(crate) queue: Queue,
     grant: Mutex<GrantState>,
     /// Held while the tripwire has it open for a look.
     looking: Mutex<()>,
@@ -376,6 +379,7 @@ impl Watched {
             refuse_opens: AtomicBool::new(false),
             announced: ArcSwap::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
+            queue: Queue::default(),
             grant: Mutex::default(),
             looking: Mutex::default(),
         }

@@ -94,9 +94,9 @@ pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
 /// the scheduler's own and without suffixes the compiler adds; nothing if it
 /// runs or waits for a processor.
 ///
-/// It takes no lock that anybody else can hold, and it is exact: the kernel
-/// reads it while it keeps the thread from waking up (`get_wchan`,
-/// kernel/sched/core.c).
+/// It is exact: the kernel reads it while it keeps the thread from waking up
+/// (`get_wchan`, kernel/sched/core.c). Like the stack it cannot be read while
+/// the process is in the middle of `execve(2)` (seen on 6.18).
 ///
 /// # Errors
 ///
@@ -153,6 +153,19 @@ pub fn processor(tid: i32) -> Result<usize> {
 pub fn ticks_outside(tid: i32) -> Result<u64> {
     let stat = read_task_file(tid, "stat")?;
     parse_stat_field(&stat, 14).ok_or(Errno::INVAL)
+}
+
+/// Whether a thread has ended and is only there to be collected. It is past
+/// everything it could do to a file (`exit_notify` in `do_exit`,
+/// kernel/exit.c), and has no stack that could be read.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` for text of no known form.
+pub fn has_ended(tid: i32) -> Result<bool> {
+    let stat = read_task_file(tid, "stat")?;
+    let state: char = parse_stat_field(&stat, 3).ok_or(Errno::INVAL)?;
+    Ok(matches!(state, 'Z' | 'X'))
 }
 
 /// `/proc/self/fd/N` of a descriptor.
@@ -618,6 +631,7 @@ mod tests {
         let own = rustix::thread::gettid().as_raw_nonzero().get();
         assert_eq!(sleeps_in(own), Ok(None));
         assert!(processor(own).is_ok() && ticks_outside(own).is_ok());
+        assert_eq!(has_ended(own), Ok(false));
     }
 
     #[test]

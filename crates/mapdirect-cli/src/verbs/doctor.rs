@@ -162,12 +162,17 @@ const BPF_HOLES: [&str; 5] = [
 ];
 
 /// What remains open under the fanotify gate.
-const HOLES: [&str; 4] = [
+const HOLES: [&str; 5] = [
     "a holder moving blocks through its own descriptor (XFS_IOC_SWAPEXT, EXT4_IOC_MOVE_EXT, \
      EXT4_IOC_SWAP_BOOT), or bringing a mapping of its own over frozen blocks with mremap(2) or \
      remap_file_pages(2)",
-    "an NFS client setting the size of an exported file (the server does not ask)",
-    "an overlay mounted later over the directory of a pinned file",
+    "an NFS client setting the size of a file whose filesystem is exported after it was pinned \
+     (the server asks nobody); what is exported for writing before cannot be pinned",
+    "truncate(2) through an overlay over the directory of a pinned file that is mounted after \
+     the pin, or that no mount namespace shows (fsmount(2) without move_mount(2)): it is noticed \
+     when it has happened",
+    "a hidden writer of a file without reflink that others read while it is pinned: that there \
+     is none is concluded from /proc",
     "everything, once the guard has been killed: holders are told then",
 ];
 

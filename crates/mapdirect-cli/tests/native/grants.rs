@@ -557,6 +557,8 @@ fn allocated_ahead(world: &World) {
     let grown = mapdirect::block_map(&file, 0..8 << 20).unwrap();
     assert_eq!(grown.extents(), held.extents());
     drop(held);
+    // A child of another test has it until it gets to its exec.
+    wait_until_free(&path);
     rustix::fs::ftruncate(&file, 1 << 20).unwrap();
     raw::fallocate(file.as_fd(), 1, 1 << 20, 1 << 20).unwrap();
     let held = pin(&guard, &file, 0..8 << 20);

@@ -30,6 +30,7 @@ mod random;
 mod segments;
 mod service;
 mod states;
+mod strangers;
 mod stuck;
 mod tripwire;
 mod world;
@@ -75,11 +76,13 @@ fn main() -> ExitCode {
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
     trials.extend(hammer::trials(&world));
+    trials.extend(strangers::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system:
     // these come alone, behind all others.
     // So do a second guard's programs, which judge by what it knows.
     let mut alone = stuck::trials(&world);
+    alone.extend(strangers::alone(&world));
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));
         alone.extend(service::trials_in_kernel(&world));

@@ -40,6 +40,8 @@ pub fn roles() -> Vec<Role> {
         ("stuck", crate::stuck::play_stuck),
         ("crowd", crate::service::play_crowd),
         ("map-direct", crate::service::play_map_direct),
+        ("asks", crate::strangers::play_asks),
+        ("stranger", crate::strangers::play_stranger),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),

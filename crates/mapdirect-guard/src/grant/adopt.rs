@@ -162,6 +162,7 @@ impl Recognised {
             talk: &mut Silent,
             file,
             life: None,
+            turn: None,
         };
         let (map, pinned, held) = attempt.come_to_rest(true)?;
         self.pin.settle(&map, pinned, held);

@@ -105,6 +105,7 @@ fn prepare(
         talk: &mut Silent,
         file,
         life: None,
+        turn: None,
     };
     if !attempt.holds_the_pin()? {
         return Err(no_pin());

@@ -1,0 +1,198 @@
+//! Requests for the same file at the same time.
+//!
+//! Under a gate of permission events a pin is granted only if nobody else has
+//! the file open in a way that could change it, and everybody who asks has it
+//! open. So whoever is granted first lets the others come behind the gate: each
+//! has its descriptor replaced while it waits for its turn, and from then on
+//! the gate judges what it does. What is left then is to see that nobody else
+//! is there, which a lease cannot tell any more: that is concluded from
+//! `/proc`, as it is beside readers of a filesystem without reflink.
+
+use super::{Conversation, Judged, KEPT_FLAGS, refusal, system};
+use crate::table::Watched;
+use crate::wake::Backoff;
+use crate::{Errno, Guard};
+use mapdirect_proto::{Opener, Reason, Refusal};
+use mapdirect_sys::{kcmp, proc};
+use rustix::fs::SeekFrom;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// How long those who wait may take to come behind the gate.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// Everybody who waits for a grant of an inode.
+#[derive(Debug, Default)]
+pub(crate) struct Queue(Mutex<Vec<Arc<Pending>>>);
+
+impl Queue {
+    fn all(&self) -> Vec<Arc<Pending>> {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Joins it; the place is given up when what is returned is dropped.
+    pub(crate) fn join(watched: &Arc<Watched>, pid: i32) -> Waiting {
+        let pending = Arc::new(Pending {
+            pid,
+            is_asked: AtomicBool::new(false),
+            is_done: AtomicBool::new(false),
+            armed: OnceLock::new(),
+        });
+        watched
+            .queue
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(Arc::clone(&pending));
+        Waiting {
+            watched: Arc::clone(watched),
+            pending,
+        }
+    }
+
+    /// Has everybody who waits come behind the gate, and says whether anybody
+    /// has.
+    pub(crate) fn bring_behind_the_gate(&self, own: &Waiting) -> bool {
+        let others = || {
+            let mut all = self.all();
+            all.retain(|pending| !Arc::ptr_eq(pending, &own.pending));
+            all
+        };
+        let asked = others();
+        for pending in &asked {
+            pending.is_asked.store(true, SeqCst);
+        }
+        let mut backoff = Backoff::until(
+            Instant::now() + PATIENCE,
+            Duration::from_micros(50),
+            Duration::from_millis(5),
+        );
+        while !asked.iter().all(|pending| pending.is_done.load(SeqCst)) && !backoff.is_over() {
+            backoff.pause();
+        }
+        others().iter().any(|pending| pending.armed.get().is_some())
+    }
+
+    /// Whether this descriptor is one from behind the gate that somebody who
+    /// waits was given.
+    pub(crate) fn knows(&self, opener: &Opener) -> bool {
+        let own = std::process::id().cast_signed();
+        self.all().iter().any(|pending| {
+            let armed = pending.armed.get().map(AsRawFd::as_raw_fd);
+            matches!((armed, opener.fd), (Some(armed), Some(fd))
+                if !opener.mapped
+                    && kcmp::same_description((own, armed), (opener.pid, fd)))
+        })
+    }
+
+    /// Whether a process other than `own` waits for a grant: where everybody
+    /// is behind the gate already, none of them has to come there.
+    pub(crate) fn has(&self, pid: i32, own: i32) -> bool {
+        pid != own && self.all().iter().any(|pending| pending.pid == pid)
+    }
+}
+
+/// One who waits.
+#[derive(Debug)]
+struct Pending {
+    pid: i32,
+    /// It shall come behind the gate.
+    is_asked: AtomicBool,
+    /// It has, or cannot, or it is its turn.
+    is_done: AtomicBool,
+    /// The description it was given.
+    armed: OnceLock<OwnedFd>,
+}
+
+/// A place in the queue.
+#[derive(Debug)]
+pub(crate) struct Waiting {
+    watched: Arc<Watched>,
+    pending: Arc<Pending>,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.pending.is_done.store(true, SeqCst);
+        self.watched
+            .queue
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .retain(|pending| !Arc::ptr_eq(pending, &self.pending));
+    }
+}
+
+impl Waiting {
+    /// Comes behind the gate, if that is asked for: `file` is the holder's
+    /// description, and is replaced with it.
+    pub(super) fn step_aside(
+        &self,
+        guard: &Guard,
+        judged: &Judged,
+        file: &mut OwnedFd,
+        talk: &mut dyn Conversation,
+    ) -> Result<(), Refusal> {
+        if !self.pending.is_asked.load(SeqCst) || self.pending.is_done.load(SeqCst) {
+            return Ok(());
+        }
+        let result = self.come_behind_the_gate(guard, judged, file, talk);
+        self.pending.is_done.store(true, SeqCst);
+        result
+    }
+
+    fn come_behind_the_gate(
+        &self,
+        guard: &Guard,
+        judged: &Judged,
+        file: &mut OwnedFd,
+        talk: &mut dyn Conversation,
+    ) -> Result<(), Refusal> {
+        let armed = guard
+            .own
+            .during(|| proc::reopen(file.as_fd(), judged.open_flags & KEPT_FLAGS))
+            .map_err(|errno| system("opening the file again", errno))?;
+        let again = armed.try_clone().map_err(|_| {
+            refusal(
+                Reason::Limit,
+                Errno::MFILE,
+                "the guard has no descriptor left",
+                "",
+            )
+        })?;
+        rustix::fs::seek(&*file, SeekFrom::Current(0))
+            .and_then(|at| rustix::fs::seek(&armed, SeekFrom::Start(at)))
+            .map_err(|errno| system("lseek", errno))?;
+        talk.swap(armed.as_fd())?;
+        *file = armed;
+        let _ = self.pending.armed.set(again);
+        Ok(())
+    }
+
+    /// It is its turn: nobody asks it for anything any more, and the guard's
+    /// own copy of its description goes.
+    pub(crate) fn is_next(self) -> Turn {
+        let turn = Queue::join(&self.watched, self.pending.pid);
+        turn.pending.is_done.store(true, SeqCst);
+        Turn(turn)
+    }
+}
+
+/// The place of the one whose turn it is.
+#[derive(Debug)]
+pub(crate) struct Turn(Waiting);
+
+impl Turn {
+    pub(crate) fn queue(&self) -> &Queue {
+        &self.0.watched.queue
+    }
+
+    pub(crate) fn bring_others(&self) -> bool {
+        self.queue().bring_behind_the_gate(&self.0)
+    }
+}
