@@ -290,7 +290,7 @@ fn is_machinery(function: &str) -> bool {
 }
 
 /// The functions a thread is inside of while it changes a file.
-const CHANGING: [&str; 30] = [
+const CHANGING: [&str; 35] = [
     "vfs_write",
     "vfs_writev",
     "vfs_iter_write",
@@ -318,6 +318,12 @@ const CHANGING: [&str; 30] = [
     "xfs_ioc_exchange_range",
     "xfs_ioc_swapext",
     "xfs_swap_extents",
+    // F_SETFL, which moves a write that has been judged.
+    "__x64_sys_fcntl",
+    "__ia32_sys_fcntl",
+    "__ia32_compat_sys_fcntl",
+    "__ia32_compat_sys_fcntl64",
+    "__arm64_sys_fcntl",
     "vfs_fileattr_set",
     "ext4_move_extents",
     "ext4_ioctl",
@@ -357,7 +363,10 @@ fn is_between(function: &str) -> bool {
     is_machinery(function)
         || matches!(
             function,
-            "new_sync_write"
+            "do_fcntl"
+                | "do_compat_fcntl64"
+                | "setfl"
+                | "new_sync_write"
                 | "do_iter_readv_writev"
                 | "call_write_iter"
                 | "vfs_iter_write"
@@ -454,9 +463,9 @@ pub(crate) fn descriptors(syscall: &Syscall) -> Option<Vec<i32>> {
         return None;
     }
     let arguments: &[usize] = match syscall.number {
-        // write, pwrite64, writev, ftruncate, fallocate, pwritev, pwritev2
+        // write, pwrite64, writev, fcntl, ftruncate, fallocate, pwritev, pwritev2
         #[cfg(target_arch = "x86_64")]
-        1 | 18 | 20 | 77 | 285 | 296 | 328 => &[0],
+        1 | 18 | 20 | 72 | 77 | 285 | 296 | 328 => &[0],
         // sendfile
         #[cfg(target_arch = "x86_64")]
         40 => &[0, 1],
@@ -464,7 +473,7 @@ pub(crate) fn descriptors(syscall: &Syscall) -> Option<Vec<i32>> {
         #[cfg(target_arch = "x86_64")]
         275 | 326 => &[0, 2],
         #[cfg(target_arch = "aarch64")]
-        64 | 68 | 66 | 46 | 47 | 70 | 287 => &[0],
+        64 | 68 | 66 | 25 | 46 | 47 | 70 | 287 => &[0],
         #[cfg(target_arch = "aarch64")]
         71 => &[0, 1],
         #[cfg(target_arch = "aarch64")]
@@ -494,6 +503,19 @@ mod tests {
             .chain(["do_syscall_64", "entry_SYSCALL_64_after_hwframe"])
             .collect();
         judge(look_for, &whole, XFS)
+    }
+
+    #[test]
+    fn setting_flags_matters_and_waiting_for_a_lock_does_not() {
+        let see = |stack: &[&str]| see(LookFor::Changes, stack);
+        let preempted = ["irqentry_exit", "asm_sysvec_apic_timer_interrupt"];
+        let sets: Vec<&str> = preempted
+            .into_iter()
+            .chain(["setfl", "do_fcntl", "__x64_sys_fcntl"])
+            .collect();
+        assert!(matches!(see(&sets), Finding::MayByDescriptor(_)));
+        let waits = ["schedule", "fcntl_setlk", "do_fcntl", "__x64_sys_fcntl"];
+        assert_eq!(see(&waits), Finding::Nothing);
     }
 
     #[test]

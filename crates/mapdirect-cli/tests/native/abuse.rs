@@ -12,8 +12,9 @@ use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, memfd};
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::process::{GuardProcess, Helper, say};
+use mapdirect_testkit::process::{GuardProcess, Helper, say, wait_for};
 use mapdirect_testkit::random::Random;
+use rustix::event::{PollFd, PollFlags};
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
@@ -560,7 +561,11 @@ fn leaves_in_the_middle(world: &World) {
     let disk = world.disk(Kind::XFS);
     let path = written(&disk, "abuse-leaves", 65536);
     for round in 0..60 {
-        let file = open(&path);
+        // What the one before asked for may be granted only now.
+        let file = wait_for(Duration::from_secs(20), || {
+            Ok(File::options().read(true).write(true).open(&path).ok())
+        });
+        let file = file.unwrap();
         let connection = proven(&guard);
         let request = pin_request(0, 4096).encode();
         connection.send(&[&request], &[file.as_fd()]).unwrap();
@@ -681,21 +686,39 @@ fn thousand_clients(world: &World) {
         let file = File::open(path).unwrap();
         client.send(&[&request], &[file.as_fd()]).unwrap();
     }
+    // Whoever is asked to replace its descriptor answers at once, in whatever
+    // order they are asked.
     let mut granted = Vec::new();
-    for client in &clients {
-        client
-            .set_receive_timeout(Some(Duration::from_secs(60)))
-            .unwrap();
-        let mut reply = hear(client);
-        if let Some((Reply::Swap, _)) = &reply {
-            // The descriptor that was sent is closed here already.
-            client.send(&[&Request::Swapped.encode()], &[]).unwrap();
-            reply = hear(client);
-        }
-        match reply {
-            Some((Reply::Granted(pin), fds)) => granted.push((pin, fds)),
-            other => panic!("not granted: {other:?}"),
-        }
+    let mut left: Vec<&Socket> = clients.iter().collect();
+    while !left.is_empty() {
+        let mut polled: Vec<_> = left
+            .iter()
+            .map(|client| PollFd::new(*client, PollFlags::IN))
+            .collect();
+        let minute = rustix::event::Timespec {
+            tv_sec: 60,
+            tv_nsec: 0,
+        };
+        let ready = rustix::event::poll(&mut polled, Some(&minute)).unwrap();
+        assert!(ready > 0, "{} were not answered", left.len());
+        let mut ready = polled.into_iter().map(|one| !one.revents().is_empty());
+        left.retain(|client| {
+            if !ready.next().unwrap() {
+                return true;
+            }
+            match hear(client) {
+                Some((Reply::Swap, _)) => {
+                    // The descriptor that was sent is closed here already.
+                    client.send(&[&Request::Swapped.encode()], &[]).unwrap();
+                    true
+                }
+                Some((Reply::Granted(pin), fds)) => {
+                    granted.push((pin, fds));
+                    false
+                }
+                other => panic!("not granted: {other:?}"),
+            }
+        });
     }
     assert_eq!(granted.len(), 1000);
     assert!(paths.iter().all(|path| is_pinned(path)));

@@ -6,7 +6,6 @@ use libtest_mimic::Trial;
 use mapdirect::{BlockMap, ExtentState, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
-use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::fault::Access;
 use mapdirect_testkit::process::wait_for;
 use mapdirect_testkit::random::Random;
@@ -184,18 +183,16 @@ fn stores_while_granting(world: &World, kind: Kind) {
     end(path, file);
 }
 
-/// Where programs in the kernel judge, one of several pins of a file is over a
-/// moment after it was let go.
+/// One of several pins of a file is over a moment after it was let go: where
+/// programs in the kernel judge, and where a child that another thread has
+/// forked still has its description, until it executes something.
 fn punch_second_half(file: &File) {
     let punch = || raw::fallocate(file.as_fd(), 3, HALF, HALF);
-    match Gate::under_test() {
-        Gate::Fanotify => punch().unwrap(),
-        Gate::Bpf => wait_for(PATIENCE, || match punch() {
-            Err(Errno::TXTBSY) => Ok(None),
-            other => Ok(Some(other?)),
-        })
-        .unwrap(),
-    }
+    wait_for(PATIENCE, || match punch() {
+        Err(Errno::TXTBSY) => Ok(None),
+        other => Ok(Some(other?)),
+    })
+    .unwrap();
 }
 
 /// Somebody maps and stores while a hole is being pinned: one of both is
