@@ -156,7 +156,7 @@ pub(crate) fn grant(
         if state.retired {
             continue;
         }
-        let turn = waiting.is_next();
+        let turn = waiting.into_turn();
         let pin = Arc::new(Pin::unsettled(
             guard.next_id(),
             judged.range.clone(),

@@ -176,7 +176,7 @@ impl Waiting {
 
     /// It is its turn: nobody asks it for anything any more, and the guard's
     /// own copy of its description goes.
-    pub(crate) fn is_next(self) -> Turn {
+    pub(crate) fn into_turn(self) -> Turn {
         let turn = Queue::join(&self.watched, self.pending.pid);
         turn.pending.is_done.store(true, SeqCst);
         Turn(turn)
