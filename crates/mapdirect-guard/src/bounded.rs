@@ -8,6 +8,7 @@
 //! whoever reads waits for ever, and cannot be called back. So every look is
 //! taken by a thread of its own, which is left alone when it takes too long.
 
+use mapdirect_sys::descriptors::spawn_apart;
 use mapdirect_sys::proc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
@@ -156,16 +157,18 @@ impl Looks {
             look: Arc::clone(&noted),
         };
         let (tell, told) = mpsc::channel();
-        let spawned = std::thread::Builder::new()
+        let builder = std::thread::Builder::new()
             .name(String::from("look"))
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                // It counts as under way until it is told.
-                let _under_way = under_way;
-                let seen = look(&looking);
-                // Nobody listens any more if it took too long.
-                let _ = tell.send(seen);
-            });
+            .stack_size(256 * 1024);
+        // What hangs may not even be ended by SIGKILL: nobody may have to
+        // wait for the descriptors it has, least of all for those of a gate.
+        let spawned = spawn_apart(builder, None, move || {
+            // It counts as under way until it is told.
+            let _under_way = under_way;
+            let seen = look(&looking);
+            // Nobody listens any more if it took too long.
+            let _ = tell.send(seen);
+        });
         if spawned.is_err() {
             return Err(Stuck { pid: 0 });
         }

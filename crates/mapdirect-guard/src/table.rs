@@ -352,6 +352,12 @@ impl Watched {
         room
     }
 
+    /// Whether a thread of this number was announced. Takes no lock.
+    pub(crate) fn may_be_announced(&self, tid: i32) -> bool {
+        let announced = self.announced.load();
+        announced.iter().any(|announcement| announcement.tid == tid)
+    }
+
     /// The announcement of thread `tid`, which came to the gate at `came`.
     /// `start_time` tells when the thread of that number began, and is asked
     /// only if there is an announcement. Takes no lock.

@@ -271,7 +271,7 @@ fn genuine(asked: &Asked<'_>) -> Option<(Call, [u64; 6])> {
     Some((call(syscall.number)?, syscall.args))
 }
 
-fn descriptor(register: u64) -> i32 {
+pub(crate) fn descriptor(register: u64) -> i32 {
     // The kernel takes an unsigned int and ignores the upper half.
     u32::try_from(register & 0xffff_ffff)
         .unwrap_or(u32::MAX)
