@@ -38,6 +38,7 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
+        ("stranger", crate::patience::play_stranger),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),

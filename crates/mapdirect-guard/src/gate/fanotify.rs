@@ -34,6 +34,7 @@ use arc_swap::ArcSwap;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
 use mapdirect_sys::pidfd;
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -54,9 +55,9 @@ const MOST_TAKEN: usize = 16384;
 /// So many waiting are a crowd: the kernel wakes all of them for a moment
 /// whenever one is answered (`process_access_response`), so answers are given
 /// together.
-const CROWD: usize = 64;
+const CROWD: u32 = 64;
 /// How long each of a crowd may run until the next are answered.
-const MOMENT: Duration = Duration::from_micros(2);
+const MOMENT: Duration = Duration::from_micros(5);
 /// How often a thread that has only just asked is looked at again at once.
 const TRIES: u32 = 4;
 
@@ -132,8 +133,8 @@ struct Waiting {
     since: Instant,
     /// How often it was looked at in vain.
     looks: u32,
-    /// A grant will say when to look again; else the time does.
-    held: bool,
+    /// When to look again if it is held, should nobody say that the grant is
+    /// over.
     due: Instant,
     /// [`Gate::changes`] when it was last looked at.
     changes: usize,
@@ -177,11 +178,15 @@ struct Server<'guard> {
     lookers: Lookers<Waiting>,
     /// Waiting to be looked at.
     line: Turns<Waiting>,
-    /// Looked at, and to be looked at again.
-    later: Vec<Waiting>,
+    /// Not seen yet, to be looked at again at some time (the number is there
+    /// to tell those of one time apart).
+    soon: BTreeMap<(Instant, u64), Waiting>,
+    put_off: u64,
+    /// Held back for a grant.
+    held: Vec<Waiting>,
     /// Not given yet. A descriptor stays open until then: another event would
     /// get its number.
-    answers: Vec<(OwnedFd, Response)>,
+    answers: Vec<(Option<OwnedFd>, Response)>,
     answered: Instant,
     /// Most events taken and not answered.
     most: usize,
@@ -200,7 +205,9 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
         gate,
         lookers: Lookers::new(gate.waker.clone()),
         line: Turns::default(),
-        later: Vec::new(),
+        soon: BTreeMap::new(),
+        put_off: 0,
+        held: Vec::new(),
         answers: Vec::new(),
         answered: Instant::now(),
         most: (crate::server::descriptor_limit() / 4).clamp(16, MOST_TAKEN),
@@ -241,14 +248,14 @@ impl Server<'_> {
 
     /// How many events have no answer yet.
     fn unanswered(&self) -> usize {
-        self.line.len() + self.later.len() + self.lookers.asked()
+        self.line.len() + self.soon.len() + self.held.len() + self.lookers.asked()
     }
 
     /// Lets grants know who waits for them.
     fn publish_waiting(&mut self) {
-        let before = self.gate.waiting.swap(self.later.len(), SeqCst);
-        if before > 0 || !self.later.is_empty() {
-            let tids = self.later.iter().map(|waiting| waiting.event.tid);
+        let before = self.gate.waiting.swap(self.held.len(), SeqCst);
+        if before > 0 || !self.held.is_empty() {
+            let tids = self.held.iter().map(|waiting| waiting.event.tid);
             self.gate.held.store(Arc::new(tids.collect()));
         }
     }
@@ -257,8 +264,10 @@ impl Server<'_> {
     /// done. Says whether there are events.
     fn sleep(&self) -> Result<bool, Errno> {
         let now = Instant::now();
-        let due = self.later.iter().map(|waiting| self.due_in(waiting, now));
-        let timeout = due
+        let soon = self.soon.keys().next();
+        let held = self.held.iter().map(|waiting| self.due_in(waiting, now));
+        let timeout = held
+            .chain(soon.map(|(due, _)| due.saturating_duration_since(now)))
             .chain(self.lookers.next_look())
             .chain(self.flush_in())
             // Somebody must be told that nobody looks at him.
@@ -286,7 +295,7 @@ impl Server<'_> {
 
     /// How long until something held back is looked at again.
     fn due_in(&self, waiting: &Waiting, now: Instant) -> Duration {
-        if waiting.held && waiting.changes != self.gate.changes.load(SeqCst) {
+        if waiting.changes != self.gate.changes.load(SeqCst) {
             return Duration::ZERO;
         }
         waiting.due.saturating_duration_since(now)
@@ -299,6 +308,18 @@ impl Server<'_> {
             return;
         };
         self.guard.audit.judged();
+        let fd = file.as_raw_fd();
+        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
+        let file = if opens {
+            self.guard.own.hand(event.tid, file)
+        } else {
+            Some(file)
+        };
+        let Some(file) = file else {
+            // Its owner waits in the open that this ends.
+            self.answers.push((None, Response::deny(fd, Errno::TXTBSY)));
+            return;
+        };
         let now = Instant::now();
         let Some(question) = self.question_about(&file, event.mask, event.tid, event.range) else {
             self.answer(file, Verdict::Allow);
@@ -313,7 +334,6 @@ impl Server<'_> {
             user: None,
             since: now,
             looks: 0,
-            held: false,
             due: now,
             changes: self.gate.changes.load(SeqCst),
             next_pin: self.guard.next_pin_number(),
@@ -420,7 +440,7 @@ impl Server<'_> {
         for (waiting, seen) in seen {
             match seen {
                 Seen::Gone => self.answer(waiting.file, Verdict::Refuse),
-                Seen::NotYet => self.put_off(waiting, false),
+                Seen::NotYet => self.put_off(waiting),
                 Seen::Doing(doing) => self.settle(waiting, &doing),
             }
         }
@@ -437,14 +457,15 @@ impl Server<'_> {
         self.answer(waiting.file, verdict);
     }
 
-    /// Looks again at what was held back, when it is time.
+    /// Looks again at what was held back or not seen, when it is time.
     fn look_again(&mut self) {
         let now = Instant::now();
-        let (due, rest) = std::mem::take(&mut self.later)
+        let (mut due, held): (Vec<_>, _) = std::mem::take(&mut self.held)
             .into_iter()
             .partition(|waiting| self.due_in(waiting, now).is_zero());
-        self.later = rest;
-        let due: Vec<_> = due;
+        self.held = held;
+        let later = self.soon.split_off(&(now, u64::MAX));
+        due.extend(std::mem::replace(&mut self.soon, later).into_values());
         for mut waiting in due {
             let question = waiting.question;
             let event = waiting.event;
@@ -467,23 +488,33 @@ impl Server<'_> {
     /// Answers, or holds back.
     fn settle(&mut self, waiting: Waiting, doing: &Doing) {
         match self.decide(&waiting, doing) {
-            Verdict::Hold => self.put_off(waiting, true),
+            Verdict::Hold => self.hold(waiting),
             verdict => self.answer(waiting.file, verdict),
         }
     }
 
-    /// Keeps an event to look at it again.
-    fn put_off(&mut self, mut waiting: Waiting, held: bool) {
-        let pause = if held {
-            HELD_PAUSE
-        } else {
-            // It was just about to sleep: let it.
-            Duration::from_micros(50) * (1 << waiting.looks.min(5))
-        };
+    /// Keeps an event whose thread was just about to sleep.
+    fn put_off(&mut self, mut waiting: Waiting) {
+        let pause = Duration::from_micros(50) * (1 << waiting.looks.min(5));
         waiting.looks = waiting.looks.saturating_add(1);
-        waiting.held = held;
-        waiting.due = Instant::now() + pause;
-        self.later.push(waiting);
+        self.put_off += 1;
+        let due = Instant::now() + pause.max(self.moment() / 4);
+        self.soon.insert((due, self.put_off), waiting);
+    }
+
+    /// Keeps an event until a grant is over.
+    fn hold(&mut self, mut waiting: Waiting) {
+        waiting.due = Instant::now() + HELD_PAUSE;
+        self.held.push(waiting);
+    }
+
+    /// How long those who wait are given until the next are answered.
+    fn moment(&self) -> Duration {
+        match u32::try_from(self.unanswered()) {
+            Ok(few) if few < CROWD => Duration::ZERO,
+            Ok(many) => MOMENT * many,
+            Err(_) => Duration::MAX,
+        }
     }
 
     fn answer(&mut self, file: OwnedFd, verdict: Verdict) {
@@ -492,7 +523,7 @@ impl Server<'_> {
             Verdict::Allow => Response::allow(fd),
             Verdict::Refuse | Verdict::Hold => Response::deny(fd, Errno::TXTBSY),
         };
-        self.answers.push((file, answer));
+        self.answers.push((Some(file), answer));
     }
 
     /// How long until answers are given, if there are any.
@@ -500,12 +531,7 @@ impl Server<'_> {
         if self.answers.is_empty() {
             return None;
         }
-        let crowd = self.unanswered();
-        if crowd < CROWD || self.answers.len() >= CROWD {
-            return Some(Duration::ZERO);
-        }
-        let pause = MOMENT * u32::try_from(crowd).unwrap_or(u32::MAX);
-        Some(pause.saturating_sub(self.answered.elapsed()))
+        Some(self.moment().saturating_sub(self.answered.elapsed()))
     }
 
     fn flush(&mut self) -> Result<(), Errno> {
