@@ -40,8 +40,8 @@ impl Stuck {
             "process {} ({}) cannot be looked at: it has been in the middle of execve(2), or \
              the system too busy, for all that time",
             self.pid,
-            // This can be read even then.
-            proc::command(self.pid)
+            // This can be read then, unless its directory in /proc is locked.
+            within(GRACE, move |_| proc::command(self.pid)).unwrap_or_else(|_| String::from("?"))
         )
     }
 

@@ -121,6 +121,8 @@ enum Verdict {
     Refuse,
     /// Ask again when a grant is finished.
     Hold,
+    /// Look again: the file has changed meanwhile.
+    Again,
 }
 
 /// An event without an answer.
@@ -452,7 +454,7 @@ impl Server<'_> {
         let verdict = match self.decide(&waiting, &doing) {
             // Only where nothing is pinned.
             Verdict::Allow => Verdict::Allow,
-            Verdict::Refuse | Verdict::Hold => Verdict::Refuse,
+            Verdict::Refuse | Verdict::Hold | Verdict::Again => Verdict::Refuse,
         };
         self.answer(waiting.file, verdict);
     }
@@ -489,6 +491,7 @@ impl Server<'_> {
     fn settle(&mut self, waiting: Waiting, doing: &Doing) {
         match self.decide(&waiting, doing) {
             Verdict::Hold => self.hold(waiting),
+            Verdict::Again => self.put_off(waiting),
             verdict => self.answer(waiting.file, verdict),
         }
     }
@@ -521,7 +524,7 @@ impl Server<'_> {
         let fd = file.as_raw_fd();
         let answer = match verdict {
             Verdict::Allow => Response::allow(fd),
-            Verdict::Refuse | Verdict::Hold => Response::deny(fd, Errno::TXTBSY),
+            Verdict::Refuse | Verdict::Hold | Verdict::Again => Response::deny(fd, Errno::TXTBSY),
         };
         self.answers.push((Some(file), answer));
     }
@@ -562,6 +565,10 @@ impl Server<'_> {
             return Verdict::Hold;
         }
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+        if doing.operation.or.is_some() && size != waiting.question.size {
+            // It appends, perhaps, and the end was somewhere else.
+            return Verdict::Again;
+        }
         let verdict = judge_announced(&watched, event.tid, doing, late)
             .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
         if verdict == Verdict::Refuse {
