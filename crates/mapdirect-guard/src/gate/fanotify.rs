@@ -57,7 +57,7 @@ const MOST_TAKEN: usize = 16384;
 /// together.
 const CROWD: u32 = 64;
 /// How long each of a crowd may run until the next are answered.
-const MOMENT: Duration = Duration::from_micros(5);
+const MOMENT: Duration = Duration::from_micros(20);
 /// How often a thread that has only just asked is looked at again at once.
 const TRIES: u32 = 4;
 
