@@ -21,8 +21,13 @@
 //!
 //! An inode whose last pin ended stays behind the gate for a while if
 //! somebody still has it open: a pin that comes back finds it closed and
-//! proven. Nothing is held open for that; if nobody else has the file open,
-//! the gate lets go of it at once, so that its filesystem can be unmounted.
+//! proven. Nothing is held open for that, and no mount that somebody could
+//! want to unmount is kept busy ([`Watched::cast_anchor`]); if nobody else has
+//! the file open, the gate lets go of it at once, and of its filesystem.
+//!
+//! Nobody else hears of all this looking: close events name the file without a
+//! descriptor, and it is looked at through descriptions that raise no events
+//! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
 use crate::gate::fanotify::{MASK, is_final};
 use crate::openers::{Wanted, openers};
@@ -30,7 +35,7 @@ use crate::table::{InodeId, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
-use mapdirect_sys::fanotify::{Group, Mask};
+use mapdirect_sys::fanotify::{Group, Mask, Object};
 use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
 use rustix::fs::OFlags;
@@ -38,7 +43,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Which closes are heard of.
@@ -61,6 +66,9 @@ pub(crate) struct Lifetime {
     pub(crate) closes: Group,
     waker: Waker,
     kicked: SegQueue<InodeId>,
+    /// The inodes that close events may be about. Two filesystems that are
+    /// copies of each other give theirs the same names.
+    objects: Mutex<HashMap<Object, Vec<InodeId>>>,
 }
 
 impl Lifetime {
@@ -69,7 +77,38 @@ impl Lifetime {
             closes: Group::notification()?,
             waker: Waker::new()?,
             kicked: SegQueue::new(),
+            objects: Mutex::default(),
         })
+    }
+
+    /// Hears of the closes of a file from now on.
+    pub(crate) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let object = watched.cast_anchor(file)?;
+        let mut objects = self.objects();
+        let ids = objects.entry(object).or_default();
+        if !ids.contains(&watched.id) {
+            ids.push(watched.id);
+        }
+        drop(objects);
+        self.closes.add(CLOSES, file)
+    }
+
+    /// Forgets a file whose closes are not heard of any more.
+    pub(crate) fn forget(&self, watched: &Watched) {
+        let Some(object) = watched.weigh_anchor() else {
+            return;
+        };
+        let mut objects = self.objects();
+        if let Entry::Occupied(mut ids) = objects.entry(object) {
+            ids.get_mut().retain(|id| *id != watched.id);
+            if ids.get().is_empty() {
+                ids.remove();
+            }
+        }
+    }
+
+    fn objects(&self) -> MutexGuard<'_, HashMap<Object, Vec<InodeId>>> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the thread look at an inode soon.
@@ -87,9 +126,6 @@ impl Lifetime {
 /// An inode that stays behind the gate without pins.
 struct Lingering {
     watched: Arc<Watched>,
-    /// `O_PATH`: it is no description that a lease would count, but it does
-    /// keep the filesystem mounted, as whoever has the file open does too.
-    path: OwnedFd,
     until: Instant,
 }
 
@@ -99,9 +135,8 @@ struct Keeper<'guard> {
     second_looks: HashMap<InodeId, SecondLook>,
 }
 
-/// An inode to look at once more, with an `O_PATH` descriptor of it.
+/// When to look at an inode once more.
 struct SecondLook {
-    path: OwnedFd,
     /// What was closed could be written to.
     could_write: bool,
     at: Instant,
@@ -120,7 +155,6 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         lingering: HashMap::new(),
         second_looks: HashMap::new(),
     };
-    let own = rustix::thread::gettid().as_raw_nonzero().get();
     let mut buffer = vec![0; 64 * 1024];
     let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
     while !guard.is_stopping() {
@@ -136,23 +170,16 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         }
         for (id, file, could_write) in std::mem::take(&mut undecided) {
             if !keeper.tend(id, file.as_fd()) {
-                keeper.look_again(id, file.as_fd(), could_write);
+                keeper.look_again(id, could_write);
             }
         }
-        let mut closed: HashMap<InodeId, (OwnedFd, bool)> = HashMap::new();
+        let mut closed: HashMap<InodeId, bool> = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
-            // Our own second looks end with a close as well.
-            if event.tid != own
-                && let Some(file) = event.file
-                && let Ok(stat) = rustix::fs::fstat(&file)
-            {
-                let id = InodeId {
-                    dev: stat.st_dev,
-                    inode: stat.st_ino,
-                };
-                let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
-                let (_, noted) = closed.entry(id).or_insert((file, false));
-                *noted |= could_write;
+            let objects = lifetime.objects();
+            let ids = event.object.and_then(|object| objects.get(&object));
+            let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
+            for id in ids.into_iter().flatten() {
+                *closed.entry(*id).or_insert(false) |= could_write;
             }
         });
         match read {
@@ -165,8 +192,10 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
             Err(_) => std::thread::sleep(ROUND),
         }
         let busy = !closed.is_empty();
-        for (id, (file, could_write)) in closed {
-            if !keeper.tend(id, file.as_fd()) {
+        for (id, could_write) in closed {
+            if let Some(file) = keeper.open(id)
+                && !keeper.tend(id, file.as_fd())
+            {
                 undecided.push((id, file, could_write));
             }
         }
@@ -193,22 +222,20 @@ impl Keeper<'_> {
         Some(due.saturating_duration_since(Instant::now()))
     }
 
-    fn look_again(&mut self, id: InodeId, file: BorrowedFd<'_>, could_write: bool) {
-        let entry = match self.second_looks.entry(id) {
-            Entry::Occupied(mut entry) => {
-                entry.get_mut().could_write |= could_write;
-                return;
-            }
-            Entry::Vacant(entry) => entry,
-        };
-        if let Ok(path) = proc::reopen(file, OFlags::PATH) {
-            entry.insert(SecondLook {
-                path,
-                could_write,
-                at: Instant::now() + SECOND_LOOK,
-                after: SECOND_LOOK,
-            });
-        }
+    /// Opens an inode behind the gate, unheard.
+    fn open(&self, id: InodeId) -> Option<OwnedFd> {
+        let path = self.guard.table.get(id)?.anchor()?;
+        let open = || proc::reopen(path.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK);
+        self.guard.own.quietly(open).ok()
+    }
+
+    fn look_again(&mut self, id: InodeId, could_write: bool) {
+        let look = self.second_looks.entry(id).or_insert_with(|| SecondLook {
+            could_write,
+            at: Instant::now() + SECOND_LOOK,
+            after: SECOND_LOOK,
+        });
+        look.could_write |= could_write;
     }
 
     fn look_at_what_is_due(&mut self) {
@@ -218,12 +245,7 @@ impl Keeper<'_> {
             .extract_if(|_, look| look.at <= now)
             .collect();
         for (id, mut look) in due {
-            let path = look.path.as_fd();
-            let reopened = self
-                .guard
-                .own
-                .during(|| proc::reopen(path, OFlags::RDONLY | OFlags::NONBLOCK));
-            let Ok(file) = reopened else {
+            let Some(file) = self.open(id) else {
                 continue;
             };
             let has_ended = if look.could_write {
@@ -298,16 +320,11 @@ impl Keeper<'_> {
             return;
         }
         let alone = lease_holds(file, Lease::Sole).unwrap_or(true);
-        if !alone && let Ok(path) = proc::reopen(file, OFlags::PATH) {
+        if !alone {
+            let watched = Arc::clone(watched);
             let until = Instant::now() + LINGER;
-            self.lingering.insert(
-                watched.id,
-                Lingering {
-                    watched: Arc::clone(watched),
-                    path,
-                    until,
-                },
-            );
+            let lingering = Lingering { watched, until };
+            self.lingering.insert(lingering.watched.id, lingering);
             return;
         }
         self.lingering.remove(&watched.id);
@@ -320,6 +337,7 @@ impl Keeper<'_> {
             let _ = gate.group.remove(MASK, file);
         }
         let _ = self.guard.lifetime.closes.remove(CLOSES, file);
+        self.guard.lifetime.forget(watched);
         self.guard.table.remove(watched);
     }
 
@@ -335,11 +353,13 @@ impl Keeper<'_> {
         }
         state.retired = true;
         // In this order, see above.
-        let path = entry.path.as_fd();
-        if let Some(gate) = self.guard.gate.fanotify() {
-            let _ = gate.group.remove_at(MASK, path);
+        if let Some(path) = entry.watched.anchor() {
+            if let Some(gate) = self.guard.gate.fanotify() {
+                let _ = gate.group.remove_at(MASK, path.as_fd());
+            }
+            let _ = self.guard.lifetime.closes.remove_at(CLOSES, path.as_fd());
         }
-        let _ = self.guard.lifetime.closes.remove_at(CLOSES, path);
+        self.guard.lifetime.forget(&entry.watched);
         self.guard.table.remove(&entry.watched);
         drop(state);
     }

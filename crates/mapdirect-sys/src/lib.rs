@@ -30,6 +30,8 @@ pub mod kcmp;
 pub mod madvise;
 pub mod memfd;
 pub mod mmap;
+pub mod open_tree;
+pub mod pidfd;
 pub mod proc;
 pub mod proc_locks;
 pub mod proc_mountinfo;

@@ -5,6 +5,8 @@
 //!   through every door the kernel has, made by real system calls.
 //! * [`contract`]: which of them must be refused where, as data.
 //! * [`fault`]: loads and stores that may raise SIGBUS.
+//! * [`hostile`]: strangers who try to keep others waiting, by a filesystem of
+//!   their own ([`fuse`]) for one.
 //! * [`latency`]: how long it takes until a store is durable.
 //! * [`power`]: what must be left when the power goes.
 //! * [`process`]: guards, holders and attackers in processes of their own.
@@ -28,6 +30,8 @@ pub mod disk;
 )]
 pub mod fault;
 pub mod fingerprint;
+pub mod fuse;
+pub mod hostile;
 pub mod latency;
 pub mod power;
 pub mod process;

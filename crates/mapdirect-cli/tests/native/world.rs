@@ -40,6 +40,7 @@ pub fn roles() -> Vec<Role> {
         ("stuck", crate::stuck::play_stuck),
         ("asks", crate::strangers::play_asks),
         ("stranger", crate::strangers::play_stranger),
+        ("patience-stranger", crate::patience::play_stranger),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),
