@@ -29,7 +29,7 @@ enum Task {
     Demo(demo::DemoArgs),
     /// Run every test but the soak, installing what they lack: needs root
     Test(test::TestArgs),
-    /// Run the random attack for longer than `test` does: needs root
+    /// Attack for longer than `test` does, in pieces that go on where they were stopped: needs root
     Soak(test::SoakArgs),
     /// Run a command on another kernel, in a virtual machine
     Vm(Box<vm::VmArgs>),

@@ -5,6 +5,7 @@ use crate::build::workspace;
 use anyhow::{Context, Result, ensure};
 use clap::CommandFactory;
 use mapdirect_cli::args::Mapdirect;
+use mapdirect_testkit::writers;
 use std::fs;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,12 +40,27 @@ fn pages() -> Result<Vec<(String, Vec<u8>)>> {
     Ok(pages)
 }
 
+/// The page that is written by hand, but for the table of writers that tests
+/// have tried.
+fn contract_page() -> Result<(PathBuf, String, String)> {
+    let path = directory().join("mapdirect.7");
+    let there =
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    let wanted = writers::in_page(&there);
+    Ok((path, there, wanted))
+}
+
 /// Writes the pages.
 pub(crate) fn write() -> Result<ExitCode> {
     fs::create_dir_all(directory())?;
     for (name, text) in pages()? {
         let path = directory().join(name);
         fs::write(&path, text).with_context(|| format!("cannot write {}", path.display()))?;
+        println!("{}", path.display());
+    }
+    let (path, there, wanted) = contract_page()?;
+    if there != wanted {
+        fs::write(&path, wanted)?;
         println!("{}", path.display());
     }
     Ok(ExitCode::SUCCESS)
@@ -60,5 +76,10 @@ pub(crate) fn check() -> Result<()> {
             "man/{name} is not what the command line says; run `cargo xtask man`"
         );
     }
+    let (_, there, wanted) = contract_page()?;
+    ensure!(
+        there == wanted,
+        "man/mapdirect.7 has not the table of writers that is tested; run `cargo xtask man`"
+    );
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Every test but the soak, tier by tier, and what ran at the end.
 
 mod guest;
+mod soak;
 
 use crate::{build, man, packages, vm};
 use anyhow::{Context, Result};
@@ -12,6 +13,8 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+pub(crate) use soak::{SoakArgs, run as soak};
+
 /// Arguments of `test`.
 #[derive(Debug, Args)]
 pub(crate) struct TestArgs {
@@ -21,24 +24,6 @@ pub(crate) struct TestArgs {
     /// Only what runs in virtual machines
     #[arg(long, conflicts_with = "filter")]
     machines: bool,
-}
-
-/// Arguments of `soak`.
-#[derive(Debug, Args)]
-pub(crate) struct SoakArgs {
-    /// How many times as many attacks as `test` makes
-    #[arg(long, default_value = "20")]
-    times: u32,
-    /// Seed of the first attacker
-    #[arg(long)]
-    seed: Option<u64>,
-    /// Only what runs in virtual machines
-    #[arg(long, conflicts_with_all = ["times", "seed"])]
-    machines: bool,
-    /// Only the gate in the kernel: every test with it, on three kernels, on loop devices and with
-    /// DAX, in virtual machines
-    #[arg(long, conflicts_with_all = ["times", "seed", "machines"])]
-    bpf: bool,
 }
 
 /// What a stage counted.
@@ -125,51 +110,33 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     Ok(report(&ran))
 }
 
-/// The random attack, for longer.
-pub(crate) fn soak(args: &SoakArgs) -> Result<ExitCode> {
-    packages::require_root()?;
-    packages::install_missing(&packages::FOR_TESTS)?;
-    packages::install_for_bpf()?;
-    disk::remove_stale();
-    let mut ran = Vec::new();
-    if !args.machines && !args.bpf {
-        let mut random = build::cargo(&[
-            "test",
-            "--package=mapdirect-cli",
-            "--test=native",
-            build::BPF,
-            "--",
-            "--include-ignored",
-            "random::",
-        ]);
-        random.env("MAPDIRECT_SOAK", args.times.to_string());
-        if let Some(seed) = args.seed {
-            random.env("MAPDIRECT_SEED", seed.to_string());
-        }
-        ran.push(tests("soak", random)?);
-    }
-    let mut guests = Vec::new();
-    if !args.bpf {
-        guests.extend(persistent_memory(false));
-    }
-    guests.extend(conformance());
-    ran.extend(guest::run(&guests, &[]));
-    disk::remove_stale();
-    Ok(report(&ran))
-}
-
 /// What is tried on other kernels.
 fn guests() -> Vec<Guest> {
     let mut guests = persistent_memory(true);
     guests.extend(KERNELS.into_iter().map(|(kernel, often)| {
         // The contract on one filesystem for each kernel, and in few places;
         // the soak has all of it.
-        let filters = vec![String::from("in-kernel"), format!("contract::{often}::")];
+        let mut filters = vec![
+            String::from("in-kernel"),
+            format!("contract::{often}::"),
+            format!("tripwire::{often}::"),
+        ];
+        filters.extend(["hammer::", "writers::"].map(String::from));
         let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
-        guest.environment.push(BRIEF);
+        guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
         guest.time_limit = Duration::from_secs(1200);
         guest
     }));
+    // Storage targets are modules of these kernels, and not of this machine's.
+    let mut guest = gate_in_kernel("7.3", "fanotify gate", 0, vec![String::from("writers::")]);
+    guest.environment = vec![(GATE_VARIABLE, Gate::Fanotify.name().to_owned())];
+    guest.time_limit = Duration::from_secs(600);
+    guests.push(guest);
+    let without_bpf = vec![String::from("gate::without-lsm")];
+    let mut guest = gate_in_kernel("7.3", "no bpf in lsm=", 0, without_bpf);
+    guest.parameters = "lsm=landlock,yama,apparmor";
+    guest.time_limit = Duration::from_secs(600);
+    guests.push(guest);
     guests
 }
 
@@ -181,9 +148,10 @@ const KERNELS: [(&str, Kind); 3] = [("6.1", Kind::XFS), ("6.12", Kind::EXT4), ("
 const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
 
 /// The tests that a precise gate can be put to.
-const WITH_EITHER_GATE: [&str; 13] = [
+const WITH_EITHER_GATE: [&str; 15] = [
     "contract::",
     "doors::",
+    "writers::",
     "errors::",
     "grants::",
     "openers::",
@@ -195,6 +163,7 @@ const WITH_EITHER_GATE: [&str; 13] = [
     "cli::",
     "::pinned",
     "random::",
+    "tripwire::",
 ];
 
 /// All of them on each kernel, on loop devices and on persistent memory.
@@ -217,8 +186,9 @@ fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec
     Guest {
         name: format!("Linux {kernel}, {name}"),
         kernel,
+        parameters: "",
         nvdimms,
-        environment: vec![(GATE_VARIABLE, Gate::Bpf.name())],
+        environment: vec![(GATE_VARIABLE, Gate::Bpf.name().to_owned())],
         filters,
         cuts: None,
         time_limit: Duration::from_secs(7200),
@@ -230,16 +200,21 @@ fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec
 fn persistent_memory(brief: bool) -> Vec<Guest> {
     let on = |kind: Kind| {
         let filters = if brief {
-            vec![format!("pmem::{kind}"), format!("contract::{kind}")]
+            let often = ["pmem", "contract", "tripwire"];
+            often.map(|tests| format!("{tests}::{kind}")).into()
         } else {
-            let all = ["pmem", "contract", "segments"];
+            let all = ["pmem", "contract", "segments", "tripwire"];
             all.map(|tests| format!("{tests}::{kind}")).into()
         };
         Guest {
             name: format!("Linux 7.3, {kind}"),
             kernel: "7.3",
+            parameters: "",
             nvdimms: Kind::DAX.len(),
-            environment: brief.then_some(BRIEF).into_iter().collect(),
+            environment: brief
+                .then(|| (BRIEF.0, BRIEF.1.to_owned()))
+                .into_iter()
+                .collect(),
             filters,
             cuts: match (brief, kind.reflink()) {
                 (true, true) => None,
@@ -386,7 +361,7 @@ fn demo_dax() -> Ran {
 }
 
 /// Runs tests, shows what they say but for those that pass, and counts.
-fn tests(name: &'static str, mut command: Command) -> Result<Ran> {
+fn tests(name: &str, mut command: Command) -> Result<Ran> {
     let started = stage(name);
     let mut child = command
         // A guard that meets a panic ends; what the panic said is enough.
@@ -439,7 +414,8 @@ impl Tally {
             self.counts.ignored += found.ignored;
             return None;
         }
-        if line.starts_with("tried: ") || line.starts_with("not available here: ") {
+        let told = ["tried: ", "not available here: ", "wrong: "];
+        if told.iter().any(|word| line.starts_with(word)) {
             self.notes.push(line.to_owned());
         }
         (!line.is_empty() && !line.starts_with("running ")).then(|| line.to_owned())

@@ -11,9 +11,11 @@ Exit status:
   1    it was refused, or failed
   2    the command line makes no sense
   3    no guard answers
-  4    the guard went away while a pin was held
+  4    a pin that was held is lost: nothing keeps it any more
+  5    a pin that was held is broken: blocks of it have changed
 `pin -- COMMAND` passes COMMAND's own status on (128 + N if signal N killed it), and ends
-with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found.
+with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found,
+124 if the pin was lost while COMMAND ran, 123 if it was broken.
 
 Environment:
   MAPDIRECT_SOCKET   where the guard listens (default: /run/mapdirect/guard.sock)
@@ -42,13 +44,31 @@ pub enum Command {
     /// process that makes it. There is one guard per machine as a rule; several
     /// may run on sockets of their own. When it ends, so do its promises, and
     /// holders are told.
+    ///
+    /// It says that it is ready only when it can keep pins; else it ends with
+    /// status 1 and says what is missing. Of capabilities it needs CAP_SYS_ADMIN,
+    /// CAP_SYS_PTRACE, CAP_DAC_OVERRIDE and CAP_SETUID, all in the initial user
+    /// namespace; with the fanotify gate also CAP_LEASE, with the bpf gate also
+    /// CAP_DAC_READ_SEARCH and CAP_SYSLOG.
+    ///
+    /// SIGHUP has it read again what it was told by files, which is nothing yet,
+    /// and say so. SIGQUIT, SIGUSR1 and SIGUSR2 do nothing.
+    ///
+    /// A user other than root has a limited number of connections, and all of
+    /// them together leave places for root. Whoever finds none is told so
+    /// (EAGAIN).
     Guard(GuardArgs),
     /// Pin a range of a file, without mapping it, and print its extents
     ///
     /// While the pin is held nobody can move, free, share or allocate the
     /// blocks of the range: the extents printed stay true. It needs no DAX.
-    /// If the guard goes away, this says so: with status 4, or, when it runs a
-    /// COMMAND, by a line on stderr.
+    ///
+    /// Under the bpf gate the pin stays when the guard goes away: this says so,
+    /// once, and once more when a guard is back. When the pin is lost (under
+    /// the fanotify gate with the guard, under the bpf gate with the gate) or
+    /// broken (its blocks have changed by a way that no gate refuses), this says
+    /// so and ends, with a status of its own. It lets COMMAND run to its end,
+    /// and ends with such a status then.
     Pin(PinArgs),
     /// Have every block of a file allocated, written, and shared with nobody
     ///
@@ -68,8 +88,9 @@ pub enum Command {
     /// What the guard is doing: pins, holders, refusals
     ///
     /// The gate in force, the files with pins and who maps or opens them, how
-    /// often which operation was refused, and the last refusals. Others than
-    /// root see details of their own pins only.
+    /// often which operation was refused, the last refusals, and breaches: pins
+    /// whose blocks have changed all the same. Others than root see details of
+    /// their own pins only.
     Status(StatusArgs),
     /// What this machine offers, what is missing, and how to mend it
     ///
@@ -166,6 +187,9 @@ pub struct PrepareArgs {
     /// Bytes to prepare, as in 1M:2M; OFFSET: goes to the end [default: the whole file]
     #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
     pub range: Option<ByteRange>,
+    /// How long to wait for I/O of others that uses pages of the file (DAX), in milliseconds
+    #[arg(long, value_name = "MS", default_value = "10000")]
+    pub patience: u32,
     /// Place new blocks so that huge pages (2 MiB) can map them, where the filesystem can
     #[arg(long)]
     pub huge: bool,

@@ -17,8 +17,14 @@ impl Exit {
     pub const USAGE: Self = Self(2);
     /// No guard answers.
     pub const NO_GUARD: Self = Self(3);
-    /// The guard went away while a pin was held.
+    /// A pin that was held is not kept any more.
     pub const PIN_LOST: Self = Self(4);
+    /// Blocks of a pin that was held have changed.
+    pub const PIN_BREACHED: Self = Self(5);
+    /// `pin -- COMMAND`: blocks of the pin changed while COMMAND ran.
+    pub const BREACHED_UNDER_COMMAND: Self = Self(123);
+    /// `pin -- COMMAND`: the pin was lost while COMMAND ran.
+    pub const LOST_UNDER_COMMAND: Self = Self(124);
     /// `pin -- COMMAND`: the pin was not granted, COMMAND was not run.
     pub const COMMAND_NOT_RUN: Self = Self(125);
     /// `pin -- COMMAND`: COMMAND cannot be executed.
@@ -36,6 +42,11 @@ impl Exit {
             .or_else(|| status.signal().map(|signal| 128 + signal))
             .unwrap_or(1);
         Self(u8::try_from(number).unwrap_or(u8::MAX))
+    }
+
+    /// A signal ended it before there was anything to hold.
+    pub(crate) fn of_signal(number: i32) -> Self {
+        Self(u8::try_from(128 + number).unwrap_or(u8::MAX))
     }
 
     /// The number.

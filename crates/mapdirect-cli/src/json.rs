@@ -1,6 +1,6 @@
 //! The same facts for machines. Offsets and lengths are bytes.
 
-use mapdirect::{BlockMap, Extent, ExtentState};
+use mapdirect::{BlockMap, Breach, Extent, ExtentState};
 use serde_json::{Map, Value, json};
 use std::ops::Range;
 
@@ -15,6 +15,26 @@ pub(crate) fn extent(extent: &Extent) -> Value {
 
 pub(crate) fn range(range: &Range<u64>) -> Value {
     json!({ "offset": range.start, "length": range.end - range.start })
+}
+
+/// A breach of a pin. Times are nanoseconds since the epoch.
+pub(crate) fn breach(breach: &Breach) -> Value {
+    let cause = breach
+        .cause
+        .as_ref()
+        .map(|cause| json!({ "pid": cause.pid, "command": cause.command, "what": cause.what }));
+    json!({
+        "pin": breach.pin,
+        "file": breach.path,
+        "device": breach.device.to_string(),
+        "inode": breach.inode,
+        "time": breach.time,
+        "offset": breach.range.start,
+        "length": breach.range.end.saturating_sub(breach.range.start),
+        "before": breach.before.iter().map(extent).collect::<Vec<_>>(),
+        "after": breach.after.iter().map(extent).collect::<Vec<_>>(),
+        "cause": cause,
+    })
 }
 
 pub(crate) fn extents(map: &BlockMap) -> Value {

@@ -98,8 +98,8 @@ impl Audit {
     }
 
     /// The audit thread: hands every refusal to `tell`, and how many could
-    /// not be kept.
-    pub(crate) fn run(&self, tell: &dyn Fn(&RefusedOperation, u64)) {
+    /// not be kept; and has `others` do whatever else there is when it wakes.
+    pub(crate) fn run(&self, tell: &dyn Fn(&RefusedOperation, u64), others: &dyn Fn()) {
         let _ = self.thread.set(std::thread::current());
         loop {
             while let Some(refused) = self.ring.pop() {
@@ -122,6 +122,7 @@ impl Audit {
                 }
                 recent.push_back(record);
             }
+            others();
             if self.stop.load(SeqCst) {
                 return;
             }

@@ -20,6 +20,7 @@ use crate::openers::{Openers, Wanted, openers_before};
 use crate::policy::{self, Apart, Beside, Pinned};
 use crate::suspicion::Prefix;
 use crate::table::{Abilities, GrantState, InodeId, LOCK_BASE, Pin, Watched};
+use crate::tripwire::Armed;
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect::eligibility::{FileFacts, Filesystem, Obstacle};
@@ -34,7 +35,7 @@ use mapdirect_sys::fcntl::{
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{fsync, memfd, proc, xfs_eofblocks};
-use rustix::fs::{OFlags, SeekFrom};
+use rustix::fs::{AtFlags, OFlags, SeekFrom, StatxFlags};
 use rustix::pipe::PipeFlags;
 use std::cell::Cell;
 use std::ops::Range;
@@ -49,7 +50,6 @@ use std::time::{Duration, Instant};
 pub(crate) struct Grant {
     /// To be handed over once `file` is closed here.
     pub(crate) pin: Arc<Pin>,
-    pub(crate) inode: InodeId,
     pub(crate) granted: Granted,
     /// The description whose life is the pin.
     pub(crate) file: OwnedFd,
@@ -64,6 +64,11 @@ pub(crate) trait Conversation {
     /// Has the holder put `replacement` in the place of the descriptor it
     /// sent.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+
+    /// Whether somebody still waits for the answer.
+    fn is_wanted(&self) -> bool {
+        true
+    }
 }
 
 /// Longest patience a request can ask for.
@@ -130,6 +135,8 @@ pub(crate) fn grant(
     let mut file = file;
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
+    // First of all: what is changed from here on is noticed.
+    let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
         let watched = guard.table.get_or_insert(judged.id, || {
             let abilities = Abilities {
@@ -189,13 +196,31 @@ pub(crate) fn grant(
         let (granted, extents) = result?;
         return Ok(Grant {
             pin,
-            inode: watched.id,
             granted,
             file,
             extents,
             life,
         });
     }
+}
+
+/// Has the tripwire listen to a file.
+fn arm(guard: &Guard, judged: &Judged, file: BorrowedFd<'_>) -> Result<Armed, Refusal> {
+    let armed = guard
+        .tripwire
+        .arm(judged.id, &judged.facts.filesystem, file);
+    armed.map_err(|errno| {
+        let call = "arming the tripwire (perf_event_open, name_to_handle_at)";
+        match errno {
+            Errno::MFILE | Errno::NFILE | Errno::NOMEM => refusal(
+                Reason::Limit,
+                Errno::NOMEM,
+                format!("{call} failed: {errno}"),
+                "give the guard more descriptors (ulimit -n), or let go of other pins",
+            ),
+            other => system(call, other),
+        }
+    })
 }
 
 /// What the request and the file say by themselves.
@@ -551,6 +576,19 @@ impl Attempt<'_> {
         })
     }
 
+    /// Whoever has left is waited for no longer: others wait for the outcome.
+    fn require_wanted(&self) -> Result<(), Refusal> {
+        if self.talk.is_wanted() {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::Protocol,
+            Errno::PIPE,
+            "the client is gone",
+            "",
+        ))
+    }
+
     fn patiently(&self) -> Backoff {
         Backoff::until(
             Instant::now() + self.patience,
@@ -587,6 +625,7 @@ impl Attempt<'_> {
                     return Err(self.open_elsewhere(found));
                 }
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -702,6 +741,7 @@ impl Attempt<'_> {
 
     fn lease_proves(&self) -> Result<bool, Refusal> {
         let file = self.file.as_fd();
+        let _no_looks = self.watched.hold_looks();
         let proven = match lease_holds(file, Lease::Sole) {
             Ok(false) if !self.judged.is_writable() && !self.judged.facts.reflink => {
                 let no_writer = lease_holds(file, Lease::NoWriter);
@@ -873,15 +913,24 @@ impl Attempt<'_> {
                 pins.iter().any(|pin| pin.pid == opener.pid)
                     || self.watched.queue.has(opener.pid, self.pin.pid)
             };
-            found
-                .others
-                .retain(|opener| opener.writable && !is_holder(opener));
+            found.others.retain(|opener| opener.writable);
+            let explained = self.judged.is_writable()
+                || pins.iter().any(|pin| pin.id != self.pin.id)
+                || found.others.iter().any(is_holder);
+            found.others.retain(|opener| !is_holder(opener));
             if found.others.is_empty() && found.hidden.is_empty() {
-                return Ok(());
+                // The kernel's own writers (a storage target, an overlay that
+                // is mounted nowhere) are in no process. They count as
+                // writers of the inode, and where nobody else may, it shows.
+                let file = self.file.as_fd();
+                if explained || lease_holds(file, Lease::NoWriter) != Ok(false) {
+                    return Ok(());
+                }
             }
             if backoff.is_over() {
                 return Err(self.open_elsewhere(found));
             }
+            self.require_wanted()?;
             backoff.pause();
         }
     }
@@ -1437,10 +1486,18 @@ impl Drop for HoldOpens<'_> {
 
 /// The pins of a file, for whoever has it open.
 pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>, Refusal> {
-    let stat = rustix::fs::fstat(file).map_err(|errno| system("fstat", errno))?;
+    // Anybody may ask about any file, and no server of a filesystem (FUSE, NFS)
+    // may make the guard wait: this asks none.
+    let statx = rustix::fs::statx(
+        file,
+        "",
+        AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC,
+        StatxFlags::INO,
+    )
+    .map_err(|errno| system("statx", errno))?;
     let id = InodeId {
-        dev: stat.st_dev,
-        inode: stat.st_ino,
+        dev: rustix::fs::makedev(statx.stx_dev_major, statx.stx_dev_minor),
+        inode: statx.stx_ino,
     };
     let Some(watched) = guard.table.get(id) else {
         return Ok(Vec::new());

@@ -24,8 +24,11 @@ mod grant;
 pub mod ledger;
 mod lifetime;
 mod listeners;
+mod needs;
+mod notice;
 mod openers;
 mod overlay;
+mod places;
 pub mod policy;
 mod server;
 mod session;
@@ -33,10 +36,11 @@ mod status;
 mod suspicion;
 mod table;
 mod thaw;
+mod tripwire;
 mod wake;
 
 use mapdirect_sys::Errno;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
 #[cfg(feature = "bpf")]
@@ -44,7 +48,18 @@ pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
 pub use mapdirect_proto::status::RefusedOperation;
-pub use server::{Config, GateChoice, OnRefusal, Running, StartError, start};
+pub use mapdirect_proto::{Breach, Notice};
+pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
+
+/// Whether this kernel lets a guard notice what its gate cannot refuse, and
+/// why not.
+///
+/// # Errors
+///
+/// What is missing, for a person; also for lack of privilege.
+pub fn probe_tripwire() -> Result<(), String> {
+    tripwire::probe()
+}
 
 /// Everything the threads of a guard share.
 #[derive(Debug)]
@@ -54,18 +69,20 @@ pub(crate) struct Guard {
     table: table::Table,
     own: table::OwnOpens,
     audit: audit::Audit,
+    notices: notice::Notices,
     overlays: overlay::Overlays,
     exports: exports::Exports,
     scans: busy::Scans,
     pages: apart::Pages,
-    clients: AtomicUsize,
+    places: std::sync::Arc<places::Places>,
+    tripwire: tripwire::Tripwire,
     next: AtomicU64,
     started: Instant,
     stopping: AtomicBool,
 }
 
 impl Guard {
-    fn new(gate: gate::Gate) -> Result<Self, Errno> {
+    fn new(gate: gate::Gate, limits: places::Limits) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.
         let mut random = [0; 8];
@@ -77,11 +94,13 @@ impl Guard {
             table: table::Table::new(),
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
+            notices: notice::Notices::new(),
             overlays: overlay::Overlays::default(),
             exports: exports::Exports::default(),
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
-            clients: AtomicUsize::new(0),
+            places: places::Places::new(limits),
+            tripwire: tripwire::Tripwire::new()?,
             next: AtomicU64::new(first),
             started: Instant::now(),
             stopping: AtomicBool::new(false),
@@ -111,6 +130,7 @@ impl Guard {
         self.stopping.store(true, SeqCst);
         self.gate.wake();
         self.lifetime.wake();
+        self.tripwire.wake();
         self.audit.stop();
     }
 }

@@ -31,14 +31,14 @@
 
 use crate::gate::fanotify::{MASK, is_final};
 use crate::openers::{Wanted, openers};
-use crate::table::{InodeId, Pin, Watched};
+use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
 use mapdirect_sys::fanotify::{Group, Mask, Object};
 use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -60,6 +60,18 @@ const SECOND_LOOK: Duration = Duration::from_millis(20);
 /// The longest pause before a further look, each after twice the time, where
 /// others hold locks.
 const LAST_LOOK: Duration = Duration::from_millis(640);
+/// When to look for pins whose end nobody told of, after the notice of a close
+/// was lost; the lock may stand a moment longer.
+const SWEEPS: [Duration; 4] = [
+    SECOND_LOOK,
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+];
+/// When to do so without a reason, while anything is pinned: the kernel says
+/// nothing of a notice that is lost behind others (`fanotify_read`).
+const SWEEP: Duration = Duration::from_secs(5);
+
 /// The group that hears of closes, and how to reach the thread that reads it.
 #[derive(Debug)]
 pub(crate) struct Lifetime {
@@ -133,6 +145,33 @@ struct Keeper<'guard> {
     guard: &'guard Guard,
     lingering: HashMap<InodeId, Lingering>,
     second_looks: HashMap<InodeId, SecondLook>,
+    sweep: Sweep,
+}
+
+/// When to look at pins that no close was told of.
+struct Sweep {
+    at: Instant,
+    /// How many of [`SWEEPS`] are over.
+    done: usize,
+}
+
+impl Sweep {
+    fn new() -> Self {
+        Self {
+            at: Instant::now() + SWEEP,
+            done: SWEEPS.len(),
+        }
+    }
+
+    fn soon(&mut self) {
+        self.done = 0;
+        self.at = Instant::now() + SWEEPS[0];
+    }
+
+    fn next(&mut self) {
+        self.done += 1;
+        self.at = Instant::now() + SWEEPS.get(self.done).copied().unwrap_or(SWEEP);
+    }
 }
 
 /// When to look at an inode once more.
@@ -154,6 +193,7 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         guard,
         lingering: HashMap::new(),
         second_looks: HashMap::new(),
+        sweep: Sweep::new(),
     };
     let mut buffer = vec![0; 64 * 1024];
     let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
@@ -162,9 +202,10 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         let timeout = if undecided.is_empty() {
             keeper.next_deadline()
         } else {
-            Some(Duration::ZERO)
+            Duration::ZERO
         };
-        let [_, kicked] = wait_any(&[lifetime.closes.as_fd(), lifetime.waker.as_fd()], timeout)?;
+        let fds = [lifetime.closes.as_fd(), lifetime.waker.as_fd()];
+        let [_, kicked] = wait_any(&fds, Some(timeout))?;
         if kicked {
             lifetime.waker.clear();
         }
@@ -185,11 +226,14 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         match read {
             Ok(_) => {}
             Err(errno) if is_final(errno) => return Err(errno),
+            Err(Errno::AGAIN | Errno::INTR) => {}
             // The notice of one close is lost: its filesystem is dead, or
             // descriptors are short. The gate asks for itself whether a pin
             // lives before it refuses.
-            Err(Errno::AGAIN | Errno::INTR) => {}
-            Err(_) => std::thread::sleep(ROUND),
+            Err(_) => {
+                keeper.sweep.soon();
+                std::thread::sleep(ROUND);
+            }
         }
         let busy = !closed.is_empty();
         for (id, could_write) in closed {
@@ -215,11 +259,11 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
 }
 
 impl Keeper<'_> {
-    fn next_deadline(&self) -> Option<Duration> {
+    fn next_deadline(&self) -> Duration {
         let lingering = self.lingering.values().map(|entry| entry.until);
         let looks = self.second_looks.values().map(|look| look.at);
-        let due = lingering.chain(looks).min()?;
-        Some(due.saturating_duration_since(Instant::now()))
+        let due = lingering.chain(looks).fold(self.sweep.at, Instant::min);
+        due.saturating_duration_since(Instant::now())
     }
 
     /// Opens an inode behind the gate, unheard.
@@ -269,6 +313,91 @@ impl Keeper<'_> {
         for entry in over {
             self.stop_lingering(entry);
         }
+        if self.sweep.at <= now {
+            self.sweep();
+            self.sweep.next();
+        }
+    }
+
+    /// Ends pins whose description is gone without a notice that reached us.
+    /// Their files cannot be opened, or they would have been looked at: all
+    /// that tells is the list of locks, together with `/proc`.
+    fn sweep(&mut self) {
+        let pinned: Vec<_> = self
+            .guard
+            .table
+            .all()
+            .into_iter()
+            .filter(|watched| watched.pins.load().iter().any(|pin| pin.is_handed_over()))
+            .collect();
+        if pinned.is_empty() {
+            return;
+        }
+        let mut listed = HashSet::new();
+        // The list may leave out some while it changes.
+        for look in 0..3 {
+            if look > 0 {
+                std::thread::sleep(ROUND);
+            }
+            match proc_locks::read_all() {
+                Ok(locks) => listed.extend(
+                    locks
+                        .iter()
+                        .filter(|lock| lock.start >= LOCK_BASE)
+                        .map(|lock| ((lock.major, lock.minor), lock.inode, lock.start)),
+                ),
+                Err(_) => return,
+            }
+        }
+        for watched in pinned {
+            let device = watched.id.device();
+            let pins = watched.pins.load_full();
+            let is_listed = |pin: &Pin| {
+                let key = (
+                    (device.major, device.minor),
+                    watched.id.inode,
+                    pin.lock_byte(),
+                );
+                listed.contains(&key)
+            };
+            let has_ended = |pin: &Pin| match pin.is_let_go() {
+                Some(let_go) => let_go,
+                None => !is_listed(pin) && !can_be_found(&watched, pin),
+            };
+            let ended: HashSet<u64> = pins
+                .iter()
+                .filter(|pin| pin.is_handed_over() && has_ended(pin))
+                .map(|pin| pin.id)
+                .collect();
+            if ended.is_empty() {
+                continue;
+            }
+            watched.remove(|pin| ended.contains(&pin.id));
+            if watched.pins.load().is_empty() {
+                self.forget(&watched);
+            }
+        }
+    }
+
+    /// Lets an inode without pins go that cannot be opened any more.
+    fn forget(&mut self, watched: &Arc<Watched>) {
+        let Some(mut state) = watched.try_grant() else {
+            return;
+        };
+        if state.retired || !watched.pins.load().is_empty() {
+            return;
+        }
+        state.retired = true;
+        self.lingering.remove(&watched.id);
+        self.second_looks.remove(&watched.id);
+        // Marks that stay are of an inode that nobody is refused anything on.
+        if let Some(path) = path_to(watched) {
+            if let Some(gate) = self.guard.gate.fanotify() {
+                let _ = gate.group.remove_at(MASK, path.as_fd());
+            }
+            let _ = self.guard.lifetime.closes.remove_at(CLOSES, path.as_fd());
+        }
+        self.guard.table.remove(watched);
     }
 
     /// Ends the pins of an inode whose lock is gone; `file` is a description
@@ -367,7 +496,7 @@ impl Keeper<'_> {
 
 /// Whether nothing holds a pin any more, as far as that can be told at once;
 /// `file` is another description of the same inode.
-fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+pub(crate) fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     match pin.is_let_go() {
         Some(let_go) => let_go,
         None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),
@@ -440,4 +569,13 @@ fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
     let is_own = |lock: &proc_locks::Lock| (lock.start, lock.last) == (byte, Some(byte));
     let only = there.next().is_none_or(is_own) && there.next().is_none();
     !only || proc::start_time(pin.pid).is_err()
+}
+
+/// A file by the path it had, if that still leads to it; opening it so asks
+/// nothing of its filesystem.
+fn path_to(watched: &Watched) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let path = rustix::fs::open(&*watched.path, flags, Mode::empty()).ok()?;
+    let stat = rustix::fs::fstat(&path).ok()?;
+    ((stat.st_dev, stat.st_ino) == (watched.id.dev, watched.id.inode)).then_some(path)
 }

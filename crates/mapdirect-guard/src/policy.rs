@@ -547,6 +547,21 @@ impl Pinned {
         self
     }
 
+    /// Where blocks that come to be shared would matter, beside the pin.
+    #[must_use]
+    pub fn window(&self) -> Option<&Range<u64>> {
+        self.beside.window.as_ref()
+    }
+
+    /// Whether it was judged with all of these blocks as shared ones.
+    #[must_use]
+    pub fn counts_as_shared(&self, run: &Range<u64>) -> bool {
+        let frozen = self.frozen.iter().map(|(run, _)| run);
+        frozen
+            .chain(&self.beside.frozen)
+            .any(|known| known.start <= run.start && run.end <= known.end)
+    }
+
     /// Whether an operation changes blocks of the pin by what it does beside
     /// it; see [`Beside`] and [`Apart`].
     #[must_use]

@@ -1,17 +1,16 @@
 //! Starting and stopping a guard, and letting clients in.
 
 use crate::gate::Gate;
+use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
 use crate::wake::Waker;
-use crate::{Errno, Guard, audit, gate, lifetime};
+use crate::{Errno, Guard, gate, lifetime, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
-use mapdirect_proto::{Reason, Refusal, Reply};
+use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -27,6 +26,10 @@ pub struct Config {
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
     pub on_refusal: Box<OnRefusal>,
+    /// Called for every breach and every pin that is lost, by the same thread.
+    pub on_notice: Box<OnNotice>,
+    /// Called when somebody has tampered with the gate, with what came of it.
+    pub on_tampering: Box<OnTampering>,
 }
 
 /// Which gate to use.
@@ -43,13 +46,37 @@ pub enum GateChoice {
 /// Is told of a refusal.
 pub type OnRefusal = dyn Fn(&RefusedOperation, u64) + Send;
 
+/// Is told what happens to pins.
+pub type OnNotice = dyn Fn(&Notice) + Send;
+
+/// Is told that somebody has tampered with the gate.
+pub type OnTampering = dyn Fn(&str) + Send;
+
 /// Why a guard did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// It lacks privilege.
-    #[error("watching files needs CAP_SYS_ADMIN; run the guard as root")]
-    NotPrivileged,
+    /// It lacks capabilities.
+    #[error(
+        "the guard lacks {missing}; with the {gate} gate it needs {needed}\n  \
+         help: run it as root, or give its unit all of them"
+    )]
+    NotPrivileged {
+        /// Names of what it lacks, and what for.
+        missing: String,
+        /// The gate that it was to have.
+        gate: mapdirect_proto::Gate,
+        /// Names of all that this gate needs.
+        needed: String,
+    },
+    /// Something else is not there that it cannot do without.
+    #[error("{what}\n  help: {help}")]
+    Missing {
+        /// What, and what follows.
+        what: String,
+        /// What to do.
+        help: String,
+    },
     /// It would not see who does what.
     #[error(
         "the guard must run in the initial PID namespace, where it can see every process; \
@@ -58,7 +85,9 @@ pub enum StartError {
     PidNamespace,
     /// The kernel cannot do it.
     #[error(
-        "this kernel has no permission events to watch files with ({0}); see `mapdirect doctor`"
+        "this kernel has no pre-content permission events to watch files with ({0})\n  \
+         help: boot Linux 6.14 or later with CONFIG_FANOTIFY_ACCESS_PERMISSIONS, or use the bpf \
+         gate; see `mapdirect doctor`"
     )]
     NoGate(Errno),
     /// The bpf gate cannot be had.
@@ -107,36 +136,6 @@ impl Shared {
     }
 }
 
-/// How many clients are served at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Limits {
-    clients: usize,
-    /// Those of one user other than root.
-    of_user: usize,
-}
-
-impl Limits {
-    const MOST: Self = Self {
-        clients: 8192,
-        of_user: 2048,
-    };
-
-    /// Anybody may connect, and must not take the descriptors that the gate
-    /// and grants need: a client keeps its socket, and can have the guard
-    /// busy with one descriptor more that it sent. With a quarter as many
-    /// clients as there are descriptors, half of these are left.
-    fn of_descriptors(limit: Option<u64>) -> Self {
-        let descriptors = limit.map_or(usize::MAX, |limit| {
-            usize::try_from(limit).unwrap_or(usize::MAX)
-        });
-        let clients = (descriptors / 4).min(Self::MOST.clients);
-        Self {
-            clients,
-            of_user: (clients / 4).min(Self::MOST.of_user),
-        }
-    }
-}
-
 /// Stack of a client's thread: a grant needs some 40 KiB.
 const SESSION_STACK: usize = 256 * 1024;
 
@@ -155,11 +154,8 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         call: "ignoring SIGIO",
         errno,
     })?;
-    let limits = Limits::of_descriptors(raise_descriptor_limit());
-    let guard = Guard::new(open_gate(&config)?).map_err(|errno| match errno {
-        Errno::PERM => StartError::NotPrivileged,
-        other => StartError::NoGate(other),
-    })?;
+    let limits = Limits::of_process(raise_descriptor_limit());
+    let guard = Guard::new(open_gate(&config)?, limits).map_err(no_fanotify)?;
     adopt(&guard);
     let shared = Arc::new(Shared {
         guard,
@@ -184,13 +180,18 @@ pub fn start(config: Config) -> Result<Running, StartError> {
                 errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
             })
     };
+    let tell_tampering = config.on_tampering;
     spawn(
         "gate",
-        Box::new(|shared| {
+        Box::new(move |shared| {
             let result = match &shared.guard.gate {
-                Gate::Fanotify(gate) => gate::fanotify::run(&shared.guard, gate),
+                Gate::Fanotify(gate) => {
+                    // Nobody but the guard can reach its groups.
+                    let _ = &tell_tampering;
+                    gate::fanotify::run(&shared.guard, gate)
+                }
                 #[cfg(feature = "bpf")]
-                Gate::Bpf(gate) => gate::bpf::run(&shared.guard, gate),
+                Gate::Bpf(gate) => gate::bpf::run(&shared.guard, gate, &*tell_tampering),
             };
             if let Err(errno) = result {
                 shared.fail("the gate cannot go on", errno);
@@ -207,15 +208,38 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             }),
         )?;
     }
-    let tell = config.on_refusal;
+    let looking = Arc::clone(&shared);
+    spawn(
+        "tripwire",
+        Box::new(move |shared| {
+            let start = move |run: fn(&Guard)| {
+                let shared = Arc::clone(&looking);
+                let thread = thread::Builder::new().name(String::from("look"));
+                let thread = thread.stack_size(SESSION_STACK);
+                thread.spawn(move || run(&shared.guard)).is_ok()
+            };
+            if let Err(errno) = tripwire::run(&shared.guard, &start) {
+                shared.fail("the tripwire cannot go on", errno);
+            }
+        }),
+    )?;
+    let (tell, tell_notice) = (config.on_refusal, config.on_notice);
     spawn(
         "audit",
-        Box::new(move |shared| audit::Audit::run(&shared.guard.audit, &*tell)),
+        Box::new(move |shared| {
+            let notices = &shared.guard.notices;
+            notices.printed_here();
+            shared.guard.audit.run(&*tell, &|| {
+                while let Some(notice) = notices.next() {
+                    tell_notice(&notice);
+                }
+            });
+        }),
     )?;
     let accepting = Arc::clone(&shared);
     spawn(
         "accept",
-        Box::new(move |_| accept_clients(&accepting, &listener, limits)),
+        Box::new(move |shared| accept_clients(&accepting, &listener, &shared.guard.places)),
     )?;
     Ok(Running {
         shared,
@@ -243,6 +267,12 @@ impl Running {
     pub fn pins(&self) -> usize {
         let files = self.shared.guard.table.all();
         files.iter().map(|file| file.pins.load().len()).sum()
+    }
+
+    /// Why it does not notice what the gate cannot refuse, if so.
+    #[must_use]
+    pub fn without_tripwire(&self) -> Option<String> {
+        self.shared.guard.tripwire.missing()
     }
 
     /// Which gate it has.
@@ -273,11 +303,19 @@ impl Running {
     }
 }
 
-fn open_fanotify() -> Result<Gate, StartError> {
-    let gate = gate::fanotify::Gate::new().map_err(|errno| match errno {
-        Errno::PERM => StartError::NotPrivileged,
+fn no_fanotify(errno: Errno) -> StartError {
+    match errno {
+        Errno::MFILE => StartError::Missing {
+            what: String::from("there are as many fanotify groups as one user may have"),
+            help: String::from("end other watchers, or raise fs.fanotify.max_user_groups"),
+        },
         other => StartError::NoGate(other),
-    })?;
+    }
+}
+
+fn open_fanotify() -> Result<Gate, StartError> {
+    needs::require(mapdirect_proto::Gate::Fanotify)?;
+    let gate = gate::fanotify::Gate::new().map_err(no_fanotify)?;
     Ok(Gate::Fanotify(Box::new(gate)))
 }
 
@@ -287,9 +325,9 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
     if config.gate == GateChoice::Fanotify {
         return open_fanotify();
     }
+    needs::require(mapdirect_proto::Gate::Bpf)?;
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
-        Err(LoadError::NotPrivileged) => Err(StartError::NotPrivileged),
         // Where it cannot be had for good there is another one.
         Err(LoadError::Unsupported(_)) if config.gate == GateChoice::Auto => open_fanotify(),
         Err(error) => Err(StartError::NoBpf(error.to_string())),
@@ -394,8 +432,7 @@ fn is_socket(path: &Path) -> bool {
     })
 }
 
-fn accept_clients(shared: &Arc<Shared>, listener: &Socket, limits: Limits) {
-    let users: Arc<Mutex<HashMap<u32, usize>>> = Arc::default();
+fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>) {
     while !shared.guard.is_stopping() {
         let Ok(socket) = listener.accept() else {
             // Out of descriptors or memory: others must let go of some first.
@@ -405,88 +442,52 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, limits: Limits) {
         let Ok(peer) = socket.peer() else {
             continue;
         };
-        let Some(place) = Place::take(shared, &users, peer.uid, limits) else {
-            let _ = socket.send_now(&[&Reply::Refused(too_many()).encode()], &[]);
-            continue;
+        let place = match places.take(peer.uid, Standing::of(peer)) {
+            Ok(place) => place,
+            Err(refusal) => {
+                refuse(&socket, refusal);
+                continue;
+            }
         };
         let serve = Arc::clone(shared);
-        // If there is no thread, the client sees its connection close.
-        let _ = thread::Builder::new()
+        // The client must be told if there is no thread for it, and the
+        // closure is gone then.
+        let handed_over = Arc::new(Mutex::new(Some(socket)));
+        let client = Arc::clone(&handed_over);
+        let started = thread::Builder::new()
             .name(String::from("session"))
             .stack_size(SESSION_STACK)
             .spawn(move || {
-                let _place = place;
-                if let Ok(session) = Session::new(&serve.guard, socket) {
-                    session.run();
+                if place.standing() == Standing::Stranger {
+                    let own = rustix::thread::gettid();
+                    // It is served all the same if this fails.
+                    let _ = rustix::process::setpriority_process(Some(own), LEAST_URGENT);
+                }
+                let socket = client.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some(socket) = socket
+                    && let Ok(session) = Session::new(&serve.guard, socket)
+                {
+                    session.run(&place);
                 }
             });
-    }
-}
-
-fn too_many() -> Refusal {
-    Refusal {
-        errno: Errno::AGAIN.raw_os_error(),
-        reason: Reason::Limit,
-        obstacle: String::from("the guard serves as many clients as it can"),
-        mend: String::from("close connections that are not needed, or try again later"),
-        openers: Vec::new(),
-    }
-}
-
-/// A client's place among those served.
-struct Place {
-    shared: Arc<Shared>,
-    users: Arc<Mutex<HashMap<u32, usize>>>,
-    uid: u32,
-}
-
-impl Place {
-    fn take(
-        shared: &Arc<Shared>,
-        users: &Arc<Mutex<HashMap<u32, usize>>>,
-        uid: u32,
-        limits: Limits,
-    ) -> Option<Self> {
-        let mut counts = users.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(uid).or_default();
-        let clients = &shared.guard.clients;
-        if clients.load(SeqCst) >= limits.clients || uid != 0 && *count >= limits.of_user {
-            return None;
-        }
-        *count += 1;
-        clients.fetch_add(1, SeqCst);
-        Some(Self {
-            shared: Arc::clone(shared),
-            users: Arc::clone(users),
-            uid,
-        })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut counts = self.users.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.uid) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.uid);
+        if started.is_err() {
+            let socket = handed_over
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take();
+            if let Some(socket) = socket {
+                refuse(&socket, places::no_thread());
             }
         }
-        self.shared.guard.clients.fetch_sub(1, SeqCst);
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+/// The nice value of threads that serve strangers: a crowd of them must not
+/// keep the processors from those who pin.
+const LEAST_URGENT: i32 = 19;
 
-    #[test]
-    fn clients_leave_descriptors_to_the_gate() {
-        let limits = |clients, of_user| Limits { clients, of_user };
-        assert_eq!(Limits::of_descriptors(Some(1024)), limits(256, 64));
-        assert_eq!(Limits::of_descriptors(Some(0)), limits(0, 0));
-        for plenty in [None, Some(32768), Some(1 << 30), Some(u64::MAX)] {
-            assert_eq!(Limits::of_descriptors(plenty), Limits::MOST);
-        }
-    }
+/// Tells a client that it is not served. It may have said hello already, and
+/// then finds its connection reset before it finds this.
+fn refuse(socket: &Socket, refusal: Refusal) {
+    let _ = socket.send_now(&[&Reply::Refused(refusal).encode()], &[]);
 }

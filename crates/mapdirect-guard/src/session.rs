@@ -6,19 +6,20 @@
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
-use crate::table::{Announcement, InodeId, Pin};
+use crate::notice::Watcher;
+use crate::places::Place;
+use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
-    VERSION,
+    VERSION, WatchedPin,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
 use mapdirect_sys::{capget, proc};
 use rustix::fs::OFlags;
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long a client may take to read a reply.
@@ -26,9 +27,14 @@ const SEND_PATIENCE: Duration = Duration::from_secs(2);
 /// How long it may take to replace a descriptor.
 const SWAP_PATIENCE: Duration = Duration::from_secs(2);
 
+/// How long a client may say nothing before it is asked whether it needs its
+/// place: one that has not said hello, and a stranger when there is a crowd,
+/// must leave then.
+const IDLE: Duration = Duration::from_secs(10);
+
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
-    socket: Socket,
+    socket: Arc<Socket>,
     /// Process that connected, and its user then.
     peer: Sender,
     challenge: [u8; 32],
@@ -38,25 +44,8 @@ pub(crate) struct Session<'guard> {
     proven: Option<Prover>,
     /// What it announced and may still come to pass.
     announced: Vec<Arc<Announcement>>,
-    granted: Pins,
-}
-
-/// The pins granted in a conversation, and those of them that may be over.
-#[derive(Debug, Default)]
-struct Pins {
-    inodes: HashMap<u64, (Weak<Pin>, InodeId)>,
-    /// When there are so many, those that are over are thrown out.
-    enough: usize,
-}
-
-impl Pins {
-    fn add(&mut self, pin: &Arc<Pin>, inode: InodeId) {
-        if self.inodes.len() >= self.enough {
-            self.inodes.retain(|_, (pin, _)| pin.strong_count() > 0);
-            self.enough = 2 * self.inodes.len() + 64;
-        }
-        self.inodes.insert(pin.id, (Arc::downgrade(pin), inode));
-    }
+    /// The connection is for notices alone.
+    watcher: Option<Arc<Watcher>>,
 }
 
 /// Why a conversation ends.
@@ -78,28 +67,38 @@ impl<'guard> Session<'guard> {
     pub(crate) fn new(guard: &'guard Guard, socket: Socket) -> Result<Self, Errno> {
         socket.tell_senders()?;
         socket.set_send_timeout(SEND_PATIENCE)?;
+        socket.set_receive_timeout(Some(IDLE))?;
         let peer = socket.peer()?;
         let mut challenge = [0; 32];
         rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
         Ok(Self {
             guard,
-            socket,
+            socket: Arc::new(socket),
             peer,
             challenge,
             greeted: false,
             proven: None,
             announced: Vec::new(),
-            granted: Pins::default(),
+            watcher: None,
         })
     }
 
-    /// Talks until the client leaves or talks nonsense.
-    pub(crate) fn run(mut self) {
+    /// Talks until the client leaves or talks nonsense, or asks for nothing
+    /// while others wait for its place.
+    pub(crate) fn run(mut self, place: &Place) {
         let mut buffer = vec![0; MAX_MESSAGE + 1];
-        while let Ok(received) = self.socket.receive(&mut buffer) {
-            if received.length == 0 {
-                return;
-            }
+        loop {
+            let received = match self.socket.receive(&mut buffer) {
+                Ok(received) if received.length > 0 => received,
+                Err(Errno::AGAIN) => {
+                    let is_used = self.proven.is_some() || self.watcher.is_some();
+                    if is_used || self.greeted && !place.is_wanted() {
+                        continue;
+                    }
+                    return;
+                }
+                _ => return,
+            };
             match self.answer(&buffer, received) {
                 Ok(()) => {}
                 Err(End::Gone) => return,
@@ -135,8 +134,13 @@ impl<'guard> Session<'guard> {
                     &[],
                 )?)
             }
-            _ if !self.greeted => {
-                self.refuse(protocol("a conversation begins with a hello"))?;
+            (Request::Watch(pins), None) if self.greeted => self.watch(pins, sender),
+            _ if !self.greeted || self.watcher.is_some() => {
+                self.refuse(protocol(if self.greeted {
+                    "this connection is for notices"
+                } else {
+                    "a conversation begins with a hello"
+                }))?;
                 Err(End::Nonsense)
             }
             (Request::Prove, Some(proof)) => self.prove(proof.as_fd(), sender),
@@ -145,7 +149,7 @@ impl<'guard> Session<'guard> {
             (Request::Announce { tid }, Some(file)) => self.announce(*tid, file.as_fd(), sender),
             (Request::Query, Some(file)) => self.query(file.as_fd()),
             (Request::Status, None) => self.status(),
-            (Request::Ended { pin }, None) => self.ended(*pin),
+            (Request::Ended(pin), None) => self.ended(*pin),
             (Request::Swapped, None) => {
                 self.refuse(protocol("nothing was to be swapped"))?;
                 Err(End::Nonsense)
@@ -247,10 +251,12 @@ impl<'guard> Session<'guard> {
             self.check_mapping(pin)?;
             grant::grant(self.guard, pin, file, sender, self)
         });
+        if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
+            grant.pin.fate.belongs_to(prover.start);
+        }
         match granted {
             Ok(Grant {
                 pin,
-                inode,
                 granted,
                 file,
                 extents,
@@ -263,9 +269,6 @@ impl<'guard> Session<'guard> {
                 // message, and the pin with it.
                 let sent = self.send(&Reply::Granted(granted), &fds);
                 drop((file, life));
-                if self.guard.gate.is_in_kernel() {
-                    self.granted.add(&pin, inode);
-                }
                 pin.hand_over();
                 self.guard.gate.reconsider();
                 Ok(sent?)
@@ -274,11 +277,29 @@ impl<'guard> Session<'guard> {
         }
     }
 
+    /// What happens to pins is told on this connection from now on.
+    fn watch(&mut self, pins: &[WatchedPin], sender: Option<Sender>) -> Result<(), End> {
+        let peer = match self.require_peer(sender) {
+            Ok(peer) => peer,
+            Err(refusal) => return self.refuse(refusal),
+        };
+        let watcher = self
+            .watcher
+            .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
+        let Guard { notices, table, .. } = self.guard;
+        notices.watch(table, watcher, pins, |named| self.guard.gate.fate_of(named));
+        let directory = self.guard.gate.directory();
+        let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();
+        Ok(self.send(&Reply::Watching, &fds)?)
+    }
+
     /// Nobody else's pin can be ended: it is over if the kernel says so.
-    fn ended(&mut self, pin: u64) -> Result<(), End> {
-        if let Some((_, inode)) = self.granted.inodes.remove(&pin) {
-            self.guard.gate.look_for_end(self.guard, inode, pin);
-        }
+    fn ended(&self, ended: WatchedPin) -> Result<(), End> {
+        let inode = InodeId {
+            dev: ended.device,
+            inode: ended.inode,
+        };
+        self.guard.gate.look_for_end(self.guard, inode, ended.pin);
         Ok(self.send(&Reply::Done, &[])?)
     }
 
@@ -411,7 +432,9 @@ impl<'guard> Session<'guard> {
             .map_err(failed)?;
         let mut buffer = [0; 256];
         let received = self.socket.receive(&mut buffer);
-        self.socket.set_receive_timeout(None).map_err(failed)?;
+        self.socket
+            .set_receive_timeout(Some(IDLE))
+            .map_err(failed)?;
         let received = received.map_err(failed)?;
         match understand(&buffer, &received) {
             Ok(Request::Swapped) => Ok(()),
@@ -426,10 +449,17 @@ impl Conversation for Session<'_> {
             .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
         self.wait_for_swapped()
     }
+
+    fn is_wanted(&self) -> bool {
+        self.socket.peer_is_gone() == Ok(false)
+    }
 }
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
+        if let Some(watcher) = &self.watcher {
+            self.guard.notices.forget(watcher);
+        }
         // Whoever it spoke for is perhaps no more.
         for announcement in &self.announced {
             announcement.take();

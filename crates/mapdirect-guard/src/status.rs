@@ -5,7 +5,6 @@ use crate::openers::{Openers, Wanted, openers_of};
 use crate::table::Watched;
 use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering::Relaxed;
 
 /// Gathers the state. Whoever is not privileged sees names, processes and
 /// refusals only of files that `only_uid` itself has pinned.
@@ -43,15 +42,19 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
     };
     let mut recent = guard.audit.recent();
     recent.retain(|refused| only_uid.is_none() || shown(refused.inode, refused.device));
+    let (breached, mut breaches) = guard.notices.breaches();
+    breaches.retain(|breach| only_uid.is_none() || shown(breach.inode, breach.device));
     Status {
         gate: guard.gate.kind(),
         pid: std::process::id().cast_signed(),
         uptime: guard.started.elapsed().as_secs(),
-        clients: u32::try_from(guard.clients.load(Relaxed)).unwrap_or(u32::MAX),
+        clients: u32::try_from(guard.places.count()).unwrap_or(u32::MAX),
         judged: guard.audit.total_judged(),
         refused: guard.gate.refused().unwrap_or_else(|| guard.audit.counts()),
         files,
         recent,
+        breached,
+        breaches,
     }
 }
 
@@ -70,6 +73,8 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
             age: pin.since.elapsed().as_secs(),
             stable: settled.stable,
             frozen: settled.frozen,
+            breaches: pin.fate.summary().0,
+            lost: pin.fate.summary().1.unwrap_or_default(),
         })
         .collect();
     if live.is_empty() {

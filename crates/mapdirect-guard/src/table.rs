@@ -7,6 +7,7 @@
 use crate::apart::Held;
 use crate::grant::pending::Queue;
 use crate::ledger::{PinSet, Ranged};
+use crate::notice::Fate;
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use crossbeam_queue::ArrayQueue;
@@ -18,8 +19,8 @@ use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
 
 /// Names an inode as long as it is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -61,11 +62,18 @@ pub(crate) struct Pin {
     /// The other end of a pipe that its holders have, for a pin that was asked
     /// for with a description which cannot write.
     life: OnceLock<OwnedFd>,
+    /// Where its blocks are, as its holder was told.
+    map: ArcSwapOption<BlockMap>,
+    /// Grows by one when its holder begins to have blocks allocated, and when
+    /// that is over.
+    changes: AtomicU64,
     /// The guard's own copy of its description is closed: from now on the
     /// description is gone when its holders have let go of it.
     handed_over: AtomicBool,
     /// The description it lived in is gone.
     dead: AtomicBool,
+    /// Whether it was kept.
+    pub(crate) fate: Fate,
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -85,6 +93,17 @@ impl Ranged for Pin {
     }
     fn id(&self) -> u64 {
         self.id
+    }
+}
+
+/// How often a pin was changed on behalf of its holder.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Changes(u64);
+
+impl Changes {
+    /// It is just being changed.
+    pub(crate) fn is_under_way(self) -> bool {
+        !self.0.is_multiple_of(2)
     }
 }
 
@@ -121,8 +140,11 @@ impl Pin {
             since: Instant::now(),
             settled: ArcSwapOption::empty(),
             life: OnceLock::new(),
+            map: ArcSwapOption::empty(),
+            changes: AtomicU64::new(0),
             handed_over: AtomicBool::new(false),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 
@@ -148,8 +170,11 @@ impl Pin {
             since: Instant::now(),
             settled: ArcSwapOption::new(self.settled()),
             life: OnceLock::new(),
+            map: ArcSwapOption::new(self.map()),
+            changes: AtomicU64::new(self.changes.load(SeqCst)),
             handed_over: AtomicBool::new(true),
             dead: AtomicBool::new(false),
+            fate: Fate::default(),
         }
     }
 
@@ -163,12 +188,40 @@ impl Pin {
     pub(crate) fn settle(&self, map: &BlockMap, pinned: Pinned, held: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
+        self.record(map);
         self.settled.store(Some(Arc::new(Settled {
             pinned,
             _held: held,
             stable: range.end - range.start - frozen,
             frozen,
         })));
+    }
+
+    /// Its blocks are there, as its holder is told.
+    pub(crate) fn record(&self, map: &BlockMap) {
+        self.map.store(Some(Arc::new(map.clone())));
+    }
+
+    /// Where its blocks are, as far as that is known.
+    pub(crate) fn map(&self) -> Option<Arc<BlockMap>> {
+        self.map.load_full()
+    }
+
+    /// Some of its blocks are elsewhere now, and that was told: unless
+    /// somebody else says something newer than `seen`.
+    pub(crate) fn renew(&self, seen: &Arc<BlockMap>, now: BlockMap) {
+        self.map.compare_and_swap(seen, Some(Arc::new(now)));
+    }
+
+    /// Its holder begins to have blocks allocated, or that is over: in between
+    /// nothing is known of what is frozen.
+    pub(crate) fn changes_or_is_done(&self) {
+        self.changes.fetch_add(1, SeqCst);
+    }
+
+    /// What its holder has had allocated so far.
+    pub(crate) fn changes(&self) -> Changes {
+        Changes(self.changes.load(SeqCst))
     }
 
     pub(crate) fn settled(&self) -> Option<Arc<Settled>> {
@@ -298,6 +351,8 @@ pub(crate) struct Watched {
     /// The file, as long as it is behind the fanotify gate.
     anchor: Mutex<Option<Anchor>>,
     grant: Mutex<GrantState>,
+    /// Held while the tripwire has it open for a look.
+    looking: Mutex<()>,
 }
 
 /// A file behind the fanotify gate.
@@ -342,6 +397,7 @@ impl Watched {
             queue: Queue::default(),
             anchor: Mutex::default(),
             grant: Mutex::default(),
+            looking: Mutex::default(),
         }
     }
 
@@ -381,6 +437,24 @@ impl Watched {
         self.anchor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Has it open for a look, as long as this lives.
+    pub(crate) fn look(&self) -> MutexGuard<'_, ()> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody looks while this lives, so that no description is there but those
+    /// of others. A look that takes longer is not waited for.
+    pub(crate) fn hold_looks(&self) -> Option<MutexGuard<'_, ()>> {
+        for _ in 0..200 {
+            match self.looking.try_lock() {
+                Ok(held) => return Some(held),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        None
+    }
+
     /// What has happened to it so far.
     pub(crate) fn since(&self) -> Since {
         Since {
@@ -402,8 +476,8 @@ impl Watched {
     pub(crate) fn try_grant(&self) -> Option<MutexGuard<'_, GrantState>> {
         match self.grant.try_lock() {
             Ok(guard) => Some(guard),
-            Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-            Err(std::sync::TryLockError::WouldBlock) => None,
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
         }
     }
 

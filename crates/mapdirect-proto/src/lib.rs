@@ -23,20 +23,31 @@
 //!   Allocate + file  ───────────────────▶
 //!                    ◀───────────────────  Granted, if anything changed
 //!                    ◀───────────────────  Done, or Refused
+//!
+//! on a connection of its own, by which the guard speaks unasked:
+//!   Hello            ───────────────────▶
+//!                    ◀───────────────────  Welcome
+//!   Watch (pins)     ───────────────────▶         again for pins that come
+//!                    ◀───────────────────  Notice, for each that has one
+//!                    ◀───────────────────  Watching
+//!                    ◀───────────────────  Notice, at any time
 //! ```
 
 #![forbid(unsafe_code)]
 
 pub mod extent;
 pub mod message;
+pub mod notice;
 pub mod reason;
 pub mod status;
 mod wire;
 
 pub use extent::{BlockMap, DeviceId, Extent, ExtentState};
 pub use message::{
-    AllocateRequest, Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal, Reply, Request,
+    AllocateRequest, Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal, Reply,
+    Request, WatchedPin,
 };
+pub use notice::{Breach, Cause, Notice};
 pub use reason::Reason;
 pub use wire::DecodeError;
 

@@ -1,6 +1,7 @@
 //! Requests, replies, and their bytes.
 
 use crate::extent::{DeviceId, EXTENT_RECORD, Extent, decode_extents, encode_extents};
+use crate::notice::{self, Breach, BreachRecord, FateRecord, Notice};
 use crate::reason::Reason;
 use crate::wire::{DecodeError, Reader, clipped, wire_len};
 use crate::{MAGIC, MAX_INLINE_EXTENTS, MAX_MESSAGE};
@@ -158,13 +159,27 @@ pub enum Request {
     /// [`Reply::Granted`] without that description, if the block map changed,
     /// and then a [`Reply::Done`] or [`Reply::Refused`].
     Allocate(AllocateRequest),
-    /// This process has let go of a pin that was granted in this conversation.
-    /// [`Reply::Done`] comes when the gate judges as if it had never been, if
-    /// nobody else keeps it.
-    Ended {
-        /// Names the pin.
-        pin: u64,
-    },
+    /// This process has let go of a pin. [`Reply::Done`] comes when the gate
+    /// judges as if it had never been, if nobody else keeps it.
+    Ended(WatchedPin),
+    /// Asks to be told what happens to pins of this user from now on. The
+    /// answer is what has happened to each of them already, and then
+    /// [`Reply::Watching`]. From the first such request on the connection is for
+    /// this alone: more of them may follow, and the guard says
+    /// [`Reply::Notice`] at any time. It never waits for a reader: when
+    /// notices cannot be delivered it closes the connection.
+    Watch(Vec<WatchedPin>),
+}
+
+/// A pin, and where the guard finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WatchedPin {
+    /// Names the pin.
+    pub pin: u64,
+    /// `st_dev` of the file.
+    pub device: u64,
+    /// `st_ino` of the file.
+    pub inode: u64,
 }
 
 /// Which blocks of a pin to make stable.
@@ -270,6 +285,12 @@ pub enum Reply {
     Pins(Vec<PinnedRange>, u64),
     /// Answers a status request; a sealed memory file comes with it.
     Status,
+    /// Answers a request to watch, after what has happened already. Where a
+    /// gate stays in the kernel without its guard, its directory comes along
+    /// (`O_PATH`): it has no links any more when the gate has been taken away.
+    Watching,
+    /// Something happened to a pin that is watched.
+    Notice(Notice),
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -294,6 +315,7 @@ mod kind {
     pub(super) const ANNOUNCE: u16 = 7;
     pub(super) const ALLOCATE: u16 = 8;
     pub(super) const ENDED: u16 = 9;
+    pub(super) const WATCH: u16 = 10;
 
     pub(super) const WELCOME: u16 = 101;
     pub(super) const DONE: u16 = 102;
@@ -302,6 +324,10 @@ mod kind {
     pub(super) const REFUSED: u16 = 105;
     pub(super) const PINS: u16 = 106;
     pub(super) const STATUS_REPLY: u16 = 107;
+    pub(super) const BREACH: u16 = 108;
+    pub(super) const LOST: u16 = 109;
+    pub(super) const UNATTENDED: u16 = 110;
+    pub(super) const WATCHING: u16 = 111;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -334,8 +360,37 @@ struct AnnounceRecord {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
-struct EndedRecord {
+struct WatchRecord {
+    count: U32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct WatchedPinRecord {
     pin: U64,
+    device: U64,
+    inode: U64,
+}
+
+impl WatchedPin {
+    fn to_wire(self) -> WatchedPinRecord {
+        WatchedPinRecord {
+            pin: self.pin.into(),
+            device: self.device.into(),
+            inode: self.inode.into(),
+        }
+    }
+}
+
+impl From<WatchedPinRecord> for WatchedPin {
+    fn from(record: WatchedPinRecord) -> Self {
+        Self {
+            pin: record.pin.get(),
+            device: record.device.get(),
+            inode: record.inode.get(),
+        }
+    }
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -417,6 +472,8 @@ const MAX_COMMAND: usize = 64;
 pub const MAX_OPENERS: usize = 64;
 /// Most pinned ranges a reply carries.
 pub const MAX_PINS: usize = 512;
+/// Most pins that one request names to be told about.
+pub const MAX_WATCHED: usize = 1024;
 
 const _: () = {
     let refusal = 2 * MAX_TEXT + MAX_OPENERS * (size_of::<OpenerRecord>() + MAX_COMMAND);
@@ -425,6 +482,10 @@ const _: () = {
     assert!(HEADER + granted <= MAX_MESSAGE);
     let pins = size_of::<PinsRecord>() + MAX_PINS * size_of::<PinnedRangeRecord>();
     assert!(HEADER + pins <= MAX_MESSAGE);
+    let watched = size_of::<WatchRecord>() + MAX_WATCHED * size_of::<WatchedPinRecord>();
+    assert!(HEADER + watched <= MAX_MESSAGE);
+    assert!(HEADER + notice::LONGEST <= MAX_MESSAGE);
+    assert!(HEADER + size_of::<FateRecord>() + notice::MAX_WHY <= MAX_MESSAGE);
 };
 
 fn message(kind: u16, record: &(impl IntoBytes + Immutable), tail: &[u8]) -> Vec<u8> {
@@ -492,7 +553,9 @@ impl Request {
             | Self::Query
             | Self::Announce { .. }
             | Self::Allocate(_) => 1,
-            Self::Hello { .. } | Self::Swapped | Self::Status | Self::Ended { .. } => 0,
+            Self::Hello { .. } | Self::Swapped | Self::Status | Self::Ended(_) | Self::Watch(_) => {
+                0
+            }
         }
     }
 
@@ -528,7 +591,7 @@ impl Request {
                 };
                 message(kind::ANNOUNCE, &record, &[])
             }
-            Self::Ended { pin } => message(kind::ENDED, &EndedRecord { pin: (*pin).into() }, &[]),
+            Self::Ended(pin) => message(kind::ENDED, &pin.to_wire(), &[]),
             Self::Allocate(request) => {
                 let record = AllocateRecord {
                     pin: request.pin.into(),
@@ -537,6 +600,7 @@ impl Request {
                 };
                 message(kind::ALLOCATE, &record, &[])
             }
+            Self::Watch(pins) => encode_watch(pins),
         }
     }
 
@@ -589,10 +653,8 @@ impl Request {
                 }
             }
             kind::ENDED => {
-                let record: EndedRecord = body.only()?;
-                Self::Ended {
-                    pin: record.pin.get(),
-                }
+                let record: WatchedPinRecord = body.only()?;
+                Self::Ended(record.into())
             }
             kind::ALLOCATE => {
                 let record: AllocateRecord = body.only()?;
@@ -602,6 +664,7 @@ impl Request {
                     length: record.length.get(),
                 })
             }
+            kind::WATCH => Self::Watch(decode_watch(body)?),
             other => return Err(DecodeError::Kind(other)),
         })
     }
@@ -633,6 +696,8 @@ impl Reply {
             Self::Refused(refusal) => encode_refusal(refusal),
             Self::Pins(pins, omitted) => encode_pins(pins, *omitted),
             Self::Status => message(kind::STATUS_REPLY, &Empty {}, &[]),
+            Self::Watching => message(kind::WATCHING, &Empty {}, &[]),
+            Self::Notice(notice) => encode_notice(notice),
         }
     }
 
@@ -668,9 +733,75 @@ impl Reply {
                 let Empty {} = body.only()?;
                 Self::Status
             }
+            kind::WATCHING => {
+                let Empty {} = body.only()?;
+                Self::Watching
+            }
+            kind::BREACH | kind::LOST | kind::UNATTENDED => Self::Notice(decode_notice(body)?),
             other => return Err(DecodeError::Kind(other)),
         })
     }
+}
+
+fn encode_watch(pins: &[WatchedPin]) -> Vec<u8> {
+    let named = &pins[..pins.len().min(MAX_WATCHED)];
+    let record = WatchRecord {
+        count: wire_len(named.len()),
+        reserved: 0.into(),
+    };
+    let mut tail = Vec::new();
+    for pin in named {
+        tail.extend_from_slice(pin.to_wire().as_bytes());
+    }
+    message(kind::WATCH, &record, &tail)
+}
+
+fn decode_watch(body: Body<'_>) -> Result<Vec<WatchedPin>, DecodeError> {
+    let (record, mut rest): (WatchRecord, _) = body.first()?;
+    let mut pins = Vec::new();
+    for _ in 0..record.count.get() {
+        let record: WatchedPinRecord = rest.record()?;
+        pins.push(record.into());
+    }
+    if rest.is_empty() {
+        Ok(pins)
+    } else {
+        Err(DecodeError::Length)
+    }
+}
+
+fn encode_notice(notice: &Notice) -> Vec<u8> {
+    let (kind, pin, why) = match notice {
+        Notice::Breach(breach) => {
+            let (record, tail) = breach.to_wire();
+            return message(kind::BREACH, &record, &tail);
+        }
+        Notice::Lost { pin, why } => (kind::LOST, pin, why),
+        Notice::Unattended { pin, why } => (kind::UNATTENDED, pin, why),
+    };
+    let record = FateRecord { pin: (*pin).into() };
+    message(kind, &record, clipped(why, notice::MAX_WHY).as_bytes())
+}
+
+fn decode_notice(body: Body<'_>) -> Result<Notice, DecodeError> {
+    let kind = body.kind;
+    if kind == kind::BREACH {
+        let (record, mut rest): (BreachRecord, _) = body.first()?;
+        let breach = Breach::from_wire(&record, &mut rest)?;
+        return if rest.is_empty() {
+            Ok(Notice::Breach(breach))
+        } else {
+            Err(DecodeError::Length)
+        };
+    }
+    let (record, mut rest): (FateRecord, _) = body.first()?;
+    let pin = record.pin.get();
+    let why = rest.text(rest.remaining())?;
+    Ok(if kind == kind::LOST {
+        Notice::Lost { pin, why }
+    } else {
+        Notice::Unattended { pin, why }
+    })
 }
 
 fn encode_granted(granted: &Granted) -> Vec<u8> {
@@ -836,7 +967,14 @@ mod tests {
             Just(Request::Query),
             Just(Request::Status),
             any::<i32>().prop_map(|tid| Request::Announce { tid }),
-            any::<u64>().prop_map(|pin| Request::Ended { pin }),
+            any::<(u64, u64, u64)>().prop_map(|(pin, device, inode)| {
+                Request::Ended(WatchedPin { pin, device, inode })
+            }),
+            proptest::collection::vec(any::<(u64, u64, u64)>(), 0..9).prop_map(|pins| {
+                let pins = pins.into_iter();
+                let watched = pins.map(|(pin, device, inode)| WatchedPin { pin, device, inode });
+                Request::Watch(watched.collect())
+            }),
             any::<(u64, u64, u64)>().prop_map(|(pin, offset, length)| {
                 Request::Allocate(AllocateRequest {
                     pin,
@@ -925,6 +1063,35 @@ mod tests {
             refused,
             pins,
             Just(Reply::Status),
+            Just(Reply::Watching),
+            notice().prop_map(Reply::Notice),
+        ]
+    }
+
+    fn notice() -> impl Strategy<Value = Notice> {
+        let extents = || {
+            proptest::collection::vec(any::<u32>(), 0..9).prop_map(|places| {
+                let places = places.into_iter();
+                let extent =
+                    |at: u32| Extent::new(at.into(), None, u64::from(at) + 1, ExtentState::Hole);
+                places.map(extent).collect::<Vec<_>>()
+            })
+        };
+        let cause = proptest::option::of((any::<i32>(), ".{0,20}", ".{0,20}"));
+        let breach = (any::<[u64; 5]>(), ".{0,40}", extents(), extents(), cause).prop_map(
+            |([pin, inode, time, start, end], path, before, after, cause)| {
+                let device = DeviceId { major: 7, minor: 3 };
+                let both = (&before[..], &after[..]);
+                let breach = Breach::new(pin, (device, inode), path, time, start..end, both);
+                let cause =
+                    cause.map(|(pid, command, what)| notice::Cause::new(pid, command, what));
+                Notice::Breach(breach.caused_by(cause))
+            },
+        );
+        prop_oneof![
+            breach,
+            (any::<u64>(), ".{0,60}").prop_map(|(pin, why)| Notice::Lost { pin, why }),
+            (any::<u64>(), ".{0,60}").prop_map(|(pin, why)| Notice::Unattended { pin, why }),
         ]
     }
 
@@ -948,7 +1115,7 @@ mod tests {
         /// Bytes that get past the header reach every decoder.
         #[test]
         fn any_record_decodes_or_not(
-            kind in prop_oneof![1u16..9, 101u16..110],
+            kind in prop_oneof![1u16..12, 101u16..113],
             record in 0u16..80,
             tail in proptest::collection::vec(any::<u8>(), 0..300),
         ) {
@@ -987,6 +1154,25 @@ mod tests {
         newer[39] = 1;
         let refused = Request::decode(&message(kind::PIN, &newer, &[]));
         assert_eq!(refused, Err(DecodeError::Newer));
+    }
+
+    #[test]
+    fn a_breach_with_too_much_to_say_still_fits() {
+        let hole = Extent::new(0, None, 1, ExtentState::Hole);
+        let many = vec![hole; 1000];
+        let device = DeviceId { major: 7, minor: 3 };
+        let path = "ü".repeat(9000);
+        let breach = Breach::new(1, (device, 2), path, 3, 4..5, (&many, &many));
+        let cause = notice::Cause::new(6, "x".repeat(9000), "y".repeat(9000));
+        let mut breach = breach.caused_by(Some(cause));
+        breach.before = many;
+        let bytes = Reply::Notice(Notice::Breach(breach)).encode();
+        assert!(bytes.len() <= MAX_MESSAGE);
+        let Ok(Reply::Notice(Notice::Breach(breach))) = Reply::decode(&bytes) else {
+            panic!("must decode");
+        };
+        assert_eq!(breach.before.len(), notice::MAX_BREACH_EXTENTS);
+        assert_eq!(breach.cause.unwrap().what.len(), 256);
     }
 
     #[test]

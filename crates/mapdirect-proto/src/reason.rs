@@ -110,6 +110,8 @@ reasons! {
     GuardGone = 28, "guard-gone";
     /// The filesystem or the caller's quota has too little space left.
     NoSpace = 29, "no-space";
+    /// Blocks of the pin have changed, and the mapping was revoked.
+    Breached = 40, "breached";
 }
 
 impl fmt::Display for Reason {

@@ -5,6 +5,7 @@
 
 use crate::extent::DeviceId;
 use crate::message::{Flags, Gate};
+use crate::notice::{Breach, BreachRecord};
 use crate::wire::{DecodeError, Reader, clipped, wire_len};
 use std::ops::Range;
 use zerocopy::little_endian::{I32, U16, U32, U64};
@@ -45,6 +46,10 @@ pub struct PinStatus {
     pub stable: u64,
     /// Bytes in frozen blocks.
     pub frozen: u64,
+    /// How often its blocks were found changed.
+    pub breaches: u64,
+    /// Why it is kept no longer; empty while it is.
+    pub lost: String,
 }
 
 /// A file with pins.
@@ -102,6 +107,10 @@ pub struct Status {
     pub files: Vec<FileStatus>,
     /// The latest refusals, oldest first.
     pub recent: Vec<RefusedOperation>,
+    /// How many breaches there were.
+    pub breached: u64,
+    /// The latest of them, oldest first.
+    pub breaches: Vec<Breach>,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -121,6 +130,7 @@ mod kind {
     pub(super) const PIN: u16 = 4;
     pub(super) const HOLDER: u16 = 5;
     pub(super) const RECENT: u16 = 6;
+    pub(super) const BREACH: u16 = 7;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -132,6 +142,7 @@ struct GuardRecord {
     clients: U32,
     reserved: U32,
     judged: U64,
+    breached: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -161,6 +172,7 @@ struct PinRecord {
     age: U64,
     stable: U64,
     frozen: U64,
+    breaches: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -190,7 +202,7 @@ struct RecentRecord {
 
 const MAX_TEXT: usize = 4096;
 
-fn put(bytes: &mut Vec<u8>, kind: u16, fixed: &(impl IntoBytes + Immutable), texts: &[&str]) {
+fn put(bytes: &mut Vec<u8>, kind: u16, fixed: &(impl IntoBytes + Immutable), texts: &[&[u8]]) {
     let fixed = fixed.as_bytes();
     let header = size_of::<RecordHeader>();
     let text: usize = texts.iter().map(|text| text.len()).sum();
@@ -202,7 +214,7 @@ fn put(bytes: &mut Vec<u8>, kind: u16, fixed: &(impl IntoBytes + Immutable), tex
     bytes.extend_from_slice(record.as_bytes());
     bytes.extend_from_slice(fixed);
     for text in texts {
-        bytes.extend_from_slice(text.as_bytes());
+        bytes.extend_from_slice(text);
     }
 }
 
@@ -218,6 +230,7 @@ impl Status {
             clients: self.clients.into(),
             reserved: 0.into(),
             judged: self.judged.into(),
+            breached: self.breached.into(),
         };
         put(&mut bytes, kind::GUARD, &guard, &[]);
         for (name, count) in &self.refused {
@@ -228,7 +241,7 @@ impl Status {
                 &mut bytes,
                 kind::REFUSED,
                 &record,
-                &[clipped(name, MAX_TEXT)],
+                &[clipped(name, MAX_TEXT).as_bytes()],
             );
         }
         for file in &self.files {
@@ -241,10 +254,11 @@ impl Status {
                 &mut bytes,
                 kind::FILE,
                 &record,
-                &[clipped(&file.path, MAX_TEXT)],
+                &[clipped(&file.path, MAX_TEXT).as_bytes()],
             );
             for pin in &file.pins {
-                put(&mut bytes, kind::PIN, &pin_record(pin), &[]);
+                let lost = clipped(&pin.lost, MAX_TEXT);
+                put(&mut bytes, kind::PIN, &pin_record(pin), &[lost.as_bytes()]);
             }
             for holder in &file.holders {
                 let record = HolderRecord {
@@ -253,7 +267,7 @@ impl Status {
                     mapped: holder.mapped.into(),
                 };
                 let command = clipped(&holder.command, MAX_TEXT);
-                put(&mut bytes, kind::HOLDER, &record, &[command]);
+                put(&mut bytes, kind::HOLDER, &record, &[command.as_bytes()]);
             }
         }
         for refused in &self.recent {
@@ -276,8 +290,12 @@ impl Status {
                 &mut bytes,
                 kind::RECENT,
                 &record,
-                &[command, operation, path],
+                &[command, operation, path].map(str::as_bytes),
             );
+        }
+        for breach in &self.breaches {
+            let (record, tail) = breach.to_wire();
+            put(&mut bytes, kind::BREACH, &record, &[&tail]);
         }
         bytes
     }
@@ -299,6 +317,8 @@ impl Status {
             refused: Vec::new(),
             files: Vec::new(),
             recent: Vec::new(),
+            breached: 0,
+            breaches: Vec::new(),
         };
         while !reader.is_empty() {
             let header: RecordHeader = reader.record()?;
@@ -320,6 +340,7 @@ impl Status {
                 self.uptime = record.uptime.get();
                 self.clients = record.clients.get();
                 self.judged = record.judged.get();
+                self.breached = record.breached.get();
             }
             kind::REFUSED => {
                 let record: RefusedRecord = body.extensible(fixed)?;
@@ -351,6 +372,8 @@ impl Status {
                     age: record.age.get(),
                     stable: record.stable.get(),
                     frozen: record.frozen.get(),
+                    breaches: record.breaches.get(),
+                    lost: body.text(body.remaining())?,
                 });
             }
             kind::HOLDER => {
@@ -380,6 +403,10 @@ impl Status {
                     range: (start != u64::MAX).then(|| start..record.end.get()),
                 });
             }
+            kind::BREACH => {
+                let record: BreachRecord = body.extensible(fixed)?;
+                self.breaches.push(Breach::from_wire(&record, &mut body)?);
+            }
             _ => {}
         }
         Ok(())
@@ -398,12 +425,14 @@ fn pin_record(pin: &PinStatus) -> PinRecord {
         age: pin.age.into(),
         stable: pin.stable.into(),
         frozen: pin.frozen.into(),
+        breaches: pin.breaches.into(),
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{Cause, Extent, ExtentState};
     use proptest::prelude::*;
 
     fn status() -> Status {
@@ -427,6 +456,8 @@ mod tests {
                     age: 2,
                     stable: 4096,
                     frozen: 0,
+                    breaches: 2,
+                    lost: "the gate was taken away".into(),
                 }],
                 holders: vec![Holder {
                     pid: 77,
@@ -445,7 +476,19 @@ mod tests {
                 path: "/mnt/å b".into(),
                 range: None,
             }],
+            breached: 2,
+            breaches: vec![breach()],
         }
+    }
+
+    fn breach() -> Breach {
+        let device = DeviceId { major: 7, minor: 0 };
+        let hole = [Extent::new(4096, None, 4096, ExtentState::Hole)];
+        let written = [Extent::new(4096, Some(0), 4096, ExtentState::Written)];
+        let range = 4096..8192;
+        Breach::new(9, (device, 131), "/mnt/å b", 5, range, (&written, &hole)).caused_by(Some(
+            Cause::new(80, "truncate", "truncate through an overlay"),
+        ))
     }
 
     #[test]
@@ -456,7 +499,7 @@ mod tests {
     #[test]
     fn unknown_records_are_skipped() {
         let mut bytes = status().encode();
-        put(&mut bytes, 999, &[1u8, 2, 3], &["whatever"]);
+        put(&mut bytes, 999, &[1u8, 2, 3], &[b"whatever"]);
         assert_eq!(Status::decode(&bytes), Ok(status()));
     }
 

@@ -6,8 +6,20 @@ const VERSION_3: u32 = 0x2008_0522;
 
 /// `CAP_LINUX_IMMUTABLE`, the capability that allows pinning.
 pub const CAP_LINUX_IMMUTABLE: u32 = 9;
+/// `CAP_DAC_OVERRIDE`: every file can be opened.
+pub const CAP_DAC_OVERRIDE: u32 = 1;
+/// `CAP_SYSLOG`: addresses of the kernel's functions are told.
+pub const CAP_SYSLOG: u32 = 34;
+/// `CAP_DAC_READ_SEARCH`: every file can be read, and opened by its handle.
+pub const CAP_DAC_READ_SEARCH: u32 = 2;
+/// `CAP_SETUID`: acting on behalf of another user.
+pub const CAP_SETUID: u32 = 7;
+/// `CAP_SYS_PTRACE`: looking at processes of other users.
+pub const CAP_SYS_PTRACE: u32 = 19;
 /// `CAP_SYS_ADMIN`, which the guard needs.
 pub const CAP_SYS_ADMIN: u32 = 21;
+/// `CAP_LEASE`: leases on files of other users.
+pub const CAP_LEASE: u32 = 28;
 /// `CAP_SYS_RESOURCE`: space set aside for root, and no quota.
 pub const CAP_SYS_RESOURCE: u32 = 24;
 

@@ -6,6 +6,47 @@ use rustix::fs::FallocateFlags;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
+/// A change to the blocks of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// See [`allocate`].
+    Allocate,
+    /// See [`allocate_and_grow`].
+    AllocateAndGrow,
+    /// See [`unshare`].
+    Unshare,
+    /// See [`punch`].
+    Punch,
+    /// See [`write_zeroes`].
+    WriteZeroes,
+}
+
+impl Change {
+    pub(crate) fn flags(self) -> FallocateFlags {
+        match self {
+            Self::Allocate => FallocateFlags::KEEP_SIZE,
+            Self::AllocateAndGrow => FallocateFlags::empty(),
+            Self::Unshare => FallocateFlags::UNSHARE_RANGE | FallocateFlags::KEEP_SIZE,
+            Self::Punch => FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            // FALLOC_FL_WRITE_ZEROES, include/uapi/linux/falloc.h.
+            Self::WriteZeroes => FallocateFlags::from_bits_retain(0x80),
+        }
+    }
+}
+
+/// Makes a change.
+///
+/// # Errors
+///
+/// As the function that makes it.
+pub fn change(file: BorrowedFd<'_>, change: Change, range: &Range<u64>) -> Result<()> {
+    seam::check(Call::Fallocate)?;
+    // A signal may interrupt it half-way; each of these can be done twice.
+    rustix::io::retry_on_intr(|| {
+        rustix::fs::fallocate(file, change.flags(), range.start, range.end - range.start)
+    })
+}
+
 /// Allocates blocks for `range` where there are none; they read as zeros, and
 /// what is there already stays. The file keeps its size.
 ///
@@ -15,7 +56,7 @@ use std::os::fd::BorrowedFd;
 /// `EPERM` for immutable and append-only files, `ETXTBSY` for swap files and
 /// from a gate, `EOPNOTSUPP`.
 pub fn allocate(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
-    call(file, FallocateFlags::KEEP_SIZE, range)
+    change(file, Change::Allocate, range)
 }
 
 /// The same, and the file ends behind `range` unless it is longer: it never
@@ -26,7 +67,7 @@ pub fn allocate(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
 /// As [`allocate`]. Beyond `RLIMIT_FSIZE` it is `EFBIG`, and `SIGXFSZ` for
 /// the calling thread.
 pub fn allocate_and_grow(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
-    call(file, FallocateFlags::empty(), range)
+    change(file, Change::AllocateAndGrow, range)
 }
 
 /// Gives the file blocks of its own for what it shares in `range`, with the
@@ -36,8 +77,7 @@ pub fn allocate_and_grow(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()>
 ///
 /// As [`allocate`]; `EOPNOTSUPP` where files cannot share blocks.
 pub fn unshare(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
-    let flags = FallocateFlags::UNSHARE_RANGE | FallocateFlags::KEEP_SIZE;
-    call(file, flags, range)
+    change(file, Change::Unshare, range)
 }
 
 /// Frees the blocks of `range`, whatever is in them.
@@ -46,8 +86,7 @@ pub fn unshare(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
 ///
 /// As [`allocate`].
 pub fn punch(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
-    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    call(file, flags, range)
+    change(file, Change::Punch, range)
 }
 
 /// Has the device fill `range` with zeros, without sending them, and makes
@@ -60,14 +99,5 @@ pub fn punch(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
 /// not have it, and where the device would have to be sent the zeros
 /// (`ext4_fallocate`, fs/ext4/extents.c).
 pub fn write_zeroes(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
-    // FALLOC_FL_WRITE_ZEROES, include/uapi/linux/falloc.h.
-    call(file, FallocateFlags::from_bits_retain(0x80), range)
-}
-
-fn call(file: BorrowedFd<'_>, flags: FallocateFlags, range: &Range<u64>) -> Result<()> {
-    seam::check(Call::Fallocate)?;
-    // A signal may interrupt it half-way; each of these can be done twice.
-    rustix::io::retry_on_intr(|| {
-        rustix::fs::fallocate(file, flags, range.start, range.end - range.start)
-    })
+    change(file, Change::WriteZeroes, range)
 }

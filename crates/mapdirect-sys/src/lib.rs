@@ -14,6 +14,8 @@ compile_error!("mapdirect speaks to Linux interfaces only");
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
 
+pub mod apart;
+pub mod bpf;
 pub mod cache;
 pub mod capget;
 pub mod descriptors;
@@ -31,6 +33,7 @@ pub mod madvise;
 pub mod memfd;
 pub mod mmap;
 pub mod open_tree;
+pub mod perf_event;
 pub mod pidfd;
 pub mod proc;
 pub mod proc_locks;
@@ -39,6 +42,7 @@ pub mod proc_pagemap;
 pub mod pthread_atfork;
 pub mod seam;
 pub mod setfsuid;
+pub mod shared_words;
 pub mod signal;
 pub mod sync_file_range;
 pub mod uname;

@@ -19,6 +19,12 @@ impl Signal {
     pub const TERMINATE: i32 = libc::SIGTERM;
     /// `SIGHUP`.
     pub const HANGUP: i32 = libc::SIGHUP;
+    /// `SIGQUIT`.
+    pub const QUIT: i32 = libc::SIGQUIT;
+    /// `SIGUSR1`.
+    pub const USER_1: i32 = libc::SIGUSR1;
+    /// `SIGUSR2`.
+    pub const USER_2: i32 = libc::SIGUSR2;
     /// `SIGCHLD`.
     pub const CHILD: i32 = libc::SIGCHLD;
     /// `SIGPIPE`.

@@ -240,6 +240,15 @@ impl Socket {
         }
     }
 
+    /// Ends the connection in both directions, for every descriptor of it.
+    ///
+    /// # Errors
+    ///
+    /// `ENOTCONN`.
+    pub fn shut_down(&self) -> Result<()> {
+        rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both)
+    }
+
     /// Waits for one message. A length of 0 means that the peer closed its
     /// end.
     ///

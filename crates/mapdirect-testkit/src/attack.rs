@@ -817,7 +817,7 @@ struct DedupeRange {
 }
 
 /// Dedupes a range of two files, which must hold the same bytes.
-fn dedupe(
+pub fn dedupe(
     from: BorrowedFd<'_>,
     from_offset: u64,
     into: BorrowedFd<'_>,

@@ -102,7 +102,7 @@ pub fn play(arguments: &[String]) -> Result<()> {
 
 /// Mounts a strange file in namespaces of one's own, and serves it in a child.
 fn mount(node: &Path, directory: &Path, unanswered: Unanswered) -> Result<Box<Path>> {
-    raw::own_mount_namespace()?;
+    raw::own_mapped_mount_namespace()?;
     let server = fuse::mount(node, directory)?;
     raw::fork(|| {
         die_with_parent();

@@ -5,11 +5,14 @@
 //!   through every door the kernel has, made by real system calls.
 //! * [`contract`]: which of them must be refused where, as data.
 //! * [`fault`]: loads and stores that may raise SIGBUS.
+//! * [`hammer`]: tricks without privilege, again and again, by processes that preempt each other.
 //! * [`hostile`]: strangers who try to keep others waiting, by a filesystem of
 //!   their own ([`fuse`]) for one.
 //! * [`latency`]: how long it takes until a store is durable.
+//! * [`overlay`]: a file changed through an overlay that somebody mounts.
 //! * [`power`]: what must be left when the power goes.
 //! * [`process`]: guards, holders and attackers in processes of their own.
+//! * [`writers`]: who writes past the gates, and what becomes of it.
 
 #![deny(unsafe_code)]
 #![expect(
@@ -31,12 +34,16 @@ pub mod disk;
 pub mod fault;
 pub mod fingerprint;
 pub mod fuse;
+pub mod hammer;
 pub mod hostile;
 pub mod latency;
+pub mod overlay;
 pub mod power;
 pub mod process;
 pub mod random;
 #[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]
 pub mod raw;
+
+pub mod writers;
 
 pub use disk::{Disk, Kind};

@@ -58,24 +58,10 @@ impl GuardProcess {
         Self::spawn(command, BpfDirectory::new(binary))
     }
 
-    fn spawn(mut command: Command, gate: BpfDirectory) -> Result<Self> {
+    fn spawn(command: Command, gate: BpfDirectory) -> Result<Self> {
         let directory = ScratchDirectory::new("guard")?;
         let socket = directory.path().join("guard.sock");
-        // Refusals by the hundred are nobody's reading; what it says last, if
-        // it ends by itself, is.
-        let complaints = File::create(directory.path().join("stderr"))?;
-        let mut child = command
-            .arg("--socket")
-            .arg(&socket)
-            .args(["--gate", Gate::under_test().name(), "--bpf-directory"])
-            .arg(gate.path())
-            .stdout(Stdio::piped())
-            .stderr(complaints)
-            .spawn()
-            .with_context(|| format!("cannot run {}", command.get_program().display()))?;
-        let stdout = child.stdout.take().context("no stdout")?;
-        let mut line = String::new();
-        BufReader::new(stdout).read_line(&mut line)?;
+        let (child, line) = run_guard(command, &directory, &socket, &gate)?;
         let guard = Self {
             child,
             socket,
@@ -89,6 +75,28 @@ impl GuardProcess {
             guard.last_words()
         );
         Ok(guard)
+    }
+
+    /// Has another take its place, once it has ended: at the same socket, with
+    /// the gate that stayed behind.
+    pub fn start_again(&mut self, binary: &Path) -> Result<()> {
+        ensure!(self.ended, "the first one still runs");
+        let gate = self.gate.as_ref().context("it has no gate")?;
+        let mut command = Command::new(binary);
+        command.arg("guard");
+        let (child, line) = run_guard(command, &self.directory, &self.socket, gate)?;
+        self.child = child;
+        self.ended = false;
+        let words = self.last_words();
+        ensure!(line.contains("ready"), "the guard said: {line:?} {words}");
+        Ok(())
+    }
+
+    /// Takes the gate away that it has left behind.
+    pub fn unload(&mut self) -> Result<()> {
+        ensure!(self.ended, "it still runs");
+        drop(self.gate.take());
+        Ok(())
     }
 
     /// Where it listens.
@@ -146,6 +154,31 @@ impl GuardProcess {
     }
 }
 
+/// Runs a guard, and returns its first line.
+fn run_guard(
+    mut command: Command,
+    directory: &ScratchDirectory,
+    socket: &Path,
+    gate: &BpfDirectory,
+) -> Result<(Child, String)> {
+    // Refusals by the hundred are nobody's reading; what it says last, if
+    // it ends by itself, is.
+    let complaints = File::create(directory.path().join("stderr"))?;
+    let mut child = command
+        .arg("--socket")
+        .arg(socket)
+        .args(["--gate", Gate::under_test().name(), "--bpf-directory"])
+        .arg(gate.path())
+        .stdout(Stdio::piped())
+        .stderr(complaints)
+        .spawn()
+        .with_context(|| format!("cannot run {}", command.get_program().display()))?;
+    let stdout = child.stdout.take().context("no stdout")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line)?;
+    Ok((child, line))
+}
+
 impl Drop for GuardProcess {
     fn drop(&mut self) {
         if !self.ended
@@ -184,6 +217,15 @@ impl BpfDirectory {
         Self {
             binary: binary.to_owned(),
             path: Path::new("/sys/fs/bpf").join(name),
+        }
+    }
+
+    /// One that exists already, or is on another bpf filesystem.
+    #[must_use]
+    pub fn at(binary: &Path, path: &Path) -> Self {
+        Self {
+            binary: binary.to_owned(),
+            path: path.to_owned(),
         }
     }
 
@@ -452,14 +494,14 @@ fn parse_words(words: &[String]) -> Result<(&'static Attack, Target)> {
 }
 
 /// What came of an attack, as one process says it to another.
-fn answer(result: std::result::Result<(), Errno>) -> String {
+pub(crate) fn answer(result: std::result::Result<(), Errno>) -> String {
     match result {
         Ok(()) => String::from("ok"),
         Err(errno) => format!("errno {}", errno.raw_os_error()),
     }
 }
 
-fn parse_answer(line: &str) -> Result<std::result::Result<(), Errno>> {
+pub(crate) fn parse_answer(line: &str) -> Result<std::result::Result<(), Errno>> {
     match line.strip_prefix("errno ") {
         None if line == "ok" => Ok(Ok(())),
         Some(errno) => Ok(Err(Errno::from_raw_os_error(errno.parse()?))),

@@ -3,6 +3,8 @@
 //!
 //! All of them act on descriptors and memory of the caller only.
 
+pub mod adversary;
+
 use io_uring::{IoUring, opcode, squeue, types};
 use mapdirect_sys::Errno;
 use rustix::fs::{Mode, OFlags};
@@ -46,6 +48,20 @@ pub fn ioctl_value(file: BorrowedFd<'_>, request: u64, argument: u64) -> Result<
     // its argument.
     let ret = unsafe { libc::ioctl(file.as_raw_fd(), request, argument) };
     checked(ret.into()).map(|_| ret)
+}
+
+/// A descriptor of another process: `pidfd_getfd(2)`.
+pub fn take_descriptor(pid: i32, fd: i32) -> Result<OwnedFd> {
+    // SAFETY: integers only.
+    let pidfd = checked(unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) })?;
+    let pidfd = i32::try_from(pidfd).map_err(|_| Errno::IO)?;
+    // SAFETY: the kernel has just made it for us.
+    let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+    // SAFETY: integers only.
+    let taken = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), fd, 0) };
+    let taken = i32::try_from(checked(taken)?).map_err(|_| Errno::IO)?;
+    // SAFETY: as above.
+    Ok(unsafe { OwnedFd::from_raw_fd(taken) })
 }
 
 /// `fallocate(2)` with any mode bits.
@@ -664,7 +680,7 @@ pub fn become_nobody() -> Result<()> {
 
 /// Puts the calling process, which must have one thread only, into a user and
 /// a mount namespace of its own, as their root.
-pub fn own_mount_namespace() -> Result<()> {
+pub fn own_mapped_mount_namespace() -> Result<()> {
     let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
     // SAFETY: takes flags; nothing that is in memory changes.
     let ret = unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) };
@@ -733,6 +749,25 @@ pub fn getdents_into(directory: BorrowedFd<'_>, memory: &mut [u8]) -> Result<usi
 pub fn dup2(from: i32, to: i32) {
     // SAFETY: takes numbers; the callers own both.
     unsafe { libc::dup2(from, to) };
+}
+
+/// Puts the calling process, which must have one thread only, into a mount
+/// namespace of its own, and into a user namespace before that if asked for.
+pub fn own_mount_namespace(of_own_user: bool) -> Result<()> {
+    let user = if of_own_user { libc::CLONE_NEWUSER } else { 0 };
+    // SAFETY: takes flags; nothing that is in memory changes.
+    let ret = unsafe { libc::unshare(libc::CLONE_NEWNS | user) };
+    checked(ret.into()).map(drop)
+}
+
+/// Has the kernel write a record to a file whenever a process ends, or to none
+/// any more (`acct(2)`).
+pub fn account_to(path: Option<&Path>) -> Result<()> {
+    let path = path.map(c_path);
+    let pointer = path.as_ref().map_or(std::ptr::null(), |path| path.as_ptr());
+    // SAFETY: no path, or a C string that outlives the call.
+    let ret = unsafe { libc::acct(pointer) };
+    checked(ret.into()).map(drop)
 }
 
 /// Waits for a child and returns its exit status, or 128 and the signal that
@@ -899,5 +934,90 @@ pub mod compat {
     /// `ioctl` with an integer argument.
     pub fn ioctl_value(file: BorrowedFd<'_>, request: u32, argument: u32) -> Result<()> {
         call(54, [number(file), request, argument, 0, 0, 0]).map(drop)
+    }
+}
+
+/// Maps a page of a file with `MAP_SHARED | MAP_DIRECT`, as a program without
+/// a library does, and unmaps it at once.
+pub fn map_direct_once(file: BorrowedFd<'_>) -> Result<()> {
+    const MAP_DIRECT: i32 = 0x200_0000;
+    let length = 4096;
+    // SAFETY: the kernel chooses the address, and nothing uses the memory.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | MAP_DIRECT,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        checked(-1)?;
+    }
+    // SAFETY: that mapping, which nothing else knows of.
+    checked(unsafe { libc::munmap(address, length) }.into()).map(drop)
+}
+
+/// `union bpf_attr` of the commands below (include/uapi/linux/bpf.h).
+#[repr(C)]
+#[derive(Default)]
+struct BpfElement {
+    map: u32,
+    pad: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+/// Deletes every key from a map of the bpf filesystem; sets every element of
+/// one that is an array to zeros. Returns how many there were.
+pub fn empty_bpf_map(path: &std::path::Path) -> Result<u32> {
+    const MAP_UPDATE_ELEM: i32 = 2;
+    const MAP_DELETE_ELEM: i32 = 3;
+    const MAP_GET_NEXT_KEY: i32 = 4;
+    let map = mapdirect_sys::bpf::get(path)?;
+    let call = |command: i32, key: u64, value: u64| {
+        let mut element = BpfElement {
+            map: map.as_raw_fd().cast_unsigned(),
+            key,
+            value,
+            ..BpfElement::default()
+        };
+        // SAFETY: reads the attributes, and what they point to: a key and a
+        // value of the callers, longer than any of these maps has.
+        let ret = unsafe {
+            libc::syscall(
+                libc::SYS_bpf,
+                command,
+                &raw mut element,
+                size_of::<BpfElement>(),
+            )
+        };
+        checked(ret).map(drop)
+    };
+    let zeros = [0u8; 1024];
+    let mut key = [0u8; 64];
+    let mut emptied = 0;
+    // The first key, as long as there is one; an array has one after another.
+    let mut after: Option<[u8; 64]> = None;
+    loop {
+        let from = after.as_ref().map_or(0, |after| after.as_ptr() as u64);
+        match call(MAP_GET_NEXT_KEY, from, key.as_mut_ptr() as u64) {
+            Ok(()) => {}
+            Err(Errno::NOENT) => return Ok(emptied),
+            Err(errno) => return Err(errno),
+        }
+        let at = key.as_ptr() as u64;
+        match call(MAP_DELETE_ELEM, at, 0) {
+            Ok(()) => {}
+            Err(Errno::INVAL) => {
+                call(MAP_UPDATE_ELEM, at, zeros.as_ptr() as u64)?;
+                after = Some(key);
+            }
+            Err(errno) => return Err(errno),
+        }
+        emptied += 1;
     }
 }

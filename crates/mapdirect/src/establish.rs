@@ -2,10 +2,11 @@
 
 use crate::error::{Error, Result};
 use crate::guard::{Connection, Guard, unexpected};
+use crate::watch::Hold;
 use crate::{guard, locks};
 use mapdirect_proto::{
-    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, VERSION, extent,
-    extent::EXTENT_RECORD,
+    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, VERSION,
+    WatchedPin, extent, extent::EXTENT_RECORD,
 };
 use mapdirect_sys::{dup, memfd};
 use std::ops::Range;
@@ -27,7 +28,7 @@ pub enum Scope {
 /// What a holder knows of its pin.
 #[derive(Debug)]
 pub(crate) struct Established {
-    pub(crate) id: u64,
+    pub(crate) named: WatchedPin,
     pub(crate) map: BlockMap,
     /// The description whose life is the pin.
     pub(crate) file: OwnedFd,
@@ -87,8 +88,13 @@ pub(crate) fn establish(
     let life = more_than(1 + usize::from(is_sealed), &mut fds);
     let extents = more_than(1, &mut fds);
     let file = fds.pop().ok_or_else(unexpected)?;
+    let stat = rustix::fs::fstat(&file).map_err(|errno| Error::system("fstat", errno))?;
     Ok(Established {
-        id: granted.pin,
+        named: WatchedPin {
+            pin: granted.pin,
+            device: stat.st_dev,
+            inode: stat.st_ino,
+        },
         map: block_map(granted, extents)?,
         file,
         life,
@@ -100,15 +106,22 @@ pub(crate) fn establish(
 /// description. `now` is the block map from then on, if anything has changed,
 /// also where it fails.
 pub(crate) fn allocate(
-    connection: &Arc<Connection>,
-    pin: u64,
+    hold: &Hold,
+    granted_by: &Arc<Connection>,
     range: (u64, u64),
     pinned: BorrowedFd<'_>,
     now: &mut Option<BlockMap>,
 ) -> Result<()> {
     guard::require_capability()?;
+    // The guard that has it now may be another than the one that granted it.
+    // A child of the process that asked for it is a stranger to both.
+    let connection = if hold.is_own() {
+        &hold.guard().connect()?
+    } else {
+        granted_by
+    };
     let request = Request::Allocate(AllocateRequest {
-        pin,
+        pin: hold.id(),
         offset: range.0,
         length: range.1,
     });

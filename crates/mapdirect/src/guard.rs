@@ -4,6 +4,7 @@ use crate::error::{Error, Kind, Result};
 use mapdirect_proto::status::{MAX_STATUS, Status};
 use mapdirect_proto::{
     DEFAULT_SOCKET, Gate, MAX_MESSAGE, PinnedRange, Reply, Request, SOCKET_VARIABLE, VERSION,
+    WatchedPin,
 };
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, capget, getauxval, memfd};
@@ -112,8 +113,6 @@ impl Guard {
 
     /// The connection of this process, made if there is none that works.
     pub(crate) fn connect(&self) -> Result<Arc<Connection>> {
-        type Connections = HashMap<PathBuf, Arc<Connection>>;
-        static OPEN: OnceLock<Mutex<Connections>> = OnceLock::new();
         let open = OPEN.get_or_init(Mutex::default);
         let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(connection) = open.get(&self.socket)
@@ -121,11 +120,45 @@ impl Guard {
         {
             return Ok(Arc::clone(connection));
         }
-        let connection = Arc::new(Connection::open(&self.socket)?);
+        let connection = Arc::new(Connection::open(&self.socket, None)?);
         open.insert(self.socket.clone(), Arc::clone(&connection));
         Ok(connection)
     }
+
+    /// The connection of this process, if there is one that works.
+    fn connection(&self) -> Option<Arc<Connection>> {
+        let open = OPEN.get_or_init(Mutex::default);
+        let open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        let connection = open.get(&self.socket)?;
+        connection.is_usable().then(|| Arc::clone(connection))
+    }
+
+    /// Says that a pin has been let go of. Where programs in the kernel judge,
+    /// one of several pins of a file is over when the guard has heard so; this
+    /// waits for it, so that a program finds it over that has just let go.
+    /// Others may be asking something, or the guard may be stuck, or there may
+    /// be none: then it is over a little later.
+    pub(crate) fn ended(&self, gate: Gate, pin: WatchedPin) {
+        if gate != Gate::Bpf {
+            return;
+        }
+        // A guard that has taken over has not been spoken to yet.
+        let connection = self.connection().or_else(|| {
+            Connection::open(&self.socket, Some(ENDED))
+                .ok()
+                .map(Arc::new)
+        });
+        if let Some(connection) = connection {
+            connection.ended(pin);
+        }
+    }
 }
+
+/// The connections of this process, by where their guard listens.
+static OPEN: OnceLock<Mutex<HashMap<PathBuf, Arc<Connection>>>> = OnceLock::new();
+
+/// How long to wait for a guard that is told of an end.
+const ENDED: Duration = Duration::from_secs(1);
 
 /// A conversation with a guard.
 #[derive(Debug)]
@@ -152,8 +185,18 @@ struct Turn {
 }
 
 impl Connection {
-    fn open(path: &Path) -> Result<Self> {
+    /// Connects; waits for the guard's first answer for ever, or no longer
+    /// than `patience`.
+    fn open(path: &Path, patience: Option<Duration>) -> Result<Self> {
         let socket = Socket::connect(path).map_err(|errno| no_guard(path, errno))?;
+        let limited = |limit| {
+            socket
+                .set_receive_timeout(limit)
+                .map_err(|errno| Error::system("SO_RCVTIMEO", errno))
+        };
+        if patience.is_some() {
+            limited(patience)?;
+        }
         let talk = Talk {
             socket: &socket,
             refused: Cell::new(false),
@@ -166,6 +209,9 @@ impl Connection {
         else {
             return Err(unexpected());
         };
+        if patience.is_some() {
+            limited(None)?;
+        }
         Ok(Self {
             socket,
             pid: std::process::id(),
@@ -255,28 +301,20 @@ impl Connection {
         })
     }
 
-    /// Says that a pin has been let go of. Where programs in the kernel judge,
-    /// one of several pins of a file is over when the guard has heard so; this
-    /// waits for it, so that a program finds it over that has just let go.
-    /// Others may be asking something, or the guard may be stuck: then it is
-    /// over a little later.
-    pub(crate) fn ended(&self, pin: u64) {
-        const PATIENCE: Duration = Duration::from_secs(1);
-        if self.gate != Gate::Bpf || !self.is_usable() {
-            return;
-        }
+    /// See [`Guard::ended`].
+    fn ended(&self, pin: WatchedPin) {
         let Ok(mut turn) = self.turn.try_lock() else {
             return;
         };
         // A guard that owes an answer is stuck.
         if turn.owed > 0
             || self
-                .whole(|talk| talk.say(&Request::Ended { pin }, &[]))
+                .whole(|talk| talk.say(&Request::Ended(pin), &[]))
                 .is_err()
         {
             return;
         }
-        if self.socket.wait_until_readable(PATIENCE) == Ok(true) {
+        if self.socket.wait_until_readable(ENDED) == Ok(true) {
             let _ = self.whole(|talk| talk.hear());
         } else {
             turn.owed += 1;
@@ -313,17 +351,27 @@ pub(crate) struct Talk<'socket> {
 
 impl Talk<'_> {
     pub(crate) fn say(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        self.socket
-            .send(&[&request.encode()], fds)
-            .map_err(|errno| lost(&errno))
+        match self.socket.send(&[&request.encode()], fds) {
+            Ok(()) => Ok(()),
+            // The guard has hung up; it may have said why.
+            Err(errno @ (Errno::PIPE | Errno::CONNRESET)) => match self.hear() {
+                Err(error) if self.refused.get() => Err(error),
+                _ => Err(lost(&errno)),
+            },
+            Err(errno) => Err(lost(&errno)),
+        }
     }
 
     fn hear(&self) -> Result<(Reply, Vec<OwnedFd>)> {
         let mut buffer = [0; MAX_MESSAGE];
-        let received = self
-            .socket
-            .receive(&mut buffer)
-            .map_err(|errno| lost(&errno))?;
+        let received = match self.socket.receive(&mut buffer) {
+            // A guard that hangs up without having read everything resets the
+            // connection. The kernel says so once, and then delivers what the
+            // guard had said before.
+            Err(Errno::CONNRESET) => self.socket.receive(&mut buffer),
+            received => received,
+        };
+        let received = received.map_err(|errno| lost(&errno))?;
         if received.length == 0 {
             return Err(lost(&Errno::PIPE));
         }

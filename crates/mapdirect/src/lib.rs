@@ -9,7 +9,7 @@
 //! run by root. The caller needs `CAP_LINUX_IMMUTABLE`.
 //!
 //! ```no_run
-//! use mapdirect::{MapOptions, PinOptions, Status};
+//! use mapdirect::{MapOptions, PinOptions, State};
 //!
 //! let file = std::fs::File::options().read(true).write(true).open("data")?;
 //!
@@ -21,7 +21,7 @@
 //! // Extents that stay true, for whoever goes to the blocks by itself.
 //! let pin = PinOptions::new().range(0..1 << 20).pin(&file)?;
 //! assert!(pin.block_map().is_stable());
-//! assert_eq!(pin.status(), Status::Kept);
+//! assert_eq!(pin.state(), State::Kept);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -30,6 +30,12 @@
 //! unwritten blocks read as zeros. [`DirectMap::allocate`] makes them
 //! *stable* under a pin that holds, [`MapOptions::prepare`] before there is
 //! one.
+//!
+//! A pin is `Kept`, `Unattended` or `Lost` ([`State`]). What no gate can refuse
+//! the guard notices: then [`Pin::integrity`] says which blocks have changed,
+//! and a mapping raises SIGBUS from then on, unless [`MapOptions::on_breach`]
+//! said otherwise. [`Pin::event_fd`] says when to look. For that a thread is
+//! started in each process with the first pin.
 
 #![deny(unsafe_code)]
 
@@ -64,8 +70,17 @@ mod prepare;
     reason = "the system call takes an address from its caller"
 )]
 pub mod raw;
+#[expect(unsafe_code, reason = "mappings are taken away here")]
+mod revoke;
 #[expect(unsafe_code, reason = "mappings are put together here")]
 mod segments;
+mod state;
+#[expect(
+    unsafe_code,
+    reason = "a child of fork(2) cannot wait for locks of its parent's threads; mappings are \
+              taken away"
+)]
+mod watch;
 
 pub use durability::Durability;
 pub use error::{Error, Kind, Result};
@@ -73,8 +88,15 @@ pub use establish::Scope;
 pub use extents::block_map;
 pub use guard::Guard;
 pub use mapdirect_proto::status;
-pub use mapdirect_proto::{BlockMap, DeviceId, Extent, ExtentState, Gate, Opener, PinnedRange};
-pub use mapping::{DirectMap, MapOptions, Status};
+pub use mapdirect_proto::{
+    BlockMap, Breach, Cause, DeviceId, Extent, ExtentState, Gate, Opener, PinnedRange,
+};
+pub use mapping::{DirectMap, MapOptions};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};
+pub use state::{EventFd, Integrity, OnBreach, State};
+
+/// The old name of [`State`].
+#[deprecated(note = "use `State`; `Status` is what `Guard::status` returns")]
+pub type Status = State;

@@ -7,8 +7,10 @@ use crate::establish::{Established, PATIENCE, Scope, establish};
 use crate::frozen::Frozen;
 use crate::guard::{Connection, Guard};
 use crate::plan::{Access, Pages, Plan};
-use crate::{prepare, segments};
-use mapdirect_proto::{BlockMap, Extent, Flags};
+use crate::state::{EventFd, Integrity, OnBreach, State};
+use crate::watch::Hold;
+use crate::{prepare, revoke, segments};
+use mapdirect_proto::{BlockMap, Extent, Flags, WatchedPin};
 use mapdirect_sys::{Errno, cache, mmap};
 use std::fmt;
 use std::ops::Range;
@@ -16,25 +18,6 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Whether a pin is kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Status {
-    /// The guard is there: the block map stays as it is.
-    Kept,
-    /// The guard is gone, and with it whatever refused to change the file:
-    /// from now on anybody may truncate it, and an access may raise SIGBUS.
-    GuardGone,
-}
-
-pub(crate) fn status_of(connection: &Connection) -> Status {
-    if connection.is_alive() {
-        Status::Kept
-    } else {
-        Status::GuardGone
-    }
-}
 
 /// How to map a file `MAP_DIRECT`.
 ///
@@ -61,6 +44,7 @@ pub struct MapOptions {
     prepare: bool,
     populate: bool,
     patience: Duration,
+    on_breach: OnBreach,
     guard: Option<Guard>,
 }
 
@@ -80,6 +64,7 @@ impl MapOptions {
             prepare: false,
             populate: false,
             patience: PATIENCE,
+            on_breach: OnBreach::default(),
             guard: None,
         }
     }
@@ -125,6 +110,25 @@ impl MapOptions {
     /// tenth of a second unless told otherwise, a minute at most.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.patience = patience;
+        self
+    }
+
+    /// What becomes of the mapping when blocks under it have changed all the
+    /// same, by a way that no gate refuses: it is taken away unless told
+    /// otherwise.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use mapdirect::{MapOptions, OnBreach};
+    ///
+    /// let file = std::fs::File::options().read(true).write(true).open("data")?;
+    /// let map = MapOptions::new().on_breach(OnBreach::Tell).map(&file)?;
+    /// assert!(map.integrity().is_intact());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn on_breach(mut self, on_breach: OnBreach) -> Self {
+        self.on_breach = on_breach;
         self
     }
 
@@ -186,16 +190,36 @@ impl MapOptions {
         // writable; the DirectMap unmaps them when it is dropped, and gives
         // the memory to nobody who outlives it.
         let memory = unsafe { Memory::new(base, length) };
+        let gate = placed.connection.gate();
+        let to_revoke = revoke::Memory {
+            base: placed.address,
+            length,
+            stable: placed.plan.first_stable().and_then(|offset| {
+                let past = usize::try_from(offset - range.start).ok()?;
+                Some(placed.address + past)
+            }),
+        };
+        let hold = Hold::new(
+            placed.named,
+            &how.guard,
+            gate,
+            self.on_breach,
+            Some(to_revoke),
+        );
+        let hold = hold.map_err(|error| {
+            // SAFETY: mapped above, and handed to nobody.
+            let _ = unsafe { mmap::unmap(placed.address, length) };
+            error.asking(asked(&range))
+        })?;
         let mut map = DirectMap {
             memory,
             offset: range.start,
-            id: placed.id,
+            hold,
             map: placed.map,
             plan: placed.plan,
             frozen: placed.frozen,
             flags: placed.flags,
             durability,
-            process: std::process::id(),
             connection: placed.connection,
             released: false,
         };
@@ -244,7 +268,7 @@ pub(crate) struct How {
 /// A mapping that was made.
 pub(crate) struct Placed {
     pub(crate) address: usize,
-    pub(crate) id: u64,
+    pub(crate) named: WatchedPin,
     pub(crate) map: BlockMap,
     pub(crate) plan: Plan,
     pub(crate) frozen: Option<Frozen>,
@@ -275,7 +299,7 @@ impl How {
         }
         let range = (offset, length as u64);
         let Established {
-            id,
+            named,
             map,
             file: pinned,
             // Only where the description cannot write.
@@ -304,7 +328,7 @@ impl How {
         let segments::Mapped { address, frozen } = mapped?;
         Ok(Placed {
             address,
-            id,
+            named,
             map,
             plan,
             frozen,
@@ -399,15 +423,14 @@ fn bad_descriptor() -> Error {
 pub struct DirectMap {
     memory: Memory,
     offset: u64,
-    id: u64,
+    hold: Hold,
     map: BlockMap,
     plan: Plan,
     frozen: Option<Frozen>,
     /// Flags of `mmap(2)` that the file itself is mapped with.
     flags: i32,
     durability: Durability,
-    /// The one that made it.
-    process: u32,
+    /// The one by which it was asked for.
     connection: Arc<Connection>,
     released: bool,
 }
@@ -472,10 +495,25 @@ impl DirectMap {
 
     #[inline]
     fn check_bounds(&self, what: &str, offset: usize, count: usize) -> Result<()> {
+        if self.hold.is_revoked() {
+            return Err(self.revoked(what));
+        }
         if self.memory.contains(offset, count) {
             return Ok(());
         }
         Err(self.out_of_bounds(what, offset, count))
+    }
+
+    #[cold]
+    fn revoked(&self, what: &str) -> Error {
+        let state = self.hold.state();
+        Error::new(
+            Kind::Breached,
+            Errno::IO,
+            format!("the mapping was revoked: {}", state.why()),
+            "see what the file holds now, and map it again; DirectMap::integrity has the details",
+        )
+        .asking(what)
     }
 
     #[cold]
@@ -507,8 +545,11 @@ impl DirectMap {
     ) -> Result<()> {
         let start = self.offset + offset as u64;
         // A child of fork(2) can do no more with what is frozen than fault.
-        let elsewhere = std::process::id() != self.process;
-        let asked = if elsewhere { Access::Store } else { access };
+        let asked = if self.hold.is_own() {
+            access
+        } else {
+            Access::Store
+        };
         let Some((at, pages)) = self.plan.obstacle(start..start + count as u64, asked) else {
             return Ok(());
         };
@@ -595,17 +636,50 @@ impl DirectMap {
     /// The number by which the guard knows the pin.
     #[must_use]
     pub fn pin_id(&self) -> u64 {
-        self.id
+        self.hold.id()
     }
 
-    /// Whether the pin is kept.
+    /// Whether the pin is kept; see [`Pin::state`](crate::Pin::state).
     #[must_use]
-    pub fn status(&self) -> Status {
-        status_of(&self.connection)
+    pub fn state(&self) -> State {
+        self.hold.state()
+    }
+
+    /// Whether the blocks under the mapping are what they were; see
+    /// [`Pin::integrity`](crate::Pin::integrity).
+    ///
+    /// When they are not, the mapping has been taken away, unless
+    /// [`MapOptions::on_breach`] said otherwise: accesses by way of
+    /// [`as_ptr`](Self::as_ptr) raise SIGBUS, and calls like
+    /// [`read_at`](Self::read_at) fail with `EIO`. One that is under way at
+    /// that moment raises SIGBUS. Offsets here are those of the file.
+    #[must_use]
+    pub fn integrity(&self) -> Integrity {
+        self.hold.integrity()
+    }
+
+    /// A descriptor that becomes readable when [`state`](Self::state) or
+    /// [`integrity`](Self::integrity) change; see
+    /// [`Pin::event_fd`](crate::Pin::event_fd).
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENFILE`, `ENOMEM`.
+    pub fn event_fd(&self) -> Result<EventFd> {
+        self.hold.event_fd()
+    }
+
+    /// The old name of [`state`](Self::state).
+    #[deprecated(note = "use `state`")]
+    #[must_use]
+    pub fn status(&self) -> State {
+        self.state()
     }
 
     /// A descriptor that `poll(2)` reports a hang-up on (`POLLHUP`,
-    /// `POLLRDHUP`) when the guard is gone. Nothing else may be done with it.
+    /// `POLLRDHUP`) when the guard that granted the pin is gone. Nothing else
+    /// may be done with it.
+    #[deprecated(note = "use `event_fd`")]
     #[must_use]
     pub fn notice_fd(&self) -> BorrowedFd<'_> {
         self.connection.as_fd()
@@ -766,8 +840,8 @@ impl DirectMap {
         let pinned = frozen.pinned().map_err(|error| error.asking(&*asked))?;
         let mut now = None;
         let result = crate::establish::allocate(
+            &self.hold,
             &self.connection,
-            self.id,
             (start, count),
             pinned.as_fd(),
             &mut now,
@@ -796,9 +870,13 @@ impl DirectMap {
             prot: mmap::PROT_READ | mmap::PROT_WRITE,
             flags: self.flags,
         };
-        // SAFETY: no reference to the memory exists while `self` is borrowed
-        // exclusively; what is there is the same bytes before and after.
-        let (done, result) = unsafe { segments::replace(&place, arguments, &added) };
+        let replaced = self.hold.unless_revoked(|| {
+            // SAFETY: no reference to the memory exists while `self` is
+            // borrowed exclusively; what is there is the same bytes before and
+            // after.
+            unsafe { segments::replace(&place, arguments, &added) }
+        });
+        let (done, result) = replaced.unwrap_or_else(|| (0, Err(self.revoked("allocate"))));
         self.plan = added[done..].iter().fold(plan, |plan, segment| {
             plan.with(&segment.range, Pages::Faulting)
         });
@@ -828,6 +906,8 @@ impl DirectMap {
             return Ok(());
         }
         let base = self.memory.base().as_ptr().expose_provenance();
+        // From here on nobody else does anything to the memory.
+        let keeper = self.hold.let_go();
         // SAFETY: only called, once, when the value goes away, so that
         // nothing of this crate refers to the memory any more; pointers
         // handed out say so in their documentation.
@@ -835,7 +915,10 @@ impl DirectMap {
         if self.frozen.take().is_some() {
             Frozen::settle();
         }
-        self.connection.ended(self.id);
+        drop(keeper);
+        if self.hold.is_own() {
+            self.hold.guard().ended(self.hold.gate(), self.hold.named());
+        }
         result
     }
 }
@@ -854,7 +937,7 @@ impl fmt::Debug for DirectMap {
             .field("address", &self.memory.base())
             .field("length", &self.len())
             .field("offset", &self.offset)
-            .field("pin", &self.id)
+            .field("pin", &self.hold.id())
             .finish_non_exhaustive()
     }
 }

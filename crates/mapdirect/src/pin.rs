@@ -3,8 +3,9 @@
 use crate::error::{Error, Kind, Result};
 use crate::establish::{self, Established, PATIENCE, Scope, establish, offset_and_length};
 use crate::guard::{Connection, Guard};
-use crate::mapping::{Status, status_of};
 use crate::prepare;
+use crate::state::{EventFd, Integrity, OnBreach, State};
+use crate::watch::Hold;
 use mapdirect_proto::{BlockMap, Extent, Flags};
 use mapdirect_sys::Errno;
 use std::ops::Range;
@@ -130,17 +131,19 @@ impl PinOptions {
             })
         };
         let Established {
-            id,
+            named,
             map,
             file: description,
             life,
             connection,
         } = established.map_err(asked)?;
+        let hold =
+            Hold::new(named, &guard, connection.gate(), OnBreach::Tell, None).map_err(asked)?;
         let mut pin = Pin {
             map,
             _life: life,
             description,
-            ending: Ending { id, connection },
+            ending: Ending { hold, connection },
         };
         if self.prepare {
             // Somebody may have changed it again before it was pinned.
@@ -185,13 +188,17 @@ pub struct Pin {
 /// Tells the guard of the end.
 #[derive(Debug)]
 struct Ending {
-    id: u64,
+    hold: Hold,
+    /// The one by which it was asked for.
     connection: Arc<Connection>,
 }
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        self.connection.ended(self.id);
+        let _ = self.hold.let_go();
+        if self.hold.is_own() {
+            self.hold.guard().ended(self.hold.gate(), self.hold.named());
+        }
     }
 }
 
@@ -237,8 +244,8 @@ impl Pin {
         }
         let mut now = None;
         let result = establish::allocate(
+            &self.ending.hold,
             &self.ending.connection,
-            self.ending.id,
             (range.start, range.end - range.start),
             self.description.as_fd(),
             &mut now,
@@ -272,16 +279,75 @@ impl Pin {
     /// The number by which the guard knows the pin.
     #[must_use]
     pub fn pin_id(&self) -> u64 {
-        self.ending.id
+        self.ending.hold.id()
     }
 
     /// Whether the pin is kept.
+    ///
+    /// In a child of fork(2) this connects to the guard when it is asked for
+    /// the first time, and starts a thread.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use mapdirect::{Pin, State};
+    ///
+    /// let file = std::fs::File::open("image")?;
+    /// let pin = Pin::new(&file, 0..4096)?;
+    /// match pin.state() {
+    ///     State::Kept => println!("the extents are true"),
+    ///     State::Unattended { why } => println!("still refused: {why}"),
+    ///     state => println!("do not use the extents any more: {state}"),
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
-    pub fn status(&self) -> Status {
-        status_of(&self.ending.connection)
+    pub fn state(&self) -> State {
+        self.ending.hold.state()
+    }
+
+    /// Whether the blocks of the pin are what they were, as far as that has
+    /// been found; which blocks are not, since when, and who changed them
+    /// where that is known.
+    #[must_use]
+    pub fn integrity(&self) -> Integrity {
+        self.ending.hold.integrity()
+    }
+
+    /// A descriptor that becomes readable when [`state`](Self::state) or
+    /// [`integrity`](Self::integrity) change.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use std::os::fd::AsFd;
+    ///
+    /// let file = std::fs::File::open("image")?;
+    /// let pin = mapdirect::Pin::new(&file, 0..4096)?;
+    /// let event = pin.event_fd()?;
+    /// // ... until poll(2) says that event.as_fd() is readable:
+    /// if event.clear() {
+    ///     println!("{}", pin.state());
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENFILE`, `ENOMEM`.
+    pub fn event_fd(&self) -> Result<EventFd> {
+        self.ending.hold.event_fd()
+    }
+
+    /// The old name of [`state`](Self::state).
+    #[deprecated(note = "use `state`")]
+    #[must_use]
+    pub fn status(&self) -> State {
+        self.state()
     }
 
     /// See [`DirectMap::notice_fd`](crate::DirectMap::notice_fd).
+    #[deprecated(note = "use `event_fd`")]
     #[must_use]
     pub fn notice_fd(&self) -> BorrowedFd<'_> {
         self.ending.connection.as_fd()

@@ -155,6 +155,14 @@ impl Plan {
         )
     }
 
+    /// Where in the file the first page is that is the file itself.
+    pub fn first_stable(&self) -> Option<u64> {
+        let mut segments = self.segments.iter();
+        segments
+            .find(|segment| segment.pages == Pages::Stable)
+            .map(|segment| segment.range.start)
+    }
+
     /// Memory mappings it takes: neighbours that are not the file itself
     /// become one, but for copies, which are a mapping of their own.
     pub fn mappings(&self) -> usize {

@@ -25,12 +25,14 @@ use crate::error::{Error, Kind, Result};
 use crate::extents;
 use crate::mapping::require_read_write;
 use mapdirect_proto::{BlockMap, ExtentState};
+use mapdirect_sys::fallocate::{self, Change};
 use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::madvise::Window;
-use mapdirect_sys::{Errno, capget, fallocate, fsync, mmap, proc, sync_file_range};
+use mapdirect_sys::{Errno, apart, capget, fsync, mmap, proc, sync_file_range};
 use plan::Work;
 use room::Scratch;
 use rustix::process::{Resource, getrlimit};
+use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -39,6 +41,9 @@ pub use plan::HugePieces;
 
 /// How often to begin again when others change the file meanwhile.
 const REPEATS: u32 = 3;
+
+/// How long to wait for I/O of others if the caller does not say.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Bytes allocated or unshared by one call: the steps of progress, and few
 /// enough calls for a large range.
@@ -60,6 +65,9 @@ pub struct Progress {
     pub done: u64,
     /// Bytes that were not when it began, and have come up since.
     pub total: u64,
+    /// How long it has waited so far for somebody's I/O that uses pages of the
+    /// file; zero while it gets on.
+    pub waiting: Duration,
 }
 
 /// How to prepare a range of a file: to have every block of it allocated,
@@ -88,6 +96,7 @@ pub struct PrepareOptions {
     size: Option<u64>,
     huge: bool,
     exclusive: bool,
+    patience: Option<Duration>,
 }
 
 impl PrepareOptions {
@@ -139,6 +148,18 @@ impl PrepareOptions {
         self
     }
 
+    /// How long to wait, at each step, for I/O of others that uses pages of the
+    /// file; 10 seconds if nothing is said.
+    ///
+    /// With DAX a page of the file is the medium itself, and while somebody
+    /// keeps one for I/O (in a pipe, or for direct I/O by way of a mapping) the
+    /// filesystem changes no blocks of the file. Anybody who may read it can
+    /// do that.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = Some(patience);
+        self
+    }
+
     /// Prepares the range.
     ///
     /// `file` must be open for reading and writing. Its modification time
@@ -151,7 +172,8 @@ impl PrepareOptions {
     /// writing, `EINVAL` for an empty range, one that ends beyond the file,
     /// or a size that is smaller than the file. `ENOSPC` or `EDQUOT` when
     /// there is too little space: if that is known beforehand nothing is
-    /// touched. `ETXTBSY` when others keep changing the file, or a pin
+    /// touched. `ETXTBSY` when others keep changing the file, keep pages of it
+    /// in use for longer than the [`patience`](Self::patience), or a pin
     /// forbids to. `EFBIG` beyond `RLIMIT_FSIZE` and what the filesystem
     /// takes, and what the calls answer otherwise (`EIO`, ...).
     pub fn prepare(&self, file: &impl AsFd) -> Result<Prepared> {
@@ -214,6 +236,9 @@ impl PrepareOptions {
             size,
             huge: self.huge,
             exclusive: self.exclusive,
+            dax: facts.dax,
+            patience: self.patience.unwrap_or(PATIENCE),
+            given_up: Cell::new(false),
             beyond_the_end: true,
             grown: false,
             taken: Vec::new(),
@@ -365,6 +390,11 @@ struct Job<'call> {
     size: u64,
     huge: bool,
     exclusive: bool,
+    dax: bool,
+    /// How long one call may wait for others.
+    patience: Duration,
+    /// One has waited for so long.
+    given_up: Cell<bool>,
     /// Blocks lay beyond the end of the file before anything was done.
     beyond_the_end: bool,
     /// The file was made longer here.
@@ -448,6 +478,7 @@ impl Job<'_> {
         (self.progress)(Progress {
             done: self.done,
             total: self.total,
+            waiting: Duration::ZERO,
         });
     }
 
@@ -548,7 +579,8 @@ impl Job<'_> {
     fn allocate_piece(&mut self, piece: Range<u64>) -> Result<()> {
         // Noted first: a call that fails may have allocated a part.
         self.taken.push(piece.clone());
-        fallocate::allocate(self.file, &piece).map_err(|errno| self.failed("fallocate", errno))?;
+        self.change(Change::Allocate, &piece)
+            .map_err(|errno| self.failed("fallocate", errno))?;
         self.allocated += piece.end - piece.start;
         Ok(())
     }
@@ -561,8 +593,44 @@ impl Job<'_> {
         }
         self.grown = self.current_size()? < self.size;
         let last = self.size - 1..self.size;
-        fallocate::allocate_and_grow(self.file, &last)
+        self.change(Change::AllocateAndGrow, &last)
             .map_err(|errno| self.failed("fallocate", errno))
+    }
+
+    /// Changes blocks of the file. On DAX the filesystem waits for whoever's
+    /// I/O uses a page of it, and that may be anybody who can read the file:
+    /// there this gives up in time (`ETIMEDOUT`).
+    fn change(&mut self, change: Change, range: &Range<u64>) -> std::result::Result<(), Errno> {
+        if !self.dax {
+            return fallocate::change(self.file, change, range);
+        }
+        let (done, total) = (self.done, self.total);
+        let progress = &mut *self.progress;
+        let mut waiting = |waiting| {
+            progress(Progress {
+                done,
+                total,
+                waiting,
+            });
+        };
+        let changed = apart::change(self.file, change, range, self.patience, &mut waiting);
+        self.noted(changed)
+    }
+
+    /// The same without saying how long it waits.
+    fn change_quietly(&self, change: Change, range: &Range<u64>) -> std::result::Result<(), Errno> {
+        if !self.dax {
+            return fallocate::change(self.file, change, range);
+        }
+        let changed = apart::change(self.file, change, range, self.patience, &mut |_| ());
+        self.noted(changed)
+    }
+
+    fn noted(&self, changed: std::result::Result<(), Errno>) -> std::result::Result<(), Errno> {
+        if changed == Err(Errno::TIMEDOUT) {
+            self.given_up.set(true);
+        }
+        changed
     }
 
     fn current_size(&self) -> Result<u64> {
@@ -575,7 +643,7 @@ impl Job<'_> {
     fn unshare<'runs>(&mut self, shared: &'runs [Range<u64>]) -> Result<&'runs [Range<u64>]> {
         for run in shared {
             for piece in plan::pieces(run, ALLOCATION) {
-                match fallocate::unshare(self.file, &piece) {
+                match self.change(Change::Unshare, &piece) {
                     Ok(()) => {}
                     Err(Errno::OPNOTSUPP) => return Ok(shared),
                     Err(errno) => return Err(self.failed("fallocate", errno)),
@@ -618,7 +686,9 @@ impl Job<'_> {
             let run = extent.offset..extent.end().min(end);
             for piece in plan::pieces(&run, ALLOCATION) {
                 // An open that comes now waits longer than this takes.
-                if !lease.is_undisturbed() || fallocate::write_zeroes(self.file, &piece).is_err() {
+                if !lease.is_undisturbed()
+                    || self.change_quietly(Change::WriteZeroes, &piece).is_err()
+                {
                     return done;
                 }
                 done = true;
@@ -696,7 +766,8 @@ impl Job<'_> {
     /// are asked for the same: one for its blocks, one for its bytes.
     fn explain_fault(&self, mapped: &Window, run: &Range<u64>) -> Result<()> {
         self.check_end()?;
-        fallocate::allocate(self.file, run).map_err(|errno| self.failed("fallocate", errno))?;
+        self.change_quietly(Change::Allocate, run)
+            .map_err(|errno| self.failed("fallocate", errno))?;
         match mapped.populate_write(run) {
             // It was a hole again, or there was no space for a moment.
             Ok(()) => return Ok(()),
@@ -760,6 +831,17 @@ impl Job<'_> {
                 ),
                 "prepare a file before it is pinned; `mapdirect show FILE` tells the pins",
             ),
+            Errno::TIMEDOUT => Error::new(
+                Kind::StillChanging,
+                Errno::TXTBSY,
+                format!(
+                    "somebody's I/O uses pages of the file (a page of it in a pipe, or direct I/O \
+                     by way of a mapping of it), and the filesystem changes no blocks before that \
+                     is over: waited for {:.1} s",
+                    self.patience.as_secs_f64()
+                ),
+                "end whoever reads or maps it so (lsof FILE names them), or ask with more patience",
+            ),
             Errno::PERM => Error::new(
                 Kind::System,
                 errno,
@@ -819,6 +901,10 @@ impl Job<'_> {
     }
 
     fn undo(&self) -> std::result::Result<(), String> {
+        if self.given_up.get() {
+            // To free blocks the filesystem would wait as long.
+            return Err(String::from("somebody's I/O uses pages of the file"));
+        }
         let system = |call: &'static str| move |errno: Errno| format!("{call} failed: {errno}");
         let lease = HeldLease::take(self.file)
             .map_err(system("F_SETLEASE"))?
@@ -835,7 +921,8 @@ impl Job<'_> {
         fsync::fsync(self.file).map_err(system("fsync"))?;
         for run in self.still_unwritten().map_err(system("FIEMAP"))? {
             undisturbed()?;
-            fallocate::punch(self.file, &run).map_err(system("fallocate"))?;
+            self.change_quietly(Change::Punch, &run)
+                .map_err(system("fallocate"))?;
         }
         // ext4 punches nothing beyond the end of the file, but gives up what
         // lies there when the size is set.

@@ -14,15 +14,18 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// What is tried on one kernel, in one machine after the other.
+#[derive(Clone, Debug)]
 pub(super) struct Guest {
     /// What the summary calls it.
     pub(super) name: String,
     /// A series of Debian's kernels.
     pub(super) kernel: &'static str,
+    /// More for the kernel's command line.
+    pub(super) parameters: &'static str,
     /// How many NVDIMMs the machine has.
     pub(super) nvdimms: usize,
     /// More for the environment of the tests.
-    pub(super) environment: Vec<(&'static str, &'static str)>,
+    pub(super) environment: Vec<(&'static str, String)>,
     /// Parts of the names of native tests, run one after the other; of each
     /// at least one must be there.
     pub(super) filters: Vec<String>,
@@ -106,13 +109,15 @@ impl Guest {
     }
 
     fn boot(&self) -> Result<vm::Boot> {
-        Ok(vm::boot(self.kernel)?.time_limit(self.time_limit))
+        Ok(vm::boot(self.kernel)?
+            .parameters(self.parameters)
+            .time_limit(self.time_limit))
     }
 
     fn run_tests(&self, native: &Path, tally: &mut Tally) -> Result<()> {
         let scratch = vm::RunDirectory::new()?;
         let mut boot = self.boot()?;
-        let by_gate = |(name, _): &(&str, &str)| *name == GATE_VARIABLE;
+        let by_gate = |(name, _): &(&str, String)| *name == GATE_VARIABLE;
         if self.environment.iter().any(by_gate) {
             // It makes disks that lie in memory.
             boot = boot.memory(4 << 30);
@@ -126,7 +131,9 @@ impl Guest {
         let mut machine = boot.start()?;
         let devices: Vec<_> = (0..self.nvdimms).map(|n| format!("/dev/pmem{n}")).collect();
         let devices = devices.join(",");
-        let mut environment: Vec<(&str, &str)> = self.environment.clone();
+        let own = self.environment.iter();
+        let mut environment: Vec<(&str, &str)> =
+            own.map(|(name, value)| (*name, value.as_str())).collect();
         if self.nvdimms > 0 {
             environment.push((disk::PMEM_VARIABLE, &devices));
         }

@@ -92,6 +92,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     } else {
         by_events
     });
+    findings.push(tripwire());
     findings.push(holder_capability());
     findings.push(guard_capability());
     findings.push(pid_namespace());
@@ -155,14 +156,16 @@ const BPF_HOLES: [&str; 5] = [
      (LOOP_CONFIGURE, XFS_IOC_SCRUB_METADATA)",
     "stores through the page cache beside frozen blocks while no guard runs: it holds the pages \
      that keep them apart",
-    "everything, once root takes the gate away (mapdirect guard --unload, or removing it from \
-     /sys/fs/bpf)",
+    "whatever happens in the second until the guard puts back what root deletes from the gate's \
+     maps; and everything, once root takes the gate away while no guard runs (mapdirect guard \
+     --unload, or removing it from /sys/fs/bpf)",
 ];
 
 /// What remains open under the fanotify gate.
 const HOLES: [&str; 5] = [
     "a holder moving blocks through its own descriptor (XFS_IOC_SWAPEXT, EXT4_IOC_MOVE_EXT, \
-     EXT4_IOC_SWAP_BOOT), or growing a mapping of its own over frozen blocks with mremap(2)",
+     EXT4_IOC_SWAP_BOOT), or bringing a mapping of its own over frozen blocks with mremap(2) or \
+     remap_file_pages(2)",
     "an NFS client setting the size of a file whose filesystem is exported after it was pinned \
      (the server asks nobody); what is exported for writing before cannot be pinned",
     "truncate(2) through an overlay over the directory of a pinned file that is mounted after \
@@ -271,6 +274,30 @@ fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> Finding {
         format!("not built into this program ({kernel})"),
         "build it with: cargo build --features bpf (needs libelf-dev, zlib1g-dev, pkg-config)",
     )
+}
+
+/// What the gate cannot refuse is noticed, or not.
+fn tripwire() -> Finding {
+    const NAME: &str = "tripwire";
+    match mapdirect_guard::probe_tripwire() {
+        Ok(()) => Finding::good(
+            NAME,
+            "available: changes of pinned blocks that the gate cannot refuse are noticed",
+        ),
+        Err(_) if !capable(capget::CAP_SYS_ADMIN) => Finding::new(
+            NAME,
+            Outcome::Note,
+            "only root can tell whether it is available",
+            "run `mapdirect doctor` as root",
+        ),
+        Err(missing) => Finding::new(
+            NAME,
+            Outcome::Note,
+            format!("not available, so what the gate cannot refuse goes unnoticed: {missing}"),
+            "boot a kernel with CONFIG_PERF_EVENTS and CONFIG_FTRACE, not locked down for \
+             confidentiality",
+        ),
+    }
 }
 
 fn capable(capability: u32) -> bool {
@@ -416,7 +443,19 @@ fn dax() -> Finding {
         .map(|mount| format!("{} ({})", mount.mount_point, mount.fs_type))
         .collect();
     if !mounted.is_empty() {
-        return Finding::good(NAME, format!("mounted with DAX: {}", mounted.join(", ")));
+        let mounted = format!("mounted with DAX: {}", mounted.join(", "));
+        if uname::version() >= (7, 3) {
+            return Finding::good(NAME, mounted);
+        }
+        return Finding::new(
+            NAME,
+            Outcome::Note,
+            format!(
+                "{mounted}; this kernel may give blocks to another file while a device still \
+                 works on them by way of a mapping that is gone (7.3 waits)"
+            ),
+            "keep a mapping until devices have finished with it",
+        );
     }
     let devices: Vec<_> = std::fs::read_dir("/sys/block")
         .into_iter()

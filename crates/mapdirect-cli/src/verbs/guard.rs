@@ -4,7 +4,7 @@ use crate::args::{GateChoice, GuardArgs};
 use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Gate;
-use mapdirect_guard::{Config, RefusedOperation, start};
+use mapdirect_guard::{Config, Notice, RefusedOperation, start};
 use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -17,7 +17,14 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         return unload(args);
     }
     // Before any thread is made, so that all of them have it blocked.
-    let signals = SignalFd::block(&[Signal::TERMINATE, Signal::INTERRUPT, Signal::HANGUP])?;
+    let signals = SignalFd::block(&[
+        Signal::TERMINATE,
+        Signal::INTERRUPT,
+        Signal::HANGUP,
+        Signal::QUIT,
+        Signal::USER_1,
+        Signal::USER_2,
+    ])?;
     let quiet = args.quiet;
     let log = Mutex::new(Log::new());
     let running = start(Config {
@@ -33,12 +40,19 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
                 log.tell(refused, lost);
             }
         }),
+        on_notice: Box::new(tell_notice),
+        on_tampering: Box::new(output::complain),
     })?;
     output::line(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",
         running.gate(),
         args.socket.display()
     ));
+    if let Some(missing) = running.without_tripwire() {
+        output::complain(&format!(
+            "no tripwire, so what the gate cannot refuse goes unnoticed: {missing}"
+        ));
+    }
     let adopted = running.pins();
     if adopted > 0 {
         output::line(&format!(
@@ -69,8 +83,20 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             return Ok(Exit::FAILURE);
         }
         if !fds[0].revents().is_empty() {
-            signals.wait()?;
+            let received = signals.wait()?;
             let pins = running.pins();
+            match received.number {
+                Signal::TERMINATE | Signal::INTERRUPT => {}
+                // What a supervisor sends to have a service reload.
+                Signal::HANGUP => {
+                    output::complain(&format!(
+                        "SIGHUP: there is nothing to read again; {pins} pins stay as they are"
+                    ));
+                    continue;
+                }
+                // Whoever sends one of these by mistake ends no pin by it.
+                _ => continue,
+            }
             if pins > 0 {
                 output::complain(&format!("stopping; {pins} pins {fate}"));
             }
@@ -99,6 +125,29 @@ fn unload(args: &GuardArgs) -> Result<Exit> {
 fn unload(_args: &GuardArgs) -> Result<Exit> {
     output::complain("this program was built without the bpf gate (cargo build --features bpf)");
     Ok(Exit::FAILURE)
+}
+
+/// Whatever ends a promise is said, also by a guard that is told to be quiet.
+fn tell_notice(notice: &Notice) {
+    match notice {
+        Notice::Breach(breach) => {
+            let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
+                format!("; by {}", printable(&cause.to_string()))
+            });
+            output::complain(&format!(
+                "breach: blocks under a pin have changed: bytes {} to {} of {} (inode {} of {}), \
+                 pin {}{cause}",
+                breach.range.start,
+                breach.range.end,
+                printable(&breach.path),
+                breach.inode,
+                breach.device,
+                breach.pin,
+            ));
+        }
+        Notice::Lost { pin, why } => output::complain(&format!("pin {pin} is lost: {why}")),
+        _ => {}
+    }
 }
 
 /// Refusals on stderr, no more than a terminal can take.

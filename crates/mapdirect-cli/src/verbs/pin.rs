@@ -3,10 +3,13 @@
 use crate::args::{PinArgs, ScopeChoice};
 use crate::{Exit, draw, exit, json, output};
 use anyhow::{Context, Result};
-use mapdirect::{Pin, PinOptions, Scope};
+use mapdirect::{Breach, EventFd, Extent, Integrity, Pin, PinOptions, Scope, State};
+use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{self, Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::json;
+use std::fs::File;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::process::{Child, Command};
 use std::time::Duration;
@@ -48,8 +51,10 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
         );
         options = options.range(bytes);
     }
-    let pin = options.pin(&file)?;
-    drop(file);
+    let pin = match ask(options, file, &signals)? {
+        Asked::Answered(pin) => pin?,
+        Asked::Interrupted(number) => return Ok(Exit::of_signal(number)),
+    };
     tell(args, &pin);
     match &args.command[..] {
         [] => hold(&pin, &signals),
@@ -68,6 +73,53 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
                     })
                 }
             }
+        }
+    }
+}
+
+/// What came of asking for a pin.
+enum Asked {
+    Answered(mapdirect::Result<Pin>),
+    /// A signal came while others had to be waited for.
+    Interrupted(i32),
+}
+
+/// Asks for the pin, and lets a signal end the waiting: signals are blocked
+/// here, so another thread has to wait for the guard. It ends with the process,
+/// which takes the connection along, and the guard forgets the request.
+fn ask(options: PinOptions, file: File, signals: &SignalFd) -> Result<Asked> {
+    let (mut answered, answer) = std::io::pipe()?;
+    let asking = std::thread::spawn(move || {
+        let pin = options.pin(&file);
+        // The pin does not need it, and a duplicate would be in its way.
+        drop(file);
+        // Closed here, however this ends.
+        drop(answer);
+        pin
+    });
+    loop {
+        let signal_fd = signals.as_fd();
+        let answered_fd = answered.as_fd();
+        let mut fds = [
+            PollFd::new(&signal_fd, PollFlags::IN),
+            PollFd::new(&answered_fd, PollFlags::IN),
+        ];
+        match poll(&mut fds, None) {
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => continue,
+            Err(errno) => return Err(errno.into()),
+        }
+        if !fds[1].revents().is_empty() {
+            // Nothing is ever written to it: it has ended.
+            let _ = answered.read(&mut [0])?;
+            return match asking.join() {
+                Ok(pin) => Ok(Asked::Answered(pin)),
+                Err(_) => anyhow::bail!("asking for the pin failed"),
+            };
+        }
+        let received = signals.wait()?;
+        if received.number != Signal::CHILD {
+            return Ok(Asked::Interrupted(received.number));
         }
     }
 }
@@ -111,40 +163,113 @@ fn tell(args: &PinArgs, pin: &Pin) {
 /// What a held pin waited for.
 enum Woken {
     Signal(signal::Received),
-    GuardGone,
+    /// Something became of the pin.
+    Changed,
 }
 
-fn wait(pin: &Pin, signals: &SignalFd, watch_guard: bool) -> Result<Woken> {
-    loop {
-        let signal_fd = signals.as_fd();
-        let notice_fd = pin.notice_fd();
-        let mut fds = [
-            PollFd::new(&signal_fd, PollFlags::IN),
-            PollFd::new(&notice_fd, PollFlags::RDHUP),
-        ];
-        let watched = if watch_guard { 2 } else { 1 };
-        match poll(&mut fds[..watched], None) {
-            Ok(_) => {}
-            Err(rustix::io::Errno::INTR) => continue,
-            Err(errno) => return Err(errno.into()),
+/// A pin, and what was said of it so far.
+struct Held<'a> {
+    pin: &'a Pin,
+    event: EventFd,
+    signals: &'a SignalFd,
+    /// It was said that no guard is there.
+    is_unattended: bool,
+    /// It was said that it is over.
+    ending: Option<Exit>,
+}
+
+impl<'a> Held<'a> {
+    fn new(pin: &'a Pin, signals: &'a SignalFd) -> Result<Self> {
+        Ok(Self {
+            pin,
+            event: pin.event_fd()?,
+            signals,
+            is_unattended: false,
+            ending: None,
+        })
+    }
+
+    fn wait(&self) -> Result<Woken> {
+        loop {
+            let signal_fd = self.signals.as_fd();
+            let mut fds = [
+                PollFd::new(&signal_fd, PollFlags::IN),
+                PollFd::new(&self.event, PollFlags::IN),
+            ];
+            match poll(&mut fds, None) {
+                Ok(_) => {}
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(errno) => return Err(errno.into()),
+            }
+            if !fds[0].revents().is_empty() {
+                return Ok(Woken::Signal(self.signals.wait()?));
+            }
+            if self.event.clear() {
+                return Ok(Woken::Changed);
+            }
         }
-        if !fds[0].revents().is_empty() {
-            return Ok(Woken::Signal(signals.wait()?));
+    }
+
+    /// Says what became of the pin, once; and how this must end, if the promise
+    /// is over. A breach is more than a loss.
+    fn tell(&mut self) -> Option<Exit> {
+        match self.pin.state() {
+            State::Kept if self.is_unattended => {
+                self.is_unattended = false;
+                output::complain("a guard is back, and has taken the pin over");
+            }
+            State::Unattended { why } if !self.is_unattended => {
+                self.is_unattended = true;
+                output::complain(&format!("the pin stays, unattended: {}", printable(&why)));
+            }
+            State::Lost { why } if self.ending.is_none() => {
+                self.ending = Some(Exit::PIN_LOST);
+                if self.pin.integrity().is_intact() {
+                    let why = printable(&why);
+                    output::complain(&format!("the pin is not kept any more: {why}"));
+                }
+            }
+            _ => {}
         }
-        if watch_guard && !fds[1].revents().is_empty() {
-            return Ok(Woken::GuardGone);
+        if self.ending != Some(Exit::PIN_BREACHED)
+            && let Integrity::Breached { breaches, .. } = self.pin.integrity()
+        {
+            self.ending = Some(Exit::PIN_BREACHED);
+            for breach in &breaches {
+                output::complain(&printable(&breach_line(breach)));
+            }
         }
+        self.ending
     }
 }
 
-const LOST: &str = "the guard is gone: the pin is not kept any more";
+fn breach_line(breach: &Breach) -> String {
+    let cause = breach
+        .cause
+        .as_ref()
+        .map_or_else(String::new, |cause| format!("; by {cause}"));
+    let count = |extents: &[Extent]| match extents {
+        [one] => one.state.name().to_owned(),
+        more => format!("{} extents", more.len()),
+    };
+    format!(
+        "the pin was broken: bytes {} to {} of {} have changed ({}, now {}){cause}",
+        breach.range.start,
+        breach.range.end,
+        breach.path,
+        count(&breach.before),
+        count(&breach.after),
+    )
+}
 
 fn hold(pin: &Pin, signals: &SignalFd) -> Result<Exit> {
+    let mut held = Held::new(pin, signals)?;
     loop {
-        match wait(pin, signals, true)? {
-            Woken::GuardGone => {
-                output::complain(LOST);
-                return Ok(Exit::PIN_LOST);
+        match held.wait()? {
+            Woken::Changed => {
+                if let Some(exit) = held.tell() {
+                    return Ok(exit);
+                }
             }
             Woken::Signal(received) if received.number == Signal::CHILD => {}
             Woken::Signal(_) => return Ok(Exit::SUCCESS),
@@ -155,16 +280,21 @@ fn hold(pin: &Pin, signals: &SignalFd) -> Result<Exit> {
 /// Holds the pin until the command ends.
 fn attend(pin: &Pin, signals: &SignalFd, mut child: Child) -> Result<Exit> {
     let pid = child.id().cast_signed();
-    let mut guarded = true;
+    let mut held = Held::new(pin, signals)?;
     loop {
-        match wait(pin, signals, guarded)? {
-            Woken::GuardGone => {
-                output::complain(LOST);
-                guarded = false;
+        match held.wait()? {
+            Woken::Changed => {
+                let _ = held.tell();
             }
             Woken::Signal(received) if received.number == Signal::CHILD => {
                 if let Some(status) = child.try_wait().context("waiting for the command")? {
-                    return Ok(Exit::of_command(status));
+                    // It may have been found just now.
+                    let ending = held.tell();
+                    return Ok(match ending {
+                        None => Exit::of_command(status),
+                        Some(Exit::PIN_BREACHED) => Exit::BREACHED_UNDER_COMMAND,
+                        Some(_) => Exit::LOST_UNDER_COMMAND,
+                    });
                 }
             }
             // From the terminal the command got it as well; sent to this

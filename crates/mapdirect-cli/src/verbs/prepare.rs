@@ -13,6 +13,7 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::time::Duration;
 
 /// The file to prepare, and whether it was made for that.
 struct Subject {
@@ -65,7 +66,10 @@ pub(crate) fn run(args: &PrepareArgs) -> Result<Exit> {
 fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     let old_size = subject.file.metadata()?.len();
     // The description was made here, and nobody else has it.
-    let mut options = PrepareOptions::new().huge(args.huge).exclusive(true);
+    let mut options = PrepareOptions::new()
+        .huge(args.huge)
+        .exclusive(true)
+        .patience(Duration::from_millis(args.patience.into()));
     if let Some(size) = args.size {
         options = options.size(size);
     }
@@ -73,11 +77,27 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
         options = options.range(range.resolve(args.size.unwrap_or(old_size)));
     }
     let bar = Bar::new(args.json);
-    let prepared = options.prepare_with(&subject.file, |progress| bar.tell(progress));
+    let mut told = false;
+    let prepared = options.prepare_with(&subject.file, |progress| {
+        bar.tell(progress);
+        if progress.waiting >= SILENCE && !told {
+            told = true;
+            bar.0.suspend(|| {
+                output::complain(&format!(
+                    "waiting for I/O of others that uses pages of {} (a page in a pipe, or direct \
+                     I/O by way of a mapping)",
+                    args.file.display()
+                ));
+            });
+        }
+    });
     bar.0.finish_and_clear();
     tell(args, subject.created, old_size, &prepared?);
     Ok(())
 }
+
+/// How long to wait without a word.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// A bar on stderr, if anybody looks at it.
 struct Bar(ProgressBar);

@@ -2,13 +2,14 @@
 
 use crate::args::StatusArgs;
 use crate::size::human;
-use crate::{Exit, output};
+use crate::{Exit, json, output};
 use anyhow::Result;
-use mapdirect::Guard;
 use mapdirect::status::{FileStatus, RefusedOperation, Status};
+use mapdirect::{Breach, Guard};
 use mapdirect_proto::Flags;
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
     let status = Guard::from_env().status()?;
@@ -40,6 +41,14 @@ pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
     for refused in status.recent.iter().rev().take(8) {
         output::line(&format!("  {}", recent(refused)));
     }
+    if status.breached == 0 {
+        output::line("breaches: none");
+    } else {
+        output::line(&format!("breaches: {}", status.breached));
+    }
+    for breach in status.breaches.iter().rev().take(8) {
+        tell_breach(breach);
+    }
     Ok(Exit::SUCCESS)
 }
 
@@ -67,6 +76,12 @@ fn tell_file(file: &FileStatus) {
         if pin.frozen > 0 {
             notes.push("has frozen blocks");
         }
+        if pin.breaches > 0 {
+            notes.push("BROKEN");
+        }
+        if !pin.lost.is_empty() {
+            notes.push("LOST");
+        }
         output::line(&format!(
             "    bytes {} to {} ({} stable, {} frozen), {} s, by pid {}{}",
             pin.range.start,
@@ -91,6 +106,45 @@ fn tell_file(file: &FileStatus) {
             holder.descriptors
         ));
     }
+}
+
+/// A breach: when, where, by whom, and what the blocks were and are.
+fn tell_breach(breach: &Breach) {
+    let file = if breach.path.is_empty() {
+        format!("inode {} of {}", breach.inode, breach.device)
+    } else {
+        printable(&breach.path)
+    };
+    let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
+        format!(", by {}", printable(&cause.to_string()))
+    });
+    output::line(&format!(
+        "  bytes {} to {} of {file}, pin {}, {} s ago{cause}",
+        breach.range.start,
+        breach.range.end,
+        breach.pin,
+        age(breach.time),
+    ));
+    for (when, extents) in [("before", &breach.before), ("now", &breach.after)] {
+        for extent in extents {
+            let physical = extent
+                .physical
+                .map_or_else(|| String::from("nowhere"), |at| format!("at {at}"));
+            output::line(&format!(
+                "    {when}: bytes {} to {} {} {physical}",
+                extent.offset,
+                extent.end(),
+                extent.state.name(),
+            ));
+        }
+    }
+}
+
+/// Seconds since a time in nanoseconds since the epoch.
+fn age(time: u64) -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| now.as_secs())
+        .saturating_sub(time / 1_000_000_000)
 }
 
 fn recent(refused: &RefusedOperation) -> String {
@@ -145,6 +199,8 @@ fn as_json(status: &Status) -> Value {
         "files": files,
         "refused": refused,
         "recent": recent,
+        "breached": status.breached,
+        "breaches": status.breaches.iter().map(json::breach).collect::<Vec<_>>(),
     })
 }
 
@@ -165,6 +221,8 @@ fn file_json(file: &FileStatus) -> Value {
                 "age": pin.age,
                 "stable": pin.stable,
                 "frozen": pin.frozen,
+                "breaches": pin.breaches,
+                "lost": (!pin.lost.is_empty()).then_some(&pin.lost),
             })
         })
         .collect();

@@ -4,7 +4,9 @@
 use crate::world::{BINARY, World, is_pinned, map, open, wait_until_free, written};
 use libtest_mimic::Trial;
 use mapdirect::PinOptions;
-use mapdirect_proto::{Flags, MAX_MESSAGE, PinRequest, Reason, Reply, Request, VERSION};
+use mapdirect_proto::{
+    Flags, MAX_MESSAGE, PinRequest, Reason, Reply, Request, VERSION, WatchedPin,
+};
 use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, memfd};
@@ -203,13 +205,20 @@ fn garbage(world: &World) {
 fn wrong_order(world: &World) {
     let guard = world.guard();
     let file = File::open("/dev/null").unwrap();
+    let nothing = WatchedPin {
+        pin: 1,
+        device: 2,
+        inode: 3,
+    };
     for (request, fds) in [
+        (Request::Watch(vec![nothing]), vec![]),
         (pin_request(0, 1), vec![file.as_fd()]),
         (Request::Prove, vec![file.as_fd()]),
         (Request::Swapped, vec![]),
         (Request::Status, vec![]),
         (Request::Announce { tid: 1 }, vec![file.as_fd()]),
-        (Request::Ended { pin: 1 }, vec![file.as_fd()]),
+        (Request::Ended(nothing), vec![file.as_fd()]),
+        (Request::Watch(vec![nothing]), vec![file.as_fd()]),
     ] {
         let socket = connect(&guard);
         let reply = ask(&socket, &request, &fds);
@@ -223,6 +232,21 @@ fn wrong_order(world: &World) {
     assert!(ask(&socket, &Request::Hello { version: 99 }, &[]).is_some());
     let reply = ask(&socket, &Request::Swapped, &[]);
     assert!(matches!(reply, Some(Reply::Refused(_))));
+    // A connection for notices is for nothing else.
+    let socket = connect(&guard);
+    assert!(ask(&socket, &Request::Hello { version: VERSION }, &[]).is_some());
+    let lost = ask(&socket, &Request::Watch(vec![nothing]), &[]);
+    assert!(
+        matches!(
+            lost,
+            Some(Reply::Notice(mapdirect_proto::Notice::Lost { pin: 1, .. }))
+        ),
+        "{lost:?}"
+    );
+    assert!(matches!(hear(&socket), Some((Reply::Watching, _))));
+    let reply = ask(&socket, &Request::Status, &[]);
+    assert!(matches!(reply, Some(Reply::Refused(_))), "{reply:?}");
+    assert!(hear(&socket).is_none(), "the conversation is over");
     is_well(world, &guard);
 }
 
@@ -706,8 +730,9 @@ fn out_of_descriptors(world: &World) {
             other => panic!("{other:?}"),
         }
     }
-    // One more is the client of this process.
-    assert_eq!(served.len() + 1, 1024 / 4);
+    // Two more are those of this process: what it asks by, and what it is told
+    // by.
+    assert_eq!(served.len() + 2, 1024 / 4);
     // All of them send what the guard has to keep while it looks.
     for client in &served {
         client

@@ -111,7 +111,7 @@ fn pin_until_interrupted(world: &World) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// A pin that is kept no longer says so.
+/// A pin that is kept no longer says so. One that the kernel keeps stays.
 fn guard_killed(world: &World) {
     let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
     let path = written(&world.disk(Kind::XFS), "cli-guard-killed", 65536);
@@ -120,11 +120,16 @@ fn guard_killed(world: &World) {
     let mut pin = Helper::spawn(command).unwrap();
     while pin.hear().unwrap() != "held until SIGINT or SIGTERM" {}
     guard.kill().unwrap();
+    let status = mapdirect(guard.socket(), &["status"]).output().unwrap();
+    assert_eq!(status.status.code(), Some(3));
+    if UnderTest::under_test() == UnderTest::Bpf {
+        std::thread::sleep(Duration::from_secs(1));
+        assert!(is_pinned(&path));
+        guard.unload().unwrap();
+    }
     assert_eq!(pin.finish().unwrap(), Some(4));
     // Nobody refuses any more, and nobody hangs.
     assert!(!is_pinned(&path));
-    let status = mapdirect(guard.socket(), &["status"]).output().unwrap();
-    assert_eq!(status.status.code(), Some(3));
     std::fs::remove_file(&path).unwrap();
 }
 
@@ -231,17 +236,20 @@ fn nobody_listens(world: &World) {
     let guard = world.guard();
     let path = written(&world.disk(Kind::XFS), "cli-nobody-listens", 65536);
     let name = path.to_str().unwrap();
-    let mut pin = mapdirect(guard.socket(), &["pin", name])
+    let mut pin = mapdirect(guard.socket(), &["pin", name, "--patience", "5000"])
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     drop(pin.stdout.take());
-    wait_for(
-        Duration::from_secs(5),
-        || Ok(is_pinned(&path).then_some(())),
-    )
+    // Granted: whoever is interrupted before that has held nothing.
+    let pid = pin.id().cast_signed();
+    wait_for(Duration::from_secs(5), || {
+        let files = guard.client().status()?.files;
+        let held = files.iter().flat_map(|file| &file.pins);
+        Ok(held.clone().any(|pin| pin.pid == pid).then_some(()))
+    })
     .unwrap();
-    std::thread::sleep(Duration::from_millis(50));
+    std::thread::sleep(Duration::from_millis(300));
     assert!(is_pinned(&path));
     signal::kill(pin.id().cast_signed(), Signal::INTERRUPT).unwrap();
     assert_eq!(pin.wait().unwrap().code(), Some(0));

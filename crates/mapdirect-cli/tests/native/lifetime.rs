@@ -3,7 +3,7 @@
 use crate::world::{BINARY, World, is_pinned, kinds, map, open, pin, wait_until_free, written};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions, Status};
+use mapdirect::{DirectMap, Guard, MapOptions, Pin, PinOptions, State};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{GuardProcess, Helper, listen, say, wait_for};
@@ -146,11 +146,16 @@ pub fn play_holder(arguments: &[String]) -> Result<()> {
                 bail!("exec: {error}");
             }
             "status" => {
-                let status = map
+                let state = map
                     .as_ref()
-                    .map(DirectMap::status)
-                    .or(pin.as_ref().map(Pin::status));
-                say(&format!("{status:?}"));
+                    .map(DirectMap::state)
+                    .or(pin.as_ref().map(Pin::state));
+                say(match state {
+                    Some(State::Kept) => "kept",
+                    Some(State::Unattended { .. }) => "unattended",
+                    Some(State::Lost { .. }) => "lost",
+                    _ => "no pin",
+                });
                 continue;
             }
             "store" => {
@@ -491,8 +496,10 @@ fn guard_killed(world: &World, kind: Kind) {
     let held = map(&guard.client(), &file, 0..65536);
     let pinned = pin(&guard.client(), &file, 65536..131_072);
     let mut elsewhere = Holder::start(&guard, &path, 131_072, 4096, "pin");
-    assert_eq!(held.status(), Status::Kept);
-    assert_eq!(elsewhere.order("status"), "Some(Kept)");
+    assert_eq!(held.state(), State::Kept);
+    assert_eq!(elsewhere.order("status"), "kept");
+    let event = held.event_fd().unwrap();
+    assert!(!event.clear());
     // Readers and writers at work while it dies must not hang.
     let busy: Vec<_> = (0..4)
         .map(|_| {
@@ -511,18 +518,27 @@ fn guard_killed(world: &World, kind: Kind) {
     for thread in busy {
         thread.join().unwrap();
     }
-    assert_eq!(held.status(), Status::GuardGone);
-    assert_eq!(pinned.status(), Status::GuardGone);
-    assert_eq!(elsewhere.order("status"), "Some(GuardGone)");
-    let mut fds = [rustix::event::PollFd::from_borrowed_fd(
-        held.notice_fd(),
-        rustix::event::PollFlags::RDHUP,
+    let mut fds = [rustix::event::PollFd::new(
+        &event,
+        rustix::event::PollFlags::IN,
     )];
-    let now = rustix::event::Timespec {
-        tv_sec: 0,
+    let second = rustix::event::Timespec {
+        tv_sec: 1,
         tv_nsec: 0,
     };
-    assert_eq!(rustix::event::poll(&mut fds, Some(&now)), Ok(1));
+    assert_eq!(rustix::event::poll(&mut fds, Some(&second)), Ok(1));
+    let expected = match Gate::under_test() {
+        Gate::Fanotify => "lost",
+        Gate::Bpf => "unattended",
+    };
+    wait_for(Duration::from_secs(1), || {
+        let states = [held.state(), pinned.state()];
+        let told = states
+            .iter()
+            .all(|state| state.to_string().starts_with(expected));
+        Ok((told && elsewhere.order("status") == expected).then_some(()))
+    })
+    .unwrap();
     if Gate::under_test() == Gate::Bpf {
         // It is the guard that is gone, and not the gate.
         assert!(is_pinned(&path));
@@ -552,7 +568,10 @@ fn guard_ended(world: &World, kind: Kind) {
     let held = map(&guard.client(), &file, 0..65536);
     assert_eq!(guard.terminate().unwrap(), Some(0));
     assert!(!socket.exists(), "it takes its socket away");
-    assert_eq!(held.status(), Status::GuardGone);
+    wait_for(Duration::from_secs(1), || {
+        Ok((!held.state().is_kept()).then_some(()))
+    })
+    .unwrap();
     let refused = MapOptions::new()
         .guard(guard.client())
         .accept_page_cache(true)

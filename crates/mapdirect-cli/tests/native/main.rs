@@ -17,6 +17,7 @@ mod dax;
 mod doors;
 mod errors;
 mod grants;
+mod hammer;
 mod in_kernel;
 mod lifetime;
 mod neighbours;
@@ -28,10 +29,14 @@ mod prepare;
 mod programs;
 mod random;
 mod segments;
+mod service;
+mod states;
 mod strangers;
 mod stuck;
+mod tripwire;
 mod unnoticed;
 mod world;
+mod writers;
 
 use libtest_mimic::{Arguments, Trial};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -56,6 +61,7 @@ fn main() -> ExitCode {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(contract::trials(&world));
     trials.extend(doors::trials(&world));
+    trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
     trials.extend(openers::trials(&world));
@@ -66,8 +72,12 @@ fn main() -> ExitCode {
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(service::trials(&world));
+    trials.extend(tripwire::trials(&world));
+    trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
+    trials.extend(hammer::trials(&world));
     trials.extend(strangers::trials(&world));
     trials.extend(unnoticed::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -80,6 +90,7 @@ fn main() -> ExitCode {
     arguments.test_threads = Some(1);
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));
+        alone.extend(service::trials_in_kernel(&world));
     }
     let alone = libtest_mimic::run(&arguments, alone);
     if !listing {

@@ -38,6 +38,8 @@ pub fn roles() -> Vec<Role> {
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),
+        ("crowd", crate::service::play_crowd),
+        ("map-direct", crate::service::play_map_direct),
         ("asks", crate::strangers::play_asks),
         ("stranger", crate::strangers::play_stranger),
         ("patience-stranger", crate::patience::play_stranger),
@@ -53,6 +55,10 @@ pub fn roles() -> Vec<Role> {
         ("locked-memory", crate::programs::play_locked_memory),
         ("merged-memory", crate::programs::play_merged_memory),
         ("inherits", crate::programs::play_inherits),
+        ("hammer", mapdirect_testkit::hammer::play),
+        ("overlay", mapdirect_testkit::overlay::play),
+        ("dump-core", crate::writers::play_dump_core),
+        ("forked", crate::states::play_forked),
     ]
 }
 

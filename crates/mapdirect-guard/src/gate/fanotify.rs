@@ -32,7 +32,7 @@ use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use arc_swap::ArcSwap;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
-use mapdirect_sys::{dup, pidfd, proc};
+use mapdirect_sys::{dup, memfd, pidfd, proc};
 use rustix::fs::OFlags;
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -76,9 +76,17 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
+    /// Opens it.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` or `ENOSYS` where the kernel has no pre-content events, and
+    /// whatever else opening a group answers.
     pub(crate) fn new() -> Result<Self, Errno> {
+        let group = Group::pre_content()?;
+        require_pre_content(&group)?;
         Ok(Self {
-            group: Group::pre_content()?,
+            group,
             waker: Waker::new()?,
             changes: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
@@ -105,6 +113,17 @@ impl Gate {
     /// Ends the thread once nothing is waiting any more.
     pub(crate) fn wake(&self) {
         self.waker.wake();
+    }
+}
+
+/// A kernel before 6.14 makes such a group, too, and only refuses its marks: a
+/// mask that it does not know with `EINVAL`. One that knows it refuses it for
+/// a memory file, whose filesystem has no such events.
+fn require_pre_content(group: &Group) -> Result<(), Errno> {
+    let probe = memfd::sealed("mapdirect-probe", b"")?;
+    match group.add(Mask::PRE_ACCESS, probe.as_fd()) {
+        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
+        Err(errno) => Err(errno),
     }
 }
 

@@ -17,7 +17,8 @@ mod turns;
 
 use crate::Errno;
 use crate::table::{InodeId, Pin, Watched};
-use std::os::fd::BorrowedFd;
+use mapdirect_proto::{Notice, WatchedPin};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 /// The gate of a guard.
@@ -129,6 +130,35 @@ impl Gate {
         }
     }
 
+    /// What has become of a pin that this guard does not have.
+    pub(crate) fn fate_of(&self, named: &WatchedPin) -> Notice {
+        let pin = named.pin;
+        match self {
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) if gate.keeps(pin) => Notice::Unattended {
+                pin,
+                why: String::from(
+                    "the guard could not take it over: the kernel refuses, and ends it with its \
+                     last mapping",
+                ),
+            },
+            _ => Notice::Lost {
+                pin,
+                why: String::from("the guard does not know the pin"),
+            },
+        }
+    }
+
+    /// What stays in the kernel for as long as the gate does, if it is there
+    /// without its guard: a directory, by which nothing in it can be reached.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        match self {
+            Self::Fanotify(_) => None,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.directory(),
+        }
+    }
+
     /// Refusals by kind, if the kernel counts them: those too that no guard
     /// was there to hear of.
     pub(crate) fn refused(&self) -> Option<Vec<(String, u64)>> {
@@ -192,6 +222,19 @@ impl Gate {
             Self::Fanotify(_) => !pin.is_alive(file),
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) => gate.is_over(pin.id),
+        }
+    }
+
+    /// How many descriptions of a file can write and belong to no process, if
+    /// it can tell.
+    pub(crate) fn hidden_writers(&self, file: BorrowedFd<'_>) -> Result<usize, Errno> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = file;
+                Ok(0)
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.writers(file).map(bpf::census::Writers::hidden),
         }
     }
 

@@ -6,8 +6,10 @@
 use super::{Attempt, Judged, judge};
 use crate::Guard;
 use crate::gate::bpf::{Found, Gate};
-use crate::table::{Abilities, Pin, Watched};
+use crate::table::{Abilities, InodeId, Pin, Watched};
+use crate::tripwire::Armed;
 use mapdirect_proto::{PinRequest, Refusal};
+use mapdirect_sys::file_handle::FileHandle;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{Errno, file_handle, proc_mountinfo};
 use rustix::fs::{Mode, OFlags};
@@ -65,8 +67,8 @@ pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
 }
 
 /// Opens the inode of a pin by whatever mount there is of its filesystem.
-fn open(found: &Found) -> Result<OwnedFd, Errno> {
-    let device = found.inode.device();
+pub(crate) fn open(id: InodeId, handle: &FileHandle) -> Result<OwnedFd, Errno> {
+    let device = id.device();
     let mounts = proc_mountinfo::read(None).map_err(|_| Errno::IO)?;
     let mut last = Errno::NODEV;
     for mount in mounts
@@ -77,10 +79,10 @@ fn open(found: &Found) -> Result<OwnedFd, Errno> {
         let Ok(place) = rustix::fs::open(mount.mount_point.as_str(), flags, Mode::empty()) else {
             continue;
         };
-        match file_handle::open(place.as_fd(), &found.handle, OFlags::RDWR) {
+        match file_handle::open(place.as_fd(), handle, OFlags::RDWR) {
             Ok(file) => {
                 let stat = rustix::fs::fstat(&file)?;
-                if (stat.st_dev, stat.st_ino) == (found.inode.dev, found.inode.inode) {
+                if (stat.st_dev, stat.st_ino) == (id.dev, id.inode) {
                     return Ok(file);
                 }
             }
@@ -95,10 +97,12 @@ struct Recognised {
     judged: Judged,
     watched: Arc<Watched>,
     pin: Arc<Pin>,
+    _armed: Armed,
 }
 
 fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
-    let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
+    let file = open(found.inode, &found.handle)
+        .map_err(|errno| super::system("opening it by its handle", errno))?;
     let request = PinRequest {
         offset: found.range.start,
         length: found.range.end - found.range.start,
@@ -109,6 +113,7 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     judged.range = found.range.clone();
     judged.mapped.clone_from(&found.mapped);
     judged.path = Arc::from(found.path.as_str());
+    let armed = super::arm(guard, &judged, file.as_fd())?;
     let watched = guard.table.get_or_insert(judged.id, || {
         let abilities = Abilities {
             reflink: judged.facts.reflink,
@@ -134,6 +139,7 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         judged,
         watched,
         pin,
+        _armed: armed,
     })
 }
 
@@ -141,7 +147,8 @@ impl Recognised {
     /// Reads its block map again: it is what it was.
     fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
         // Once more: there may be more pins than descriptors.
-        let file = open(found).map_err(|errno| super::system("opening it by its handle", errno))?;
+        let file = open(found.inode, &found.handle)
+            .map_err(|errno| super::system("opening it by its handle", errno))?;
         let mut state = super::lock(&self.watched, Duration::from_secs(1))?;
         let attempt = Attempt {
             guard,

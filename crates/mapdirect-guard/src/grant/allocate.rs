@@ -123,11 +123,14 @@ fn prepare(
         attempt: &attempt,
         is_wanted,
     };
+    pin.changes_or_is_done();
     let result = guard
         .own
         .for_long(|| filling.fill(&work, owner.uid, before.block_size()));
-    // Whatever came of it, this is what is there now.
+    // Whatever came of it, this is what is there now. If it cannot be read,
+    // nothing is known of frozen blocks any more: the change is never done.
     let settled = attempt.settle_anew(&before)?;
+    pin.changes_or_is_done();
     Ok(Allocated {
         now: settled.now,
         result: result.and(settled.result),
@@ -374,7 +377,11 @@ impl Attempt<'_> {
                 (map, result)
             }
             // The holder must know in any case.
-            Err(refusal) => (self.read()?, Err(refusal)),
+            Err(refusal) => {
+                let map = self.read()?;
+                self.pin.record(&map);
+                (map, Err(refusal))
+            }
         };
         Ok(Allocated {
             now: Some(self.hand_out(&map)?),

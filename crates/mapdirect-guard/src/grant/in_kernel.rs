@@ -134,6 +134,7 @@ impl Attempt<'_> {
     fn wait_for_others(&self, of_holder: &OwnedFd, mappings: bool) -> Result<(), Refusal> {
         self.no_kernel_users()?;
         if self.others_may_write(of_holder)? {
+            self.no_hidden_writers()?;
             self.quietly(|quiet| quiet.wait_for_changes())?;
             if mappings {
                 self.quietly(|quiet| quiet.wait_for_mappings())?;
@@ -171,6 +172,42 @@ impl Attempt<'_> {
                     Errno::TXTBSY,
                     format!("{under_way} direct reads or writes of it do not come to their end"),
                     "try again when they are over, or ask with more patience",
+                ));
+            }
+            backoff.pause();
+        }
+    }
+
+    /// Whoever writes without asking counts as a writer all the same, and is in
+    /// nobody's table: an overlay, process accounting, a storage target. They
+    /// cannot open a pinned file, but may have done so before.
+    fn no_hidden_writers(&self) -> Result<(), Refusal> {
+        // A truncation by path counts for as long as it takes, and what is on
+        // its way through a socket arrives.
+        let mut backoff = Backoff::until(
+            Instant::now() + self.patience.max(Duration::from_millis(200)),
+            Duration::from_millis(1),
+            Duration::from_millis(20),
+        );
+        loop {
+            let hidden = self
+                .guard
+                .gate
+                .hidden_writers(self.file.as_fd())
+                .map_err(|errno| system("counting who can write to it", errno))?;
+            if hidden == 0 {
+                return Ok(());
+            }
+            if backoff.is_over() {
+                return Err(refusal(
+                    Reason::OpenElsewhere,
+                    Errno::TXTBSY,
+                    format!(
+                        "it is open for writing {hidden} times more than processes have it open: \
+                         by an overlay, process accounting, a storage target, a ring of io_uring, \
+                         or in a descriptor on its way through a socket"
+                    ),
+                    "unmount the overlay, or stop what else has it open",
                 ));
             }
             backoff.pause();

@@ -15,7 +15,11 @@ use std::path::Path;
 fn with_guard(run: impl FnOnce(&Guard)) {
     // Leases taken for a moment raise it.
     mapdirect_sys::signal::ignore(libc::SIGIO).unwrap();
-    let guard = Guard::new(Gate::Fanotify(Box::new(fanotify::Gate::new().unwrap()))).unwrap();
+    let guard = Guard::new(
+        Gate::Fanotify(Box::new(fanotify::Gate::new().unwrap())),
+        crate::places::Limits::of_process(Some(1024)),
+    )
+    .unwrap();
     std::thread::scope(|scope| {
         scope.spawn(|| fanotify::run(&guard, guard.gate.fanotify().unwrap()).unwrap());
         scope.spawn(|| lifetime::run(&guard).unwrap());

@@ -184,6 +184,24 @@ impl Layers {
             .any(|list| !self.list(list).is_empty())
     }
 
+    /// Whether no write is refused, wherever in the file it goes: unless it is
+    /// untorn, or blocks near a pin have come to be shared.
+    #[must_use]
+    pub fn lets_writes_pass(&self) -> bool {
+        const MATTER: [List; 7] = [
+            List::Frozen,
+            List::Beside,
+            List::Shared,
+            List::Held,
+            List::Ahead,
+            List::Edges,
+            List::Coarse,
+        ];
+        MATTER.iter().all(|list| self.list(*list).is_empty())
+            && self.largest_size.is_none()
+            && !self.failing_frees
+    }
+
     fn meets(&self, list: List, range: &Range<u64>) -> bool {
         let runs = self.list(list);
         let first = runs.partition_point(|run| run.end <= range.start);

@@ -1,7 +1,7 @@
 //! What user space and the programs exchange, as `mapdirect.bpf.c` lays it
 //! out. Numbers are of the machine's own byte order.
 
-use crate::policy::layers::{LISTS, Layers};
+use crate::policy::layers::{LISTS, Layers, List};
 use crate::policy::{LetsGo, Meets, OperationKind, RULES, Reach, Traits};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
 
@@ -31,25 +31,63 @@ pub(super) struct Settings {
     rules: [Row; KINDS],
     guard_start: u64,
     guard_tgid: u32,
+    preempts: u32,
+    preemption: u64,
+    functions_known: u32,
     pad: u32,
+    functions: [Function; FUNCTIONS],
+}
+
+/// How many functions of the kernel the programs have room for.
+pub(super) const FUNCTIONS: usize = 64;
+
+/// Where a function of the kernel lies that asks for permission.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Function {
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// A [`Doing`](super::functions::Doing).
+    pub(super) doing: u64,
 }
 
 impl Settings {
-    /// For the process of this number that began so many nanoseconds after
-    /// boot.
-    pub(super) fn new(tgid: u32, start: u64) -> Self {
+    /// For the process of this number. The programs fill in when it began, the
+    /// first time it asks them something.
+    pub(super) fn new(tgid: u32, kernel: &super::functions::Kernel, preempts: bool) -> Self {
         // What is not in the table is refused.
         let unknown = row(OperationKind::Unknown);
         let mut rules = [unknown; KINDS];
         for rule in &RULES {
             rules[rule.kind as usize] = row(rule.kind);
         }
+        let known = kernel.functions.len().min(FUNCTIONS);
+        let mut functions = [Function::new_zeroed(); FUNCTIONS];
+        functions[..known].copy_from_slice(&kernel.functions[..known]);
         Self {
             rules,
-            guard_start: start,
+            guard_start: 0,
             guard_tgid: tgid,
+            preempts: preempts.into(),
+            preemption: kernel.preemption,
+            functions_known: u32::try_from(known).unwrap_or(0),
             pad: 0,
+            functions,
         }
+    }
+}
+
+impl Settings {
+    /// Whether the rules and the guard are the same; when that began the
+    /// programs fill in.
+    pub(super) fn says_the_same_as(&self, other: &Self) -> bool {
+        let said = |one: &Self| {
+            let mut said = *one;
+            // When this guard began is for the programs to fill in.
+            said.guard_start = 0;
+            said
+        };
+        said(self).as_bytes() == said(other).as_bytes()
     }
 }
 
@@ -81,6 +119,14 @@ fn row(kind: OperationKind) -> Row {
     }
 }
 
+/// Bits of the filter, as a power of two.
+const FILTER_BITS: u32 = 18;
+/// Words of the filter that have those bits; behind them are two for each, of
+/// an inode that writes pass easily.
+pub(super) const FILTER_WORDS: usize = 1 << (FILTER_BITS - 6);
+/// A fact about such an inode.
+pub(super) const EASY: u64 = 1;
+
 /// An inode as the kernel names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -108,9 +154,14 @@ impl Key {
         }
     }
 
+    /// The word of the filter that has its bit.
+    pub(super) fn word(self) -> usize {
+        usize::try_from(self.slot() / 64).unwrap_or(0) % FILTER_WORDS
+    }
+
     /// Where the filter counts it: `filter_slot`.
     pub(super) fn slot(self) -> u32 {
-        const BITS: u32 = 18;
+        const BITS: u32 = FILTER_BITS;
         let mixed = (self.ino ^ u64::from(self.dev) << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         u32::try_from(mixed >> (64 - BITS)).unwrap_or(0)
     }
@@ -152,6 +203,8 @@ impl Entry {
     const HAS_FROZEN: u32 = 2;
     const CACHED: u32 = 4;
     const FAILING_FREES: u32 = 8;
+    const WRITES_PASS: u32 = 16;
+    const WINDOWED: u32 = 32;
 
     /// An entry, and the runs that do not fit into it.
     pub(super) fn new(version: u64, layers: &Layers, facts: Facts) -> (Self, Option<Vec<Run>>) {
@@ -175,7 +228,9 @@ impl Entry {
             flags: flag(Self::REFLINK, facts.reflink)
                 | flag(Self::HAS_FROZEN, layers.has_frozen())
                 | flag(Self::CACHED, facts.cached)
-                | flag(Self::FAILING_FREES, layers.failing_frees),
+                | flag(Self::FAILING_FREES, layers.failing_frees)
+                | flag(Self::WRITES_PASS, layers.lets_writes_pass())
+                | flag(Self::WINDOWED, !layers.list(List::Window).is_empty()),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
@@ -186,6 +241,12 @@ impl Entry {
             runs: inline,
         };
         (entry, spilled.then_some(runs))
+    }
+
+    /// No write is refused, wherever it goes, unless it is untorn, or blocks
+    /// near a pin have come to be shared.
+    pub(super) fn lets_writes_pass(&self) -> bool {
+        self.flags & Self::WRITES_PASS != 0
     }
 }
 
@@ -221,11 +282,16 @@ pub(super) struct Identity {
     pub(super) writers: i32,
     /// Those that can only read.
     pub(super) readers: i32,
+    /// `preempt_dynamic_mode` (kernel/sched/core.c), if there is such a thing.
+    pub(super) preemption: i32,
+    pad: u32,
 }
 
 pub(super) const EVENT_REFUSED: u32 = 1;
 pub(super) const EVENT_ENDED: u32 = 2;
 pub(super) const EVENT_RAW: u32 = 3;
+pub(super) const EVENT_SHARED: u32 = 4;
+pub(super) const EVENT_DOUBT: u32 = 5;
 
 /// An inode all of whose pins are gone.
 pub(super) const DEAD: u64 = 1 << 63;
@@ -287,7 +353,8 @@ pub(super) struct Question {
     pub(super) foreign: u8,
     pub(super) has_or: u8,
     pub(super) stored_to: u8,
-    pub(super) pad: [u8; 7],
+    pub(super) has_doubt: u8,
+    pub(super) pad: [u8; 6],
     pub(super) at: Run,
     pub(super) or_at: Run,
     pub(super) size: u64,

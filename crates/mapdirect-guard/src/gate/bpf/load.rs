@@ -2,17 +2,19 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
-use super::abi::DEAD;
+use super::abi::{DEAD, FILTER_WORDS};
+use super::watch::Held;
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
     ProgramAttachType, ProgramMut, ProgramType,
 };
 use mapdirect_sys::Errno;
+use mapdirect_sys::shared_words::SharedWords;
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::FromBytes;
 
@@ -22,12 +24,13 @@ const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-const MAPS: [&str; 13] = [
+pub(super) const BPF_MAPS: [&str; 14] = [
     "settings",
     "filter",
     "entries",
     "spill",
     "shared_since",
+    "not_shared",
     "holders",
     "lives",
     "devices",
@@ -70,10 +73,11 @@ fn failed(what: &str, error: impl std::fmt::Display) -> LoadError {
 #[derive(Debug)]
 pub(super) struct Maps {
     pub(super) settings: MapHandle,
-    pub(super) filter: MapHandle,
+    pub(super) filter: SharedWords,
     pub(super) entries: MapHandle,
     pub(super) spill: MapHandle,
     pub(super) shared_since: MapHandle,
+    pub(super) not_shared: MapHandle,
     pub(super) holders: MapHandle,
     pub(super) lives: MapHandle,
     pub(super) devices: MapHandle,
@@ -91,10 +95,12 @@ impl Maps {
         };
         Ok(Self {
             settings: map("settings")?,
-            filter: map("filter")?,
+            filter: SharedWords::new(map("filter")?.as_fd(), 3 * FILTER_WORDS)
+                .map_err(|errno| failed("mapping the filter", errno))?,
             entries: map("entries")?,
             spill: map("spill")?,
             shared_since: map("shared_since")?,
+            not_shared: map("not_shared")?,
             holders: map("holders")?,
             lives: map("lives")?,
             devices: map("devices")?,
@@ -112,10 +118,20 @@ impl Maps {
 pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) costly: Costly,
+    pub(super) held: Arc<Held>,
     /// A lock on the directory: there is one guard for a gate.
-    _claim: OwnedFd,
+    claim: OwnedFd,
     /// It was there already, with pins.
     pub(super) adopted: bool,
+    /// The kernel's security hooks call the programs; else they are attached
+    /// to functions.
+    pub(super) hooked: bool,
+}
+
+impl Loaded {
+    pub(super) fn claim(&self) -> &OwnedFd {
+        &self.claim
+    }
 }
 
 /// Puts the gate in place, or takes over the one that is there.
@@ -126,13 +142,18 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     if in_use && !complete.exists() {
         return Err(LoadError::OtherVersion(directory.display().to_string()));
     }
-    let mut object = None;
-    if !in_use {
+    let object = if in_use {
+        // The same programs, with the maps that are there: what is missing of
+        // the gate is put back by them.
+        load_object(Some(directory))?
+    } else {
         // Whoever was here has pinned nothing, or did not get to the end of
         // beginning.
-        empty(directory).map_err(|error| failed("clearing", error))?;
-        match put_in_place(directory) {
-            Ok(loaded) => object = Some(loaded),
+        match replace(directory) {
+            Ok(object) => {
+                rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
+                object
+            }
             Err(error) => {
                 // Nothing stays of what does not work here.
                 let _ = remove(directory);
@@ -143,14 +164,44 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
                 return Err(error);
             }
         }
-        rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
-    }
+    };
+    let held = Held::new(directory, marker()).map_err(|errno| failed("holding the gate", errno))?;
+    let held = Arc::new(held);
     Ok(Loaded {
         maps: Maps::open(directory)?,
-        costly: Costly::new(object, directory),
-        _claim: claim,
+        costly: Costly::new(object, directory, Arc::clone(&held)),
+        held,
+        claim,
         adopted: in_use,
+        hooked: has_lsm(),
     })
+}
+
+/// Where a gate is put together before it takes the place of another; the
+/// second, if a guard was killed in the middle of that.
+const NEXT: [&str; 2] = ["next-0", "next-1"];
+
+/// Puts the gate in place of one that keeps no pin, if there is one. That one
+/// stays attached until this one is: `mmap(2)` with `MAP_DIRECT` would be
+/// answered as if there were no such flag in between.
+fn replace(directory: &Path) -> Result<Object, LoadError> {
+    let clearing = |error: std::io::Error| failed("clearing", error);
+    let free = NEXT.iter().find(|name| !directory.join(name).exists());
+    let next = directory.join(free.unwrap_or(&NEXT[0]));
+    if free.is_none() {
+        empty(&next).map_err(clearing)?;
+    } else {
+        rustix::fs::mkdir(&next, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
+    }
+    let object = put_in_place(&next)?;
+    empty_but(directory, Some(&next)).map_err(clearing)?;
+    let moving = |error: std::io::Error| failed("moving", error);
+    for entry in std::fs::read_dir(&next).map_err(moving)? {
+        let name = entry.map_err(moving)?.file_name();
+        std::fs::rename(next.join(&name), directory.join(&name)).map_err(moving)?;
+    }
+    std::fs::remove_dir(&next).map_err(clearing)?;
+    Ok(object)
 }
 
 /// Whether a gate that is there keeps any pin; it does as long as that cannot
@@ -175,24 +226,14 @@ pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
     }
 }
 
-/// Programs that every read, write and close of any file pays for. They are
-/// attached while something is pinned, and for a while after that. In the
-/// order in which they are attached: a hook that found no note would refuse.
-const COSTLY: [&str; 13] = [
-    "file_free",
-    "end_writev",
-    "end_iter_write",
-    "end_iocb_write",
-    "end_aio_write",
-    "end_io_write",
-    "note_writev",
-    "note_iter_write",
-    "note_iocb_write",
-    "note_aio_write",
-    "note_io_write",
-    "note_rw",
-    "file_permission",
-];
+/// Programs that every read, write, open and close of any file pays for. They
+/// are attached while something is pinned, and for a while after that, in this
+/// order.
+const COSTLY: [&str; 3] = ["file_free", "file_open", "file_permission"];
+
+/// Programs that note where each write goes, for what registers do not say.
+/// They are attached while something is pinned for which that matters.
+const NOTES: [&str; 2] = ["end_rw", "note_rw"];
 
 /// How long nothing must have been pinned before they are taken off: putting
 /// them on takes longer than a pin otherwise does.
@@ -201,33 +242,74 @@ const QUIET: Duration = Duration::from_secs(10);
 /// Those programs.
 #[derive(Debug)]
 pub(super) struct Costly {
-    /// Nothing if the gate was there already: they stay attached then.
-    object: Option<Object>,
+    object: Object,
     directory: PathBuf,
+    held: Arc<Held>,
     state: Mutex<CostlyState>,
 }
 
 #[derive(Debug)]
 struct CostlyState {
-    attached: bool,
+    costly: Attachment,
+    notes: Attachment,
     /// Pins about to begin.
     beginning: u32,
+}
+
+/// Some programs that are attached together.
+#[derive(Debug)]
+struct Attachment {
+    names: &'static [&'static str],
+    attached: bool,
     quiet_since: Instant,
+}
+
+impl Attachment {
+    fn new(names: &'static [&'static str], directory: &Path) -> Self {
+        let is_there = |name: &&str| directory.join(link_name(name)).exists();
+        Self {
+            names,
+            attached: names.iter().all(is_there),
+            quiet_since: Instant::now(),
+        }
+    }
+
+    fn attach(&mut self, object: &Object, directory: &Path, held: &Held) -> Result<(), LoadError> {
+        self.quiet_since = Instant::now();
+        if !self.attached {
+            attach(object, directory, self.names)?;
+            held.hold()
+                .map_err(|errno| failed("holding the gate", errno))?;
+            self.attached = true;
+        }
+        Ok(())
+    }
+
+    /// Takes them off when nobody has needed them for a while.
+    fn rest(&mut self, are_needed: bool, held: &Held) {
+        if are_needed {
+            self.quiet_since = Instant::now();
+        } else if self.attached && self.quiet_since.elapsed() >= QUIET {
+            self.attached = false;
+            held.remove(self.names.iter().rev().map(|name| link_name(name)));
+        }
+    }
 }
 
 /// They are attached, and stay so while this is there.
 pub(super) struct Attached<'costly>(&'costly Costly);
 
 impl Costly {
-    fn new(object: Option<Object>, directory: &Path) -> Self {
+    fn new(object: Object, directory: &Path, held: Arc<Held>) -> Self {
         let state = CostlyState {
-            attached: object.is_none(),
+            costly: Attachment::new(&COSTLY, directory),
+            notes: Attachment::new(&NOTES, directory),
             beginning: 0,
-            quiet_since: Instant::now(),
         };
         Self {
             object,
             directory: directory.to_owned(),
+            held,
             state: Mutex::new(state),
         }
     }
@@ -236,42 +318,52 @@ impl Costly {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attaches them, unless they are.
+    /// Attaches what every file pays for, unless it is.
     pub(super) fn attached(&self) -> Result<Attached<'_>, LoadError> {
         let mut state = self.state();
-        if !state.attached
-            && let Some(object) = &self.object
-        {
-            attach(object, &self.directory, &COSTLY)?;
-            state.attached = true;
-        }
+        state
+            .costly
+            .attach(&self.object, &self.directory, &self.held)?;
         state.beginning += 1;
         Ok(Attached(self))
     }
 
-    /// Takes them off when nothing has been pinned for a while.
-    pub(super) fn rest(&self, is_anything_pinned: impl FnOnce() -> bool) {
-        let mut state = self.state();
-        if !state.attached || self.object.is_none() {
-            return;
-        }
-        if state.beginning > 0 || is_anything_pinned() {
-            state.quiet_since = Instant::now();
-        } else if state.quiet_since.elapsed() >= QUIET {
-            // What stays attached is left out when they are attached again.
-            state.attached = false;
-            for name in COSTLY.iter().rev() {
-                let _ = std::fs::remove_file(self.directory.join(link_name(name)));
-            }
-        }
+    /// Attaches the programs that note where writes go, unless they are.
+    pub(super) fn take_notes(&self) -> Result<(), LoadError> {
+        self.state()
+            .notes
+            .attach(&self.object, &self.directory, &self.held)
     }
+
+    /// The programs.
+    pub(super) fn object(&self) -> &Object {
+        &self.object
+    }
+
+    /// Takes off what nothing has needed for a while.
+    pub(super) fn rest(&self, needs: impl FnOnce() -> Needs) {
+        let mut state = self.state();
+        let needs = needs();
+        let beginning = state.beginning > 0;
+        state.notes.rest(beginning || needs.notes, &self.held);
+        state.costly.rest(beginning || needs.hooks, &self.held);
+    }
+}
+
+/// What is needed just now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Needs {
+    /// Something is pinned.
+    pub(super) hooks: bool,
+    /// It matters where a write goes.
+    pub(super) notes: bool,
 }
 
 impl Drop for Attached<'_> {
     fn drop(&mut self) {
         let mut state = self.0.state();
         state.beginning -= 1;
-        state.quiet_since = Instant::now();
+        state.costly.quiet_since = Instant::now();
     }
 }
 
@@ -366,6 +458,10 @@ fn has_marker(directory: &Path) -> bool {
 /// Links first: nobody is refused any more when the pins go. The mark of a
 /// complete gate goes last, so that nobody takes over what is left of one.
 fn empty(directory: &Path) -> std::io::Result<()> {
+    empty_but(directory, None)
+}
+
+fn empty_but(directory: &Path, kept: Option<&Path>) -> std::io::Result<()> {
     let mut names: Vec<_> = std::fs::read_dir(directory)?
         .map(|entry| Ok(entry?.file_name()))
         .collect::<std::io::Result<_>>()?;
@@ -375,7 +471,11 @@ fn empty(directory: &Path) -> std::io::Result<()> {
     });
     for name in names {
         let path = directory.join(&name);
+        if kept == Some(&path) {
+            continue;
+        }
         if path.is_dir() {
+            empty(&path)?;
             std::fs::remove_dir(path)?;
         } else {
             std::fs::remove_file(path)?;
@@ -384,7 +484,7 @@ fn empty(directory: &Path) -> std::io::Result<()> {
     Ok(())
 }
 
-fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
+pub(super) fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let file = rustix::fs::open(directory, flags, Mode::empty())
         .map_err(|errno| failed(&format!("opening {}", directory.display()), errno))?;
@@ -408,7 +508,7 @@ fn is_bpffs(path: &Path) -> bool {
 }
 
 /// Mounts the bpf filesystem, if it is not there; says whether it did.
-fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
+pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     let parent = parent_of(directory);
     if is_bpffs(parent) {
         return Ok(false);
@@ -494,7 +594,8 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
         "mmap_file" => when(offers.lsm, needed("bpf_lsm_mmap_file")),
         "mmap_file_3" => when(!offers.lsm, needed("security_mmap_file")),
         "note_remap" => when(!inlined, Choice::Load),
-        "note_clone" | "note_dedupe" | "note_dedupe_one" => when(
+        "end_remap" => when(!inlined, Choice::Load),
+        "note_clone" | "note_dedupe" | "note_dedupe_one" | "end_clone" | "end_dedupe_one" => when(
             inlined,
             needed(section.rsplit('/').next().unwrap_or_default()),
         ),
@@ -546,17 +647,22 @@ fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
 /// Loads the programs, attaches all but the costly ones, and pins links and
 /// maps.
 fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
-    let object = load_object()?;
+    let object = load_object(None)?;
     for mut map in object_maps(&object) {
         let path = directory.join(&map.0);
         map.1
             .pin(&path)
             .map_err(|error| told("pinning a map", &error))?;
     }
-    // Notes first: a hook that found none would refuse.
+    // Notes first: a hook that finds none judges by less.
     let mut programs: Vec<_> = object
         .progs_mut()
-        .filter(|program| program.autoload() && program.prog_type() != ProgramType::Syscall)
+        .filter(|program| {
+            let is_attached_when_asked = program.section().to_string_lossy().starts_with("iter/");
+            program.autoload()
+                && program.prog_type() != ProgramType::Syscall
+                && !is_attached_when_asked
+        })
         .map(|program| {
             let hook = program.section().to_string_lossy().starts_with("lsm/");
             (hook, program.name().to_string_lossy().into_owned())
@@ -564,7 +670,9 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
         .collect();
     programs.sort();
     let names = programs.iter().map(|(_, name)| name.as_str());
-    let names: Vec<&str> = names.filter(|name| !COSTLY.contains(name)).collect();
+    let names: Vec<&str> = names
+        .filter(|name| !COSTLY.contains(name) && !NOTES.contains(name))
+        .collect();
     attach(&object, directory, &names)?;
     Ok(object)
 }
@@ -604,7 +712,7 @@ fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
     }
 }
 
-const LINKS: &str = "link-";
+pub(super) const LINKS: &str = "link-";
 
 fn link_name(program: &str) -> String {
     format!("{LINKS}{program}")
@@ -614,14 +722,26 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
     object
         .maps()
         .filter_map(|map| {
-            let name = map.name().to_str()?.to_owned();
-            MAPS.contains(&name.as_str()).then_some(())?;
-            Some((name, MapHandle::try_from(&map).ok()?))
+            let name = pinned_name(map.name().to_str()?);
+            BPF_MAPS.contains(&name).then_some(())?;
+            Some((name.to_owned(), MapHandle::try_from(&map).ok()?))
         })
         .collect()
 }
 
-pub(super) fn load_object() -> Result<Object, LoadError> {
+/// The name that a map is pinned by. libbpf names the one of global variables
+/// after their section, and the bpf filesystem takes no name with a dot.
+fn pinned_name(name: &str) -> &str {
+    if name.contains(".bss") {
+        "filter"
+    } else {
+        name
+    }
+}
+
+/// Loads the programs; with the maps that are pinned in a directory, if one is
+/// given.
+pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
     let btf = Btf::from_vmlinux()
         .map_err(|error| LoadError::Unsupported(format!("it has no type information: {error}")))?;
@@ -664,6 +784,15 @@ pub(super) fn load_object() -> Result<Object, LoadError> {
                 .map_err(|error| told("choosing a place", &error))?;
         }
     }
+    if let Some(directory) = maps {
+        for mut map in open.maps_mut() {
+            let name = pinned_name(map.name().to_str().unwrap_or_default()).to_owned();
+            if BPF_MAPS.contains(&name.as_str()) {
+                map.reuse_pinned_map(directory.join(&name))
+                    .map_err(|error| told("taking over a map", &error))?;
+            }
+        }
+    }
     open.load().map_err(|error| told("loading", &error))
 }
 
@@ -673,7 +802,7 @@ pub(super) fn load_object() -> Result<Object, LoadError> {
 ///
 /// Why not.
 pub fn probe() -> Result<(), LoadError> {
-    load_object().map(drop)
+    load_object(None).map(drop)
 }
 
 #[cfg(test)]

@@ -2,10 +2,22 @@
 //
 // The bpf gate, kernel side.
 //
-// An operation comes by in two steps: a function that knows its range (fentry)
-// leaves a note about it, and the permission hook that follows in the same
-// thread takes that note and judges. A hook that finds no note about a file
-// behind the gate refuses: what is not understood must do.
+// Security hooks decide, and they rely only on what cannot be missing. The
+// kernel never leaves out a program that is attached to a hook; a program that
+// is attached to a function (fentry, fexit) it does leave out when the same
+// program was preempted on that processor (__bpf_prog_enter_recur,
+// kernel/bpf/trampoline.c). So a hook learns what is under way
+//
+//  1. from the registers of the system call that the thread is in, where these
+//     prove it (`proven_call`);
+//  2. else from the kernel's stack, which says which function asks
+//     (`doing_by_stack`): io_uring, aio, and the kernel's own threads.
+//
+// Where in the file the operation goes, a register says, or a note. A note is
+// left by a program on the last function before the hook, and only when
+// nothing can fail any more between the two: so each note belongs to the hook
+// that comes next in this thread, which takes it. A hook that finds none
+// judges the operation as if it went anywhere in the file.
 //
 // The kernel's types are declared here as far as they are used; CO-RE finds
 // the fields where the running kernel has them, so one object serves all.
@@ -62,11 +74,15 @@ struct dentry {
 	struct inode *d_inode;
 } CORE;
 
+struct path {
+	struct dentry *dentry;
+} CORE;
+
 struct file {
 	struct inode *f_inode;
 	unsigned int f_flags;
 	unsigned int f_mode;
-	s64 f_pos;
+	struct path f_path;
 } CORE;
 
 // References to a struct file: until 6.12, and later.
@@ -103,24 +119,13 @@ struct kiocb {
 	int ki_flags;
 } CORE;
 
-struct io_rw {
-	struct kiocb kiocb;
-	u32 flags;
-} CORE;
-
-struct io_kiocb;
-
-struct iocb {
-	s64 aio_offset;
-	u32 aio_rw_flags;
-} CORE;
-
 struct file_dedupe_range {
 	u64 src_offset;
 	u64 src_length;
 } CORE;
 
 struct file_kattr {
+	u32 flags;
 	u32 fsx_xflags;
 	u32 fsx_extsize;
 	u32 fsx_cowextsize;
@@ -150,7 +155,15 @@ struct cred {
 	struct user_namespace *user_ns;
 } CORE;
 
+struct io_uring_task;
+
+struct thread_info {
+	u32 status;
+} CORE;
+
 struct task_struct {
+	struct thread_info thread_info;
+	struct io_uring_task *io_uring;
 	int pid;
 	int tgid;
 	unsigned int flags;
@@ -162,18 +175,27 @@ struct task_struct {
 
 // arch/x86/include/asm/ptrace.h
 struct pt_regs___x86 {
+	unsigned long bp;
+	unsigned long bx;
 	unsigned long r10;
 	unsigned long r9;
 	unsigned long r8;
 	unsigned long ax;
+	unsigned long cx;
 	unsigned long dx;
 	unsigned long si;
 	unsigned long di;
 	unsigned long orig_ax;
 } CORE;
 
+// arch/arm64/include/asm/ptrace.h
+struct pt_regs___arm64 {
+	u64 regs[31];
+	u64 orig_x0;
+	int syscallno;
+} CORE;
+
 struct mnt_idmap;
-struct iov_iter;
 
 #define ETXTBSY 26
 #define EINVAL 22
@@ -189,9 +211,13 @@ struct iov_iter;
 #define MAY_READ 4
 #define FMODE_READ 1
 #define FMODE_WRITE 2
+#define FMODE_NOACCOUNT (1 << 29)
 #define ATTR_SIZE (1 << 3)
 #define O_APPEND 02000
 #define O_DIRECT 040000
+#define S_SWAPFILE (1 << 8)
+#define S_APPEND (1 << 2)
+#define S_IMMUTABLE (1 << 3)
 #define S_DAX (1 << 13)
 #define S_IFMT 0170000
 #define S_IFREG 0100000
@@ -258,11 +284,30 @@ struct rule {
 	u8 pad[2];
 };
 
+// What a function of the kernel does that asks for permission.
+// ASYNCHRONOUS: writing by a kiocb, which says where and how.
+enum doing { ANYTHING, READING, WRITING, ALLOCATING, REMAPPING, COPYING, ASYNCHRONOUS };
+
+// Where it lies: addresses of its code.
+struct function {
+	u64 start;
+	u64 end;
+	u64 doing;
+};
+
+#define FUNCTIONS 64
+
 struct settings {
 	struct rule rules[KINDS];
 	u64 guard_start;	// start_boottime of the guard
 	u32 guard_tgid;
+	// The kernel preempts programs: what is noted may be of an older call,
+	// where it is noted before everything that can fail.
+	u32 preempts;
+	u64 preemption;		// address of preempt_dynamic_mode, or 0
+	u32 functions_known;
 	u32 pad;
+	struct function functions[FUNCTIONS];
 };
 
 struct key {
@@ -286,6 +331,10 @@ enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD,
 #define HAS_FROZEN 2	// or blocks beside it that take frozen ones along
 #define CACHED 4	// raw mappings through the page cache are accepted
 #define FAILING_FREES 8	// a growing write that fails frees blocks of a pin
+// No write is refused, wherever it goes: unless it is untorn, or blocks near a
+// pin have come to be shared, in an entry that is WINDOWED.
+#define WRITES_PASS 16
+#define WINDOWED 32
 
 struct entry {
 	u64 version;
@@ -308,7 +357,8 @@ struct question {
 	u8 foreign;	// a mapping of a file that is no pin's
 	u8 has_or;
 	u8 stored_to;	// there are mappings to store to the file by
-	u8 pad[7];
+	u8 has_doubt;	// a write may be an untorn one
+	u8 pad[6];
 	struct run at;
 	struct run or_at;
 	u64 size;
@@ -321,21 +371,15 @@ struct note {
 	u64 start;
 	u64 end;
 	u32 kind;
-	u32 direct;
+	u32 doing;
+	u32 rwf;
+	u32 has_rwf;
 };
 
 // What a thread is about to do.
 struct record {
 	struct note read;
 	struct note write;
-	struct note rough;	// the same as `write`, but only that it is not more
-	u64 copy_in;
-	u64 copy_out;
-	u64 flags_file;
-	u32 rwf;
-	u32 remaps;	// an ioctl has begun that may share blocks
-	u32 copies;	// a copy_file_range has been noticed
-	u32 pad;
 };
 
 struct holder {
@@ -348,6 +392,8 @@ struct holder {
 #define EVENT_REFUSED 1
 #define EVENT_ENDED 2
 #define EVENT_RAW 3
+#define EVENT_SHARED 4	// blocks near a pin may have come to be shared
+#define EVENT_DOUBT 5	// notes of writes are needed, to judge one
 
 struct event {
 	u32 type;
@@ -375,6 +421,8 @@ struct identity {
 	s64 references;	// to the struct file
 	int writers;	// descriptions of the inode that can write
 	int readers;	// those that can only read
+	int preemption;	// preempt_dynamic_mode, kernel/sched/core.c
+	u32 pad;
 };
 
 struct {
@@ -385,14 +433,24 @@ struct {
 } settings SEC(".maps");
 
 #define FILTER_BITS 18
+#define FILTER_WORDS (1 << (FILTER_BITS - 6))
 
-// Which inodes are worth a look: not zero where some pinned one may be.
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1 << FILTER_BITS);
-	__type(key, u32);
-	__type(value, u64);
-} filter SEC(".maps");
+// Inodes whose entry is WRITES_PASS: what most writes to a pinned file need,
+// without a look-up in a hash map.
+#define EASY 1
+
+struct easy {
+	u64 ino;
+	u64 facts;	// dev << 32 | EASY; else nothing is known
+};
+
+// Which inodes are worth a look: a bit is set where some pinned one may be.
+// For reads and writes of other files it is all that is looked at. The guard
+// stores to this by a mapping of the map.
+struct filter {
+	u64 bits[FILTER_WORDS];
+	struct easy easy[FILTER_WORDS];	// one for each of those words
+} filter SEC(".bss.filter");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
@@ -420,7 +478,8 @@ struct {
 	__array(values, struct many_runs);
 } spill SEC(".maps");
 
-// Blocks near a pin may have come to be shared since it was looked at.
+// How often blocks near a pin may have come to be shared since it was granted;
+// and up to which count the guard has found, since, that they have not.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1 << 20);
@@ -428,6 +487,14 @@ struct {
 	__type(key, struct key);
 	__type(value, u64);
 } shared_since SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 20);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct key);
+	__type(value, u64);
+} not_shared SEC(".maps");
 
 // The struct files that are pins.
 struct {
@@ -466,23 +533,6 @@ struct {
 	__type(key, int);
 	__type(value, struct record);
 } records SEC(".maps");
-
-// Those of threads that there was no memory for, or that were preempted in the
-// middle of this (bpf_task_storage_trylock, kernel/bpf/bpf_task_storage.c);
-// and whether there ever were any.
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1024);
-	__type(key, u32);
-	__type(value, struct record);
-} spare_records SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, u32);
-	__type(value, u64);
-} spared SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
@@ -559,9 +609,8 @@ static __always_inline u32 filter_slot(u32 dev, u64 ino)
 static __always_inline bool may_be_pinned(u32 dev, u64 ino)
 {
 	u32 slot = filter_slot(dev, ino);
-	u64 *there = bpf_map_lookup_elem(&filter, &slot);
 
-	return there && *there;
+	return filter.bits[(slot >> 6) & (FILTER_WORDS - 1)] >> (slot & 63) & 1;
 }
 
 static __always_inline bool behind(struct inode *inode)
@@ -576,30 +625,13 @@ static __always_inline void name(struct key *key, struct inode *inode)
 	key->ino = inode->i_ino;
 }
 
-static __noinline struct record *spare_record(bool make)
-{
-	u32 zero = 0;
-	u64 *ever = bpf_map_lookup_elem(&spared, &zero);
-
-	if (!ever || (!make && !*ever))
-		return 0;
-	u32 tid = current_tid();
-	struct record *record = bpf_map_lookup_elem(&spare_records, &tid);
-	if (!record && make) {
-		struct record none = {};
-		*ever = 1;
-		bpf_map_update_elem(&spare_records, &tid, &none, BPF_NOEXIST);
-		record = bpf_map_lookup_elem(&spare_records, &tid);
-	}
-	return record;
-}
-
+// Nothing where there is no memory, and, up to Linux 6.1, where the thread was
+// interrupted in the middle of this (bpf_task_storage_trylock,
+// kernel/bpf/bpf_task_storage.c): then there is no note.
 static __always_inline struct record *my_record(bool make)
 {
-	struct record *record =
-		bpf_task_storage_get(&records, bpf_get_current_task_btf(), 0,
-				     make ? BPF_LOCAL_STORAGE_GET_F_CREATE : 0);
-	return record ?: spare_record(make);
+	return bpf_task_storage_get(&records, bpf_get_current_task_btf(), 0,
+				    make ? BPF_LOCAL_STORAGE_GET_F_CREATE : 0);
 }
 
 static __always_inline u64 plus(u64 a, u64 b)
@@ -677,9 +709,10 @@ __noinline int meets(struct entry *e, u32 list, u64 start, u64 end)
 }
 
 // What is judged of one range of an operation. Layers::refuses_range.
-static __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind, struct run *at,
-				    u64 size)
+__noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind, struct run *at, u64 size)
 {
+	if (!e || !rule || !at)
+		return 1;
 	u64 block = e->block;
 	u64 start = at->start, end = at->end;
 	u64 from = start, to = end;
@@ -718,8 +751,10 @@ static __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind
 }
 
 // What an operation does beside the pins. Layers::minds_range.
-static __noinline int minds_range(struct entry *e, bool shared, struct run *at)
+__noinline int minds_range(struct entry *e, u32 shared, struct run *at)
 {
+	if (!e || !at)
+		return 1;
 	u64 block = e->block;
 	u64 start = at->start, end = at->end;
 
@@ -731,12 +766,28 @@ static __noinline int minds_range(struct entry *e, bool shared, struct run *at)
 	return shared && meets(e, WINDOW, from, to);
 }
 
-static __noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
+__noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
 {
+	if (!e)
+		return 1;
 	u64 before = how == 2 ? e->block : 0;
 	u64 from = start > before ? start - before : 0;
 
 	return meets(e, HELD, align_down(from, PAGE), how == 2 ? END : end);
+}
+
+// Whether blocks near a pin may have come to be shared.
+__noinline int may_be_shared(struct key *key)
+{
+	if (!key)
+		return 1;
+	struct key name = *key;
+	u64 *marks = bpf_map_lookup_elem(&shared_since, &name);
+
+	if (!marks)
+		return 0;
+	u64 *seen = bpf_map_lookup_elem(&not_shared, &name);
+	return !seen || *(volatile u64 *)marks != *(volatile u64 *)seen;
 }
 
 static __always_inline bool is_empty(struct entry *e, u32 list)
@@ -774,8 +825,10 @@ static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, st
 }
 
 // Layers::dirties_folios.
-static __noinline int dirties_folios(struct entry *e, u32 kind, struct run *at)
+__noinline int dirties_folios(struct entry *e, u32 kind, struct run *at)
 {
+	if (!e || !at)
+		return 1;
 	u64 block = e->block, start = at->start, end = at->end;
 
 	if (!block || (block & (block - 1)))
@@ -787,9 +840,47 @@ static __noinline int dirties_folios(struct entry *e, u32 kind, struct run *at)
 				     (to != end && meets(e, COARSE, end, to)));
 }
 
-// Layers::refuses.
-static __noinline int judge(struct entry *e, struct question *q)
+static __always_inline struct easy *easy_of(u32 dev, u64 ino)
 {
+	return &filter.easy[(filter_slot(dev, ino) >> 6) & (FILTER_WORDS - 1)];
+}
+
+// Something is about to be done after which blocks near a pin may be shared.
+// The mark comes first, then writes lose the short way: the guard, which gives
+// it to them, looks for marks afterwards.
+__noinline int mark_shared(struct key *key)
+{
+	if (!key)
+		return 1;
+	struct key name = *key;
+	u64 *marks = bpf_map_lookup_elem(&shared_since, &name);
+
+	if (!marks) {
+		u64 none = 0;
+		bpf_map_update_elem(&shared_since, &name, &none, BPF_NOEXIST);
+		marks = bpf_map_lookup_elem(&shared_since, &name);
+	}
+	if (!marks)
+		return 1;
+	bool first = !may_be_shared(&name);
+	__sync_fetch_and_add(marks, 1);
+	struct easy *easy_one = easy_of(name.dev, name.ino);
+	__sync_fetch_and_and(&easy_one->facts, ~(u64)EASY);
+	struct event *event = first ? bpf_ringbuf_reserve(&changes, sizeof(*event), 0) : 0;
+	if (event) {
+		__builtin_memset(event, 0, sizeof(*event));
+		event->type = EVENT_SHARED;
+		event->key = name;
+		bpf_ringbuf_submit(event, 0);
+	}
+	return 0;
+}
+
+// Layers::refuses.
+__noinline int judge(struct entry *e, struct question *q)
+{
+	if (!e || !q)
+		return 1;
 	u32 kind = q->kind;
 	struct settings *s = the_settings();
 
@@ -809,7 +900,7 @@ static __noinline int judge(struct entry *e, struct question *q)
 	// which no hook sees, and over what has come to be shared beside a pin.
 	if (kind == MAP_WRITE && q->foreign &&
 	    ((e->flags & HAS_FROZEN) ||
-	     (!is_empty(e, WINDOW) && bpf_map_lookup_elem(&shared_since, &key))))
+	     (!is_empty(e, WINDOW) && may_be_shared(&key))))
 		return 1;
 	struct rule *rule = &s->rules[kind];
 	u64 size = q->size;
@@ -867,7 +958,7 @@ static __noinline int judge(struct entry *e, struct question *q)
 	if (leaves_unwritten(kind) && meets(e, EDGES, q->at.start, unwritten_to))
 		return 1;
 	bool shared = !is_empty(e, WINDOW) &&
-		      (kind == WRITE_UNTORN || bpf_map_lookup_elem(&shared_since, &key));
+		      (kind == WRITE_UNTORN || may_be_shared(&key));
 	if (rule->touches && minds_range(e, shared, &q->at))
 		return 1;
 	if (rule->touches && q->has_or && minds_range(e, shared, &q->or_at))
@@ -887,10 +978,8 @@ static __noinline int judge(struct entry *e, struct question *q)
 	if (zeroes_tail && meets(e, COARSE, tail.start, tail.end))
 		return 1;
 	// Far away nothing comes to be shared beside a pin.
-	if (nears) {
-		u64 one = 1;
-		bpf_map_update_elem(&shared_since, &key, &one, BPF_ANY);
-	}
+	if (nears && mark_shared(&key))
+		return 1;
 	return 0;
 }
 
@@ -942,9 +1031,12 @@ static __noinline int tell(struct question *q)
 	return 0;
 }
 
-static __always_inline int decide(struct question *q)
+// Whether there is anything to refuse for; tells the guard of it.
+__noinline int is_refused(struct question *q)
 {
-	if (!verdict(q) || is_guard())
+	if (!q)
+		return 1;
+	if (is_guard())
 		return 0;
 	// The entry may be one that the guard has written for pins that were
 	// gone by then.
@@ -953,180 +1045,352 @@ static __always_inline int decide(struct question *q)
 	if (!lives_of || (*lives_of & DEAD))
 		return 0;
 	tell(q);
-	return -ETXTBSY;
+	return 1;
 }
 
-// ---- notes ----
-
-static __always_inline void note_write(struct file *file, u32 kind, u64 start, u64 end)
+static __always_inline int decide(struct question *q)
 {
-	struct record *record = my_record(true);
-
-	if (!record)
-		return;
-	record->write.file = (u64)file;
-	record->write.kind = kind;
-	record->write.start = start;
-	record->write.end = end;
-	record->write.direct = !!(file->f_flags & O_DIRECT);
+	return verdict(q) && is_refused(q) ? -ETXTBSY : 0;
 }
 
-static __always_inline void note_read(struct file *file, u32 kind, u64 start, u64 end)
+// Refuses what may not be done to a file any part of which is pinned.
+static __noinline int refuse_pinned(struct inode *inode, u32 kind)
 {
-	struct record *record = my_record(true);
+	struct question q = {};
 
-	if (!record)
-		return;
-	record->read.file = (u64)file;
-	record->read.kind = kind;
-	record->read.start = start;
-	record->read.end = end;
+	name(&q.key, inode);
+	struct key key = q.key;
+	if (!bpf_map_lookup_elem(&entries, &key))
+		return 0;
+	q.kind = kind;
+	q.at.end = END;
+	return is_refused(&q) ? -ETXTBSY : 0;
 }
 
-// Whether a write goes to the end of the file, wherever it says. Others append,
-// too: where that will be is not known.
-static __always_inline bool appends(u32 file_flags, u32 rwf)
-{
-	return (rwf & RWF_APPEND) || ((file_flags & O_APPEND) && !(rwf & RWF_NOAPPEND));
-}
+// ---- what a thread is doing ----
 
-SEC("fentry/rw_verify_area")
-int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
-{
-	struct inode *inode = file->f_inode;
-
-	if (!behind(inode))
-		return 0;
-	struct record *record = my_record(write);
-	if (!record)
-		return 0;
-	s64 at = 0;
-	if (ppos)
-		bpf_probe_read_kernel(&at, sizeof(at), ppos);
-	if (at < 0 && write) {
-		// io_uring's "where the file stands" never gets here; what does
-		// is refused by rw_verify_area itself.
-		record->write.file = 0;
-		return 0;
-	}
-	u64 start = at, end = plus(start, count);
-	if (!write) {
-		// What is noted may be of an operation that failed before anybody
-		// asked.
-		record->read.file = 0;
-		record->remaps = 0;
-		if (record->copy_in == (u64)file)
-			note_read(file, COPY_RANGE, start, end);
-		return 0;
-	}
-	u32 kind = record->copy_out == (u64)file ? COPY_RANGE : WRITE;
-	u32 rwf = record->flags_file == (u64)file ? record->rwf : 0;
-	record->flags_file = 0;
-	if (rwf & RWF_ATOMIC)
-		kind = WRITE_UNTORN;
-	if (appends(file->f_flags, rwf)) {
-		start = inode->i_size;
-		end = END;
-	}
-	record->write.file = (u64)file;
-	record->write.kind = kind;
-	record->write.start = start;
-	record->write.end = end;
-	record->write.direct = !!(file->f_flags & O_DIRECT);
-	return 0;
-}
-
+// include/linux/sched.h: of threads without system calls of their own.
+#define PF_IO_WORKER 0x10
+#define PF_WQ_WORKER 0x20
+#define PF_USER_WORKER 0x4000
+#define PF_KTHREAD 0x200000
+// arch/x86/include/asm/thread_info.h: a 32-bit system call.
+#define TS_COMPAT 2
+#define ENOSYS 38
 // include/linux/fs.h
 #define MAX_RW_COUNT 0x7ffff000ULL
 
-// How a write is made, and roughly where: rw_verify_area knows that to the
-// byte, but a program of ours is left out where the same one was preempted
-// (bpf_prog_get_recursion_context, include/linux/bpf.h, in
-// __bpf_prog_enter_recur). Hooks never are.
-static __always_inline void note_flags(struct file *file, s64 at, u32 rwf)
+enum abi { X86_64, I386, ARM64 };
+
+// System calls, as far as they matter here, whatever their number.
+enum call {
+	NOT_PROVEN,
+	ANOTHER_CALL,
+	READS,
+	OPENS,
+	WRITE_CALL,
+	PWRITE,
+	WRITEV,
+	PWRITEV,
+	PWRITEV2,
+	SENDFILE,
+	SPLICE,
+	COPY_FILE_RANGE,
+	FALLOCATE,
+	MMAP,
+	IO_SUBMIT,
+	IO_URING_ENTER,
+};
+
+#define BIT(number) (1ULL << (number))
+
+// arch/x86/entry/syscalls/syscall_64.tbl. In a call of these nothing is done to
+// a file but to read it: read, pread64, readv, sendfile, execve.
+#define X86_64_READS (BIT(0) | BIT(17) | BIT(19) | BIT(40) | BIT(59))
+// write, pwrite64, writev
+#define X86_64_WRITES (BIT(1) | BIT(18) | BIT(20))
+
+__noinline int call_of(u32 abi, u32 number)
+{
+	if (abi == X86_64) {
+		switch (number) {
+		case 0: case 17: case 19: case 59: case 295: case 322: case 327:
+			return READS;
+		case 1: return WRITE_CALL;
+		case 9: return MMAP;
+		case 18: return PWRITE;
+		case 20: return WRITEV;
+		case 40: return SENDFILE;
+		case 2: case 85: case 257: case 304: case 437: return OPENS;
+		case 209: return IO_SUBMIT;
+		case 275: return SPLICE;
+		case 285: return FALLOCATE;
+		case 296: return PWRITEV;
+		case 326: return COPY_FILE_RANGE;
+		case 328: return PWRITEV2;
+		case 426: return IO_URING_ENTER;
+		}
+	} else if (abi == I386) {
+		// arch/x86/entry/syscalls/syscall_32.tbl; mmap (90) has its arguments in
+		// the program's memory.
+		switch (number) {
+		case 3: case 11: case 145: case 180: case 333: case 358: case 378:
+			return READS;
+		case 4: return WRITE_CALL;
+		case 146: return WRITEV;
+		case 181: return PWRITE;
+		case 187: case 239: return SENDFILE;
+		case 192: return MMAP;
+		case 5: case 8: case 295: case 342: case 437: return OPENS;
+		case 248: return IO_SUBMIT;
+		case 313: return SPLICE;
+		case 324: return FALLOCATE;
+		case 334: return PWRITEV;
+		case 377: return COPY_FILE_RANGE;
+		case 379: return PWRITEV2;
+		case 426: return IO_URING_ENTER;
+		}
+	} else {
+		// include/uapi/asm-generic/unistd.h
+		switch (number) {
+		case 63: case 65: case 67: case 69: case 221: case 281: case 286:
+			return READS;
+		case 64: return WRITE_CALL;
+		case 66: return WRITEV;
+		case 68: return PWRITE;
+		case 70: return PWRITEV;
+		case 71: return SENDFILE;
+		case 222: return MMAP;
+		case 56: case 265: case 437: return OPENS;
+		case 2: return IO_SUBMIT;
+		case 76: return SPLICE;
+		case 47: return FALLOCATE;
+		case 285: return COPY_FILE_RANGE;
+		case 287: return PWRITEV2;
+		case 426: return IO_URING_ENTER;
+		}
+	}
+	return ANOTHER_CALL;
+}
+
+static __always_inline struct pt_regs___x86 *own_registers(void)
+{
+	return (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
+}
+
+// Whether a thread makes system calls of its own.
+static __always_inline bool has_calls(struct task_struct *task)
+{
+	return !(task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER));
+}
+
+// Whether io_uring may run requests in this thread, on the way out of whatever
+// call, with the registers of that call or with those that a tracer or a
+// seccomp listener has put there: they prove nothing then. Set before the first
+// request (io_uring/tctx.c).
+static __always_inline bool has_rings(struct task_struct *task)
+{
+	return bpf_core_field_exists(task->io_uring) && task->io_uring;
+}
+
+// The number of the system call that this thread is in the middle of, or -1. It
+// has not been answered yet: the kernel sets ax to -ENOSYS on the way in, and
+// to the answer on the way out.
+static __always_inline s64 call_number(struct task_struct *task, u32 *abi)
+{
+	struct pt_regs___x86 *regs = own_registers();
+
+	if (!has_calls(task))
+		return -1;
+	if (bpf_core_field_exists(regs->orig_ax)) {
+		if (regs->ax != (u64)-ENOSYS)
+			return -1;
+		*abi = task->thread_info.status & TS_COMPAT ? I386 : X86_64;
+		int number = (int)regs->orig_ax;
+		// Numbers of x32 have bit 30, and are not known here.
+		return number;
+	}
+	// There is no such mark on arm64. Without rings nothing but the call itself
+	// runs with its registers.
+	struct pt_regs___arm64 *arm = (void *)regs;
+	*abi = ARM64;
+	return arm->syscallno;
+}
+
+// The system call that this thread is proven to be in.
+__noinline int proven_call(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	u32 abi = X86_64;
+
+	if (has_rings(task))
+		return NOT_PROVEN;
+	s64 number = call_number(task, &abi);
+	return number < 0 ? NOT_PROVEN : call_of(abi, number);
+}
+
+// The same for what io_uring has no request for: there registers prove it even
+// if there are rings.
+__noinline int call_without_rings(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	u32 abi = X86_64;
+	s64 number = call_number(task, &abi);
+
+	return number < 0 ? NOT_PROVEN : call_of(abi, number);
+}
+
+// An argument of the system call, counted from 0. Those that the kernel takes
+// for an int have the caller's junk above it.
+__noinline u64 argument(u32 which)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	struct pt_regs___x86 *regs = own_registers();
+
+	if (!bpf_core_field_exists(regs->orig_ax)) {
+		struct pt_regs___arm64 *arm = (void *)regs;
+		switch (which) {
+		case 0: return arm->orig_x0;
+		case 1: return arm->regs[1];
+		case 2: return arm->regs[2];
+		case 3: return arm->regs[3];
+		case 4: return arm->regs[4];
+		default: return arm->regs[5];
+		}
+	}
+	if (task->thread_info.status & TS_COMPAT) {
+		switch (which) {
+		case 0: return (u32)regs->bx;
+		case 1: return (u32)regs->cx;
+		case 2: return (u32)regs->dx;
+		case 3: return (u32)regs->si;
+		case 4: return (u32)regs->di;
+		default: return (u32)regs->bp;
+		}
+	}
+	switch (which) {
+	case 0: return regs->di;
+	case 1: return regs->si;
+	case 2: return regs->dx;
+	case 3: return regs->r10;
+	case 4: return regs->r8;
+	default: return regs->r9;
+	}
+}
+
+static __always_inline bool is_32_bit(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	struct pt_regs___x86 *regs = own_registers();
+
+	return bpf_core_field_exists(regs->orig_ax) && (task->thread_info.status & TS_COMPAT);
+}
+
+// An argument of 64 bits, which 32-bit calls pass in two.
+static __always_inline u64 wide_argument(u32 which, u32 low, u32 high)
+{
+	return is_32_bit() ? argument(low) | argument(high) << 32 : argument(which);
+}
+
+// What a descriptor of this thread is. That it is the file of a hook proves
+// that the call is about this file; that it is not proves nothing, since others
+// may have put another in its place since.
+static __always_inline struct file *own_file(u32 fd)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	// Not by helpers, which cost more than the rest of it.
+	struct fdtable *table = task->files->fdt;
+	struct file *file = 0;
+
+	if (fd >= table->max_fds)
+		return 0;
+	struct file **slot = table->fd + fd;
+	bpf_probe_read_kernel(&file, sizeof(file), slot);
+	return file;
+}
+
+#define FRAMES 12
+
+// What the function does that an address of the kernel's code belongs to.
+__noinline int doing_at(u64 at)
+{
+	struct settings *s = the_settings();
+
+	if (!s)
+		return ANYTHING;
+	u32 known = s->functions_known;
+	for (u32 one = 0; one < FUNCTIONS; one++) {
+		if (one >= known)
+			break;
+		if (at > s->functions[one].start && at <= s->functions[one].end)
+			return s->functions[one].doing;
+	}
+	return ANYTHING;
+}
+
+// What the function does that asks, by the kernel's own stack: the innermost
+// one that is known. Nobody can forge that, and nothing of it is left out, but
+// it takes longer than registers.
+static __noinline int doing_by_stack(void *ctx)
+{
+	u64 frames[FRAMES] = {};
+
+	if (bpf_get_stack(ctx, frames, sizeof(frames), 0) <= 0)
+		return ANYTHING;
+	for (u32 frame = 0; frame < FRAMES; frame++) {
+		int doing = frames[frame] ? doing_at(frames[frame]) : ANYTHING;
+		if (doing != ANYTHING)
+			return doing;
+	}
+	return ANYTHING;
+}
+
+// ---- notes ----
+//
+// Each is left by the last function before a hook, when nothing but that hook
+// can come next, or another security module that says no: then the end of that
+// function takes it back.
+
+static __always_inline bool preempts(void)
+{
+	struct settings *s = the_settings();
+
+	return !s || s->preempts;
+}
+
+static __always_inline void note(struct note *note, struct file *file, u32 doing, u32 kind,
+				 u64 start, u64 end)
+{
+	note->file = (u64)file;
+	note->doing = doing;
+	note->kind = kind;
+	note->start = start;
+	note->end = end;
+	note->rwf = note->has_rwf = 0;
+}
+
+static __always_inline void note_write(struct file *file, u32 doing, u32 kind, u64 start, u64 end)
 {
 	struct record *record = my_record(true);
 
-	if (!record)
-		return;
-	record->flags_file = (u64)file;
-	record->rwf = rwf;
-	record->rough.file = at < 0 ? 0 : (u64)file;
-	record->rough.start = at;
-	record->rough.end = plus(at, MAX_RW_COUNT);
+	if (record)
+		note(&record->write, file, doing, kind, start, end);
 }
 
-static __always_inline s64 position(const s64 *ppos)
+static __always_inline void note_read(struct file *file, u32 doing, u32 kind, u64 start, u64 end)
 {
-	s64 at = -1;
+	struct record *record = my_record(true);
 
-	if (ppos)
-		bpf_probe_read_kernel(&at, sizeof(at), ppos);
-	return at;
+	if (record)
+		note(&record->read, file, doing, kind, start, end);
 }
 
-SEC("fentry/vfs_writev")
-int BPF_PROG(note_writev, struct file *file, const void *vec, unsigned long count, s64 *pos,
-	     u32 flags)
-{
-	if (behind(file->f_inode))
-		note_flags(file, position(pos), flags);
-	return 0;
-}
-
-SEC("fentry/vfs_iter_write")
-int BPF_PROG(note_iter_write, struct file *file, struct iov_iter *iter, s64 *ppos, u32 flags)
-{
-	if (behind(file->f_inode))
-		note_flags(file, position(ppos), flags);
-	return 0;
-}
-
-SEC("fentry/vfs_iocb_iter_write")
-int BPF_PROG(note_iocb_write, struct file *file, struct kiocb *iocb, struct iov_iter *iter)
-{
-	if (!behind(file->f_inode))
-		return 0;
-	// Here these decide, and not how the file was opened.
-	u32 flags = iocb->ki_flags & (RWF_APPEND | RWF_ATOMIC);
-	note_flags(file, iocb->ki_pos, flags & RWF_APPEND ? flags : flags | RWF_NOAPPEND);
-	return 0;
-}
-
-SEC("fentry/aio_write")
-int BPF_PROG(note_aio_write, struct kiocb *request, const struct iocb *iocb, bool vectored,
-	     bool compat)
-{
-	struct file *file = request->ki_filp;
-
-	if (file && behind(file->f_inode))
-		note_flags(file, BPF_CORE_READ(iocb, aio_offset), BPF_CORE_READ(iocb, aio_rw_flags));
-	return 0;
-}
-
-SEC("fentry/io_write")
-int BPF_PROG(note_io_write, struct io_kiocb *request, unsigned int issue_flags)
-{
-	// The command of a request lies at its beginning (io_kiocb_to_cmd).
-	struct io_rw *rw = (void *)request;
-	struct file *file = BPF_CORE_READ(rw, kiocb.ki_filp);
-
-	if (!file)
-		return 0;
-	struct inode *inode = BPF_CORE_READ(file, f_inode);
-	if (may_be_pinned(BPF_CORE_READ(inode, i_sb, s_dev), BPF_CORE_READ(inode, i_ino)))
-		note_flags(file, BPF_CORE_READ(rw, kiocb.ki_pos), BPF_CORE_READ(rw, flags));
-	return 0;
-}
-
-// How one write is made says nothing of the next one: those functions may
-// return before they come to rw_verify_area.
-static __always_inline int forget_flags(void)
+static __always_inline int forget(void)
 {
 	struct record *record = my_record(false);
 
 	if (record)
-		record->flags_file = record->rough.file = 0;
+		record->read.file = record->write.file = 0;
 	return 0;
 }
 
@@ -1134,14 +1398,41 @@ static __always_inline int forget_flags(void)
 	SEC("fexit/" #function)                                                                    \
 	int BPF_PROG(name)                                                                         \
 	{                                                                                          \
-		return forget_flags();                                                             \
+		return forget();                                                                   \
 	}
 
-FORGETS(end_writev, vfs_writev)
-FORGETS(end_iter_write, vfs_iter_write)
-FORGETS(end_iocb_write, vfs_iocb_iter_write)
-FORGETS(end_aio_write, aio_write)
-FORGETS(end_io_write, io_write)
+// Reads and writes of every file pay for this: it is attached only while
+// something is pinned for which it matters where a write goes.
+SEC("fentry/rw_verify_area")
+int BPF_PROG(note_rw, int write, struct file *file, const s64 *ppos, u64 count)
+{
+	if (!behind(file->f_inode))
+		return 0;
+	// Of reads only copies matter, and those are nobody's but the thread's.
+	if (!write && proven_call() != COPY_FILE_RANGE)
+		return 0;
+	s64 at = -1;
+	if (ppos)
+		bpf_probe_read_kernel(&at, sizeof(at), ppos);
+	// Else it fails before it asks (rw_verify_area, fs/read_write.c).
+	if (at < 0 || (s64)count < 0 || at + (s64)count < 0)
+		return 0;
+	struct record *record = my_record(true);
+	if (!record)
+		return 0;
+	struct note *one = write ? &record->write : &record->read;
+	note(one, file, WRITING, WRITE, at, plus(at, count));
+	// Asynchronous writes keep their position in a kiocb, and beside it how
+	// they shall be made.
+	struct kiocb *iocb = (void *)ppos - bpf_core_field_offset(struct kiocb, ki_pos);
+	if (write && BPF_CORE_READ(iocb, ki_filp) == file) {
+		one->rwf = BPF_CORE_READ(iocb, ki_flags);
+		one->has_rwf = 1;
+	}
+	return 0;
+}
+
+FORGETS(end_rw, rw_verify_area)
 
 // include/uapi/linux/falloc.h
 #define KEEP_SIZE 0x01
@@ -1168,13 +1459,34 @@ static __always_inline u32 fallocate_kind(int mode)
 	}
 }
 
+// Whether vfs_fallocate comes as far as the hook; what it does not know fails
+// there, and what it will know one day is not noted.
+static __always_inline bool is_fallocate(struct file *file, int mode, s64 offset, s64 length)
+{
+	if (offset < 0 || length <= 0 || !(file->f_mode & FMODE_WRITE))
+		return false;
+	if (file->f_inode->i_flags & (S_APPEND | S_IMMUTABLE | S_SWAPFILE))
+		return false;
+	// Those that need KEEP_SIZE, those that may not have it, and those that do
+	// not mind.
+	switch (mode) {
+	case 0: case 0x01: case 0x03: case 0x08: case 0x10: case 0x11: case 0x20: case 0x40:
+	case 0x41:
+		return true;
+	default:
+		return false;
+	}
+}
+
 SEC("fentry/vfs_fallocate")
 int BPF_PROG(note_fallocate, struct file *file, int mode, s64 offset, s64 length)
 {
-	if (behind(file->f_inode) && offset >= 0 && length > 0)
-		note_write(file, fallocate_kind(mode), offset, plus(offset, length));
+	if (behind(file->f_inode) && is_fallocate(file, mode, offset, length))
+		note_write(file, ALLOCATING, fallocate_kind(mode), offset, plus(offset, length));
 	return 0;
 }
+
+FORGETS(end_fallocate, vfs_fallocate)
 
 static __always_inline u64 remap_end(s64 at, s64 length)
 {
@@ -1185,34 +1497,40 @@ static __always_inline u64 remap_end(s64 at, s64 length)
 SEC("fentry/remap_verify_area")
 int BPF_PROG(note_remap, struct file *file, s64 at, s64 length, bool write)
 {
-	if (!behind(file->f_inode) || at < 0)
+	if (!behind(file->f_inode) || at < 0 || length < 0 || at + length < 0)
 		return 0;
 	if (write)
-		note_write(file, CLONE, at, remap_end(at, length));
+		note_write(file, REMAPPING, CLONE, at, remap_end(at, length));
 	else
-		note_read(file, CLONE, at, remap_end(at, length));
+		note_read(file, REMAPPING, CLONE, at, remap_end(at, length));
 	return 0;
 }
 
-// Until 6.1 remap_verify_area is part of its callers.
+FORGETS(end_remap, remap_verify_area)
+
+// Until 6.1 remap_verify_area is part of its callers, which can fail before
+// they ask: what is noted there counts only where no program is left out, so
+// that each call leaves notes of its own.
 SEC("fentry/do_clone_file_range")
 int BPF_PROG(note_clone, struct file *in, s64 at_in, struct file *out, s64 at_out, s64 length,
 	     u32 flags)
 {
+	if (preempts())
+		return 0;
 	if (behind(in->f_inode))
-		note_read(in, CLONE, at_in, remap_end(at_in, length));
+		note_read(in, REMAPPING, CLONE, at_in, remap_end(at_in, length));
 	if (behind(out->f_inode))
-		note_write(out, CLONE, at_out, remap_end(at_out, length));
+		note_write(out, REMAPPING, CLONE, at_out, remap_end(at_out, length));
 	return 0;
 }
 
 SEC("fentry/vfs_dedupe_file_range")
 int BPF_PROG(note_dedupe, struct file *file, struct file_dedupe_range *same)
 {
-	if (!behind(file->f_inode))
+	if (preempts() || !behind(file->f_inode))
 		return 0;
 	u64 at = BPF_CORE_READ(same, src_offset);
-	note_read(file, DEDUPE, at, plus(at, BPF_CORE_READ(same, src_length)));
+	note_read(file, REMAPPING, DEDUPE, at, plus(at, BPF_CORE_READ(same, src_length)));
 	return 0;
 }
 
@@ -1220,202 +1538,297 @@ SEC("fentry/vfs_dedupe_file_range_one")
 int BPF_PROG(note_dedupe_one, struct file *source, s64 from, struct file *file, s64 at, s64 length,
 	     u32 flags)
 {
+	if (preempts())
+		return 0;
 	if (behind(source->f_inode))
-		note_read(source, DEDUPE, from, remap_end(from, length));
+		note_read(source, REMAPPING, DEDUPE, from, remap_end(from, length));
 	if (behind(file->f_inode))
-		note_write(file, DEDUPE, at, remap_end(at, length));
+		note_write(file, REMAPPING, DEDUPE, at, remap_end(at, length));
 	return 0;
 }
 
-SEC("fentry/vfs_copy_file_range")
-int BPF_PROG(note_copy, struct file *in, s64 at_in, struct file *out, s64 at_out, u64 length,
-	     u32 flags)
+FORGETS(end_clone, do_clone_file_range)
+FORGETS(end_dedupe_one, vfs_dedupe_file_range_one)
+
+// Takes the note of a thread about what it does to a file.
+static __always_inline bool take(struct record *record, bool write, struct file *file, u32 doing,
+				 struct note *taken)
 {
-	if (!behind(in->f_inode) && !behind(out->f_inode))
-		return 0;
-	struct record *record = my_record(true);
 	if (!record)
-		return 0;
-	record->copies = 1;
-	// Blocks are shared within a filesystem only.
-	if (in->f_inode->i_sb != out->f_inode->i_sb)
-		return 0;
-	record->copy_in = (u64)in;
-	record->copy_out = (u64)out;
-	return 0;
-}
-
-SEC("fexit/vfs_copy_file_range")
-int BPF_PROG(copied, struct file *in, s64 at_in, struct file *out, s64 at_out, u64 length,
-	     u32 flags)
-{
-	struct record *record = my_record(false);
-
-	if (record)
-		record->copy_in = record->copy_out = record->copies = 0;
-	return 0;
-}
-
-SEC("fentry/vm_mmap_pgoff")
-int BPF_PROG(note_mmap, struct file *file, unsigned long address, unsigned long length,
-	     unsigned long prot, unsigned long flags, unsigned long page)
-{
-	u32 type = flags & MAP_TYPE;
-
-	if (!file || (type != MAP_SHARED && type != MAP_SHARED_VALIDATE))
-		return 0;
-	if (!(flags & MAP_DIRECT) && !behind(file->f_inode))
-		return 0;
-	u64 start = page * PAGE;
-	note_write(file, MAP_WRITE, start, plus(start, align_up(length, PAGE)));
-	return 0;
+		return false;
+	struct note *one = write ? &record->write : &record->read;
+	if (one->file != (u64)file)
+		return false;
+	*taken = *one;
+	one->file = 0;
+	return taken->doing == doing ||
+	       (taken->doing == WRITING && (doing == COPYING || doing == ASYNCHRONOUS));
 }
 
 // ---- hooks ----
 
-// include/linux/sched.h: of processes without system calls of their own.
-#define PF_IO_WORKER 0x10
-#define PF_USER_WORKER 0x4000
-#define PF_KTHREAD 0x200000
-#define ENOSYS 38
-// arch/x86/entry/syscalls/syscall_64.tbl
-#define X86_64_WRITE 1
-#define X86_64_MMAP 9
-#define X86_64_PWRITE64 18
-#define X86_64_COPY_FILE_RANGE 326
-// arch/x86/entry/syscalls/syscall_32.tbl
-#define I386_COPY_FILE_RANGE 377
-
-// The number of the system call that the thread is in the middle of: it has
-// not been answered yet, or the kernel would be doing what is left to do
-// afterwards.
-static __always_inline u64 number_of_syscall(struct pt_regs___x86 *regs)
+// Whether a write goes to the end of the file, wherever it says. Others append,
+// too: where that will be is not known.
+static __always_inline bool appends(u32 file_flags, u32 rwf)
 {
-	struct task_struct *task = (void *)bpf_get_current_task_btf();
-
-	if (!bpf_core_field_exists(regs->orig_ax) ||
-	    (task->flags & (PF_KTHREAD | PF_IO_WORKER | PF_USER_WORKER)) ||
-	    regs->ax != (u64)-ENOSYS)
-		return END;
-	return regs->orig_ax;
+	return (rwf & RWF_APPEND) || ((file_flags & O_APPEND) && !(rwf & RWF_NOAPPEND));
 }
 
-static __always_inline struct pt_regs___x86 *own_registers(void)
+// Where a write goes, if a register says.
+__noinline int place_by_registers(u32 call, struct run *at)
 {
-	return (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
-}
-
-static __always_inline struct file *own_file(u32 fd)
-{
-	struct task_struct *task = (void *)bpf_get_current_task_btf();
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
-	struct file *file = 0;
-
-	if (fd >= BPF_CORE_READ(table, max_fds))
+	if (!at)
 		return 0;
-	struct file **slot = BPF_CORE_READ(table, fd) + fd;
-	bpf_probe_read_kernel(&file, sizeof(file), slot);
-	return file;
-}
-
-// Whether it is a copy_file_range(2), though nobody noticed it.
-static __noinline int copies_by_syscall(void)
-{
-	u64 number = number_of_syscall(own_registers());
-
-	return number == X86_64_COPY_FILE_RANGE || number == I386_COPY_FILE_RANGE;
-}
-
-// Where the write(2) or pwrite(2) goes that the thread is in the middle of, if
-// that is of this file: nobody but its registers knows, where rw_verify_area
-// was not noticed.
-static __noinline int write_of_syscall(struct file *file, struct run *at)
-{
-	struct pt_regs___x86 *regs = own_registers();
-	u64 number = number_of_syscall(regs);
-
-	if (!at || (number != X86_64_WRITE && number != X86_64_PWRITE64))
-		return 0;
-	if (own_file(regs->di) != file)
-		return 0;
-	s64 start = number == X86_64_WRITE ? BPF_CORE_READ(file, f_pos) :
-					     (s64)regs->r10;
-	if (start < 0)
-		return 0;
-	at->start = start;
-	at->end = plus(start, regs->dx);
-	return 1;
-}
-
-// A write that rw_verify_area was not noticed of.
-static __noinline int rough_write(struct file *file, struct record *record, struct question *q)
-{
-	u32 flags = BPF_CORE_READ(file, f_flags), rwf = 0;
-	struct run at = {};
-
-	q->direct = !!(flags & O_DIRECT);
-	if (record && record->rough.file == (u64)file && record->flags_file == (u64)file) {
-		rwf = record->rwf;
-		at.start = record->rough.start;
-		at.end = record->rough.end;
-		record->flags_file = record->rough.file = 0;
-	} else if (!write_of_syscall(file, &at)) {
-		return 0;
+	if (call == PWRITE) {
+		// 32-bit: fd, buffer, length, and the position in two.
+		at->start = wide_argument(3, 3, 4);
+		at->end = plus(at->start, argument(2));
+		return 1;
 	}
-	if (appends(flags, rwf)) {
-		at.start = q->size;
-		at.end = END;
+	if (call == PWRITEV || call == PWRITEV2) {
+		// How much it writes is in the program's memory, which may change.
+		s64 start = wide_argument(3, 3, 4);
+		if (start < 0)
+			return 0;
+		at->start = start;
+		at->end = plus(start, MAX_RW_COUNT);
+		return 1;
 	}
-	q->kind = rwf & RWF_ATOMIC ? WRITE_UNTORN : WRITE;
-	q->at = at;
 	return 0;
 }
 
+// What a write does to this file.
+static __noinline int ask_about_write(void *ctx, struct file *file, struct question *q)
+{
+	struct record *record = my_record(false);
+	struct note noted = {};
+	u32 call = proven_call();
+	u32 doing = ANYTHING;
+	bool ours = false;
+
+	if (!q)
+		return 0;
+	switch (call) {
+	case WRITE_CALL: case PWRITE: case WRITEV: case PWRITEV: case PWRITEV2: case SENDFILE:
+		doing = WRITING;
+		ours = own_file(argument(0)) == file;
+		break;
+	case SPLICE:
+		doing = WRITING;
+		ours = own_file(argument(2)) == file;
+		break;
+	case COPY_FILE_RANGE:
+		doing = COPYING;
+		ours = own_file(argument(2)) == file;
+		break;
+	case FALLOCATE:
+		doing = ALLOCATING;
+		ours = own_file(argument(0)) == file;
+		break;
+	}
+	if (!ours)
+		doing = doing_by_stack(ctx);
+	q->kind = UNKNOWN;
+	q->at.start = 0;
+	q->at.end = END;
+	u32 flags = BPF_CORE_READ(file, f_flags);
+	q->direct = !!(flags & O_DIRECT);
+	if (doing == ALLOCATING) {
+		if (ours) {
+			if (record)
+				record->write.file = 0;
+			q->kind = fallocate_kind((int)argument(1));
+			q->at.start = wide_argument(2, 2, 3);
+			q->at.end = plus(q->at.start, wide_argument(3, 4, 5));
+		} else if (take(record, true, file, ALLOCATING, &noted)) {
+			q->kind = noted.kind;
+			q->at.start = noted.start;
+			q->at.end = noted.end;
+		}
+		return 0;
+	}
+	if (doing == REMAPPING) {
+		q->kind = CLONE;
+		if (take(record, true, file, REMAPPING, &noted)) {
+			q->kind = noted.kind;
+			q->at.start = noted.start;
+			q->at.end = noted.end;
+		}
+		return 0;
+	}
+	if (doing != WRITING && doing != COPYING && doing != ASYNCHRONOUS) {
+		if (record)
+			record->write.file = 0;
+		return 0;
+	}
+	bool known = take(record, true, file, doing, &noted);
+	u32 rwf = 0;
+	bool is_plain = doing != ASYNCHRONOUS;
+	if (is_plain) {
+		// It is a call of this thread, with rings or without, or of the
+		// kernel's own threads, which do not say how. What stands in memory
+		// before the position may look like a kiocb, and is none.
+		if (call_without_rings() == PWRITEV2)
+			rwf = argument(5);
+	} else if (known && noted.has_rwf) {
+		// Here these decide, and not how the file was opened; IOCB_APPEND and
+		// IOCB_ATOMIC are the bits of RWF_APPEND and RWF_ATOMIC.
+		rwf = noted.rwf & (RWF_APPEND | RWF_ATOMIC);
+		if (!(rwf & RWF_APPEND))
+			rwf |= RWF_NOAPPEND;
+	} else if (flags & O_DIRECT) {
+		// Nobody knows how. An untorn write is direct
+		// (generic_atomic_write_valid).
+		q->has_doubt = 1;
+	}
+	if (ours && call == PWRITE) {
+		place_by_registers(call, &q->at);
+	} else if (known) {
+		q->at.start = noted.start;
+		q->at.end = noted.end;
+	} else if (ours) {
+		place_by_registers(call, &q->at);
+	}
+	// What is not known to go anywhere, nor how, stays so.
+	if ((is_plain || known) && appends(flags, rwf)) {
+		q->at.start = q->size;
+		q->at.end = END;
+	}
+	q->kind = doing == COPYING ? COPY_RANGE : rwf & RWF_ATOMIC ? WRITE_UNTORN : WRITE;
+	return 0;
+}
+
+static __noinline int judge_write(void *ctx, struct file *file)
+{
+	struct inode *inode = file->f_inode;
+	struct question q = {};
+
+	name(&q.key, inode);
+	struct key key = q.key;
+	if (!bpf_map_lookup_elem(&entries, &key))
+		return 0;
+	q.size = inode->i_size;
+	q.stored_to = inode->i_mapping->i_mmap_writable.counter > 0;
+	ask_about_write(ctx, file, &q);
+	if (q.has_doubt) {
+		// With notes there is no doubt: they cost every write, so the guard
+		// attaches them when it hears of one.
+		struct question worse = q;
+		worse.kind = WRITE_UNTORN;
+		int refused = verdict(&worse);
+		if (refused) {
+			struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
+			if (event) {
+				__builtin_memset(event, 0, sizeof(*event));
+				event->type = EVENT_DOUBT;
+				event->key = q.key;
+				bpf_ringbuf_submit(event, 0);
+			}
+			q.kind = WRITE_UNTORN;
+		}
+	}
+	return decide(&q);
+}
+
+static __noinline int judge_read(void *ctx, struct file *file)
+{
+	struct inode *inode = file->f_inode;
+	struct question q = {};
+
+	name(&q.key, inode);
+	struct key key = q.key;
+	struct entry *e = bpf_map_lookup_elem(&entries, &key);
+	// Only where blocks can be shared there is anything to reading.
+	if (!e || !(e->flags & REFLINK))
+		return 0;
+	u32 call = proven_call();
+	// aio knows no copies; io_uring opens files, which copies those below an
+	// overlay.
+	if (call == READS || call == SENDFILE || call == SPLICE || call == IO_SUBMIT)
+		return 0;
+	u32 doing = call == COPY_FILE_RANGE ? COPYING : doing_by_stack(ctx);
+	if (doing == READING)
+		return 0;
+	struct note noted = {};
+	q.read_side = 1;
+	q.size = inode->i_size;
+	q.stored_to = inode->i_mapping->i_mmap_writable.counter > 0;
+	q.kind = doing == REMAPPING ? CLONE : doing == COPYING ? COPY_RANGE : UNKNOWN;
+	q.at.end = END;
+	if (take(my_record(false), false, file, doing, &noted)) {
+		if (doing == REMAPPING)
+			q.kind = noted.kind;
+		q.at.start = noted.start;
+		q.at.end = noted.end;
+	}
+	return decide(&q);
+}
+
+// Every read and write of any file pays for this, while something is pinned.
 SEC("lsm/file_permission")
 int BPF_PROG(file_permission, struct file *file, int mask, int before)
 {
 	if (before)
 		return before;
 	struct inode *inode = file->f_inode;
-	if (!behind(inode))
+	u32 dev = inode->i_sb->s_dev;
+	u64 ino = inode->i_ino;
+	u32 slot = filter_slot(dev, ino);
+	u32 word = (slot >> 6) & (FILTER_WORDS - 1);
+	if (!(filter.bits[word] >> (slot & 63) & 1))
 		return 0;
-	struct record *record = my_record(false);
-	struct question q = {};
-	name(&q.key, inode);
-	q.size = inode->i_size;
-	q.stored_to = inode->i_mapping->i_mmap_writable.counter > 0;
-	if (mask & MAY_WRITE) {
-		q.kind = UNKNOWN;
-		q.at.end = END;
-		if (record && record->write.file == (u64)file) {
-			q.kind = record->write.kind;
-			q.at.start = record->write.start;
-			q.at.end = record->write.end;
-			q.direct = record->write.direct;
-			record->write.file = 0;
-			if (q.kind == WRITE && !record->copies && copies_by_syscall())
-				q.kind = COPY_RANGE;
-		} else {
-			rough_write(file, record, &q);
-		}
-		return decide(&q);
-	}
-	if (!record || record->read.file != (u64)file) {
-		// What is not noted of a read may be one all the same.
-		bool remaps = record && record->remaps;
-		if (!remaps && ((record && record->copies) || !copies_by_syscall()))
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	u32 abi = ARM64;
+	u64 number = has_rings(task) ? -1 : call_number(task, &abi);
+	bool simple = abi == X86_64 && number < 64;
+	if (!(mask & MAY_WRITE)) {
+		if (simple && (X86_64_READS >> number & 1))
 			return 0;
-		q.kind = remaps ? CLONE : COPY_RANGE;
-		q.at.end = END;
-		q.read_side = 1;
-		return decide(&q);
+		return judge_read(ctx, file);
 	}
-	q.kind = record->read.kind;
-	q.at.start = record->read.start;
-	q.at.end = record->read.end;
-	q.read_side = 1;
-	record->read.file = 0;
-	return decide(&q);
+	if (simple && (X86_64_WRITES >> number & 1)) {
+		u64 facts = *(volatile u64 *)&filter.easy[word].facts;
+		if (facts == ((u64)dev << 32 | EASY) && filter.easy[word].ino == ino &&
+		    own_file(own_registers()->di) == file)
+			return 0;
+	}
+	return judge_write(ctx, file);
+}
+
+// Whoever opens a pinned file for writing must be somebody whose writes come by
+// here. Whatever opens files for itself, and writes to them without asking, is
+// not let in: an overlay, process accounting, swap, storage targets. They call
+// from within other system calls, or open what is below something else.
+static __noinline int may_open(struct file *file)
+{
+	struct task_struct *task = (void *)bpf_get_current_task_btf();
+	struct inode *inode = file->f_inode;
+	struct dentry *dentry = BPF_CORE_READ(file, f_path.dentry);
+
+	if ((file->f_mode & FMODE_NOACCOUNT) || BPF_CORE_READ(dentry, d_inode) != inode)
+		return 0;
+	u32 flags = task->flags;
+	if (flags & PF_IO_WORKER)
+		return 1;
+	// nfsd asks whenever it writes; what workqueues do (NFS to oneself, SMB)
+	// is not known.
+	if (flags & PF_KTHREAD)
+		return !(flags & PF_WQ_WORKER);
+	u32 call = call_without_rings();
+	// A listener of file events gets its descriptors by read(2).
+	return call == OPENS || call == IO_URING_ENTER || call == READS ||
+	       (call == NOT_PROVEN && has_rings(task));
+}
+
+SEC("lsm/file_open")
+int BPF_PROG(file_open, struct file *file, int before)
+{
+	if (before || !(file->f_mode & FMODE_WRITE))
+		return before;
+	struct inode *inode = file->f_inode;
+	if (!behind(inode) || may_open(file))
+		return 0;
+	return refuse_pinned(inode, OPEN_WRITE);
 }
 
 static __always_inline int judge_size(struct dentry *dentry, struct iattr *attr)
@@ -1462,13 +1875,11 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 
 // fs/xfs/xfs_fs.h, fs/ext4/ext4.h, include/uapi/linux/{fs,loop}.h; sizes in
 // the numbers differ between ABIs and are not compared.
-#define FICLONE 0x9409
-#define FICLONERANGE 0x940d
-#define FIDEDUPERANGE 0x9436
 #define XFS_SWAPEXT 0x586d
 #define XFS_SCRUB 0x583c
 #define XFS_SCRUBV 0x5840
 #define FSSETXATTR 0x5820
+#define SETFLAGS 0x6602
 #define ENABLE_VERITY 0x6685
 #define EXT4_MIGRATE 0x6609
 #define EXT4_MOVE_EXT 0x660f
@@ -1476,17 +1887,10 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 #define LOOP_SET_FD 0x4c00
 #define LOOP_CHANGE_FD 0x4c06
 #define LOOP_CONFIGURE 0x4c0a
+#define EXT4_JOURNAL_DATA 0x4000
 #define FS_XFLAG_REALTIME 0x1
 #define FS_XFLAG_EXTSIZE 0x800
 #define FS_XFLAG_COWEXTSIZE 0x10000
-
-static __noinline int refuse_if_pinned(struct inode *inode)
-{
-	struct key key;
-
-	name(&key, inode);
-	return bpf_map_lookup_elem(&entries, &key) ? refuse_exchange(inode, UNKNOWN) : 0;
-}
 
 // How far XFS allocates around what is written, and copies around what is
 // shared, is part of what was promised: no such hints may come to be. (The
@@ -1497,7 +1901,7 @@ static __noinline int sets_hint(struct inode *inode, u32 flags, u32 extents, u32
 	if (!(flags & (FS_XFLAG_REALTIME | FS_XFLAG_EXTSIZE | FS_XFLAG_COWEXTSIZE)) && !extents &&
 	    !copies)
 		return 0;
-	return refuse_if_pinned(inode);
+	return refuse_pinned(inode, UNKNOWN);
 }
 
 static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
@@ -1505,6 +1909,7 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 	u32 number = command & 0xffff;
 
 	if (number == LOOP_SET_FD || number == LOOP_CHANGE_FD || number == LOOP_CONFIGURE) {
+
 		u32 fd = argument;
 		if ((inode->i_mode & S_IFMT) != S_IFBLK)
 			return 0;
@@ -1512,6 +1917,9 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		    bpf_probe_read_user(&fd, sizeof(fd), (void *)argument))
 			return 0;
 		struct file *file = own_file(fd);
+		// By a file that cannot be written to, a loop device is read-only.
+		if (file && !(BPF_CORE_READ(file, f_mode) & FMODE_WRITE))
+			return 0;
 		struct inode *backing = BPF_CORE_READ(file, f_inode);
 		struct question q = {};
 		q.key.dev = BPF_CORE_READ(backing, i_sb, s_dev);
@@ -1522,12 +1930,6 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		q.kind = UNKNOWN;
 		q.at.end = END;
 		return decide(&q);
-	}
-	if (number == FICLONE || number == FICLONERANGE || number == FIDEDUPERANGE) {
-		struct record *record = my_record(true);
-		if (record)
-			record->remaps = 1;
-		return 0;
 	}
 	u64 magic = inode->i_sb->s_magic;
 	bool exchanges = magic == XFS_MAGIC ? number == XFS_SWAPEXT || number == XFS_SCRUB ||
@@ -1551,15 +1953,12 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 	}
 	// It writes its tree behind the end of the file, and frees what is there.
 	if (number == ENABLE_VERITY && behind(inode))
-		return refuse_if_pinned(inode);
-	if (number == FSSETXATTR && magic == XFS_MAGIC && behind(inode)) {
-		// fsx_xflags, fsx_extsize and fsx_cowextsize of struct fsxattr.
-		u32 fields[5] = {};
-		// What is not in memory cannot be read here: refuse it then.
-		if (bpf_probe_read_user(fields, sizeof(fields), (void *)argument))
-			fields[1] = 1;
-		return sets_hint(inode, fields[0], fields[1], fields[4]);
-	}
+		return refuse_pinned(inode, UNKNOWN);
+	// Later kernels have a hook for what these set. Here it is in the program's
+	// memory, where others may change it: so nothing may be set.
+	if ((number == FSSETXATTR || number == SETFLAGS) &&
+	    !bpf_core_type_exists(struct file_kattr) && behind(inode))
+		return refuse_pinned(inode, UNKNOWN);
 	return 0;
 }
 
@@ -1583,7 +1982,12 @@ int BPF_PROG(inode_file_setattr, struct dentry *dentry, struct file_kattr *attr,
 	if (before)
 		return before;
 	struct inode *inode = dentry->d_inode;
-	if (!inode || !behind(inode) || inode->i_sb->s_magic != XFS_MAGIC)
+	if (!inode || !behind(inode))
+		return 0;
+	// Whoever sets this on ext4 has it write data into the journal first.
+	if (inode->i_sb->s_magic == EXT4_MAGIC)
+		return attr->flags & EXT4_JOURNAL_DATA ? refuse_pinned(inode, UNKNOWN) : 0;
+	if (inode->i_sb->s_magic != XFS_MAGIC)
 		return 0;
 	return sets_hint(inode, attr->fsx_xflags, attr->fsx_extsize, attr->fsx_cowextsize);
 }
@@ -1655,16 +2059,16 @@ static __always_inline bool may_pin(void)
 
 // mmap(2) with MAP_DIRECT by a program that knows nothing of guards: it gets
 // what somebody privileged has pinned already, and keeps it pinned.
-static __noinline int map_direct(struct file *file, struct note *note, u32 prot, u32 flags)
+static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u32 flags)
 {
 	u32 type = flags & MAP_TYPE;
 
-	if (!file || (flags & (MAP_ANONYMOUS | MAP_HUGETLB)))
+	if (!file || !at || (flags & (MAP_ANONYMOUS | MAP_HUGETLB)))
 		return -EINVAL;
 	if (type != MAP_SHARED && type != MAP_SHARED_VALIDATE)
 		return -EINVAL;
-	u64 start = note->start, end = note->end;
-	if (note->file != (u64)file || note->kind != MAP_WRITE || start >= end)
+	u64 start = at->start, end = at->end;
+	if (start >= end)
 		return -EINVAL;
 	if (!(prot & PROT_WRITE) ||
 	    (file->f_mode & (FMODE_READ | FMODE_WRITE)) != (FMODE_READ | FMODE_WRITE))
@@ -1731,39 +2135,28 @@ static __noinline int map_direct(struct file *file, struct note *note, u32 prot,
 	return 0;
 }
 
-// What mmap(2) maps of a file, if nobody noticed it.
-static __noinline int mapping_of_syscall(struct file *file, struct note *note)
+// What mmap(2) maps of a file. io_uring has no request for that.
+static __noinline int mapped_by_call(struct file *file, struct run *at)
 {
-	struct pt_regs___x86 *regs = own_registers();
-
-	if (!note || !file || number_of_syscall(regs) != X86_64_MMAP)
+	if (!at || !file || call_without_rings() != MMAP || own_file(argument(4)) != file)
 		return 0;
-	if (own_file(regs->r8) != file)
-		return 0;
-	note->file = (u64)file;
-	note->kind = MAP_WRITE;
-	note->start = regs->r9;
-	note->end = plus(note->start, align_up(regs->si, PAGE));
+	at->start = argument(5) * (is_32_bit() ? PAGE : 1);
+	at->end = plus(at->start, align_up(argument(1), PAGE));
 	return 1;
 }
 
 static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 {
 	u32 type = flags & MAP_TYPE;
+	struct run at = {};
 
 	if (flags & MAP_DIRECT) {
-		struct record *mine = my_record(false);
-		struct note none = {};
-		if (mine) {
-			none = mine->write;
-			mine->write.file = 0;
-		}
-		if (none.file != (u64)file || none.kind != MAP_WRITE)
-			mapping_of_syscall(file, &none);
-		return map_direct(file, &none, prot, flags);
+		mapped_by_call(file, &at);
+		return map_direct(file, &at, prot, flags);
 	}
-
 	if (!file || (type != MAP_SHARED && type != MAP_SHARED_VALIDATE))
+		return 0;
+	if (!(prot & PROT_WRITE) || !(file->f_mode & FMODE_WRITE))
 		return 0;
 	struct inode *inode = file->f_inode;
 	if (!behind(inode))
@@ -1773,18 +2166,8 @@ static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 	q.size = inode->i_size;
 	q.kind = MAP_WRITE;
 	q.at.end = END;
-	struct record *record = my_record(false);
-	struct note rough = {};
-	if (record && record->write.file == (u64)file && record->write.kind == MAP_WRITE) {
-		q.at.start = record->write.start;
-		q.at.end = record->write.end;
-		record->write.file = 0;
-	} else if (mapping_of_syscall(file, &rough)) {
-		q.at.start = rough.start;
-		q.at.end = rough.end;
-	}
-	if (!(prot & PROT_WRITE) || !(file->f_mode & FMODE_WRITE))
-		return 0;
+	if (mapped_by_call(file, &at))
+		q.at = at;
 	u64 pointer = (u64)file;
 	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
 	return decide(&q);
@@ -1867,14 +2250,39 @@ int BPF_PROG(file_free, struct file *file)
 
 // fcntl(fd, F_GETFL, WHO_IS_IT) by the guard: what is this file to the kernel?
 #define F_GETFL 3
+#define F_SETFL 4
 #define WHO_IS_IT 0x6d61706469726563ULL
 
+// A write that has been judged takes its flags from the file afterwards: so
+// where it matters where it goes, or how it is made, these do not change.
+static __noinline int sets_flags(struct file *file, u64 value)
+{
+	u32 changed = (file->f_flags ^ (u32)value) & (O_APPEND | O_DIRECT);
+	struct inode *inode = file->f_inode;
+
+	if (!changed || !behind(inode))
+		return 0;
+	struct key key;
+	name(&key, inode);
+	struct entry *e = bpf_map_lookup_elem(&entries, &key);
+	if (!e)
+		return 0;
+	u32 flags = *(volatile u32 *)&e->flags;
+	if ((flags & WRITES_PASS) && (!(flags & WINDOWED) || !(changed & O_DIRECT)))
+		return 0;
+	return refuse_pinned(inode, UNKNOWN);
+}
+
 SEC("lsm/file_fcntl")
-int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long argument,
+int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long value,
 	     int before)
 {
-	if (before || command != F_GETFL || argument != WHO_IS_IT)
+	if (before)
 		return before;
+	if (command == F_SETFL)
+		return sets_flags(file, value);
+	if (command != F_GETFL || value != WHO_IS_IT)
+		return 0;
 	struct settings *s = the_settings();
 	if (s && !s->guard_start && s->guard_tgid == bpf_get_current_pid_tgid() >> 32) {
 		// Its number may be another process's one day.
@@ -1898,6 +2306,9 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	identity.dio = inode->i_dio_count.counter;
 	identity.writers = inode->i_writecount.counter;
 	identity.readers = inode->i_readcount.counter;
+	if (s && s->preemption)
+		bpf_probe_read_kernel(&identity.preemption, sizeof(identity.preemption),
+				      (void *)s->preemption);
 	struct file___counted *counted = (void *)file;
 	struct file___referenced *referenced = (void *)file;
 	if (bpf_core_field_exists(counted->f_count))
@@ -1925,6 +2336,67 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	}
 	bpf_map_update_elem(&identities, &tid, &identity, BPF_ANY);
 	return 0;
+}
+
+// ---- who has a file open ----
+
+struct seq_file;
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+} CORE;
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	u32 fd;
+	struct file *file;
+} CORE;
+
+struct bpf_iter__task_vma {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	struct vm_area_struct *vma;
+} CORE;
+
+// The inode that a thread of the guard looks for descriptions of. Lists are
+// made in the thread that reads them, so one that has to wait for a process
+// waits alone.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 16384);
+	__type(key, u32);
+	__type(value, struct key);
+} sought SEC(".maps");
+
+// Tells the guard of a description that can write to it.
+static __always_inline int list(struct seq_file *seq, struct file *file)
+{
+	u32 tid = current_tid();
+	struct key *key = bpf_map_lookup_elem(&sought, &tid);
+
+	if (!key || !file || !(file->f_mode & FMODE_WRITE))
+		return 0;
+	struct inode *inode = file->f_inode;
+	if (inode->i_ino != key->ino || inode->i_sb->s_dev != key->dev)
+		return 0;
+	u64 pointer = (u64)file;
+	bpf_seq_write(seq, &pointer, sizeof(pointer));
+	return 0;
+}
+
+SEC("iter/task_file")
+int writers_by_descriptor(struct bpf_iter__task_file *ctx)
+{
+	return ctx->file ? list(ctx->meta->seq, ctx->file) : 0;
+}
+
+SEC("iter/task_vma")
+int writers_by_mapping(struct bpf_iter__task_vma *ctx)
+{
+	struct vm_area_struct *area = ctx->vma;
+
+	return area && area->vm_file ? list(ctx->meta->seq, area->vm_file) : 0;
 }
 
 // What the gate would say: for tests.

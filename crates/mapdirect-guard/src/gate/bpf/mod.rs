@@ -8,8 +8,12 @@
 //! struct file is freed that was the pin.
 
 mod abi;
+pub(crate) mod census;
+mod functions;
 mod load;
 pub mod oracle;
+mod sharing;
+mod watch;
 
 use crate::audit::Refused;
 use crate::policy::RULES;
@@ -17,7 +21,7 @@ use crate::policy::layers::Layers;
 use crate::table::{InodeId, Pin, Settled, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
-use abi::{Entry, Event, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
+use abi::{Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
 pub use load::LoadError;
@@ -25,12 +29,13 @@ pub use load::probe;
 use mapdirect_proto::Flags;
 use mapdirect_sys::file_handle::{self, FileHandle};
 use mapdirect_sys::{fcntl, memfd};
-use std::collections::HashMap;
+use rustix::fs::{Mode, OFlags};
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
@@ -53,6 +58,11 @@ pub(crate) struct Gate {
     /// while looking at its pins, so that the last one to look writes last.
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
+    sharing: sharing::Sharing,
+    rules: Mutex<Settings>,
+    watch: watch::Watch,
+    /// A file of the guard's own, to ask the programs about.
+    probe: OwnedFd,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -73,6 +83,10 @@ struct Counts {
     filter: HashMap<u32, u32>,
     /// Pins on each filesystem.
     devices: HashMap<u32, u64>,
+    /// Inodes to which it matters where a write goes.
+    noted: HashSet<InodeId>,
+    /// The inode that each word of the filter tells of, that writes to it pass.
+    easy: HashMap<usize, InodeId>,
 }
 
 /// A pin that an earlier guard has granted, and that lives.
@@ -89,6 +103,20 @@ pub(crate) struct Found {
     pub(crate) path: String,
 }
 
+/// Whether the kernel may take the processor from a program that is not attached
+/// to a hook, and leave the program out for others meanwhile: `preempt_none` is
+/// 0 and `preempt_voluntary` 1 in `preempt_dynamic_mode`; a kernel whose mode is
+/// built in says so in its version.
+fn preempts(kernel: &functions::Kernel, mode: i32) -> bool {
+    if kernel.preemption != 0 {
+        return mode != 0 && mode != 1;
+    }
+    rustix::system::uname()
+        .version()
+        .to_string_lossy()
+        .contains("PREEMPT")
+}
+
 fn errno(error: &libbpf_rs::Error) -> Errno {
     match error.kind() {
         libbpf_rs::ErrorKind::NotFound => Errno::NOENT,
@@ -103,6 +131,8 @@ impl Gate {
     /// Puts it in place, or takes over the one that is there.
     pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
         let loaded = load::load(directory)?;
+        let probe = memfd::sealed("mapdirect-probe", b"")
+            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|errno| LoadError::Failed(format!("getrandom: {errno}")))?;
@@ -112,20 +142,53 @@ impl Gate {
             versions: AtomicU64::new(u64::from_ne_bytes(random)),
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
+            sharing: sharing::Sharing::default(),
+            rules: Mutex::new(Settings::new(0, &functions::Kernel::default(), true)),
+            watch: watch::Watch::default(),
+            probe,
         };
-        // The programs fill in when this process began, the first time it
-        // asks them something.
-        let settings = Settings::new(std::process::id(), 0);
-        gate.loaded
-            .maps
-            .settings
-            .update(&0u32.to_ne_bytes(), settings.as_bytes(), MapFlags::ANY)
-            .map_err(|error| LoadError::Failed(format!("writing the rules: {error}")))?;
-        let probe = memfd::sealed("mapdirect-probe", b"")
-            .map_err(|errno| LoadError::Failed(format!("memfd_create: {errno}")))?;
-        gate.identify(probe.as_fd())
-            .map_err(|_| LoadError::Failed(String::from("the programs do not answer")))?;
+        gate.introduce(&functions::Kernel::read()?)?;
         Ok(gate)
+    }
+
+    /// What the programs have been told.
+    fn rules(&self) -> MutexGuard<'_, Settings> {
+        self.rules.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells the programs the rules, who the guard is, and what kernel this is.
+    fn introduce(&self, kernel: &functions::Kernel) -> Result<(), LoadError> {
+        let tell = |preempts| {
+            let settings = Settings::new(std::process::id(), kernel, preempts);
+            *self.rules() = settings;
+            self.loaded
+                .maps
+                .settings
+                .update(&0u32.to_ne_bytes(), settings.as_bytes(), MapFlags::ANY)
+                .map_err(|error| LoadError::Failed(format!("writing the rules: {error}")))
+        };
+        tell(true)?;
+        let answered = self
+            .identify(self.probe.as_fd())
+            .map_err(|_| LoadError::Failed(String::from("the programs do not answer")))?;
+        let preempts = preempts(kernel, answered.preemption);
+        if preempts && !self.loaded.hooked {
+            if !self.loaded.adopted {
+                let _ = self.remove();
+            }
+            return Err(LoadError::Unsupported(String::from(
+                "it preempts programs, and then leaves some out that are not attached to a \
+                 security hook; boot it with `bpf` among the modules of lsm= (see \
+                 /sys/kernel/security/lsm), or with preempt=voluntary",
+            )));
+        }
+        if preempts {
+            return Ok(());
+        }
+        tell(false)?;
+        self.identify(self.probe.as_fd())
+            .map(drop)
+            .map_err(|_| LoadError::Failed(String::from("the programs do not answer any more")))
     }
 
     /// It was there already.
@@ -133,8 +196,15 @@ impl Gate {
         self.loaded.adopted
     }
 
+    /// Where it is pinned; no descriptor that a lock could be taken by.
+    pub(crate) fn directory(&self) -> Option<OwnedFd> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        rustix::fs::openat(self.loaded.claim(), ".", flags, Mode::empty()).ok()
+    }
+
     /// Takes it away.
     pub(crate) fn remove(&self) -> Result<(), LoadError> {
+        self.loaded.held.let_go();
         load::remove(&self.directory)
     }
 
@@ -170,6 +240,7 @@ impl Gate {
         };
         let version = self.versions.fetch_add(1, Relaxed);
         let (entry, runs) = Entry::new(version, &layers, facts);
+        self.settle_ways(watched.id, &entry)?;
         let count = live.len() as u64;
         let counted = before.as_ref().map(|before| before.pins);
         self.count(key, counted, Some(count))?;
@@ -198,7 +269,77 @@ impl Gate {
             kept: false,
         };
         published.insert(watched.id, now);
+        if entry.lets_writes_pass() {
+            self.ease(key);
+        }
         Ok(())
+    }
+
+    /// Before an entry counts for which it matters where writes go, they lose
+    /// their short way, and the programs are there that note it.
+    fn settle_ways(&self, id: InodeId, entry: &Entry) -> Result<(), Errno> {
+        if entry.lets_writes_pass() {
+            return Ok(());
+        }
+        self.burden(Key::new(id));
+        self.note_writes(id)
+    }
+
+    /// From now on the programs note where writes go.
+    fn note_writes(&self, id: InodeId) -> Result<(), Errno> {
+        self.loaded.costly.take_notes().map_err(|_| Errno::NOEXEC)?;
+        self.counts().noted.insert(id);
+        Ok(())
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets writes to an inode pass without a look at its entry, unless blocks
+    /// near a pin may have come to be shared: whoever lets that happen notes it
+    /// first, and then takes this back.
+    fn ease(&self, key: Key) {
+        let mut counts = self.counts();
+        let word = key.word();
+        let owner = *counts.easy.entry(word).or_insert(key.inode());
+        if owner != key.inode() {
+            return;
+        }
+        let (ino, facts) = self.easy(word);
+        ino.store(key.ino, SeqCst);
+        facts.store(u64::from(key.dev) << 32 | abi::EASY, SeqCst);
+        if self.may_be_shared(key) {
+            facts.store(0, SeqCst);
+        }
+    }
+
+    /// Takes that back.
+    fn burden(&self, key: Key) {
+        let mut counts = self.counts();
+        let word = key.word();
+        if counts.easy.get(&word) == Some(&key.inode()) {
+            self.easy(word).1.store(0, SeqCst);
+            counts.easy.remove(&word);
+        }
+    }
+
+    /// What stands beside a word of the filter.
+    fn easy(&self, word: usize) -> (&AtomicU64, &AtomicU64) {
+        let words = self.loaded.maps.filter.words();
+        let at = FILTER_WORDS + 2 * word;
+        (&words[at], &words[at + 1])
+    }
+
+    /// Whether blocks near a pin may have come to be shared.
+    fn may_be_shared(&self, key: Key) -> bool {
+        let maps = &self.loaded.maps;
+        let marks = |map: &MapHandle| map.lookup(key.as_bytes(), MapFlags::ANY);
+        match marks(&maps.shared_since) {
+            Ok(None) => false,
+            Ok(Some(since)) => !matches!(marks(&maps.not_shared), Ok(Some(seen)) if seen == since),
+            Err(_) => true,
+        }
     }
 
     /// Whether the kernel knows of pins of an inode.
@@ -216,6 +357,9 @@ impl Gate {
         let _ = maps.entries.delete(key.as_bytes());
         let _ = maps.lives.delete(key.as_bytes());
         let _ = maps.shared_since.delete(key.as_bytes());
+        let _ = maps.not_shared.delete(key.as_bytes());
+        self.burden(key);
+        self.counts().noted.remove(&key.inode());
         if before.spilled {
             let _ = maps.spill.delete(&before.version.to_ne_bytes());
         }
@@ -225,31 +369,31 @@ impl Gate {
 
     /// Counts the pins of an inode instead of those it had.
     fn count(&self, key: Key, before: Option<u64>, now: Option<u64>) -> Result<(), Errno> {
-        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut counts = self.counts();
         let maps = &self.loaded.maps;
         let device = counts.devices.entry(key.dev).or_default();
         *device = (*device + now.unwrap_or(0)).saturating_sub(before.unwrap_or(0));
-        let (device, slot) = (*device, key.slot());
+        let device = *device;
         let told =
             maps.devices
                 .update(&key.dev.to_ne_bytes(), &device.to_ne_bytes(), MapFlags::ANY);
+        let slot = key.slot();
         let mut filter = counts.filter.get(&slot).copied().unwrap_or(0);
         match (before, now) {
             (None, Some(_)) => filter += 1,
             (Some(_), None) => filter = filter.saturating_sub(1),
             _ => {}
         }
+        let bit = 1 << (slot % 64);
+        let word = &maps.filter.words()[key.word()];
         if filter == 0 {
             counts.filter.remove(&slot);
+            word.fetch_and(!bit, SeqCst);
         } else {
             counts.filter.insert(slot, filter);
+            word.fetch_or(bit, SeqCst);
         }
-        let filter = u64::from(filter);
-        told.and_then(|()| {
-            maps.filter
-                .update(&slot.to_ne_bytes(), &filter.to_ne_bytes(), MapFlags::ANY)
-        })
-        .map_err(|error| errno(&error))
+        told.map_err(|error| errno(&error))
     }
 
     /// What a descriptor of this process is to the kernel.
@@ -343,6 +487,7 @@ impl Gate {
 
     /// Attaches what is not attached while nothing is pinned.
     pub(crate) fn rouse(&self) -> Result<(), String> {
+        self.require_whole()?;
         let attached = self.loaded.costly.attached();
         attached.map(drop).map_err(|error| error.to_string())
     }
@@ -466,6 +611,12 @@ impl Gate {
         matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
     }
 
+    /// Whether the kernel keeps a pin.
+    pub(crate) fn keeps(&self, pin: u64) -> bool {
+        let pins = &self.loaded.maps.pins;
+        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(Some(_)))
+    }
+
     /// Takes out what is left of an inode that nobody pins.
     fn clean(&self, id: InodeId) {
         let mut published = self
@@ -512,12 +663,12 @@ impl Gate {
                 })
                 .collect()
         };
-        for map in [&maps.entries, &maps.shared_since] {
+        for map in [&maps.entries, &maps.shared_since, &maps.not_shared] {
             for key in stale(map) {
                 let _ = map.delete(&key);
             }
         }
-        let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let counts = self.counts();
         let devices: Vec<Vec<u8>> = maps.devices.keys().collect();
         for key in devices {
             let is_known = u32::read_from_bytes(&key)
@@ -526,20 +677,19 @@ impl Gate {
                 let _ = maps.devices.delete(&key);
             }
         }
-        for slot in 0u32..1 << 18 {
-            let counted = counts.filter.get(&slot).copied().unwrap_or(0);
-            let there = maps.filter.lookup(&slot.to_ne_bytes(), MapFlags::ANY);
-            let there = there
-                .ok()
-                .flatten()
-                .and_then(|bytes| u64::read_from_bytes(&bytes).ok());
-            if there != Some(u64::from(counted)) {
-                let counted = u64::from(counted).to_ne_bytes();
-                let _ = maps
-                    .filter
-                    .update(&slot.to_ne_bytes(), &counted, MapFlags::ANY);
+        let mut bits = vec![0u64; FILTER_WORDS];
+        for slot in counts.filter.keys() {
+            if let Ok(slot) = usize::try_from(*slot) {
+                bits[slot / 64] |= 1 << (slot % 64);
             }
         }
+        for (word, bits) in bits.into_iter().enumerate() {
+            maps.filter.words()[word].store(bits, SeqCst);
+            if !counts.easy.contains_key(&word) {
+                self.easy(word).1.store(0, SeqCst);
+            }
+        }
+        drop(counts);
         let used: Vec<u64> = self
             .published
             .iter()
@@ -569,8 +719,11 @@ impl Gate {
     /// there are none.
     fn rest(&self) {
         self.loaded.costly.rest(|| {
-            let counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-            !counts.filter.is_empty()
+            let counts = self.counts();
+            load::Needs {
+                hooks: !counts.filter.is_empty(),
+                notes: !counts.noted.is_empty(),
+            }
         });
     }
 
@@ -637,12 +790,23 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
     load::unload(directory)
 }
 
-/// Hears of refusals and ends until the guard stops.
+/// Hears of refusals and ends, and watches the gate, until the guard stops;
+/// `say` tells whoever runs it what somebody has done to the gate.
 ///
 /// # Errors
 ///
 /// When events cannot be read any more.
-pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
+    std::thread::scope(|scope| {
+        std::thread::Builder::new()
+            .name(String::from("sharing"))
+            .spawn_scoped(scope, || sharing::run(guard, gate))
+            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
+        hear(guard, gate, say)
+    })
+}
+
+fn hear(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
     let maps = &gate.loaded.maps;
     let heard = |bytes: &[u8]| {
         if let Ok(event) = Event::read_from_bytes(bytes) {
@@ -665,6 +829,9 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             end_untold(guard, gate);
         }
         gate.rest();
+        if !guard.is_stopping() {
+            gate.watch(guard, say);
+        }
     }
     Ok(())
 }
@@ -715,6 +882,9 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
             }
         }
         abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
+        abi::EVENT_SHARED => gate.sharing.add(id),
+        // Without them such writes stay refused.
+        abi::EVENT_DOUBT => drop(gate.note_writes(id)),
         _ => {}
     }
 }

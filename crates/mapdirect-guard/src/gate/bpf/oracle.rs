@@ -2,6 +2,7 @@
 //! their judgement with that of [`Layers::refuses`].
 
 use super::abi::{Entry, Facts, INLINE, Key, Question, Run, Settings};
+use super::functions::Kernel;
 use super::load::{LoadError, load_object};
 use super::spill;
 use crate::policy::Operation;
@@ -34,7 +35,7 @@ impl Oracle {
     ///
     /// Where the gate cannot be had.
     pub fn load() -> Result<Self, LoadError> {
-        let object = load_object()?;
+        let object = load_object(None)?;
         let map = |name: &str| {
             let found = object.maps().find(|map| map.name() == name);
             let found = found.ok_or_else(|| failed(format!("there is no map {name}")))?;
@@ -45,7 +46,7 @@ impl Oracle {
         settings
             .update(
                 &0u32.to_ne_bytes(),
-                Settings::new(0, 0).as_bytes(),
+                Settings::new(0, &Kernel::default(), true).as_bytes(),
                 MapFlags::ANY,
             )
             .map_err(failed)?;

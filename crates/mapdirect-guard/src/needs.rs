@@ -1,0 +1,184 @@
+//! What a guard cannot do without, looked at before it says that it is ready.
+//!
+//! A guard that lacks something would find out with the first pin, and blame
+//! whoever asked for it. So it ends at once, and says what it lacks.
+
+use crate::StartError;
+use mapdirect_proto::Gate;
+use mapdirect_sys::capget::{
+    CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_LEASE, CAP_SETUID, CAP_SYS_ADMIN, CAP_SYS_PTRACE,
+    CAP_SYSLOG, contains, effective,
+};
+use mapdirect_sys::proc;
+
+/// A capability that a gate needs.
+struct Need {
+    capability: u32,
+    name: &'static str,
+    /// What it is needed for.
+    purpose: &'static str,
+    fanotify: bool,
+    bpf: bool,
+}
+
+/// Found by trying: with these a guard does all it should, and without any one
+/// of them something fails, on Linux 6.18 (fanotify) and 6.12 (bpf).
+const NEEDS: [Need; 7] = [
+    Need {
+        capability: CAP_SYS_ADMIN,
+        name: "CAP_SYS_ADMIN",
+        purpose: "to watch files, and to see what threads are inside of",
+        fanotify: true,
+        bpf: true,
+    },
+    Need {
+        capability: CAP_SYS_PTRACE,
+        name: "CAP_SYS_PTRACE",
+        purpose: "to see what processes of other users may do and have open",
+        fanotify: true,
+        bpf: true,
+    },
+    Need {
+        capability: CAP_DAC_OVERRIDE,
+        name: "CAP_DAC_OVERRIDE",
+        purpose: "to open files of other users for the holder",
+        fanotify: true,
+        bpf: true,
+    },
+    Need {
+        capability: CAP_DAC_READ_SEARCH,
+        name: "CAP_DAC_READ_SEARCH",
+        purpose: "to find the files of pins that an earlier guard has left",
+        fanotify: false,
+        bpf: true,
+    },
+    Need {
+        capability: CAP_SYSLOG,
+        name: "CAP_SYSLOG",
+        purpose: "to know where the kernel's functions are",
+        fanotify: false,
+        bpf: true,
+    },
+    Need {
+        capability: CAP_LEASE,
+        name: "CAP_LEASE",
+        purpose: "to prove that nobody else has a file of another user open",
+        fanotify: true,
+        bpf: false,
+    },
+    Need {
+        capability: CAP_SETUID,
+        name: "CAP_SETUID",
+        purpose: "to allocate blocks on behalf of a holder",
+        fanotify: true,
+        bpf: true,
+    },
+];
+
+impl Need {
+    fn is_for(&self, gate: Gate) -> bool {
+        match gate {
+            Gate::Bpf => self.bpf,
+            _ => self.fanotify,
+        }
+    }
+}
+
+/// The capabilities that a gate needs, by name.
+fn names(gate: Gate) -> String {
+    let names: Vec<_> = NEEDS
+        .iter()
+        .filter(|need| need.is_for(gate))
+        .map(|need| need.name)
+        .collect();
+    names.join(", ")
+}
+
+/// Refuses to start a guard that could not keep a pin with this gate.
+///
+/// # Errors
+///
+/// What is missing, and what all is needed.
+pub(crate) fn require(gate: Gate) -> Result<(), StartError> {
+    let has = effective(0).map_err(|errno| StartError::System {
+        call: "capget",
+        errno,
+    })?;
+    require_capabilities(gate, has)?;
+    // In another one they count for nothing outside.
+    let own = std::process::id().cast_signed();
+    if proc::in_initial_user_namespace(own) != Ok(true) {
+        return Err(StartError::NotPrivileged {
+            missing: String::from(
+                "capabilities in the initial user namespace (this is another one)",
+            ),
+            gate,
+            needed: names(gate),
+        });
+    }
+    for (path, option) in [
+        ("/proc/self/stack", "CONFIG_STACKTRACE"),
+        ("/proc/self/syscall", "CONFIG_HAVE_ARCH_TRACEHOOK"),
+        ("/proc/self/schedstat", "CONFIG_SCHED_INFO"),
+    ] {
+        if let Err(error) = std::fs::read(path) {
+            return Err(StartError::Missing {
+                what: format!("{path} cannot be read ({error}), so nobody could be seen at work"),
+                help: format!("mount proc(5) at /proc, on a kernel with {option}"),
+            });
+        }
+    }
+    let leases = std::fs::read_to_string("/proc/sys/fs/leases-enable");
+    if gate == Gate::Fanotify && leases.is_ok_and(|value| value.trim() == "0") {
+        return Err(StartError::Missing {
+            what: String::from(
+                "leases are disabled, so it could not prove that nobody else has a file open",
+            ),
+            help: String::from("sysctl fs.leases-enable=1"),
+        });
+    }
+    Ok(())
+}
+
+fn require_capabilities(gate: Gate, has: u64) -> Result<(), StartError> {
+    let missing: Vec<_> = NEEDS
+        .iter()
+        .filter(|need| need.is_for(gate) && !contains(has, need.capability))
+        .map(|need| format!("{} ({})", need.name, need.purpose))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    Err(StartError::NotPrivileged {
+        missing: missing.join(", "),
+        gate,
+        needed: names(gate),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_capability_that_is_missing_is_named() {
+        for gate in [Gate::Fanotify, Gate::Bpf] {
+            let all = u64::MAX;
+            assert!(require_capabilities(gate, all).is_ok());
+            for need in NEEDS.iter().filter(|need| need.is_for(gate)) {
+                let without = all & !(1 << need.capability);
+                let error = require_capabilities(gate, without).unwrap_err();
+                let said = error.to_string();
+                assert!(said.contains(&format!("lacks {} (", need.name)), "{said}");
+                assert!(said.contains(&names(gate)), "{said}");
+            }
+        }
+    }
+
+    #[test]
+    fn capabilities_that_do_not_matter_may_be_missing() {
+        let has = NEEDS.iter().fold(0, |has, need| has | 1 << need.capability);
+        assert!(require_capabilities(Gate::Fanotify, has).is_ok());
+        assert!(require_capabilities(Gate::Bpf, has & !(1 << CAP_LEASE)).is_ok());
+    }
+}

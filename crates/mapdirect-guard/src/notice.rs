@@ -1,0 +1,544 @@
+//! What holders are told unasked: that blocks of a pin have changed, or that
+//! nothing keeps it any more.
+//!
+//! A holder has a connection for that (`Request::Watch`). Nobody here ever
+//! waits for one that does not read: what the socket does not take closes the
+//! connection. The library connects again then, and hears what has happened to
+//! each of its pins so far. So a pin keeps that itself, in its [`Fate`].
+
+use crate::table::{InodeId, Pin, Table, Watched};
+use crossbeam_queue::ArrayQueue;
+use mapdirect_proto::{Breach, Notice, Reply, WatchedPin};
+use mapdirect_sys::proc;
+use mapdirect_sys::unix::{Sender, Socket};
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::Thread;
+
+/// Breaches kept for `mapdirect status`.
+const RECENT: usize = 64;
+/// Breaches kept with each pin, for a holder that asks later: the first ones,
+/// since it is the first that ends the promise.
+const OF_A_PIN: usize = 4;
+/// Notices kept for whoever runs the guard, until they are printed.
+const UNTOLD: usize = 1024;
+
+/// What a pin has come to. Changed and read by [`Notices`] alone, under its
+/// lock.
+#[derive(Debug, Default)]
+pub(crate) struct Fate {
+    inner: Mutex<Inner>,
+    /// When the process began that asked for the pin.
+    holder: OnceLock<u64>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    count: u64,
+    first: Vec<Breach>,
+    lost: Option<String>,
+}
+
+impl Fate {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says when the process began that asked for the pin: process ids are
+    /// used again.
+    pub(crate) fn belongs_to(&self, start: u64) {
+        let _ = self.holder.set(start);
+    }
+
+    /// What a holder is told that asks now.
+    fn notices(&self, pin: u64) -> Vec<Notice> {
+        let inner = self.lock();
+        let lost = inner.lost.clone().map(|why| Notice::Lost { pin, why });
+        let breaches = inner.first.iter().cloned().map(Notice::Breach);
+        breaches.chain(lost).collect()
+    }
+
+    /// How many breaches there were, and why it is lost, if it is.
+    pub(crate) fn summary(&self) -> (u64, Option<String>) {
+        let inner = self.lock();
+        (inner.count, inner.lost.clone())
+    }
+}
+
+/// A connection that is told what happens to pins.
+#[derive(Debug)]
+pub(crate) struct Watcher {
+    socket: Arc<Socket>,
+    /// Process and user at the other end.
+    peer: Sender,
+    /// What it asked about; some of them may be over.
+    pins: Mutex<Vec<u64>>,
+}
+
+impl Watcher {
+    pub(crate) fn new(socket: Arc<Socket>, peer: Sender) -> Arc<Self> {
+        Arc::new(Self {
+            socket,
+            peer,
+            pins: Mutex::default(),
+        })
+    }
+
+    fn pins(&self) -> MutexGuard<'_, Vec<u64>> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Says something, or closes the connection: never waits.
+    fn tell(&self, notice: &Notice) {
+        let bytes = Reply::Notice(notice.clone()).encode();
+        if self.socket.send_now(&[&bytes], &[]).is_err() {
+            // Its session sees the end of the connection, and ends.
+            let _ = self.socket.shut_down();
+        }
+    }
+
+    /// Answers a request, in the thread of the connection, which may wait a
+    /// little for its client.
+    fn answer(&self, notice: &Notice) {
+        let bytes = Reply::Notice(notice.clone()).encode();
+        if self.socket.send(&[&bytes], &[]).is_err() {
+            let _ = self.socket.shut_down();
+        }
+    }
+
+    /// Whether it may hear of a pin: its holder, the same user, or root.
+    fn may_hear_of(&self, pin: &Pin) -> bool {
+        self.peer.uid == 0
+            || self.peer.uid == pin.uid
+            || self.peer.pid == pin.pid
+                && pin
+                    .fate
+                    .holder
+                    .get()
+                    .is_some_and(|start| proc::start_time(pin.pid) == Ok(*start))
+    }
+}
+
+/// Who wants to hear of one pin.
+#[derive(Debug)]
+struct Audience {
+    pin: Weak<Pin>,
+    watchers: Vec<Arc<Watcher>>,
+}
+
+/// By pin.
+#[derive(Debug, Default)]
+struct Audiences {
+    of: HashMap<u64, Audience>,
+    /// When there are so many, those of pins that are over are thrown out.
+    enough: usize,
+}
+
+/// Records what happens to pins, and tells their holders.
+#[derive(Debug)]
+pub(crate) struct Notices {
+    /// Held while something is recorded and told, or while somebody starts to
+    /// watch and hears what was recorded before: nothing is told twice, and
+    /// nothing is missed.
+    audiences: Mutex<Audiences>,
+    recent: Mutex<VecDeque<Breach>>,
+    breached: AtomicU64,
+    /// For whoever runs the guard.
+    untold: ArrayQueue<Notice>,
+    /// Prints them.
+    printer: OnceLock<Thread>,
+}
+
+impl Notices {
+    pub(crate) fn new() -> Self {
+        Self {
+            audiences: Mutex::default(),
+            recent: Mutex::default(),
+            breached: AtomicU64::new(0),
+            untold: ArrayQueue::new(UNTOLD),
+            printer: OnceLock::new(),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Audiences> {
+        self.audiences
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Records that blocks of a pin are not what they were, and tells its
+    /// holder. The inode, the pin and the path are filled in here, the path
+    /// only if `breach` has none.
+    pub(crate) fn breach(&self, watched: &Watched, pin: &Pin, mut breach: Breach) {
+        breach.pin = pin.id;
+        (breach.device, breach.inode) = (watched.id.device(), watched.id.inode);
+        if breach.path.is_empty() {
+            breach.path = watched.path.to_string();
+        }
+        let audiences = self.lock();
+        {
+            let mut fate = pin.fate.lock();
+            fate.count += 1;
+            if fate.first.len() < OF_A_PIN {
+                fate.first.push(breach.clone());
+            }
+        }
+        self.breached.fetch_add(1, Relaxed);
+        {
+            let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+            if recent.len() == RECENT {
+                recent.pop_front();
+            }
+            recent.push_back(breach.clone());
+        }
+        self.tell(&audiences, Notice::Breach(breach));
+    }
+
+    /// Records that nothing keeps a pin any more, and tells its holder; once.
+    pub(crate) fn lost(&self, pin: &Pin, why: &str) {
+        let audiences = self.lock();
+        {
+            let mut fate = pin.fate.lock();
+            if fate.lost.is_some() {
+                return;
+            }
+            fate.lost = Some(why.to_owned());
+        }
+        let why = why.to_owned();
+        self.tell(&audiences, Notice::Lost { pin: pin.id, why });
+    }
+
+    /// The same of every pin there is.
+    #[cfg_attr(
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
+    )]
+    pub(crate) fn lost_all(&self, table: &Table, why: &str) {
+        for watched in table.all() {
+            for pin in watched.pins.load().iter().filter(|pin| !pin.is_dead()) {
+                self.lost(pin, why);
+            }
+        }
+    }
+
+    fn tell(&self, audiences: &Audiences, notice: Notice) {
+        if let Some(audience) = audiences.of.get(&notice.pin()) {
+            for watcher in &audience.watchers {
+                watcher.tell(&notice);
+            }
+        }
+        // More than can be printed are in the status.
+        let _ = self.untold.push(notice);
+        if let Some(printer) = self.printer.get() {
+            printer.unpark();
+        }
+    }
+
+    /// From now on `watcher` hears what happens to these pins; what has
+    /// happened before it hears at once. `fate` says what becomes of a pin that
+    /// is not in the table.
+    pub(crate) fn watch(
+        &self,
+        table: &Table,
+        watcher: &Arc<Watcher>,
+        pins: &[WatchedPin],
+        fate: impl Fn(&WatchedPin) -> Notice,
+    ) {
+        for named in pins {
+            let id = InodeId {
+                dev: named.device,
+                inode: named.inode,
+            };
+            let found = table.get(id).and_then(|watched| {
+                let pins = watched.pins.load();
+                let mut alive = pins.iter().filter(|pin| !pin.is_dead());
+                alive.find(|pin| pin.id == named.pin).cloned()
+            });
+            match found {
+                Some(pin) if watcher.may_hear_of(&pin) => self.watch_one(watcher, &pin),
+                Some(pin) => watcher.answer(&Notice::Unattended {
+                    pin: pin.id,
+                    why: String::from(
+                        "the guard keeps the pin, and does not know this process as its holder",
+                    ),
+                }),
+                None => watcher.answer(&fate(named)),
+            }
+        }
+    }
+
+    fn watch_one(&self, watcher: &Arc<Watcher>, pin: &Arc<Pin>) {
+        let mut audiences = self.lock();
+        if audiences.of.len() >= audiences.enough {
+            audiences
+                .of
+                .retain(|_, audience| audience.pin.strong_count() > 0);
+            audiences.enough = 2 * audiences.of.len() + 64;
+        }
+        let audience = audiences.of.entry(pin.id).or_insert_with(|| Audience {
+            pin: Arc::downgrade(pin),
+            watchers: Vec::new(),
+        });
+        if audience
+            .watchers
+            .iter()
+            .any(|other| Arc::ptr_eq(other, watcher))
+        {
+            return;
+        }
+        audience.watchers.push(Arc::clone(watcher));
+        let mut asked = watcher.pins();
+        if asked.len() == asked.capacity() {
+            asked.retain(|pin| audiences.of.contains_key(pin));
+            let room = asked.len() + 64;
+            asked.reserve(room);
+        }
+        asked.push(pin.id);
+        drop(asked);
+        let before = pin.fate.notices(pin.id);
+        drop(audiences);
+        before.iter().for_each(|notice| watcher.answer(notice));
+    }
+
+    /// A connection is gone.
+    pub(crate) fn forget(&self, watcher: &Arc<Watcher>) {
+        let mut audiences = self.lock();
+        for pin in watcher.pins().drain(..) {
+            if let Some(audience) = audiences.of.get_mut(&pin) {
+                audience
+                    .watchers
+                    .retain(|other| !Arc::ptr_eq(other, watcher));
+                if audience.watchers.is_empty() {
+                    audiences.of.remove(&pin);
+                }
+            }
+        }
+    }
+
+    /// How many breaches there were, and the latest of them, oldest first.
+    pub(crate) fn breaches(&self) -> (u64, Vec<Breach>) {
+        let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        let recent = recent.iter().cloned().collect();
+        (self.breached.load(Relaxed), recent)
+    }
+
+    /// The calling thread will print notices, and is woken when there are any.
+    pub(crate) fn printed_here(&self) {
+        let _ = self.printer.set(std::thread::current());
+    }
+
+    /// The next notice to print.
+    pub(crate) fn next(&self) -> Option<Notice> {
+        self.untold.pop()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::Abilities;
+    use mapdirect_proto::{Cause, DeviceId, Extent, ExtentState, Flags, MAX_MESSAGE};
+
+    /// A pin, and a client that watches it.
+    struct Setting {
+        notices: Notices,
+        table: Table,
+        watched: Arc<Watched>,
+        pin: Arc<Pin>,
+        client: Socket,
+        watcher: Arc<Watcher>,
+    }
+
+    const ID: InodeId = InodeId { dev: 7, inode: 12 };
+
+    fn setting(peer: Sender) -> Setting {
+        let table = Table::new();
+        let watched = table.get_or_insert(ID, || {
+            Watched::new(ID, Abilities::default(), Arc::from("/mnt/file"))
+        });
+        let owner = Sender { pid: 5, uid: 1000 };
+        let pin = Pin::unsettled(9, 0..8192, None, 0..8192, Flags::NONE, owner);
+        let pin = Arc::new(pin);
+        watched.add(&pin);
+        let (server, client) = Socket::pair().unwrap();
+        Setting {
+            notices: Notices::new(),
+            table,
+            watched,
+            pin,
+            client,
+            watcher: Watcher::new(Arc::new(server), peer),
+        }
+    }
+
+    impl Setting {
+        fn watch(&self, pin: u64) {
+            let named = WatchedPin {
+                pin,
+                device: ID.dev,
+                inode: ID.inode,
+            };
+            self.notices
+                .watch(&self.table, &self.watcher, &[named], |named| Notice::Lost {
+                    pin: named.pin,
+                    why: String::from("unknown"),
+                });
+        }
+
+        fn hear(&self) -> Option<Notice> {
+            let waited = self.client.wait_until_readable(std::time::Duration::ZERO);
+            if waited != Ok(true) {
+                return None;
+            }
+            let mut buffer = [0; MAX_MESSAGE];
+            let length = self.client.receive(&mut buffer).unwrap().length;
+            match Reply::decode(&buffer[..length]) {
+                Ok(Reply::Notice(notice)) => Some(notice),
+                _ => None,
+            }
+        }
+
+        fn breach(&self, time: u64) {
+            let device = DeviceId { major: 0, minor: 0 };
+            let was = [Extent::new(0, Some(4096), 4096, ExtentState::Written)];
+            let is = [Extent::new(0, None, 4096, ExtentState::Hole)];
+            let breach = Breach::new(0, (device, 0), "", time, 0..4096, (&was, &is));
+            let cause = Cause::new(77, "xfs_io", "XFS_IOC_SWAPEXT");
+            let breach = breach.caused_by(Some(cause));
+            self.notices.breach(&self.watched, &self.pin, breach);
+        }
+    }
+
+    #[test]
+    fn a_holder_hears_of_what_comes_and_of_what_came_before() {
+        let setting = setting(Sender { pid: 5, uid: 1000 });
+        setting.breach(1);
+        setting.watch(9);
+        let Some(Notice::Breach(breach)) = setting.hear() else {
+            panic!("a breach came before");
+        };
+        assert_eq!((breach.pin, breach.inode, breach.time), (9, 12, 1));
+        assert_eq!(breach.path, "/mnt/file");
+        assert_eq!(breach.after[0].state, ExtentState::Hole);
+        assert_eq!(breach.cause.unwrap().pid, 77);
+        setting.watch(9);
+        assert_eq!(setting.hear(), None, "it was told once");
+        setting.breach(2);
+        assert!(matches!(setting.hear(), Some(Notice::Breach(breach)) if breach.time == 2));
+        setting.notices.lost_all(&setting.table, "the gate is gone");
+        setting.notices.lost(&setting.pin, "again");
+        let lost = Notice::Lost {
+            pin: 9,
+            why: String::from("the gate is gone"),
+        };
+        assert_eq!(setting.hear(), Some(lost));
+        assert_eq!(setting.hear(), None, "lost once");
+        assert_eq!(
+            setting.pin.fate.summary(),
+            (2, Some(String::from("the gate is gone")))
+        );
+        let (count, recent) = setting.notices.breaches();
+        assert_eq!((count, recent.len()), (2, 2));
+        assert_eq!(std::iter::from_fn(|| setting.notices.next()).count(), 3);
+    }
+
+    #[test]
+    fn who_comes_late_hears_how_it_began_and_that_it_is_lost() {
+        let setting = setting(Sender { pid: 1, uid: 0 });
+        for time in 0..1000 {
+            setting.breach(time);
+        }
+        setting.notices.lost(&setting.pin, "why");
+        setting.watch(9);
+        let heard: Vec<_> = std::iter::from_fn(|| setting.hear()).collect();
+        assert_eq!(heard.len(), OF_A_PIN + 1);
+        assert!(matches!(&heard[0], Notice::Breach(breach) if breach.time == 0));
+        assert!(matches!(&heard[OF_A_PIN], Notice::Lost { .. }));
+        assert_eq!(setting.pin.fate.summary().0, 1000);
+        let (count, recent) = setting.notices.breaches();
+        assert_eq!((count, recent.len()), (1000, RECENT));
+        assert_eq!(recent[RECENT - 1].time, 999);
+    }
+
+    #[test]
+    fn another_user_hears_nothing_but_that_it_is_no_holder() {
+        let setting = setting(Sender { pid: 6, uid: 1001 });
+        setting.breach(1);
+        setting.watch(9);
+        assert!(matches!(
+            setting.hear(),
+            Some(Notice::Unattended { pin: 9, .. })
+        ));
+        setting.breach(2);
+        assert_eq!(setting.hear(), None);
+    }
+
+    /// It gave up its user id after it had pinned; its process id alone, which
+    /// may be another process's by now, does not do.
+    #[test]
+    fn the_process_itself_hears_of_it_whoever_it_is_by_now() {
+        let own = std::process::id().cast_signed();
+        let start = proc::start_time(own).unwrap();
+        for (told, hears) in [(Some(start), true), (Some(start - 1), false), (None, false)] {
+            let mut setting = setting(Sender {
+                pid: own,
+                uid: 1001,
+            });
+            let owner = Sender {
+                pid: own,
+                uid: 1000,
+            };
+            let pin = Pin::unsettled(10, 0..8192, None, 0..8192, Flags::NONE, owner);
+            if let Some(start) = told {
+                pin.fate.belongs_to(start);
+            }
+            setting.pin = Arc::new(pin);
+            setting.watched.add(&setting.pin);
+            setting.breach(1);
+            setting.watch(10);
+            let heard = setting.hear();
+            assert_eq!(matches!(heard, Some(Notice::Breach(_))), hears, "{heard:?}");
+        }
+    }
+
+    #[test]
+    fn a_pin_that_is_not_there_is_answered() {
+        let setting = setting(Sender { pid: 5, uid: 1000 });
+        setting.watch(8);
+        assert!(matches!(setting.hear(), Some(Notice::Lost { pin: 8, .. })));
+        setting.pin.bury();
+        setting.watch(9);
+        assert!(matches!(setting.hear(), Some(Notice::Lost { pin: 9, .. })));
+    }
+
+    #[test]
+    fn nobody_waits_for_a_client_that_does_not_read() {
+        let setting = setting(Sender { pid: 5, uid: 1000 });
+        setting.watch(9);
+        let mut times = 0;
+        while setting.client.peer_is_gone() == Ok(false) {
+            assert!(times < 100_000, "the connection is never closed");
+            setting.breach(times);
+            times += 1;
+        }
+        // What fitted can still be read.
+        assert!(matches!(setting.hear(), Some(Notice::Breach(breach)) if breach.time == 0));
+        setting.notices.forget(&setting.watcher);
+        assert!(setting.notices.lock().of.is_empty());
+    }
+
+    #[test]
+    fn pins_that_are_over_are_forgotten() {
+        let setting = setting(Sender { pid: 1, uid: 0 });
+        for id in 100..1100 {
+            let owner = Sender { pid: 5, uid: 1000 };
+            let pin = Pin::unsettled(id, 0..8192, None, 0..8192, Flags::NONE, owner);
+            setting.watched.add(&Arc::new(pin));
+            setting.watch(id);
+            setting.watched.remove(|pin| pin.id == id);
+        }
+        assert!(setting.notices.lock().of.len() < 200);
+        assert!(setting.watcher.pins().len() < 400);
+    }
+}

@@ -1,0 +1,201 @@
+//! What differs between a block map as it was pinned and as it is now.
+
+use mapdirect_proto::{BlockMap, Extent, ExtentState as S};
+use std::ops::Range;
+
+/// Whether a block that was in one state and place may be in another without
+/// the promise being broken.
+fn is_kept(before: &Extent, now: &Extent) -> bool {
+    match (before.state, now.state) {
+        // Room is set aside in memory, and no block chosen yet. If one is, the
+        // filesystem says so then.
+        (S::Hole, S::Hole | S::Delalloc) => true,
+        // Whoever else used the blocks has let go of them: they are where
+        // they were, and the holder stores to them no sooner.
+        (S::Shared, S::Written | S::Shared) => before.physical == now.physical,
+        (before_state, now_state) => before_state == now_state && before.physical == now.physical,
+    }
+}
+
+/// What a look says about a difference.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Difference {
+    /// From the first byte that differs to the last.
+    pub(crate) range: Range<u64>,
+    /// What was stable before differs as well.
+    pub(crate) stable: bool,
+}
+
+/// Compares what both maps say about `range`; they cover it, or as much of it
+/// as counts.
+pub(crate) fn difference(
+    before: &BlockMap,
+    now: &BlockMap,
+    range: &Range<u64>,
+) -> Option<Difference> {
+    let mut found: Option<Difference> = None;
+    let mut at = range.start;
+    while at < range.end {
+        let (Some(was), Some(is)) = (before.find(at), now.find(at)) else {
+            break;
+        };
+        let end = was.end().min(is.end()).min(range.end);
+        let part = at..end;
+        if let (Some(was), Some(is)) = (was.clipped(&part), is.clipped(&part))
+            && !is_kept(&was, &is)
+        {
+            let stable = was.state.is_stable();
+            found = Some(found.map_or_else(
+                || Difference {
+                    range: part.clone(),
+                    stable,
+                },
+                |difference| Difference {
+                    range: difference.range.start..end,
+                    stable: difference.stable || stable,
+                },
+            ));
+        }
+        at = end;
+    }
+    found
+}
+
+/// The same, of what was stable before alone.
+pub(crate) fn difference_of_stable(
+    before: &BlockMap,
+    now: &BlockMap,
+    range: &Range<u64>,
+) -> Option<Difference> {
+    let runs = before
+        .extents()
+        .iter()
+        .filter(|extent| extent.state.is_stable())
+        .filter_map(|extent| extent.clipped(range));
+    runs.filter_map(|run| difference(before, now, &(run.offset..run.end())))
+        .reduce(|first, last| Difference {
+            range: first.range.start..last.range.end,
+            stable: true,
+        })
+}
+
+/// `before` with what lies in `range` as it is `now`.
+pub(crate) fn renewed(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> BlockMap {
+    let whole = before.range();
+    let part = |map: &BlockMap, range: Range<u64>| {
+        let clip = move |extent: &Extent| extent.clipped(&range);
+        map.extents().iter().filter_map(clip).collect::<Vec<_>>()
+    };
+    let mut extents = part(before, whole.start..range.start);
+    extents.extend(part(now, range.clone()));
+    extents.extend(part(before, range.end..whole.end));
+    BlockMap::new(
+        before.device(),
+        before.block_size(),
+        before.file_size(),
+        whole,
+        extents,
+    )
+}
+
+/// The extents of a map inside `range`.
+pub(crate) fn extents_in(map: &BlockMap, range: &Range<u64>) -> Vec<Extent> {
+    let extents = map.extents().iter();
+    extents.filter_map(|extent| extent.clipped(range)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mapdirect_proto::DeviceId;
+    use proptest::prelude::*;
+
+    const DEVICE: DeviceId = DeviceId { major: 7, minor: 1 };
+    const END: u64 = 24;
+
+    /// State and place of each block, blocks of one byte.
+    type Blocks = Vec<(S, Option<u64>)>;
+
+    fn map(blocks: &Blocks) -> BlockMap {
+        let extents = (0..)
+            .zip(blocks)
+            .map(|(at, (state, physical))| Extent::new(at, *physical, 1, *state));
+        BlockMap::new(DEVICE, 1, END, 0..END, extents)
+    }
+
+    fn blocks() -> impl Strategy<Value = Blocks> {
+        let block = (0u8..6, 0u64..3).prop_map(|(state, place)| match state {
+            0 => (S::Hole, None),
+            1 => (S::Delalloc, None),
+            2 => (S::Unwritten, Some(place)),
+            3 => (S::Shared, Some(place)),
+            _ => (S::Written, Some(place)),
+        });
+        proptest::collection::vec(block, usize::try_from(END).unwrap())
+    }
+
+    fn differ(was: (S, Option<u64>), is: (S, Option<u64>)) -> bool {
+        match (was.0, is.0) {
+            (S::Hole, S::Delalloc) => false,
+            (S::Shared, S::Written) => was.1 != is.1,
+            _ => was != is,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn it_agrees_with_a_look_at_every_block(
+            before in blocks(),
+            mut now in blocks(),
+            same in proptest::collection::vec(any::<bool>(), usize::try_from(END).unwrap()),
+            start in 0..END,
+            length in 0..END,
+        ) {
+            for (at, same) in same.iter().enumerate() {
+                if *same {
+                    now[at] = before[at];
+                }
+            }
+            let range = start..(start + length).min(END);
+            let differing: Vec<u64> = range
+                .clone()
+                .filter(|at| {
+                    let at = usize::try_from(*at).unwrap();
+                    differ(before[at], now[at])
+                })
+                .collect();
+            let was_stable =
+                |at: &u64| before[usize::try_from(*at).unwrap()].0.is_stable();
+            let expected = differing.first().zip(differing.last()).map(|(first, last)| Difference {
+                range: *first..last + 1,
+                stable: differing.iter().any(was_stable),
+            });
+            prop_assert_eq!(difference(&map(&before), &map(&now), &range), expected);
+            let stable: Vec<u64> = differing.iter().copied().filter(was_stable).collect();
+            let expected = stable.first().zip(stable.last()).map(|(first, last)| Difference {
+                range: *first..last + 1,
+                stable: true,
+            });
+            prop_assert_eq!(difference_of_stable(&map(&before), &map(&now), &range), expected);
+        }
+
+        #[test]
+        fn a_renewed_map_is_the_old_one_outside_and_the_new_one_inside(
+            before in blocks(),
+            now in blocks(),
+            start in 0..END,
+            length in 0..END,
+        ) {
+            let range = start..(start + length).min(END);
+            let expected: Blocks = (0..END)
+                .map(|at| {
+                    let place = usize::try_from(at).unwrap();
+                    if range.contains(&at) { now[place] } else { before[place] }
+                })
+                .collect();
+            let renewed = renewed(&map(&before), &map(&now), &range);
+            prop_assert_eq!(&renewed, &map(&expected));
+            prop_assert_eq!(difference(&renewed, &map(&now), &range), None);
+        }
+    }
+}

@@ -1,0 +1,374 @@
+//! Looking whether pinned blocks are where they were.
+//!
+//! A look opens the file and reads the part of its block map that an event was
+//! about. Both may wait: for the gate, for whoever holds the lock of the
+//! inode, for a filesystem that is frozen. So looks are taken by threads of
+//! their own, one for each file that makes them wait, and nobody waits for a
+//! look.
+//!
+//! One look is enough. A pinned block is in one state and one place for as
+//! long as the promise holds, whatever happens beside it: the filesystems
+//! change their lists of extents under a lock that FIEMAP takes too
+//! (`ILOCK` in XFS, `i_data_sem` and the lock of the extent status tree in
+//! ext4), so that it sees each block as it is before or after a change, never
+//! in between. FIEMAP reads a long map piece by piece; each piece is true of
+//! itself, and that is all that is compared.
+
+use super::compare::{self, difference, difference_of_stable, extents_in};
+use super::wires::{Listened, Who};
+use crate::table::{Pin, Watched};
+use crate::{Errno, Guard};
+use mapdirect_proto::{BlockMap, Breach, Cause};
+use mapdirect_sys::{file_handle, proc_mountinfo};
+use rustix::fs::{Mode, OFlags};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Somebody changed the block map of a file.
+#[derive(Clone, Debug)]
+pub(super) struct Hit {
+    pub(super) who: Who,
+    /// Name of the thread.
+    pub(super) command: String,
+    /// First block and how many, if that is known.
+    pub(super) blocks: Option<(u64, u64)>,
+    /// The tracepoint.
+    pub(super) at: &'static str,
+    /// A look since then found everything as it was.
+    pub(super) seen: bool,
+}
+
+impl Hit {
+    fn concerns(&self, map: &BlockMap, range: &Range<u64>) -> bool {
+        self.blocks.is_none_or(|blocks| {
+            let bytes = bytes_of(blocks, map);
+            bytes.start.max(range.start) < bytes.end.min(range.end)
+        })
+    }
+}
+
+/// What is asked of a look.
+#[derive(Debug)]
+pub(super) struct Order {
+    pub(super) watched: Arc<Watched>,
+    pub(super) file: Arc<Listened>,
+    pub(super) blocks: Blocks,
+    pub(super) hits: Vec<Hit>,
+}
+
+/// What came of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// Everything is as it was, or what is not has been told.
+    Done,
+    /// Some of it cannot be judged yet: a grant is under way, or its holder
+    /// has blocks allocated.
+    Undecided,
+    /// It could not look.
+    Failed,
+}
+
+/// Blocks of a file.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Blocks {
+    /// First block and how many.
+    runs: Vec<(u64, u64)>,
+    all: bool,
+}
+
+impl Blocks {
+    /// So many runs are kept apart.
+    const MOST: usize = 16;
+
+    pub(super) fn add(&mut self, blocks: Option<(u64, u64)>) {
+        let Some((first, count)) = blocks else {
+            self.all = true;
+            self.runs.clear();
+            return;
+        };
+        if self.all {
+            return;
+        }
+        let end = first.saturating_add(count);
+        let meets = |run: &(u64, u64)| run.0 <= end && first <= run.0.saturating_add(run.1);
+        if let Some(run) = self.runs.iter_mut().find(|run| meets(run)) {
+            let last = run.0.saturating_add(run.1).max(end);
+            run.0 = run.0.min(first);
+            run.1 = last - run.0;
+            return;
+        }
+        self.runs.push((first, count));
+        if self.runs.len() > Self::MOST {
+            let first = self.runs.iter().map(|run| run.0).min().unwrap_or(0);
+            let end = self.runs.iter().map(|run| run.0.saturating_add(run.1));
+            let end = end.max().unwrap_or(u64::MAX);
+            self.runs = vec![(first, end - first)];
+        }
+    }
+
+    /// Those of a pin, in bytes.
+    fn of(&self, map: &BlockMap) -> Vec<Range<u64>> {
+        let pinned = map.range();
+        if self.all {
+            return vec![pinned];
+        }
+        let clip = |run: &(u64, u64)| {
+            let bytes = bytes_of(*run, map);
+            let clipped = bytes.start.max(pinned.start)..bytes.end.min(pinned.end);
+            (!clipped.is_empty()).then_some(clipped)
+        };
+        self.runs.iter().filter_map(clip).collect()
+    }
+}
+
+fn bytes_of((first, count): (u64, u64), map: &BlockMap) -> Range<u64> {
+    let block = u64::from(map.block_size()).max(1);
+    let start = first.saturating_mul(block);
+    start..start.saturating_add(count.saturating_mul(block))
+}
+
+/// Whether blocks that somebody changed are any that a pin is about; a pin
+/// whose blocks are not known yet may be about any.
+pub(super) fn concerns(pin: &Pin, blocks: Option<(u64, u64)>) -> bool {
+    if pin.is_dead() {
+        return false;
+    }
+    match (blocks, pin.map()) {
+        (Some(blocks), Some(map)) => {
+            let bytes = bytes_of(blocks, &map);
+            let pinned = map.range();
+            bytes.start.max(pinned.start) < bytes.end.min(pinned.end)
+        }
+        _ => true,
+    }
+}
+
+/// Takes a look.
+pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
+    let watched = &order.watched;
+    let pins = watched.pins.load_full();
+    let alive: Vec<&Arc<Pin>> = pins.iter().filter(|pin| !pin.is_dead()).collect();
+    if alive.is_empty() {
+        return Outcome::Done;
+    }
+    let _looking = watched.look();
+    let holders: Vec<i32> = alive.iter().map(|pin| pin.pid).collect();
+    let file = match guard.own.during(|| open(&order.file, &holders)) {
+        Ok(file) => file,
+        // The inode is gone, and every pin of it.
+        Err(Errno::STALE) => return Outcome::Done,
+        Err(_) => return Outcome::Failed,
+    };
+    let mut outcome = Outcome::Done;
+    for pin in alive {
+        let found = look_at(guard, order, pin, file.as_fd());
+        if found != Outcome::Done {
+            outcome = found;
+        }
+    }
+    outcome
+}
+
+fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Outcome {
+    let before = pin.changes();
+    let Some(map) = pin.map() else {
+        return Outcome::Undecided;
+    };
+    let mut outcome = Outcome::Done;
+    for range in order.blocks.of(&map) {
+        let Ok(now) = mapdirect::extents::read(file, range.clone()) else {
+            return Outcome::Failed;
+        };
+        let Some(mut found) = difference(&map, &now, &range) else {
+            continue;
+        };
+        // What is promised is not known to the end yet.
+        if pin.is_being_granted() {
+            return Outcome::Undecided;
+        }
+        // Its holder has blocks allocated, and what is frozen changes; what
+        // was stable must not even then.
+        if before.is_under_way() || pin.changes() != before {
+            outcome = Outcome::Undecided;
+            match difference_of_stable(&map, &now, &range) {
+                Some(stable) => found = stable,
+                None => continue,
+            }
+        }
+        // If it lives now, it did when the blocks were changed.
+        if has_ended(guard, &order.watched, pin, file) {
+            return Outcome::Done;
+        }
+        let hit = who(&order.hits, &map, &found.range);
+        let cause = hit.map(|hit| {
+            let what = format!("thread {} in {}", hit.who.tid, hit.at);
+            Cause::new(hit.who.pid, hit.command, what)
+        });
+        let was = extents_in(&map, &found.range);
+        let is = extents_in(&now, &found.range);
+        let id = (order.watched.id.device(), order.watched.id.inode);
+        let (time, range) = (since_the_epoch(), found.range.clone());
+        let breach = Breach::new(pin.id, id, "", time, range, (&was, &is)).caused_by(cause);
+        // It is told once: from now on this is what there is.
+        pin.renew(&map, compare::renewed(&map, &now, &found.range));
+        guard.notices.breach(&order.watched, pin, breach);
+    }
+    outcome
+}
+
+fn has_ended(guard: &Guard, watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    pin.is_dead()
+        || guard.gate.is_over(pin, file)
+        || !guard.gate.is_in_kernel() && crate::lifetime::has_ended(watched, pin, file)
+}
+
+/// The first who came by since all was well, or, if an event told of something
+/// that was only about to happen, the last who came by before.
+fn who(hits: &[Hit], map: &BlockMap, range: &Range<u64>) -> Option<Hit> {
+    let mut concerned = hits.iter().filter(|hit| hit.concerns(map, range));
+    let first = concerned.clone().find(|hit| !hit.seen);
+    first.or_else(|| concerned.next_back()).cloned()
+}
+
+fn since_the_epoch() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .ok()
+        .and_then(|since| u64::try_from(since.as_nanos()).ok())
+        .unwrap_or(0)
+}
+
+/// Opens a file by whatever mount there is of its filesystem, here or where
+/// its holders are. Nothing is kept open for that, which would keep the
+/// filesystem busy.
+fn open(file: &Listened, holders: &[i32]) -> Result<OwnedFd, Errno> {
+    let mut last = match open_by_mounts(file, None) {
+        Err(errno) => errno,
+        opened => return opened,
+    };
+    for pid in holders {
+        match open_by_mounts(file, Some(*pid)) {
+            Err(Errno::NODEV) => {}
+            Err(errno) => last = errno,
+            opened => return opened,
+        }
+    }
+    Err(last)
+}
+
+/// The same by the mounts that a process sees, or this one.
+fn open_by_mounts(file: &Listened, pid: Option<i32>) -> Result<OwnedFd, Errno> {
+    let device = file.id.device();
+    // Nobody's mounts any more, if it is gone.
+    let mounts = proc_mountinfo::read(pid).map_err(|_| Errno::NODEV)?;
+    let mut last = Errno::NODEV;
+    for mount in mounts
+        .iter()
+        .filter(|mount| (mount.major, mount.minor) == (device.major, device.minor))
+    {
+        let place = pid.map_or_else(
+            || mount.mount_point.clone(),
+            |pid| format!("/proc/{pid}/root{}", mount.mount_point),
+        );
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+        let opened = rustix::fs::open(place, flags, Mode::empty())
+            .and_then(|place| file_handle::open(place.as_fd(), &file.handle, flags));
+        match opened {
+            Ok(opened) => {
+                let stat = rustix::fs::fstat(&opened)?;
+                if (stat.st_dev, stat.st_ino) == (file.id.dev, file.id.inode) {
+                    return Ok(opened);
+                }
+            }
+            Err(errno) => last = errno,
+        }
+    }
+    Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mapdirect_proto::{DeviceId, Extent, ExtentState};
+    use proptest::prelude::*;
+
+    fn map() -> BlockMap {
+        let device = DeviceId { major: 7, minor: 0 };
+        let extent = Extent::new(0, Some(0), 1 << 20, ExtentState::Written);
+        BlockMap::new(device, 10, 1 << 20, 100..200, [extent])
+    }
+
+    fn hit(tid: i32, blocks: Option<(u64, u64)>, seen: bool) -> Hit {
+        Hit {
+            who: Who {
+                pid: tid,
+                tid,
+                time: 0,
+            },
+            command: String::new(),
+            blocks,
+            at: "",
+            seen,
+        }
+    }
+
+    #[test]
+    fn whoever_came_first_since_all_was_well_did_it() {
+        let tid = |hits: &[Hit]| who(hits, &map(), &(120..130)).map(|hit| hit.who.tid);
+        let before = hit(1, Some((12, 1)), true);
+        let elsewhere = hit(2, Some((13, 1)), false);
+        let first = hit(3, Some((0, 13)), false);
+        let next = hit(4, None, false);
+        assert_eq!(
+            tid(&[before.clone(), elsewhere.clone(), first, next]),
+            Some(3)
+        );
+        assert_eq!(
+            tid(&[hit(9, None, true), before, elsewhere.clone()]),
+            Some(1)
+        );
+        assert_eq!(tid(&[elsewhere]), None);
+    }
+
+    #[test]
+    fn too_many_runs_become_one() {
+        let mut blocks = Blocks::default();
+        for run in 0..=16 {
+            blocks.add(Some((11 + 2 * (run % 4) + 100 * (run / 4), 1)));
+        }
+        assert_eq!(blocks.of(&map()), vec![110..200; 1]);
+        blocks.add(None);
+        assert_eq!(blocks.of(&map()), vec![100..200; 1]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_block_is_forgotten(
+            runs in proptest::collection::vec((0u64..40, 1u64..8), 1..40),
+        ) {
+            let mut blocks = Blocks::default();
+            for run in &runs {
+                blocks.add(Some(*run));
+            }
+            let ranges = blocks.of(&map());
+            for (first, count) in runs {
+                for block in first..first + count {
+                    let byte = block * 10;
+                    if map().range().contains(&byte) {
+                        prop_assert!(ranges.iter().any(|range| range.contains(&byte)));
+                    }
+                }
+            }
+        }
+
+        #[test]
+        fn absurd_numbers_do_no_harm(first: u64, count: u64, other: u64) {
+            let mut blocks = Blocks::default();
+            blocks.add(Some((first, count)));
+            blocks.add(Some((other, count)));
+            let _ = blocks.of(&map());
+        }
+    }
+}

@@ -1,0 +1,560 @@
+//! The tripwire: notices what no gate can refuse.
+//!
+//! Some ways to change a block map ask nobody: a storage target that discards,
+//! an ioctl of the holder, root who takes the gate away. But every change comes
+//! past a tracepoint of the filesystem. Perf events listen there, with filters
+//! inside the kernel (programs of the bpf gate's kind would be left out now and
+//! then); whatever they tell of, or may have lost, is a reason to read the
+//! block map again and to compare it with what was pinned. Only a difference
+//! is a breach, so an event too many does no harm.
+//!
+//! [`points`] knows which tracepoints, [`filter`] for which files, [`wires`]
+//! has them and their rings. One thread ([`run`]) reads the rings and decides
+//! who is looked at; others ([`look`]) do. A file is looked at as soon as it is
+//! heard of, and then, since an event may come a moment before the change, a
+//! few times more.
+
+mod compare;
+mod filter;
+mod format;
+mod look;
+mod points;
+mod tracefs;
+mod wires;
+
+use crate::table::{InodeId, Watched};
+use crate::wake::Waker;
+use crate::{Errno, Guard};
+use crossbeam_queue::SegQueue;
+use look::{Blocks, Hit, Order, Outcome};
+use mapdirect::eligibility::Filesystem;
+use mapdirect_sys::{file_handle, proc};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+use wires::{CannotArm, Listened, Who, Wires};
+
+/// How often rings are looked at that wake nobody.
+const ROUND: Duration = Duration::from_millis(20);
+/// Between two looks at the same file, at least: and so many times as long as
+/// a look takes, so that a file in a million pieces does not keep a processor
+/// busy.
+const PAUSE: Duration = Duration::from_millis(10);
+const REST: u32 = 3;
+/// An event may come a moment before what it tells of: when to look again
+/// after the first look.
+const AGAIN: [Duration; 3] = [
+    Duration::from_millis(40),
+    Duration::from_millis(400),
+    Duration::from_secs(4),
+];
+/// When to try again what could not be decided: twice as long each time.
+const RETRY: Duration = Duration::from_millis(20);
+const LONGEST_RETRY: Duration = Duration::from_secs(1);
+/// How often to look for processors that came.
+const HOUSEKEEPING: Duration = Duration::from_millis(500);
+/// How often to look for files that are not pinned any more.
+const TIDYING: Duration = Duration::from_secs(5);
+/// Hits remembered of a file, to say who it was.
+const HITS: usize = 8;
+/// Threads that look, those that wait included.
+const LOOKERS: usize = 256;
+
+/// The tripwire of a guard.
+#[derive(Debug)]
+pub(crate) struct Tripwire {
+    wires: Option<Mutex<Wires>>,
+    /// Why there is none, or not everywhere.
+    missing: Mutex<Option<String>>,
+    waker: Waker,
+    looks: Looks,
+}
+
+/// As long as it lives, a file is listened to.
+#[derive(Debug)]
+pub(crate) struct Armed {
+    _listened: Option<Arc<Listened>>,
+}
+
+impl Tripwire {
+    pub(crate) fn new() -> Result<Self, Errno> {
+        let wires = Wires::new();
+        let missing = match &wires {
+            Ok(_) => probe_tracepoints().err(),
+            Err(error) => Some(error.to_string()),
+        };
+        Ok(Self {
+            wires: wires.ok().map(Mutex::new),
+            missing: Mutex::new(missing),
+            waker: Waker::new()?,
+            looks: Looks::default(),
+        })
+    }
+
+    /// Listens to a file from now on. What was changed before is seen by
+    /// whoever reads its block map afterwards. Where this kernel offers no
+    /// tripwire, nothing happens, and [`missing`](Self::missing) says so.
+    ///
+    /// # Errors
+    ///
+    /// There is one, and it cannot be armed for this file.
+    pub(crate) fn arm(
+        &self,
+        id: InodeId,
+        filesystem: &Filesystem,
+        file: BorrowedFd<'_>,
+    ) -> Result<Armed, Errno> {
+        let Some(wires) = &self.wires else {
+            return Ok(Armed { _listened: None });
+        };
+        let listened = Listened::new(id, file_handle::of(file)?);
+        let (listened, begins) = {
+            let mut wires = lock(wires);
+            let begins = wires.is_idle();
+            (wires.listen(filesystem, listened), begins)
+        };
+        if begins {
+            // It slept.
+            self.waker.wake();
+        }
+        match listened {
+            Ok(listened) => Ok(Armed {
+                _listened: Some(listened),
+            }),
+            Err(CannotArm::System(errno)) => Err(errno),
+            Err(missing @ CannotArm::Missing(_)) => {
+                *lock(&self.missing) = Some(missing.to_string());
+                Ok(Armed { _listened: None })
+            }
+        }
+    }
+
+    /// Why nothing is noticed that the gate does not refuse, if so.
+    pub(crate) fn missing(&self) -> Option<String> {
+        lock(&self.missing).clone()
+    }
+
+    /// Has the thread notice that the guard stops.
+    pub(crate) fn wake(&self) {
+        self.waker.wake();
+    }
+}
+
+/// Whether the kernel offers what a tripwire needs, and why not.
+pub(crate) fn probe() -> Result<(), String> {
+    Wires::new().map_err(|error| error.to_string())?;
+    probe_tracepoints()
+}
+
+/// Whether the tracepoints are there, of filesystems whose modules are.
+fn probe_tracepoints() -> Result<(), String> {
+    let events = tracefs::events()
+        .map_err(|errno| format!("tracepoints cannot be read (tracefs): {errno}"))?;
+    for (name, filesystem) in [("xfs", Filesystem::Xfs), ("ext4", Filesystem::Ext4)] {
+        let here = rustix::fs::statat(&events, name, rustix::fs::AtFlags::empty());
+        if here.is_ok() {
+            points::Tracepoints::find(&filesystem).map_err(|missing| missing.to_string())?;
+        }
+    }
+    Ok(())
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What is known of a file that was heard of.
+struct Case {
+    watched: Arc<Watched>,
+    file: Arc<Listened>,
+    blocks: Blocks,
+    hits: Vec<Hit>,
+    /// When to look.
+    due: Option<Instant>,
+    /// A look is under way.
+    looking: bool,
+    /// When the next look may be, at the earliest.
+    rests_until: Instant,
+    /// How many looks since it was last heard of found it decided.
+    looks: usize,
+    retry: Duration,
+}
+
+impl Case {
+    fn new(watched: Arc<Watched>, file: Arc<Listened>) -> Self {
+        Self {
+            watched,
+            file,
+            blocks: Blocks::default(),
+            hits: Vec::new(),
+            due: None,
+            looking: false,
+            rests_until: Instant::now(),
+            looks: 0,
+            retry: RETRY,
+        }
+    }
+
+    /// The number of the inode may be another file's by now.
+    fn is_of(&self, watched: &Arc<Watched>, file: &Arc<Listened>) -> bool {
+        Arc::ptr_eq(&self.watched, watched) && Arc::ptr_eq(&self.file, file)
+    }
+
+    fn heard(&mut self, blocks: Option<(u64, u64)>, hit: Option<(Who, &'static str)>) {
+        self.blocks.add(blocks);
+        if let Some((who, at)) = hit {
+            let known = self
+                .hits
+                .iter()
+                .any(|hit| hit.who.tid == who.tid && hit.blocks == blocks && !hit.seen);
+            if !known {
+                if self.hits.len() == HITS {
+                    // Whoever came first since all was well is kept.
+                    let seen = self.hits.iter().position(|hit| hit.seen);
+                    self.hits.remove(seen.unwrap_or(HITS - 1));
+                }
+                self.hits.push(Hit {
+                    who,
+                    command: String::new(),
+                    blocks,
+                    at,
+                    seen: false,
+                });
+            }
+        }
+        self.looks = 0;
+        self.due = Some(self.rests_until.max(Instant::now()));
+    }
+
+    /// Asks for the names of who came by, before they are gone.
+    fn ask_for_names(&mut self) {
+        for hit in &mut self.hits {
+            if hit.command.is_empty() {
+                hit.command = proc::command(hit.who.tid);
+            }
+        }
+    }
+
+    fn is_due(&self, now: Instant) -> bool {
+        !self.looking && self.due.is_some_and(|due| due <= now)
+    }
+
+    fn looked(&mut self, looked: &Looked) {
+        let now = Instant::now();
+        self.looking = false;
+        self.rests_until = now + PAUSE.max(looked.took * REST);
+        match looked.outcome {
+            Outcome::Done => {
+                self.retry = RETRY;
+                for hit in self
+                    .hits
+                    .iter_mut()
+                    .filter(|hit| hit.who.time <= looked.newest)
+                {
+                    hit.seen = true;
+                }
+                if self.due.is_none() {
+                    self.due = AGAIN.get(self.looks).map(|pause| now + *pause);
+                    self.looks += 1;
+                }
+            }
+            Outcome::Undecided | Outcome::Failed => {
+                let due = now + self.retry;
+                self.retry = (2 * self.retry).min(LONGEST_RETRY);
+                self.due = Some(self.due.map_or(due, |other| other.min(due)));
+            }
+        }
+        self.due = self.due.map(|due| due.max(self.rests_until));
+    }
+}
+
+/// What a look came to.
+#[derive(Debug)]
+struct Looked {
+    id: InodeId,
+    outcome: Outcome,
+    took: Duration,
+    /// Time of the newest hit it knew of.
+    newest: u64,
+}
+
+/// Looks to take, and those taken.
+#[derive(Debug, Default)]
+struct Looks {
+    wanted: Mutex<Wanted>,
+    bell: Condvar,
+    taken: SegQueue<Looked>,
+}
+
+#[derive(Debug, Default)]
+struct Wanted {
+    orders: VecDeque<Order>,
+    /// Threads, and those of them that wait for an order.
+    threads: usize,
+    idle: usize,
+    /// When the looks under way began.
+    begun: Vec<(InodeId, Instant)>,
+}
+
+impl Wanted {
+    /// More threads would help: those that are not held up are too few.
+    fn is_short(&self) -> bool {
+        /// As many as look at a time when none of them has to wait.
+        const ENOUGH: usize = 4;
+        /// Whoever takes longer waits for something.
+        const LONG: Duration = Duration::from_millis(20);
+        let waiting = self
+            .begun
+            .iter()
+            .filter(|(_, begun)| begun.elapsed() > LONG);
+        self.orders.len() > self.idle
+            && self.threads < LOOKERS
+            && self.threads < ENOUGH + waiting.count()
+    }
+}
+
+/// Starts a thread of the guard that does this; says whether there is one.
+pub(crate) type Spawn = dyn Fn(fn(&Guard)) -> bool;
+
+impl Looks {
+    /// Has somebody take a look.
+    fn order(&self, order: Order) {
+        lock(&self.wanted).orders.push_back(order);
+        self.bell.notify_one();
+    }
+
+    /// Sees to it that there is somebody for all that is to be looked at; says
+    /// whether something is left.
+    fn staff(&self, spawn: &Spawn) -> bool {
+        let mut wanted = lock(&self.wanted);
+        while wanted.is_short() {
+            wanted.threads += 1;
+            drop(wanted);
+            let started = spawn(take_looks);
+            wanted = lock(&self.wanted);
+            if !started {
+                // Whoever is done with another look takes it.
+                wanted.threads -= 1;
+                break;
+            }
+        }
+        !wanted.orders.is_empty()
+    }
+
+    /// The next look to take; nothing if there is none for a while.
+    fn next(&self) -> Option<Order> {
+        /// Threads without work stay for so long.
+        const IDLE: Duration = Duration::from_secs(10);
+        let mut wanted = lock(&self.wanted);
+        loop {
+            if let Some(order) = wanted.orders.pop_front() {
+                wanted.begun.push((order.file.id, Instant::now()));
+                return Some(order);
+            }
+            wanted.idle += 1;
+            let (woken, timeout) = self
+                .bell
+                .wait_timeout(wanted, IDLE)
+                .unwrap_or_else(PoisonError::into_inner);
+            wanted = woken;
+            wanted.idle -= 1;
+            if timeout.timed_out() && wanted.orders.is_empty() {
+                wanted.threads -= 1;
+                return None;
+            }
+        }
+    }
+
+    fn taken(&self, looked: Looked) {
+        let mut wanted = lock(&self.wanted);
+        if let Some(at) = wanted.begun.iter().position(|(id, _)| *id == looked.id) {
+            wanted.begun.swap_remove(at);
+        }
+        drop(wanted);
+        self.taken.push(looked);
+    }
+}
+
+/// A thread that takes looks.
+fn take_looks(guard: &Guard) {
+    let looks = &guard.tripwire.looks;
+    while let Some(order) = looks.next() {
+        let begun = Instant::now();
+        let outcome = look::look(guard, &order);
+        looks.taken(Looked {
+            id: order.file.id,
+            outcome,
+            took: begun.elapsed(),
+            newest: order.hits.iter().map(|hit| hit.who.time).max().unwrap_or(0),
+        });
+        guard.tripwire.waker.wake();
+    }
+}
+
+/// Reads the rings until the guard stops.
+///
+/// # Errors
+///
+/// When they cannot be read any more.
+pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
+    let tripwire = &guard.tripwire;
+    let Some(wires) = &tripwire.wires else {
+        return Ok(());
+    };
+    let mut cases: HashMap<InodeId, Case> = HashMap::new();
+    let (mut kept_house, mut tidied) = (Instant::now(), Instant::now());
+    let mut is_behind = false;
+    while !guard.is_stopping() {
+        wait(tripwire, wires, &cases, is_behind)?;
+        tripwire.waker.clear();
+        while let Some(looked) = tripwire.looks.taken.pop() {
+            if let Some(case) = cases.get_mut(&looked.id) {
+                case.looked(&looked);
+            }
+        }
+        listen(guard, wires, &mut cases);
+        let now = Instant::now();
+        for case in cases.values_mut().filter(|case| case.is_due(now)) {
+            (case.due, case.looking) = (None, true);
+            tripwire.looks.order(Order {
+                watched: Arc::clone(&case.watched),
+                file: Arc::clone(&case.file),
+                blocks: case.blocks.clone(),
+                hits: case.hits.clone(),
+            });
+        }
+        is_behind = tripwire.looks.staff(spawn);
+        cases.retain(|_, case| case.looking || case.due.is_some());
+        if now.duration_since(kept_house) >= HOUSEKEEPING {
+            kept_house = now;
+            if lock(wires).look_at_processors()? {
+                look_at_all(guard, wires, &mut cases);
+            }
+        }
+        if now.duration_since(tidied) >= TIDYING {
+            tidied = now;
+            tidy(guard, wires);
+        }
+    }
+    Ok(())
+}
+
+/// Waits until there is something to do.
+fn wait(
+    tripwire: &Tripwire,
+    wires: &Mutex<Wires>,
+    cases: &HashMap<InodeId, Case>,
+    is_behind: bool,
+) -> Result<(), Errno> {
+    let now = Instant::now();
+    let due = cases
+        .values()
+        .filter(|case| !case.looking)
+        .filter_map(|case| case.due)
+        .min()
+        .map(|due| due.saturating_duration_since(now));
+    let (descriptors, regular) = {
+        let wires = lock(wires);
+        let regular = if wires.is_idle() {
+            None
+        } else if is_behind || wires.hears_more() {
+            Some(ROUND)
+        } else {
+            Some(HOUSEKEEPING)
+        };
+        (wires.descriptors(), regular)
+    };
+    let mut polled: Vec<PollFd<'_>> = vec![PollFd::from_borrowed_fd(
+        tripwire.waker.as_fd(),
+        PollFlags::IN,
+    )];
+    polled.extend(
+        descriptors
+            .iter()
+            .map(|owner| PollFd::new(&**owner, PollFlags::IN)),
+    );
+    let timeout = due
+        .into_iter()
+        .chain(regular)
+        .min()
+        .map(|timeout| Timespec {
+            tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: timeout.subsec_nanos().into(),
+        });
+    match poll(&mut polled, timeout.as_ref()) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(errno) => Err(errno),
+    }
+}
+
+/// Takes in what the rings have.
+fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
+    let mut heard = Vec::new();
+    let mut wired = lock(wires);
+    let lost = wired.drain(|id, told, who| heard.push((id, told, who)));
+    for (id, told, who) in heard {
+        let Some(watched) = guard.table.get(id) else {
+            continue;
+        };
+        let pins = watched.pins.load();
+        if !pins.iter().any(|pin| look::concerns(pin, told.blocks)) {
+            continue;
+        }
+        drop(pins);
+        if let Some(file) = wired.listened(id) {
+            case_of(cases, watched, file).heard(told.blocks, Some((who, told.at)));
+        }
+    }
+    drop(wired);
+    // Not for each of thousands: for those that are still remembered.
+    cases.values_mut().for_each(Case::ask_for_names);
+    if lost {
+        look_at_all(guard, wires, cases);
+    }
+}
+
+/// Something was missed, and nobody knows of which file.
+fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
+    for file in lock(wires).all() {
+        if let Some(watched) = guard.table.get(file.id) {
+            case_of(cases, watched, file).heard(None, None);
+        }
+    }
+}
+
+fn case_of(
+    cases: &mut HashMap<InodeId, Case>,
+    watched: Arc<Watched>,
+    file: Arc<Listened>,
+) -> &mut Case {
+    match cases.entry(file.id) {
+        Entry::Occupied(entry) if entry.get().is_of(&watched, &file) => entry.into_mut(),
+        Entry::Occupied(mut entry) => {
+            // A look at the other one may be under way: it finds nothing.
+            entry.insert(Case::new(watched, file));
+            entry.into_mut()
+        }
+        Entry::Vacant(entry) => entry.insert(Case::new(watched, file)),
+    }
+}
+
+/// Stops to listen to what is not pinned any more.
+fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
+    let is_pinned = |id| {
+        let watched = guard.table.get(id);
+        watched.is_some_and(|watched| watched.pins.load().iter().any(|pin| !pin.is_dead()))
+    };
+    let closed = lock(wires).tidy(is_pinned);
+    if closed.is_empty() {
+        return;
+    }
+    // The last event of a tracepoint waits for everybody to be out of it.
+    let closing = std::thread::Builder::new()
+        .name(String::from("disarm"))
+        .spawn(move || drop(closed));
+    // They are closed here otherwise.
+    drop(closing);
+}
