@@ -344,7 +344,9 @@ fn unnoticed_writes(world: &World, kind: Kind) {
     let before = held.block_map().clone();
     let vectored = |offset| raw::pwritev2(file.as_fd(), b"x", offset, 0);
     assert_eq!(vectored(0), Ok(1));
-    let directory = guard.gate_directory().unwrap();
+    let directory = guard.gate_directory().unwrap().to_owned();
+    // A guard would keep it.
+    let gate = guard.kill_and_keep().unwrap();
     for program in ["note_remap", "note_clone", "note_rw"] {
         // Which of them there are is up to the kernel.
         let taken_off = std::fs::remove_file(directory.join(format!("link-{program}")));
@@ -388,7 +390,7 @@ fn unnoticed_writes(world: &World, kind: Kind) {
     assert_eq!(punch(&file, 262_144), Err(Errno::TXTBSY));
     let now = mapdirect::block_map(&file, 262_144..270_336).unwrap();
     assert_eq!(before.extents(), now.extents());
-    drop((held, file, appender, guard));
+    drop((held, file, appender, gate));
     std::fs::remove_file(&path).unwrap();
 }
 
