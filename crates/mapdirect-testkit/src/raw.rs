@@ -909,7 +909,7 @@ pub fn empty_bpf_map(path: &std::path::Path) -> Result<u32> {
         };
         checked(ret).map(drop)
     };
-    let zeros = [0u8; 1024];
+    let zeros = vec![0u8; 1 << 20];
     let mut key = [0u8; 64];
     let mut emptied = 0;
     // The first key, as long as there is one; an array has one after another.

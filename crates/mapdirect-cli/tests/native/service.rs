@@ -152,6 +152,7 @@ fn capabilities(world: &World) {
             "dac_override",
             "dac_read_search",
             "setuid",
+            "syslog",
         ],
         Gate::Fanotify => &["sys_admin", "sys_ptrace", "dac_override", "lease", "setuid"],
     };
