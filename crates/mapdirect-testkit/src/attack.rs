@@ -646,18 +646,33 @@ fn pwrite(t: &Target) -> Result<()> {
     t.write(|f| rustix::io::pwrite(f, t.bytes().as_slice(), t.offset).map(drop))
 }
 
-/// Turns direct I/O on for a moment: the description may be the holder's.
-fn direct<T>(file: BorrowedFd<'_>, run: impl FnOnce() -> Result<T>) -> Result<T> {
+/// Turns a flag of a description on for a moment, which may be the holder's.
+/// Where the gate lets nobody do that, since a write that has been judged would
+/// be another one then, the file is opened with the flag instead.
+fn flagged<T>(
+    file: BorrowedFd<'_>,
+    flag: OFlags,
+    run: impl FnOnce(BorrowedFd<'_>) -> Result<T>,
+) -> Result<T> {
     let flags = rustix::fs::fcntl_getfl(file)?;
-    rustix::fs::fcntl_setfl(file, flags | OFlags::DIRECT)?;
-    let result = run();
-    rustix::fs::fcntl_setfl(file, flags)?;
-    result
+    match rustix::fs::fcntl_setfl(file, flags | flag) {
+        Ok(()) => {
+            let result = run(file);
+            rustix::fs::fcntl_setfl(file, flags)?;
+            result
+        }
+        Err(Errno::TXTBSY) => {
+            let access = flags & OFlags::ACCMODE;
+            let opened = mapdirect_sys::proc::reopen(file, access | flag)?;
+            run(opened.as_fd())
+        }
+        Err(errno) => Err(errno),
+    }
 }
 
 fn pwrite_direct(t: &Target) -> Result<()> {
     t.write(|f| {
-        direct(f, || {
+        flagged(f, OFlags::DIRECT, |f| {
             rustix::io::pwrite(f, t.bytes().as_slice(), t.offset).map(drop)
         })
     })
@@ -665,16 +680,14 @@ fn pwrite_direct(t: &Target) -> Result<()> {
 
 fn append(t: &Target) -> Result<()> {
     t.write(|f| {
-        let flags = rustix::fs::fcntl_getfl(f)?;
-        rustix::fs::fcntl_setfl(f, flags | OFlags::APPEND)?;
-        let result = rustix::io::write(f, t.bytes().as_slice()).map(drop);
-        rustix::fs::fcntl_setfl(f, flags)?;
-        result
+        flagged(f, OFlags::APPEND, |f| {
+            rustix::io::write(f, t.bytes().as_slice()).map(drop)
+        })
     })
 }
 
 fn untorn(t: &Target, run: impl FnOnce(BorrowedFd<'_>, &[u8]) -> Result<()>) -> Result<()> {
-    t.write(|f| direct(f, || run(f, t.bytes().as_slice())))
+    t.write(|f| flagged(f, OFlags::DIRECT, |f| run(f, t.bytes().as_slice())))
 }
 
 fn sendfile_into(t: &Target) -> Result<()> {
