@@ -1634,6 +1634,10 @@ static __noinline int ask_about_write(void *ctx, struct file *file, struct quest
 	u32 flags = BPF_CORE_READ(file, f_flags);
 	q->direct = !!(flags & O_DIRECT);
 	if (doing == ALLOCATING) {
+		// io_uring allocates in its workers only, so this is a call of the
+		// thread, if that has calls: with rings, too.
+		if (!ours && call_without_rings() == FALLOCATE)
+			ours = own_file(argument(0)) == file;
 		if (ours) {
 			if (record)
 				record->write.file = 0;
