@@ -124,7 +124,7 @@ fn guests() -> Vec<Guest> {
         filters.extend(["hammer::", "writers::"].map(String::from));
         let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
         guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
-        guest.time_limit = Duration::from_secs(1200);
+        guest.time_limit = Duration::from_secs(2400);
         guest
     }));
     // Storage targets are modules of these kernels, and not of this machine's.

@@ -276,11 +276,11 @@ fn removed_files(world: &World) {
     }
     let mut next = Trying::start_at(&[], "bpf", BpfDirectory::at(Path::new(BINARY), &directory));
     next.outcome().unwrap();
-    assert!(
-        next.said("out").contains("took over 2 pins"),
-        "{}",
-        next.said("out")
-    );
+    // It says so a moment after it is ready.
+    wait_for(PATIENCE, || {
+        Ok(next.said("out").contains("took over 2 pins").then_some(()))
+    })
+    .unwrap();
     // It holds what it has found as well.
     std::fs::remove_file(directory.join("link-file_permission")).unwrap();
     next.complains("put back");
