@@ -16,6 +16,7 @@
 //! and how many threads the process has. (Landlock takes
 //! the same lock in a process with other threads, from Linux 7.0: they count.)
 
+use mapdirect_sys::descriptors::spawn_apart;
 use mapdirect_sys::proc;
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
@@ -50,8 +51,8 @@ impl Stuck {
             "process {} ({}) cannot be looked at: it has been in the middle of execve(2), or \
              the system too busy, for all that time",
             self.pid,
-            // This can be read even then.
-            proc::command(self.pid)
+            // This can be read then, unless its directory in /proc is locked.
+            within(GRACE, move |_| proc::command(self.pid)).unwrap_or_else(|_| String::from("?"))
         )
     }
 
@@ -233,18 +234,20 @@ impl Looks {
             look: Arc::clone(&noted),
         };
         let (tell, told) = mpsc::channel();
-        let spawned = std::thread::Builder::new()
+        let builder = std::thread::Builder::new()
             .name(String::from("look"))
-            .stack_size(256 * 1024)
-            .spawn(move || {
-                // It counts as under way until it is told.
-                let _under_way = under_way;
-                let tid = rustix::thread::gettid().as_raw_nonzero().get();
-                looking.look.tid.store(tid, SeqCst);
-                let seen = look(&looking);
-                // Nobody listens any more if it took too long.
-                let _ = tell.send(seen);
-            });
+            .stack_size(256 * 1024);
+        // What hangs may not even be ended by SIGKILL: nobody may have to
+        // wait for the descriptors it has, least of all for those of a gate.
+        let spawned = spawn_apart(builder, None, move || {
+            // It counts as under way until it is told.
+            let _under_way = under_way;
+            let tid = rustix::thread::gettid().as_raw_nonzero().get();
+            looking.look.tid.store(tid, SeqCst);
+            let seen = look(&looking);
+            // Nobody listens any more if it took too long.
+            let _ = tell.send(seen);
+        });
         if spawned.is_err() {
             return Err(Stuck { pid: 0 });
         }

@@ -456,6 +456,7 @@ fn abandon(
         if let Some(gate) = guard.gate.fanotify() {
             let _ = gate.group.remove(MASK, file);
             let _ = guard.lifetime.closes.remove(CLOSES, file);
+            guard.lifetime.forget(watched);
         }
         guard.table.remove(watched);
     }
@@ -564,7 +565,7 @@ impl Attempt<'_> {
         let gate = self.guard.gate.fanotify();
         let result = gate
             .map_or(Ok(()), |gate| gate.group.add(MASK, file))
-            .and_then(|()| self.guard.lifetime.closes.add(CLOSES, file));
+            .and_then(|()| self.guard.lifetime.watch(self.watched, file));
         result.map_err(|errno| {
             refusal(
                 Reason::NoGate,

@@ -40,7 +40,7 @@ mod tripwire;
 mod wake;
 
 use mapdirect_sys::Errno;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
 #[cfg(feature = "bpf")]
@@ -109,7 +109,12 @@ impl Guard {
 
     /// A number nobody else has: for a pin.
     fn next_id(&self) -> u64 {
-        self.next.fetch_add(1, Relaxed)
+        self.next.fetch_add(1, SeqCst)
+    }
+
+    /// The next number that [`next_id`](Self::next_id) gives.
+    fn next_pin_number(&self) -> u64 {
+        self.next.load(SeqCst)
     }
 
     /// A byte that nobody else locks.

@@ -12,17 +12,23 @@
 //!   shared one, since readers lock whole files and an exclusive one would keep
 //!   them out, so readers can lock the same byte; but they cannot write. While
 //!   the lock of one of them may hide that a pin has ended, the lease that is
-//!   given only where nobody can write tells ([`Lease::NoWriter`]), or, if
-//!   there is another holder who can, a search for descriptors and mappings
-//!   that can write.
+//!   given only where nobody can write tells ([`Lease::NoWriter`]). An open
+//!   that waits to be refused counts as one who can, so it is asked for several
+//!   times; if it is never given, a search for descriptors and mappings that
+//!   can write tells.
 //! * A description that cannot write comes with the end of a pipe, and the pin
 //!   ends when that is closed everywhere. It goes where the description goes:
 //!   to children, and away on `execve(2)`.
 //!
 //! An inode whose last pin ended stays behind the gate for a while if
 //! somebody still has it open: a pin that comes back finds it closed and
-//! proven. Nothing is held open for that; if nobody else has the file open,
-//! the gate lets go of it at once, so that its filesystem can be unmounted.
+//! proven. Nothing is held open for that, and no mount that somebody could
+//! want to unmount is kept busy ([`Watched::cast_anchor`]); if nobody else has
+//! the file open, the gate lets go of it at once, and of its filesystem.
+//!
+//! Nobody else hears of all this looking: close events name the file without a
+//! descriptor, and it is looked at through descriptions that raise no events
+//! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
 use crate::gate::fanotify::{MASK, is_final};
 use crate::openers::{Wanted, openers};
@@ -30,7 +36,7 @@ use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
-use mapdirect_sys::fanotify::{Group, Mask};
+use mapdirect_sys::fanotify::{Group, Mask, Object};
 use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
 use rustix::fs::{Mode, OFlags};
@@ -38,7 +44,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Which closes are heard of.
@@ -52,9 +58,8 @@ const LINGER: Duration = Duration::from_millis(250);
 const ROUND: Duration = Duration::from_micros(300);
 /// When to look once more at pins whose lock still stood after a close.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// The longest pause before a further look, each after twice the time, where
-/// others hold locks.
-const LAST_LOOK: Duration = Duration::from_millis(640);
+/// The longest pause before a further look, each after twice the time.
+const LAST_LOOK: Duration = Duration::from_millis(320);
 /// When to look for pins whose end nobody told of, after the notice of a close
 /// was lost; the lock may stand a moment longer.
 const SWEEPS: [Duration; 4] = [
@@ -73,6 +78,9 @@ pub(crate) struct Lifetime {
     pub(crate) closes: Group,
     waker: Waker,
     kicked: SegQueue<InodeId>,
+    /// The inodes that close events may be about. Two filesystems that are
+    /// copies of each other give theirs the same names.
+    objects: Mutex<HashMap<Object, Vec<InodeId>>>,
 }
 
 impl Lifetime {
@@ -81,7 +89,38 @@ impl Lifetime {
             closes: Group::notification()?,
             waker: Waker::new()?,
             kicked: SegQueue::new(),
+            objects: Mutex::default(),
         })
+    }
+
+    /// Hears of the closes of a file from now on.
+    pub(crate) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let object = watched.cast_anchor(file)?;
+        let mut objects = self.objects();
+        let ids = objects.entry(object).or_default();
+        if !ids.contains(&watched.id) {
+            ids.push(watched.id);
+        }
+        drop(objects);
+        self.closes.add(CLOSES, file)
+    }
+
+    /// Forgets a file whose closes are not heard of any more.
+    pub(crate) fn forget(&self, watched: &Watched) {
+        let Some(object) = watched.weigh_anchor() else {
+            return;
+        };
+        let mut objects = self.objects();
+        if let Entry::Occupied(mut ids) = objects.entry(object) {
+            ids.get_mut().retain(|id| *id != watched.id);
+            if ids.get().is_empty() {
+                ids.remove();
+            }
+        }
+    }
+
+    fn objects(&self) -> MutexGuard<'_, HashMap<Object, Vec<InodeId>>> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the thread look at an inode soon.
@@ -99,9 +138,6 @@ impl Lifetime {
 /// An inode that stays behind the gate without pins.
 struct Lingering {
     watched: Arc<Watched>,
-    /// `O_PATH`: it is no description that a lease would count, but it does
-    /// keep the filesystem mounted, as whoever has the file open does too.
-    path: OwnedFd,
     until: Instant,
 }
 
@@ -138,9 +174,8 @@ impl Sweep {
     }
 }
 
-/// An inode to look at once more, with an `O_PATH` descriptor of it.
+/// When to look at an inode once more.
 struct SecondLook {
-    path: OwnedFd,
     /// What was closed could be written to.
     could_write: bool,
     at: Instant,
@@ -160,7 +195,6 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         second_looks: HashMap::new(),
         sweep: Sweep::new(),
     };
-    let own = rustix::thread::gettid().as_raw_nonzero().get();
     let mut buffer = vec![0; 64 * 1024];
     let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
     while !guard.is_stopping() {
@@ -177,23 +211,16 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         }
         for (id, file, could_write) in std::mem::take(&mut undecided) {
             if !keeper.tend(id, file.as_fd()) {
-                keeper.look_again(id, file.as_fd(), could_write);
+                keeper.look_again(id, could_write);
             }
         }
-        let mut closed: HashMap<InodeId, (OwnedFd, bool)> = HashMap::new();
+        let mut closed: HashMap<InodeId, bool> = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
-            // Our own second looks end with a close as well.
-            if event.tid != own
-                && let Some(file) = event.file
-                && let Ok(stat) = rustix::fs::fstat(&file)
-            {
-                let id = InodeId {
-                    dev: stat.st_dev,
-                    inode: stat.st_ino,
-                };
-                let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
-                let (_, noted) = closed.entry(id).or_insert((file, false));
-                *noted |= could_write;
+            let objects = lifetime.objects();
+            let ids = event.object.and_then(|object| objects.get(&object));
+            let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
+            for id in ids.into_iter().flatten() {
+                *closed.entry(*id).or_insert(false) |= could_write;
             }
         });
         match read {
@@ -209,8 +236,10 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
             }
         }
         let busy = !closed.is_empty();
-        for (id, (file, could_write)) in closed {
-            if !keeper.tend(id, file.as_fd()) {
+        for (id, could_write) in closed {
+            if let Some(file) = keeper.open(id)
+                && !keeper.tend(id, file.as_fd())
+            {
                 undecided.push((id, file, could_write));
             }
         }
@@ -237,22 +266,20 @@ impl Keeper<'_> {
         due.saturating_duration_since(Instant::now())
     }
 
-    fn look_again(&mut self, id: InodeId, file: BorrowedFd<'_>, could_write: bool) {
-        let entry = match self.second_looks.entry(id) {
-            Entry::Occupied(mut entry) => {
-                entry.get_mut().could_write |= could_write;
-                return;
-            }
-            Entry::Vacant(entry) => entry,
-        };
-        if let Ok(path) = proc::reopen(file, OFlags::PATH) {
-            entry.insert(SecondLook {
-                path,
-                could_write,
-                at: Instant::now() + SECOND_LOOK,
-                after: SECOND_LOOK,
-            });
-        }
+    /// Opens an inode behind the gate, unheard.
+    fn open(&self, id: InodeId) -> Option<OwnedFd> {
+        let path = self.guard.table.get(id)?.anchor()?;
+        let open = || proc::reopen(path.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK);
+        self.guard.own.quietly(open).ok()
+    }
+
+    fn look_again(&mut self, id: InodeId, could_write: bool) {
+        let look = self.second_looks.entry(id).or_insert_with(|| SecondLook {
+            could_write,
+            at: Instant::now() + SECOND_LOOK,
+            after: SECOND_LOOK,
+        });
+        look.could_write |= could_write;
     }
 
     fn look_at_what_is_due(&mut self) {
@@ -262,22 +289,19 @@ impl Keeper<'_> {
             .extract_if(|_, look| look.at <= now)
             .collect();
         for (id, mut look) in due {
-            let path = look.path.as_fd();
-            let reopened = self
-                .guard
-                .own
-                .during(|| proc::reopen(path, OFlags::RDONLY | OFlags::NONBLOCK));
-            let Ok(file) = reopened else {
+            let Some(file) = self.open(id) else {
                 continue;
             };
-            let has_ended = if look.could_write {
-                has_ended_for_sure
-            } else {
-                has_ended_beside_others
-            };
-            let settled = self.tend_with(id, file.as_fd(), has_ended);
-            // Where others have locks nothing may tell of the end again.
-            if !settled && look.after < LAST_LOOK && self.has_foreign_locks(id) {
+            let is_last = look.after >= LAST_LOOK;
+            let settled = self.tend_with(id, file.as_fd(), |watched, pin, file| {
+                if look.could_write || may_be_foreign(watched, pin) {
+                    has_ended_for_sure(watched, pin, file, is_last)
+                } else {
+                    has_ended(watched, pin, file)
+                }
+            });
+            // Nothing may tell of the end again.
+            if !settled && !is_last && (look.could_write || self.has_foreign_locks(id)) {
                 look.after *= 2;
                 look.at = now + look.after;
                 self.second_looks.entry(id).or_insert(look);
@@ -396,7 +420,7 @@ impl Keeper<'_> {
         &mut self,
         id: InodeId,
         file: BorrowedFd<'_>,
-        has_ended: fn(&Watched, &Pin, BorrowedFd<'_>) -> bool,
+        has_ended: impl Fn(&Watched, &Pin, BorrowedFd<'_>) -> bool,
     ) -> bool {
         let Some(watched) = self.guard.table.get(id) else {
             return true;
@@ -427,16 +451,11 @@ impl Keeper<'_> {
             return;
         }
         let alone = lease_holds(file, Lease::Sole).unwrap_or(true);
-        if !alone && let Ok(path) = proc::reopen(file, OFlags::PATH) {
+        if !alone {
+            let watched = Arc::clone(watched);
             let until = Instant::now() + LINGER;
-            self.lingering.insert(
-                watched.id,
-                Lingering {
-                    watched: Arc::clone(watched),
-                    path,
-                    until,
-                },
-            );
+            let lingering = Lingering { watched, until };
+            self.lingering.insert(lingering.watched.id, lingering);
             return;
         }
         self.lingering.remove(&watched.id);
@@ -449,6 +468,7 @@ impl Keeper<'_> {
             let _ = gate.group.remove(MASK, file);
         }
         let _ = self.guard.lifetime.closes.remove(CLOSES, file);
+        self.guard.lifetime.forget(watched);
         self.guard.table.remove(watched);
     }
 
@@ -464,11 +484,13 @@ impl Keeper<'_> {
         }
         state.retired = true;
         // In this order, see above.
-        let path = entry.path.as_fd();
-        if let Some(gate) = self.guard.gate.fanotify() {
-            let _ = gate.group.remove_at(MASK, path);
+        if let Some(path) = entry.watched.anchor() {
+            if let Some(gate) = self.guard.gate.fanotify() {
+                let _ = gate.group.remove_at(MASK, path.as_fd());
+            }
+            let _ = self.guard.lifetime.closes.remove_at(CLOSES, path.as_fd());
         }
-        let _ = self.guard.lifetime.closes.remove_at(CLOSES, path);
+        self.guard.lifetime.forget(&entry.watched);
         self.guard.table.remove(&entry.watched);
         drop(state);
     }
@@ -483,24 +505,15 @@ pub(crate) fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> 
     }
 }
 
-/// The same where a lock that stands may not be the pin's.
-fn has_ended_for_sure(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+/// The same where a lock that stands may not be the pin's. The description can
+/// write, so while it is there somebody can. To search for it takes long, and
+/// is done where somebody else's lock is seen, or at the last look: the lock
+/// that is left may look just like the pin's.
+fn has_ended_for_sure(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>, is_last: bool) -> bool {
     has_ended(watched, pin, file)
         || pin.is_let_go().is_none()
-            // The description can write, so while it is there somebody can. To
-            // search for it takes long, and is done only where somebody else
-            // may have a lock.
             && (lease_holds(file, Lease::NoWriter) == Ok(true)
-                || may_be_foreign(watched, pin) && !can_be_found(watched, pin))
-}
-
-/// The same when a reader has closed the file.
-fn has_ended_beside_others(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    if may_be_foreign(watched, pin) {
-        has_ended_for_sure(watched, pin, file)
-    } else {
-        has_ended(watched, pin, file)
-    }
+                || (is_last || may_be_foreign(watched, pin)) && !can_be_found(watched, pin))
 }
 
 /// Whether the description of a pin, which can write, may be in some process.

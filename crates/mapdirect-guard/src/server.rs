@@ -200,15 +200,6 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     )?;
     if shared.guard.gate.fanotify().is_some() {
         spawn(
-            "eyes",
-            Box::new(|shared| {
-                // The gate thread looks by itself where nobody helps.
-                if let Some(gate) = shared.guard.gate.fanotify() {
-                    let _ = gate::eyes::run(&shared.guard, &gate.eyes);
-                }
-            }),
-        )?;
-        spawn(
             "lifetime",
             Box::new(|shared| {
                 if let Err(errno) = lifetime::run(&shared.guard) {

@@ -10,8 +10,12 @@ use crate::ledger::{PinSet, Ranged};
 use crate::notice::Fate;
 use crate::policy::{Operation, Pinned, RULES, Since, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
+use crossbeam_queue::ArrayQueue;
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
+use mapdirect_sys::fanotify::Object;
 use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::{Errno, open_tree, proc};
+use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering::SeqCst};
@@ -344,9 +348,20 @@ pub(crate) struct Watched {
     pub(crate) refused: [AtomicU64; RULES.len()],
     /// Who waits for a grant.
     pub(crate) queue: Queue,
+    /// The file, as long as it is behind the fanotify gate.
+    anchor: Mutex<Option<Anchor>>,
     grant: Mutex<GrantState>,
     /// Held while the tripwire has it open for a look.
     looking: Mutex<()>,
+}
+
+/// A file behind the fanotify gate.
+#[derive(Clone, Debug)]
+struct Anchor {
+    /// A path to it.
+    path: Arc<OwnedFd>,
+    /// What close events call it.
+    object: Object,
 }
 
 /// What grants on one inode know. Held for the whole of a grant.
@@ -380,9 +395,46 @@ impl Watched {
             announced: ArcSwap::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             queue: Queue::default(),
+            anchor: Mutex::default(),
             grant: Mutex::default(),
             looking: Mutex::default(),
         }
+    }
+
+    /// Keeps a path to the file, to open it by when it must be looked at: of a
+    /// mount of its own, so that nobody finds his own mount busy. It is no
+    /// description that a lease would count.
+    pub(crate) fn cast_anchor(&self, file: BorrowedFd<'_>) -> Result<Object, Errno> {
+        let path = match open_tree::detached(file) {
+            Ok(path) => path,
+            // It is on a mount of another namespace, a container's: that mount
+            // it is, then.
+            Err(_) => proc::reopen(file, OFlags::PATH)?,
+        };
+        let object = Object::of(file)?;
+        let anchor = Anchor {
+            path: Arc::new(path),
+            object: object.clone(),
+        };
+        *self.lock_anchor() = Some(anchor);
+        Ok(object)
+    }
+
+    /// The path to the file.
+    pub(crate) fn anchor(&self) -> Option<Arc<OwnedFd>> {
+        let anchor = self.lock_anchor();
+        anchor.as_ref().map(|anchor| Arc::clone(&anchor.path))
+    }
+
+    /// Lets go of the path to the file, and of its filesystem; says what close
+    /// events called it. Not for the gate thread: that may have to wait.
+    pub(crate) fn weigh_anchor(&self) -> Option<Object> {
+        let anchor = self.lock_anchor().take()?;
+        Some(anchor.object)
+    }
+
+    fn lock_anchor(&self) -> MutexGuard<'_, Option<Anchor>> {
+        self.anchor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has it open for a look, as long as this lives.
@@ -455,6 +507,12 @@ impl Watched {
             good
         });
         room
+    }
+
+    /// Whether a thread of this number was announced. Takes no lock.
+    pub(crate) fn may_be_announced(&self, tid: i32) -> bool {
+        let announced = self.announced.load();
+        announced.iter().any(|announcement| announcement.tid == tid)
     }
 
     /// The announcement of thread `tid`, which came to the gate at `came`.
@@ -641,6 +699,10 @@ pub(crate) struct OwnOpens {
     slots: [AtomicI32; 64],
     /// Those that take long about it.
     long: ArcSwap<Vec<i32>>,
+    /// The one that wants the description of its event instead of one of its
+    /// own.
+    quiet: AtomicI32,
+    handed: ArrayQueue<OwnedFd>,
 }
 
 impl OwnOpens {
@@ -648,7 +710,39 @@ impl OwnOpens {
         Self {
             slots: [const { AtomicI32::new(0) }; 64],
             long: ArcSwap::default(),
+            quiet: AtomicI32::new(0),
+            handed: ArrayQueue::new(1),
         }
+    }
+
+    /// A description of a file behind the gate that nobody hears of: what is
+    /// opened, used and closed by it raises no events, also not inotify's. It
+    /// is the one of the event that the kernel asks the gate by whether `open`
+    /// may go on, which then may not. For one thread at a time; another one
+    /// gets a description as any.
+    pub(crate) fn quietly(
+        &self,
+        open: impl FnOnce() -> Result<OwnedFd, Errno>,
+    ) -> Result<OwnedFd, Errno> {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        if self.quiet.compare_exchange(0, tid, SeqCst, SeqCst).is_err() {
+            return self.during(open);
+        }
+        let opened = self.during(open);
+        self.quiet.store(0, SeqCst);
+        match (opened, self.handed.pop()) {
+            (Err(Errno::TXTBSY), Some(handed)) => Ok(handed),
+            (opened, _) => opened,
+        }
+    }
+
+    /// Hands the description of an event to the thread that it is about, if
+    /// that waits for it; else gives it back.
+    pub(crate) fn hand(&self, tid: i32, file: OwnedFd) -> Option<OwnedFd> {
+        if tid == 0 || self.quiet.load(SeqCst) != tid {
+            return Some(file);
+        }
+        self.handed.push(file).err()
     }
 
     /// Runs something with all that the calling thread does to files behind
@@ -804,5 +898,23 @@ mod tests {
         own.for_long(|| assert!(own.contains(tid)));
         assert!(!own.contains(tid));
         assert!(!own.contains(0));
+    }
+
+    #[test]
+    fn the_description_of_an_event_goes_to_the_thread_it_is_about() {
+        let own = OwnOpens::new();
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let file = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        assert!(own.hand(tid, file()).is_some(), "it did not ask");
+        let handed = own.quietly(|| {
+            assert!(own.hand(tid + 1, file()).is_some());
+            assert!(own.hand(tid, file()).is_none());
+            Err(Errno::TXTBSY)
+        });
+        assert!(handed.is_ok());
+        let refused = own.quietly(|| Err(Errno::TXTBSY));
+        assert_eq!(refused.unwrap_err(), Errno::TXTBSY);
+        assert!(own.quietly(|| Ok(file())).is_ok());
+        assert!(own.hand(tid, file()).is_some());
     }
 }

@@ -3,27 +3,33 @@
 use crate::Errno;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// A descriptor that becomes readable when somebody wakes its owner.
-#[derive(Debug)]
-pub(crate) struct Waker(OwnedFd);
+#[derive(Clone, Debug)]
+pub(crate) struct Waker(Arc<OwnedFd>);
 
 impl Waker {
     pub(crate) fn new() -> Result<Self, Errno> {
         let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        Ok(Self(rustix::event::eventfd(0, flags)?))
+        Ok(Self(Arc::new(rustix::event::eventfd(0, flags)?)))
+    }
+
+    /// Its descriptor, for a thread with a table of its own.
+    pub(crate) fn shared(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.0)
     }
 
     pub(crate) fn wake(&self) {
         // It fails only when the counter is full: then the owner is woken
         // already.
-        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+        let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
     }
 
     pub(crate) fn clear(&self) {
         // Nothing to read means nothing to clear.
-        let _ = rustix::io::read(&self.0, &mut [0u8; 8]);
+        let _ = rustix::io::read(&*self.0, &mut [0u8; 8]);
     }
 }
 

@@ -1,7 +1,14 @@
-//! unshare(2) and close_range(2): a table of descriptors for one thread alone.
+//! close_range(2): a table of descriptors for one thread alone.
 
 use crate::{Result, checked};
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::{Builder, JoinHandle};
+
+/// `CLOSE_RANGE_UNSHARE`: in a table that belongs to the caller alone from
+/// then on.
+const UNSHARE: libc::c_uint = 1 << 1;
 
 /// Gives the calling thread a table of descriptors of its own, with a copy of
 /// `keep` under its old number and nothing else: what other threads of the
@@ -16,19 +23,55 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 /// From then on the thread may use no descriptor but `keep` and those it
 /// opens itself, and no other thread may use or close the latter.
 pub unsafe fn unshare(keep: BorrowedFd<'_>) -> Result<()> {
-    // SAFETY: only the calling thread's table changes hands.
-    checked(unsafe { libc::unshare(libc::CLONE_FILES) })?;
     let keep = keep.as_raw_fd().cast_unsigned();
-    if let Some(last) = keep.checked_sub(1) {
-        close_range(0, last)?;
+    // This first: of what is closed here nothing is copied.
+    close_range(keep.saturating_add(1), libc::c_uint::MAX, UNSHARE)?;
+    match keep.checked_sub(1) {
+        Some(last) => close_range(0, last, 0),
+        None => Ok(()),
     }
-    close_range(keep.saturating_add(1), libc::c_uint::MAX)
 }
 
-/// Closes descriptors of a table that only the caller has; see [`unshare`].
-fn close_range(first: libc::c_uint, last: libc::c_uint) -> Result<()> {
+/// Starts a thread that keeps no descriptor of the process open: its table has
+/// nothing but `keep`, under the same number.
+///
+/// A thread that may come to wait in the kernel for ever, deaf to SIGKILL,
+/// must be started like this. When the process is killed all its other threads
+/// end, and with the last of them go the descriptors they share; those that a
+/// thread has for itself stay until it can end.
+///
+/// `run` sees none of the descriptors that the rest of the process has: to use
+/// one fails with `EBADF`, or reaches a file that the thread has opened
+/// itself; to drop the last owner of one leaves it open in the other table. So
+/// it is for code that opens by name what it needs. The thread ends at once,
+/// with `None`, if no table can be made.
+///
+/// # Errors
+///
+/// When there can be no thread.
+pub fn spawn_apart<T: Send + 'static>(
+    builder: Builder,
+    keep: Option<Arc<OwnedFd>>,
+    run: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<Option<T>>> {
+    builder.spawn(move || {
+        let alone = match &keep {
+            // SAFETY: the thread has not used any descriptor yet, `keep`
+            // stays open because it is owned here as well, and what `run` may
+            // do with others is said above.
+            Some(keep) => unsafe { unshare(keep.as_fd()) },
+            // No thread uses the numbers that are free in its new table.
+            None => close_range(0, libc::c_uint::MAX, UNSHARE),
+        };
+        alone.is_ok().then(run)
+    })
+}
+
+/// Closes descriptors of a table that only the caller has, or will have with
+/// [`UNSHARE`]; see [`unshare`].
+fn close_range(first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint) -> Result<()> {
     // SAFETY: by the promise made to `unshare` nobody uses them here.
-    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, flags) };
     checked(libc::c_int::try_from(closed).unwrap_or(-1)).map(drop)
 }
 
@@ -37,7 +80,22 @@ mod tests {
     use super::*;
     use std::fs::File;
     use std::io::Read;
-    use std::os::fd::AsFd;
+
+    #[test]
+    fn a_thread_apart_has_nothing_or_what_it_keeps() {
+        let kept = Arc::new(OwnedFd::from(File::open("/dev/zero").unwrap()));
+        let other = File::open("/dev/zero").unwrap();
+        let numbers = [kept.as_raw_fd(), other.as_raw_fd()];
+        for keep in [None, Some(Arc::clone(&kept))] {
+            let keeps = keep.is_some();
+            let there = spawn_apart(Builder::new(), keep, move || {
+                // SAFETY: asks about a number, which need not be open.
+                numbers.map(|fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0)
+            });
+            assert_eq!(there.unwrap().join().unwrap(), Some([keeps, false]));
+        }
+        assert!(rustix::io::fcntl_getfd(&other).is_ok());
+    }
 
     #[test]
     fn a_thread_keeps_one_and_others_keep_theirs() {

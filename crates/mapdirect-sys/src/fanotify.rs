@@ -78,6 +78,7 @@ const FAN_CLASS_PRE_CONTENT: libc::c_uint = 0x0008;
 const FAN_UNLIMITED_QUEUE: libc::c_uint = 0x0010;
 const FAN_UNLIMITED_MARKS: libc::c_uint = 0x0020;
 const FAN_REPORT_TID: libc::c_uint = 0x0100;
+const FAN_REPORT_FID: libc::c_uint = 0x0200;
 
 const FAN_MARK_ADD: libc::c_uint = 0x0001;
 const FAN_MARK_REMOVE: libc::c_uint = 0x0002;
@@ -91,6 +92,8 @@ const INFO_HEADER_LEN: usize = 4;
 /// `FAN_EVENT_INFO_TYPE_RANGE`: `{ header, u32 pad, u64 offset, u64 count }`.
 const INFO_TYPE_RANGE: u8 = 6;
 const INFO_RANGE_LEN: usize = 24;
+/// `FAN_EVENT_INFO_TYPE_FID`: `{ header, fsid, struct file_handle }`.
+const INFO_TYPE_FID: u8 = 1;
 
 /// A fanotify group: a queue of events and the marks that feed it.
 ///
@@ -121,13 +124,16 @@ impl Group {
         Self::init(FAN_CLASS_PRE_CONTENT)
     }
 
-    /// A group for notifications (close events), which block nobody.
+    /// A group for notifications (close events), which block nobody. They name
+    /// their file by an [`Object`] and have no descriptor: one that had would
+    /// keep the mount busy that the file was closed on, from the close until
+    /// the event is read.
     ///
     /// # Errors
     ///
     /// As [`pre_content`](Self::pre_content).
     pub fn notification() -> Result<Self> {
-        Self::init(FAN_CLASS_NOTIF)
+        Self::init(FAN_CLASS_NOTIF | FAN_REPORT_FID)
     }
 
     fn init(class: libc::c_uint) -> Result<Self> {
@@ -260,6 +266,7 @@ impl Group {
                 file,
                 tid: raw.tid,
                 range: raw.range,
+                object: raw.object,
             });
         }
         Ok(count)
@@ -310,13 +317,45 @@ pub struct Event {
     /// What happened or is about to.
     pub mask: Mask,
     /// The file, opened by the kernel with `FMODE_NONOTIFY`: what is done
-    /// through this descriptor raises no events. `None` on overflow.
+    /// through this descriptor raises no events. `None` on overflow, and in
+    /// notifications.
     pub file: Option<OwnedFd>,
     /// The waiting thread, in the reader's PID namespace; 0 if outside it.
     pub tid: i32,
     /// Byte range `(offset, count)` of a pre-content event, rounded out to
     /// pages; a count of 0 goes with truncation and means no range.
     pub range: Option<(u64, u64)>,
+    /// The file of a notification.
+    pub object: Option<Object>,
+}
+
+/// Names an inode of one of all mounted filesystems, as notifications do: the
+/// id of the filesystem, and a `struct file_handle` without its padding.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Object(Vec<u8>);
+
+impl Object {
+    /// What notifications will call an open file.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` where the filesystem has no file handles.
+    pub fn of(file: BorrowedFd<'_>) -> Result<Self> {
+        let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
+        // SAFETY: `stat` is ours for the call, and as large as the kernel
+        // fills it.
+        crate::checked(unsafe { libc::fstatfs(file.as_raw_fd(), stat.as_mut_ptr()) })?;
+        // SAFETY: all zeros are a valid value of it, and the call filled it.
+        let stat = unsafe { stat.assume_init() };
+        // SAFETY: an fsid is two integers; libc only hides them.
+        let fsid: [u8; 8] = unsafe { std::mem::transmute(stat.f_fsid) };
+        let handle = crate::file_handle::of(file)?;
+        Ok(Self::new(fsid, handle.kind, &handle.bytes))
+    }
+
+    fn new(fsid: [u8; 8], kind: i32, handle: &[u8]) -> Self {
+        Self([&fsid[..], &kind.to_ne_bytes(), handle].concat())
+    }
 }
 
 const RESPONSE_LEN: usize = 8;
@@ -349,7 +388,7 @@ impl Response {
 }
 
 /// An event as it lies in the buffer, its descriptor still a number.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawEvent {
     /// See [`Event::mask`].
     pub mask: Mask,
@@ -359,6 +398,8 @@ pub struct RawEvent {
     pub tid: i32,
     /// See [`Event::range`].
     pub range: Option<(u64, u64)>,
+    /// See [`Event::object`].
+    pub object: Option<Object>,
 }
 
 /// The buffer does not hold what `fanotify(7)` says it holds.
@@ -392,6 +433,7 @@ fn parse_one(bytes: &[u8]) -> std::result::Result<(RawEvent, usize), Malformed> 
     }
     let event = bytes.get(..length).ok_or(Malformed)?;
     let mut range = None;
+    let mut object = None;
     let mut info = &event[metadata_len..];
     while !info.is_empty() {
         let kind = info[0];
@@ -405,6 +447,13 @@ fn parse_one(bytes: &[u8]) -> std::result::Result<(RawEvent, usize), Malformed> 
             }
             range = Some((u64_at(info, 8)?, u64_at(info, 16)?));
         }
+        if kind == INFO_TYPE_FID {
+            let info = &info[..info_len];
+            let (fsid, length) = (array_at(info, 4)?, u32_at(info, 12)? as usize);
+            let handle_kind = u32_at(info, 16)?.cast_signed();
+            let handle = info.get(20..).and_then(|rest| rest.get(..length));
+            object = Some(Object::new(fsid, handle_kind, handle.ok_or(Malformed)?));
+        }
         info = &info[info_len..];
     }
     let event = RawEvent {
@@ -412,6 +461,7 @@ fn parse_one(bytes: &[u8]) -> std::result::Result<(RawEvent, usize), Malformed> 
         fd: u32_at(event, 16)?.cast_signed(),
         tid: u32_at(event, 20)?.cast_signed(),
         range,
+        object,
     };
     Ok((event, length))
 }
@@ -442,7 +492,11 @@ mod tests {
 
     fn encode(event: &RawEvent) -> Vec<u8> {
         let mut bytes = Vec::new();
-        let length = METADATA_LEN + event.range.map_or(0, |_| INFO_RANGE_LEN);
+        let object = event.object.as_ref().map(|object| &object.0);
+        // The id, then kind and bytes of a handle, which is padded.
+        let object_len = |object: &Vec<u8>| (object.len() + 8).next_multiple_of(4);
+        let length =
+            METADATA_LEN + event.range.map_or(0, |_| INFO_RANGE_LEN) + object.map_or(0, object_len);
         bytes.extend(u32::try_from(length).unwrap().to_ne_bytes());
         bytes.extend([METADATA_VERSION, 0]);
         bytes.extend(u16::try_from(METADATA_LEN).unwrap().to_ne_bytes());
@@ -456,19 +510,32 @@ mod tests {
             bytes.extend(offset.to_ne_bytes());
             bytes.extend(count.to_ne_bytes());
         }
+        if let Some(object) = object {
+            bytes.extend([INFO_TYPE_FID, 0]);
+            bytes.extend(u16::try_from(object_len(object)).unwrap().to_ne_bytes());
+            bytes.extend(&object[..8]);
+            bytes.extend(u32::try_from(object.len() - 12).unwrap().to_ne_bytes());
+            bytes.extend(&object[8..]);
+            bytes.resize(length, 0);
+        }
         bytes
     }
 
     fn any_event() -> impl Strategy<Value = RawEvent> {
         let range = proptest::option::of((any::<u64>(), any::<u64>()));
-        (any::<u64>(), any::<i32>(), any::<i32>(), range).prop_map(|(mask, fd, tid, range)| {
-            RawEvent {
+        let handle = proptest::collection::vec(any::<u8>(), 0..30);
+        let object = (any::<[u8; 8]>(), any::<i32>(), handle)
+            .prop_map(|(fsid, kind, handle)| Object::new(fsid, kind, &handle));
+        let object = proptest::option::of(object);
+        (any::<u64>(), any::<i32>(), any::<i32>(), range, object).prop_map(
+            |(mask, fd, tid, range, object)| RawEvent {
                 mask: Mask::from_bits(mask),
                 fd,
                 tid,
                 range,
-            }
-        })
+                object,
+            },
+        )
     }
 
     proptest! {

@@ -33,6 +33,8 @@ impl Signal {
     pub const BUS: i32 = libc::SIGBUS;
     /// `SIGKILL`.
     pub const KILL: i32 = libc::SIGKILL;
+    /// `SIGSTOP`.
+    pub const STOP: i32 = libc::SIGSTOP;
     /// `SIGIO`.
     pub const IO: i32 = libc::SIGIO;
 }

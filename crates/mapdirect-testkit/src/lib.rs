@@ -6,6 +6,8 @@
 //! * [`contract`]: which of them must be refused where, as data.
 //! * [`fault`]: loads and stores that may raise SIGBUS.
 //! * [`hammer`]: tricks without privilege, again and again, by processes that preempt each other.
+//! * [`hostile`]: strangers who try to keep others waiting, by a filesystem of
+//!   their own ([`fuse`]) for one.
 //! * [`latency`]: how long it takes until a store is durable.
 //! * [`overlay`]: a file changed through an overlay that somebody mounts.
 //! * [`power`]: what must be left when the power goes.
@@ -31,7 +33,9 @@ pub mod disk;
 )]
 pub mod fault;
 pub mod fingerprint;
+pub mod fuse;
 pub mod hammer;
+pub mod hostile;
 pub mod latency;
 pub mod overlay;
 pub mod power;

@@ -274,11 +274,20 @@ pub struct ScratchDirectory(PathBuf);
 impl ScratchDirectory {
     /// Makes one.
     pub fn new(what: &str) -> Result<Self> {
+        Self::under(&std::env::temp_dir(), what)
+    }
+
+    /// Makes one where device nodes can be used.
+    pub fn in_memory(what: &str) -> Result<Self> {
+        Self::under(Path::new("/dev/shm"), what)
+    }
+
+    fn under(parent: &Path, what: &str) -> Result<Self> {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("mapdirect-{what}-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
+        let path = parent.join(name);
         std::fs::create_dir(&path)?;
         Ok(Self(path))
     }

@@ -663,6 +663,94 @@ pub fn own_user_namespace() -> Result<()> {
     checked(ret.into()).map(drop)
 }
 
+/// Makes the calling process, which must have one thread only, one of user and
+/// group 65534 without any capability.
+pub fn become_nobody() -> Result<()> {
+    const NOBODY: u32 = 65534;
+    // SAFETY: an empty list.
+    checked(unsafe { libc::setgroups(0, std::ptr::null()) }.into())?;
+    // SAFETY: takes numbers.
+    checked(unsafe { libc::setresgid(NOBODY, NOBODY, NOBODY) }.into())?;
+    // SAFETY: takes numbers.
+    checked(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) }.into())?;
+    // Its files in /proc are root's otherwise.
+    // SAFETY: takes numbers.
+    checked(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) }.into()).map(drop)
+}
+
+/// Puts the calling process, which must have one thread only, into a user and
+/// a mount namespace of its own, as their root.
+pub fn own_mapped_mount_namespace() -> Result<()> {
+    let (uid, gid) = (rustix::process::getuid(), rustix::process::getgid());
+    // SAFETY: takes flags; nothing that is in memory changes.
+    let ret = unsafe { libc::unshare(libc::CLONE_NEWUSER | libc::CLONE_NEWNS) };
+    checked(ret.into())?;
+    for (name, text) in [
+        ("setgroups", String::from("deny")),
+        ("uid_map", format!("0 {} 1", uid.as_raw())),
+        ("gid_map", format!("0 {} 1", gid.as_raw())),
+    ] {
+        let path = format!("/proc/self/{name}");
+        let file = rustix::fs::open(path, OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty())?;
+        rustix::io::write(&file, text.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// Maps the beginning of a file privately, for as long as the process lives.
+pub fn map_private(file: &std::fs::File, length: usize) -> Result<&'static mut [u8]> {
+    // SAFETY: a fresh mapping, which nobody unmaps.
+    let address = unsafe {
+        libc::mmap(
+            std::ptr::null_mut(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE,
+            file.as_raw_fd(),
+            0,
+        )
+    };
+    if address == libc::MAP_FAILED {
+        return Err(Errno::from_raw_os_error(
+            std::io::Error::last_os_error()
+                .raw_os_error()
+                .unwrap_or(libc::EIO),
+        ));
+    }
+    // SAFETY: as long as that, and nobody else's. Whoever touches it waits for
+    // the file.
+    Ok(unsafe { std::slice::from_raw_parts_mut(address.cast(), length) })
+}
+
+/// `epoll_wait(2)` of one event into memory that need not be there yet.
+pub fn epoll_wait_into(epoll: i32, memory: &mut [u8]) -> Result<()> {
+    assert!(memory.len() >= size_of::<libc::epoll_event>());
+    // SAFETY: there is room for one event, which is made of plain bytes.
+    let ret = unsafe { libc::epoll_wait(epoll, memory.as_mut_ptr().cast(), 1, -1) };
+    checked(ret.into()).map(drop)
+}
+
+/// `getdents64(2)` into memory that need not be there yet.
+pub fn getdents_into(directory: BorrowedFd<'_>, memory: &mut [u8]) -> Result<usize> {
+    // SAFETY: the kernel writes no more than there is room for.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_getdents64,
+            directory.as_raw_fd(),
+            memory.as_mut_ptr(),
+            memory.len(),
+        )
+    };
+    checked(ret).map(|length| usize::try_from(length).unwrap_or(0))
+}
+
+/// Makes `to` a duplicate of `from`, whatever it was: for programs that expect
+/// to find another file where theirs was.
+pub fn dup2(from: i32, to: i32) {
+    // SAFETY: takes numbers; the callers own both.
+    unsafe { libc::dup2(from, to) };
+}
+
 /// Puts the calling process, which must have one thread only, into a mount
 /// namespace of its own, and into a user namespace before that if asked for.
 pub fn own_mount_namespace(of_own_user: bool) -> Result<()> {

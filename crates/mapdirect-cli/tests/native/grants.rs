@@ -460,6 +460,8 @@ fn at_once(world: &World, kind: Kind) {
         Err(Errno::TXTBSY)
     );
     drop(pins);
+    // A child that another thread is just making has them, too, for a moment.
+    wait_until_free(&path);
     assert_eq!(rustix::fs::ftruncate(&file, 0), Ok(()));
     std::fs::remove_file(&path).unwrap();
 }

@@ -24,6 +24,7 @@ mod neighbours;
 mod openers;
 #[cfg(feature = "bpf")]
 mod oracle;
+mod patience;
 mod prepare;
 mod programs;
 mod random;
@@ -33,6 +34,7 @@ mod states;
 mod strangers;
 mod stuck;
 mod tripwire;
+mod unnoticed;
 mod world;
 mod writers;
 
@@ -77,16 +79,18 @@ fn main() -> ExitCode {
     trials.extend(random::trials(&world));
     trials.extend(hammer::trials(&world));
     trials.extend(strangers::trials(&world));
+    trials.extend(unnoticed::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
-    // A process that nobody can look at disturbs every guard of the system:
-    // these come alone, behind all others.
+    // A process that nobody can look at disturbs every guard of the system,
+    // and so do crowds: these come alone, behind all others.
     // So do a second guard's programs, which judge by what it knows.
     let mut alone = stuck::trials(&world);
     alone.extend(strangers::alone(&world));
+    alone.extend(patience::trials(&world));
+    arguments.test_threads = Some(1);
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));
         alone.extend(service::trials_in_kernel(&world));
-        arguments.test_threads = Some(1);
     }
     let alone = libtest_mimic::run(&arguments, alone);
     if !listing {

@@ -25,6 +25,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -579,15 +580,26 @@ fn locks_keep_no_pin(world: &World, kind: Kind, how: &str) {
         assert!(refused(), "{whose}: it is pinned");
         std::thread::sleep(Duration::from_millis(100));
         assert!(refused(), "{whose}: it is still pinned");
-        if round % 2 == 0 {
-            // The one who was let in to write may let go before or after.
-            drop(file);
-            drop((held, pinned));
-        } else {
-            drop((held, pinned));
-            drop(file);
-        }
-        wait_until_free(&path);
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            // To ask for leave to write, again and again, keeps nothing alive,
+            // either.
+            scope.spawn(|| {
+                while !over.load(SeqCst) {
+                    let _ = File::options().write(true).open(&path);
+                }
+            });
+            if round % 2 == 0 {
+                // The one who was let in to write may let go before or after.
+                drop(file);
+                drop((held, pinned));
+            } else {
+                drop((held, pinned));
+                drop(file);
+            }
+            wait_until_free(&path);
+            over.store(true, SeqCst);
+        });
         assert!(client.pinned_ranges(&reader).unwrap().is_empty());
         reading.tell("end").unwrap();
         drop((reading, reader));

@@ -42,6 +42,7 @@ pub fn roles() -> Vec<Role> {
         ("map-direct", crate::service::play_map_direct),
         ("asks", crate::strangers::play_asks),
         ("stranger", crate::strangers::play_stranger),
+        ("patience-stranger", crate::patience::play_stranger),
         ("close-all", crate::segments::play_close_all),
         ("fixed", crate::segments::play_fixed),
         ("probe", crate::segments::play_probe),

@@ -271,7 +271,7 @@ fn genuine(asked: &Asked<'_>) -> Option<(Call, [u64; 6])> {
     Some((call(syscall.number)?, syscall.args))
 }
 
-fn descriptor(register: u64) -> i32 {
+pub(crate) fn descriptor(register: u64) -> i32 {
     // The kernel takes an unsigned int and ignores the upper half.
     u32::try_from(register & 0xffff_ffff)
         .unwrap_or(u32::MAX)
@@ -397,8 +397,11 @@ fn classify_write(
     let flags = descriptors.flags(descriptor(args[0]));
     let has = |flag: i32| flags.is_none_or(|flags| flags & flag.cast_unsigned() != 0);
     let mut operation = if call == Call::Pwritev2 && args[5] & RWF_APPEND != 0 {
-        // It goes to the end of file, whatever its offset says.
-        Operation::new(kind, beyond)
+        // It goes to the end of file, whatever its offset says, and wherever
+        // that is by then.
+        let mut operation = Operation::new(kind, beyond.clone());
+        operation.or = Some(beyond);
+        operation
     } else if has(libc::O_APPEND) {
         may_append(Operation::new(kind, exact), asked.size)
     } else {

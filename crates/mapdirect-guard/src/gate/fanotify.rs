@@ -5,27 +5,37 @@
 //! * The queue is unlimited, since the kernel lets an event pass that does
 //!   not fit ([`Group::pre_content`]).
 //! * It never opens, reads or maps a file behind the gate, never logs, and
-//!   takes no lock that others hold: what it looks up is swapped in whole.
+//!   takes no lock that others hold for longer than they run: what it looks
+//!   up is swapped in whole. (A grant keeps it from reading events while it
+//!   takes a lease and gives it back, which waits for nobody either.)
+//! * It reads nothing about another process: that can take as long as its
+//!   owner likes. [`lookers`](super::lookers) do, and are not waited for. Whom
+//!   they cannot see in time is judged as the worst it can be, and so refused
+//!   if anything is pinned. All it asks the kernel for itself is whose a
+//!   thread is ([`pidfd`]).
+//! * It takes events as fast as they come, and has each user take turns
+//!   ([`Turns`]): nobody waits behind a crowd.
 //! * It closes an event's descriptor before it answers: the waiting thread
 //!   still holds the file then, so the close cannot be the last one, with
 //!   whatever work of the filesystem that brings.
 //! * It answers every event exactly once, many with one system call, and
-//!   leaves the group's descriptor to no child.
+//!   leaves the group's descriptor to no child, nor to any thread that could
+//!   outlive SIGKILL: the kernel lets everybody go when the group is closed.
 
 use crate::audit::Refused;
-use crate::gate::classify::{self, Asked};
-use crate::gate::eyes::{Eyes, Seen};
-use crate::gate::threads::{Look, ThreadDescriptors, Threads};
+use crate::gate::look::{Doing, MOST_LOOKED_AT, Question, Seen};
+use crate::gate::lookers::{Lookers, WAIT_FOR_LOOK, Watch, hurry};
+use crate::gate::turns::Turns;
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Opinion, Watched};
-use crate::wake::Waker;
+use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use arc_swap::ArcSwap;
-use mapdirect::ExtentState;
 use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
-use mapdirect_sys::{dup, memfd, proc};
+use mapdirect_sys::{dup, memfd, pidfd, proc};
 use rustix::fs::OFlags;
 use std::cell::Cell;
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -38,19 +48,27 @@ pub(crate) const MASK: Mask = Mask::from_bits(Mask::OPEN_PERM.bits() | Mask::PRE
 
 /// How long an operation waits for a grant to finish before it is refused.
 const WAIT_FOR_GRANT: Duration = Duration::from_secs(5);
-/// How long a thread may take to fall asleep before it is judged unseen.
-const WAIT_FOR_SLEEP: Duration = Duration::from_secs(1);
-/// How long to look for a stack that reaches the bottom before what there is
-/// of it must do: refuses more then, not less.
-const WAIT_FOR_STACK: Duration = Duration::from_millis(50);
+/// How often one that waits for a grant is looked at if nobody says that the
+/// grant is over.
+const HELD_PAUSE: Duration = Duration::from_millis(100);
+/// Most events taken and not answered: each has a descriptor.
+const MOST_TAKEN: usize = 16384;
+/// So many waiting are a crowd: the kernel wakes all of them for a moment
+/// whenever one is answered (`process_access_response`), so answers are given
+/// together.
+const CROWD: u32 = 64;
+/// How long each of a crowd may run until the next are answered.
+const MOMENT: Duration = Duration::from_micros(20);
+/// How often a thread that has only just asked is looked at again at once.
+const TRIES: u32 = 4;
 
 /// The group, and how to reach the thread that serves it.
 #[derive(Debug)]
 pub(crate) struct Gate {
     pub(crate) group: Group,
-    /// Helps the thread to look at who waits.
-    pub(crate) eyes: Eyes,
     waker: Waker,
+    /// How often something changed that events may have been held back for.
+    changes: AtomicUsize,
     /// Events held back until a grant is finished.
     waiting: AtomicUsize,
     /// The threads they belong to.
@@ -69,8 +87,8 @@ impl Gate {
         require_pre_content(&group)?;
         Ok(Self {
             group,
-            eyes: Eyes::new()?,
             waker: Waker::new()?,
+            changes: AtomicUsize::new(0),
             waiting: AtomicUsize::new(0),
             held: ArcSwap::default(),
         })
@@ -78,8 +96,9 @@ impl Gate {
 
     /// Has the thread look again at the events it holds back, if any.
     pub(crate) fn reconsider(&self) {
-        // Pairs with the fence in `Server::run`: either the thread sees what
-        // changed, or we see that it waits.
+        self.changes.fetch_add(1, SeqCst);
+        // Pairs with the fence in `Server::run`: either the thread sees the
+        // change, or we see that it waits.
         fence(SeqCst);
         if self.waiting.load(SeqCst) > 0 {
             self.waker.wake();
@@ -91,10 +110,9 @@ impl Gate {
         self.held.load_full()
     }
 
-    /// Ends the threads once nothing is waiting any more.
+    /// Ends the thread once nothing is waiting any more.
     pub(crate) fn wake(&self) {
         self.waker.wake();
-        self.eyes.wake();
     }
 }
 
@@ -121,37 +139,79 @@ pub(crate) fn is_final(errno: Errno) -> bool {
 enum Verdict {
     Allow,
     Refuse,
-    /// Ask again when the thread sleeps.
-    NotYet,
     /// Ask again when a grant is finished.
     Hold,
+    /// Look again: the file has changed meanwhile.
+    Again,
 }
 
 /// An event without an answer.
+#[derive(Debug)]
 struct Waiting {
     file: OwnedFd,
     event: About,
+    /// Whose it is, if that was asked.
+    user: Option<u32>,
     since: Instant,
+    /// How often it was looked at in vain.
     looks: u32,
-    /// A grant will say when to look again.
-    held: bool,
+    /// When to look again if it is held, should nobody say that the grant is
+    /// over.
+    due: Instant,
+    /// [`Gate::changes`] when it was last looked at.
+    changes: usize,
+    /// Then, too: pins from this number on came later.
+    next_pin: u64,
+    question: Question,
 }
 
 /// What an event says, without its descriptor.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 struct About {
     mask: Mask,
     tid: i32,
-    range: Option<(u64, u64)>,
+}
+
+impl Watch for Waiting {
+    fn question(&self) -> Question {
+        self.question
+    }
+
+    fn user(&self) -> Option<u32> {
+        self.user.or_else(|| user_of(self.event.tid))
+    }
+}
+
+/// Whose a thread is; nothing if it is gone.
+fn user_of(tid: i32) -> Option<u32> {
+    /// No user: short of descriptors, all are alike.
+    const NOBODY: u32 = u32::MAX;
+    match pidfd::of_thread(tid).and_then(|thread| pidfd::real_user(thread.as_fd())) {
+        Ok(user) => Some(user),
+        Err(Errno::SRCH) => None,
+        Err(_) => Some(NOBODY),
+    }
 }
 
 /// The thread's own state.
 struct Server<'guard> {
     guard: &'guard Guard,
     gate: &'guard Gate,
-    threads: Threads,
-    waiting: Vec<Waiting>,
-    answers: Vec<Response>,
+    lookers: Lookers<Waiting>,
+    /// Waiting to be looked at.
+    line: Turns<Waiting>,
+    /// Not seen yet, to be looked at again at some time (the number is there
+    /// to tell those of one time apart).
+    soon: BTreeMap<(Instant, u64), Waiting>,
+    put_off: u64,
+    /// Held back for a grant.
+    held: Vec<Waiting>,
+    /// Not given yet. A descriptor stays open until then: another event would
+    /// get its number.
+    answers: Vec<(Option<OwnedFd>, Response)>,
+    answered: Instant,
+    /// Most events taken and not answered.
+    most: usize,
 }
 
 /// Serves the gate until the guard stops.
@@ -161,23 +221,29 @@ struct Server<'guard> {
 /// When the kernel's events cannot be read or answered any more. The gate is
 /// open then, and the process must end so that holders are told.
 pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+    hurry();
     let mut server = Server {
         guard,
         gate,
-        threads: Threads::default(),
-        waiting: Vec::new(),
+        lookers: Lookers::new(gate.waker.clone()),
+        line: Turns::default(),
+        soon: BTreeMap::new(),
+        put_off: 0,
+        held: Vec::new(),
         answers: Vec::new(),
+        answered: Instant::now(),
+        most: (crate::server::descriptor_limit() / 4).clamp(16, MOST_TAKEN),
     };
     server.run()
 }
 
 impl Server<'_> {
     fn run(&mut self) -> Result<(), Errno> {
-        // Some eighty events: enough to share the cost of answering, few
+        // Some eighty events: enough to share the cost of reading them, few
         // enough that the first does not wait for long.
         let mut buffer = vec![0; 4096];
         let mut events = Vec::new();
-        while !(self.guard.is_stopping() && self.waiting.is_empty()) {
+        while !(self.guard.is_stopping() && self.unanswered() == 0) {
             if self.sleep()? {
                 let group = &self.gate.group;
                 match group.read(&mut buffer, |event| events.push(event)) {
@@ -189,13 +255,12 @@ impl Server<'_> {
                     Err(_) => std::thread::sleep(Duration::from_millis(1)),
                 }
             }
-            self.reconsider();
-            self.answer_own(&mut events);
-            let tids: Vec<i32> = events.iter().map(|event| event.tid).collect();
-            let seen = self.gate.eyes.look(&mut self.threads, &tids);
-            for (event, seen) in events.drain(..).zip(seen) {
-                self.take(event, &seen);
+            self.take_answers();
+            for event in events.drain(..) {
+                self.take(event);
             }
+            self.look_again();
+            self.ask();
             self.publish_waiting();
             fence(SeqCst);
             self.flush()?;
@@ -203,112 +268,309 @@ impl Server<'_> {
         Ok(())
     }
 
+    /// How many events have no answer yet.
+    fn unanswered(&self) -> usize {
+        self.line.len() + self.soon.len() + self.held.len() + self.lookers.asked()
+    }
+
     /// Lets grants know who waits for them.
     fn publish_waiting(&mut self) {
-        let before = self.gate.waiting.swap(self.waiting.len(), SeqCst);
-        if before > 0 || !self.waiting.is_empty() {
-            let tids = self.waiting.iter().map(|waiting| waiting.event.tid);
+        let before = self.gate.waiting.swap(self.held.len(), SeqCst);
+        if before > 0 || !self.held.is_empty() {
+            let tids = self.held.iter().map(|waiting| waiting.event.tid);
             self.gate.held.store(Arc::new(tids.collect()));
         }
     }
 
-    /// Waits for an event, or until something held back may be answered.
-    /// Says whether there are events.
+    /// Waits for an event, for what a looker sees, or until something must be
+    /// done. Says whether there are events.
     fn sleep(&self) -> Result<bool, Errno> {
-        let timeout = self.waiting.iter().map(Waiting::pause).min();
-        if timeout == Some(Duration::ZERO) {
-            std::thread::yield_now();
-        }
-        let fds = [self.gate.group.as_fd(), self.gate.waker.as_fd()];
-        let [events, woken] = crate::wake::wait_any(&fds, timeout)?;
+        let now = Instant::now();
+        let soon = self.soon.keys().next();
+        let held = self.held.iter().map(|waiting| self.due_in(waiting, now));
+        let timeout = held
+            .chain(soon.map(|(due, _)| due.saturating_duration_since(now)))
+            .chain(self.lookers.next_look())
+            .chain(self.flush_in())
+            // Somebody must be told that nobody looks at him.
+            .chain((!self.line.is_empty()).then_some(WAIT_FOR_LOOK / 8))
+            .min();
+        let timeout = if self.lookers.may_sleep() {
+            timeout
+        } else {
+            Some(Duration::ZERO)
+        };
+        let waker = self.gate.waker.as_fd();
+        let (events, woken) = if self.unanswered() < self.most {
+            let [events, woken] = wait_any(&[self.gate.group.as_fd(), waker], timeout)?;
+            (events, woken)
+        } else {
+            let [woken] = wait_any(&[waker], timeout)?;
+            (false, woken)
+        };
+        self.lookers.awake();
         if woken {
             self.gate.waker.clear();
         }
         Ok(events)
     }
 
-    /// Lets in what threads of the guard open: there is nothing to look at.
-    fn answer_own(&mut self, events: &mut Vec<Event>) {
-        events.retain_mut(|event| {
-            if !self.guard.own.contains(event.tid) {
-                return true;
-            }
-            if let Some(file) = event.file.take() {
-                self.guard.audit.judged();
-                self.answers.push(Response::allow(file.as_raw_fd()));
-            }
-            false
-        });
+    /// How long until something held back is looked at again.
+    fn due_in(&self, waiting: &Waiting, now: Instant) -> Duration {
+        if waiting.changes != self.gate.changes.load(SeqCst) {
+            return Duration::ZERO;
+        }
+        waiting.due.saturating_duration_since(now)
     }
 
-    fn take(&mut self, event: Event, seen: &Seen) {
+    /// An event that has just come.
+    fn take(&mut self, event: Event) {
         let Some(file) = event.file else {
             // Only an overflow has no file, and an unlimited queue has none.
             return;
         };
         self.guard.audit.judged();
-        let waiting = Waiting {
+        let fd = file.as_raw_fd();
+        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
+        let file = if opens {
+            self.guard.own.hand(event.tid, file)
+        } else {
+            Some(file)
+        };
+        let Some(file) = file else {
+            // Its owner waits in the open that this ends.
+            self.answers.push((None, Response::deny(fd, Errno::TXTBSY)));
+            return;
+        };
+        let now = Instant::now();
+        let Some(question) = self.question_about(&file, event.mask, event.tid, event.range) else {
+            self.answer(file, Verdict::Allow);
+            return;
+        };
+        self.line_up(Waiting {
             file,
             event: About {
                 mask: event.mask,
                 tid: event.tid,
-                range: event.range,
             },
-            since: Instant::now(),
+            user: None,
+            since: now,
             looks: 0,
-            held: false,
-        };
-        self.settle(waiting, seen);
+            due: now,
+            changes: self.gate.changes.load(SeqCst),
+            next_pin: self.guard.next_pin_number(),
+            question,
+        });
     }
 
-    /// Looks again at everything held back.
-    fn reconsider(&mut self) {
-        for mut waiting in std::mem::take(&mut self.waiting) {
-            waiting.looks = waiting.looks.saturating_add(1);
-            let seen = Seen::of(&mut self.threads, waiting.event.tid);
-            self.settle(waiting, &seen);
+    /// What must be known to answer an event; nothing if it is let in anyway.
+    fn question_about(
+        &self,
+        file: &OwnedFd,
+        mask: Mask,
+        tid: i32,
+        range: Option<(u64, u64)>,
+    ) -> Option<Question> {
+        // What threads of the guard open is their own affair.
+        if self.guard.own.contains(tid) {
+            return None;
+        }
+        // The kernel tells from its own memory about the files of filesystems
+        // that can be behind the gate. If it cannot, nobody is found.
+        let stat = rustix::fs::fstat(file).ok();
+        let id = InodeId {
+            dev: stat.map_or(0, |stat| stat.st_dev),
+            inode: stat.map_or(0, |stat| stat.st_ino),
+        };
+        let watched = self.guard.table.get(id);
+        if stat.is_some() && watched.is_none() {
+            return None;
+        }
+        Some(Question {
+            tid,
+            mask,
+            range,
+            id,
+            size: stat.map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(u64::MAX)),
+            reflink: watched.as_ref().is_none_or(|it| it.abilities.reflink),
+            announced: watched.is_some_and(|it| it.may_be_announced(tid)),
+            late: Duration::ZERO,
+            tries: TRIES,
+        })
+    }
+
+    /// Has an event looked at: now, or when it is its turn.
+    fn line_up(&mut self, mut waiting: Waiting) {
+        let in_peace = self.line.is_empty() && !self.lookers.any_hangs();
+        if in_peace && self.lookers.has_room() {
+            // Whose it is need not be known.
+            if let Some(back) = self.lookers.ask(waiting) {
+                self.refuse_unseen(back);
+            }
+            return;
+        }
+        if waiting.user.is_none() {
+            waiting.user = user_of(waiting.event.tid);
+        }
+        match waiting.user {
+            Some(user) => self.line.push(user, waiting),
+            // It was killed, and nobody hears the answer.
+            None => self.answer(waiting.file, Verdict::Refuse),
+        }
+    }
+
+    /// Has events looked at whose turn it is, and refuses those that nobody
+    /// will look at in time.
+    fn ask(&mut self) {
+        let Self { lookers, line, .. } = self;
+        let (mut again, mut late) = (Vec::new(), Vec::new());
+        lookers.give_up(|waiting| again.push(waiting), |waiting| late.push(waiting));
+        for mut waiting in again {
+            waiting.user = waiting.user.or_else(|| user_of(waiting.event.tid));
+            match waiting.user {
+                Some(user) => line.put_back(user, waiting),
+                None => late.push(waiting),
+            }
+        }
+        while lookers.has_room()
+            && let Some((user, mut waiting)) = line.next(|user| !lookers.is_barred(user))
+        {
+            waiting.question.late = waiting.since.elapsed();
+            waiting.question.tries = 1;
+            if let Some(back) = lookers.ask(waiting) {
+                line.put_back(user, back);
+                break;
+            }
+        }
+        if !line.is_empty() {
+            let nobody_looks = !lookers.has_any();
+            late.extend(line.take_due(
+                |user| nobody_looks || lookers.is_barred(user),
+                |waiting| waiting.since.elapsed() >= WAIT_FOR_LOOK,
+            ));
+        }
+        for waiting in late {
+            self.refuse_unseen(waiting);
+        }
+    }
+
+    /// Judges what lookers have seen.
+    fn take_answers(&mut self) {
+        let mut seen = Vec::new();
+        self.lookers
+            .answers(|waiting, what| seen.push((waiting, what)));
+        for (waiting, seen) in seen {
+            match seen {
+                Seen::Gone => self.answer(waiting.file, Verdict::Refuse),
+                Seen::NotYet => self.put_off(waiting),
+                Seen::Doing(doing) => self.settle(waiting, &doing),
+            }
+        }
+    }
+
+    /// Nobody could look in time: it may be doing the worst there is.
+    fn refuse_unseen(&mut self, waiting: Waiting) {
+        let doing = Doing::the_worst(waiting.event.mask);
+        let verdict = match self.decide(&waiting, &doing) {
+            // Only where nothing is pinned.
+            Verdict::Allow => Verdict::Allow,
+            Verdict::Refuse | Verdict::Hold | Verdict::Again => Verdict::Refuse,
+        };
+        self.answer(waiting.file, verdict);
+    }
+
+    /// Looks again at what was held back or not seen, when it is time.
+    fn look_again(&mut self) {
+        let now = Instant::now();
+        let (mut due, held): (Vec<_>, _) = std::mem::take(&mut self.held)
+            .into_iter()
+            .partition(|waiting| self.due_in(waiting, now).is_zero());
+        self.held = held;
+        let later = self.soon.split_off(&(now, u64::MAX));
+        due.extend(std::mem::replace(&mut self.soon, later).into_values());
+        for mut waiting in due {
+            let question = waiting.question;
+            let event = waiting.event;
+            // Nothing may be pinned any more, or the file have another size.
+            let asked = self.question_about(&waiting.file, event.mask, event.tid, question.range);
+            let Some(asked) = asked else {
+                self.answer(waiting.file, Verdict::Allow);
+                continue;
+            };
+            waiting.changes = self.gate.changes.load(SeqCst);
+            waiting.next_pin = self.guard.next_pin_number();
+            waiting.question = Question {
+                late: waiting.since.elapsed(),
+                ..asked
+            };
+            self.line_up(waiting);
         }
     }
 
     /// Answers, or holds back.
-    fn settle(&mut self, mut waiting: Waiting, seen: &Seen) {
-        let fd = waiting.file.as_raw_fd();
-        let late = waiting.since.elapsed();
-        let answer = match self.decide(&waiting.event, waiting.file.as_fd(), seen, late) {
+    fn settle(&mut self, waiting: Waiting, doing: &Doing) {
+        match self.decide(&waiting, doing) {
+            Verdict::Hold => self.hold(waiting),
+            Verdict::Again => self.put_off(waiting),
+            verdict => self.answer(waiting.file, verdict),
+        }
+    }
+
+    /// Keeps an event whose thread was just about to sleep.
+    fn put_off(&mut self, mut waiting: Waiting) {
+        let pause = Duration::from_micros(50) * (1 << waiting.looks.min(5));
+        waiting.looks = waiting.looks.saturating_add(1);
+        self.put_off += 1;
+        let due = Instant::now() + pause.max(self.moment() / 4);
+        self.soon.insert((due, self.put_off), waiting);
+    }
+
+    /// Keeps an event until a grant is over.
+    fn hold(&mut self, mut waiting: Waiting) {
+        waiting.keep_as_path();
+        waiting.due = Instant::now() + HELD_PAUSE;
+        self.held.push(waiting);
+    }
+
+    /// How long those who wait are given until the next are answered.
+    fn moment(&self) -> Duration {
+        match u32::try_from(self.unanswered()) {
+            Ok(few) if few < CROWD => Duration::ZERO,
+            Ok(many) => MOMENT * many,
+            Err(_) => Duration::MAX,
+        }
+    }
+
+    fn answer(&mut self, file: OwnedFd, verdict: Verdict) {
+        let fd = file.as_raw_fd();
+        let answer = match verdict {
             Verdict::Allow => Response::allow(fd),
-            Verdict::Refuse => Response::deny(fd, Errno::TXTBSY),
-            verdict @ (Verdict::NotYet | Verdict::Hold) => {
-                if verdict == Verdict::Hold && !waiting.held {
-                    waiting.keep_as_path();
-                }
-                waiting.held = verdict == Verdict::Hold;
-                self.waiting.push(waiting);
-                return;
-            }
+            Verdict::Refuse | Verdict::Hold | Verdict::Again => Response::deny(fd, Errno::TXTBSY),
         };
-        // Close first, answer then: see the head of this file. No event is
-        // read in between, so the number cannot name another event yet.
-        drop(waiting.file);
-        self.answers.push(answer);
+        self.answers.push((Some(file), answer));
+    }
+
+    /// How long until answers are given, if there are any.
+    fn flush_in(&self) -> Option<Duration> {
+        if self.answers.is_empty() {
+            return None;
+        }
+        Some(self.moment().saturating_sub(self.answered.elapsed()))
     }
 
     fn flush(&mut self) -> Result<(), Errno> {
-        if self.answers.is_empty() {
+        if self.flush_in() != Some(Duration::ZERO) {
             return Ok(());
         }
-        let result = self.gate.group.respond(&self.answers);
-        self.answers.clear();
-        result
+        // Close first, answer then: see the head of this file.
+        let answers: Vec<_> = self.answers.drain(..).map(|(_, answer)| answer).collect();
+        self.answered = Instant::now();
+        self.gate.group.respond(&answers)
     }
 
-    fn decide(&self, event: &About, file: BorrowedFd<'_>, seen: &Seen, late: Duration) -> Verdict {
-        let syscall = match seen.look {
-            Look::Gone => return Verdict::Refuse,
-            Look::NotYet if late < WAIT_FOR_SLEEP => return Verdict::NotYet,
-            Look::NotYet => None,
-            Look::Sleeps(syscall) => syscall,
-        };
-        let pre_access = event.mask.intersects(Mask::PRE_ACCESS);
+    fn decide(&self, waiting: &Waiting, doing: &Doing) -> Verdict {
+        let (event, file) = (&waiting.event, waiting.file.as_fd());
+        let late = waiting.since.elapsed();
         let Ok(stat) = rustix::fs::fstat(file) else {
             return Verdict::Refuse;
         };
@@ -319,71 +581,35 @@ impl Server<'_> {
         let Some(watched) = self.guard.table.get(id) else {
             return Verdict::Allow;
         };
+        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
+        if opens && watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
+            return Verdict::Hold;
+        }
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-        let functions: Vec<&str> = proc::stack_functions(&seen.stack).collect();
-        // Every answer wakes all who wait for one, for a moment: a stack read
-        // just then is none, or breaks off.
-        let waits = functions.iter().any(|name| classify::is_machinery(name));
-        if !waits && late < WAIT_FOR_SLEEP {
-            return Verdict::NotYet;
+        if doing.operation.or.is_some() && size != waiting.question.size {
+            // It appends, perhaps, and the end was somewhere else.
+            return Verdict::Again;
         }
-        let is_whole = classify::is_whole(&functions);
-        if !is_whole && late < WAIT_FOR_STACK {
-            return Verdict::NotYet;
-        }
-        // What broke off could have told that the registers are another
-        // call's.
-        let syscall = syscall.filter(|_| is_whole);
-        let operation = if !pre_access {
-            if watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
-                return Verdict::Hold;
-            }
-            let kind = classify::classify_open(syscall.as_ref(), &functions);
-            Operation::new(kind, 0..u64::MAX)
-        } else {
-            let asked = Asked {
-                range: event.range,
-                syscall: syscall.as_ref(),
-                functions: &functions,
-                reflink: watched.abilities.reflink,
-                size,
-            };
-            let descriptors = ThreadDescriptors {
-                tid: event.tid,
-                inode: id.inode,
-                file,
-                #[allow(clippy::useless_conversion, reason = "smaller on arm64")]
-                links: u64::from(stat.st_nlink),
-            };
-            classify::classify(&asked, &descriptors)
-        };
-        let verdict = judge_announced(&watched, event.tid, operation.kind, late)
-            .unwrap_or_else(|| self.judge(&watched, event.tid, &operation, size, file, late));
+        let verdict = judge_announced(&watched, event.tid, doing, late)
+            .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
         if verdict == Verdict::Refuse {
-            self.note(&watched, event, &operation);
+            self.note(&watched, event, doing);
         }
         verdict
     }
 
-    /// Judges a classified operation, and notes what a later grant must know
-    /// about those let in.
-    fn judge(
-        &self,
-        watched: &Watched,
-        tid: i32,
-        operation: &Operation,
-        size: u64,
-        file: BorrowedFd<'_>,
-        late: Duration,
-    ) -> Verdict {
-        if operation.kind.is_harmless() {
+    /// Judges what a thread does, and notes what a later grant must know about
+    /// those let in.
+    fn judge(&self, watched: &Watched, waiting: &Waiting, doing: &Doing, size: u64) -> Verdict {
+        if doing.operation.kind.is_harmless() {
             return Verdict::Allow;
         }
-        let mut operation = operation.clone();
+        let (file, late) = (waiting.file.as_fd(), waiting.since.elapsed());
+        let mut operation = doing.operation.clone();
         let moving = Moving::new(watched, &operation);
         operation.brings_shared &= match operation.kind {
             K::Exchange => watched.abilities.exchange,
-            K::CollapseRange => moving.may_bring_shared(file),
+            K::CollapseRange => moving.may_bring_shared(doing, waiting.next_pin),
             _ => true,
         };
         let operation = &operation;
@@ -397,15 +623,19 @@ impl Server<'_> {
         let note = match operation.kind {
             K::OpenWrite => &watched.writers_let_in,
             K::MapWrite => {
-                watched.mapping_by.note(tid);
+                watched.mapping_by.note(waiting.event.tid);
                 &watched.mapped_writable
             }
             _ => {
-                watched.unrest_by.note(tid);
+                watched.unrest_by.note(waiting.event.tid);
                 &watched.unrest
             }
         };
         note.store(true, SeqCst);
+        if operation.kind == K::Unknown {
+            // It may be anything.
+            watched.mapped_writable.store(true, SeqCst);
+        }
         let fails = operation.kind == K::Exchange && !watched.abilities.exchange;
         if operation.kind.may_bring_shared() && !fails {
             watched.shared_since.store(true, SeqCst);
@@ -472,12 +702,13 @@ impl Server<'_> {
         }
     }
 
-    fn note(&self, watched: &Watched, event: &About, operation: &Operation) {
+    fn note(&self, watched: &Watched, event: &About, doing: &Doing) {
+        let operation = &doing.operation;
         watched.refused[operation.kind as usize].fetch_add(1, SeqCst);
         let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate | K::Unknown);
         self.guard.audit.refused(Refused {
             tid: event.tid,
-            command: proc::command(event.tid),
+            command: doing.command.clone().unwrap_or_else(|| String::from("?")),
             kind: operation.kind,
             id: watched.id,
             path: Arc::clone(&watched.path),
@@ -497,9 +728,6 @@ struct Moving<'a> {
     goes_on: Cell<bool>,
 }
 
-/// So much is looked at for shared blocks: many extents take long.
-const MOST_MOVED: u64 = 256 << 20;
-
 impl<'a> Moving<'a> {
     fn new(watched: &'a Watched, operation: &Operation) -> Self {
         let gone = (operation.kind == K::CollapseRange).then(|| operation.range.clone());
@@ -513,13 +741,19 @@ impl<'a> Moving<'a> {
         }
     }
 
-    /// Whether any of what may come to lie beside a pin is shared.
-    fn may_bring_shared(&self, file: BorrowedFd<'_>) -> bool {
+    /// Whether any of what may come to lie beside a pin is shared. `doing` says
+    /// what was not when the thread was looked at; since then clones have left
+    /// a mark, unless a pin has come (its number is `next_pin` or higher) that
+    /// knows for itself what is shared, and has taken the mark away.
+    fn may_bring_shared(&self, doing: &Doing, next_pin: u64) -> bool {
         let Some(gone) = &self.gone else {
             return false;
         };
         let moved = self.watched.moved.load(SeqCst);
         let pins = self.watched.pins.load();
+        if pins.iter().any(|pin| pin.id >= next_pin) {
+            return true;
+        }
         let windows = pins.iter().filter_map(|pin| {
             let settled = pin.settled()?;
             settled.pinned.unshared_window(moved)
@@ -527,14 +761,9 @@ impl<'a> Moving<'a> {
         let Some(end) = windows.map(|window| window.end).max() else {
             return false;
         };
-        if self.watched.cloned_since.load(SeqCst) || end.saturating_sub(gone.start) > MOST_MOVED {
-            return true;
-        }
-        if end <= gone.start {
-            return false;
-        }
-        mapdirect::extents::read(file, gone.start..end)
-            .map_or(true, |map| map.total(ExtentState::Shared) > 0)
+        self.watched.cloned_since.load(SeqCst)
+            || end.saturating_sub(gone.start) > MOST_LOOKED_AT
+            || !doing.is_unshared_before(gone, end)
     }
 
     /// It is let in, and counts from now on.
@@ -554,13 +783,13 @@ impl Drop for Moving<'_> {
 /// Judges an open for writing that was announced, if this is one: what is
 /// pinned already does not stand in its way, but a grant under way must know
 /// of it, or be over before it goes on.
-fn judge_announced(watched: &Watched, tid: i32, kind: K, late: Duration) -> Option<Verdict> {
-    if kind != K::OpenWrite {
+fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
+    if doing.operation.kind != K::OpenWrite {
         return None;
     }
     // What counts is when it came: we may have kept it waiting.
     let came = Instant::now().checked_sub(late)?;
-    let announcement = watched.announced(tid, came, || proc::start_time(tid).ok())?;
+    let announcement = watched.announced(tid, came, || doing.began)?;
     // Noted first, then looked, as in `Server::judge`.
     let before = watched.writers_let_in.swap(true, SeqCst);
     fence(SeqCst);
@@ -600,22 +829,12 @@ impl Waiting {
     /// counted, and tells all that is asked until the answer. To open one
     /// asks nobody, and waits for nobody.
     fn keep_as_path(&mut self) {
+        if rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::PATH)) {
+            return;
+        }
         if let Ok(path) = proc::reopen(self.file.as_fd(), OFlags::PATH) {
             // It stays what it was if that fails.
             let _ = dup::replace(self.file.as_fd(), path.as_fd());
-        }
-    }
-
-    /// How long to wait before looking again.
-    fn pause(&self) -> Duration {
-        match self.looks {
-            // Once more without delay, now that it is known that we wait.
-            0 if self.held => Duration::ZERO,
-            _ if self.held => Duration::from_millis(100),
-            // It was just about to sleep: let it.
-            0..8 => Duration::ZERO,
-            8..32 => Duration::from_micros(50),
-            _ => Duration::from_millis(1),
         }
     }
 }

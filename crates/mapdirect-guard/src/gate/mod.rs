@@ -10,9 +10,10 @@
 #[cfg(feature = "bpf")]
 pub(crate) mod bpf;
 pub(crate) mod classify;
-pub(crate) mod eyes;
 pub(crate) mod fanotify;
-pub(crate) mod threads;
+mod look;
+mod lookers;
+mod turns;
 
 use crate::Errno;
 use crate::table::{InodeId, Pin, Watched};

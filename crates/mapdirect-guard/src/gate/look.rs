@@ -1,0 +1,421 @@
+//! Looking at a thread that waits for an answer.
+//!
+//! A thread is looked at only once it sleeps: `/proc/<tid>/syscall` proves
+//! that (`task_current_syscall` waits until the thread is off its processor),
+//! and only then is `/proc/<tid>/stack` more than what an earlier sleep left
+//! behind. It keeps sleeping until it is answered or killed.
+//!
+//! Everything here may hang for as long as the owner of the thread likes, so
+//! it runs in the threads of [`lookers`](super::lookers) alone. As of 6.18:
+//!
+//! | what is read | what it can wait for |
+//! |---|---|
+//! | `syscall`, `stack`; `pidfd_getfd(2)` | `exec_update_lock`, while a thread of the process is in `execve(2)` and, say, a FUSE server does not answer the flush of a close-on-exec descriptor. SIGKILL ends the wait (`down_read_killable`). |
+//! | `syscall` | that the thread, about to sleep, gets off its processor (`wait_task_inactive`). |
+//! | any name below `/proc/<tid>` | the lock of that directory, while somebody lists it into a page of a FUSE file and somebody else waits to mount there. **Deaf to SIGKILL.** |
+//! | the end of a descriptor from `pidfd_getfd(2)` | the last close of the file, if its owner closed it meanwhile, and the flush of a FUSE file. **Deaf to SIGKILL.** |
+//! | the block map | the locks of the inode, which a read into a page of a FUSE file holds. **Deaf to SIGKILL.** |
+//! | `stat`, `comm`, links in `fd`; `statx(2)` by such a link with `DONT_SYNC` | nothing else: the kernel's own memory, or what a filesystem remembers. |
+//!
+//! `fdinfo` is never read: what an epoll descriptor tells there needs a lock
+//! that its owner can hold for ever.
+
+use crate::Errno;
+use crate::gate::classify::{self, Asked, Descriptors};
+use crate::policy::{Operation, OperationKind as K};
+use crate::table::InodeId;
+use mapdirect::ExtentState;
+use mapdirect_sys::proc::{self, Syscall, SyscallState};
+use mapdirect_sys::{fanotify::Mask, pidfd};
+use rustix::fs::{AtFlags, CWD, StatxFlags};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+/// How long a thread may take to fall asleep before it is judged unseen.
+const WAIT_FOR_SLEEP: Duration = Duration::from_secs(1);
+/// How long to look for a stack that reaches the bottom before what there is
+/// of it must do: refuses more then, not less.
+const WAIT_FOR_STACK: Duration = Duration::from_millis(50);
+/// So much of a file is looked at for shared blocks: many extents take long.
+pub(crate) const MOST_LOOKED_AT: u64 = 256 << 20;
+
+/// What is asked about a thread: plain values, since whoever looks has none of
+/// the descriptors of the guard.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Question {
+    pub(crate) tid: i32,
+    /// What it waits for leave to do.
+    pub(crate) mask: Mask,
+    /// Range of the event, `(offset, count)`.
+    pub(crate) range: Option<(u64, u64)>,
+    pub(crate) id: InodeId,
+    /// Size of the file in bytes.
+    pub(crate) size: u64,
+    /// The filesystem can share blocks between files.
+    pub(crate) reflink: bool,
+    /// The thread may have been announced: tell when it began.
+    pub(crate) announced: bool,
+    /// How long it has been waiting.
+    pub(crate) late: Duration,
+    /// How often to look at it if it does not sleep yet.
+    pub(crate) tries: u32,
+}
+
+/// What could be learned about a waiting thread.
+#[derive(Debug, PartialEq)]
+pub(crate) enum Seen {
+    /// It has not gone to sleep yet: look again.
+    NotYet,
+    /// It is gone, killed while it waited.
+    Gone,
+    /// It sleeps.
+    Doing(Doing),
+}
+
+/// What a waiting thread is doing.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Doing {
+    pub(crate) operation: Operation,
+    /// Its name, if it may be refused.
+    pub(crate) command: Option<String>,
+    /// When it began, if that was asked.
+    pub(crate) began: Option<u64>,
+    /// From where the operation begins up to here no block was shared with
+    /// another file: looked at for a collapse.
+    pub(crate) unshared_until: u64,
+}
+
+impl Doing {
+    /// What a thread that could not be seen is taken to do: the worst.
+    pub(crate) fn the_worst(mask: Mask) -> Self {
+        let kind = if mask.intersects(Mask::PRE_ACCESS) {
+            K::Unknown
+        } else {
+            K::OpenTruncate
+        };
+        Self {
+            operation: Operation::new(kind, 0..u64::MAX),
+            command: None,
+            began: None,
+            unshared_until: 0,
+        }
+    }
+}
+
+/// Open proc files of threads looked at before: threads that ask once tend
+/// to ask again, and reading an open file takes a third of the time.
+#[derive(Debug, Default)]
+pub(crate) struct Threads {
+    open: HashMap<i32, Files>,
+}
+
+#[derive(Debug)]
+struct Files {
+    syscall: OwnedFd,
+    stack: Option<OwnedFd>,
+}
+
+/// Threads whose files are kept open.
+const KEPT: usize = 256;
+
+/// The registers of a thread.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Registers {
+    /// It is not asleep.
+    NotYet,
+    Gone,
+    /// It sleeps; if it is inside a system call, these are its registers.
+    Asleep(Option<Syscall>),
+}
+
+impl Threads {
+    /// Looks at a thread.
+    pub(crate) fn look(&mut self, question: &Question) -> Seen {
+        for _ in 1..question.tries.max(1) {
+            match self.look_once(question) {
+                Seen::NotYet => std::hint::spin_loop(),
+                seen => return seen,
+            }
+        }
+        self.look_once(question)
+    }
+
+    fn look_once(&mut self, question: &Question) -> Seen {
+        let Question { tid, late, .. } = *question;
+        let syscall = match self.registers(tid) {
+            Registers::Gone => return Seen::Gone,
+            Registers::NotYet if late < WAIT_FOR_SLEEP => return Seen::NotYet,
+            Registers::NotYet => return Seen::Doing(Doing::the_worst(question.mask)),
+            Registers::Asleep(syscall) => syscall,
+        };
+        let stack = self.stack(tid);
+        let functions: Vec<&str> = proc::stack_functions(&stack).collect();
+        // Every answer wakes all who wait for one, for a moment: a stack read
+        // just then is none, or breaks off.
+        let waits = functions.iter().any(|name| classify::is_machinery(name));
+        if !waits && late < WAIT_FOR_SLEEP {
+            return Seen::NotYet;
+        }
+        let is_whole = classify::is_whole(&functions);
+        if !is_whole && late < WAIT_FOR_STACK {
+            return Seen::NotYet;
+        }
+        // What broke off could have told that the registers are another
+        // call's.
+        let syscall = syscall.filter(|_| is_whole);
+        Seen::Doing(understand(question, syscall.as_ref(), &functions))
+    }
+
+    fn registers(&mut self, tid: i32) -> Registers {
+        // A file of a thread that died reads as ESRCH, also when the number
+        // has been used again since: then a fresh one tells.
+        for fresh in [false, true] {
+            if fresh {
+                self.open.remove(&tid);
+            }
+            let Some(files) = self.files(tid) else {
+                return Registers::Gone;
+            };
+            let mut buffer = [0; 256];
+            let Ok(text) = proc::reread(files.syscall.as_fd(), &mut buffer) else {
+                continue;
+            };
+            return match proc::parse_syscall(text) {
+                Some(SyscallState::Running) => Registers::NotYet,
+                Some(SyscallState::Inside(syscall)) => Registers::Asleep(Some(syscall)),
+                Some(SyscallState::Outside) | None => Registers::Asleep(None),
+            };
+        }
+        Registers::Gone
+    }
+
+    /// The functions a sleeping thread is inside of, as text for
+    /// [`proc::stack_functions`]; empty if they cannot be read.
+    fn stack(&mut self, tid: i32) -> String {
+        let Some(files) = self.files(tid) else {
+            return String::new();
+        };
+        if files.stack.is_none() {
+            files.stack = proc::open_task_file(tid, "stack").ok();
+        }
+        let mut buffer = [0; 4096];
+        let text = files
+            .stack
+            .as_ref()
+            .and_then(|stack| proc::reread(stack.as_fd(), &mut buffer).ok());
+        // Names of functions: anything but ASCII would be no stack.
+        text.and_then(|text| std::str::from_utf8(text).ok())
+            .map_or_else(String::new, str::to_owned)
+    }
+
+    fn files(&mut self, tid: i32) -> Option<&mut Files> {
+        if !self.open.contains_key(&tid) {
+            if self.open.len() >= KEPT {
+                self.open.clear();
+            }
+            let files = Files {
+                syscall: proc::open_task_file(tid, "syscall").ok()?,
+                stack: None,
+            };
+            self.open.insert(tid, files);
+        }
+        self.open.get_mut(&tid)
+    }
+}
+
+/// What a sleeping thread is doing, and what else must be known to judge it.
+fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]) -> Doing {
+    let descriptors = ThreadDescriptors {
+        tid: question.tid,
+        id: question.id,
+    };
+    let operation = if question.mask.intersects(Mask::PRE_ACCESS) {
+        let asked = Asked {
+            range: question.range,
+            syscall,
+            functions,
+            reflink: question.reflink,
+            size: question.size,
+        };
+        classify::classify(&asked, &descriptors)
+    } else {
+        let kind = classify::classify_open(syscall, functions);
+        Operation::new(kind, 0..u64::MAX)
+    };
+    let unshared_until = match (operation.kind, syscall) {
+        (K::CollapseRange, Some(syscall)) => {
+            let file = descriptors.of_watched(classify::descriptor(syscall.args[0]));
+            file.map_or(0, |file| unshared_until(&file, operation.range.start))
+        }
+        _ => 0,
+    };
+    let may_be_refused = !operation.kind.is_harmless();
+    Doing {
+        command: may_be_refused.then(|| proc::command(question.tid)),
+        began: question
+            .announced
+            .then(|| proc::start_time(question.tid).ok())
+            .flatten(),
+        operation,
+        unshared_until,
+    }
+}
+
+/// Up to where nothing of a file is shared, from `start` on.
+fn unshared_until(file: &OwnedFd, start: u64) -> u64 {
+    let end = start.saturating_add(MOST_LOOKED_AT);
+    mapdirect::extents::read(file.as_fd(), start..end).map_or(start, |map| {
+        let mut frozen = map.frozen();
+        frozen
+            .find(|extent| extent.state == ExtentState::Shared)
+            .map_or(end, |extent| extent.offset)
+    })
+}
+
+/// The descriptors of a thread.
+///
+/// Anybody who reads a pinned file can have us ask about any descriptor of
+/// its own.
+struct ThreadDescriptors {
+    tid: i32,
+    /// The watched file.
+    id: InodeId,
+}
+
+impl ThreadDescriptors {
+    fn link(&self, fd: i32) -> String {
+        format!("/proc/{}/fd/{fd}", self.tid)
+    }
+
+    /// A duplicate of a descriptor, if it is of the watched file.
+    fn of_watched(&self, fd: i32) -> Option<OwnedFd> {
+        // Before it is duplicated: to let go of some other files again would
+        // take long.
+        if !is_inode(&self.link(fd), self.id).is_ok_and(|same| same) {
+            return None;
+        }
+        let thread = pidfd::of_thread(self.tid).ok()?;
+        let file = pidfd::descriptor(&thread, fd).ok()?;
+        // Another may have taken its place.
+        let stat = rustix::fs::fstat(&file).ok()?;
+        ((stat.st_dev, stat.st_ino) == (self.id.dev, self.id.inode)).then_some(file)
+    }
+}
+
+/// Whether a path leads to an inode. Asks no server of a network or FUSE
+/// filesystem.
+fn is_inode(path: &str, id: InodeId) -> Result<bool, Errno> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let stat = rustix::fs::statx(CWD, path, flags, StatxFlags::INO)?;
+    let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
+    Ok((dev, stat.stx_ino) == (id.dev, id.inode))
+}
+
+impl Descriptors for ThreadDescriptors {
+    fn is_watched(&self, fd: i32) -> bool {
+        is_inode(&self.link(fd), self.id).unwrap_or(true)
+    }
+
+    fn is_read_only(&self, fd: i32) -> bool {
+        // The mode of the link is that of the description.
+        std::fs::symlink_metadata(self.link(fd))
+            .is_ok_and(|link| link.permissions().mode() & 0o200 == 0)
+    }
+
+    fn flags(&self, fd: i32) -> Option<u32> {
+        let file = self.of_watched(fd)?;
+        let flags = rustix::fs::fcntl_getfl(&file).ok()?;
+        Some(flags.bits())
+    }
+}
+
+/// A range that begins where a collapse does, for whoever judges it.
+impl Doing {
+    /// Whether what may come to lie before `end` is known to be shared with
+    /// nobody.
+    pub(crate) fn is_unshared_before(&self, gone: &Range<u64>, end: u64) -> bool {
+        end <= gone.start || end <= self.unshared_until
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::fd::AsRawFd;
+
+    fn question(tid: i32, late: Duration) -> Question {
+        Question {
+            tid,
+            mask: Mask::PRE_ACCESS,
+            range: Some((0, 4096)),
+            id: InodeId { dev: 0, inode: 0 },
+            size: 4096,
+            reflink: true,
+            announced: true,
+            late,
+            tries: 2,
+        }
+    }
+
+    fn own_tid() -> i32 {
+        rustix::thread::gettid().as_raw_nonzero().get()
+    }
+
+    #[test]
+    fn a_thread_that_runs_is_not_seen_yet_and_then_taken_for_the_worst() {
+        let mut threads = Threads::default();
+        let soon = question(own_tid(), Duration::ZERO);
+        // A thread that looks at itself waits for nothing; where it may not
+        // look, it is as good as gone.
+        let seen = threads.look(&soon);
+        assert!(matches!(seen, Seen::NotYet | Seen::Gone), "{seen:?}");
+        if seen == Seen::NotYet {
+            let late = question(own_tid(), WAIT_FOR_SLEEP);
+            let Seen::Doing(doing) = threads.look(&late) else {
+                panic!("it is late");
+            };
+            assert_eq!(doing.operation.kind, K::Unknown);
+            assert_eq!(doing.operation.range, 0..u64::MAX);
+        }
+        let nobody = question(i32::MAX, Duration::ZERO);
+        assert_eq!(threads.look(&nobody), Seen::Gone);
+    }
+
+    #[test]
+    fn the_worst_is_refused_by_every_pin() {
+        let open = Doing::the_worst(Mask::OPEN_PERM);
+        assert_eq!(open.operation.kind, K::OpenTruncate);
+        let other = Doing::the_worst(Mask::PRE_ACCESS);
+        assert_eq!(other.operation.kind, K::Unknown);
+        assert!(!other.is_unshared_before(&(10..20), 11));
+        assert!(other.is_unshared_before(&(10..20), 10));
+    }
+
+    #[test]
+    fn descriptors_are_told_apart_by_their_inode() {
+        let file = tempfile::tempfile().unwrap();
+        let other = File::open("/dev/zero").unwrap();
+        let stat = rustix::fs::fstat(&file).unwrap();
+        let descriptors = ThreadDescriptors {
+            tid: own_tid(),
+            id: InodeId {
+                dev: stat.st_dev,
+                inode: stat.st_ino,
+            },
+        };
+        assert!(descriptors.is_watched(file.as_raw_fd()));
+        assert!(!descriptors.is_watched(other.as_raw_fd()));
+        assert!(descriptors.is_watched(i32::MAX), "not known is the worst");
+        assert!(!descriptors.is_read_only(file.as_raw_fd()));
+        assert!(descriptors.is_read_only(other.as_raw_fd()));
+        assert_eq!(descriptors.flags(other.as_raw_fd()), None);
+        let append = rustix::fs::OFlags::APPEND | rustix::fs::OFlags::RDWR;
+        rustix::fs::fcntl_setfl(&file, append).unwrap();
+        let flags = descriptors.flags(file.as_raw_fd()).unwrap();
+        assert_ne!(flags & libc::O_APPEND.cast_unsigned(), 0);
+    }
+}

@@ -1,0 +1,451 @@
+//! The threads that look at who waits, so that the gate thread need not.
+//!
+//! A look may hang for ever ([`look`](super::look) says at what), so nobody
+//! waits for a looker. The gate thread hands out questions and goes on; an
+//! answer that does not come within [`WAIT_FOR_LOOK`] is one as well: the
+//! event is refused. A looker that has been at one thread for [`SLOW`] is
+//! given up, which means: what else it was asked is asked somebody else, a new
+//! looker takes its place, and it ends when its look does. Only so many
+//! lookers may be given up for one user, so that a stranger who has many of
+//! them hang has his own events refused and nobody else's.
+//!
+//! Lookers have a table of descriptors of their own ([`spawn_apart`]): some
+//! looks are deaf to SIGKILL, and a thread that cannot end would keep the
+//! group open after the guard was killed, and everybody waiting for its answer.
+
+use crate::gate::look::{Question, Seen, Threads};
+use crate::wake::Waker;
+use crossbeam_queue::SegQueue;
+use mapdirect_sys::descriptors::spawn_apart;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::{AtomicBool, fence};
+use std::thread::{Builder, JoinHandle};
+use std::time::{Duration, Instant};
+
+/// How long the look at one thread may take until its event is refused.
+pub(crate) const WAIT_FOR_LOOK: Duration = Duration::from_millis(500);
+/// How long until a looker is given up.
+const SLOW: Duration = Duration::from_millis(10);
+/// Most lookers, given up or not.
+const MOST: usize = 64;
+/// Most that are given up for one user.
+const OF_USER: usize = 4;
+/// Places that other users than root leave.
+const FOR_ROOT: usize = 8;
+/// Questions that a looker has at a time: what it has to do while the gate
+/// thread does something else.
+const DEPTH: usize = 8;
+
+/// What the gate thread and a looker share.
+#[derive(Debug, Default)]
+struct Desk {
+    questions: SegQueue<Question>,
+    /// In the order of the questions.
+    answers: SegQueue<Seen>,
+    /// There will be no more questions.
+    over: AtomicBool,
+}
+
+/// Wakes the gate thread, if it sleeps.
+#[derive(Debug)]
+struct Bell {
+    asleep: AtomicBool,
+    waker: Waker,
+}
+
+impl Bell {
+    fn ring(&self) {
+        // Pairs with the fence in `Lookers::may_sleep`: either the gate thread
+        // sees the answer, or we see that it sleeps.
+        fence(SeqCst);
+        if self.asleep.swap(false, SeqCst) {
+            self.waker.wake();
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Looker<W> {
+    desk: Arc<Desk>,
+    thread: JoinHandle<Option<()>>,
+    /// What it was asked about, in order; nothing where that was answered
+    /// without it.
+    asked: VecDeque<Option<W>>,
+    /// When it began with the first of them, or a little earlier.
+    since: Instant,
+    given_up: Option<GivenUp>,
+}
+
+/// A looker that hangs.
+#[derive(Clone, Copy, Debug)]
+struct GivenUp {
+    /// Whose thread it hangs at, if that is known.
+    user: Option<u32>,
+}
+
+/// Something to look at.
+pub(crate) trait Watch {
+    /// The question to ask about it.
+    fn question(&self) -> Question;
+    /// Whose it is; asked when somebody hangs there.
+    fn user(&self) -> Option<u32>;
+}
+
+/// All lookers. Belongs to the gate thread.
+#[derive(Debug)]
+pub(crate) struct Lookers<W> {
+    bell: Arc<Bell>,
+    lookers: Vec<Looker<W>>,
+    /// How many there are besides those given up.
+    wanted: usize,
+}
+
+impl<W: Watch> Lookers<W> {
+    /// As many as are of use; their answers ring at `waker`.
+    pub(crate) fn new(waker: Waker) -> Self {
+        let processors = std::thread::available_parallelism().map_or(2, usize::from);
+        let mut lookers = Self {
+            bell: Arc::new(Bell {
+                asleep: AtomicBool::new(false),
+                waker,
+            }),
+            lookers: Vec::new(),
+            wanted: processors.clamp(2, 4),
+        };
+        lookers.fill_up();
+        lookers
+    }
+
+    /// Has as many lookers as are wanted, as far as there may be so many.
+    fn fill_up(&mut self) {
+        let given_up = self.given_up().count();
+        while self.lookers.len() < (self.wanted + given_up).min(MOST) {
+            // Where there can be no thread now, there may be one later.
+            let Ok(looker) = Looker::start(&self.bell) else {
+                break;
+            };
+            self.lookers.push(looker);
+        }
+    }
+
+    fn given_up(&self) -> impl Iterator<Item = GivenUp> {
+        self.lookers.iter().filter_map(|looker| looker.given_up)
+    }
+
+    /// Whether any hangs.
+    pub(crate) fn any_hangs(&self) -> bool {
+        self.given_up().next().is_some()
+    }
+
+    /// Whether so many hang at threads of a user that nobody looks at another
+    /// one.
+    pub(crate) fn is_barred(&self, user: u32) -> bool {
+        let of_user = self.given_up().filter(|it| it.user == Some(user)).count();
+        let places = if user == 0 { MOST } else { MOST - FOR_ROOT };
+        of_user >= OF_USER || self.given_up().count() + self.wanted > places
+    }
+
+    /// The looker that has the least to do, if any has room.
+    fn free(&mut self) -> Option<&mut Looker<W>> {
+        self.lookers
+            .iter_mut()
+            .filter(|looker| looker.given_up.is_none() && looker.asked.len() < DEPTH)
+            .min_by_key(|looker| looker.asked.len())
+    }
+
+    /// Whether anybody looks at all.
+    pub(crate) fn has_any(&self) -> bool {
+        self.lookers.iter().any(|looker| looker.given_up.is_none())
+    }
+
+    /// Whether a question could be asked at once.
+    pub(crate) fn has_room(&mut self) -> bool {
+        self.free().is_some()
+    }
+
+    /// Asks; gives the watch back if there is no room.
+    pub(crate) fn ask(&mut self, watch: W) -> Option<W> {
+        let Some(looker) = self.free() else {
+            return Some(watch);
+        };
+        if looker.asked.is_empty() {
+            looker.since = Instant::now();
+        }
+        looker.desk.questions.push(watch.question());
+        looker.asked.push_back(Some(watch));
+        looker.thread.thread().unpark();
+        None
+    }
+
+    /// How many questions are without an answer that is still waited for.
+    pub(crate) fn asked(&self) -> usize {
+        let asked = self.lookers.iter().flat_map(|looker| &looker.asked);
+        asked.filter(|watch| watch.is_some()).count()
+    }
+
+    /// Hands over the answers that have come.
+    pub(crate) fn answers(&mut self, mut each: impl FnMut(W, Seen)) {
+        for looker in &mut self.lookers {
+            while let Some(seen) = looker.desk.answers.pop() {
+                looker.since = Instant::now();
+                if let Some(watch) = looker.asked.pop_front().flatten() {
+                    each(watch, seen);
+                }
+            }
+        }
+        self.lookers.retain(|looker| {
+            let goes = looker.given_up.is_some() && looker.asked.is_empty();
+            if goes {
+                looker.end();
+            }
+            !goes
+        });
+    }
+
+    /// Gives up lookers that take long: what else they were asked goes to
+    /// `again`, what has been waited for long enough to `late`.
+    pub(crate) fn give_up(&mut self, mut again: impl FnMut(W), mut late: impl FnMut(W)) {
+        for looker in &mut self.lookers {
+            let takes = looker.since.elapsed();
+            if looker.asked.is_empty() || takes < SLOW {
+                continue;
+            }
+            if looker.given_up.is_none() {
+                // Backwards, so that they come back in order.
+                let mut left = 0;
+                while looker.desk.questions.pop().is_some() {
+                    left += 1;
+                }
+                for _ in 0..left {
+                    if let Some(watch) = looker.asked.pop_back().flatten() {
+                        again(watch);
+                    }
+                }
+                let first = looker.asked.front().and_then(Option::as_ref);
+                let user = first.and_then(Watch::user);
+                looker.given_up = Some(GivenUp { user });
+            }
+            if takes >= WAIT_FOR_LOOK {
+                looker
+                    .asked
+                    .iter_mut()
+                    .filter_map(Option::take)
+                    .for_each(&mut late);
+            }
+        }
+        self.fill_up();
+    }
+
+    /// When to give somebody up, if nothing else happens before.
+    pub(crate) fn next_look(&self) -> Option<Duration> {
+        let waits = self.lookers.iter().filter_map(|looker| {
+            looker.asked.front()?.as_ref()?;
+            let limit = if looker.given_up.is_some() {
+                WAIT_FOR_LOOK
+            } else {
+                SLOW
+            };
+            Some(limit.saturating_sub(looker.since.elapsed()))
+        });
+        waits.min()
+    }
+
+    /// Whether the gate thread may go to sleep: it is woken by an answer then.
+    pub(crate) fn may_sleep(&self) -> bool {
+        self.bell.asleep.store(true, SeqCst);
+        fence(SeqCst);
+        let mut lookers = self.lookers.iter();
+        let may = lookers.all(|looker| looker.desk.answers.is_empty());
+        if !may {
+            self.bell.asleep.store(false, SeqCst);
+        }
+        may
+    }
+
+    /// The gate thread has slept.
+    pub(crate) fn awake(&self) {
+        self.bell.asleep.store(false, SeqCst);
+    }
+}
+
+impl<W> Looker<W> {
+    fn start(bell: &Arc<Bell>) -> std::io::Result<Self> {
+        let builder = Builder::new()
+            .name(String::from("looker"))
+            .stack_size(256 * 1024);
+        let desk = Arc::new(Desk::default());
+        let (shared, bell) = (Arc::clone(&desk), Arc::clone(bell));
+        let keep = bell.waker.shared();
+        let thread = spawn_apart(builder, Some(keep), move || serve(&shared, &bell))?;
+        Ok(Self {
+            desk,
+            thread,
+            asked: VecDeque::new(),
+            since: Instant::now(),
+            given_up: None,
+        })
+    }
+
+    fn end(&self) {
+        self.desk.over.store(true, SeqCst);
+        self.thread.thread().unpark();
+    }
+}
+
+impl<W> Drop for Lookers<W> {
+    fn drop(&mut self) {
+        self.lookers.iter().for_each(Looker::end);
+    }
+}
+
+/// What a looker does.
+fn serve(desk: &Desk, bell: &Bell) {
+    hurry();
+    let mut threads = Threads::default();
+    while !desk.over.load(SeqCst) {
+        let Some(question) = desk.questions.pop() else {
+            std::thread::park();
+            continue;
+        };
+        desk.answers.push(threads.look(&question));
+        bell.ring();
+    }
+}
+
+/// Has the calling thread run before others: everybody who waits for it does.
+pub(crate) fn hurry() {
+    // As things are it is slower.
+    let _ = rustix::process::setpriority_process(None, -20);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::table::InodeId;
+    use mapdirect_sys::fanotify::Mask;
+
+    struct Stranger {
+        tid: i32,
+        user: u32,
+    }
+
+    impl Watch for Stranger {
+        fn question(&self) -> Question {
+            Question {
+                tid: self.tid,
+                mask: Mask::OPEN_PERM,
+                range: None,
+                id: InodeId { dev: 0, inode: 0 },
+                size: 0,
+                reflink: false,
+                announced: false,
+                late: Duration::ZERO,
+                tries: 1,
+            }
+        }
+        fn user(&self) -> Option<u32> {
+            Some(self.user)
+        }
+    }
+
+    fn lookers() -> Lookers<Stranger> {
+        Lookers::new(Waker::new().unwrap())
+    }
+
+    fn nobody(user: u32) -> Stranger {
+        let tid = i32::MAX;
+        Stranger { tid, user }
+    }
+
+    #[test]
+    fn everything_asked_is_answered_once() {
+        let mut lookers = lookers();
+        let mut answered = 0;
+        let mut asked = 0;
+        while answered < 200 {
+            while asked < 200 && lookers.ask(nobody(7)).is_none() {
+                asked += 1;
+            }
+            lookers.answers(|_, seen| {
+                assert_eq!(seen, Seen::Gone);
+                answered += 1;
+            });
+            std::thread::yield_now();
+        }
+        assert_eq!(lookers.asked(), 0);
+    }
+
+    /// A looker that never answers: nobody reads what is on its desk.
+    fn hang(lookers: &mut Lookers<Stranger>, user: u32) {
+        let desk = Arc::new(Desk::default());
+        let thread = std::thread::spawn(|| None);
+        lookers.lookers.push(Looker {
+            desk,
+            thread,
+            asked: VecDeque::from([Some(nobody(user))]),
+            since: Instant::now().checked_sub(SLOW).unwrap(),
+            given_up: None,
+        });
+    }
+
+    #[test]
+    fn whoever_hangs_is_given_up_and_bars_its_user_alone() {
+        let mut lookers = lookers();
+        for _ in 0..OF_USER {
+            assert!(!lookers.is_barred(7));
+            hang(&mut lookers, 7);
+            lookers.give_up(|_| (), |_| panic!("not late yet"));
+        }
+        assert!(lookers.is_barred(7));
+        assert!(!lookers.is_barred(8) && !lookers.is_barred(0));
+        assert!(lookers.has_room());
+        assert!(lookers.next_look().unwrap() <= WAIT_FOR_LOOK);
+        for looker in &mut lookers.lookers {
+            looker.since = Instant::now().checked_sub(WAIT_FOR_LOOK).unwrap();
+        }
+        let mut late = 0;
+        lookers.give_up(|_| panic!("nobody else is asked"), |_| late += 1);
+        assert_eq!((late, lookers.asked()), (OF_USER, 0));
+        // The looks end, and with them the lookers.
+        for looker in &lookers.lookers {
+            if looker.given_up.is_some() {
+                looker.desk.answers.push(Seen::Gone);
+            }
+        }
+        lookers.answers(|_, _| panic!("it was late"));
+        assert!(!lookers.is_barred(7) && !lookers.any_hangs());
+    }
+
+    #[test]
+    fn what_one_that_hangs_was_asked_too_is_asked_again() {
+        let mut lookers = lookers();
+        hang(&mut lookers, 7);
+        let looker = lookers.lookers.last_mut().unwrap();
+        for user in [8, 9] {
+            looker.desk.questions.push(nobody(user).question());
+            looker.asked.push_back(Some(nobody(user)));
+        }
+        let mut again = Vec::new();
+        lookers.give_up(|watch| again.push(watch.user), |_| panic!("not late yet"));
+        assert_eq!(again, [9, 8]);
+        assert_eq!(lookers.asked(), 1);
+    }
+
+    #[test]
+    fn many_users_leave_places_for_root() {
+        let mut lookers = lookers();
+        for user in 1..=u32::try_from(MOST).unwrap() {
+            if lookers.is_barred(user) {
+                break;
+            }
+            hang(&mut lookers, user);
+            lookers.give_up(|_| (), |_| ());
+        }
+        assert!(lookers.is_barred(1000));
+        assert!(!lookers.is_barred(0));
+        assert!(lookers.has_room());
+        assert!(lookers.lookers.len() <= MOST);
+    }
+}

@@ -1,0 +1,118 @@
+//! pidfd_open(2) of single threads, and what a pidfd tells and hands out.
+//!
+//! Unlike most of `/proc`, opening a pidfd and asking whose thread it is wait
+//! for nobody: the kernel looks into its own tables of processes and
+//! credentials (`pidfd_info`, fs/pidfs.c) and takes no lock that a program can
+//! hold. [`descriptor`] is not like that: see there.
+
+use crate::{Errno, Result, checked};
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+/// `PIDFD_THREAD`: one thread, not its process (include/uapi/linux/pidfd.h,
+/// Linux 6.9).
+const THREAD: u32 = libc::O_EXCL.cast_unsigned();
+/// `PIDFD_GET_INFO`, for the first published size of `struct pidfd_info`.
+const GET_INFO: libc::Ioctl = 0xc040_ff0b_u32 as libc::Ioctl;
+/// `PIDFD_INFO_CREDS`: tell the credentials.
+const CREDENTIALS: u64 = 1 << 1;
+
+/// `struct pidfd_info` as Linux 6.13 published it.
+#[repr(C)]
+#[derive(Debug, Default)]
+struct Info {
+    mask: u64,
+    cgroup: u64,
+    pid: u32,
+    tgid: u32,
+    parent: u32,
+    real_uid: u32,
+    real_gid: u32,
+    effective_uid: u32,
+    effective_gid: u32,
+    saved_uid: u32,
+    saved_gid: u32,
+    filesystem_uid: u32,
+    filesystem_gid: u32,
+    exit_code: i32,
+}
+
+const _: () = assert!(size_of::<Info>() == 64);
+
+/// Opens a thread.
+///
+/// # Errors
+///
+/// `ESRCH` when it is gone, `EINVAL` before Linux 6.9 and for ids that no
+/// thread has.
+pub fn of_thread(tid: i32) -> Result<OwnedFd> {
+    let tid = Pid::from_raw(tid).ok_or(Errno::INVAL)?;
+    pidfd_open(tid, PidfdFlags::from_bits_retain(THREAD))
+}
+
+/// The real user id of a thread, in the caller's user namespace: whose it is,
+/// also while it runs a program with the set-user-id bit.
+///
+/// # Errors
+///
+/// `ESRCH` when the thread is gone, `ENOTTY` before Linux 6.13.
+pub fn real_user(thread: BorrowedFd<'_>) -> Result<u32> {
+    let mut info = Info {
+        mask: CREDENTIALS,
+        ..Info::default()
+    };
+    // SAFETY: the request says how large the structure is (its size is part of
+    // the number), and it is ours for the call.
+    checked(unsafe { libc::ioctl(thread.as_raw_fd(), GET_INFO, &raw mut info) })?;
+    if info.mask & CREDENTIALS == 0 {
+        return Err(Errno::NOSYS);
+    }
+    Ok(info.real_uid)
+}
+
+/// A duplicate of descriptor `fd` of a thread (`pidfd_getfd(2)`).
+///
+/// It waits while the process is in the middle of `execve(2)`, and a duplicate
+/// that outlives the original does the work of the last close when it is
+/// dropped: both can take as long as the thread's owner likes.
+///
+/// # Errors
+///
+/// `EBADF` when there is no such descriptor, `EPERM` without
+/// `CAP_SYS_PTRACE`, `ESRCH` when the thread is gone.
+pub fn descriptor(thread: &impl AsFd, fd: i32) -> Result<OwnedFd> {
+    pidfd_getfd(thread, fd, PidfdGetfdFlags::empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+
+    #[test]
+    fn a_thread_is_its_users() {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let Ok(thread) = of_thread(tid) else {
+            return; // Linux before 6.9
+        };
+        match real_user(thread.as_fd()) {
+            Ok(uid) => assert_eq!(uid, rustix::process::getuid().as_raw()),
+            Err(errno) => assert!(matches!(errno, Errno::NOTTY | Errno::INVAL), "{errno}"),
+        }
+        assert_eq!(of_thread(i32::MAX).unwrap_err(), Errno::SRCH);
+        assert_eq!(of_thread(0).unwrap_err(), Errno::INVAL);
+    }
+
+    #[test]
+    fn a_descriptor_is_handed_out() {
+        let tid = rustix::thread::gettid().as_raw_nonzero().get();
+        let Ok(thread) = of_thread(tid) else {
+            return; // Linux before 6.9
+        };
+        let file = File::open("/dev/zero").unwrap();
+        let copy = descriptor(&thread, file.as_raw_fd()).unwrap();
+        let inode = |fd: BorrowedFd<'_>| rustix::fs::fstat(fd).unwrap().st_ino;
+        assert_eq!(inode(copy.as_fd()), inode(file.as_fd()));
+        assert_eq!(descriptor(&thread, i32::MAX).unwrap_err(), Errno::BADF);
+    }
+}
