@@ -67,6 +67,8 @@ fn leases(world: &World) {
         let reader = File::open(&path).unwrap();
         drop((held, file));
         let Some(lease) = HeldLease::take(reader.as_fd()).unwrap() else {
+            // A child that another thread is just making has them, too.
+            wait_until_free(&path);
             continue;
         };
         leased += 1;
