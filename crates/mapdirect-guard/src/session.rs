@@ -3,6 +3,11 @@
 //! Every client has a thread of its own, since whatever it sends may make the
 //! thread wait: a descriptor of a filesystem whose server never answers, a
 //! file with gigabytes to write back. Only that client waits then.
+//!
+//! What hangs in the close of such a descriptor is deaf to SIGKILL, and would
+//! keep all the descriptors of a killed guard, and so its gate, where nobody
+//! answers any more. So what a client without the capability hands in is
+//! received, looked at and closed by a thread that has nothing else.
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
@@ -11,12 +16,12 @@ use crate::places::Place;
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, Reason, Refusal, Reply, Request,
-    VERSION, WatchedPin,
+    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, PinnedRange, Reason, Refusal,
+    Reply, Request, VERSION, WatchedPin,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
-use mapdirect_sys::{capget, proc};
+use mapdirect_sys::{capget, descriptors, proc};
 use rustix::fs::OFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -46,6 +51,30 @@ pub(crate) struct Session<'guard> {
     announced: Vec<Arc<Announcement>>,
     /// The connection is for notices alone.
     watcher: Option<Arc<Watcher>>,
+}
+
+/// What a client says.
+struct Said {
+    /// What it asks for, or why that cannot be understood.
+    request: Result<Request, Refusal>,
+    sender: Option<Sender>,
+    handed: Handed,
+}
+
+/// What came with a request.
+enum Handed {
+    Nothing,
+    File(OwnedFd),
+    /// What it was has been closed; it is known what it told.
+    Seen(Seen),
+}
+
+/// What was seen of a descriptor that nobody keeps.
+enum Seen {
+    Proof(Option<Prover>),
+    Pins(Result<Vec<PinnedRange>, Refusal>),
+    /// It is of no use without the capability.
+    Nothing,
 }
 
 /// Why a conversation ends.
@@ -88,8 +117,8 @@ impl<'guard> Session<'guard> {
     pub(crate) fn run(mut self, place: &Place) {
         let mut buffer = vec![0; MAX_MESSAGE + 1];
         loop {
-            let received = match self.socket.receive(&mut buffer) {
-                Ok(received) if received.length > 0 => received,
+            let said = match self.listen(&mut buffer) {
+                Ok(Some(said)) => said,
                 Err(Errno::AGAIN) => {
                     let is_used = self.proven.is_some() || self.watcher.is_some();
                     if is_used || self.greeted && !place.is_wanted() {
@@ -99,7 +128,7 @@ impl<'guard> Session<'guard> {
                 }
                 _ => return,
             };
-            match self.answer(&buffer, received) {
+            match self.answer(said) {
                 Ok(()) => {}
                 Err(End::Gone) => return,
                 Err(End::Nonsense) => {
@@ -111,18 +140,59 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    fn answer(&mut self, buffer: &[u8], received: Received) -> Result<(), End> {
-        let request = match understand(buffer, &received) {
+    /// Waits for the client to say something; nothing when it is gone.
+    fn listen(&self, buffer: &mut [u8]) -> Result<Option<Said>, Errno> {
+        if self.proven.is_none() && self.socket.next_has_descriptors()? {
+            let builder = std::thread::Builder::new()
+                .name(String::from("doorman"))
+                .stack_size(256 * 1024);
+            return descriptors::apart(builder, self.socket.as_fd(), || self.look_only(buffer))
+                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))?;
+        }
+        let mut received = self.socket.receive(buffer)?;
+        if received.length == 0 {
+            return Ok(None);
+        }
+        Ok(Some(Said {
+            request: understand(buffer, &received),
+            sender: received.sender,
+            handed: received.fds.pop().map_or(Handed::Nothing, Handed::File),
+        }))
+    }
+
+    /// Hears a client out that hands in a descriptor without having proven
+    /// anything, and keeps only what can be seen of it.
+    fn look_only(&self, buffer: &mut [u8]) -> Result<Option<Said>, Errno> {
+        let mut received = self.socket.receive(buffer)?;
+        let request = understand(buffer, &received);
+        let seen = match (&request, received.fds.pop()) {
+            (Ok(Request::Prove), Some(proof)) => {
+                let prover = memfd::check_immutable_capability(proof.as_fd(), &self.challenge);
+                Seen::Proof(prover.unwrap_or_default())
+            }
+            (Ok(Request::Query), Some(file)) => {
+                Seen::Pins(grant::pins_of(self.guard, file.as_fd()))
+            }
+            _ => Seen::Nothing,
+        };
+        Ok(Some(Said {
+            request,
+            sender: received.sender,
+            handed: Handed::Seen(seen),
+        }))
+    }
+
+    fn answer(&mut self, said: Said) -> Result<(), End> {
+        let request = match said.request {
             Ok(request) => request,
             Err(refusal) => {
                 self.refuse(refusal)?;
                 return Err(End::Nonsense);
             }
         };
-        let sender = received.sender;
-        let mut fds = received.fds;
-        match (&request, fds.pop()) {
-            (Request::Hello { .. }, None) => {
+        let sender = said.sender;
+        match (&request, said.handed) {
+            (Request::Hello { .. }, Handed::Nothing) => {
                 self.greeted = true;
                 Ok(self.send(
                     &Reply::Welcome {
@@ -134,7 +204,7 @@ impl<'guard> Session<'guard> {
                     &[],
                 )?)
             }
-            (Request::Watch(pins), None) if self.greeted => self.watch(pins, sender),
+            (Request::Watch(pins), Handed::Nothing) if self.greeted => self.watch(pins, sender),
             _ if !self.greeted || self.watcher.is_some() => {
                 self.refuse(protocol(if self.greeted {
                     "this connection is for notices"
@@ -143,14 +213,29 @@ impl<'guard> Session<'guard> {
                 }))?;
                 Err(End::Nonsense)
             }
-            (Request::Prove, Some(proof)) => self.prove(proof.as_fd(), sender),
-            (Request::Pin(pin), Some(file)) => self.pin(pin, file, sender),
-            (Request::Allocate(allocate), Some(file)) => self.allocate(*allocate, file, sender),
-            (Request::Announce { tid }, Some(file)) => self.announce(*tid, file.as_fd(), sender),
-            (Request::Query, Some(file)) => self.query(file.as_fd()),
-            (Request::Status, None) => self.status(),
-            (Request::Ended(pin), None) => self.ended(*pin),
-            (Request::Swapped, None) => {
+            (Request::Prove, Handed::Seen(Seen::Proof(prover))) => self.prove(prover, sender),
+            (Request::Prove, Handed::File(proof)) => {
+                let prover = memfd::check_immutable_capability(proof.as_fd(), &self.challenge);
+                self.prove(prover.unwrap_or_default(), sender)
+            }
+            (Request::Query, Handed::Seen(Seen::Pins(pins))) => self.tell_pins(pins),
+            (Request::Query, Handed::File(file)) => {
+                self.tell_pins(grant::pins_of(self.guard, file.as_fd()))
+            }
+            (Request::Pin(pin), Handed::File(file)) => self.pin(pin, file, sender),
+            (Request::Allocate(allocate), Handed::File(file)) => {
+                self.allocate(*allocate, file, sender)
+            }
+            (Request::Announce { tid }, Handed::File(file)) => {
+                self.announce(*tid, file.as_fd(), sender)
+            }
+            (
+                Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. },
+                Handed::Seen(_),
+            ) => self.refuse(not_capable()),
+            (Request::Status, Handed::Nothing) => self.status(),
+            (Request::Ended(pin), Handed::Nothing) => self.ended(*pin),
+            (Request::Swapped, Handed::Nothing) => {
                 self.refuse(protocol("nothing was to be swapped"))?;
                 Err(End::Nonsense)
             }
@@ -171,10 +256,10 @@ impl<'guard> Session<'guard> {
 
     /// A proof counts for the process that made it, and only here: whoever
     /// had it made by a privileged program hands in one that names another.
-    fn prove(&mut self, proof: BorrowedFd<'_>, sender: Option<Sender>) -> Result<(), End> {
-        let proven = match memfd::check_immutable_capability(proof, &self.challenge) {
-            Ok(Some(prover)) => self.require_prover(prover, sender).map(|()| prover),
-            _ => Err(not_capable()),
+    fn prove(&mut self, prover: Option<Prover>, sender: Option<Sender>) -> Result<(), End> {
+        let proven = match prover {
+            Some(prover) => self.require_prover(prover, sender).map(|()| prover),
+            None => Err(not_capable()),
         };
         match proven {
             Ok(prover) => {
@@ -397,8 +482,8 @@ impl<'guard> Session<'guard> {
         ))
     }
 
-    fn query(&self, file: BorrowedFd<'_>) -> Result<(), End> {
-        match grant::pins_of(self.guard, file) {
+    fn tell_pins(&self, pins: Result<Vec<PinnedRange>, Refusal>) -> Result<(), End> {
+        match pins {
             Ok(pins) => Ok(self.send(&Reply::Pins(pins, 0), &[])?),
             Err(refusal) => self.refuse(refusal),
         }

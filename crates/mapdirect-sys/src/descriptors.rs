@@ -67,6 +67,32 @@ pub fn spawn_apart<T: Send + 'static>(
     })
 }
 
+/// Runs something that may come to wait in the kernel for ever, deaf to
+/// SIGKILL, and waits for it: in a thread as [`spawn_apart`] makes it, so that
+/// the descriptors of the process go when it is killed all the same.
+///
+/// # Errors
+///
+/// When there can be no such thread.
+pub fn apart<T: Send>(
+    builder: Builder,
+    keep: BorrowedFd<'_>,
+    run: impl FnOnce() -> T + Send,
+) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = builder.spawn_scoped(scope, move || {
+            // SAFETY: the thread has not used any descriptor yet, `keep` is
+            // borrowed for as long as it runs, and what `run` may do with
+            // others is said at `spawn_apart`.
+            unsafe { unshare(keep) }.map(|()| run())
+        })?;
+        match thread.join() {
+            Ok(result) => Ok(result?),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
 /// Closes descriptors of a table that only the caller has, or will have with
 /// [`UNSHARE`]; see [`unshare`].
 fn close_range(first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint) -> Result<()> {

@@ -249,6 +249,34 @@ impl Socket {
         rustix::net::shutdown(&self.fd, rustix::net::Shutdown::Both)
     }
 
+    /// Waits for one message, and says whether descriptors come with it. It
+    /// takes neither the message nor them. Only on a socket told to
+    /// [`tell_senders`](Self::tell_senders).
+    ///
+    /// # Errors
+    ///
+    /// As [`receive`](Self::receive).
+    pub fn next_has_descriptors(&self) -> Result<bool> {
+        // The sender has room in it, and nothing else.
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        loop {
+            let mut byte = [0];
+            match rustix::net::recvmsg(
+                &self.fd,
+                &mut [IoSliceMut::new(&mut byte)],
+                &mut control,
+                RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC,
+            ) {
+                Ok(message) => {
+                    return Ok(message.flags.contains(rustix::net::ReturnFlags::CTRUNC));
+                }
+                Err(Errno::INTR) => {}
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
     /// Waits for one message. A length of 0 means that the peer closed its
     /// end.
     ///
@@ -351,11 +379,16 @@ mod tests {
         one.send(&[b"ab", b"c"], &[file.as_fd()]).unwrap();
         one.send(&[b"d"], &[]).unwrap();
         let mut buffer = [0; 16];
+        assert_eq!(other.next_has_descriptors(), Ok(true));
+        assert_eq!(other.next_has_descriptors(), Ok(true), "it is still there");
         let first = other.receive(&mut buffer).unwrap();
         assert_eq!(&buffer[..first.length], b"abc");
         assert_eq!((first.fds.len(), first.truncated), (1, false));
         assert_eq!(first.sender.unwrap().pid, std::process::id().cast_signed());
+        assert_eq!(other.next_has_descriptors(), Ok(false));
         assert_eq!(other.receive(&mut buffer).unwrap().length, 1);
+        drop(one);
+        assert_eq!(other.next_has_descriptors(), Ok(false));
     }
 
     #[test]

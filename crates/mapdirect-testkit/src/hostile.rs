@@ -5,7 +5,9 @@ use crate::fuse::{self, Unanswered};
 use crate::process::say;
 use crate::raw;
 use anyhow::{Context, Result, bail};
+use mapdirect_proto::{MAX_MESSAGE, Request, VERSION};
 use mapdirect_sys::Errno;
+use mapdirect_sys::unix::Socket;
 use rustix::event::epoll;
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, Signal, kill_process};
@@ -35,17 +37,20 @@ pub enum Attack {
     Crowd,
     /// A process with twenty thousand descriptors reads the file.
     Descriptors,
+    /// Hands the guard descriptors that FUSE never lets it close.
+    Handed,
 }
 
 impl Attack {
     /// All of them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Exec,
         Self::Epoll,
         Self::Faults,
         Self::Stopped,
         Self::Crowd,
         Self::Descriptors,
+        Self::Handed,
     ];
 
     /// In words.
@@ -58,12 +63,13 @@ impl Attack {
             Self::Stopped => "stopped",
             Self::Crowd => "crowd",
             Self::Descriptors => "descriptors",
+            Self::Handed => "handed",
         }
     }
 
     const fn unanswered(self) -> Option<Unanswered> {
         match self {
-            Self::Exec => Some(Unanswered::Flush),
+            Self::Exec | Self::Handed => Some(Unanswered::Flush),
             Self::Epoll | Self::Faults => Some(Unanswered::Read),
             Self::Stopped | Self::Crowd | Self::Descriptors => None,
         }
@@ -72,9 +78,9 @@ impl Attack {
 
 /// Plays a stranger until it is killed; says `ready` when it is at it.
 /// Arguments: the attack, a node of `/dev/fuse`, a directory to mount on, the
-/// file.
+/// file, the guard's socket.
 pub fn play(arguments: &[String]) -> Result<()> {
-    let [name, node, directory, file] = arguments else {
+    let [name, node, directory, file, socket] = arguments else {
         bail!("wrong arguments");
     };
     let attack = Attack::ALL.into_iter().find(|attack| attack.name() == name);
@@ -97,6 +103,7 @@ pub fn play(arguments: &[String]) -> Result<()> {
         Attack::Stopped => stopped(file),
         Attack::Crowd => crowd(file, 4000),
         Attack::Descriptors => descriptors(file),
+        Attack::Handed => handed(Path::new(socket), strange()?),
     }
 }
 
@@ -267,5 +274,24 @@ fn descriptors(path: &Path) -> Result<()> {
             files.push(File::open(path)?);
         }
     }
+    // Room for what is opened from here on.
+    files.truncate(files.len() - 10);
     crowd(path, 8)
+}
+
+fn handed(guard: &Path, strange: &Path) -> Result<()> {
+    let strange = File::open(strange)?;
+    let mut connections = Vec::new();
+    for request in [Request::Query, Request::Prove, Request::Status] {
+        let connection = Socket::connect(guard)?;
+        let hello = Request::Hello { version: VERSION };
+        connection.send(&[&hello.encode()], &[])?;
+        connection.receive(&mut [0; MAX_MESSAGE])?;
+        connection.send(&[&request.encode()], &[strange.as_fd()])?;
+        connections.push(connection);
+    }
+    // It has them, and closes them.
+    std::thread::sleep(Duration::from_millis(300));
+    say("ready");
+    wait()
 }

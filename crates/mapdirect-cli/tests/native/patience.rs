@@ -126,6 +126,7 @@ fn attacked(world: &World, kind: Kind, attack: Attack) {
         node.to_str().unwrap(),
         directory.to_str().unwrap(),
         path.to_str().unwrap(),
+        guard.socket().to_str().unwrap(),
     ];
     let mut stranger = Helper::start("patience-stranger", &words).unwrap();
     let line = stranger.hear().unwrap();
