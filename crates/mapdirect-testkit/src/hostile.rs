@@ -280,18 +280,23 @@ fn descriptors(path: &Path) -> Result<()> {
 }
 
 fn handed(guard: &Path, strange: &Path) -> Result<()> {
-    let strange = File::open(strange)?;
-    let mut connections = Vec::new();
-    for request in [Request::Query, Request::Prove, Request::Status] {
-        let connection = Socket::connect(guard)?;
-        let hello = Request::Hello { version: VERSION };
-        connection.send(&[&hello.encode()], &[])?;
-        connection.receive(&mut [0; MAX_MESSAGE])?;
-        connection.send(&[&request.encode()], &[strange.as_fd()])?;
-        connections.push(connection);
-    }
-    // It has them, and closes them.
-    std::thread::sleep(Duration::from_millis(300));
-    say("ready");
+    // In a child, since to end it takes the end of the server, which comes
+    // when this process is gone.
+    child(|| {
+        let strange = File::open(strange)?;
+        let mut connections = Vec::new();
+        for request in [Request::Query, Request::Prove, Request::Status] {
+            let connection = Socket::connect(guard)?;
+            let hello = Request::Hello { version: VERSION };
+            connection.send(&[&hello.encode()], &[])?;
+            connection.receive(&mut [0; MAX_MESSAGE])?;
+            connection.send(&[&request.encode()], &[strange.as_fd()])?;
+            connections.push(connection);
+        }
+        // It has them, and closes them.
+        std::thread::sleep(Duration::from_millis(300));
+        say("ready");
+        wait()
+    })?;
     wait()
 }
