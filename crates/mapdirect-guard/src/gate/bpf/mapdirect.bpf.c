@@ -854,6 +854,7 @@ __noinline int mark_shared(struct key *key)
 		return 1;
 	struct key name = *key;
 	u64 *marks = bpf_map_lookup_elem(&shared_since, &name);
+	bool first = !marks;
 
 	if (!marks) {
 		u64 none = 0;
@@ -862,7 +863,7 @@ __noinline int mark_shared(struct key *key)
 	}
 	if (!marks)
 		return 1;
-	bool first = !may_be_shared(&name);
+	first = first || !may_be_shared(&name);
 	__sync_fetch_and_add(marks, 1);
 	struct easy *easy_one = easy_of(name.dev, name.ino);
 	__sync_fetch_and_and(&easy_one->facts, ~(u64)EASY);

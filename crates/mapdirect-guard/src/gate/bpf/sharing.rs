@@ -62,14 +62,20 @@ impl Sharing {
 
 /// Looks until the guard stops.
 pub(super) fn run(guard: &Guard, gate: &Gate) {
-    // Those that an earlier guard has not come to look at.
-    for key in gate.loaded.maps.shared_since.keys() {
-        if let Ok(key) = Key::read_from_bytes(&key) {
-            gate.sharing.add(key.inode());
-        }
-    }
+    let mut all_at = Instant::now();
     let mut again: Vec<(Instant, InodeId)> = Vec::new();
     while !guard.is_stopping() {
+        if all_at <= Instant::now() {
+            // Those that an earlier guard has not come to look at, and those
+            // that there was no room to tell of.
+            let keys = gate.loaded.maps.shared_since.keys();
+            for key in keys.filter_map(|key| Key::read_from_bytes(&key).ok()) {
+                if gate.may_be_shared(key) {
+                    gate.sharing.add(key.inode());
+                }
+            }
+            all_at = Instant::now() + LATER;
+        }
         let mut due = gate.sharing.next();
         if !due.is_empty() {
             std::thread::sleep(SOON);
