@@ -294,11 +294,7 @@ impl Keeper<'_> {
             };
             let is_last = look.after >= LAST_LOOK;
             let settled = self.tend_with(id, file.as_fd(), |watched, pin, file| {
-                if look.could_write || may_be_foreign(watched, pin) {
-                    has_ended_for_sure(watched, pin, file, is_last)
-                } else {
-                    has_ended(watched, pin, file)
-                }
+                has_ended_for_sure(watched, pin, file, look.could_write, is_last)
             });
             // Nothing may tell of the end again.
             if !settled && !is_last && (look.could_write || self.has_foreign_locks(id)) {
@@ -505,15 +501,31 @@ pub(crate) fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> 
     }
 }
 
-/// The same where a lock that stands may not be the pin's. The description can
-/// write, so while it is there somebody can. To search for it takes long, and
-/// is done where somebody else's lock is seen, or at the last look: the lock
-/// that is left may look just like the pin's.
-fn has_ended_for_sure(watched: &Watched, pin: &Pin, file: BorrowedFd<'_>, is_last: bool) -> bool {
-    has_ended(watched, pin, file)
-        || pin.is_let_go().is_none()
-            && (lease_holds(file, Lease::NoWriter) == Ok(true)
-                || (is_last || may_be_foreign(watched, pin)) && !can_be_found(watched, pin))
+/// The same where a lock that stands may not be the pin's: after somebody who
+/// `could_write` is gone, or where somebody else's lock is seen. The
+/// description can write, so while it is there somebody can. To search for it
+/// takes long, and is done where somebody else's lock is seen, or at the last
+/// look: the lock that is left may look just like the pin's.
+fn has_ended_for_sure(
+    watched: &Watched,
+    pin: &Pin,
+    file: BorrowedFd<'_>,
+    could_write: bool,
+    is_last: bool,
+) -> bool {
+    if has_ended(watched, pin, file) {
+        return true;
+    }
+    if pin.is_let_go().is_some() {
+        return false;
+    }
+    let nobody_writes = || lease_holds(file, Lease::NoWriter) == Ok(true);
+    let is_gone = || !can_be_found(watched, pin);
+    if could_write {
+        nobody_writes() || (is_last || may_be_foreign(watched, pin)) && is_gone()
+    } else {
+        may_be_foreign(watched, pin) && (nobody_writes() || is_gone())
+    }
 }
 
 /// Whether the description of a pin, which can write, may be in some process.

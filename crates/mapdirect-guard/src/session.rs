@@ -61,20 +61,14 @@ struct Said {
     handed: Handed,
 }
 
-/// What came with a request.
+/// What came with a request, or what was seen of it.
 enum Handed {
     Nothing,
     File(OwnedFd),
-    /// What it was has been closed; it is known what it told.
-    Seen(Seen),
-}
-
-/// What was seen of a descriptor that nobody keeps.
-enum Seen {
     Proof(Option<Prover>),
     Pins(Result<Vec<PinnedRange>, Refusal>),
-    /// It is of no use without the capability.
-    Nothing,
+    /// It is of no use without the capability, and closed.
+    Useless,
 }
 
 /// Why a conversation ends.
@@ -146,39 +140,36 @@ impl<'guard> Session<'guard> {
             let builder = std::thread::Builder::new()
                 .name(String::from("doorman"))
                 .stack_size(256 * 1024);
-            return descriptors::apart(builder, self.socket.as_fd(), || self.look_only(buffer))
+            return descriptors::apart(builder, self.socket.as_fd(), || self.hear(buffer, false))
                 .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))?;
         }
+        self.hear(buffer, true)
+    }
+
+    /// Hears the client out. A descriptor that tells all it can at once is
+    /// closed again, and so is any that is not to `keep`.
+    fn hear(&self, buffer: &mut [u8], keep: bool) -> Result<Option<Said>, Errno> {
         let mut received = self.socket.receive(buffer)?;
         if received.length == 0 {
             return Ok(None);
         }
-        Ok(Some(Said {
-            request: understand(buffer, &received),
-            sender: received.sender,
-            handed: received.fds.pop().map_or(Handed::Nothing, Handed::File),
-        }))
-    }
-
-    /// Hears a client out that hands in a descriptor without having proven
-    /// anything, and keeps only what can be seen of it.
-    fn look_only(&self, buffer: &mut [u8]) -> Result<Option<Said>, Errno> {
-        let mut received = self.socket.receive(buffer)?;
         let request = understand(buffer, &received);
-        let seen = match (&request, received.fds.pop()) {
+        let handed = match (&request, received.fds.pop()) {
+            (_, None) => Handed::Nothing,
             (Ok(Request::Prove), Some(proof)) => {
                 let prover = memfd::check_immutable_capability(proof.as_fd(), &self.challenge);
-                Seen::Proof(prover.unwrap_or_default())
+                Handed::Proof(prover.unwrap_or_default())
             }
             (Ok(Request::Query), Some(file)) => {
-                Seen::Pins(grant::pins_of(self.guard, file.as_fd()))
+                Handed::Pins(grant::pins_of(self.guard, file.as_fd()))
             }
-            _ => Seen::Nothing,
+            (_, Some(file)) if keep => Handed::File(file),
+            _ => Handed::Useless,
         };
         Ok(Some(Said {
             request,
             sender: received.sender,
-            handed: Handed::Seen(seen),
+            handed,
         }))
     }
 
@@ -213,15 +204,8 @@ impl<'guard> Session<'guard> {
                 }))?;
                 Err(End::Nonsense)
             }
-            (Request::Prove, Handed::Seen(Seen::Proof(prover))) => self.prove(prover, sender),
-            (Request::Prove, Handed::File(proof)) => {
-                let prover = memfd::check_immutable_capability(proof.as_fd(), &self.challenge);
-                self.prove(prover.unwrap_or_default(), sender)
-            }
-            (Request::Query, Handed::Seen(Seen::Pins(pins))) => self.tell_pins(pins),
-            (Request::Query, Handed::File(file)) => {
-                self.tell_pins(grant::pins_of(self.guard, file.as_fd()))
-            }
+            (Request::Prove, Handed::Proof(prover)) => self.prove(prover, sender),
+            (Request::Query, Handed::Pins(pins)) => self.tell_pins(pins),
             (Request::Pin(pin), Handed::File(file)) => self.pin(pin, file, sender),
             (Request::Allocate(allocate), Handed::File(file)) => {
                 self.allocate(*allocate, file, sender)
@@ -231,7 +215,7 @@ impl<'guard> Session<'guard> {
             }
             (
                 Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. },
-                Handed::Seen(_),
+                Handed::Useless,
             ) => self.refuse(not_capable()),
             (Request::Status, Handed::Nothing) => self.status(),
             (Request::Ended(pin), Handed::Nothing) => self.ended(*pin),

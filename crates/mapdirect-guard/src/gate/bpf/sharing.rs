@@ -63,7 +63,7 @@ impl Sharing {
 /// Looks until the guard stops.
 pub(super) fn run(guard: &Guard, gate: &Gate) {
     let mut all_at = Instant::now();
-    let mut again: Vec<(Instant, InodeId)> = Vec::new();
+    let mut again = Vec::new();
     while !guard.is_stopping() {
         if all_at <= Instant::now() {
             // Those that an earlier guard has not come to look at, and those
@@ -74,28 +74,19 @@ pub(super) fn run(guard: &Guard, gate: &Gate) {
                     gate.sharing.add(key.inode());
                 }
             }
+            again.drain(..).for_each(|id| gate.sharing.add(id));
             all_at = Instant::now() + LATER;
         }
-        let mut due = gate.sharing.next();
+        let due = gate.sharing.next();
         if !due.is_empty() {
             std::thread::sleep(SOON);
         }
-        let now = Instant::now();
-        again.retain(|(at, id)| {
-            let is_due = *at <= now;
-            if is_due {
-                due.push(*id);
-            }
-            !is_due
-        });
-        due.sort_unstable_by_key(|id| (id.dev, id.inode));
-        due.dedup();
         for id in due {
             let Some(watched) = guard.table.get(id) else {
                 continue;
             };
             if !gate.look_whether_shared(&watched) {
-                again.push((Instant::now() + LATER, id));
+                again.push(id);
             }
         }
     }
