@@ -246,7 +246,9 @@ impl Judged {
             return 0..u64::MAX;
         }
         if let Some(window) = self.window() {
-            return window;
+            // Somebody may store to a folio that holds blocks of the range.
+            let folios = policy::folios(&self.range);
+            return window.start.min(folios.start)..window.end.max(folios.end);
         }
         // One extent of ext4 (EXT_INIT_MAX_LEN, fs/ext4/ext4_extents.h).
         let extent = 32768 * u64::from(self.facts.block_size);
@@ -254,13 +256,15 @@ impl Judged {
         range.start.saturating_sub(extent)..range.end.saturating_add(extent)
     }
 
-    /// The bytes around the range that XFS may copy together with it: aligned
-    /// out, and once more, since it may move such a window to make it fit.
+    /// The bytes around the range that XFS may copy together with it, when they
+    /// are shared and written to: it copies aligned pieces, and may move such a
+    /// piece by less than its size to make it fit (`xfs_bmap_extsize_align`,
+    /// fs/xfs/libxfs/xfs_bmap.c). That a folio is larger does not matter: what
+    /// is not shared, nor in a piece with it, is written back where it lies.
     fn window(&self) -> Option<Range<u64>> {
         let size = self.facts.copy_window()?;
-        let around = policy::folios(&self.range);
-        let start = around.start - around.start % size;
-        let end = around.end.checked_next_multiple_of(size);
+        let start = self.range.start - self.range.start % size;
+        let end = self.range.end.checked_next_multiple_of(size);
         Some(
             start.saturating_sub(size)
                 ..end
@@ -1136,7 +1140,6 @@ impl Attempt<'_> {
                 }
             }
         }
-        beside.stores = self.judged.mapped.is_some() && !self.judged.facts.dax;
         Ok(beside)
     }
 

@@ -237,15 +237,6 @@ pub struct Operation {
     pub brings_shared: bool,
 }
 
-/// What has happened to a file while pins of it were there.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Since {
-    /// Blocks beside a pin may have come to be shared.
-    pub shared: bool,
-    /// By so many bytes blocks from behind may have come nearer.
-    pub moved: u64,
-}
-
 impl Operation {
     /// An operation.
     #[must_use]
@@ -425,13 +416,12 @@ pub struct Beside {
     /// their neighbours with it (XFS), the rest of an unwritten extent that
     /// is converted as a whole (ext4).
     pub frozen: Vec<Range<u64>>,
-    /// A block that comes to be shared in here would be such a run.
+    /// A block that comes to be shared in here would be such a run, so none
+    /// may. To let it be shared and refuse writes to it instead would let
+    /// whoever can read the file keep out those who can write to it; and a
+    /// store to a mapping asks nobody, and makes a whole folio dirty, shared
+    /// blocks of it included (`iomap_page_mkwrite`, fs/iomap/buffered-io.c).
     pub window: Option<Range<u64>>,
-    /// The pin is mapped through the page cache: a store makes the whole
-    /// folio dirty, shared blocks of it included (`iomap_page_mkwrite`,
-    /// fs/iomap/buffered-io.c), so nothing in the window may come to be
-    /// shared at all.
-    pub stores: bool,
     /// A write that makes the file grow allocates ahead, into holes of the
     /// pin beyond the end of the file (XFS: `xfs_iomap_prealloc_size`,
     /// fs/xfs/xfs_iomap.c). Whether it does is seen by XFS when the write has
@@ -453,16 +443,15 @@ pub struct Beside {
 }
 
 impl Beside {
-    /// Whether writing to `range` takes blocks of the pin along;
-    /// `shared_since` if blocks of the window may have come to be shared since
-    /// it was looked at.
+    /// Whether writing to `range` takes blocks of the pin along; an `untorn`
+    /// write, if one of the kind is asked for.
     ///
     /// An untorn write goes to new blocks, and XFS sets more of those aside
     /// than it needs (`xfs_atomic_write_cow_iomap_begin`,
     /// fs/xfs/xfs_iomap.c, 6.16), whether anything is shared or not.
-    fn minds(&self, range: &Range<u64>, shared_since: bool) -> bool {
+    fn minds(&self, range: &Range<u64>, untorn: bool) -> bool {
         self.frozen.iter().any(|run| intersects(run, range))
-            || shared_since
+            || untorn
                 && self
                     .window
                     .as_ref()
@@ -547,25 +536,11 @@ impl Pinned {
         self
     }
 
-    /// Where blocks that come to be shared would matter, beside the pin.
-    #[must_use]
-    pub fn window(&self) -> Option<&Range<u64>> {
-        self.beside.window.as_ref()
-    }
-
-    /// Whether it was judged with all of these blocks as shared ones.
-    #[must_use]
-    pub fn counts_as_shared(&self, run: &Range<u64>) -> bool {
-        let frozen = self.frozen.iter().map(|(run, _)| run);
-        frozen
-            .chain(&self.beside.frozen)
-            .any(|known| known.start <= run.start && run.end <= known.end)
-    }
-
     /// Whether an operation changes blocks of the pin by what it does beside
-    /// it; see [`Beside`] and [`Apart`].
+    /// it; see [`Beside`] and [`Apart`]. By `moved` bytes blocks from behind may
+    /// have come nearer since it was granted.
     #[must_use]
-    pub fn minds_beside(&self, operation: &Operation, size: u64, since: Since) -> bool {
+    pub fn minds_beside(&self, operation: &Operation, size: u64, moved: u64) -> bool {
         use OperationKind as K;
         let kind = operation.kind;
         let tail = matches!(&self.mapped, Some(Mapped { tail: Some(_) }));
@@ -592,7 +567,7 @@ impl Pinned {
             return true;
         }
         if operation.brings_shared
-            && let Some(window) = self.unshared_window(since.moved)
+            && let Some(window) = self.unshared_window(moved)
             && intersects(&window, &operation.reach(size))
         {
             return true;
@@ -600,10 +575,7 @@ impl Pinned {
         self.touched(operation, size).any(|range| {
             // What lies wholly inside is judged by its own blocks.
             let inside = range.start >= self.range.start && range.end <= self.range.end;
-            !inside
-                && self
-                    .beside
-                    .minds(&range, since.shared || kind == K::WriteUntorn)
+            !inside && self.beside.minds(&range, kind == K::WriteUntorn)
         })
     }
 
@@ -621,7 +593,7 @@ impl Pinned {
     /// when what is behind has moved so many bytes nearer.
     #[must_use]
     pub fn unshared_window(&self, moved: u64) -> Option<Range<u64>> {
-        let window = self.beside.window.as_ref().filter(|_| self.beside.stores)?;
+        let window = self.beside.window.as_ref()?;
         Some(window.start..window.end.saturating_add(moved))
     }
 

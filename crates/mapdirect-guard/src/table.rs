@@ -8,7 +8,7 @@ use crate::apart::Held;
 use crate::grant::pending::Queue;
 use crate::ledger::{PinSet, Ranged};
 use crate::notice::Fate;
-use crate::policy::{Operation, Pinned, RULES, Since, judge};
+use crate::policy::{Operation, Pinned, RULES, judge};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use crossbeam_queue::ArrayQueue;
 use mapdirect_proto::{BlockMap, DeviceId, Flags};
@@ -275,14 +275,14 @@ impl Pin {
     }
 
     /// What it says about `operation` on a file of `size` bytes.
-    pub(crate) fn opinion(&self, operation: &Operation, size: u64, since: Since) -> Opinion {
+    pub(crate) fn opinion(&self, operation: &Operation, size: u64, moved: u64) -> Opinion {
         if self.is_dead() || operation.kind.is_harmless() {
             return Opinion::Allow;
         }
         match &*self.settled.load() {
             Some(settled)
                 if judge(operation, &settled.pinned, size)
-                    && !settled.pinned.minds_beside(operation, size, since) =>
+                    && !settled.pinned.minds_beside(operation, size, moved) =>
             {
                 Opinion::Allow
             }
@@ -330,9 +330,8 @@ pub(crate) struct Watched {
     /// No open gets an answer while this is set: a description is being
     /// replaced, and its record locks with it.
     pub(crate) hold_opens: AtomicBool,
-    /// Blocks that were not pinned may have come to be shared under a pin.
-    pub(crate) shared_since: AtomicBool,
-    /// Something other than moving blocks of the file itself did so.
+    /// Blocks may have come to be shared, by something other than moving
+    /// blocks of the file itself.
     pub(crate) cloned_since: AtomicBool,
     /// By so many bytes blocks may have come nearer to a pin.
     pub(crate) moved: AtomicU64,
@@ -387,7 +386,6 @@ impl Watched {
             mapped_writable: AtomicBool::new(false),
             mapping_by: LetIn::default(),
             hold_opens: AtomicBool::new(false),
-            shared_since: AtomicBool::new(false),
             cloned_since: AtomicBool::new(false),
             moved: AtomicU64::new(0),
             opens_wait: AtomicBool::new(false),
@@ -455,20 +453,11 @@ impl Watched {
         None
     }
 
-    /// What has happened to it so far.
-    pub(crate) fn since(&self) -> Since {
-        Since {
-            shared: self.shared_since.load(SeqCst),
-            moved: self.moved.load(SeqCst),
-        }
-    }
-
     /// Forgets what was shared while nothing is pinned: a pin that comes looks
     /// for itself. `moved` stays, since it is also given back.
     pub(crate) fn forget_if_free(&self) {
         if self.pins.load().iter().all(|pin| pin.is_dead()) {
             self.cloned_since.store(false, SeqCst);
-            self.shared_since.store(false, SeqCst);
         }
     }
 
@@ -825,19 +814,19 @@ mod tests {
         let pin = Pin::unsettled(1, 0..4096, None, 0..4096, Flags::NONE, OWNER);
         let write = Operation::new(OperationKind::Write, 0..10);
         let read = Operation::new(OperationKind::Read, 0..10);
-        assert_eq!(pin.opinion(&write, 4096, Since::default()), Opinion::Wait);
-        assert_eq!(pin.opinion(&read, 4096, Since::default()), Opinion::Allow);
+        assert_eq!(pin.opinion(&write, 4096, 0), Opinion::Wait);
+        assert_eq!(pin.opinion(&read, 4096, 0), Opinion::Allow);
         let device = DeviceId { major: 7, minor: 0 };
         let written = Extent::new(0, Some(0), 4096, ExtentState::Written);
         let map = BlockMap::new(device, 4096, 4096, 0..4096, [written]);
         pin.settle(&map, Pinned::new(&map, false), None);
-        assert_eq!(pin.opinion(&write, 4096, Since::default()), Opinion::Allow);
+        assert_eq!(pin.opinion(&write, 4096, 0), Opinion::Allow);
         let punch = Operation::new(OperationKind::PunchHole, 0..10);
-        assert_eq!(pin.opinion(&punch, 4096, Since::default()), Opinion::Wait);
+        assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Wait);
         pin.hand_over();
-        assert_eq!(pin.opinion(&punch, 4096, Since::default()), Opinion::Refuse);
+        assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Refuse);
         pin.bury();
-        assert_eq!(pin.opinion(&punch, 4096, Since::default()), Opinion::Allow);
+        assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Allow);
     }
 
     fn announced(watched: &Watched, tid: i32, start: u64, came: Instant) -> bool {

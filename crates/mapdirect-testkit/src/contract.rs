@@ -228,13 +228,13 @@ fn expected_in_kernel(attack: &Attack, place: Place, reflink: bool) -> Expected 
     if reflink && attack.row == Row::Untorn {
         return Expected::Refused;
     }
-    // Beside a mapping through the page cache nothing may come to be shared:
-    // what comes nearer, or from another file, may be. And a copy into the
-    // file is one where blocks can be shared.
+    // Nothing beside a pin may come to be shared: what comes nearer, or from
+    // another file, may be. And a copy into the file is one where blocks can be
+    // shared.
     let shares = matches!(attack.row, Row::Reflink | Row::CopyFrom | Row::Exchange)
         || matches!(attack.name, "copy_file_range-into" | "collapse-range");
     if reflink && shares {
-        return Expected::Either;
+        return Expected::Refused;
     }
     Expected::Works
 }
@@ -260,10 +260,9 @@ fn expected_by_events(
         // What is mapped for reading through a descriptor that allows writing
         // could be made writable later.
         Attacker::Holder if attack.name == "mmap-read" && place.is_frozen() => Expected::Either,
-        // Beside a mapping through the page cache nothing may come to be
-        // shared, and beside frozen blocks nothing mapped: a store makes a
-        // whole folio dirty.
-        _ if reflink && matches!(attack.row, Row::Reflink | Row::CopyFrom) => Expected::Either,
+        // Nothing beside a pin may come to be shared, and beside frozen blocks
+        // nothing mapped: a store makes a whole folio dirty.
+        _ if reflink && matches!(attack.row, Row::Reflink | Row::CopyFrom) => Expected::Refused,
         _ if attack.row == Row::MapWrite => Expected::Either,
         // XFS sets the neighbours' blocks aside as well.
         _ if reflink && attack.row == Row::Untorn => Expected::Either,

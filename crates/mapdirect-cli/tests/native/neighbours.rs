@@ -2,11 +2,14 @@
 //! same: by what filesystems do beside what they are asked for.
 
 use crate::world::{World, kinds, open, pin, written};
+use anyhow::bail;
 use libtest_mimic::Trial;
 use mapdirect::Pin;
 use mapdirect_sys::Errno;
-use mapdirect_testkit::attack::clone_range;
+use mapdirect_testkit::attack::{clone_range, dedupe};
 use mapdirect_testkit::disk::run;
+use mapdirect_testkit::process::{Helper, say};
+use mapdirect_testkit::raw::adversary;
 use mapdirect_testkit::{Kind, raw};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -19,9 +22,9 @@ use std::process::Command;
 const KEEP_SIZE: i32 = 1;
 const PUNCH_HOLE: i32 = 2 | KEEP_SIZE;
 const BUSY: Errno = Errno::TXTBSY;
-/// Out of the reach of copies for a pin at the beginning: folios have up to
-/// 2 MiB.
-const FAR: u64 = 3 << 20;
+/// Out of the reach of copies for a pin at the beginning: XFS makes pieces of
+/// 32 blocks of them, and may move one by less than its size.
+const FAR: u64 = 65_536 + 2 * 32 * 4096;
 
 /// For a gate in the kernel: the one by permission events keeps everybody out
 /// who could do any of this.
@@ -41,7 +44,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
             add("verity", kind, verity);
         }
         if kind.reflink() {
-            add("shared-behind-a-mapping", kind, shared_behind_a_mapping);
+            add("nothing-shared-beside", kind, nothing_shared_beside);
+            add("sharing-readers", kind, sharing_readers);
             add("shared-before-a-mapping", kind, shared_before_a_mapping);
             add("untorn-beside", kind, untorn_beside);
         }
@@ -184,9 +188,9 @@ fn verity(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Whoever has the file mapped stores without being asked: nothing beside a
-/// pin may come to be shared then.
-fn shared_behind_a_mapping(world: &World, kind: Kind) {
+/// Nothing beside a pin may come to be shared: whoever has the file mapped
+/// stores without being asked.
+fn nothing_shared_beside(world: &World, kind: Kind) {
     let disk = world.disk(kind);
     let path = written(&disk, "neighbours-mapped", 4 << 20);
     let other = disk.path("neighbours-clone");
@@ -200,18 +204,124 @@ fn shared_behind_a_mapping(world: &World, kind: Kind) {
     file.write_all_at(&[2; 4096], 0).unwrap();
     unchanged(&held, &file, "a store beside it");
     drop(map);
-    // Far away it is nobody's business.
+    assert_eq!(share(), Err(BUSY));
+    // Far away it is nobody's business, nor who writes there.
     clone_range(into.as_fd(), file.as_fd(), FAR, 4096, 4096).unwrap();
-    drop(map_to_store(&file, 65_536..69_632).unwrap());
-    share().unwrap();
-    // And nobody may come to store to it.
-    assert_eq!(map_to_store(&file, 65_536..69_632).err(), Some(BUSY));
-    assert_eq!(rustix::io::pwrite(&file, &[1; 100], 65_536), Err(BUSY));
+    let map = map_to_store(&file, FAR..FAR + 4096).unwrap();
+    map.store(0, 1);
+    file.write_all_at(&[2; 4096], FAR).unwrap();
     file.write_all_at(&[2; 4096], 0).unwrap();
-    unchanged(&held, &file, "a write to it");
-    drop((held, file, into));
+    unchanged(&held, &file, "a write to what is shared");
+    drop((map, held));
+    share().unwrap();
+    drop((file, into));
     std::fs::remove_file(&other).unwrap();
     std::fs::remove_file(&path).unwrap();
+}
+
+/// Whoever can only read the file keeps nobody from writing to it, whatever
+/// they share of it, or try to.
+fn sharing_readers(world: &World, kind: Kind) {
+    const PIN: Range<u64> = 1 << 20..(1 << 20) + 65_536;
+    /// What XFS may copy together with the pin.
+    const WINDOW: Range<u64> = (1 << 20) - 131_072..(1 << 20) + 2 * 131_072;
+    let disk = world.disk(kind);
+    let path = written(&disk, "neighbours-read", 4 << 20);
+    let other = disk.path("neighbours-own");
+    let file = open(&path);
+    let held = pin(&world.guard().client(), &file, PIN);
+    let can_write = |when: &str| {
+        let near = [0, 4096, 65_536, 131_072, 262_144, 900_000];
+        let near = near.map(|near| near - near % 4096);
+        let before = near.map(|near| PIN.start - 4096 - near);
+        let behind = near.map(|near| PIN.end + near);
+        for offset in before.into_iter().chain(behind).chain([PIN.start]) {
+            let wrote = rustix::io::pwrite(&file, &[5; 4096], offset);
+            assert_eq!(wrote, Ok(4096), "at {offset} {when}");
+            let map = map_to_store(&file, offset..offset + 4096);
+            map.unwrap_or_else(|errno| panic!("at {offset} {when}: {errno}"))
+                .store(0, 6);
+        }
+    };
+    can_write("at first");
+    for offset in [
+        PIN.start - 4096,
+        PIN.end,
+        WINDOW.start - 4096,
+        WINDOW.start,
+        WINDOW.end - 4096,
+        WINDOW.end,
+    ] {
+        for how in ["clone", "dedupe", "dedupe-what-differs", "dedupe-into"] {
+            let _ = std::fs::remove_file(&other);
+            let owned = File::create(&other).unwrap();
+            std::os::unix::fs::fchown(&owned, Some(65_534), Some(65_534)).unwrap();
+            let mut reader = Helper::start(
+                "sharer",
+                &[
+                    how,
+                    &path.to_string_lossy(),
+                    &other.to_string_lossy(),
+                    &offset.to_string(),
+                ],
+            )
+            .unwrap();
+            let came = reader.hear().unwrap();
+            let expected = match how {
+                _ if WINDOW.contains(&offset) => BUSY.to_string(),
+                "clone" | "dedupe" => String::from("shared"),
+                "dedupe-what-differs" => Errno::ILSEQ.to_string(),
+                _ => Errno::PERM.to_string(),
+            };
+            assert_eq!(came, expected, "{how} at {offset}");
+            // While the reader goes on trying.
+            for _ in 0..3 {
+                can_write(&format!("after {how} at {offset}"));
+            }
+            reader.kill().unwrap();
+            world.count("ways of a reader to share beside a pin", 1);
+        }
+    }
+    unchanged(&held, &file, "what readers share");
+    drop((held, file));
+    std::fs::remove_file(&other).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Role: shares a block of a file that it can only read with one of its own,
+/// says what came of it, and goes on.
+pub fn play_sharer(arguments: &[String]) -> anyhow::Result<()> {
+    let [how, path, own, offset] = arguments else {
+        bail!("wrong arguments");
+    };
+    let offset = offset.parse()?;
+    adversary::become_nobody()?;
+    let file = File::open(path)?;
+    let own = File::options().read(true).write(true).open(own)?;
+    let share = || {
+        let mut block = vec![0; 4096];
+        file.read_exact_at(&mut block, offset)?;
+        if how == "dedupe-what-differs" {
+            block[17] ^= 1;
+        }
+        if how != "clone" {
+            own.write_all_at(&block, 0)?;
+            own.sync_all()?;
+        }
+        let shared = match how.as_str() {
+            "clone" => clone_range(own.as_fd(), file.as_fd(), offset, 4096, 0),
+            "dedupe-into" => dedupe(own.as_fd(), 0, file.as_fd(), offset, 4096),
+            _ => dedupe(file.as_fd(), offset, own.as_fd(), 0, 4096),
+        };
+        anyhow::Ok(shared)
+    };
+    match share()? {
+        Ok(()) => say("shared"),
+        Err(errno) => say(&errno.to_string()),
+    }
+    loop {
+        let _ = share()?;
+    }
 }
 
 /// A mapping anywhere could be grown over what is shared beside a pin.

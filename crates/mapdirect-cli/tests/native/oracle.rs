@@ -4,7 +4,7 @@ use crate::world::World;
 use mapdirect::plan::Plan;
 use mapdirect::{BlockMap, DeviceId, Extent, ExtentState};
 use mapdirect_guard::policy::layers::{Layers, kinds as operation_kinds};
-use mapdirect_guard::policy::{Apart, Beside, Operation, OperationKind, Pinned, Since, judge};
+use mapdirect_guard::policy::{Apart, Beside, Operation, OperationKind, Pinned, judge};
 use mapdirect_testkit::random::Random;
 
 /// Asks the programs and the policy the same questions.
@@ -35,15 +35,12 @@ pub fn judges_as_the_policy(world: &World) {
             }
             operation.direct = random.below(2) == 0;
             let now = 1 + random.below(70 * BLOCK);
-            let shared = random.below(2) == 0;
-            let told = oracle.refuses(&operation, now, shared).unwrap();
-            let expected = layers.refuses(&operation, now, shared);
+            let told = oracle.refuses(&operation, now).unwrap();
+            let expected = layers.refuses(&operation, now);
             assert_eq!(told, expected, "{operation:?} of {now} bytes, {layers:?}");
             // And no less than the policy says pin by pin.
-            let since = Since { shared, moved: 0 };
-            let minds = |pin: &Pinned| {
-                !judge(&operation, pin, now) || pin.minds_beside(&operation, now, since)
-            };
+            let minds =
+                |pin: &Pinned| !judge(&operation, pin, now) || pin.minds_beside(&operation, now, 0);
             let expected = pins.iter().any(minds);
             assert!(told || !expected, "{operation:?} of {now} bytes, {pins:?}");
             world.count("questions to programs and policy", 1);
@@ -86,7 +83,6 @@ fn random_pin(random: &mut Random, size: u64, longest: u64) -> Pinned {
             .collect(),
         window: (random.below(2) == 0)
             .then(|| range.start.saturating_sub(5 * BLOCK)..range.end + 5 * BLOCK),
-        stores: random.below(2) == 0,
         grows_into: random.below(3) == 0,
         failing_frees: random.below(3) == 0,
         edges: (0..random.below(2))

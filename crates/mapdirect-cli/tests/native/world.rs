@@ -58,6 +58,7 @@ pub fn roles() -> Vec<Role> {
         ("hammer", mapdirect_testkit::hammer::play),
         ("overlay", mapdirect_testkit::overlay::play),
         ("dump-core", crate::writers::play_dump_core),
+        ("sharer", crate::neighbours::play_sharer),
         ("forked", crate::states::play_forked),
     ]
 }

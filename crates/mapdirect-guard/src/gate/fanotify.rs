@@ -637,11 +637,8 @@ impl Server<'_> {
             watched.mapped_writable.store(true, SeqCst);
         }
         let fails = operation.kind == K::Exchange && !watched.abilities.exchange;
-        if operation.kind.may_bring_shared() && !fails {
-            watched.shared_since.store(true, SeqCst);
-            if operation.brings_shared {
-                watched.cloned_since.store(true, SeqCst);
-            }
+        if operation.brings_shared && !fails {
+            watched.cloned_since.store(true, SeqCst);
         }
         fence(SeqCst);
         let verdict = self.ask_pins(watched, operation, size, file, late);
@@ -663,7 +660,7 @@ impl Server<'_> {
         late: Duration,
     ) -> Verdict {
         let pins = watched.pins.load();
-        let since = watched.since();
+        let moved = watched.moved.load(SeqCst);
         let mut held = false;
         // What this gate cannot see, a descriptor open for writing can do
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
@@ -675,10 +672,10 @@ impl Server<'_> {
             operation.reach(size)
         };
         if operation.brings_shared {
-            reach.start = reach.start.saturating_sub(since.moved);
+            reach.start = reach.start.saturating_sub(moved);
         }
         for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
-            let opinion = match pin.opinion(operation, size, since) {
+            let opinion = match pin.opinion(operation, size, moved) {
                 Opinion::Allow if exclusive && pin.is_handed_over() => Opinion::Refuse,
                 Opinion::Allow if exclusive => Opinion::Wait,
                 opinion => opinion,

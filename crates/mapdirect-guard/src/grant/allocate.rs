@@ -20,6 +20,7 @@ use rustix::fs::{FallocateFlags, OFlags};
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 /// What came of it.
@@ -289,14 +290,14 @@ impl Attempt<'_> {
     fn nobody_minds(&self, work: &Work, range: &Range<u64>) -> Result<(), Refusal> {
         let size = self.judged.facts.size;
         let pins = self.watched.pins.load();
-        let since = self.watched.since();
+        let moved = self.watched.moved.load(SeqCst);
         for other in pins.iter().filter(|other| other.id != self.pin.id) {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
             };
             let minds = |operation: &Operation| {
                 !policy::judge(operation, &settled.pinned, size)
-                    || settled.pinned.minds_beside(operation, size, since)
+                    || settled.pinned.minds_beside(operation, size, moved)
             };
             // Nothing is written behind the end of the file.
             let writes = work.zeros.iter().chain(&work.shared).map(|run| {

@@ -25,10 +25,8 @@ pub enum List {
     Beside,
     /// It is pinned, and zeroing a part of it copies it.
     Shared,
-    /// It lies beside a pin, and may have come to be shared.
+    /// Nothing may come to be shared there, nor be written to untorn.
     Window,
-    /// Nothing may come to be shared there.
-    Stores,
     /// Pages that must stay in the page cache.
     Held,
     /// A store to a mapping of it may allocate or copy frozen blocks.
@@ -44,7 +42,7 @@ pub enum List {
 }
 
 /// How many lists there are.
-pub const LISTS: usize = 11;
+pub const LISTS: usize = 10;
 
 /// What the pins of an inode keep still.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -117,10 +115,7 @@ impl Layers {
             self.push(List::Beside, run.clone());
         }
         if let Some(window) = &pin.beside.window {
-            self.push_outside(List::Window, window, &pin.range);
-            if pin.beside.stores {
-                self.push(List::Stores, window.clone());
-            }
+            self.push(List::Window, window.clone());
         }
         if let Apart::Held(held) = &pin.apart {
             let page = mapdirect_sys::mmap::page_size();
@@ -185,7 +180,7 @@ impl Layers {
     }
 
     /// Whether no write is refused, wherever in the file it goes: unless it is
-    /// untorn, or blocks near a pin have come to be shared.
+    /// untorn.
     #[must_use]
     pub fn lets_writes_pass(&self) -> bool {
         const MATTER: [List; 7] = [
@@ -208,10 +203,9 @@ impl Layers {
         range.start < range.end && runs.get(first).is_some_and(|run| run.start < range.end)
     }
 
-    /// Whether an operation on a file of `size` bytes is refused;
-    /// `shared_since` if blocks beside a pin may have come to be shared.
+    /// Whether an operation on a file of `size` bytes is refused.
     #[must_use]
-    pub fn refuses(&self, operation: &Operation, size: u64, shared_since: bool) -> bool {
+    pub fn refuses(&self, operation: &Operation, size: u64) -> bool {
         let kind = operation.kind;
         let rule = kind.rule();
         let traits = Traits::of(kind);
@@ -230,7 +224,7 @@ impl Layers {
         {
             return true;
         }
-        if traits.brings_shared && self.meets(List::Stores, &brings_to(rule, operation, size)) {
+        if traits.brings_shared && self.meets(List::Window, &brings_to(rule, operation, size)) {
             return true;
         }
         if kind.writes_data() && ranges().any(|range| self.meets(List::Ahead, range)) {
@@ -242,8 +236,8 @@ impl Layers {
         if kind.leaves_unwritten() && ranges().any(|range| self.refuses_edge(rule, range)) {
             return true;
         }
-        let may_be_shared = shared_since || kind == OperationKind::WriteUntorn;
-        if traits.touches && ranges().any(|range| self.minds_range(range, may_be_shared)) {
+        let untorn = kind == OperationKind::WriteUntorn;
+        if traits.touches && ranges().any(|range| self.minds_range(range, untorn)) {
             return true;
         }
         if traits.touches && ranges().any(|range| self.dirties_folios(kind, range)) {
@@ -253,7 +247,7 @@ impl Layers {
         rule.grows
             && largest > size
             && !last.is_empty()
-            && (self.minds_range(&last, may_be_shared) || self.meets(List::Coarse, &last))
+            && (self.minds_range(&last, untorn) || self.meets(List::Coarse, &last))
     }
 
     fn refuses_range(&self, rule: &Rule, range: &Range<u64>, size: u64) -> bool {
@@ -301,9 +295,9 @@ impl Layers {
         self.meets(List::Edges, &(range.start..end))
     }
 
-    fn minds_range(&self, range: &Range<u64>, shared_since: bool) -> bool {
+    fn minds_range(&self, range: &Range<u64>, untorn: bool) -> bool {
         let blocks = rounded_out(range, self.block);
-        self.meets(List::Beside, &blocks) || shared_since && self.meets(List::Window, &blocks)
+        self.meets(List::Beside, &blocks) || untorn && self.meets(List::Window, &blocks)
     }
 }
 
@@ -340,7 +334,7 @@ pub fn kinds() -> impl Iterator<Item = OperationKind> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Beside, Since, judge};
+    use super::super::{Beside, judge};
     use super::*;
     use mapdirect::plan::Plan;
     use mapdirect_proto::{BlockMap, DeviceId, Extent};
@@ -355,7 +349,6 @@ mod tests {
         whole_file: bool,
         beside: Vec<Range<u64>>,
         window: bool,
-        stores: bool,
         grows_into: bool,
         failing_frees: bool,
         edges: bool,
@@ -386,7 +379,6 @@ mod tests {
                 .with_beside(Beside {
                     frozen: self.beside.clone(),
                     window: self.window.then_some(around),
-                    stores: self.stores,
                     grows_into: self.grows_into,
                     failing_frees: self.failing_frees,
                     edges: self
@@ -416,20 +408,19 @@ mod tests {
             proptest::collection::vec(state, 1..10),
             prop_oneof![9 => Just(false), 1 => Just(true)],
             proptest::collection::vec(beside, 0..3),
-            proptest::array::uniform5(any::<bool>()),
+            proptest::array::uniform4(any::<bool>()),
             0u8..3,
             0u8..3,
         )
             .prop_map(
                 |(first, states, whole_file, beside, flags, mapped, apart)| {
-                    let [window, stores, grows_into, failing_frees, edges] = flags;
+                    let [window, grows_into, failing_frees, edges] = flags;
                     Model {
                         first,
                         states,
                         whole_file,
                         beside,
                         window,
-                        stores,
                         grows_into,
                         failing_frees,
                         edges,
@@ -453,7 +444,6 @@ mod tests {
             length in 1u64..6 * BLOCK,
             append in any::<bool>(),
             direct in any::<bool>(),
-            shared in any::<bool>(),
             kind in proptest::sample::select(RULES.map(|rule| rule.kind).to_vec()),
         ) {
             // The size when they were pinned, and what it is now.
@@ -466,12 +456,11 @@ mod tests {
             // Only writes go to another place than they say.
             let appends = append && kind == OperationKind::Write;
             operation.or = appends.then_some(later..later + length);
-            let since = Since { shared, moved: 0 };
             let expected = pins.iter().any(|pin| {
-                !judge(&operation, pin, later) || pin.minds_beside(&operation, later, since)
+                !judge(&operation, pin, later) || pin.minds_beside(&operation, later, 0)
             });
             let layers = Layers::new(&pins, false);
-            let refuses = layers.refuses(&operation, later, shared);
+            let refuses = layers.refuses(&operation, later);
             prop_assert!(refuses || !expected, "{:?} {:?}", operation, layers);
             // Which pins a range lies wholly inside of is not known any more:
             // it may be refused for one that it cannot harm.

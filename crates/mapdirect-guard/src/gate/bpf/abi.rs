@@ -187,7 +187,6 @@ pub(super) struct Entry {
     largest_size: u64,
     block: u32,
     first: [u32; LISTS + 1],
-    pad: u32,
     runs: [Run; INLINE],
 }
 
@@ -237,14 +236,12 @@ impl Entry {
             block: u32::try_from(layers.block).unwrap_or(0),
             spilled: spilled.into(),
             first,
-            pad: 0,
             runs: inline,
         };
         (entry, spilled.then_some(runs))
     }
 
-    /// No write is refused, wherever it goes, unless it is untorn, or blocks
-    /// near a pin have come to be shared.
+    /// No write is refused, wherever it goes, unless it is untorn.
     pub(super) fn lets_writes_pass(&self) -> bool {
         self.flags & Self::WRITES_PASS != 0
     }
@@ -290,8 +287,7 @@ pub(super) struct Identity {
 pub(super) const EVENT_REFUSED: u32 = 1;
 pub(super) const EVENT_ENDED: u32 = 2;
 pub(super) const EVENT_RAW: u32 = 3;
-pub(super) const EVENT_SHARED: u32 = 4;
-pub(super) const EVENT_DOUBT: u32 = 5;
+pub(super) const EVENT_DOUBT: u32 = 4;
 
 /// An inode all of whose pins are gone.
 pub(super) const DEAD: u64 = 1 << 63;
@@ -352,9 +348,8 @@ pub(super) struct Question {
     pub(super) direct: u8,
     pub(super) foreign: u8,
     pub(super) has_or: u8,
-    pub(super) stored_to: u8,
     pub(super) has_doubt: u8,
-    pub(super) pad: [u8; 6],
+    pub(super) pad: [u8; 7],
     pub(super) at: Run,
     pub(super) or_at: Run,
     pub(super) size: u64,

@@ -24,13 +24,11 @@ const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
 const HASH: &str = include_str!("mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-pub(super) const BPF_MAPS: [&str; 14] = [
+pub(super) const BPF_MAPS: [&str; 12] = [
     "settings",
     "filter",
     "entries",
     "spill",
-    "shared_since",
-    "not_shared",
     "holders",
     "lives",
     "devices",
@@ -76,8 +74,6 @@ pub(super) struct Maps {
     pub(super) filter: SharedWords,
     pub(super) entries: MapHandle,
     pub(super) spill: MapHandle,
-    pub(super) shared_since: MapHandle,
-    pub(super) not_shared: MapHandle,
     pub(super) holders: MapHandle,
     pub(super) lives: MapHandle,
     pub(super) devices: MapHandle,
@@ -99,8 +95,6 @@ impl Maps {
                 .map_err(|errno| failed("mapping the filter", errno))?,
             entries: map("entries")?,
             spill: map("spill")?,
-            shared_since: map("shared_since")?,
-            not_shared: map("not_shared")?,
             holders: map("holders")?,
             lives: map("lives")?,
             devices: map("devices")?,

@@ -323,7 +323,7 @@ struct run {
 
 // What an operation may not meet, for all pins of an inode together; see
 // layers.rs, which says the same in Rust.
-enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD, EDGES, COARSE, LISTS };
+enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, HELD, MAPPED, AHEAD, EDGES, COARSE, LISTS };
 
 #define INLINE 8
 
@@ -331,10 +331,8 @@ enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, STORES, HELD, MAPPED, AHEAD,
 #define HAS_FROZEN 2	// or blocks beside it that take frozen ones along
 #define CACHED 4	// raw mappings through the page cache are accepted
 #define FAILING_FREES 8	// a growing write that fails frees blocks of a pin
-// No write is refused, wherever it goes: unless it is untorn, or blocks near a
-// pin have come to be shared, in an entry that is WINDOWED.
-#define WRITES_PASS 16
-#define WINDOWED 32
+#define WRITES_PASS 16	// no write is refused, wherever it goes, unless it is untorn
+#define WINDOWED 32	// untorn ones are refused near the pins
 
 struct entry {
 	u64 version;
@@ -345,7 +343,6 @@ struct entry {
 	u64 tail_size;
 	u32 block;
 	u32 first[LISTS + 1];
-	u32 pad;
 	struct run runs[INLINE];
 };
 
@@ -356,9 +353,8 @@ struct question {
 	u8 direct;
 	u8 foreign;	// a mapping of a file that is no pin's
 	u8 has_or;
-	u8 stored_to;	// there are mappings to store to the file by
 	u8 has_doubt;	// a write may be an untorn one
-	u8 pad[6];
+	u8 pad[7];
 	struct run at;
 	struct run or_at;
 	u64 size;
@@ -392,8 +388,7 @@ struct holder {
 #define EVENT_REFUSED 1
 #define EVENT_ENDED 2
 #define EVENT_RAW 3
-#define EVENT_SHARED 4	// blocks near a pin may have come to be shared
-#define EVENT_DOUBT 5	// notes of writes are needed, to judge one
+#define EVENT_DOUBT 4	// notes of writes are needed, to judge one
 
 struct event {
 	u32 type;
@@ -477,24 +472,6 @@ struct {
 	__type(key, u64);
 	__array(values, struct many_runs);
 } spill SEC(".maps");
-
-// How often blocks near a pin may have come to be shared since it was granted;
-// and up to which count the guard has found, since, that they have not.
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1 << 20);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct key);
-	__type(value, u64);
-} shared_since SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1 << 20);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct key);
-	__type(value, u64);
-} not_shared SEC(".maps");
 
 // The struct files that are pins.
 struct {
@@ -751,7 +728,7 @@ __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind, struc
 }
 
 // What an operation does beside the pins. Layers::minds_range.
-__noinline int minds_range(struct entry *e, u32 shared, struct run *at)
+__noinline int minds_range(struct entry *e, u32 untorn, struct run *at)
 {
 	if (!e || !at)
 		return 1;
@@ -763,7 +740,7 @@ __noinline int minds_range(struct entry *e, u32 shared, struct run *at)
 	u64 from = align_down(start, block), to = align_up(end, block);
 	if (meets(e, BESIDE, from, to))
 		return 1;
-	return shared && meets(e, WINDOW, from, to);
+	return untorn && meets(e, WINDOW, from, to);
 }
 
 __noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
@@ -774,20 +751,6 @@ __noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
 	u64 from = start > before ? start - before : 0;
 
 	return meets(e, HELD, align_down(from, PAGE), how == 2 ? END : end);
-}
-
-// Whether blocks near a pin may have come to be shared.
-__noinline int may_be_shared(struct key *key)
-{
-	if (!key)
-		return 1;
-	struct key name = *key;
-	u64 *marks = bpf_map_lookup_elem(&shared_since, &name);
-
-	if (!marks)
-		return 0;
-	u64 *seen = bpf_map_lookup_elem(&not_shared, &name);
-	return !seen || *(volatile u64 *)marks != *(volatile u64 *)seen;
 }
 
 static __always_inline bool is_empty(struct entry *e, u32 list)
@@ -816,12 +779,8 @@ static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, st
 	    q->kind == MAP_WRITE || q->has_or || (e->flags & FAILING_FREES) ||
 	    !is_empty(e, EDGES))
 		return false;
-	if (q->at.end > q->size || q->at.end > e->tail_size || !is_empty(e, FROZEN) ||
-	    !is_empty(e, BESIDE) || !is_empty(e, HELD) || !is_empty(e, AHEAD))
-		return false;
-	return is_empty(e, WINDOW) ||
-	       !meets(e, WINDOW, align_down(q->at.start, LARGEST_BLOCK),
-		      align_up(q->at.end, LARGEST_BLOCK));
+	return q->at.end <= q->size && q->at.end <= e->tail_size && is_empty(e, FROZEN) &&
+	       is_empty(e, BESIDE) && is_empty(e, HELD) && is_empty(e, AHEAD);
 }
 
 // Layers::dirties_folios.
@@ -838,43 +797,6 @@ __noinline int dirties_folios(struct entry *e, u32 kind, struct run *at)
 		return meets(e, COARSE, from, to);
 	return kind != MAP_WRITE && ((from != start && meets(e, COARSE, from, start)) ||
 				     (to != end && meets(e, COARSE, end, to)));
-}
-
-static __always_inline struct easy *easy_of(u32 dev, u64 ino)
-{
-	return &filter.easy[(filter_slot(dev, ino) >> 6) & (FILTER_WORDS - 1)];
-}
-
-// Something is about to be done after which blocks near a pin may be shared.
-// The mark comes first, then writes lose the short way: the guard, which gives
-// it to them, looks for marks afterwards.
-__noinline int mark_shared(struct key *key)
-{
-	if (!key)
-		return 1;
-	struct key name = *key;
-	u64 *marks = bpf_map_lookup_elem(&shared_since, &name);
-	bool first = !marks;
-
-	if (!marks) {
-		u64 none = 0;
-		bpf_map_update_elem(&shared_since, &name, &none, BPF_NOEXIST);
-		marks = bpf_map_lookup_elem(&shared_since, &name);
-	}
-	if (!marks)
-		return 1;
-	first = first || !may_be_shared(&name);
-	__sync_fetch_and_add(marks, 1);
-	struct easy *easy_one = easy_of(name.dev, name.ino);
-	__sync_fetch_and_and(&easy_one->facts, ~(u64)EASY);
-	struct event *event = first ? bpf_ringbuf_reserve(&changes, sizeof(*event), 0) : 0;
-	if (event) {
-		__builtin_memset(event, 0, sizeof(*event));
-		event->type = EVENT_SHARED;
-		event->key = name;
-		bpf_ringbuf_submit(event, 0);
-	}
-	return 0;
 }
 
 // Layers::refuses.
@@ -896,12 +818,9 @@ __noinline int judge(struct entry *e, struct question *q)
 		kind = WRITE;
 	if (kind >= KINDS)
 		return 1;
-	struct key key = q->key;
 	// Wherever it begins, it could be grown over frozen blocks by mremap(2),
-	// which no hook sees, and over what has come to be shared beside a pin.
-	if (kind == MAP_WRITE && q->foreign &&
-	    ((e->flags & HAS_FROZEN) ||
-	     (!is_empty(e, WINDOW) && may_be_shared(&key))))
+	// which no hook sees.
+	if (kind == MAP_WRITE && q->foreign && (e->flags & HAS_FROZEN))
 		return 1;
 	struct rule *rule = &s->rules[kind];
 	u64 size = q->size;
@@ -924,7 +843,6 @@ __noinline int judge(struct entry *e, struct question *q)
 		return 1;
 	if (how && q->has_or && lets_go(e, how, q->or_at.start, q->or_at.end))
 		return 1;
-	bool nears = false;
 	if (rule->brings_shared) {
 		u64 from = q->at.start, to = q->at.end;
 		if (rule->reach == EVERYTHING) {
@@ -940,10 +858,7 @@ __noinline int judge(struct entry *e, struct question *q)
 		}
 		from = align_down(from, LARGEST_BLOCK);
 		to = align_up(to, LARGEST_BLOCK);
-		// Whoever has it mapped may store to what comes to be shared, and
-		// is not judged then.
-		nears = meets(e, WINDOW, from, to);
-		if (meets(e, STORES, from, to) || (q->stored_to && nears))
+		if (meets(e, WINDOW, from, to))
 			return 1;
 	}
 	if (writes_data(kind) && !is_empty(e, AHEAD)) {
@@ -958,30 +873,24 @@ __noinline int judge(struct entry *e, struct question *q)
 	u64 unwritten_to = rule->reach == TO_THE_END ? END : q->at.end;
 	if (leaves_unwritten(kind) && meets(e, EDGES, q->at.start, unwritten_to))
 		return 1;
-	bool shared = !is_empty(e, WINDOW) &&
-		      (kind == WRITE_UNTORN || may_be_shared(&key));
-	if (rule->touches && minds_range(e, shared, &q->at))
+	bool untorn = kind == WRITE_UNTORN;
+	if (rule->touches && minds_range(e, untorn, &q->at))
 		return 1;
-	if (rule->touches && q->has_or && minds_range(e, shared, &q->or_at))
+	if (rule->touches && q->has_or && minds_range(e, untorn, &q->or_at))
 		return 1;
 	u64 block = e->block;
 	if (!block || (block & (block - 1)))
 		return 1;
 	struct run tail = { align_down(size, block), size };
 	bool zeroes_tail = rule->grows && largest > size && (size & (block - 1));
-	if (zeroes_tail && minds_range(e, shared, &tail))
+	if (zeroes_tail && minds_range(e, untorn, &tail))
 		return 1;
 	if (!is_empty(e, COARSE) && rule->touches && !q->read_side) {
 		if (dirties_folios(e, kind, &q->at) ||
 		    (q->has_or && dirties_folios(e, kind, &q->or_at)))
 			return 1;
 	}
-	if (zeroes_tail && meets(e, COARSE, tail.start, tail.end))
-		return 1;
-	// Far away nothing comes to be shared beside a pin.
-	if (nears && mark_shared(&key))
-		return 1;
-	return 0;
+	return zeroes_tail && meets(e, COARSE, tail.start, tail.end);
 }
 
 // Whether an operation is refused. An entry may be replaced while it is read,
@@ -1713,7 +1622,6 @@ static __noinline int judge_write(void *ctx, struct file *file)
 	if (!bpf_map_lookup_elem(&entries, &key))
 		return 0;
 	q.size = inode->i_size;
-	q.stored_to = inode->i_mapping->i_mmap_writable.counter > 0;
 	ask_about_write(ctx, file, &q);
 	if (q.has_doubt) {
 		// With notes there is no doubt: they cost every write, so the guard
@@ -1757,7 +1665,6 @@ static __noinline int judge_read(void *ctx, struct file *file)
 	struct note noted = {};
 	q.read_side = 1;
 	q.size = inode->i_size;
-	q.stored_to = inode->i_mapping->i_mmap_writable.counter > 0;
 	q.kind = doing == REMAPPING ? CLONE : doing == COPYING ? COPY_RANGE : UNKNOWN;
 	q.at.end = END;
 	if (take(my_record(false), false, file, doing, &noted)) {

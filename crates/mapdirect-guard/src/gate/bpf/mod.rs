@@ -12,7 +12,6 @@ pub(crate) mod census;
 mod functions;
 mod load;
 pub mod oracle;
-mod sharing;
 mod watch;
 
 use crate::audit::Refused;
@@ -58,7 +57,6 @@ pub(crate) struct Gate {
     /// while looking at its pins, so that the last one to look writes last.
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
-    sharing: sharing::Sharing,
     rules: Mutex<Settings>,
     watch: watch::Watch,
     /// A file of the guard's own, to ask the programs about.
@@ -142,7 +140,6 @@ impl Gate {
             versions: AtomicU64::new(u64::from_ne_bytes(random)),
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
-            sharing: sharing::Sharing::default(),
             rules: Mutex::new(Settings::new(0, &functions::Kernel::default(), true)),
             watch: watch::Watch::default(),
             probe,
@@ -296,9 +293,7 @@ impl Gate {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lets writes to an inode pass without a look at its entry, unless blocks
-    /// near a pin may have come to be shared: whoever lets that happen notes it
-    /// first, and then takes this back.
+    /// Lets writes to an inode pass without a look at its entry.
     fn ease(&self, key: Key) {
         let mut counts = self.counts();
         let word = key.word();
@@ -309,9 +304,6 @@ impl Gate {
         let (ino, facts) = self.easy(word);
         ino.store(key.ino, SeqCst);
         facts.store(u64::from(key.dev) << 32 | abi::EASY, SeqCst);
-        if self.may_be_shared(key) {
-            facts.store(0, SeqCst);
-        }
     }
 
     /// Takes that back.
@@ -331,17 +323,6 @@ impl Gate {
         (&words[at], &words[at + 1])
     }
 
-    /// Whether blocks near a pin may have come to be shared.
-    fn may_be_shared(&self, key: Key) -> bool {
-        let maps = &self.loaded.maps;
-        let marks = |map: &MapHandle| map.lookup(key.as_bytes(), MapFlags::ANY);
-        match marks(&maps.shared_since) {
-            Ok(None) => false,
-            Ok(Some(since)) => !matches!(marks(&maps.not_shared), Ok(Some(seen)) if seen == since),
-            Err(_) => true,
-        }
-    }
-
     /// Whether the kernel knows of pins of an inode.
     fn lives(&self, key: Key) -> bool {
         load::has_pins(&self.loaded.maps.lives, key.as_bytes())
@@ -356,8 +337,6 @@ impl Gate {
         let maps = &self.loaded.maps;
         let _ = maps.entries.delete(key.as_bytes());
         let _ = maps.lives.delete(key.as_bytes());
-        let _ = maps.shared_since.delete(key.as_bytes());
-        let _ = maps.not_shared.delete(key.as_bytes());
         self.burden(key);
         self.counts().noted.remove(&key.inode());
         if before.spilled {
@@ -663,10 +642,8 @@ impl Gate {
                 })
                 .collect()
         };
-        for map in [&maps.entries, &maps.shared_since, &maps.not_shared] {
-            for key in stale(map) {
-                let _ = map.delete(&key);
-            }
+        for key in stale(&maps.entries) {
+            let _ = maps.entries.delete(&key);
         }
         let counts = self.counts();
         let devices: Vec<Vec<u8>> = maps.devices.keys().collect();
@@ -797,16 +774,6 @@ pub fn unload(directory: &Path) -> Result<bool, LoadError> {
 ///
 /// When events cannot be read any more.
 pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
-    std::thread::scope(|scope| {
-        std::thread::Builder::new()
-            .name(String::from("sharing"))
-            .spawn_scoped(scope, || sharing::run(guard, gate))
-            .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::AGAIN))?;
-        hear(guard, gate, say)
-    })
-}
-
-fn hear(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
     let maps = &gate.loaded.maps;
     let heard = |bytes: &[u8]| {
         if let Ok(event) = Event::read_from_bytes(bytes) {
@@ -882,7 +849,6 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
             }
         }
         abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
-        abi::EVENT_SHARED => gate.sharing.add(id),
         // Without them such writes stay refused.
         abi::EVENT_DOUBT => drop(gate.note_writes(id)),
         _ => {}

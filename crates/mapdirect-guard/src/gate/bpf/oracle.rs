@@ -17,7 +17,6 @@ pub struct Oracle {
     object: Object,
     entries: MapHandle,
     spill: MapHandle,
-    shared_since: MapHandle,
     version: u64,
 }
 
@@ -42,7 +41,7 @@ impl Oracle {
             MapHandle::try_from(&found).map_err(failed)
         };
         let settings = map("settings")?;
-        let (entries, spill, shared_since) = (map("entries")?, map("spill")?, map("shared_since")?);
+        let (entries, spill) = (map("entries")?, map("spill")?);
         settings
             .update(
                 &0u32.to_ne_bytes(),
@@ -54,7 +53,6 @@ impl Oracle {
             object,
             entries,
             spill,
-            shared_since,
             version: 1,
         })
     }
@@ -90,19 +88,8 @@ impl Oracle {
     /// # Errors
     ///
     /// When they cannot be run.
-    pub fn refuses(
-        &self,
-        operation: &Operation,
-        size: u64,
-        shared_since: bool,
-    ) -> Result<bool, LoadError> {
+    pub fn refuses(&self, operation: &Operation, size: u64) -> Result<bool, LoadError> {
         let key = Key::new(INODE);
-        let _ = self.shared_since.delete(key.as_bytes());
-        if shared_since {
-            self.shared_since
-                .update(key.as_bytes(), &1u64.to_ne_bytes(), MapFlags::ANY)
-                .map_err(failed)?;
-        }
         let run = |range: &std::ops::Range<u64>| Run {
             start: range.start,
             end: range.end,
