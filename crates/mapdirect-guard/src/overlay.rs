@@ -17,7 +17,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Upper directories of every overlay in every mount namespace that a process
-/// lives in, looked up at most once a second.
+/// lives in, looked up at most once a second, and again before a word is said
+/// of one.
 #[derive(Debug, Default)]
 pub(crate) struct Overlays {
     known: Arc<ArcSwapOption<Known>>,
@@ -31,8 +32,22 @@ struct Known {
 }
 
 impl Known {
-    fn is_fresh(&self) -> bool {
-        self.since.elapsed() < FRESH
+    /// The mount point of an overlay that writes above a file; see
+    /// [`Overlays::above`].
+    fn above(&self, file: BorrowedFd<'_>, path: &str, id: InodeId, links: u64) -> Option<&str> {
+        let mut here = self.uppers.iter().filter(|upper| upper.id.dev == id.dev);
+        // Most systems have none: look no further.
+        let first = here.next()?;
+        let ancestors = ancestors(Path::new(path), file);
+        std::iter::once(first)
+            .chain(here)
+            .find(|upper| match &ancestors {
+                Some(ancestors) if links <= 1 => ancestors.contains(&upper.id),
+                // With other links, or without a path that leads to the
+                // file, it may be anywhere on this filesystem.
+                _ => links > 0,
+            })
+            .map(|upper| &*upper.mount_point)
     }
 }
 
@@ -58,26 +73,23 @@ impl Overlays {
         id: InodeId,
         links: u64,
     ) -> Option<String> {
-        let known = self.look_up();
-        let mut here = known.uppers.iter().filter(|upper| upper.id.dev == id.dev);
-        // Most systems have none: look no further.
-        let first = here.next()?;
-        let ancestors = ancestors(Path::new(path), file);
-        std::iter::once(first)
-            .chain(here)
-            .find(|upper| match &ancestors {
-                Some(ancestors) if links <= 1 => ancestors.contains(&upper.id),
-                // With other links, or without a path that leads to the
-                // file, it may be anywhere on this filesystem.
-                _ => links > 0,
-            })
-            .map(|upper| upper.mount_point.clone())
+        let now = Instant::now();
+        let known = self.look_up(now.checked_sub(FRESH).unwrap_or(now));
+        let above = known.above(file, path, id, links)?;
+        if known.since >= now {
+            return Some(above.to_owned());
+        }
+        // It may be gone, its filesystem with it, and another be there under
+        // the same numbers.
+        let known = self.look_up(now);
+        known.above(file, path, id, links).map(str::to_owned)
     }
 
-    /// Nobody waits for anybody else here: a look may hang.
-    fn look_up(&self) -> Arc<Known> {
+    /// What there is, or was after `since`. Nobody waits for anybody else here:
+    /// a look may hang.
+    fn look_up(&self, since: Instant) -> Arc<Known> {
         if let Some(known) = self.known.load_full()
-            && known.is_fresh()
+            && known.since >= since
         {
             return known;
         }
@@ -86,7 +98,7 @@ impl Overlays {
             let known = Arc::clone(&self.known);
             found = within(LIMIT, move |looking| {
                 // Somebody else may have looked while this waited for room.
-                let published = known.load_full().filter(|known| known.is_fresh());
+                let published = known.load_full().filter(|known| known.since >= since);
                 published.unwrap_or_else(|| Arc::new(find_uppers(looking)))
             });
             // Where it hung is passed over the next time. Whatever namespace

@@ -242,6 +242,8 @@ fn overlay(world: &World, kind: Kind) {
     let refused = through.unwrap_err();
     assert_eq!(refused.kind(), mapdirect::Kind::Filesystem, "{refused:#}");
     drop(beside.unwrap());
+    // What is gone is in nobody's way, not for a moment.
+    drop(pin(&path).unwrap());
     for path in [&path, &free] {
         std::fs::remove_file(path).unwrap();
     }
