@@ -27,7 +27,7 @@ const BLOCK: u64 = 4096;
 /// Blocks that attacks and pins range over.
 const BLOCKS: u64 = 128;
 const ATTACKERS: u64 = 4;
-const OPERATIONS: u64 = 26_000;
+const OPERATIONS: u64 = 10_000;
 /// Pins that must have been there to attack, and how many rounds of attacks
 /// to wait for them.
 const ENOUGH: u64 = 100;
