@@ -329,8 +329,18 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
         // Where it cannot be had for good there is another one.
-        Err(LoadError::Unsupported(_)) if config.gate == GateChoice::Auto => open_fanotify(),
-        Err(error) => Err(StartError::NoBpf(error.to_string())),
+        Err(LoadError::Unsupported(_) | LoadError::MayLeaveOut)
+            if config.gate == GateChoice::Auto =>
+        {
+            open_fanotify()
+        }
+        Err(error) => Err(match error.help() {
+            Some(help) => StartError::Missing {
+                what: format!("the bpf gate is {error}"),
+                help,
+            },
+            None => StartError::NoBpf(error.to_string()),
+        }),
     }
 }
 

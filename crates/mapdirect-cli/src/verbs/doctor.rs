@@ -253,6 +253,12 @@ fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> Finding {
             format!("{kernel}; only root can tell whether the programs load"),
             "run `mapdirect doctor` as root",
         ),
+        Err(error) if error.help().is_some() => Finding::new(
+            name,
+            Outcome::Note,
+            error.to_string(),
+            error.help().unwrap_or_default(),
+        ),
         Err(error) => Finding::new(
             name,
             Outcome::Note,
