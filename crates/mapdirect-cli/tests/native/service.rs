@@ -141,6 +141,19 @@ impl Drop for Trying {
     }
 }
 
+/// What `doctor` finds about being a guard, if it finds one thing, and that.
+fn to_guard(doctor: &mut Command, outcome: &str) -> Option<String> {
+    let said = doctor.output().unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    let findings = said["findings"].as_array()?.iter();
+    let mut ours = findings.filter(|finding| finding["name"] == "to guard");
+    let found = ours.next()?;
+    assert!(ours.next().is_none(), "{said}");
+    assert_eq!(found["outcome"], outcome, "{said}");
+    assert!(outcome == "good" || found["mend"] != "", "{said}");
+    Some(found["text"].as_str()?.to_owned())
+}
+
 /// A guard without a capability that it needs says which, and never that it is
 /// ready; one that has just these does its work, on files of others as well.
 fn capabilities(world: &World) {
@@ -166,6 +179,19 @@ fn capabilities(world: &World) {
             assert!(said.contains(&other.to_uppercase()), "{said}");
         }
         assert!(said.contains("help: "), "{said}");
+        // `doctor` says the same, where it would be the same gate.
+        let mut doctor = Command::new("setpriv");
+        doctor.arg(&without).arg(BINARY).args(["doctor", "--json"]);
+        let text = to_guard(&mut doctor, "note").unwrap();
+        assert!(text.contains(&format!("lacks {name} (")), "{text}");
+        if text.contains(&format!("with the {} gate", gate.name())) {
+            assert!(said.contains(&text), "{text}: {said}");
+        }
+    }
+    let text = to_guard(Command::new(BINARY).args(["doctor", "--json"]), "good").unwrap();
+    assert_eq!(text.matches("CAP_").count(), needed.len(), "{text}");
+    for name in needed {
+        assert!(text.contains(&name.to_uppercase()), "{text}");
     }
     let just = format!("--bounding-set=-all,+{}", needed.join(",+"));
     let mut guard = Trying::start(&["setpriv", &just], gate.name());

@@ -663,11 +663,18 @@ fn listen(_level: PrintLevel, line: String) {
     }
 }
 
+/// Whether this process may load programs that look at the kernel. Root may
+/// have given that away.
+fn is_privileged() -> bool {
+    use mapdirect_sys::capget::{CAP_SYS_ADMIN, contains, effective};
+    effective(0).is_ok_and(|has| contains(has, CAP_SYS_ADMIN))
+}
+
 /// An error of libbpf with what it had to say.
 fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
     // The verifier says EACCES, too.
     let denied = error.kind() == libbpf_rs::ErrorKind::PermissionDenied;
-    if denied && !rustix::process::geteuid().is_root() {
+    if denied && !is_privileged() {
         return LoadError::NotPrivileged;
     }
     let said = std::mem::take(&mut *SAID.lock().unwrap_or_else(PoisonError::into_inner));
