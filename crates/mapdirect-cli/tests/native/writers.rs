@@ -4,12 +4,12 @@
 use crate::world::{BINARY, World, patience};
 use anyhow::{Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{BlockMap, Guard, Pin, PinOptions};
+use mapdirect::{BlockMap, Guard, Integrity, Pin, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::overlay::{Above, OPERATIONS, Owner};
-use mapdirect_testkit::process::{GuardProcess, Helper};
+use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
 use mapdirect_testkit::raw::adversary;
 use mapdirect_testkit::writers::{Answer, When, Writer};
 use mapdirect_testkit::{Disk, Kind, raw};
@@ -141,7 +141,7 @@ impl<'a> Scene<'a> {
         Ok(Held {
             before: pin.block_map().clone(),
             length: self.file.metadata().unwrap().len(),
-            _pin: pin,
+            pin,
         })
     }
 
@@ -158,7 +158,7 @@ impl<'a> Scene<'a> {
         let writer = Writer::find(name, When::After).unwrap();
         let held = self.pin(patience()).unwrap();
         let came = writes();
-        self.judge(writer, how, &came, self.has_changed(&held));
+        self.judge(writer, how, &came, &held);
     }
 
     /// Tries one that was there before.
@@ -177,18 +177,19 @@ impl<'a> Scene<'a> {
             }
             Ok(held) => {
                 let came = writes();
-                let changed = self.has_changed(&held);
                 assert!(
                     expected != Answer::GrantRefused,
                     "{name} {how}: the pin was granted beside a writer that was there \
-                     ({came}, changed: {changed})"
+                     ({came}, changed: {})",
+                    self.has_changed(&held)
                 );
-                self.judge(writer, how, &came, changed);
+                self.judge(writer, how, &came, &held);
             }
         }
     }
 
-    fn judge(&self, writer: &Writer, how: &str, came: &Came, changed: bool) {
+    fn judge(&self, writer: &Writer, how: &str, came: &Came, held: &Held) {
+        let changed = self.has_changed(held);
         let expected = writer.answer(Gate::under_test());
         println!("writers: {} {how}: {came}, changed: {changed}", writer.name);
         match expected {
@@ -198,13 +199,37 @@ impl<'a> Scene<'a> {
                 writer.name
             ),
             Answer::Harmless => assert!(!changed, "{} {how}: {came}", writer.name),
-            Answer::Noticed => {
-                self.world
-                    .count("changes left to be noticed", changed.into());
-            }
+            Answer::Noticed => match came {
+                // It is not to be had here.
+                Came::Refused(_) => assert!(!changed, "{} {how}: {came}", writer.name),
+                Came::Passed => {
+                    assert!(changed, "{} {how}: it passed, and did nothing", writer.name);
+                    self.is_told(&format!("{} {how}", writer.name), held);
+                }
+            },
             Answer::GrantRefused => panic!("{}: the pin was granted", writer.name),
         }
         self.world.count("writers that meet no hook", 1);
+    }
+
+    /// The holder hears of the breach, and the status shows it.
+    fn is_told(&self, who: &str, held: &Held) {
+        let breach = wait_for(patience(), || {
+            Ok(match held.pin.integrity() {
+                Integrity::Breached { breaches, .. } => breaches.into_iter().next(),
+                _ => None,
+            })
+        });
+        let breach = breach.unwrap_or_else(|_| panic!("{who}: the holder was not told"));
+        assert_eq!(breach.pin, held.pin.pin_id(), "{who}");
+        assert_ne!(breach.before, breach.after, "{who}");
+        assert!(held.pin.state().is_lost(), "{who}: {}", held.pin.state());
+        let status = self.guard.status().unwrap();
+        let is_shown = status.breaches.iter().any(|shown| {
+            (shown.pin, &shown.range, shown.time) == (breach.pin, &breach.range, breach.time)
+        });
+        assert!(is_shown, "{who}: the status does not show it");
+        self.world.count("changes left to be noticed, and told", 1);
     }
 }
 
@@ -218,7 +243,7 @@ impl Drop for Scene<'_> {
 struct Held {
     before: BlockMap,
     length: u64,
-    _pin: Pin,
+    pin: Pin,
 }
 
 /// The system has one of some things.
