@@ -156,7 +156,7 @@ const BPF_HOLES: [&str; 5] = [
     "stores through the page cache beside frozen blocks while no guard runs: it holds the pages \
      that keep them apart",
     "whatever happens in the second until the guard puts back what root deletes from the gate's \
-     maps; and everything, once root takes the gate away while no guard runs (mapdirect guard \
+     maps (it is told afterwards); and everything, once root takes the gate away while no guard runs (mapdirect guard \
      --unload, or removing it from /sys/fs/bpf)",
 ];
 

@@ -33,6 +33,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use wires::{CannotArm, Listened, Who, Wires};
@@ -71,6 +72,8 @@ pub(crate) struct Tripwire {
     missing: Mutex<Option<String>>,
     waker: Waker,
     looks: Looks,
+    /// All files are to be looked at.
+    all: AtomicBool,
 }
 
 /// As long as it lives, a file is listened to.
@@ -91,6 +94,7 @@ impl Tripwire {
             missing: Mutex::new(missing),
             waker: Waker::new()?,
             looks: Looks::default(),
+            all: AtomicBool::new(false),
         })
     }
 
@@ -135,6 +139,17 @@ impl Tripwire {
     /// Why nothing is noticed that the gate does not refuse, if so.
     pub(crate) fn missing(&self) -> Option<String> {
         lock(&self.missing).clone()
+    }
+
+    /// Has the block maps of all pins read and compared soon: the gate was open
+    /// for a moment, and is closed again.
+    #[cfg_attr(
+        not(feature = "bpf"),
+        expect(dead_code, reason = "nobody can open the other gate")
+    )]
+    pub(crate) fn look_everywhere(&self) {
+        self.all.store(true, SeqCst);
+        self.waker.wake();
     }
 
     /// Has the thread notice that the guard stops.
@@ -416,6 +431,9 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
             }
         }
         listen(guard, wires, &mut cases);
+        if tripwire.all.swap(false, SeqCst) {
+            look_at_all(guard, wires, &mut cases);
+        }
         let now = Instant::now();
         for case in cases.values_mut().filter(|case| case.is_due(now)) {
             (case.due, case.looking) = (None, true);
@@ -516,7 +534,7 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
     }
 }
 
-/// Something was missed, and nobody knows of which file.
+/// Something may have been missed, and nobody knows of which file.
 fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     for file in lock(wires).all() {
         if let Some(watched) = guard.table.get(file.id) {
