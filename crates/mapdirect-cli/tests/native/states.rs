@@ -11,9 +11,10 @@ use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
 use mapdirect_testkit::attack::{Attack, Door, Target};
 use mapdirect_testkit::contract::{Gate, Place, Subject};
+use mapdirect_testkit::disk::run;
 use mapdirect_testkit::fault::{Access, load};
 use mapdirect_testkit::process::{GuardProcess, Helper, listen, say, wait_for};
-use mapdirect_testkit::{Kind, raw};
+use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 use std::fs::File;
@@ -44,7 +45,12 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("child-of-fork", child_of_fork),
         ],
     };
-    world.trials("states", &kinds, tests)
+    let mut trials = world.trials("states", &kinds, tests);
+    // They need filesystems of their own, and there is one of each DAX kind.
+    if crate::world::dax_kinds().is_empty() {
+        trials.extend(world.trials("states", &kinds, &[("shut-down", shut_down)]));
+    }
+    trials
 }
 
 /// How long the guard's word may be on its way.
@@ -91,6 +97,41 @@ fn lost_with_its_guard(world: &World, kind: Kind) {
     assert!(held.state().is_lost() && pinned.state().is_lost());
     drop((held, pinned, file));
     std::fs::remove_file(&path).unwrap();
+}
+
+/// What is on a filesystem that is shut down is lost at once, and nothing else.
+fn shut_down(world: &World, kind: Kind) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let disk = Disk::new(kind, 320).unwrap();
+    let (path, elsewhere) = (
+        written(&disk, "states-dead", 1 << 20),
+        written(&world.disk(kind), "states-elsewhere", 1 << 20),
+    );
+    let (file, other) = (open(&path), open(&elsewhere));
+    let held = map(&guard.client(), &file, 0..65536);
+    let pinned = pin(&guard.client(), &file, 65536..131_072);
+    let spared = pin(&guard.client(), &other, 0..65536);
+    let events = [held.event_fd().unwrap(), pinned.event_fd().unwrap()];
+    run(Command::new("xfs_io")
+        .args(["-x", "-c", "shutdown"])
+        .arg(disk.root()))
+    .unwrap();
+    told(&events[0], || held.state().is_lost());
+    told(&events[1], || pinned.state().is_lost());
+    assert!(held.state().why().contains("shut down"), "{}", held.state());
+    assert_eq!(held.integrity(), Integrity::Intact, "no block has moved");
+    let status = guard.client().status().unwrap();
+    let pins: Vec<_> = status.files.iter().flat_map(|file| &file.pins).collect();
+    assert_eq!(pins.len(), 3);
+    for shown in pins {
+        let is_spared = shown.pin == spared.pin_id();
+        assert_eq!(shown.lost.is_empty(), is_spared, "{}", shown.lost);
+    }
+    assert!(spared.state().is_kept());
+    drop((held, pinned, spared, file, other));
+    wait_until_free(&elsewhere);
+    std::fs::remove_file(&elsewhere).unwrap();
+    disk.unmount().unwrap();
 }
 
 /// Role: maps a range, has a child, and that says what it sees. Arguments:

@@ -6,7 +6,8 @@
 //! inside the kernel (programs of the bpf gate's kind would be left out now and
 //! then); whatever they tell of, or may have lost, is a reason to read the
 //! block map again and to compare it with what was pinned. Only a difference
-//! is a breach, so an event too many does no harm.
+//! is a breach, so an event too many does no harm. A file that cannot be opened
+//! any more, since its filesystem was shut down, is lost.
 //!
 //! [`points`] knows which tracepoints, [`filter`] for which files, [`wires`]
 //! has them and their rings. One thread ([`run`]) reads the rings and decides
@@ -187,6 +188,8 @@ struct Case {
     file: Arc<Listened>,
     blocks: Blocks,
     hits: Vec<Hit>,
+    /// Its filesystem may have been shut down.
+    may_be_dead: bool,
     /// When to look.
     due: Option<Instant>,
     /// A look is under way.
@@ -205,6 +208,7 @@ impl Case {
             file,
             blocks: Blocks::default(),
             hits: Vec::new(),
+            may_be_dead: false,
             due: None,
             looking: false,
             rests_until: Instant::now(),
@@ -242,6 +246,12 @@ impl Case {
         }
         self.looks = 0;
         self.due = Some(self.rests_until.max(Instant::now()));
+    }
+
+    /// Anything may have become of the file with its filesystem.
+    fn heard_of_filesystem(&mut self) {
+        self.may_be_dead = true;
+        self.heard(None, None);
     }
 
     /// Asks for the names of who came by, before they are gone.
@@ -442,6 +452,7 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
                 file: Arc::clone(&case.file),
                 blocks: case.blocks.clone(),
                 hits: case.hits.clone(),
+                may_be_dead: case.may_be_dead,
             });
         }
         is_behind = tripwire.looks.staff(spawn);
@@ -523,7 +534,12 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
         }
         drop(pins);
         if let Some(file) = wired.listened(id) {
-            case_of(cases, watched, file).heard(told.blocks, Some((who, told.at)));
+            let case = case_of(cases, watched, file);
+            if told.inode.is_some() {
+                case.heard(told.blocks, Some((who, told.at)));
+            } else {
+                case.heard_of_filesystem();
+            }
         }
     }
     drop(wired);
@@ -538,7 +554,7 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
 fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     for file in lock(wires).all() {
         if let Some(watched) = guard.table.get(file.id) {
-            case_of(cases, watched, file).heard(None, None);
+            case_of(cases, watched, file).heard_of_filesystem();
         }
     }
 }
