@@ -19,7 +19,7 @@
 //! Counting them can hang, too: `/proc/<pid>` and `/proc/<pid>/task` are locked
 //! for as long as somebody likes who lists them into a page of a FUSE file while
 //! somebody else waits to mount there. So each look that takes long gets a
-//! second thread ([`Look::examine`]) that says whether it hangs, and where that
+//! second thread ([`Look::answer`]) that says whether it hangs, and where that
 //! does not answer, it does not.
 
 use mapdirect_sys::descriptors::spawn_apart;
@@ -35,8 +35,8 @@ const MOST: usize = 512;
 /// processor is not taken for a process that cannot be looked at.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// How often to see whether a look hangs.
-const A_WHILE: Duration = Duration::from_millis(20);
+/// How often to see whether a look hangs; what was found is seen the next time.
+const A_WHILE: Duration = Duration::from_millis(10);
 
 static LOOKS: Looks = Looks::new(MOST, hangs_for_execve);
 
@@ -122,9 +122,17 @@ struct Examination {
     /// How often that was asked, and up to which of these it is answered.
     asked: u64,
     answered: u64,
-    hangs: bool,
+    /// The process that it hung at then, or 0.
+    at: i32,
     /// The look has ended.
     is_over: bool,
+}
+
+impl Examination {
+    /// Unless it has gone on meanwhile.
+    fn hangs_at(&self, look: &Look) -> bool {
+        self.at > 0 && self.at == look.pid.load(SeqCst)
+    }
 }
 
 /// Second threads, those that hang included.
@@ -154,16 +162,15 @@ impl Look {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether it hangs, looked at after this was called; no if that cannot be
-    /// told in so long a time.
-    fn examine(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool, limit: Duration) -> bool {
+    /// Has it found out once more whether it hangs; nothing if nobody can.
+    fn ask(
+        self: &Arc<Self>,
+        is_in_execve: fn(i32, i32) -> bool,
+    ) -> Option<MutexGuard<'_, Examination>> {
         let mut examination = self.examination();
         examination.asked += 1;
-        let asked = examination.asked;
         if !examination.is_under_way {
-            let Some(examiner) = Examiner::new() else {
-                return false;
-            };
+            let examiner = Examiner::new()?;
             let look = Arc::clone(self);
             let builder = std::thread::Builder::new()
                 .name(String::from("examine"))
@@ -172,19 +179,34 @@ impl Look {
                 let _examiner = examiner;
                 look.answer(is_in_execve);
             });
-            if spawned.is_err() {
-                return false;
-            }
+            spawned.ok()?;
             examination.is_under_way = true;
         }
         self.changed.notify_all();
+        Some(examination)
+    }
+
+    /// Whether it hung when that was found out last; asks for the next time,
+    /// and waits for nothing.
+    fn hung_lately(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool) -> bool {
+        self.ask(is_in_execve)
+            .is_some_and(|examination| examination.hangs_at(self))
+    }
+
+    /// Whether it hangs, looked at after this was called; no if that cannot be
+    /// told in so long a time.
+    fn hangs(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool, limit: Duration) -> bool {
+        let Some(examination) = self.ask(is_in_execve) else {
+            return false;
+        };
+        let asked = examination.asked;
         let is_waited_for =
             |examination: &mut Examination| examination.answered < asked && !examination.is_over;
         let (examination, _) = self
             .changed
             .wait_timeout_while(examination, limit, is_waited_for)
             .unwrap_or_else(PoisonError::into_inner);
-        examination.answered >= asked && examination.hangs
+        examination.answered >= asked && examination.hangs_at(self)
     }
 
     /// Says whether it hangs, as often as that is asked, until it has ended.
@@ -203,8 +225,7 @@ impl Look {
             let (tid, pid) = (self.tid.load(SeqCst), self.pid.load(SeqCst));
             let hangs = tid > 0 && pid > 0 && is_in_execve(tid, pid);
             examination = self.examination();
-            // Unless it has gone on meanwhile.
-            examination.hangs = hangs && self.pid.load(SeqCst) == pid;
+            examination.at = if hangs { pid } else { 0 };
             examination.answered = asked;
             self.changed.notify_all();
         }
@@ -327,7 +348,7 @@ impl Looks {
             .iter()
             .find(|look| look.is_given_up.load(SeqCst) && look.pid.load(SeqCst) == pid)
             .cloned();
-        there.is_some_and(|look| look.examine(self.is_in_execve, GRACE))
+        there.is_some_and(|look| look.hangs(self.is_in_execve, GRACE))
     }
 
     fn within<T: Send + 'static>(
@@ -368,7 +389,7 @@ impl Looks {
             if let Ok(seen) = told.recv_timeout(left.min(A_WHILE)) {
                 return Ok(seen);
             }
-            if left.is_zero() || noted.examine(self.is_in_execve, left.min(A_WHILE)) {
+            if left.is_zero() || noted.hung_lately(self.is_in_execve) {
                 noted.is_given_up.store(true, SeqCst);
                 let pid = noted.pid.load(SeqCst);
                 return told.try_recv().map_err(|_| Stuck { pid });
