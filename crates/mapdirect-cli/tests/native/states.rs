@@ -9,8 +9,7 @@ use libtest_mimic::Trial;
 use mapdirect::{DirectMap, EventFd, Guard, Integrity, MapOptions, OnBreach, State};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
-use mapdirect_testkit::attack::{Attack, Door, Target};
-use mapdirect_testkit::contract::{Gate, Place, Subject};
+use mapdirect_testkit::contract::{Gate, Subject};
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::fault::{Access, load};
 use mapdirect_testkit::process::{GuardProcess, Helper, listen, say, wait_for};
@@ -210,28 +209,6 @@ fn child_of_fork(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Something that moves blocks by the descriptor of their holder, which no
-/// permission event tells of.
-fn move_blocks(kind: Kind, subject: &Subject, file: &File) {
-    let name = if kind.is_xfs() {
-        "xfs-swapext"
-    } else {
-        "ext4-move-extent"
-    };
-    let (offset, length) = subject.bytes(Place::Stable);
-    let target = Target {
-        path: subject.path.clone(),
-        offset,
-        length,
-        block: kind.block(),
-        other: subject.other.clone(),
-        door: Door::ALL[0],
-        file: Some(file.as_fd().try_clone_to_owned().unwrap()),
-    };
-    let attack = Attack::by_name(name).unwrap();
-    (attack.run)(&target).unwrap();
-}
-
 /// A mapping of all that is pinned of a subject.
 fn map_subject(guard: &Guard, subject: &Subject, file: &File, on_breach: OnBreach) -> DirectMap {
     MapOptions::new()
@@ -252,7 +229,7 @@ fn broken(world: &World, kind: Kind) {
     let event = held.event_fd().unwrap();
     let addresses = held.as_ptr() as usize..held.as_ptr() as usize + held.len();
     assert!(matches!(load(addresses.start), Access::Went(_)));
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     told(&event, || held.state().is_lost());
     for address in [addresses.start, addresses.end - 1] {
         assert_eq!(load(address), Access::BUS_ADRERR);
@@ -296,7 +273,7 @@ fn broken_and_told_only(world: &World, kind: Kind) {
     let file = open(&subject.path);
     let held = map_subject(&guard.client(), &subject, &file, OnBreach::Tell);
     let event = held.event_fd().unwrap();
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     told(&event, || held.state().is_lost());
     assert!(!held.integrity().is_intact());
     held.read_at(0, &mut [0; 64]).unwrap();
@@ -329,7 +306,7 @@ fn broken_in_a_child(world: &World, kind: Kind) {
         }
     })
     .unwrap();
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     wait_for(soon(), || Ok(held.state().is_lost().then_some(()))).unwrap();
     assert_eq!(load(address), Access::BUS_ADRERR);
     tell.write_all(b"x").unwrap();
@@ -387,7 +364,7 @@ fn broken_under_the_command_line(world: &World, kind: Kind) {
     let alone = Pinned::start(guard.socket(), &subject.path, &[]);
     let command = ["--", "sh", "-c", "sleep 3; exit 7"];
     let with_command = Pinned::start(guard.socket(), &subject.path, &command);
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     let (status, said) = alone.end();
     assert_eq!(status, Some(5), "{said}");
     assert!(said.contains("the pin was broken: bytes "), "{said}");

@@ -10,7 +10,6 @@ use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::overlay::{Above, OPERATIONS, Owner};
 use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
-use mapdirect_testkit::raw::adversary;
 use mapdirect_testkit::writers::{Answer, When, Writer};
 use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -102,11 +101,6 @@ impl<'a> Scene<'a> {
         Self::with(world, world.guard().client(), disk, name, true)
     }
 
-    /// The same before a guard of one's own.
-    fn before_guard(world: &'a World, guard: &GuardProcess, disk: &Disk, name: &str) -> Self {
-        Self::with(world, guard.client(), disk, name, true)
-    }
-
     fn with(world: &'a World, guard: Guard, disk: &Disk, name: &str, hole: bool) -> Self {
         let base = disk.path(&format!("writers-{name}"));
         let up = base.join("up");
@@ -118,7 +112,7 @@ impl<'a> Scene<'a> {
         file.set_len(LENGTH).unwrap();
         file.sync_all().unwrap();
         for path in [&base, &up, &path] {
-            chown(path, Some(adversary::NOBODY), Some(adversary::NOBODY)).unwrap();
+            chown(path, Some(raw::NOBODY), Some(raw::NOBODY)).unwrap();
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         let file = File::open(&path).unwrap();
@@ -294,7 +288,7 @@ fn overlay_after(world: &World, kind: Kind) {
         for operation in OPERATIONS {
             let how = format!("{operation} by {}", owner.name());
             let name = how.replace(' ', "-");
-            let scene = Scene::before_guard(world, &guard, &disk, &name);
+            let scene = Scene::with(world, guard.client(), &disk, &name, true);
             scene.after(name_of(operation), &how, || {
                 match above(&scene, owner, operation, false) {
                     Some(mut above) => Came::of(above.attack(harmful(operation)).unwrap()),
@@ -313,7 +307,7 @@ fn overlay_before(world: &World, kind: Kind) {
         for operation in OPERATIONS {
             let how = format!("{operation} by {}", owner.name());
             let name = how.replace(' ', "-");
-            let scene = Scene::before_guard(world, &guard, &disk, &name);
+            let scene = Scene::with(world, guard.client(), &disk, &name, true);
             if let Some(above) = above(&scene, owner, operation, true) {
                 all.push((operation, how, above, scene));
             }
@@ -332,7 +326,13 @@ fn overlay_before(world: &World, kind: Kind) {
 fn overlay_detached(world: &World, kind: Kind) {
     let (disk, guard) = alone(kind);
     for operation in OPERATIONS {
-        let scene = Scene::before_guard(world, &guard, &disk, &format!("detached-{operation}"));
+        let scene = Scene::with(
+            world,
+            guard.client(),
+            &disk,
+            &format!("detached-{operation}"),
+            true,
+        );
         let Some(mut above) = above(&scene, Owner::Detached, operation, true) else {
             continue;
         };
@@ -351,7 +351,7 @@ fn overlay_detached(world: &World, kind: Kind) {
 /// in.
 fn overlay_between(world: &World, kind: Kind) {
     let (disk, guard) = alone(kind);
-    let scene = Scene::before_guard(world, &guard, &disk, "between");
+    let scene = Scene::with(world, guard.client(), &disk, "between", true);
     drop(scene.pin(patience()).unwrap());
     crate::world::wait_until_free(&scene.path);
     let Some(mut above) = above(&scene, Owner::Detached, "write", true) else {
@@ -366,7 +366,13 @@ fn overlay_between(world: &World, kind: Kind) {
 fn copy_up(world: &World, kind: Kind) {
     let (disk, guard) = alone(kind);
     for owner in [Owner::Root, Owner::Nobody] {
-        let scene = Scene::before_guard(world, &guard, &disk, &format!("copy-up-{}", owner.name()));
+        let scene = Scene::with(
+            world,
+            guard.client(),
+            &disk,
+            &format!("copy-up-{}", owner.name()),
+            true,
+        );
         scene.after("copy-up", owner.name(), || {
             match above(&scene, owner, "copy-up", false) {
                 Some(mut above) => Came::of(above.attack(4096).unwrap()),
@@ -386,7 +392,7 @@ pub fn play_dump_core(arguments: &[String]) -> Result<()> {
         maximum: None,
     };
     setrlimit(Resource::Core, without)?;
-    adversary::become_nobody()?;
+    raw::become_nobody()?;
     std::env::set_current_dir(directory)?;
     std::process::abort();
 }
