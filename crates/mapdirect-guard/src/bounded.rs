@@ -15,10 +15,16 @@
 //! [`Stuck::is_in_execve`] looks at what the hanging thread of *ours* sleeps in,
 //! and how many threads the process has. (Landlock takes
 //! the same lock in a process with other threads, from Linux 7.0: they count.)
+//!
+//! Counting them can hang, too: `/proc/<pid>` and `/proc/<pid>/task` are locked
+//! for as long as somebody likes who lists them into a page of a FUSE file while
+//! somebody else waits to mount there. So each look that takes long gets a
+//! second thread ([`Look::answer`]) that says whether it hangs, and where that
+//! does not answer, it does not.
 
 use mapdirect_sys::descriptors::spawn_apart;
 use mapdirect_sys::proc;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -29,8 +35,8 @@ const MOST: usize = 512;
 /// processor is not taken for a process that cannot be looked at.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// How often to see whether a look hangs.
-const A_WHILE: Duration = Duration::from_millis(20);
+/// How often to see whether a look hangs; what was found is seen the next time.
+const A_WHILE: Duration = Duration::from_millis(10);
 
 static LOOKS: Looks = Looks::new(MOST, hangs_for_execve);
 
@@ -64,7 +70,7 @@ impl Stuck {
 }
 
 /// Whether thread `tid` of this process waits for process `pid` to be done
-/// with `execve(2)`.
+/// with `execve(2)`. This may hang.
 fn hangs_for_execve(tid: i32, pid: i32) -> bool {
     // In this order: a process that has one thread while a look waits has had
     // one ever since that began to wait, unless it got further.
@@ -103,6 +109,133 @@ struct Look {
     tid: AtomicI32,
     /// Nobody waits for it any more.
     is_given_up: AtomicBool,
+    examination: Mutex<Examination>,
+    /// Something of the examination has changed.
+    changed: Condvar,
+}
+
+/// Whether a look hangs, as its second thread finds out.
+#[derive(Debug, Default)]
+struct Examination {
+    /// There is such a thread.
+    is_under_way: bool,
+    /// How often that was asked, and up to which of these it is answered.
+    asked: u64,
+    answered: u64,
+    /// The process that it hung at then, or 0.
+    at: i32,
+    /// The look has ended.
+    is_over: bool,
+}
+
+impl Examination {
+    /// Unless it has gone on meanwhile.
+    fn hangs_at(&self, look: &Look) -> bool {
+        self.at > 0 && self.at == look.pid.load(SeqCst)
+    }
+}
+
+/// Second threads, those that hang included.
+static EXAMINERS: AtomicUsize = AtomicUsize::new(0);
+
+/// Counted for as long as it lives.
+struct Examiner;
+
+impl Examiner {
+    fn new() -> Option<Self> {
+        let one_more = |examiners| (examiners < MOST).then_some(examiners + 1);
+        EXAMINERS.fetch_update(SeqCst, SeqCst, one_more).ok()?;
+        Some(Self)
+    }
+}
+
+impl Drop for Examiner {
+    fn drop(&mut self) {
+        EXAMINERS.fetch_sub(1, SeqCst);
+    }
+}
+
+impl Look {
+    fn examination(&self) -> MutexGuard<'_, Examination> {
+        self.examination
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has it found out once more whether it hangs; nothing if nobody can.
+    fn ask(
+        self: &Arc<Self>,
+        is_in_execve: fn(i32, i32) -> bool,
+    ) -> Option<MutexGuard<'_, Examination>> {
+        let mut examination = self.examination();
+        examination.asked += 1;
+        if !examination.is_under_way {
+            let examiner = Examiner::new()?;
+            let look = Arc::clone(self);
+            let builder = std::thread::Builder::new()
+                .name(String::from("examine"))
+                .stack_size(256 * 1024);
+            let spawned = spawn_apart(builder, None, move || {
+                let _examiner = examiner;
+                look.answer(is_in_execve);
+            });
+            spawned.ok()?;
+            examination.is_under_way = true;
+        }
+        self.changed.notify_all();
+        Some(examination)
+    }
+
+    /// Whether it hung when that was found out last; asks for the next time,
+    /// and waits for nothing.
+    fn hung_lately(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool) -> bool {
+        self.ask(is_in_execve)
+            .is_some_and(|examination| examination.hangs_at(self))
+    }
+
+    /// Whether it hangs, looked at after this was called; no if that cannot be
+    /// told in so long a time.
+    fn hangs(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool, limit: Duration) -> bool {
+        let Some(examination) = self.ask(is_in_execve) else {
+            return false;
+        };
+        let asked = examination.asked;
+        let is_waited_for =
+            |examination: &mut Examination| examination.answered < asked && !examination.is_over;
+        let (examination, _) = self
+            .changed
+            .wait_timeout_while(examination, limit, is_waited_for)
+            .unwrap_or_else(PoisonError::into_inner);
+        examination.answered >= asked && examination.hangs_at(self)
+    }
+
+    /// Says whether it hangs, as often as that is asked, until it has ended.
+    fn answer(&self, is_in_execve: fn(i32, i32) -> bool) {
+        let mut examination = self.examination();
+        loop {
+            examination = self
+                .changed
+                .wait_while(examination, |one| one.answered == one.asked && !one.is_over)
+                .unwrap_or_else(PoisonError::into_inner);
+            if examination.is_over {
+                return;
+            }
+            let asked = examination.asked;
+            drop(examination);
+            let (tid, pid) = (self.tid.load(SeqCst), self.pid.load(SeqCst));
+            let hangs = tid > 0 && pid > 0 && is_in_execve(tid, pid);
+            examination = self.examination();
+            examination.at = if hangs { pid } else { 0 };
+            examination.answered = asked;
+            self.changed.notify_all();
+        }
+    }
+
+    /// It has ended.
+    fn end(&self) {
+        self.examination().is_over = true;
+        self.changed.notify_all();
+    }
 }
 
 /// Tells what a look is at.
@@ -214,8 +347,8 @@ impl Looks {
             .lock()
             .iter()
             .find(|look| look.is_given_up.load(SeqCst) && look.pid.load(SeqCst) == pid)
-            .map(|look| look.tid.load(SeqCst));
-        there.is_some_and(|tid| (self.is_in_execve)(tid, pid))
+            .cloned();
+        there.is_some_and(|look| look.hangs(self.is_in_execve, GRACE))
     }
 
     fn within<T: Send + 'static>(
@@ -256,10 +389,9 @@ impl Looks {
             if let Ok(seen) = told.recv_timeout(left.min(A_WHILE)) {
                 return Ok(seen);
             }
-            let (tid, pid) = (noted.tid.load(SeqCst), noted.pid.load(SeqCst));
-            let hangs = || tid > 0 && pid > 0 && (self.is_in_execve)(tid, pid);
-            if left.is_zero() || hangs() {
+            if left.is_zero() || noted.hung_lately(self.is_in_execve) {
                 noted.is_given_up.store(true, SeqCst);
+                let pid = noted.pid.load(SeqCst);
                 return told.try_recv().map_err(|_| Stuck { pid });
             }
         }
@@ -298,6 +430,7 @@ impl Drop for UnderWay {
             .lock()
             .retain(|look| !Arc::ptr_eq(look, &self.look));
         self.looks.ended.notify_one();
+        self.look.end();
     }
 }
 
@@ -351,6 +484,29 @@ mod tests {
         let (seen, _release) = hang(looks, 1);
         assert_eq!(seen, Err(Stuck { pid: 1 }));
         assert_eq!(looks.within(LATE, |looking| looking.at(1)), Ok(Ok(())));
+    }
+
+    /// Whoever finds out whether a look hangs may hang himself.
+    #[test]
+    fn nobody_waits_for_who_finds_out_whether_a_look_hangs() {
+        fn never(_: i32, _: i32) -> bool {
+            std::thread::sleep(LATE);
+            true
+        }
+        let looks: &'static Looks = Box::leak(Box::new(Looks::new(2, never)));
+        let begun = Instant::now();
+        let (seen, release) = hang(looks, 78);
+        assert_eq!(seen, Err(Stuck { pid: 78 }));
+        assert!(!looks.hangs_for_execve(78), "that cannot be told");
+        let next = looks.within(LATE, |looking| looking.at(78));
+        assert_eq!(next, Ok(Ok(())));
+        assert!(begun.elapsed() < LATE / 2);
+        // The look ends all the same.
+        drop(release);
+        while !looks.lock().is_empty() {
+            assert!(begun.elapsed() < LATE / 2);
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     #[test]

@@ -61,6 +61,18 @@ pub fn probe_tripwire() -> Result<(), String> {
     tripwire::probe()
 }
 
+/// The names of the capabilities that a guard needs for a gate.
+#[must_use]
+pub fn needed_capabilities(gate: mapdirect_proto::Gate) -> String {
+    needs::names(gate)
+}
+
+/// All that this process lacks to be a guard with a gate.
+#[must_use]
+pub fn probe_needs(gate: mapdirect_proto::Gate) -> Vec<StartError> {
+    needs::missing(gate)
+}
+
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {

@@ -85,7 +85,7 @@ impl Need {
 }
 
 /// The capabilities that a gate needs, by name.
-fn names(gate: Gate) -> String {
+pub(crate) fn names(gate: Gate) -> String {
     let names: Vec<_> = NEEDS
         .iter()
         .filter(|need| need.is_for(gate))
@@ -98,17 +98,27 @@ fn names(gate: Gate) -> String {
 ///
 /// # Errors
 ///
-/// What is missing, and what all is needed.
+/// The first thing that is missing.
 pub(crate) fn require(gate: Gate) -> Result<(), StartError> {
-    let has = effective(0).map_err(|errno| StartError::System {
-        call: "capget",
-        errno,
-    })?;
-    require_capabilities(gate, has)?;
+    missing(gate).into_iter().next().map_or(Ok(()), Err)
+}
+
+/// All that a guard with this gate would lack if this process were to be it.
+pub(crate) fn missing(gate: Gate) -> Vec<StartError> {
+    let has = match effective(0) {
+        Ok(has) => has,
+        Err(errno) => {
+            return vec![StartError::System {
+                call: "capget",
+                errno,
+            }];
+        }
+    };
+    let mut lacks: Vec<_> = require_capabilities(gate, has).err().into_iter().collect();
     // In another one they count for nothing outside.
     let own = std::process::id().cast_signed();
     if proc::in_initial_user_namespace(own) != Ok(true) {
-        return Err(StartError::NotPrivileged {
+        lacks.push(StartError::NotPrivileged {
             missing: String::from(
                 "capabilities in the initial user namespace (this is another one)",
             ),
@@ -116,13 +126,20 @@ pub(crate) fn require(gate: Gate) -> Result<(), StartError> {
             needed: names(gate),
         });
     }
+    let is_privileged = lacks.is_empty();
+    if !is_initial_pid_namespace() {
+        lacks.push(StartError::PidNamespace);
+    }
     for (path, option) in [
         ("/proc/self/stack", "CONFIG_STACKTRACE"),
         ("/proc/self/syscall", "CONFIG_HAVE_ARCH_TRACEHOOK"),
         ("/proc/self/schedstat", "CONFIG_SCHED_INFO"),
     ] {
-        if let Err(error) = std::fs::read(path) {
-            return Err(StartError::Missing {
+        // Who lacks privilege may not be allowed to read what is there.
+        if let Err(error) = std::fs::read(path)
+            && (is_privileged || error.kind() == std::io::ErrorKind::NotFound)
+        {
+            lacks.push(StartError::Missing {
                 what: format!("{path} cannot be read ({error}), so nobody could be seen at work"),
                 help: format!("mount proc(5) at /proc, on a kernel with {option}"),
             });
@@ -130,27 +147,34 @@ pub(crate) fn require(gate: Gate) -> Result<(), StartError> {
     }
     let leases = std::fs::read_to_string("/proc/sys/fs/leases-enable");
     if gate == Gate::Fanotify && leases.is_ok_and(|value| value.trim() == "0") {
-        return Err(StartError::Missing {
+        lacks.push(StartError::Missing {
             what: String::from(
                 "leases are disabled, so it could not prove that nobody else has a file open",
             ),
             help: String::from("sysctl fs.leases-enable=1"),
         });
     }
-    Ok(())
+    lacks
+}
+
+/// `/proc/<tid>` of every process that comes to the gate must be there.
+fn is_initial_pid_namespace() -> bool {
+    // PROC_PID_INIT_INO of include/linux/proc_ns.h.
+    const INITIAL: &str = "pid:[4026531836]";
+    std::fs::read_link("/proc/self/ns/pid").is_ok_and(|link| link.as_os_str() == INITIAL)
 }
 
 fn require_capabilities(gate: Gate, has: u64) -> Result<(), StartError> {
-    let missing: Vec<_> = NEEDS
+    let lacking: Vec<_> = NEEDS
         .iter()
         .filter(|need| need.is_for(gate) && !contains(has, need.capability))
         .map(|need| format!("{} ({})", need.name, need.purpose))
         .collect();
-    if missing.is_empty() {
+    if lacking.is_empty() {
         return Ok(());
     }
     Err(StartError::NotPrivileged {
-        missing: missing.join(", "),
+        missing: lacking.join(", "),
         gate,
         needed: names(gate),
     })

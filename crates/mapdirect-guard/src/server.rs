@@ -79,8 +79,8 @@ pub enum StartError {
     },
     /// It would not see who does what.
     #[error(
-        "the guard must run in the initial PID namespace, where it can see every process; \
-         run it on the host, not in a container"
+        "the guard must run in the initial PID namespace, where it can see every process\n  \
+         help: run it on the host, not in a container"
     )]
     PidNamespace,
     /// The kernel cannot do it.
@@ -112,6 +112,29 @@ pub enum StartError {
         /// Why.
         errno: Errno,
     },
+}
+
+/// Parts what is displayed from the help that it ends with.
+const HELP: &str = "\n  help: ";
+
+impl StartError {
+    /// What is wrong.
+    #[must_use]
+    pub fn obstacle(&self) -> String {
+        let said = self.to_string();
+        match said.split_once(HELP) {
+            Some((obstacle, _)) => obstacle.to_owned(),
+            None => said,
+        }
+    }
+
+    /// What to do about it; empty if nothing is known.
+    #[must_use]
+    pub fn help(&self) -> String {
+        let said = self.to_string();
+        let help = said.split_once(HELP).map(|(_, help)| help);
+        help.unwrap_or_default().to_owned()
+    }
 }
 
 /// A guard that is running.
@@ -148,7 +171,6 @@ const SESSION_STACK: usize = 256 * 1024;
 ///
 /// [`StartError`]; nothing is left behind then.
 pub fn start(config: Config) -> Result<Running, StartError> {
-    require_initial_pid_namespace()?;
     // A lease taken for a moment raises it, and its default is to die.
     mapdirect_sys::signal::ignore(libc::SIGIO).map_err(|errno| StartError::System {
         call: "ignoring SIGIO",
@@ -329,8 +351,18 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
         // Where it cannot be had for good there is another one.
-        Err(LoadError::Unsupported(_)) if config.gate == GateChoice::Auto => open_fanotify(),
-        Err(error) => Err(StartError::NoBpf(error.to_string())),
+        Err(LoadError::Unsupported(_) | LoadError::MayLeaveOut)
+            if config.gate == GateChoice::Auto =>
+        {
+            open_fanotify()
+        }
+        Err(error) => Err(match error.help() {
+            Some(help) => StartError::Missing {
+                what: format!("the bpf gate is {error}"),
+                help,
+            },
+            None => StartError::NoBpf(error.to_string()),
+        }),
     }
 }
 
@@ -354,16 +386,6 @@ fn adopt(guard: &Guard) {
     }
     #[cfg(not(feature = "bpf"))]
     let _ = guard;
-}
-
-/// `/proc/<tid>` of every process that raises an event must be readable.
-fn require_initial_pid_namespace() -> Result<(), StartError> {
-    // PROC_PID_INIT_INO of include/linux/proc_ns.h.
-    const INITIAL: &str = "pid:[4026531836]";
-    match std::fs::read_link("/proc/self/ns/pid") {
-        Ok(link) if link.as_os_str() == INITIAL => Ok(()),
-        _ => Err(StartError::PidNamespace),
-    }
 }
 
 /// Events and clients take descriptors; the soft limit is made for programs

@@ -2,8 +2,8 @@
 //! and what must happen there. Worked out by itself, block by block, and not
 //! by asking the guard's own rules.
 
-use crate::attack::{Attack, Needs, Row};
-use crate::disk::Disk;
+use crate::attack::{Attack, Door, Needs, Row, Target};
+use crate::disk::{Disk, Kind};
 use crate::raw::{self, Result};
 use mapdirect_sys::Errno;
 use std::fs::File;
@@ -318,6 +318,36 @@ impl Subject {
     #[must_use]
     pub fn pinned(&self) -> Range<u64> {
         PINNED.start * self.block..PINNED.end * self.block
+    }
+
+    /// Moves its stable blocks by a descriptor of their holder, which no
+    /// permission event tells of.
+    ///
+    /// # Errors
+    ///
+    /// What the kernel says.
+    ///
+    /// # Panics
+    ///
+    /// When there can be no further descriptor.
+    pub fn move_blocks(&self, kind: Kind, holder: &File) -> raw::Result<()> {
+        let name = if kind.is_xfs() {
+            "xfs-swapext"
+        } else {
+            "ext4-move-extent"
+        };
+        let (offset, length) = self.bytes(Place::Stable);
+        let target = Target {
+            path: self.path.clone(),
+            offset,
+            length,
+            block: self.block,
+            other: self.other.clone(),
+            door: Door::ALL[0],
+            file: Some(holder.as_fd().try_clone_to_owned().unwrap()),
+        };
+        let attack = Attack::by_name(name).unwrap();
+        (attack.run)(&target)
     }
 
     /// First byte and length of a place.

@@ -4,13 +4,14 @@
 //! Spoken over `/dev/fuse` directly (include/uapi/linux/fuse.h), since no more
 //! than five messages are needed.
 
+use crate::process::ScratchDirectory;
 use anyhow::{Context, Result};
 use mapdirect_sys::Errno;
 use rustix::fs::{CWD, FileType, Mode, OFlags};
 use rustix::mount::MountFlags;
 use std::ffi::CString;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A question that the server may leave unanswered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,11 +20,25 @@ pub enum Unanswered {
     Flush,
     /// For the bytes of the file.
     Read,
+    /// For other attributes, such as another size.
+    Setattr,
+}
+
+impl Unanswered {
+    fn is(self, opcode: u32) -> bool {
+        opcode
+            == match self {
+                Self::Flush => FLUSH,
+                Self::Read => READ,
+                Self::Setattr => SETATTR,
+            }
+    }
 }
 
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
+const SETATTR: u32 = 4;
 const OPEN: u32 = 14;
 const READ: u32 = 15;
 const FLUSH: u32 = 25;
@@ -35,13 +50,37 @@ const BATCH_FORGET: u32 = 42;
 pub const FILE: &str = "f";
 
 /// A node of `/dev/fuse` that anybody may open, where `/dev/fuse` itself is
-/// not.
-pub fn node(path: &Path) -> Result<()> {
-    let mode = Mode::from_raw_mode(0o666);
-    let device = rustix::fs::makedev(10, 229);
-    rustix::fs::mknodat(CWD, path, FileType::CharacterDevice, mode, device)?;
-    rustix::fs::chmod(path, mode)?;
-    Ok(())
+/// not, and a directory that anybody may mount on, until they are dropped.
+#[derive(Debug)]
+pub struct Place(ScratchDirectory);
+
+impl Place {
+    /// Makes them.
+    pub fn new() -> Result<Self> {
+        let place = Self(ScratchDirectory::in_memory("stranger")?);
+        let (node, directory) = (place.node(), place.directory());
+        std::fs::create_dir(&directory)?;
+        for path in [place.0.path(), &directory] {
+            rustix::fs::chmod(path, Mode::from_raw_mode(0o777))?;
+        }
+        let mode = Mode::from_raw_mode(0o666);
+        let device = rustix::fs::makedev(10, 229);
+        rustix::fs::mknodat(CWD, &node, FileType::CharacterDevice, mode, device)?;
+        rustix::fs::chmod(&node, mode)?;
+        Ok(place)
+    }
+
+    /// The node.
+    #[must_use]
+    pub fn node(&self) -> PathBuf {
+        self.0.path().join("fuse")
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        self.0.path().join("mount")
+    }
 }
 
 /// Mounts the filesystem on a directory, by a `/dev/fuse` that is opened here:
@@ -65,8 +104,9 @@ pub fn mount(device: &Path, directory: &Path) -> Result<OwnedFd> {
     Ok(server)
 }
 
-/// Answers until the filesystem is gone.
-pub fn serve(server: &OwnedFd, unanswered: Unanswered) {
+/// Answers until the filesystem is gone; `asked` hears of each question that
+/// stays unanswered.
+pub fn serve(server: &OwnedFd, unanswered: Unanswered, mut asked: impl FnMut()) {
     let mut buffer = vec![0; 1 << 17];
     loop {
         let length = match rustix::io::read(server, &mut buffer) {
@@ -84,8 +124,10 @@ pub fn serve(server: &OwnedFd, unanswered: Unanswered) {
         let (unique, node) = (word(8), word(16));
         let answer = match opcode {
             FORGET | INTERRUPT | BATCH_FORGET => continue,
-            FLUSH if unanswered == Unanswered::Flush => continue,
-            READ if unanswered == Unanswered::Read => continue,
+            _ if unanswered.is(opcode) => {
+                asked();
+                continue;
+            }
             INIT => Ok(init()),
             LOOKUP => Ok([words(&[2, 0, 1000, 1000, 0]), attributes(2)].concat()),
             GETATTR => Ok([words(&[1000, 0]), attributes(node)].concat()),

@@ -993,7 +993,7 @@ pub fn play(arguments: &[String]) -> anyhow::Result<()> {
         processors: processors.parse()?,
         seed: seed.parse()?,
     };
-    adversary::become_nobody()?;
+    raw::become_nobody()?;
     let counters = shared_counters(5)?;
     while let Some(line) = listen()? {
         let (name, tries) = line.split_once(' ').context("wrong words")?;

@@ -112,22 +112,17 @@ fn mount(node: &Path, directory: &Path, unanswered: Unanswered) -> Result<Box<Pa
     raw::own_mapped_mount_namespace()?;
     let server = fuse::mount(node, directory)?;
     raw::fork(|| {
-        die_with_parent();
-        fuse::serve(&server, unanswered);
+        raw::die_with_parent();
+        fuse::serve(&server, unanswered, || {});
         0
     })?;
     drop(server);
     Ok(directory.join(fuse::FILE).into())
 }
 
-fn die_with_parent() {
-    // It always can.
-    let _ = rustix::process::set_parent_process_death_signal(Some(Signal::KILL));
-}
-
 fn child(run: impl FnOnce() -> Result<()>) -> Result<Pid> {
     let pid = raw::fork(|| {
-        die_with_parent();
+        raw::die_with_parent();
         i32::from(run().is_err())
     })?;
     Pid::from_raw(pid).context("no child")

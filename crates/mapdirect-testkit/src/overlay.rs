@@ -2,7 +2,7 @@
 
 use crate::fault::Access;
 use crate::process::{Helper, answer, listen, parse_answer, say};
-use crate::raw::{self, PlainMap, adversary};
+use crate::raw::{self, PlainMap};
 use anyhow::{Context, Result, bail, ensure};
 use mapdirect_sys::Errno;
 use rustix::fs::{Mode, OFlags, SeekFrom, seek};
@@ -119,9 +119,9 @@ pub fn play(arguments: &[String]) -> Result<()> {
 /// Where it is mounted, and what keeps it if that is nowhere.
 fn mount_above(base: &Path, owner: Owner, as_lower: bool) -> Result<(PathBuf, Option<OwnedFd>)> {
     if owner == Owner::Nobody {
-        adversary::become_nobody()?;
+        raw::become_nobody()?;
         raw::own_mount_namespace(true)?;
-        let id = adversary::NOBODY;
+        let id = raw::NOBODY;
         for (file, text) in [
             ("setgroups", String::from("deny")),
             ("uid_map", format!("0 {id} 1")),

@@ -663,10 +663,15 @@ pub fn own_user_namespace() -> Result<()> {
     checked(ret.into()).map(drop)
 }
 
-/// Makes the calling process, which must have one thread only, one of user and
-/// group 65534 without any capability.
+/// The user without any privilege.
+pub const NOBODY: u32 = 65_534;
+
+/// Takes every privilege from the calling process, which must have one thread
+/// only, for good.
+///
+/// It can still be looked at through `/proc`, as a program can that such a
+/// user starts.
 pub fn become_nobody() -> Result<()> {
-    const NOBODY: u32 = 65534;
     // SAFETY: an empty list.
     checked(unsafe { libc::setgroups(0, std::ptr::null()) }.into())?;
     // SAFETY: takes numbers.
@@ -676,6 +681,12 @@ pub fn become_nobody() -> Result<()> {
     // Its files in /proc are root's otherwise.
     // SAFETY: takes numbers.
     checked(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) }.into()).map(drop)
+}
+
+/// Has the calling process killed when its parent ends.
+pub fn die_with_parent() {
+    // It always can.
+    let _ = rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL));
 }
 
 /// Puts the calling process, which must have one thread only, into a user and

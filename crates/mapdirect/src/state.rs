@@ -14,6 +14,9 @@ use std::sync::Arc;
 /// | `Unattended` | no guard can be heard, and whatever would break the promise is still refused | the library connects again by itself as soon as a guard answers: `Kept`, or `Lost` |
 /// | `Lost` | the promise has ended, or was broken | never: map or pin the file again |
 ///
+/// When a filesystem is shut down, every pin on it is lost: no block moves any
+/// more, but what is stored is never written to them.
+///
 /// Under the fanotify gate a pin is lost with its guard. Under the bpf gate it
 /// is not: the kernel refuses without one. While no guard answers the library
 /// looks five times a second whether the gate is still in the kernel (its

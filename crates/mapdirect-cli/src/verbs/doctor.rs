@@ -4,7 +4,8 @@
 use crate::args::DoctorArgs;
 use crate::{Exit, output};
 use anyhow::Result;
-use mapdirect::Guard;
+use mapdirect::{Gate, Guard};
+use mapdirect_guard::StartError;
 use mapdirect_sys::fanotify::Group;
 use mapdirect_sys::{Errno, capget, memfd, proc_mountinfo, uname};
 use serde_json::{Value, json};
@@ -71,7 +72,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     let release = rustix::system::uname();
     let release = release.release().to_string_lossy();
     let mut findings = vec![Finding::good("kernel", format!("Linux {release}"))];
-    let in_kernel = bpf();
+    let (in_kernel, first) = bpf();
     let by_events = fanotify();
     // One of them is enough.
     let has_bpf = in_kernel.outcome == Outcome::Good;
@@ -94,9 +95,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     });
     findings.push(tripwire());
     findings.push(holder_capability());
-    findings.push(guard_capability());
-    findings.push(pid_namespace());
-    findings.extend(guard_needs());
+    findings.extend(guard_needs(first));
     findings.push(running_guard());
     findings.push(dax());
     findings.push(filesystems());
@@ -157,7 +156,7 @@ const BPF_HOLES: [&str; 5] = [
     "stores through the page cache beside frozen blocks while no guard runs: it holds the pages \
      that keep them apart",
     "whatever happens in the second until the guard puts back what root deletes from the gate's \
-     maps; and everything, once root takes the gate away while no guard runs (mapdirect guard \
+     maps (it is told afterwards); and everything, once root takes the gate away while no guard runs (mapdirect guard \
      --unload, or removing it from /sys/fs/bpf)",
 ];
 
@@ -223,8 +222,9 @@ fn no_pre_content() -> Finding {
     )
 }
 
-/// BPF LSM programs: Linux 6.1 and later.
-fn bpf() -> Finding {
+/// BPF LSM programs: Linux 6.1 and later. Returns as well which gate a guard
+/// would try first here, if it may choose.
+fn bpf() -> (Finding, Gate) {
     const NAME: &str = "bpf gate";
     let lsm = std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default();
     let has_lsm = lsm.trim().split(',').any(|name| name == "bpf");
@@ -239,9 +239,14 @@ fn bpf() -> Finding {
 }
 
 #[cfg(feature = "bpf")]
-fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> Finding {
+fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> (Finding, Gate) {
     use mapdirect_guard::LoadError;
-    match mapdirect_guard::probe_bpf() {
+    let probed = mapdirect_guard::probe_bpf();
+    let first = match &probed {
+        Err(LoadError::Unsupported(_) | LoadError::MayLeaveOut) => Gate::Fanotify,
+        _ => Gate::Bpf,
+    };
+    let finding = match probed {
         Ok(()) if has_lsm => Finding::good(name, "available: the programs load"),
         Ok(()) => Finding::good(
             name,
@@ -253,27 +258,32 @@ fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> Finding {
             format!("{kernel}; only root can tell whether the programs load"),
             "run `mapdirect doctor` as root",
         ),
-        Err(error) => Finding::new(
-            name,
-            Outcome::Note,
-            format!(
-                "not available ({kernel}): {}",
-                error.to_string().lines().next().unwrap_or_default()
+        Err(error) => match error.help() {
+            Some(help) => Finding::new(name, Outcome::Note, error.to_string(), help),
+            None => Finding::new(
+                name,
+                Outcome::Note,
+                format!(
+                    "not available ({kernel}): {}",
+                    error.to_string().lines().next().unwrap_or_default()
+                ),
+                "boot a kernel with CONFIG_BPF_LSM, CONFIG_DEBUG_INFO_BTF and lsm=...,bpf; or \
+                 use the fanotify gate",
             ),
-            "boot a kernel with CONFIG_BPF_LSM, CONFIG_DEBUG_INFO_BTF and lsm=...,bpf; or use \
-             the fanotify gate",
-        ),
-    }
+        },
+    };
+    (finding, first)
 }
 
 #[cfg(not(feature = "bpf"))]
-fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> Finding {
-    Finding::new(
+fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> (Finding, Gate) {
+    let finding = Finding::new(
         name,
         Outcome::Note,
         format!("not built into this program ({kernel})"),
         "build it with: cargo build --features bpf (needs libelf-dev, zlib1g-dev, pkg-config)",
-    )
+    );
+    (finding, Gate::Fanotify)
 }
 
 /// What the gate cannot refuse is noticed, or not.
@@ -344,75 +354,26 @@ fn holder_capability() -> Finding {
     }
 }
 
-fn guard_capability() -> Finding {
-    if capable(capget::CAP_SYS_ADMIN) && in_initial("user", 4_026_531_837) {
-        Finding::good("to guard", "this process has CAP_SYS_ADMIN")
-    } else {
-        Finding::new(
-            "to guard",
-            Outcome::Note,
-            "this process could not run the guard: it lacks CAP_SYS_ADMIN in the initial \
-             user namespace",
-            "run `mapdirect guard` as root",
-        )
+/// What a guard with a gate could not do without, as it would say itself.
+fn guard_needs(gate: Gate) -> Vec<Finding> {
+    const NAME: &str = "to guard";
+    let lacks = mapdirect_guard::probe_needs(gate);
+    if lacks.is_empty() {
+        let needed = mapdirect_guard::needed_capabilities(gate);
+        return vec![Finding::good(
+            NAME,
+            format!("this process has all that a guard with the {gate} gate needs: {needed}"),
+        )];
     }
-}
-
-fn pid_namespace() -> Finding {
-    // PROC_PID_INIT_INO of include/linux/proc_ns.h.
-    if in_initial("pid", 4_026_531_836) {
-        Finding::good("processes", "this is the initial PID namespace")
-    } else {
-        Finding::new(
-            "processes",
-            Outcome::Note,
-            "this is not the initial PID namespace: a guard here would not see who does what",
-            "run the guard on the host",
-        )
-    }
-}
-
-/// Small things the guard cannot do without.
-fn guard_needs() -> Vec<Finding> {
-    let mut found = Vec::new();
-    for (path, what, mend) in [
-        (
-            "/proc/self/syscall",
-            "what a thread is doing cannot be read",
-            "boot a kernel with CONFIG_HAVE_ARCH_TRACEHOOK",
-        ),
-        (
-            "/proc/self/stack",
-            "what a thread is inside of cannot be read",
-            "boot a kernel with CONFIG_STACKTRACE",
-        ),
-        (
-            "/proc/self/schedstat",
-            "whether a thread goes on cannot be read",
-            "boot a kernel with CONFIG_SCHED_INFO",
-        ),
-    ] {
-        if !std::path::Path::new(path).exists() {
-            found.push(Finding::new(
-                "proc",
-                Outcome::Bad,
-                format!("{path}: {what}"),
-                mend,
-            ));
-        }
-    }
-    let leases = std::fs::read_to_string("/proc/sys/fs/leases-enable").unwrap_or_default();
-    if leases.trim() == "1" {
-        found.push(Finding::good("leases", "enabled"));
-    } else {
-        found.push(Finding::new(
-            "leases",
-            Outcome::Bad,
-            "disabled: that nobody else has a file open cannot be proven",
-            "sysctl fs.leases-enable=1",
-        ));
-    }
-    found
+    let finding = |lack: StartError| {
+        // Another process may be the guard, but not on another machine.
+        let outcome = match &lack {
+            StartError::NotPrivileged { .. } | StartError::PidNamespace => Outcome::Note,
+            _ => Outcome::Bad,
+        };
+        Finding::new(NAME, outcome, lack.obstacle(), lack.help())
+    };
+    lacks.into_iter().map(finding).collect()
 }
 
 fn running_guard() -> Finding {

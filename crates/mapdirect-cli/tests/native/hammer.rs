@@ -195,6 +195,7 @@ fn without_lsm(world: &World) {
         world.unavailable(String::from("a kernel without bpf in lsm="));
         return;
     }
+    let remedy = format!("lsm={},bpf", modules.trim());
     let preempts = preemption().is_none_or(|mode| mode == "full" || mode == "lazy");
     let gate = BpfDirectory::new(Path::new(BINARY));
     let scratch = ScratchDirectory::new("without-lsm").unwrap();
@@ -228,10 +229,28 @@ fn without_lsm(world: &World) {
             status.is_some_and(|status| !status.success()),
             "the guard runs ({status:?}) on a kernel that may leave its gate out"
         );
-        assert!(said.contains("preempts programs"), "{said}");
-        assert!(said.contains("lsm="), "the remedy is missing: {said}");
+        let first = "the bpf gate is not supported here: ";
+        assert!(said.contains(first), "{said}");
+        assert!(said.contains(&remedy), "the remedy is missing: {said}");
     } else {
         assert!(status.is_none(), "it ended with {status:?}: {said}");
+    }
+    let doctor = Command::new(BINARY).args(["doctor", "--json"]).output();
+    let found: serde_json::Value = serde_json::from_slice(&doctor.unwrap().stdout).unwrap();
+    let findings = found["findings"].as_array().unwrap();
+    let ours = findings
+        .iter()
+        .find(|finding| finding["name"] == "bpf gate")
+        .unwrap();
+    if preempts {
+        assert!(found["gate"] != "bpf", "{found}");
+        let text = ours["text"].as_str().unwrap();
+        assert!(text.starts_with("not supported here: "), "{text}");
+        let mend = ours["mend"].as_str().unwrap();
+        assert!(mend.contains(&remedy), "{mend}");
+    } else {
+        assert_eq!(found["gate"], "bpf", "{found}");
+        assert_eq!(ours["outcome"], "good");
     }
     world.count("kernels without bpf in lsm=", 1);
 }

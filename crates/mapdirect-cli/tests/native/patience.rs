@@ -7,7 +7,7 @@ use libtest_mimic::Trial;
 use mapdirect_sys::signal::{self, Signal};
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::hostile::{self, Attack};
-use mapdirect_testkit::process::{GuardProcess, Helper, ScratchDirectory, say};
+use mapdirect_testkit::process::{GuardProcess, Helper, say};
 use mapdirect_testkit::{Kind, fuse};
 use rustix::fs::{Mode, chmod};
 use std::fs::File;
@@ -114,13 +114,8 @@ fn attacked(world: &World, kind: Kind, attack: Attack) {
     let client = guard.client();
     let mut first = Some(pin(&client, &open(&path), 0..65536));
     let second = pin(&client, &open(&other), 0..65536);
-    let scratch = ScratchDirectory::in_memory("stranger").unwrap();
-    let (node, directory) = (scratch.path().join("fuse"), scratch.path().join("mount"));
-    std::fs::create_dir(&directory).unwrap();
-    for path in [scratch.path(), &directory] {
-        chmod(path, Mode::from_raw_mode(0o777)).unwrap();
-    }
-    fuse::node(&node).unwrap();
+    let place = fuse::Place::new().unwrap();
+    let (node, directory) = (place.node(), place.directory());
     let words = [
         attack.name(),
         node.to_str().unwrap(),

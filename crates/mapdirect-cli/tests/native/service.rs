@@ -6,7 +6,7 @@ use crate::world::{
 };
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
-use mapdirect::{Kind as Reason, PrepareOptions};
+use mapdirect::{Integrity, Kind as Reason, PrepareOptions};
 use mapdirect_proto::{MAX_MESSAGE, Reply, Request, VERSION};
 use mapdirect_sys::mmap::View;
 use mapdirect_sys::signal::{Signal, kill};
@@ -56,6 +56,10 @@ pub fn trials_in_kernel(world: &World) -> Vec<Trial> {
         world.trial("in-kernel::service::removed-files", removed_files),
         world.trial("in-kernel::service::removed-directory", removed_directory),
         world.trial("in-kernel::service::emptied-maps", emptied_maps),
+        world.trial(
+            "in-kernel::service::opened-for-a-moment",
+            opened_for_a_moment,
+        ),
         world.trial("in-kernel::service::replaced-without-a-gap", replaced),
     ]
 }
@@ -141,6 +145,19 @@ impl Drop for Trying {
     }
 }
 
+/// What `doctor` finds about being a guard, if it finds one thing, and that.
+fn to_guard(doctor: &mut Command, outcome: &str) -> Option<String> {
+    let said = doctor.output().unwrap();
+    let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
+    let findings = said["findings"].as_array()?.iter();
+    let mut ours = findings.filter(|finding| finding["name"] == "to guard");
+    let found = ours.next()?;
+    assert!(ours.next().is_none(), "{said}");
+    assert_eq!(found["outcome"], outcome, "{said}");
+    assert!(outcome == "good" || found["mend"] != "", "{said}");
+    Some(found["text"].as_str()?.to_owned())
+}
+
 /// A guard without a capability that it needs says which, and never that it is
 /// ready; one that has just these does its work, on files of others as well.
 fn capabilities(world: &World) {
@@ -166,6 +183,19 @@ fn capabilities(world: &World) {
             assert!(said.contains(&other.to_uppercase()), "{said}");
         }
         assert!(said.contains("help: "), "{said}");
+        // `doctor` says the same, where it would be the same gate.
+        let mut doctor = Command::new("setpriv");
+        doctor.arg(&without).arg(BINARY).args(["doctor", "--json"]);
+        let text = to_guard(&mut doctor, "note").unwrap();
+        assert!(text.contains(&format!("lacks {name} (")), "{text}");
+        if text.contains(&format!("with the {} gate", gate.name())) {
+            assert!(said.contains(&text), "{text}: {said}");
+        }
+    }
+    let text = to_guard(Command::new(BINARY).args(["doctor", "--json"]), "good").unwrap();
+    assert_eq!(text.matches("CAP_").count(), needed.len(), "{text}");
+    for name in needed {
+        assert!(text.contains(&name.to_uppercase()), "{text}");
     }
     let just = format!("--bounding-set=-all,+{}", needed.join(",+"));
     let mut guard = Trying::start(&["setpriv", &just], gate.name());
@@ -352,6 +382,41 @@ fn emptied_maps(world: &World) {
     guard.complains(&format!("pin {} is lost", held.pin_id()));
     drop((held, file));
     std::fs::remove_file(&path).unwrap();
+}
+
+/// What is changed while something is missing in the maps is told as a breach.
+fn opened_for_a_moment(world: &World) {
+    let mut guard = Trying::start(&[], "bpf");
+    guard.outcome().unwrap();
+    let client = guard.client();
+    for map in ["entries", "settings"] {
+        let path = written(&world.disk(Kind::XFS), "service-opened", 1 << 20);
+        let file = open(&path);
+        let held = pin(&client, &file, 0..65_536);
+        let event = held.event_fd().unwrap();
+        // It may be put back before anything has been done.
+        wait_for(PATIENCE, || {
+            raw::empty_bpf_map(&guard.gate.path().join(map)).unwrap();
+            Ok(punch(&file, 8192).is_ok().then_some(()))
+        })
+        .unwrap();
+        let breach = wait_for(PATIENCE, || {
+            event.clear();
+            Ok(match held.integrity() {
+                Integrity::Breached { breaches, .. } => breaches.into_iter().next(),
+                _ => None,
+            })
+        });
+        let breach = breach.unwrap_or_else(|_| panic!("{map}: nothing was told"));
+        assert_eq!(breach.range, 8192..12_288, "{map}");
+        assert!(held.state().is_lost(), "{map}: {}", held.state());
+        let status = client.status().unwrap();
+        let shown = status.breaches.iter();
+        assert_eq!(shown.filter(|b| b.pin == held.pin_id()).count(), 1, "{map}");
+        drop((held, file));
+        wait_until_free(&path);
+        std::fs::remove_file(&path).unwrap();
+    }
 }
 
 /// While a guard replaces a gate that keeps nothing, mmap(2) with `MAP_DIRECT`

@@ -9,11 +9,11 @@ use libtest_mimic::Trial;
 use mapdirect::{DirectMap, EventFd, Guard, Integrity, MapOptions, OnBreach, State};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
-use mapdirect_testkit::attack::{Attack, Door, Target};
-use mapdirect_testkit::contract::{Gate, Place, Subject};
+use mapdirect_testkit::contract::{Gate, Subject};
+use mapdirect_testkit::disk::run;
 use mapdirect_testkit::fault::{Access, load};
 use mapdirect_testkit::process::{GuardProcess, Helper, listen, say, wait_for};
-use mapdirect_testkit::{Kind, raw};
+use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 use std::fs::File;
@@ -44,7 +44,12 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("child-of-fork", child_of_fork),
         ],
     };
-    world.trials("states", &kinds, tests)
+    let mut trials = world.trials("states", &kinds, tests);
+    // They need filesystems of their own, and there is one of each DAX kind.
+    if crate::world::dax_kinds().is_empty() {
+        trials.extend(world.trials("states", &kinds, &[("shut-down", shut_down)]));
+    }
+    trials
 }
 
 /// How long the guard's word may be on its way.
@@ -91,6 +96,41 @@ fn lost_with_its_guard(world: &World, kind: Kind) {
     assert!(held.state().is_lost() && pinned.state().is_lost());
     drop((held, pinned, file));
     std::fs::remove_file(&path).unwrap();
+}
+
+/// What is on a filesystem that is shut down is lost at once, and nothing else.
+fn shut_down(world: &World, kind: Kind) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let disk = Disk::new(kind, 320).unwrap();
+    let (path, elsewhere) = (
+        written(&disk, "states-dead", 1 << 20),
+        written(&world.disk(kind), "states-elsewhere", 1 << 20),
+    );
+    let (file, other) = (open(&path), open(&elsewhere));
+    let held = map(&guard.client(), &file, 0..65536);
+    let pinned = pin(&guard.client(), &file, 65536..131_072);
+    let spared = pin(&guard.client(), &other, 0..65536);
+    let events = [held.event_fd().unwrap(), pinned.event_fd().unwrap()];
+    run(Command::new("xfs_io")
+        .args(["-x", "-c", "shutdown"])
+        .arg(disk.root()))
+    .unwrap();
+    told(&events[0], || held.state().is_lost());
+    told(&events[1], || pinned.state().is_lost());
+    assert!(held.state().why().contains("shut down"), "{}", held.state());
+    assert_eq!(held.integrity(), Integrity::Intact, "no block has moved");
+    let status = guard.client().status().unwrap();
+    let pins: Vec<_> = status.files.iter().flat_map(|file| &file.pins).collect();
+    assert_eq!(pins.len(), 3);
+    for shown in pins {
+        let is_spared = shown.pin == spared.pin_id();
+        assert_eq!(shown.lost.is_empty(), is_spared, "{}", shown.lost);
+    }
+    assert!(spared.state().is_kept());
+    drop((held, pinned, spared, file, other));
+    wait_until_free(&elsewhere);
+    std::fs::remove_file(&elsewhere).unwrap();
+    disk.unmount().unwrap();
 }
 
 /// Role: maps a range, has a child, and that says what it sees. Arguments:
@@ -169,28 +209,6 @@ fn child_of_fork(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-/// Something that moves blocks by the descriptor of their holder, which no
-/// permission event tells of.
-fn move_blocks(kind: Kind, subject: &Subject, file: &File) {
-    let name = if kind.is_xfs() {
-        "xfs-swapext"
-    } else {
-        "ext4-move-extent"
-    };
-    let (offset, length) = subject.bytes(Place::Stable);
-    let target = Target {
-        path: subject.path.clone(),
-        offset,
-        length,
-        block: kind.block(),
-        other: subject.other.clone(),
-        door: Door::ALL[0],
-        file: Some(file.as_fd().try_clone_to_owned().unwrap()),
-    };
-    let attack = Attack::by_name(name).unwrap();
-    (attack.run)(&target).unwrap();
-}
-
 /// A mapping of all that is pinned of a subject.
 fn map_subject(guard: &Guard, subject: &Subject, file: &File, on_breach: OnBreach) -> DirectMap {
     MapOptions::new()
@@ -211,7 +229,7 @@ fn broken(world: &World, kind: Kind) {
     let event = held.event_fd().unwrap();
     let addresses = held.as_ptr() as usize..held.as_ptr() as usize + held.len();
     assert!(matches!(load(addresses.start), Access::Went(_)));
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     told(&event, || held.state().is_lost());
     for address in [addresses.start, addresses.end - 1] {
         assert_eq!(load(address), Access::BUS_ADRERR);
@@ -255,7 +273,7 @@ fn broken_and_told_only(world: &World, kind: Kind) {
     let file = open(&subject.path);
     let held = map_subject(&guard.client(), &subject, &file, OnBreach::Tell);
     let event = held.event_fd().unwrap();
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     told(&event, || held.state().is_lost());
     assert!(!held.integrity().is_intact());
     held.read_at(0, &mut [0; 64]).unwrap();
@@ -288,7 +306,7 @@ fn broken_in_a_child(world: &World, kind: Kind) {
         }
     })
     .unwrap();
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     wait_for(soon(), || Ok(held.state().is_lost().then_some(()))).unwrap();
     assert_eq!(load(address), Access::BUS_ADRERR);
     tell.write_all(b"x").unwrap();
@@ -346,7 +364,7 @@ fn broken_under_the_command_line(world: &World, kind: Kind) {
     let alone = Pinned::start(guard.socket(), &subject.path, &[]);
     let command = ["--", "sh", "-c", "sleep 3; exit 7"];
     let with_command = Pinned::start(guard.socket(), &subject.path, &command);
-    move_blocks(kind, &subject, &file);
+    subject.move_blocks(kind, &file).unwrap();
     let (status, said) = alone.end();
     assert_eq!(status, Some(5), "{said}");
     assert!(said.contains("the pin was broken: bytes "), "{said}");

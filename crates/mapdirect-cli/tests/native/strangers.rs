@@ -6,22 +6,21 @@ use crate::world::{
 };
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{Guard, Kind as Reason, PinOptions};
+use mapdirect::{Guard, Kind as Reason, Pin, PinOptions};
 use mapdirect_sys::fanotify::{Group, Mask};
 use mapdirect_sys::fcntl::{self, HeldLease, LockKind, LockOwner};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, proc};
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
-use mapdirect_testkit::process::{
-    Background, GuardProcess, HELPER, Helper, ScratchDirectory, listen, say, wait_for,
-};
+use mapdirect_testkit::fuse::{self, Unanswered};
+use mapdirect_testkit::process::{Background, GuardProcess, Helper, listen, say, wait_for};
 use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -63,20 +62,9 @@ pub fn alone(world: &World) -> Vec<Trial> {
     trials
 }
 
-/// This program as somebody without any privilege, in another role.
-fn nobody(arguments: &[&str]) -> Command {
-    let mut command = Command::new("setpriv");
-    command
-        .args(["--reuid=65534", "--regid=65534", "--clear-groups"])
-        .arg(std::env::current_exe().unwrap())
-        .args([HELPER, "stranger"])
-        .args(arguments);
-    command
-}
-
 /// A stranger at work.
 fn stranger(arguments: &[&str]) -> Helper {
-    let mut helper = Helper::spawn(nobody(arguments)).unwrap();
+    let mut helper = Helper::start("stranger", arguments).unwrap();
     assert_eq!(helper.hear().unwrap(), "ready");
     helper
 }
@@ -94,6 +82,7 @@ pub fn play_stranger(arguments: &[String]) -> Result<()> {
     let Some((what, rest)) = arguments.split_first() else {
         bail!("what to do?");
     };
+    raw::become_nobody()?;
     let path = PathBuf::from(rest.first().map_or("", String::as_str));
     match what.as_str() {
         "lease" => play_lease(&path),
@@ -101,17 +90,12 @@ pub fn play_stranger(arguments: &[String]) -> Result<()> {
         "sendfile" => play_pipe(&path, true),
         "copy" => play_copy(),
         "descriptors" => play_descriptors(&path),
-        "setattr" | "flush" => play_fuse(&path, rest, what == "flush"),
+        "setattr" => play_fuse(&path, rest, Unanswered::Setattr),
+        "flush" => play_fuse(&path, rest, Unanswered::Flush),
         "truncate" => play_truncate(&path),
         "truncate-once" => {
             std::thread::spawn(move || raw::truncate(&raw::c_path(&path), 1));
             wait_to_end()
-        }
-        "truncate-now" => Ok(raw::truncate(&raw::c_path(&path), 10)?),
-        "exec" => {
-            // Marked close-on-exec.
-            let _file = File::open(&path)?;
-            Err(Command::new("true").exec().into())
         }
         "lock" => play_lock(&path, rest),
         other => bail!("what is {other}?"),
@@ -136,6 +120,20 @@ fn wait_until_in(function: &'static str) -> Result<()> {
     })
 }
 
+/// Asks for a pin with some patience, more where processors are emulated.
+fn ask(guard: &Guard, file: &File, patience: Duration) -> mapdirect::Result<Pin> {
+    let patience = if is_emulated() {
+        Duration::from_secs(20)
+    } else {
+        patience
+    };
+    PinOptions::new()
+        .range(0..65536)
+        .patience(patience)
+        .guard(guard.clone())
+        .pin(file)
+}
+
 /// Pins granted and refused while a stranger is at it.
 fn pins_are_granted(world: &World, guard: &Guard, path: &Path) {
     let held = world.guard().pid() > 0;
@@ -146,15 +144,7 @@ fn pins_are_granted(world: &World, guard: &Guard, path: &Path) {
         } else {
             open(path)
         };
-        let pinned = PinOptions::new()
-            .range(0..65536)
-            .patience(Duration::from_millis(if is_emulated() {
-                20_000
-            } else {
-                2000
-            }))
-            .guard(guard.clone())
-            .pin(&file);
+        let pinned = ask(guard, &file, Duration::from_secs(2));
         drop(pinned.unwrap_or_else(|error| panic!("round {round}: {error:#}")));
         drop(file);
         wait_until_free(path);
@@ -163,15 +153,7 @@ fn pins_are_granted(world: &World, guard: &Guard, path: &Path) {
     let reader = File::open(path).unwrap();
     let child = Background::spawn(Command::new("sleep").arg("60").stdin(reader)).unwrap();
     let file = open(path);
-    let pinned = PinOptions::new()
-        .range(0..65536)
-        .patience(Duration::from_millis(if is_emulated() {
-            20_000
-        } else {
-            2000
-        }))
-        .guard(guard.clone())
-        .pin(&file);
+    let pinned = ask(guard, &file, Duration::from_secs(2));
     match pinned {
         Ok(pinned) => drop(pinned),
         Err(error) => {
@@ -288,15 +270,7 @@ fn many_descriptors(world: &World, kind: Kind) {
         });
         for _ in 0..5 {
             let file = open(&path);
-            let pinned = PinOptions::new()
-                .range(0..65536)
-                .patience(Duration::from_millis(if is_emulated() {
-                    20_000
-                } else {
-                    500
-                }))
-                .guard(guard.client())
-                .pin(&file);
+            let pinned = ask(&guard.client(), &file, Duration::from_millis(500));
             drop(pinned.unwrap_or_else(|error| panic!("{error:#}")));
             drop(file);
             wait_until_free(&path);
@@ -329,61 +303,23 @@ fn play_descriptors(path: &Path) -> Result<()> {
     wait_to_end()
 }
 
-/// `/dev/fuse` for everybody, until it is dropped.
-struct Fuse {
-    device: PathBuf,
-    place: ScratchDirectory,
-}
-
-impl Fuse {
-    fn new() -> Option<Self> {
-        let real = std::fs::metadata("/dev/fuse").ok()?;
-        if !real.file_type().is_char_device() {
-            return None;
-        }
-        let name = format!(
-            "/dev/mapdirect-fuse-{}",
-            rustix::thread::gettid().as_raw_nonzero()
-        );
-        let made = Command::new("mknod")
-            .args(["-m", "666", &name, "c", "10", "229"])
-            .status();
-        made.ok().filter(std::process::ExitStatus::success)?;
-        let place = ScratchDirectory::new("fuse").ok()?;
-        std::fs::set_permissions(place.path(), std::fs::Permissions::from_mode(0o777)).ok()?;
-        Some(Self {
-            device: name.into(),
-            place,
-        })
-    }
-
-    /// Somebody without privilege, who is root in a user namespace of his own
-    /// and mounts a filesystem that he serves himself.
-    fn stranger(&self, what: &str) -> Option<Helper> {
-        let inner = nobody(&[what, self.place.path().to_str()?, self.device.to_str()?]);
-        let mut arguments: Vec<_> = inner.get_args().collect();
-        let own = arguments.split_off(3);
-        let mut command = Command::new("setpriv");
-        command.args(arguments).args(["unshare", "-Urm"]).args(own);
-        let mut helper = Helper::spawn(command).ok()?;
-        match helper.hear() {
-            Ok(line) if line == "ready" => Some(helper),
-            _ => None,
-        }
-    }
-}
-
-impl Drop for Fuse {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.device);
+/// Somebody without privilege, who is root in a user namespace of his own and
+/// mounts a filesystem that he serves himself.
+fn stranger_with_fuse(what: &str, place: &fuse::Place) -> Option<Helper> {
+    let (directory, node) = (place.directory(), place.node());
+    let arguments = [what, directory.to_str()?, node.to_str()?];
+    let mut helper = Helper::start("stranger", &arguments).ok()?;
+    match helper.hear() {
+        Ok(line) if line == "ready" => Some(helper),
+        _ => None,
     }
 }
 
 /// A FUSE filesystem that never answers `SETATTR`.
 fn unanswered_setattr(world: &World, kind: Kind) {
     let path = written(&world.disk(kind), "strangers-setattr", 1 << 20);
-    let fuse = Fuse::new();
-    let Some(stranger) = fuse.as_ref().and_then(|fuse| fuse.stranger("setattr")) else {
+    let place = fuse::Place::new().unwrap();
+    let Some(stranger) = stranger_with_fuse("setattr", &place) else {
         world.unavailable(String::from("FUSE in a user namespace"));
         std::fs::remove_file(&path).unwrap();
         return;
@@ -398,8 +334,8 @@ fn unanswered_setattr(world: &World, kind: Kind) {
 fn unanswered_flush(world: &World) {
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
     let path = written(&world.disk(Kind::EXT4), "strangers-flush", 1 << 20);
-    let fuse = Fuse::new();
-    let Some(stranger) = fuse.as_ref().and_then(|fuse| fuse.stranger("flush")) else {
+    let place = fuse::Place::new().unwrap();
+    let Some(stranger) = stranger_with_fuse("flush", &place) else {
         world.unavailable(String::from("FUSE in a user namespace"));
         std::fs::remove_file(&path).unwrap();
         return;
@@ -414,110 +350,33 @@ fn unanswered_flush(world: &World) {
 
 /// Serves a FUSE filesystem with one file, and never answers one kind of
 /// request, which it makes itself.
-fn play_fuse(place: &Path, rest: &[String], flushes: bool) -> Result<()> {
-    const SETATTR: u32 = 4;
-    const FLUSH: u32 = 25;
-    let device = rest.get(1).context("no device")?;
-    let device = File::options().read(true).write(true).open(device)?;
-    let options = "fd=0,rootmode=40000,user_id=0,group_id=0";
-    let mounted = Command::new("mount")
-        .args(["-i", "-t", "fuse", "-o", options, "hang"])
-        .arg(place)
-        .stdin(device.try_clone()?)
-        .stderr(std::process::Stdio::null())
-        .status()?;
-    if !mounted.success() {
-        bail!("no FUSE");
-    }
-    let file = place.join("f");
-    let hangs = if flushes { FLUSH } else { SETATTR };
+fn play_fuse(directory: &Path, rest: &[String], unanswered: Unanswered) -> Result<()> {
+    let node = rest.get(1).context("no node")?;
+    raw::own_mapped_mount_namespace()?;
+    let mut server = Some(fuse::mount(Path::new(node), directory)?);
+    let file = directory.join(fuse::FILE);
     // In a process of its own: the filesystem ends when its server does.
-    let request = if flushes { "exec" } else { "truncate-now" };
-    Command::new(std::env::current_exe()?)
-        .args([HELPER, "stranger", request])
-        .arg(file)
-        .spawn()?;
-    serve(device, hangs)
-}
-
-/// Answers requests until one of kind `hangs` has come, and further ones until
-/// this process is told to end.
-fn serve(mut device: File, hangs: u32) -> Result<()> {
-    let mut buffer = vec![0; 1 << 18];
+    raw::fork(|| {
+        drop(server.take());
+        raw::die_with_parent();
+        if unanswered == Unanswered::Setattr {
+            let _ = raw::truncate(&raw::c_path(&file), 10);
+        } else if let Ok(_marked_close_on_exec) = File::open(&file) {
+            let _ = Command::new("true").exec();
+        }
+        1
+    })?;
+    let server = server.context("no server")?;
     let mut told = false;
-    loop {
-        let length = match device.read(&mut buffer) {
-            Ok(length) => length,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-            Err(_) => return Ok(()),
-        };
-        let word = |at: usize| -> u32 {
-            let bytes = buffer
-                .get(at..at + 4)
-                .and_then(|bytes| bytes.try_into().ok());
-            bytes.map_or(0, u32::from_le_bytes)
-        };
-        if length < 40 {
-            bail!("a request of {length} bytes");
+    fuse::serve(&server, unanswered, || {
+        // Further questions are no news.
+        if !std::mem::replace(&mut told, true) {
+            std::thread::spawn(|| {
+                let _ = wait_to_end();
+            });
         }
-        let (opcode, node) = (word(4), word(16));
-        if opcode == hangs {
-            if !told {
-                told = true;
-                std::thread::spawn(|| {
-                    let _ = wait_to_end();
-                });
-            }
-            continue;
-        }
-        let mut body = Vec::new();
-        let mut error = 0i32;
-        let attributes = |node: u32| {
-            let mut bytes = Vec::new();
-            let wide: [u64; 6] = [node.into(), 4096, 8, 0, 0, 0];
-            bytes.extend(wide.iter().flat_map(|number| number.to_le_bytes()));
-            let mode = if node == 1 { 0o040_777 } else { 0o100_666 };
-            let words: [u32; 10] = [0, 0, 0, mode, 1, 0, 0, 0, 4096, 0];
-            bytes.extend(words.iter().flat_map(|number: &u32| number.to_le_bytes()));
-            bytes
-        };
-        match opcode {
-            // LOOKUP: node, generation, two times to keep it.
-            1 => {
-                let wide: [u64; 4] = [2, 0, 3600, 3600];
-                body.extend(wide.iter().flat_map(|number| number.to_le_bytes()));
-                body.extend([0; 8]);
-                body.extend(attributes(2));
-            }
-            // FORGET, INTERRUPT, BATCH_FORGET
-            2 | 36 | 42 => continue,
-            // GETATTR
-            3 => {
-                body.extend(3600u64.to_le_bytes());
-                body.extend([0; 8]);
-                body.extend(attributes(node));
-            }
-            // OPEN, OPENDIR
-            14 | 27 => body.extend([0; 16]),
-            // INIT: version 7.31
-            26 => {
-                for number in [7u32, 31, 65536, 0, 0, 65536, 1, 0] {
-                    body.extend(number.to_le_bytes());
-                }
-                body.resize(64, 0);
-            }
-            // RELEASE, FLUSH, RELEASEDIR
-            18 | 25 | 29 => {}
-            _ => error = -libc::ENOSYS,
-        }
-        let size = u32::try_from(16 + body.len())?;
-        let mut reply = size.to_le_bytes().to_vec();
-        reply.extend(error.to_le_bytes());
-        reply.extend(&buffer[8..16]);
-        reply.extend(body);
-        // Whoever asked may be gone.
-        let _ = device.write(&reply);
-    }
+    });
+    Ok(())
 }
 
 /// Another listener is asked for permission on a stranger's file, and has
@@ -559,6 +418,16 @@ fn locks_of_readers_read_only(world: &World, kind: Kind) {
     locks_keep_no_pin(world, kind, "pin");
 }
 
+/// Says so when it is dropped, after a panic as well: who waits for it would
+/// wait for ever.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, SeqCst);
+    }
+}
+
 fn locks_keep_no_pin(world: &World, kind: Kind, how: &str) {
     let disk = world.disk(kind);
     let guard = world.guard();
@@ -582,6 +451,7 @@ fn locks_keep_no_pin(world: &World, kind: Kind, how: &str) {
         assert!(refused(), "{whose}: it is still pinned");
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
+            let _over = Over(&over);
             // To ask for leave to write, again and again, keeps nothing alive,
             // either.
             scope.spawn(|| {
@@ -598,7 +468,6 @@ fn locks_keep_no_pin(world: &World, kind: Kind, how: &str) {
                 drop(file);
             }
             wait_until_free(&path);
-            over.store(true, SeqCst);
         });
         assert!(client.pinned_ranges(&reader).unwrap().is_empty());
         reading.tell("end").unwrap();
@@ -637,11 +506,7 @@ fn truncate_to_the_same_size(world: &World, kind: Kind) {
     let tries = if is_emulated() { 3 } else { 12 };
     for _ in 0..tries {
         let file = File::open(&path).unwrap();
-        let pinned = PinOptions::new()
-            .range(0..65536)
-            .patience(Duration::from_secs(if is_emulated() { 20 } else { 2 }))
-            .guard(guard.client())
-            .pin(&file);
+        let pinned = ask(&guard.client(), &file, Duration::from_secs(2));
         match pinned {
             Ok(pinned) => drop(pinned),
             Err(error) => refused.push(format!("{error:#}")),
@@ -736,11 +601,7 @@ pub fn play_asks(arguments: &[String]) -> Result<()> {
         .open(path)?;
     say("ready");
     listen()?;
-    let pinned = PinOptions::new()
-        .range(0..65536)
-        .patience(Duration::from_secs(if is_emulated() { 20 } else { 2 }))
-        .guard(Guard::at(socket))
-        .pin(&file);
+    let pinned = ask(&Guard::at(socket), &file, Duration::from_secs(2));
     match &pinned {
         Ok(_) => say("granted"),
         Err(error) => say(&format!("{error:#}").replace('\n', " ")),

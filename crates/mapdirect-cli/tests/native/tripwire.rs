@@ -6,7 +6,6 @@ use mapdirect::{BlockMap, ExtentState, Pin, PinOptions};
 use mapdirect_proto::Breach;
 use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
-use mapdirect_testkit::attack::{Attack, Door, Target};
 use mapdirect_testkit::contract::{Gate, Place, Subject};
 use mapdirect_testkit::disk::{Frozen, run, unmount};
 use mapdirect_testkit::process::{GuardProcess, ScratchDirectory, wait_for};
@@ -103,27 +102,11 @@ fn assert_differs(before: &BlockMap, breach: &Breach) {
 /// events hears of that. The kernel moves none of files on persistent memory:
 /// says whether it did.
 fn move_blocks(world: &World, kind: Kind, subject: &Subject, file: &File) -> bool {
-    let name = if kind.is_xfs() {
-        "xfs-swapext"
-    } else {
-        "ext4-move-extent"
-    };
-    let (offset, length) = subject.bytes(Place::Stable);
-    let target = Target {
-        path: subject.path.clone(),
-        offset,
-        length,
-        block: kind.block(),
-        other: subject.other.clone(),
-        door: Door::ALL[0],
-        file: Some(file.as_fd().try_clone_to_owned().unwrap()),
-    };
-    let attack = Attack::by_name(name).unwrap();
-    match (attack.run)(&target) {
+    match subject.move_blocks(kind, file) {
         Ok(()) => true,
         Err(errno) => {
-            assert!(kind.is_dax(), "{name}: {errno}");
-            world.unavailable(format!("{name} on {kind}: {errno}"));
+            assert!(kind.is_dax(), "{errno}");
+            world.unavailable(format!("moving blocks on {kind}: {errno}"));
             false
         }
     }

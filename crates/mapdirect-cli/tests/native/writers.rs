@@ -4,13 +4,12 @@
 use crate::world::{BINARY, World, patience};
 use anyhow::{Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{BlockMap, Guard, Pin, PinOptions};
+use mapdirect::{BlockMap, Guard, Integrity, Pin, PinOptions};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::overlay::{Above, OPERATIONS, Owner};
-use mapdirect_testkit::process::{GuardProcess, Helper};
-use mapdirect_testkit::raw::adversary;
+use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
 use mapdirect_testkit::writers::{Answer, When, Writer};
 use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::process::{Resource, Rlimit, setrlimit};
@@ -102,11 +101,6 @@ impl<'a> Scene<'a> {
         Self::with(world, world.guard().client(), disk, name, true)
     }
 
-    /// The same before a guard of one's own.
-    fn before_guard(world: &'a World, guard: &GuardProcess, disk: &Disk, name: &str) -> Self {
-        Self::with(world, guard.client(), disk, name, true)
-    }
-
     fn with(world: &'a World, guard: Guard, disk: &Disk, name: &str, hole: bool) -> Self {
         let base = disk.path(&format!("writers-{name}"));
         let up = base.join("up");
@@ -118,7 +112,7 @@ impl<'a> Scene<'a> {
         file.set_len(LENGTH).unwrap();
         file.sync_all().unwrap();
         for path in [&base, &up, &path] {
-            chown(path, Some(adversary::NOBODY), Some(adversary::NOBODY)).unwrap();
+            chown(path, Some(raw::NOBODY), Some(raw::NOBODY)).unwrap();
         }
         fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
         let file = File::open(&path).unwrap();
@@ -141,7 +135,7 @@ impl<'a> Scene<'a> {
         Ok(Held {
             before: pin.block_map().clone(),
             length: self.file.metadata().unwrap().len(),
-            _pin: pin,
+            pin,
         })
     }
 
@@ -158,7 +152,7 @@ impl<'a> Scene<'a> {
         let writer = Writer::find(name, When::After).unwrap();
         let held = self.pin(patience()).unwrap();
         let came = writes();
-        self.judge(writer, how, &came, self.has_changed(&held));
+        self.judge(writer, how, &came, &held);
     }
 
     /// Tries one that was there before.
@@ -177,18 +171,19 @@ impl<'a> Scene<'a> {
             }
             Ok(held) => {
                 let came = writes();
-                let changed = self.has_changed(&held);
                 assert!(
                     expected != Answer::GrantRefused,
                     "{name} {how}: the pin was granted beside a writer that was there \
-                     ({came}, changed: {changed})"
+                     ({came}, changed: {})",
+                    self.has_changed(&held)
                 );
-                self.judge(writer, how, &came, changed);
+                self.judge(writer, how, &came, &held);
             }
         }
     }
 
-    fn judge(&self, writer: &Writer, how: &str, came: &Came, changed: bool) {
+    fn judge(&self, writer: &Writer, how: &str, came: &Came, held: &Held) {
+        let changed = self.has_changed(held);
         let expected = writer.answer(Gate::under_test());
         println!("writers: {} {how}: {came}, changed: {changed}", writer.name);
         match expected {
@@ -198,13 +193,37 @@ impl<'a> Scene<'a> {
                 writer.name
             ),
             Answer::Harmless => assert!(!changed, "{} {how}: {came}", writer.name),
-            Answer::Noticed => {
-                self.world
-                    .count("changes left to be noticed", changed.into());
-            }
+            Answer::Noticed => match came {
+                // It is not to be had here.
+                Came::Refused(_) => assert!(!changed, "{} {how}: {came}", writer.name),
+                Came::Passed => {
+                    assert!(changed, "{} {how}: it passed, and did nothing", writer.name);
+                    self.is_told(&format!("{} {how}", writer.name), held);
+                }
+            },
             Answer::GrantRefused => panic!("{}: the pin was granted", writer.name),
         }
         self.world.count("writers that meet no hook", 1);
+    }
+
+    /// The holder hears of the breach, and the status shows it.
+    fn is_told(&self, who: &str, held: &Held) {
+        let breach = wait_for(patience(), || {
+            Ok(match held.pin.integrity() {
+                Integrity::Breached { breaches, .. } => breaches.into_iter().next(),
+                _ => None,
+            })
+        });
+        let breach = breach.unwrap_or_else(|_| panic!("{who}: the holder was not told"));
+        assert_eq!(breach.pin, held.pin.pin_id(), "{who}");
+        assert_ne!(breach.before, breach.after, "{who}");
+        assert!(held.pin.state().is_lost(), "{who}: {}", held.pin.state());
+        let status = self.guard.status().unwrap();
+        let is_shown = status.breaches.iter().any(|shown| {
+            (shown.pin, &shown.range, shown.time) == (breach.pin, &breach.range, breach.time)
+        });
+        assert!(is_shown, "{who}: the status does not show it");
+        self.world.count("changes left to be noticed, and told", 1);
     }
 }
 
@@ -218,7 +237,7 @@ impl Drop for Scene<'_> {
 struct Held {
     before: BlockMap,
     length: u64,
-    _pin: Pin,
+    pin: Pin,
 }
 
 /// The system has one of some things.
@@ -269,7 +288,7 @@ fn overlay_after(world: &World, kind: Kind) {
         for operation in OPERATIONS {
             let how = format!("{operation} by {}", owner.name());
             let name = how.replace(' ', "-");
-            let scene = Scene::before_guard(world, &guard, &disk, &name);
+            let scene = Scene::with(world, guard.client(), &disk, &name, true);
             scene.after(name_of(operation), &how, || {
                 match above(&scene, owner, operation, false) {
                     Some(mut above) => Came::of(above.attack(harmful(operation)).unwrap()),
@@ -288,7 +307,7 @@ fn overlay_before(world: &World, kind: Kind) {
         for operation in OPERATIONS {
             let how = format!("{operation} by {}", owner.name());
             let name = how.replace(' ', "-");
-            let scene = Scene::before_guard(world, &guard, &disk, &name);
+            let scene = Scene::with(world, guard.client(), &disk, &name, true);
             if let Some(above) = above(&scene, owner, operation, true) {
                 all.push((operation, how, above, scene));
             }
@@ -307,7 +326,13 @@ fn overlay_before(world: &World, kind: Kind) {
 fn overlay_detached(world: &World, kind: Kind) {
     let (disk, guard) = alone(kind);
     for operation in OPERATIONS {
-        let scene = Scene::before_guard(world, &guard, &disk, &format!("detached-{operation}"));
+        let scene = Scene::with(
+            world,
+            guard.client(),
+            &disk,
+            &format!("detached-{operation}"),
+            true,
+        );
         let Some(mut above) = above(&scene, Owner::Detached, operation, true) else {
             continue;
         };
@@ -326,7 +351,7 @@ fn overlay_detached(world: &World, kind: Kind) {
 /// in.
 fn overlay_between(world: &World, kind: Kind) {
     let (disk, guard) = alone(kind);
-    let scene = Scene::before_guard(world, &guard, &disk, "between");
+    let scene = Scene::with(world, guard.client(), &disk, "between", true);
     drop(scene.pin(patience()).unwrap());
     crate::world::wait_until_free(&scene.path);
     let Some(mut above) = above(&scene, Owner::Detached, "write", true) else {
@@ -341,7 +366,13 @@ fn overlay_between(world: &World, kind: Kind) {
 fn copy_up(world: &World, kind: Kind) {
     let (disk, guard) = alone(kind);
     for owner in [Owner::Root, Owner::Nobody] {
-        let scene = Scene::before_guard(world, &guard, &disk, &format!("copy-up-{}", owner.name()));
+        let scene = Scene::with(
+            world,
+            guard.client(),
+            &disk,
+            &format!("copy-up-{}", owner.name()),
+            true,
+        );
         scene.after("copy-up", owner.name(), || {
             match above(&scene, owner, "copy-up", false) {
                 Some(mut above) => Came::of(above.attack(4096).unwrap()),
@@ -361,7 +392,7 @@ pub fn play_dump_core(arguments: &[String]) -> Result<()> {
         maximum: None,
     };
     setrlimit(Resource::Core, without)?;
-    adversary::become_nobody()?;
+    raw::become_nobody()?;
     std::env::set_current_dir(directory)?;
     std::process::abort();
 }

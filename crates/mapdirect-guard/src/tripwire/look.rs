@@ -56,6 +56,8 @@ pub(super) struct Order {
     pub(super) file: Arc<Listened>,
     pub(super) blocks: Blocks,
     pub(super) hits: Vec<Hit>,
+    /// The filesystem may have been shut down.
+    pub(super) may_be_dead: bool,
 }
 
 /// What came of it.
@@ -145,6 +147,9 @@ pub(super) fn concerns(pin: &Pin, blocks: Option<(u64, u64)>) -> bool {
     }
 }
 
+/// Why a pin is lost whose filesystem is.
+const DEAD: &str = "its filesystem was shut down: nothing is written to the blocks any more";
+
 /// Takes a look.
 pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let watched = &order.watched;
@@ -159,6 +164,12 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
         Ok(file) => file,
         // The inode is gone, and every pin of it.
         Err(Errno::STALE) => return Outcome::Done,
+        Err(_) if order.may_be_dead && is_shut_down(&order.file, &holders) => {
+            for pin in alive {
+                guard.notices.lost(pin, DEAD);
+            }
+            return Outcome::Done;
+        }
         Err(_) => return Outcome::Failed,
     };
     let mut outcome = Outcome::Done;
@@ -240,26 +251,57 @@ fn since_the_epoch() -> u64 {
         .unwrap_or(0)
 }
 
-/// Opens a file by whatever mount there is of its filesystem, here or where
-/// its holders are. Nothing is kept open for that, which would keep the
-/// filesystem busy.
+/// Opens a file by whatever mount there is of its filesystem.
 fn open(file: &Listened, holders: &[i32]) -> Result<OwnedFd, Errno> {
-    let mut last = match open_by_mounts(file, None) {
+    by_mounts(file, holders, |place| {
+        let opened = file_handle::open(place, &file.handle, READING)?;
+        let stat = rustix::fs::fstat(&opened)?;
+        let is_it = (stat.st_dev, stat.st_ino) == (file.id.dev, file.id.inode);
+        is_it.then_some(opened).ok_or(Errno::NODEV)
+    })
+}
+
+/// Whether a filesystem whose files cannot be opened was shut down: then nothing
+/// of it can be synced, and on XFS not even a directory opened. What opening a
+/// file fails with does not tell: behind permission events it is EPERM.
+fn is_shut_down(file: &Listened, holders: &[i32]) -> bool {
+    let synced = by_mounts(file, holders, |place| rustix::fs::fsync(place));
+    matches!(synced, Err(Errno::IO | Errno::SHUTDOWN))
+}
+
+const READING: OFlags = OFlags::RDONLY
+    .union(OFlags::CLOEXEC)
+    .union(OFlags::NONBLOCK)
+    .union(OFlags::NOCTTY);
+
+/// Does something by whatever mount there is of a file's filesystem, here or
+/// where its holders are. Nothing is kept open for that, which would keep the
+/// filesystem busy.
+fn by_mounts<T>(
+    file: &Listened,
+    holders: &[i32],
+    act: impl Fn(BorrowedFd<'_>) -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    let mut last = match by_mounts_of(file, None, &act) {
         Err(errno) => errno,
-        opened => return opened,
+        done => return done,
     };
     for pid in holders {
-        match open_by_mounts(file, Some(*pid)) {
+        match by_mounts_of(file, Some(*pid), &act) {
             Err(Errno::NODEV) => {}
             Err(errno) => last = errno,
-            opened => return opened,
+            done => return done,
         }
     }
     Err(last)
 }
 
 /// The same by the mounts that a process sees, or this one.
-fn open_by_mounts(file: &Listened, pid: Option<i32>) -> Result<OwnedFd, Errno> {
+fn by_mounts_of<T>(
+    file: &Listened,
+    pid: Option<i32>,
+    act: impl Fn(BorrowedFd<'_>) -> Result<T, Errno>,
+) -> Result<T, Errno> {
     let device = file.id.device();
     // Nobody's mounts any more, if it is gone.
     let mounts = proc_mountinfo::read(pid).map_err(|_| Errno::NODEV)?;
@@ -272,17 +314,12 @@ fn open_by_mounts(file: &Listened, pid: Option<i32>) -> Result<OwnedFd, Errno> {
             || mount.mount_point.clone(),
             |pid| format!("/proc/{pid}/root{}", mount.mount_point),
         );
-        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-        let opened = rustix::fs::open(place, flags, Mode::empty())
-            .and_then(|place| file_handle::open(place.as_fd(), &file.handle, flags));
-        match opened {
-            Ok(opened) => {
-                let stat = rustix::fs::fstat(&opened)?;
-                if (stat.st_dev, stat.st_ino) == (file.id.dev, file.id.inode) {
-                    return Ok(opened);
-                }
-            }
+        let done =
+            rustix::fs::open(place, READING, Mode::empty()).and_then(|place| act(place.as_fd()));
+        match done {
+            Err(Errno::NODEV) => {}
             Err(errno) => last = errno,
+            done => return done,
         }
     }
     Err(last)

@@ -6,7 +6,8 @@
 //! inside the kernel (programs of the bpf gate's kind would be left out now and
 //! then); whatever they tell of, or may have lost, is a reason to read the
 //! block map again and to compare it with what was pinned. Only a difference
-//! is a breach, so an event too many does no harm.
+//! is a breach, so an event too many does no harm. A file that cannot be opened
+//! any more, since its filesystem was shut down, is lost.
 //!
 //! [`points`] knows which tracepoints, [`filter`] for which files, [`wires`]
 //! has them and their rings. One thread ([`run`]) reads the rings and decides
@@ -33,6 +34,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use wires::{CannotArm, Listened, Who, Wires};
@@ -71,6 +73,8 @@ pub(crate) struct Tripwire {
     missing: Mutex<Option<String>>,
     waker: Waker,
     looks: Looks,
+    /// All files are to be looked at.
+    all: AtomicBool,
 }
 
 /// As long as it lives, a file is listened to.
@@ -91,6 +95,7 @@ impl Tripwire {
             missing: Mutex::new(missing),
             waker: Waker::new()?,
             looks: Looks::default(),
+            all: AtomicBool::new(false),
         })
     }
 
@@ -137,6 +142,17 @@ impl Tripwire {
         lock(&self.missing).clone()
     }
 
+    /// Has the block maps of all pins read and compared soon: the gate was open
+    /// for a moment, and is closed again.
+    #[cfg_attr(
+        not(feature = "bpf"),
+        expect(dead_code, reason = "nobody can open the other gate")
+    )]
+    pub(crate) fn look_everywhere(&self) {
+        self.all.store(true, SeqCst);
+        self.waker.wake();
+    }
+
     /// Has the thread notice that the guard stops.
     pub(crate) fn wake(&self) {
         self.waker.wake();
@@ -172,6 +188,8 @@ struct Case {
     file: Arc<Listened>,
     blocks: Blocks,
     hits: Vec<Hit>,
+    /// Its filesystem may have been shut down.
+    may_be_dead: bool,
     /// When to look.
     due: Option<Instant>,
     /// A look is under way.
@@ -190,6 +208,7 @@ impl Case {
             file,
             blocks: Blocks::default(),
             hits: Vec::new(),
+            may_be_dead: false,
             due: None,
             looking: false,
             rests_until: Instant::now(),
@@ -227,6 +246,12 @@ impl Case {
         }
         self.looks = 0;
         self.due = Some(self.rests_until.max(Instant::now()));
+    }
+
+    /// Anything may have become of the file with its filesystem.
+    fn heard_of_filesystem(&mut self) {
+        self.may_be_dead = true;
+        self.heard(None, None);
     }
 
     /// Asks for the names of who came by, before they are gone.
@@ -416,6 +441,9 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
             }
         }
         listen(guard, wires, &mut cases);
+        if tripwire.all.swap(false, SeqCst) {
+            look_at_all(guard, wires, &mut cases);
+        }
         let now = Instant::now();
         for case in cases.values_mut().filter(|case| case.is_due(now)) {
             (case.due, case.looking) = (None, true);
@@ -424,6 +452,7 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
                 file: Arc::clone(&case.file),
                 blocks: case.blocks.clone(),
                 hits: case.hits.clone(),
+                may_be_dead: case.may_be_dead,
             });
         }
         is_behind = tripwire.looks.staff(spawn);
@@ -505,7 +534,12 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
         }
         drop(pins);
         if let Some(file) = wired.listened(id) {
-            case_of(cases, watched, file).heard(told.blocks, Some((who, told.at)));
+            let case = case_of(cases, watched, file);
+            if told.inode.is_some() {
+                case.heard(told.blocks, Some((who, told.at)));
+            } else {
+                case.heard_of_filesystem();
+            }
         }
     }
     drop(wired);
@@ -516,11 +550,11 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
     }
 }
 
-/// Something was missed, and nobody knows of which file.
+/// Something may have been missed, and nobody knows of which file.
 fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     for file in lock(wires).all() {
         if let Some(watched) = guard.table.get(file.id) {
-            case_of(cases, watched, file).heard(None, None);
+            case_of(cases, watched, file).heard_of_filesystem();
         }
     }
 }

@@ -10,6 +10,9 @@
 //! last of them much later, and tells of each extent then.
 //!
 //! None of them is hit by reading, or by writing to blocks that are there.
+//!
+//! A filesystem that is shut down changes no block map any more, and writes
+//! nothing either. That has tracepoints of its own, which name no file.
 
 use super::format::{Format, id_of};
 use super::tracefs;
@@ -33,6 +36,16 @@ struct Point {
     /// A condition of its own, and the field it needs.
     condition: Option<(&'static str, &'static str)>,
     blocks: Blocks,
+    about: About,
+}
+
+/// What a tracepoint tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum About {
+    /// Blocks of a file.
+    File,
+    /// A filesystem that may be shut down.
+    Filesystem,
 }
 
 /// Attributes (256) and blocks set aside for copies (512) are in other lists
@@ -49,10 +62,18 @@ const fn point(
         name,
         condition,
         blocks,
+        about: About::File,
     }
 }
 
-const XFS: [Point; 6] = [
+const fn shutdown(name: &'static str) -> Point {
+    Point {
+        about: About::Filesystem,
+        ..point(name, None, Blocks::All)
+    }
+}
+
+const XFS: [Point; 7] = [
     point("xfs/xfs_iext_insert", DATA, EXTENT),
     point("xfs/xfs_iext_remove", DATA, EXTENT),
     point("xfs/xfs_bmap_pre_update", DATA, EXTENT),
@@ -63,13 +84,14 @@ const XFS: [Point; 6] = [
         None,
         Blocks::Run("lblk", "len"),
     ),
+    shutdown("xfs/xfs_force_shutdown"),
 ];
 
 /// `EXT4_GET_BLOCKS_CREATE` (fs/ext4/ext4.h): blocks may be allocated or
 /// converted, not just looked up.
 const CREATE: Option<(&str, &str)> = Some(("flags", "(flags & 1)"));
 
-const EXT4: [Point; 3] = [
+const EXT4: [Point; 5] = [
     point(
         "ext4/ext4_ext_map_blocks_exit",
         CREATE,
@@ -81,6 +103,9 @@ const EXT4: [Point; 3] = [
         Blocks::Run("lblk", "len"),
     ),
     point("ext4/ext4_remove_blocks", None, Blocks::Span("from", "to")),
+    shutdown("ext4/ext4_shutdown"),
+    // Which may be answered by one.
+    shutdown("ext4/ext4_error"),
 ];
 
 /// Why there are no tracepoints to listen to.
@@ -102,6 +127,7 @@ pub(crate) struct Tracepoint {
     name: &'static str,
     blocks: Blocks,
     pub(crate) condition: Option<&'static str>,
+    pub(crate) about: About,
 }
 
 impl Tracepoint {
@@ -115,7 +141,8 @@ impl Tracepoint {
 pub(crate) struct Told {
     /// As the kernel numbers devices.
     pub(crate) device: u32,
-    pub(crate) inode: u64,
+    /// Nothing if it is about the filesystem.
+    pub(crate) inode: Option<u64>,
     /// The tracepoint.
     pub(crate) at: &'static str,
     /// First block and how many; nothing if it may be any.
@@ -146,9 +173,14 @@ impl Tracepoints {
         for point in points {
             let format = format_of(point.name)
                 .and_then(|text| Format::parse(&text))
-                .filter(|format| format.has("dev") && format.has("ino"));
-            // Without any of them something could change unnoticed.
-            let format = format.ok_or(Missing::Point(point.name))?;
+                .filter(|format| format.has("dev"))
+                .filter(|format| point.about == About::Filesystem || format.has("ino"));
+            let format = match format {
+                Some(format) => format,
+                None if point.about == About::Filesystem => continue,
+                // Something could change unnoticed.
+                None => return Err(Missing::Point(point.name)),
+            };
             // Without the field more is heard than needed, and nothing missed.
             let condition = point
                 .condition
@@ -161,6 +193,7 @@ impl Tracepoints {
                     .map_or(point.name, |(_, name)| name),
                 blocks: point.blocks,
                 condition,
+                about: point.about,
                 format,
             });
         }
@@ -181,7 +214,10 @@ impl Tracepoints {
         };
         Some(Told {
             device: u32::try_from(value("dev")?).ok()?,
-            inode: value("ino")?,
+            inode: match point.about {
+                About::File => Some(value("ino")?),
+                About::Filesystem => None,
+            },
             at: point.name,
             blocks,
         })
@@ -237,7 +273,9 @@ mod tests {
         assert!(points.0.iter().all(|point| point.condition.is_none()));
         let told = |name: &str| points.understand(&record(name)).unwrap();
         let run = told("ext4/ext4_es_remove_extent");
-        assert_eq!((run.device, run.inode), (7, 99));
+        assert_eq!((run.device, run.inode), (7, Some(99)));
+        let dead = told("ext4/ext4_shutdown");
+        assert_eq!((dead.device, dead.inode, dead.blocks), (7, None, None));
         assert_eq!(run.blocks, Some((10, 12)));
         assert_eq!(told("ext4/ext4_remove_blocks").blocks, Some((10, 3)));
         assert_eq!(points.understand(&[1, 0]), None);
@@ -258,5 +296,8 @@ mod tests {
         assert_eq!(without("").unwrap().0.len(), XFS.len());
         let gone = "xfs/xfs_iext_remove";
         assert_eq!(without(gone).unwrap_err(), Missing::Point(gone));
+        // Blocks are noticed all the same.
+        let less = without("xfs/xfs_force_shutdown").unwrap();
+        assert_eq!(less.0.len(), XFS.len() - 1);
     }
 }

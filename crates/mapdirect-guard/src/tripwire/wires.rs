@@ -6,7 +6,7 @@
 //! once.
 
 use super::filter::Cover;
-use super::points::{Told, Tracepoints};
+use super::points::{About, Told, Tracepoints};
 use crate::Errno;
 use crate::table::InodeId;
 use mapdirect::eligibility::Filesystem;
@@ -185,7 +185,8 @@ impl Wires {
             .collect()
     }
 
-    /// Hands out what is in the rings; says whether some of it may be lost.
+    /// Hands out what is in the rings, and with what is about a filesystem each
+    /// of its files; says whether some of it may be lost.
     pub(super) fn drain(&mut self, mut each: impl FnMut(InodeId, Told, Who)) -> bool {
         let Self {
             processors,
@@ -202,20 +203,25 @@ impl Wires {
                 let Some(told) = told else {
                     return;
                 };
-                let id = InodeId {
-                    dev: user_device(told.device),
-                    inode: told.inode,
+                let dev = user_device(told.device);
+                let Some(wire) = of.get(&dev) else {
+                    return;
                 };
-                if of
-                    .get(&id.dev)
-                    .is_some_and(|wire| wire.files.contains_key(&id.inode))
-                {
-                    let who = Who {
-                        pid: sample.pid,
-                        tid: sample.tid,
-                        time: sample.time,
-                    };
-                    each(id, told, who);
+                let who = Who {
+                    pid: sample.pid,
+                    tid: sample.tid,
+                    time: sample.time,
+                };
+                match told.inode {
+                    Some(inode) if wire.files.contains_key(&inode) => {
+                        each(InodeId { dev, inode }, told, who);
+                    }
+                    Some(_) => {}
+                    None => {
+                        for &inode in wire.files.keys() {
+                            each(InodeId { dev, inode }, told, who);
+                        }
+                    }
                 }
             });
         }
@@ -223,7 +229,8 @@ impl Wires {
     }
 
     /// Stops to listen to files that `is_needed` has said no to twice, and to
-    /// those that were covered because they might have come to be pinned. Returns what is to be closed, which takes the kernel some time.
+    /// those that were covered because they might have come to be pinned.
+    /// Returns what is to be closed, which takes the kernel some time.
     pub(super) fn tidy(&mut self, is_needed: impl Fn(InodeId) -> bool) -> Vec<Event> {
         let mut closed = Vec::new();
         let Self { of, processors, .. } = self;
@@ -288,7 +295,11 @@ impl Wire {
         };
         let mut events = Vec::with_capacity(self.points.0.len() * processors.len());
         for point in &self.points.0 {
-            let filter = cover.filter(kernel_device(dev), point.condition);
+            let device = kernel_device(dev);
+            let filter = match point.about {
+                About::File => cover.filter(device, point.condition),
+                About::Filesystem => format!("dev == {device}"),
+            };
             let filter = CString::new(filter).map_err(|_| Errno::INVAL)?;
             for processor in processors {
                 let event = match Event::tracepoint(point.id(), processor.number, wake) {

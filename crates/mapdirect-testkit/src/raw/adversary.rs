@@ -8,24 +8,6 @@ use io_uring::{IoUring, opcode, squeue, types};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::sync::atomic::AtomicU64;
 
-/// The user without any privilege.
-pub const NOBODY: u32 = 65_534;
-
-/// Takes every privilege from the calling process, for good.
-///
-/// It can still be looked at through `/proc`, as a program can that such a
-/// user starts.
-pub fn become_nobody() -> Result<()> {
-    // SAFETY: an empty list.
-    checked(unsafe { libc::setgroups(0, std::ptr::null()) }.into())?;
-    // SAFETY: takes numbers only.
-    checked(unsafe { libc::setresgid(NOBODY, NOBODY, NOBODY) }.into())?;
-    // SAFETY: takes numbers only.
-    checked(unsafe { libc::setresuid(NOBODY, NOBODY, NOBODY) }.into())?;
-    // SAFETY: takes numbers only.
-    checked(unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 1) }.into()).map(drop)
-}
-
 /// How the scheduler treats a process, compared to others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Priority {

@@ -2,8 +2,10 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
-use super::abi::{DEAD, FILTER_WORDS};
+use super::abi::{DEAD, FILTER_WORDS, Settings};
+use super::functions::Kernel;
 use super::watch::Held;
+use super::{ask_about, preempts};
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
@@ -16,7 +18,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 /// The programs, compiled from `mapdirect.bpf.c` by `cargo xtask bpf`.
 const OBJECT: &[u8] = include_bytes!("mapdirect.bpf.o");
@@ -49,6 +51,13 @@ pub enum LoadError {
     /// The kernel lacks something.
     #[error("this kernel cannot do it: {0}")]
     Unsupported(String),
+    /// The kernel has everything, but may leave the programs out: it preempts
+    /// them, and no security hook calls them.
+    #[error(
+        "not supported here: this kernel preempts BPF programs, and then leaves some out that no \
+         security hook calls"
+    )]
+    MayLeaveOut,
     /// Another guard has the directory.
     #[error("another guard keeps the gate at {0}; end it first")]
     AlreadyRunning(String),
@@ -61,6 +70,22 @@ pub enum LoadError {
     /// Something failed.
     #[error("{0}")]
     Failed(String),
+}
+
+impl LoadError {
+    /// What to do about it, if anything is known.
+    #[must_use]
+    pub fn help(&self) -> Option<String> {
+        if !matches!(self, Self::MayLeaveOut) {
+            return None;
+        }
+        let modules = security_modules();
+        let modules = modules.trim();
+        let separator = if modules.is_empty() { "" } else { "," };
+        Some(format!(
+            "boot it with lsm={modules}{separator}bpf; or with preempt=voluntary, if it knows that"
+        ))
+    }
 }
 
 fn failed(what: &str, error: impl std::fmt::Display) -> LoadError {
@@ -604,10 +629,15 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
     }
 }
 
+/// The kernel's security modules, as the parameter `lsm=` takes them.
+fn security_modules() -> String {
+    std::fs::read_to_string("/sys/kernel/security/lsm").unwrap_or_default()
+}
+
 /// Whether the security hooks call BPF programs.
 fn has_lsm() -> bool {
-    std::fs::read_to_string("/sys/kernel/security/lsm")
-        .is_ok_and(|list| list.trim().split(',').any(|name| name == "bpf"))
+    let modules = security_modules();
+    modules.trim().split(',').any(|name| name == "bpf")
 }
 
 /// What libbpf said last: reasons are long, and come line by line.
@@ -627,11 +657,18 @@ fn listen(_level: PrintLevel, line: String) {
     }
 }
 
+/// Whether this process may load programs that look at the kernel. Root may
+/// have given that away.
+fn is_privileged() -> bool {
+    use mapdirect_sys::capget::{CAP_SYS_ADMIN, contains, effective};
+    effective(0).is_ok_and(|has| contains(has, CAP_SYS_ADMIN))
+}
+
 /// An error of libbpf with what it had to say.
 fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
     // The verifier says EACCES, too.
     let denied = error.kind() == libbpf_rs::ErrorKind::PermissionDenied;
-    if denied && !rustix::process::geteuid().is_root() {
+    if denied && !is_privileged() {
         return LoadError::NotPrivileged;
     }
     let said = std::mem::take(&mut *SAID.lock().unwrap_or_else(PoisonError::into_inner));
@@ -790,13 +827,52 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     open.load().map_err(|error| told("loading", &error))
 }
 
-/// Whether the gate can be loaded here: everything but attaching it.
+/// Whether the gate can be had here: everything but attaching it.
 ///
 /// # Errors
 ///
 /// Why not.
 pub fn probe() -> Result<(), LoadError> {
-    load_object(None).map(drop)
+    let object = load_object(None)?;
+    if has_lsm() {
+        return Ok(());
+    }
+    let kernel = Kernel::read()?;
+    let mode = if kernel.preemption == 0 {
+        0
+    } else {
+        preemption_mode(&object, &kernel)?
+    };
+    if preempts(&kernel, mode) {
+        return Err(LoadError::MayLeaveOut);
+    }
+    Ok(())
+}
+
+/// Asks the one program that tells, attached for a moment: it judges by maps of
+/// its own, in which nothing is pinned.
+fn preemption_mode(object: &Object, kernel: &Kernel) -> Result<i32, LoadError> {
+    const TELLS: &str = "file_fcntl";
+    let map = |name: &str| {
+        let found = object.maps().find(|map| map.name() == name);
+        let found = found.ok_or_else(|| failed("finding a map", name))?;
+        MapHandle::try_from(&found).map_err(|error| failed(name, error))
+    };
+    let settings = Settings::new(std::process::id(), kernel, true);
+    map("settings")?
+        .update(&0u32.to_ne_bytes(), settings.as_bytes(), MapFlags::ANY)
+        .map_err(|error| failed("writing the rules", error))?;
+    let program = object.progs_mut().find(|program| program.name() == TELLS);
+    let program = program.ok_or_else(|| failed("attaching", TELLS))?;
+    let _link = attach_one(&program).map_err(|error| told("attaching", &error))?;
+    let probe = mapdirect_sys::memfd::sealed("mapdirect-probe", b"")
+        .map_err(|errno| failed("memfd_create", errno))?;
+    match ask_about(&map("identities")?, probe.as_fd(), None) {
+        Ok(answered) => Ok(answered.preemption),
+        // It has just been left out.
+        Err(Errno::NODATA) => Err(LoadError::MayLeaveOut),
+        Err(errno) => Err(failed("asking the programs", errno)),
+    }
 }
 
 #[cfg(test)]

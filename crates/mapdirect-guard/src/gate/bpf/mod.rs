@@ -125,6 +125,33 @@ fn errno(error: &libbpf_rs::Error) -> Errno {
     }
 }
 
+/// Asks the programs what a descriptor of this process is to the kernel; from
+/// now on it is a pin, if one is given.
+fn ask_about(
+    identities: &MapHandle,
+    file: BorrowedFd<'_>,
+    pin: Option<&Pin>,
+) -> Result<Identity, Errno> {
+    let tid = rustix::thread::gettid().as_raw_nonzero().get();
+    let key = tid.to_ne_bytes();
+    if let Some(pin) = pin {
+        let mut asked = Identity::new_zeroed();
+        asked.pin = pin.id;
+        (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
+        identities
+            .update(&key, asked.as_bytes(), MapFlags::ANY)
+            .map_err(|error| errno(&error))?;
+    }
+    fcntl::get_flags_with(file, WHO_IS_IT)?;
+    let found = identities.lookup(&key, MapFlags::ANY);
+    let _ = identities.delete(&key);
+    found
+        .ok()
+        .flatten()
+        .and_then(|bytes| Identity::read_from_bytes(&bytes).ok())
+        .ok_or(Errno::NODATA)
+}
+
 impl Gate {
     /// Puts it in place, or takes over the one that is there.
     pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
@@ -173,11 +200,7 @@ impl Gate {
             if !self.loaded.adopted {
                 let _ = self.remove();
             }
-            return Err(LoadError::Unsupported(String::from(
-                "it preempts programs, and then leaves some out that are not attached to a \
-                 security hook; boot it with `bpf` among the modules of lsm= (see \
-                 /sys/kernel/security/lsm), or with preempt=voluntary",
-            )));
+            return Err(LoadError::MayLeaveOut);
         }
         if preempts {
             return Ok(());
@@ -382,25 +405,7 @@ impl Gate {
 
     /// The same; from now on it is a pin, if one is given.
     fn ask_about(&self, file: BorrowedFd<'_>, pin: Option<&Pin>) -> Result<Identity, Errno> {
-        let tid = rustix::thread::gettid().as_raw_nonzero().get();
-        let key = tid.to_ne_bytes();
-        let identities = &self.loaded.maps.identities;
-        if let Some(pin) = pin {
-            let mut asked = Identity::new_zeroed();
-            asked.pin = pin.id;
-            (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
-            identities
-                .update(&key, asked.as_bytes(), MapFlags::ANY)
-                .map_err(|error| errno(&error))?;
-        }
-        fcntl::get_flags_with(file, WHO_IS_IT)?;
-        let found = identities.lookup(&key, MapFlags::ANY);
-        let _ = identities.delete(&key);
-        found
-            .ok()
-            .flatten()
-            .and_then(|bytes| Identity::read_from_bytes(&bytes).ok())
-            .ok_or(Errno::NODATA)
+        ask_about(&self.loaded.maps.identities, file, pin)
     }
 
     /// Whether nobody else can be in the middle of anything on the inode of

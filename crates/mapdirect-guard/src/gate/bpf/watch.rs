@@ -9,6 +9,10 @@
 //! back, it keeps the gate closed also when the guard dies. What is missing in
 //! a map is written again. All of it is looked at every second, and the
 //! directory before each grant.
+//!
+//! Until something is back in the maps the gate may be open. So the block maps
+//! of all pins are read and compared then: what was changed in that time is
+//! told as a breach.
 
 use super::abi::{Entry, Holder, Key, Settings};
 use super::load::{BPF_MAPS, LINKS, claim, mount_bpffs};
@@ -258,7 +262,7 @@ impl Gate {
                 None
             } else {
                 last.at = Some(Instant::now());
-                let broken = self.look(&mut texts);
+                let broken = self.look(guard, &mut texts);
                 let before = std::mem::replace(&mut last.broken, broken.clone());
                 is_due = true;
                 broken.filter(|_| before.is_none())
@@ -281,7 +285,7 @@ impl Gate {
 
     /// Looks at everything but what inodes have in the maps. Returns why the
     /// gate is not whole, and adds what was put back to `texts`.
-    fn look(&self, texts: &mut Vec<String>) -> Option<String> {
+    fn look(&self, guard: &Guard, texts: &mut Vec<String>) -> Option<String> {
         let mut broken = None;
         match self.loaded.held.put_back(true) {
             Ok(missing) => texts.extend(put_back(&missing)),
@@ -290,9 +294,12 @@ impl Gate {
         // Whom the programs answer is in there, too.
         match self.check_settings() {
             Ok(true) => {}
-            Ok(false) => texts.push(String::from(
-                "somebody has changed the rules of the gate: they were put back",
-            )),
+            Ok(false) => {
+                guard.tripwire.look_everywhere();
+                texts.push(String::from(
+                    "somebody has changed the rules of the gate: they were put back",
+                ));
+            }
             Err(why) => {
                 broken.get_or_insert(why);
             }
@@ -344,7 +351,9 @@ impl Gate {
             Content::Whole => {}
             Content::Mended(what) => {
                 // Outside of the lock that it was found under.
-                if self.publish(watched).is_err() {
+                let published = self.publish(watched);
+                guard.tripwire.look_everywhere();
+                if published.is_err() {
                     self.lose(guard, watched, what, say);
                 } else {
                     say(&format!(
@@ -356,7 +365,10 @@ impl Gate {
                     ));
                 }
             }
-            Content::Lost(what) => self.lose(guard, watched, what, say),
+            Content::Lost(what) => {
+                guard.tripwire.look_everywhere();
+                self.lose(guard, watched, what, say);
+            }
         }
     }
 
