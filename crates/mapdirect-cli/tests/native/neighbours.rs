@@ -9,7 +9,6 @@ use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{clone_range, dedupe};
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::process::{Helper, say};
-use mapdirect_testkit::raw::adversary;
 use mapdirect_testkit::{Kind, raw};
 use std::fs::File;
 use std::io::{Seek, SeekFrom};
@@ -295,7 +294,7 @@ pub fn play_sharer(arguments: &[String]) -> anyhow::Result<()> {
         bail!("wrong arguments");
     };
     let offset = offset.parse()?;
-    adversary::become_nobody()?;
+    raw::become_nobody()?;
     let file = File::open(path)?;
     let own = File::options().read(true).write(true).open(own)?;
     let share = || {
