@@ -117,13 +117,13 @@ fn guests() -> Vec<Guest> {
         let filters = often.iter().map(ToString::to_string).collect();
         let mut guest = gate_in_kernel(kernel, "bpf gate", 0, filters);
         guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
-        guest.time_limit = Duration::from_secs(2400);
+        guest.time_limit = Duration::from_secs(3000);
         guest
     }));
     // Storage targets are modules of these kernels, and not of this machine's.
     let mut guest = gate_in_kernel("7.3", "fanotify gate", 0, vec![String::from("writers::")]);
     guest.environment = vec![(GATE_VARIABLE, Gate::Fanotify.name().to_owned())];
-    guest.time_limit = Duration::from_secs(600);
+    guest.time_limit = Duration::from_secs(900);
     guests.push(guest);
     let without_bpf = vec![String::from("gate::without-lsm")];
     let mut guest = gate_in_kernel("7.3", "no bpf in lsm=", 0, without_bpf);

@@ -7,11 +7,13 @@
 //! it, whichever directory is exported. (`bpf` judges it where it happens.)
 //!
 //! What the kernel exports just now is in its own list; what it would export
-//! when a client asks for it is in that of `exportfs(8)`.
+//! when a client asks for it is in that of `exportfs(8)`. With `crossmnt` that
+//! is also whatever is mounted below a directory, which no list names before a
+//! client has walked into it.
 
 use crate::bounded::within;
 use arc_swap::ArcSwapOption;
-use mapdirect_sys::proc;
+use mapdirect_sys::{proc, proc_mountinfo};
 use rustix::fs::{AtFlags, StatxFlags};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -69,9 +71,18 @@ impl Exports {
 
 fn all() -> Vec<Exported> {
     let texts = LISTS.iter().filter_map(|list| std::fs::read(list).ok());
-    let mut paths: Vec<String> = texts
+    let listed: Vec<Listed> = texts
         .flat_map(|text| writable(&String::from_utf8_lossy(&text)))
         .collect();
+    let mut paths: Vec<String> = listed.iter().map(|listed| listed.path.clone()).collect();
+    if listed.iter().any(|listed| listed.with_mounts) {
+        let mounts = proc_mountinfo::read(None).unwrap_or_default();
+        let below = mounts
+            .into_iter()
+            .map(|mount| mount.mount_point)
+            .filter(|place| listed.iter().any(|listed| listed.leads_to(place)));
+        paths.extend(below);
+    }
     paths.sort_unstable();
     paths.dedup();
     let tell = |path: String| {
@@ -88,23 +99,43 @@ fn device_of(path: &str) -> Option<u64> {
     Some(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
 }
 
+/// A directory that somebody may write to.
+#[derive(Debug, PartialEq, Eq)]
+struct Listed {
+    path: String,
+    /// And to what is mounted below it.
+    with_mounts: bool,
+}
+
+impl Listed {
+    /// Whether a client gets to a place where something is mounted.
+    fn leads_to(&self, place: &str) -> bool {
+        let rest = place.strip_prefix(self.path.trim_end_matches('/'));
+        self.with_mounts && rest.is_some_and(|rest| rest.starts_with('/'))
+    }
+}
+
 /// The directories of a list that somebody may write to: each line has a path
 /// and clients with options, `/srv *(rw,sync) host(ro)`.
-fn writable(list: &str) -> Vec<String> {
+fn writable(list: &str) -> Vec<Listed> {
     let lines = list.lines().filter(|line| line.starts_with('/'));
-    let may_write = |client: &str| {
+    let has = |client: &str, wanted: &str| {
         client
             .split_once('(')
-            .is_none_or(|(_, options)| options.split([',', ')']).any(|option| option == "rw"))
+            .is_none_or(|(_, options)| options.split([',', ')']).any(|option| option == wanted))
     };
     lines
         .filter_map(|line| {
             let mut words = line.split_ascii_whitespace();
             let path = proc::unescape(words.next()?);
-            let mut clients = words.take_while(|word| !word.starts_with('#')).peekable();
-            // Without a word about clients it may be anybody.
-            let anybody = clients.peek().is_none();
-            (anybody || clients.any(may_write)).then_some(path)
+            let clients: Vec<_> = words.take_while(|word| !word.starts_with('#')).collect();
+            let writers: Vec<_> = clients.iter().filter(|client| has(client, "rw")).collect();
+            // Without a word about clients it may be anybody, in any way.
+            let anybody = clients.is_empty();
+            (anybody || !writers.is_empty()).then(|| Listed {
+                path,
+                with_mounts: anybody || writers.iter().any(|client| has(client, "crossmnt")),
+            })
         })
         .collect()
 }
@@ -118,11 +149,32 @@ mod tests {
         let kernel = "# Version 1.1\n# Path Client(Flags) # IPs\n\
                       /srv/a\\040b\t*(rw,no_root_squash,sync,wdelay,fsid=0) # 10.0.0.1\n\
                       /srv/read\t10.0.0.0/8(ro,root_squash)\n";
-        assert_eq!(writable(kernel), ["/srv/a b"]);
+        let paths = |list: &str| -> Vec<String> {
+            writable(list)
+                .into_iter()
+                .map(|listed| listed.path)
+                .collect()
+        };
+        assert_eq!(paths(kernel), ["/srv/a b"]);
         let etab = "/srv\thost(ro,sync)\n/srv\tother(rw,sync,sec=sys)\n/all\n";
-        assert_eq!(writable(etab), ["/srv", "/all"]);
+        assert_eq!(paths(etab), ["/srv", "/all"]);
         assert!(writable("").is_empty());
         assert!(writable("/srv\thost(ro,rwx)\n").is_empty());
+    }
+
+    #[test]
+    fn what_is_mounted_below_may_be_exported_with_it() {
+        let leads = |list: &str, place: &str| {
+            let listed = writable(list);
+            listed.iter().any(|listed| listed.leads_to(place))
+        };
+        let list = "/srv\thost(rw,sync,crossmnt,no_subtree_check)\n";
+        assert!(leads(list, "/srv/disk") && leads(list, "/srv/a/b"));
+        assert!(!leads(list, "/srv2") && !leads(list, "/") && !leads(list, "/srv"));
+        assert!(leads("/\t*(rw,crossmnt)\n", "/srv/disk"));
+        assert!(!leads("/srv\thost(rw,nocrossmnt)\n", "/srv/disk"));
+        // Who may cross may not write.
+        assert!(!leads("/srv\ta(rw) b(ro,crossmnt)\n", "/srv/disk"));
     }
 
     #[test]

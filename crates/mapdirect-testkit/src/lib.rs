@@ -37,6 +37,7 @@ pub mod fuse;
 pub mod hammer;
 pub mod hostile;
 pub mod latency;
+pub mod legal;
 pub mod overlay;
 pub mod power;
 pub mod process;

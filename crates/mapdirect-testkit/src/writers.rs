@@ -127,8 +127,30 @@ pub const WRITERS: &[Writer] = {
         writer("acct", "acct(2)", B, G, G),
         writer("nvmet", "nvmet with a file", A, R, R),
         writer("nvmet", "nvmet with a file", B, G, G),
-        writer("fileio", "LIO, fileio", A, R, R),
-        writer("fileio", "LIO, fileio", B, G, G),
+        writer("fileio", "LIO, fileio: write, UNMAP or WRITE SAME", A, R, R),
+        writer("fileio", "LIO, fileio: write, UNMAP or WRITE SAME", B, G, G),
+        writer("iblock", "LIO, iblock with a loop device", A, R, R),
+        writer("iblock", "LIO, iblock with a loop device", B, G, G),
+        writer("nfs", "NFS client: write", A, R, R),
+        writer("nfs", "NFS client: write", B, R, G),
+        writer(
+            "nfs-open",
+            "NFS client that has the file open: write",
+            B,
+            G,
+            G,
+        ),
+        writer("nfs-truncate", "NFS client: truncate(2)", A, R, N),
+        writer("nfs-truncate", "NFS client: truncate(2)", B, R, G),
+        writer(
+            "nfs-read-only",
+            "NFS client of what is exported read-only",
+            B,
+            H,
+            H,
+        ),
+        writer("md-bitmap", "md, bitmap in a file", A, H, R),
+        writer("md-bitmap", "md, bitmap in a file", B, G, G),
         writer("loop", "loop device", A, R, R),
         writer("loop", "loop device", B, G, G),
         writer(
@@ -197,7 +219,15 @@ pub fn section() -> String {
          (A core dump replaces the file of that name; the pinned one loses its name.)\n\
          .IR Noticed :\n\
          no gate sees it.\n\
-         What it changed is noticed afterwards, by reading the block map again.\n",
+         What it changed is noticed afterwards, by reading the block map again.\n\
+         .PP\n\
+         Linux 7.3 takes no file for a bitmap of md, so that one has been tried under the\n\
+         bpf gate alone, on older kernels; under the other gate no writer gets the file,\n\
+         or the pin is refused for the description it holds.\n\
+         NFS LOCALIO (Linux 6.12, CONFIG_NFS_LOCALIO), by which a client of its own\n\
+         machine goes past the server's threads, has not been tried at all: Debian's\n\
+         kernels have none.\n\
+         What it changes is noticed.\n",
     );
     text
 }

@@ -376,7 +376,13 @@ impl Talk<'_> {
             return Err(lost(&Errno::PIPE));
         }
         if received.truncated {
-            return Err(unexpected());
+            // No message fills the buffer: what was cut off are descriptors,
+            // for which this process had no number left.
+            return Err(if received.length < buffer.len() {
+                no_descriptor()
+            } else {
+                unexpected()
+            });
         }
         match Reply::decode(&buffer[..received.length]) {
             Ok(Reply::Refused(refusal)) => {
@@ -422,6 +428,15 @@ pub(crate) fn unexpected() -> Error {
         Errno::PROTO,
         "the guard said something that makes no sense here",
         "use the library of the same version as the guard",
+    )
+}
+
+fn no_descriptor() -> Error {
+    Error::new(
+        Kind::System,
+        Errno::MFILE,
+        "this process has too many files open to take what the guard passed",
+        "raise its limit (RLIMIT_NOFILE), or close some: a pin needs a descriptor of its own",
     )
 }
 

@@ -10,10 +10,11 @@ mod state;
 use super::guest::{self, Guest};
 use super::{Ran, gate_in_kernel, persistent_memory, tests};
 use crate::{build, packages};
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use mapdirect_testkit::contract::{GATE_VARIABLE, Gate};
 use mapdirect_testkit::hammer::TRIES_VARIABLE;
+use mapdirect_testkit::legal::{COUNTED, SECONDS_VARIABLE};
 use mapdirect_testkit::{Kind, disk};
 use state::{Done, State};
 use std::process::ExitCode;
@@ -49,6 +50,8 @@ pub(crate) struct SoakArgs {
 enum Work {
     /// Random attacks on this machine.
     Here(Kind),
+    /// Legal load on this machine.
+    Load(Kind),
     /// Tests in a virtual machine.
     There {
         kernel: &'static str,
@@ -66,15 +69,47 @@ enum Work {
 pub(super) struct Piece {
     name: String,
     work: Work,
-    /// Operations to make; 1 for what is done once.
+    /// Operations to make, or seconds of legal load; 1 for what is done once.
     goal: u64,
 }
 
 impl Piece {
+    /// Whether it is made of hostile operations.
     fn is_counted(&self) -> bool {
-        !matches!(self.work, Work::Once(_))
+        !matches!(self.work, Work::Once(_)) && !self.is_legal()
+    }
+
+    /// Whether it is legal load.
+    fn is_legal(&self) -> bool {
+        match &self.work {
+            Work::Load(_) => true,
+            Work::There { filters, .. } => filters.iter().any(|filter| filter.starts_with(LEGAL)),
+            Work::Here(_) | Work::Once(_) => false,
+        }
+    }
+
+    /// Whether it runs on this machine.
+    fn is_here(&self) -> bool {
+        matches!(self.work, Work::Here(_) | Work::Load(_))
+    }
+
+    /// What its goal is a number of.
+    fn unit(&self) -> &'static str {
+        if self.is_legal() {
+            "seconds"
+        } else if self.is_counted() {
+            "operations"
+        } else {
+            "once"
+        }
     }
 }
+
+/// The tests that are legal load.
+const LEGAL: &str = "legal::";
+/// Seconds of it: an hour, and those of a part.
+const HOUR: u64 = 3600;
+const LEGAL_PART: u64 = 300;
 
 /// Operations of one part of a piece.
 const PART: u64 = 100_000;
@@ -136,6 +171,23 @@ fn pieces() -> Vec<Piece> {
                 goal: 200_000,
             });
         }
+    }
+    for kind in [Kind::XFS, Kind::EXT4] {
+        pieces.push(Piece {
+            name: format!("fanotify gate, this kernel, {kind}: an hour of legal load"),
+            work: Work::Load(kind),
+            goal: HOUR,
+        });
+        pieces.push(Piece {
+            name: format!("bpf gate, Linux 7.3, {kind}: an hour of legal load"),
+            work: Work::There {
+                kernel: "7.3",
+                parameters: "",
+                nvdimms: 0,
+                filters: vec![format!("{LEGAL}{kind}")],
+            },
+            goal: HOUR,
+        });
     }
     for (what, filter) in [("hammers", "hammer::"), ("random", "random::")] {
         pieces.push(Piece {
@@ -240,11 +292,10 @@ fn next<'a>(
         .filter(|piece| !failed.contains(&piece.name))
         .collect();
     left.sort_by_key(|piece| state.of(&piece.name).operations * 100 / piece.goal);
-    let is_here = |piece: &&&Piece| matches!(piece.work, Work::Here(_));
     match left.first() {
-        Some(first) if is_here(&first) => vec![*first],
+        Some(first) if first.is_here() => vec![*first],
         _ => {
-            let there = left.iter().filter(|piece| !is_here(piece));
+            let there = left.iter().filter(|piece| !piece.is_here());
             there.copied().take(machines).collect()
         }
     }
@@ -256,16 +307,20 @@ fn part<'a>(state: &State, pieces: &[&'a Piece]) -> Result<Vec<(&'a Piece, u64, 
         .iter()
         .map(|piece| 20_171_109 + 1000 * state.of(&piece.name).parts)
         .collect();
+    let left = |piece: &Piece| {
+        let left = piece.goal.saturating_sub(state.of(&piece.name).operations);
+        left.min(if piece.is_legal() { LEGAL_PART } else { PART })
+    };
     if let [piece] = pieces
-        && let Work::Here(kind) = piece.work
+        && piece.is_here()
     {
-        let ran = random_here(&piece.name, kind, seeds[0])?;
+        let ran = here(piece, seeds[0], left(piece))?;
         return Ok(vec![(*piece, seeds[0], ran)]);
     }
-    let guests = pieces.iter().zip(&seeds).filter_map(|(piece, seed)| {
-        let left = piece.goal.saturating_sub(state.of(&piece.name).operations);
-        piece.guest(*seed, left.min(PART))
-    });
+    let guests = pieces
+        .iter()
+        .zip(&seeds)
+        .filter_map(|(piece, seed)| piece.guest(*seed, left(piece)));
     let ran = guest::run(&guests.collect::<Vec<_>>(), &[]);
     ensure!(ran.len() == pieces.len(), "a machine said nothing");
     let all = pieces.iter().zip(seeds).zip(ran);
@@ -277,7 +332,7 @@ fn part<'a>(state: &State, pieces: &[&'a Piece]) -> Result<Vec<(&'a Piece, u64, 
 impl Piece {
     fn guest(&self, seed: u64, operations: u64) -> Option<Guest> {
         match &self.work {
-            Work::Here(_) => None,
+            Work::Here(_) | Work::Load(_) => None,
             Work::Once(guest) => Some((**guest).clone()),
             Work::There {
                 kernel,
@@ -288,12 +343,16 @@ impl Piece {
                 let mut guest = gate_in_kernel(kernel, "", *nvdimms, filters.clone());
                 guest.name.clone_from(&self.name);
                 guest.parameters = parameters;
-                // The operations of a part are divided among the tests: two
-                // filesystems, on one processor and on two.
-                let each = operations.div_ceil(4).max(1);
+                let amount = if self.is_legal() {
+                    (SECONDS_VARIABLE, operations.to_string())
+                } else {
+                    // The operations of a part are divided among the tests:
+                    // two filesystems, on one processor and on two.
+                    (TRIES_VARIABLE, operations.div_ceil(4).max(1).to_string())
+                };
                 guest.environment = vec![
                     (GATE_VARIABLE, Gate::Bpf.name().to_owned()),
-                    (TRIES_VARIABLE, each.to_string()),
+                    amount,
                     ("MAPDIRECT_SEED", seed.to_string()),
                 ];
                 Some(guest)
@@ -302,9 +361,13 @@ impl Piece {
     }
 }
 
-/// The random attack on a filesystem of this machine.
-fn random_here(name: &str, kind: Kind, seed: u64) -> Result<Ran> {
-    let test = format!("random::{kind}");
+/// The random attack, or the legal load, on a filesystem of this machine.
+fn here(piece: &Piece, seed: u64, seconds: u64) -> Result<Ran> {
+    let test = match &piece.work {
+        Work::Load(kind) => format!("{LEGAL}{kind}"),
+        Work::Here(kind) => format!("random::{kind}"),
+        Work::There { .. } | Work::Once(_) => bail!("{} is not for this machine", piece.name),
+    };
     let mut command = build::cargo(&[
         "test",
         "--quiet",
@@ -317,7 +380,8 @@ fn random_here(name: &str, kind: Kind, seed: u64) -> Result<Ran> {
         &test,
     ]);
     command.env("MAPDIRECT_SEED", seed.to_string());
-    tests(name, command)
+    command.env(SECONDS_VARIABLE, seconds.to_string());
+    tests(&piece.name, command)
 }
 
 /// What came of a part.
@@ -330,7 +394,10 @@ fn done(piece: &Piece, seed: u64, ran: &Ran) -> Done {
         };
         ran.notes.iter().filter_map(of).sum()
     };
-    let operations = if piece.is_counted() {
+    let operations = if piece.is_legal() {
+        // What failed was not legal load throughout.
+        if ran.ok { counted(COUNTED) } else { 0 }
+    } else if piece.is_counted() {
         counted("hammer tries") + counted("random attacks")
     } else {
         u64::from(ran.ok)
@@ -384,12 +451,15 @@ fn list(state: &State, pieces: &[Piece]) {
             String::new()
         };
         println!(
-            "{:>10} of {:>9}  {}{failed}",
-            of.operations, piece.goal, piece.name
+            "{:>10} of {:>9} {:<10}  {}{failed}",
+            of.operations,
+            piece.goal,
+            piece.unit(),
+            piece.name
         );
     }
     let (done, goal) = total(state, pieces);
-    println!("{done:>10} of {goal:>9}  operations of all pieces");
+    println!("{done:>10} of {goal:>9}  operations  of all pieces");
 }
 
 /// What git says.
@@ -428,15 +498,39 @@ mod tests_of_soak {
     }
 
     #[test]
+    fn an_hour_of_legal_load_is_no_hostile_operation() {
+        let pieces = pieces();
+        let legal: Vec<_> = pieces.iter().filter(|piece| piece.is_legal()).collect();
+        assert_eq!(legal.len(), 4);
+        assert!(legal.iter().all(|piece| piece.goal == HOUR));
+        assert_eq!(legal.iter().filter(|piece| piece.is_here()).count(), 2);
+        let mut state = State::empty("c");
+        let (none, goal) = total(&state, &pieces);
+        let part = |ok| Ran {
+            name: String::new(),
+            ok,
+            counts: None,
+            took: Duration::from_secs(400),
+            notes: vec![format!("tried: {LEGAL_PART} {COUNTED}")],
+        };
+        state.merge(&legal[0].name, &done(legal[0], 1, &part(true)));
+        assert_eq!(state.of(&legal[0].name).operations, LEGAL_PART);
+        assert_eq!(total(&state, &pieces), (none, goal));
+        state.merge(&legal[0].name, &done(legal[0], 1, &part(false)));
+        let of = state.of(&legal[0].name);
+        assert_eq!((of.operations, of.failures), (LEGAL_PART, 1));
+    }
+
+    #[test]
     fn what_got_least_far_comes_first() {
         let pieces = pieces();
         let wanted: Vec<&Piece> = pieces.iter().collect();
         let mut state = State::empty("c");
         let first = next(&state, &wanted, &[], 2);
         assert_eq!(first.len(), 1, "one on this machine");
-        for piece in &pieces[..3] {
+        for piece in pieces.iter().filter(|piece| piece.is_here()) {
             let done = Done {
-                operations: 1_000_000,
+                operations: piece.goal / 2,
                 ..Done::default()
             };
             state.merge(&piece.name, &done);

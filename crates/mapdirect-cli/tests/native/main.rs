@@ -19,6 +19,7 @@ mod errors;
 mod grants;
 mod hammer;
 mod in_kernel;
+mod legal;
 mod lifetime;
 mod neighbours;
 mod openers;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
     trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));
     trials.extend(random::trials(&world));
+    trials.extend(legal::trials(&world));
     trials.extend(hammer::trials(&world));
     trials.extend(strangers::trials(&world));
     trials.extend(unnoticed::trials(&world));

@@ -4,7 +4,7 @@ use crate::segments::{PAGE, State, at, four, make, map_all, store, try_map};
 use crate::world::{PATIENCE, World, kinds, open, wait_until_free};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::Guard;
+use mapdirect::{Guard, PinOptions};
 use mapdirect_sys::uname;
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::fault::{Access, load};
@@ -105,6 +105,20 @@ pub fn play_few_descriptors(arguments: &[String]) -> Result<()> {
         .map(|_| try_map(&guard, &file, 0..4 * PAGE))
         .collect::<mapdirect::Result<_>>()?;
     drop(again);
+    // The guard passes a pin's descriptor, for which there is no number left.
+    let mut pins = Vec::new();
+    let error = loop {
+        let options = PinOptions::new().range(0..PAGE).guard(guard.clone());
+        match options.patience(PATIENCE).pin(&file) {
+            Ok(pin) => pins.push(pin),
+            Err(error) => break error,
+        }
+        if pins.len() > 100 {
+            bail!("the limit is not reached");
+        }
+    };
+    assert_eq!(error.errno(), libc::EMFILE, "{error:#}");
+    drop(pins);
     say("what was refused left nothing");
     Ok(())
 }

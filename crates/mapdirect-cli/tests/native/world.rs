@@ -56,6 +56,7 @@ pub fn roles() -> Vec<Role> {
         ("merged-memory", crate::programs::play_merged_memory),
         ("inherits", crate::programs::play_inherits),
         ("hammer", mapdirect_testkit::hammer::play),
+        ("legal", mapdirect_testkit::legal::play),
         ("overlay", mapdirect_testkit::overlay::play),
         ("dump-core", crate::writers::play_dump_core),
         ("sharer", crate::neighbours::play_sharer),

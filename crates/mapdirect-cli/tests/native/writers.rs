@@ -1,6 +1,10 @@
 //! Writers that meet no hook: each line of the table in mapdirect.7
 //! (`testkit/src/writers.rs`), tried under the gate there is.
 
+mod lio;
+mod md;
+mod nfs;
+
 use crate::world::{BINARY, World, patience};
 use anyhow::{Result, bail};
 use libtest_mimic::Trial;
@@ -47,7 +51,9 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("core", core),
             ("acct", acct),
             ("nvmet", nvmet),
-            ("fileio", fileio),
+            ("lio", lio::backstores),
+            ("md-bitmap", md::bitmap),
+            ("nfs", nfs::clients),
             ("loop", loop_device),
             ("swapon", swapon),
         ],
@@ -538,42 +544,6 @@ fn nvmet(world: &World, kind: Kind) {
         Err(error) => world.unavailable(format!("nvmet: {error}")),
     }
     scene.after("nvmet", "", || Came::of(nvmet_with(&scene.path)));
-}
-
-/// A backstore of LIO in a file.
-fn fileio_with(path: &Path) -> std::io::Result<Configured> {
-    let adapter = PathBuf::from("/sys/kernel/config/target/core/fileio_77");
-    let device = adapter.join("mapdirect-test");
-    let enable = device.join("enable");
-    let mut configured = Configured {
-        directories: Vec::new(),
-        enable,
-    };
-    for directory in [adapter, device.clone()] {
-        fs::create_dir(&directory)?;
-        configured.directories.push(directory);
-    }
-    let parameters = format!("fd_dev_name={},fd_dev_size={LENGTH}", path.display());
-    fs::write(device.join("control"), parameters)?;
-    fs::write(&configured.enable, "1")?;
-    Ok(configured)
-}
-
-fn fileio(world: &World, kind: Kind) {
-    if !configfs(world, &["target_core_mod", "target_core_file"]) {
-        return;
-    }
-    let _turn = turn();
-    let disk = world.disk(kind);
-    let scene = Scene::new(world, &disk, "fileio");
-    match fileio_with(&scene.path) {
-        Ok(configured) => {
-            scene.before("fileio", "", || Came::Passed);
-            drop(configured);
-        }
-        Err(error) => world.unavailable(format!("LIO fileio: {error}")),
-    }
-    scene.after("fileio", "", || Came::of(fileio_with(&scene.path)));
 }
 
 /// A loop device, detached when it is dropped.

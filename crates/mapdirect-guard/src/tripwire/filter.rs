@@ -88,18 +88,20 @@ impl Cover {
     /// The filter for a tracepoint; `device` as the kernel numbers it, and one
     /// more condition.
     pub(crate) fn filter(&self, device: u32, condition: Option<&str>) -> String {
-        let mut text = format!("dev == {device} && (");
-        // Files of other directories are mostly beyond all of them.
+        // What no pin is about mostly ends with the first comparison: of
+        // inodes, since other filesystems are seldom as busy as this one, and
+        // files of other directories are mostly beyond all of the ranges.
+        let mut text = String::new();
+        // Writing to a string does not fail.
         if let [first, .., last] = self.ranges.as_slice() {
             let (first, last) = (first.start(), last.end());
-            // Writing to a string does not fail.
             let _ = write!(text, "ino >= {first} && ino <= {last} && (");
             tree(&self.ranges, &mut text);
             text.push(')');
         } else {
             tree(&self.ranges, &mut text);
         }
-        text.push(')');
+        let _ = write!(text, " && dev == {device}");
         if let Some(condition) = condition {
             text.push_str(" && ");
             text.push_str(condition);
@@ -143,12 +145,12 @@ mod tests {
         assert!(cover.is_exact());
         assert_eq!(
             cover.filter(77, Some("!(bmap_state & 768)")),
-            "dev == 77 && (ino >= 5 && ino <= 9 && ((ino < 9 && (ino >= 5 && ino <= 6)) || \
-             (ino >= 9 && (ino == 9)))) && !(bmap_state & 768)"
+            "ino >= 5 && ino <= 9 && ((ino < 9 && (ino >= 5 && ino <= 6)) || \
+             (ino >= 9 && (ino == 9))) && dev == 77 && !(bmap_state & 768)"
         );
         assert_eq!(
             Cover::of(&set([4]), None).filter(1, None),
-            "dev == 1 && (ino == 4)"
+            "ino == 4 && dev == 1"
         );
         assert!(!Cover::of(&set([4]), None).covers(5));
     }

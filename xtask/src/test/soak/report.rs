@@ -13,7 +13,9 @@ that go on where they were stopped. `cargo xtask soak --report` wrote this page:
 each commit, newest first, with nothing in it that did not run. An operation is a try of a hammer
 (a trick of a process without privilege, `crates/mapdirect-testkit/src/hammer.rs`) or an attack of
 the random test (`crates/mapdirect-cli/tests/native/random.rs`). A part fails if a single one of
-them changed a pinned block, or if none was ever refused.
+them changed a pinned block, or if none was ever refused. Legal load (`legal.rs` beside it) is
+counted in seconds: several processes do what anybody may to a pinned file, beside it and to its
+end, and a part fails if the tripwire tells of a single breach.
 ";
 
 /// Writes the section of a commit, in place of the one that is there or before
@@ -74,7 +76,9 @@ fn section(title: &str, state: &State, pieces: &[Piece]) -> String {
         .filter(|piece| state.of(&piece.name).parts > 0);
     for piece in ran {
         let of = state.of(&piece.name);
-        let (operations, goal) = if piece.is_counted() {
+        let (operations, goal) = if piece.is_legal() {
+            (format!("{} s", of.operations), format!("{} s", piece.goal))
+        } else if piece.is_counted() {
             (thousands(of.operations), thousands(piece.goal))
         } else {
             (format!("{} tests", of.tests), String::from("all"))
