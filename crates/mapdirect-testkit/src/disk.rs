@@ -191,7 +191,9 @@ pub fn place() -> PathBuf {
 
 /// Directories of disks: the process that made one is in the name, so that
 /// what a killed one left behind can be found.
-const PREFIX: &str = "mapdirect-disk-";
+/// What the names of directories begin with that tests make; they end with the
+/// process and a number.
+pub(crate) const PREFIX: &str = "mapdirect-";
 
 impl Disk {
     /// Makes and mounts one of `megabytes`; XFS needs 300.
@@ -216,7 +218,7 @@ impl Disk {
     ) -> Result<Self> {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("{PREFIX}{}-{number}", std::process::id());
+        let name = format!("{PREFIX}disk-{}-{number}", std::process::id());
         let directory = place().join(name);
         fs::create_dir(&directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
@@ -276,22 +278,26 @@ impl Drop for Disk {
     }
 }
 
-/// Takes a disk's directory away, whatever state it is in.
+/// Takes a directory of tests away, whatever is still mounted in it.
 fn remove(directory: &Path) {
-    let root = directory.join("mnt");
-    if is_mounted(&root) && unmount(&root).is_err() {
-        // Somebody still has a file open: detach it, so that it goes when
-        // they do.
-        let _ = Command::new("umount").arg("-l").arg(&root).status();
+    for mounted in mounted_in(directory) {
+        if unmount(&mounted).is_err() {
+            // Somebody still has a file open: detach it, so that it goes when
+            // they do.
+            let _ = Command::new("umount").arg("-l").arg(&mounted).status();
+        }
     }
-    let _ = fs::remove_dir(&root);
     let _ = fs::remove_dir_all(directory);
 }
 
-fn is_mounted(path: &Path) -> bool {
-    let path = path.to_string_lossy();
-    mapdirect_sys::proc_mountinfo::read(None)
-        .is_ok_and(|mounts| mounts.iter().any(|mount| mount.mount_point == path))
+/// What is mounted below a directory, the last first.
+fn mounted_in(directory: &Path) -> Vec<PathBuf> {
+    let mounts = mapdirect_sys::proc_mountinfo::read(None).unwrap_or_default();
+    let points = mounts.into_iter().rev();
+    let points = points.map(|mount| PathBuf::from(mount.mount_point));
+    points
+        .filter(|point| point.starts_with(directory))
+        .collect()
 }
 
 /// Unmounts what is mounted at `root`.
@@ -315,23 +321,32 @@ pub fn unmount(root: &Path) -> Result<()> {
     }
 }
 
-/// Takes away the disks of processes that were killed.
+/// Takes away the disks and directories of processes that were killed.
 pub fn remove_stale() {
     let places = [PathBuf::from("/dev/shm"), std::env::temp_dir()];
     let entries = places.into_iter().flat_map(fs::read_dir);
-    for entry in entries.flatten().flatten() {
-        let name = entry.file_name();
-        let owner = name
-            .to_str()
-            .and_then(|name| name.strip_prefix(PREFIX))
-            .and_then(|rest| rest.split_once('-'))
-            .and_then(|(pid, _)| pid.parse::<u32>().ok());
-        if let Some(pid) = owner
-            && !Path::new(&format!("/proc/{pid}")).exists()
-        {
-            remove(&entry.path());
-        }
+    let mut stale: Vec<PathBuf> = entries
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            let owner = entry.file_name().to_str().and_then(owner_of);
+            owner.is_some_and(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+        })
+        .map(|entry| entry.path())
+        .collect();
+    // Overlays keep the disks busy that they lie on.
+    let is_disk = |path: &PathBuf| path.to_string_lossy().contains(&format!("/{PREFIX}disk-"));
+    stale.sort_by_key(is_disk);
+    for path in stale {
+        remove(&path);
     }
+}
+
+/// The process that made a directory of this name.
+fn owner_of(name: &str) -> Option<u32> {
+    let (rest, number) = name.strip_prefix(PREFIX)?.rsplit_once('-')?;
+    number.parse::<u32>().ok()?;
+    rest.rsplit_once('-')?.1.parse().ok()
 }
 
 /// A filesystem that is frozen; thawed when dropped.

@@ -286,7 +286,11 @@ impl ScratchDirectory {
         use std::sync::atomic::{AtomicU32, Ordering};
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("mapdirect-{what}-{}-{number}", std::process::id());
+        let name = format!(
+            "{}{what}-{}-{number}",
+            crate::disk::PREFIX,
+            std::process::id()
+        );
         let path = parent.join(name);
         std::fs::create_dir(&path)?;
         Ok(Self(path))

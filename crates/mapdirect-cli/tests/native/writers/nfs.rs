@@ -177,7 +177,7 @@ pub(super) fn clients(world: &World, kind: Kind) {
         return;
     };
     let (disk, guard) = alone(kind);
-    let scene = |name: &str| Scene::before_guard(world, &guard, &disk, name);
+    let scene = |name: &str| Scene::with(world, guard.client(), &disk, name, true);
     // Without a guard's word both of them do what is refused below.
     let free = scene("nfs-free");
     let export = Export::new(directory(&free), true).unwrap();
