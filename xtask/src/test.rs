@@ -138,8 +138,6 @@ fn guests() -> Vec<Guest> {
 /// The contract is tried on one filesystem, and in few places. The soak has all
 /// of it on all of them.
 const KERNELS: [(&str, &[&str]); 3] = [
-    ("6.1", &["in-kernel", "contract::xfs::", "hammer::"]),
-    ("6.12", &["in-kernel", "hammer::"]),
     (
         "7.3",
         &[
@@ -150,6 +148,8 @@ const KERNELS: [(&str, &[&str]); 3] = [
             "writers::",
         ],
     ),
+    ("6.1", &["in-kernel", "contract::xfs::", "hammer::"]),
+    ("6.12", &["in-kernel", "hammer::"]),
 ];
 
 /// Where time is short.
