@@ -33,8 +33,8 @@ enum Task {
     Soak(test::SoakArgs),
     /// Run a command on another kernel, in a virtual machine
     Vm(Box<vm::VmArgs>),
-    /// Compile the programs of the bpf gate: needs clang
-    Bpf,
+    /// Compile the programs of the bpf gate, or check what was compiled: needs clang
+    Bpf(bpf::BpfArgs),
     /// Write the manual pages from the command line's own description
     Man,
 }
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => test::soak(&args),
         Task::Vm(args) => vm::run(&args),
-        Task::Bpf => bpf::run(),
+        Task::Bpf(args) => bpf::run(&args),
         Task::Man => man::write(),
     };
     result.unwrap_or_else(|error| {

@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{build, man, packages, vm};
+use crate::{bpf, build, man, packages, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -72,7 +72,14 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
                 "warnings",
             ],
         )?);
-        ran.push(manual_pages());
+        ran.push(checked(
+            "manual pages are those of the command line",
+            man::check,
+        ));
+        ran.push(checked(
+            "the object of the bpf gate is what its source says",
+            bpf::check,
+        ));
         ran.push(tests(
             "units and properties",
             build::cargo(&[
@@ -273,10 +280,10 @@ fn documentation() -> Result<Ran> {
     })
 }
 
-fn manual_pages() -> Ran {
-    let name = "manual pages are those of the command line";
+/// Something of the repository that must go with something else of it.
+fn checked(name: &'static str, check: fn() -> Result<()>) -> Ran {
     let started = stage(name);
-    let checked = man::check();
+    let checked = check();
     Ran {
         name: name.to_owned(),
         ok: checked.is_ok(),

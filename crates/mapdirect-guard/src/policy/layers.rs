@@ -3,7 +3,7 @@
 //!
 //! The bpf gate judges in the kernel, where there is no room to ask pin after
 //! pin: it looks whether a range meets a list. [`Layers::refuses`] is that
-//! judgement in Rust; `gate/bpf/mapdirect.bpf.c` is the same in C, and a test
+//! judgement in Rust; `gate/bpf/prog/judge.h` is the same in C, and a test
 //! asks both the same questions. It refuses what [`judge`](super::judge) and
 //! [`Pinned::minds_beside`] refuse for any of the pins.
 

@@ -1,4 +1,4 @@
-//! What user space and the programs exchange, as `mapdirect.bpf.c` lays it
+//! What user space and the programs exchange, as `prog/contract.h` lays it
 //! out. Numbers are of the machine's own byte order.
 
 use crate::policy::layers::{LISTS, Layers, List};

@@ -42,7 +42,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 pub const DIRECTORY: &str = "/sys/fs/bpf/mapdirect";
 
 /// The argument of fcntl(2) by which the programs know that the guard asks
-/// what a file is to the kernel: WHO_IS_IT in `mapdirect.bpf.c`.
+/// what a file is to the kernel: WHO_IS_IT in `prog/mapping.h`.
 const WHO_IS_IT: u64 = 0x6d61_7064_6972_6563;
 
 const SHARDS: usize = 64;

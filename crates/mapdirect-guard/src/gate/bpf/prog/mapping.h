@@ -1,0 +1,350 @@
+// SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0
+//
+// Hooks of mappings, and the life of a pin: from the mapping or the question
+// that makes a struct file one to the end of that.
+
+// One more struct file is a pin of the inode. Only the guard begins anew where
+// all were gone.
+static __noinline int join(struct key *key, int anew)
+{
+	struct key name = *key;
+	u64 *lives_of = bpf_map_lookup_elem(&lives, &name);
+
+	if (!lives_of && anew) {
+		u64 dead = DEAD;
+		bpf_map_update_elem(&lives, &name, &dead, BPF_NOEXIST);
+		lives_of = bpf_map_lookup_elem(&lives, &name);
+	}
+	if (!lives_of)
+		return 0;
+	for (int try = 0; try < 64; try++) {
+		u64 now = *(volatile u64 *)lives_of;
+		u64 then = now + 1;
+		if (now & DEAD) {
+			if (!anew)
+				return 0;
+			then = 1;
+		}
+		if (__sync_val_compare_and_swap(lives_of, now, then) == now)
+			return 1;
+	}
+	return 0;
+}
+
+static __always_inline void leave(struct key *key)
+{
+	u64 *lives_of = bpf_map_lookup_elem(&lives, key);
+
+	if (!lives_of)
+		return;
+	// Somebody may join meanwhile: then it lives. The entry is left for the
+	// guard to take away, who may have written one for the next pin already.
+	if (__sync_fetch_and_add(lives_of, -1) == 1)
+		__sync_val_compare_and_swap(lives_of, 0, DEAD);
+}
+
+// Whether one run of a list holds all of [start, end).
+__noinline int covers(struct entry *e, u32 list, u64 start, u64 end)
+{
+	struct run run = {};
+
+	if (!e || list >= LISTS || start >= end)
+		return 0;
+	return find(e, list, start, &run) > 0 && run.start <= start && run.end >= end;
+}
+
+// include/uapi/linux/capability.h, include/linux/proc_ns.h
+#define CAP_LINUX_IMMUTABLE 9
+#define PROC_USER_INIT_INO 0xEFFFFFFDU
+
+static __always_inline bool may_pin(void)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	const struct cred *cred = BPF_CORE_READ(task, cred);
+	u64 effective = 0;
+
+	bpf_probe_read_kernel(&effective, sizeof(effective), &cred->cap_effective);
+	return (effective & (1 << CAP_LINUX_IMMUTABLE)) &&
+	       BPF_CORE_READ(cred, user_ns, ns.inum) == PROC_USER_INIT_INO;
+}
+
+// mmap(2) with MAP_DIRECT by a program that knows nothing of guards: it gets
+// what somebody privileged has pinned already, and keeps it pinned.
+static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u32 flags)
+{
+	u32 type = flags & MAP_TYPE;
+
+	if (!file || !at || (flags & (MAP_ANONYMOUS | MAP_HUGETLB)))
+		return -EINVAL;
+	if (type != MAP_SHARED && type != MAP_SHARED_VALIDATE)
+		return -EINVAL;
+	u64 start = at->start, end = at->end;
+	if (start >= end)
+		return -EINVAL;
+	if (!(prot & PROT_WRITE) ||
+	    (file->f_mode & (FMODE_READ | FMODE_WRITE)) != (FMODE_READ | FMODE_WRITE))
+		return -EACCES;
+	if (!may_pin())
+		return -EACCES;
+	struct inode *inode = file->f_inode;
+	u64 magic = inode->i_sb->s_magic;
+	if ((magic != XFS_MAGIC && magic != EXT4_MAGIC) || (inode->i_mode & S_IFMT) != S_IFREG)
+		return -EOPNOTSUPP;
+	struct key key;
+	name(&key, inode);
+	struct entry *e = bpf_map_lookup_elem(&entries, &key);
+	if (!e)
+		return -EOPNOTSUPP;
+	u64 version = *(volatile u64 *)&e->version;
+	if (!(inode->i_flags & S_DAX) && !(e->flags & CACHED))
+		return -EOPNOTSUPP;
+	// A store to a frozen block would have to raise SIGBUS: that takes a
+	// library.
+	if (!covers(e, PINNED, start, end) || meets(e, FROZEN, start, end) ||
+	    meets(e, MAPPED, start, end))
+		return -EOPNOTSUPP;
+	struct entry *now = bpf_map_lookup_elem(&entries, &key);
+	if (now != e || *(volatile u64 *)&now->version != version)
+		return -ETXTBSY;
+	// What the kernel itself would say, after this.
+	if (type == MAP_SHARED_VALIDATE)
+		return -EOPNOTSUPP;
+	u64 pointer = (u64)file;
+	struct holder holder = { .key = key, .start = start, .end = end };
+	holder.pin = bpf_ktime_get_ns() | DEAD;
+	if (bpf_map_lookup_elem(&holders, &pointer))
+		return 0;
+	if (!join(&key, 0))
+		return -EOPNOTSUPP;
+	if (bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
+		leave(&key);
+		return -ETXTBSY;
+	}
+	// The guard must hear of it, or it would think too little pinned.
+	struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
+	if (!event) {
+		bpf_map_delete_elem(&holders, &pointer);
+		leave(&key);
+		return -ETXTBSY;
+	}
+	u32 dev = key.dev;
+	u64 *count = bpf_map_lookup_elem(&devices, &dev);
+	if (count)
+		__sync_fetch_and_add(count, 1);
+	u64 ids = bpf_get_current_pid_tgid();
+	event->type = EVENT_RAW;
+	event->kind = 0;
+	event->tid = (u32)ids;
+	event->tgid = ids >> 32;
+	event->key = key;
+	event->start = start;
+	event->end = end;
+	event->pin = holder.pin;
+	event->file = pointer;
+	bpf_get_current_comm(event->command, sizeof(event->command));
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+// What mmap(2) maps of a file. io_uring has no request for that.
+static __noinline int mapped_by_call(struct file *file, struct run *at)
+{
+	if (!at || !file || call_without_rings() != MMAP || own_file(argument(4)) != file)
+		return 0;
+	at->start = argument(5) * (is_32_bit() ? PAGE : 1);
+	at->end = plus(at->start, align_up(argument(1), PAGE));
+	return 1;
+}
+
+static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
+{
+	u32 type = flags & MAP_TYPE;
+	struct run at = {};
+
+	if (flags & MAP_DIRECT) {
+		mapped_by_call(file, &at);
+		return map_direct(file, &at, prot, flags);
+	}
+	if (!file || (type != MAP_SHARED && type != MAP_SHARED_VALIDATE))
+		return 0;
+	if (!(prot & PROT_WRITE) || !(file->f_mode & FMODE_WRITE))
+		return 0;
+	struct inode *inode = file->f_inode;
+	if (!behind(inode))
+		return 0;
+	struct question q = {};
+	name(&q.key, inode);
+	q.size = inode->i_size;
+	q.kind = MAP_WRITE;
+	q.at.end = END;
+	if (mapped_by_call(file, &at))
+		q.at = at;
+	u64 pointer = (u64)file;
+	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
+	return decide(&q);
+}
+
+SEC("lsm/mmap_file")
+int BPF_PROG(mmap_file, struct file *file, unsigned long asked, unsigned long prot,
+	     unsigned long flags, int before)
+{
+	return before ?: judge_mapping(file, prot, flags);
+}
+
+// As security_mmap_file has it.
+SEC("lsm/mmap_file")
+int BPF_PROG(mmap_file_3, struct file *file, unsigned long prot, unsigned long flags, int before)
+{
+	return before ?: judge_mapping(file, prot, flags);
+}
+
+SEC("lsm/file_mprotect")
+int BPF_PROG(file_mprotect, struct vm_area_struct *area, unsigned long asked, unsigned long prot,
+	     int before)
+{
+	if (before)
+		return before;
+	struct file *file = area->vm_file;
+	if (!file || !(prot & PROT_WRITE))
+		return 0;
+	unsigned long flags = area->vm_flags;
+	if ((flags & (VM_SHARED | VM_MAYWRITE)) != (VM_SHARED | VM_MAYWRITE))
+		return 0;
+	struct inode *inode = file->f_inode;
+	if (!behind(inode))
+		return 0;
+	struct question q = {};
+	name(&q.key, inode);
+	q.size = inode->i_size;
+	q.kind = MAP_WRITE;
+	q.at.start = area->vm_pgoff * PAGE;
+	q.at.end = q.at.start + (area->vm_end - area->vm_start);
+	u64 pointer = (u64)file;
+	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
+	return decide(&q);
+}
+
+// The last mapping of a pin is gone, or somebody else's file, mostly.
+// A hook where hooks call programs: those are never left out.
+SEC("lsm/file_free_security")
+int BPF_PROG(file_free, struct file *file)
+{
+	// Its inode may be gone.
+	u64 pointer = (u64)file;
+	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
+	if (!holder)
+		return 0;
+	struct key key = holder->key;
+	u64 pin = holder->pin;
+	bpf_map_delete_elem(&holders, &pointer);
+	bpf_map_delete_elem(&pins, &pin);
+	leave(&key);
+	u32 dev = key.dev;
+	u64 *count = bpf_map_lookup_elem(&devices, &dev);
+	if (count && *count)
+		__sync_fetch_and_add(count, -1);
+	struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
+	if (!event) {
+		u32 untold = UNTOLD;
+		count = bpf_map_lookup_elem(&refused, &untold);
+		if (count)
+			__sync_fetch_and_add(count, 1);
+		return 0;
+	}
+	__builtin_memset(event, 0, sizeof(*event));
+	event->type = EVENT_ENDED;
+	event->key = key;
+	event->pin = pin;
+	bpf_ringbuf_submit(event, 0);
+	return 0;
+}
+
+// fcntl(fd, F_GETFL, WHO_IS_IT) by the guard: what is this file to the kernel?
+#define F_GETFL 3
+#define F_SETFL 4
+#define WHO_IS_IT 0x6d61706469726563ULL
+
+// A write that has been judged takes its flags from the file afterwards: so
+// where it matters where it goes, or how it is made, these do not change.
+static __noinline int sets_flags(struct file *file, u64 value)
+{
+	u32 changed = (file->f_flags ^ (u32)value) & (O_APPEND | O_DIRECT);
+	struct inode *inode = file->f_inode;
+
+	if (!changed || !behind(inode))
+		return 0;
+	struct key key;
+	name(&key, inode);
+	struct entry *e = bpf_map_lookup_elem(&entries, &key);
+	if (!e)
+		return 0;
+	u32 flags = *(volatile u32 *)&e->flags;
+	if ((flags & WRITES_PASS) && (!(flags & WINDOWED) || !(changed & O_DIRECT)))
+		return 0;
+	return refuse_pinned(inode, UNKNOWN);
+}
+
+SEC("lsm/file_fcntl")
+int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long value,
+	     int before)
+{
+	if (before)
+		return before;
+	if (command == F_SETFL)
+		return sets_flags(file, value);
+	if (command != F_GETFL || value != WHO_IS_IT)
+		return 0;
+	struct settings *s = the_settings();
+	if (s && !s->guard_start && s->guard_tgid == bpf_get_current_pid_tgid() >> 32) {
+		// Its number may be another process's one day.
+		struct task_struct *task = (void *)bpf_get_current_task();
+		s->guard_start = BPF_CORE_READ(task, group_leader, start_boottime);
+	}
+	if (!is_guard())
+		return 0;
+	struct inode *inode = file->f_inode;
+	struct identity identity = {};
+	u32 tid = current_tid();
+	struct identity *asked = bpf_map_lookup_elem(&identities, &tid);
+	if (asked) {
+		identity.pin = asked->pin;
+		identity.start = asked->start;
+		identity.end = asked->end;
+	}
+	name(&identity.key, inode);
+	identity.file = (u64)file;
+	identity.generation = inode->i_generation;
+	identity.dio = inode->i_dio_count.counter;
+	identity.writers = inode->i_writecount.counter;
+	identity.readers = inode->i_readcount.counter;
+	if (s && s->preemption)
+		bpf_probe_read_kernel(&identity.preemption, sizeof(identity.preemption),
+				      (void *)s->preemption);
+	struct file___counted *counted = (void *)file;
+	struct file___referenced *referenced = (void *)file;
+	if (bpf_core_field_exists(counted->f_count))
+		identity.references = BPF_CORE_READ(counted, f_count.counter);
+	else if (bpf_core_field_exists(referenced->f_ref))
+		// One reference is none (FILE_REF_ONEREF, include/linux/file_ref.h).
+		identity.references = BPF_CORE_READ(referenced, f_ref.refcnt.counter) + 1;
+	else
+		identity.references = 1LL << 62;
+	if (identity.pin) {
+		struct holder holder = {
+			.key = identity.key,
+			.pin = identity.pin,
+			.start = identity.start,
+			.end = identity.end,
+		};
+		u64 pointer = identity.file;
+		struct key key = identity.key;
+		if (!bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
+			if (join(&key, 1))
+				identity.held = 1;
+			else
+				bpf_map_delete_elem(&holders, &pointer);
+		}
+	}
+	bpf_map_update_elem(&identities, &tid, &identity, BPF_ANY);
+	return 0;
+}
