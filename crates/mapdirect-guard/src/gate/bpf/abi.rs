@@ -257,8 +257,8 @@ pub(super) struct Holder {
     pub(super) end: u64,
 }
 
-/// What a descriptor of the guard is to the kernel.
-/// and what it shall be.
+/// What one of the guard's open files is to the kernel, and the pin that it is
+/// about to become.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Identity {
@@ -335,7 +335,7 @@ pub(super) struct PinFacts {
     pub(super) path: [u8; 512 - 88 - HANDLE],
 }
 
-const _: () = assert!(size_of::<PinFacts>() == 512);
+// It goes through no map that has a type, so the object does not describe it.
 const _: () = assert!(size_of::<Event>() == 80);
 
 /// A question to the programs, for tests.
@@ -354,4 +354,76 @@ pub(super) struct Question {
     pub(super) or_at: Run,
     pub(super) size: u64,
     pub(super) answer: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use libbpf_rs::Btf;
+    use libbpf_rs::HasSize as _;
+    use libbpf_rs::btf::types::{MemberAttr, Struct};
+    use std::mem::offset_of;
+
+    /// Where the object has the members of a struct, in bytes.
+    fn members(btf: &Btf<'_>, name: &str) -> (usize, Vec<(String, usize)>) {
+        let found = btf.type_by_name::<Struct<'_>>(name);
+        let found = found.unwrap_or_else(|| panic!("the object has no struct {name}"));
+        let members = found.iter().map(|member| {
+            let MemberAttr::Normal { offset } = member.attr else {
+                panic!("{name} has a bit field");
+            };
+            let name = member.name.unwrap_or_default().to_string_lossy();
+            (name.into_owned(), usize::try_from(offset).unwrap() / 8)
+        });
+        (found.size(), members.collect())
+    }
+
+    /// Both sides have the same members, in the same places.
+    #[test]
+    fn the_layouts_are_those_of_the_object() {
+        let object = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/src/gate/bpf/prog/mapdirect.bpf.o"
+        );
+        let btf = Btf::from_path(object).unwrap();
+        macro_rules! same {
+            ($type:ty, $name:literal, $($member:ident)*) => {
+                let here = vec![$((stringify!($member).to_owned(), offset_of!($type, $member)),)*];
+                assert_eq!(members(&btf, $name), (size_of::<$type>(), here), $name);
+            };
+        }
+        same!(Row, "rule", reach refused_on grows brings_shared touches lets_go pad);
+        same!(Function, "function", start end doing);
+        same!(
+            Settings,
+            "settings",
+            rules guard_start guard_tgid preempts preemption functions_known pad functions
+        );
+        same!(Key, "key", dev pad ino);
+        same!(Run, "run", start end);
+        same!(
+            Entry,
+            "entry",
+            version flags spilled size_floor fixed_size largest_size block first runs
+        );
+        same!(
+            Question,
+            "question",
+            key kind read_side direct foreign has_or has_doubt pad at or_at size answer
+        );
+        same!(Holder, "holder", key pin start end);
+        same!(
+            Identity,
+            "identity",
+            key file generation direct pin start end held references writers readers preemption pad
+        );
+        let (facts, _) = members(&btf, "pin_facts");
+        assert_eq!(facts, size_of::<PinFacts>());
+        let (filter, places) = members(&btf, "filter");
+        assert_eq!(filter, 3 * FILTER_WORDS * size_of::<u64>());
+        assert_eq!(
+            places[1],
+            (String::from("easy"), FILTER_WORDS * size_of::<u64>())
+        );
+    }
 }

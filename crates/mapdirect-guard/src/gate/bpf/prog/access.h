@@ -158,7 +158,7 @@ static __noinline int judge_write(void *ctx, struct file *file)
 			struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
 			if (event) {
 				__builtin_memset(event, 0, sizeof(*event));
-				event->type = EVENT_DOUBT;
+				event->kind_of_event = EVENT_DOUBT;
 				event->key = q.key;
 				bpf_ringbuf_submit(event, 0);
 			}

@@ -103,7 +103,7 @@ struct entry {
 	u32 spilled;	// runs are in the map `spill[version]`
 	u64 size_floor;
 	u64 fixed_size;
-	u64 tail_size;
+	u64 largest_size;
 	u32 block;
 	u32 first[LISTS + 1];
 	struct run runs[INLINE];
@@ -154,7 +154,7 @@ struct holder {
 #define EVENT_DOUBT 4	// notes of writes are needed, to judge one
 
 struct event {
-	u32 type;
+	u32 kind_of_event;
 	u32 kind;
 	u32 tid;
 	u32 tgid;
@@ -170,7 +170,7 @@ struct identity {
 	struct key key;
 	u64 file;
 	u32 generation;
-	u32 dio;
+	u32 direct;	// reads and writes past the page cache
 	// The pin that the file shall be, of bytes start to end; or 0.
 	u64 pin;
 	u64 start;

@@ -170,7 +170,7 @@ static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, st
 	    q->kind == MAP_WRITE || q->has_or || (e->flags & FAILING_FREES) ||
 	    !is_empty(e, EDGES))
 		return false;
-	return q->at.end <= q->size && q->at.end <= e->tail_size && is_empty(e, FROZEN) &&
+	return q->at.end <= q->size && q->at.end <= e->largest_size && is_empty(e, FROZEN) &&
 	       is_empty(e, BESIDE) && is_empty(e, HELD) && is_empty(e, AHEAD);
 }
 
@@ -225,7 +225,7 @@ __noinline int judge(struct entry *e, struct question *q)
 	u64 largest = q->at.end;
 	if (q->has_or && q->or_at.end > largest)
 		largest = q->or_at.end;
-	if (e->tail_size != END && rule->grows && largest > e->tail_size)
+	if (e->largest_size != END && rule->grows && largest > e->largest_size)
 		return 1;
 	u32 how = rule->lets_go;
 	if (how == 3)
@@ -318,7 +318,7 @@ static __noinline int tell(struct question *q)
 	if (!event)
 		return 0;
 	u64 ids = bpf_get_current_pid_tgid();
-	event->type = EVENT_REFUSED;
+	event->kind_of_event = EVENT_REFUSED;
 	event->kind = kind;
 	event->tid = (u32)ids;
 	event->tgid = ids >> 32;

@@ -132,7 +132,7 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	if (count)
 		__sync_fetch_and_add(count, 1);
 	u64 ids = bpf_get_current_pid_tgid();
-	event->type = EVENT_RAW;
+	event->kind_of_event = EVENT_RAW;
 	event->kind = 0;
 	event->tid = (u32)ids;
 	event->tgid = ids >> 32;
@@ -252,7 +252,7 @@ int BPF_PROG(file_free, struct file *file)
 		return 0;
 	}
 	__builtin_memset(event, 0, sizeof(*event));
-	event->type = EVENT_ENDED;
+	event->kind_of_event = EVENT_ENDED;
 	event->key = key;
 	event->pin = pin;
 	bpf_ringbuf_submit(event, 0);
@@ -314,7 +314,7 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	name(&identity.key, inode);
 	identity.file = (u64)file;
 	identity.generation = inode->i_generation;
-	identity.dio = inode->i_dio_count.counter;
+	identity.direct = inode->i_dio_count.counter;
 	identity.writers = inode->i_writecount.counter;
 	identity.readers = inode->i_readcount.counter;
 	if (s && s->preemption)
