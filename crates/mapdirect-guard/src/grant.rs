@@ -257,20 +257,10 @@ impl Judged {
     }
 
     /// The bytes around the range that XFS may copy together with it, when they
-    /// are shared and written to: it copies aligned pieces, and may move such a
-    /// piece by less than its size to make it fit (`xfs_bmap_extsize_align`,
-    /// fs/xfs/libxfs/xfs_bmap.c). That a folio is larger does not matter: what
-    /// is not shared, nor in a piece with it, is written back where it lies.
+    /// are shared and written to. That a folio is larger does not matter: what
+    /// is neither shared nor copied with it is written back where it lies.
     fn window(&self) -> Option<Range<u64>> {
-        let size = self.facts.copy_window()?;
-        let start = self.range.start - self.range.start % size;
-        let end = self.range.end.checked_next_multiple_of(size);
-        Some(
-            start.saturating_sub(size)
-                ..end
-                    .and_then(|end| end.checked_add(size))
-                    .unwrap_or(u64::MAX),
-        )
+        self.facts.copies_around(&self.range)
     }
 
     fn is_writable(&self) -> bool {
@@ -1088,7 +1078,7 @@ impl Attempt<'_> {
     /// anybody (only debug kernels do), so they are taken back unseen; it
     /// does so for inodes without dirty pages (`xfs_can_free_cowblocks`).
     fn free_copy_blocks(&self) -> Result<(), Refusal> {
-        if self.judged.facts.copy_window().is_none() {
+        if self.judged.window().is_none() {
             return Ok(());
         }
         // fsync(2) leaves the inode marked as having dirty pages.

@@ -560,6 +560,13 @@ impl Pinned {
         if kind.leaves_unwritten() && self.beside.edges.iter().any(|edge| operation.meets(edge)) {
             return true;
         }
+        // What moves would not be known any more.
+        if kind == K::InsertRange
+            && self.beside.window.is_some()
+            && self.beside.frozen.iter().any(|run| operation.meets(run))
+        {
+            return true;
+        }
         if self.lets_go_of_held(operation) {
             return true;
         }

@@ -5,6 +5,7 @@ use mapdirect_proto::{DeviceId, Reason};
 use mapdirect_sys::inode_flags::{self, ExtendedFlags};
 use mapdirect_sys::{Errno, proc_mountinfo, xfs_geometry};
 use rustix::fs::{AtFlags, FileType, StatxFlags};
+use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 /// Filesystems told apart here.
@@ -286,21 +287,35 @@ impl FileFacts {
         self.filesystem == Filesystem::Xfs
     }
 
-    /// Size and alignment of the copies XFS sets blocks aside for when a shared
-    /// block is written to, in bytes; its neighbours within go along the next
-    /// time they are written, shared or not.
+    /// The bytes around a range that XFS may set blocks aside for when shared
+    /// blocks among them are written to; if it copies blocks. What has such a
+    /// block goes there the next time it is written, shared or not.
+    ///
+    /// XFS allocates in pieces of the size and alignment of a hint. To fit one
+    /// between others it moves it, by less than its size
+    /// (`xfs_bmap_extsize_align`, fs/xfs/libxfs/xfs_bmap.c): so a range is
+    /// reached from the pieces that it lies in and from one more on each side.
+    /// The default counts as well as a hint that is set, which may go.
     #[must_use]
-    pub fn copy_window(&self) -> Option<u64> {
+    pub fn copies_around(&self, range: &Range<u64>) -> Option<Range<u64>> {
         // XFS_DEFAULT_COWEXTSZ_HINT, fs/xfs/xfs_inode.h
         const DEFAULT_BLOCKS: u64 = 32;
-        (self.filesystem == Filesystem::Xfs && self.reflink).then(|| {
-            let hint = self
-                .extended
-                .copy_extent_size
-                .max(self.extended.extent_size);
-            let default = DEFAULT_BLOCKS * u64::from(self.block_size);
-            default.max(hint.into())
-        })
+        if self.filesystem != Filesystem::Xfs || !self.reflink {
+            return None;
+        }
+        let hints = self.extended;
+        let hint = u64::from(hints.copy_extent_size.max(hints.extent_size));
+        let default = DEFAULT_BLOCKS * u64::from(self.block_size).max(1);
+        let around = |piece: u64| {
+            let start = (range.start - range.start % piece).saturating_sub(piece);
+            let end = range.end.checked_next_multiple_of(piece);
+            start
+                ..end
+                    .and_then(|end| end.checked_add(piece))
+                    .unwrap_or(u64::MAX)
+        };
+        let (default, hinted) = (around(default), around(hint.max(1)));
+        Some(default.start.min(hinted.start)..default.end.max(hinted.end))
     }
 
     /// The obstacle of a range with frozen blocks: with an extent size hint,

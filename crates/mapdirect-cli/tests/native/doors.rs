@@ -1,13 +1,13 @@
 //! Every way to open a file, while a part of it is pinned.
 
-use crate::world::{World, kinds, map, open, wait_until_free};
+use crate::world::{PATIENCE, World, kinds, map, open, wait_until_free};
 use libtest_mimic::Trial;
 use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::attack::Door;
 use mapdirect_testkit::contract::{Gate, Subject};
 use mapdirect_testkit::disk::{run, unmount};
-use mapdirect_testkit::process::ScratchDirectory;
+use mapdirect_testkit::process::{ScratchDirectory, wait_for};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -242,8 +242,9 @@ fn overlay(world: &World, kind: Kind) {
     let refused = through.unwrap_err();
     assert_eq!(refused.kind(), mapdirect::Kind::Filesystem, "{refused:#}");
     drop(beside.unwrap());
-    // What is gone is in nobody's way, not for a moment.
-    drop(pin(&path).unwrap());
+    // What is gone is in nobody's way, as soon as the copies of the mount are
+    // gone, too, that namespaces of other tests may have.
+    drop(wait_for(PATIENCE, || Ok(pin(&path).ok())).unwrap());
     for path in [&path, &free] {
         std::fs::remove_file(path).unwrap();
     }

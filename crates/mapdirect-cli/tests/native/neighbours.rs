@@ -45,6 +45,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
         if kind.reflink() {
             add("nothing-shared-beside", kind, nothing_shared_beside);
             add("sharing-readers", kind, sharing_readers);
+            add("odd-hint", kind, odd_hint);
+            add("shared-and-moved", kind, shared_and_moved);
             add("shared-before-a-mapping", kind, shared_before_a_mapping);
             add("untorn-beside", kind, untorn_beside);
         }
@@ -321,6 +323,61 @@ pub fn play_sharer(arguments: &[String]) -> anyhow::Result<()> {
     loop {
         let _ = share()?;
     }
+}
+
+/// XFS copies in pieces of the file's own hint, which may be smaller than the
+/// default and lie elsewhere.
+fn odd_hint(world: &World, kind: Kind) {
+    const PIN: Range<u64> = 64 * 4096..80 * 4096;
+    let disk = world.disk(kind);
+    let other = disk.path("neighbours-hint-clone");
+    let into = File::create_new(&other).unwrap();
+    let path = disk.path("neighbours-hint");
+    File::create_new(&path).unwrap();
+    run(Command::new("xfs_io")
+        .args(["-c", "cowextsize 96k"])
+        .arg(&path))
+    .unwrap();
+    std::fs::write(&path, vec![7; 4 << 20]).unwrap();
+    let file = open(&path);
+    file.sync_all().unwrap();
+    let held = pin(&world.guard().client(), &file, PIN);
+    // 24 blocks from block 24 on, and such a piece may be moved onto the pin.
+    let share = |block: u64| clone_range(into.as_fd(), file.as_fd(), block * 4096, 4096, 0);
+    assert_eq!(share(24), Err(BUSY));
+    // By the default it ends at 128, by the hint at 120.
+    assert_eq!(share(127), Err(BUSY));
+    for block in [0, 15, 128] {
+        share(block).unwrap();
+        file.write_all_at(&[2; 4096], block * 4096).unwrap();
+    }
+    file.write_all_at(&[2; 65_536], PIN.start).unwrap();
+    unchanged(&held, &file, "copies in pieces of an odd size");
+    drop((held, file, into));
+    std::fs::remove_file(&other).unwrap();
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// What was shared beside a pin before that came must not move to where nobody
+/// knows of it.
+fn shared_and_moved(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "neighbours-moved", 4 << 20);
+    let other = disk.path("neighbours-moved-clone");
+    let file = open(&path);
+    let into = File::create_new(&other).unwrap();
+    clone_range(into.as_fd(), file.as_fd(), 20 * 4096, 4096, 0).unwrap();
+    let held = pin(&world.guard().client(), &file, 0..65_536);
+    let insert = |block: u64| raw::fallocate(file.as_fd(), 0x20, block * 4096, 4096);
+    assert_eq!(insert(17), Err(BUSY));
+    assert_eq!(insert(20), Err(BUSY));
+    assert_eq!(insert(21), Ok(()), "nothing known lies there");
+    assert_eq!(rustix::io::pwrite(&file, &[1; 100], 20 * 4096), Err(BUSY));
+    file.write_all_at(&[2; 65_536], 0).unwrap();
+    unchanged(&held, &file, "what was inserted beside it");
+    drop((held, file, into));
+    std::fs::remove_file(&other).unwrap();
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// A mapping anywhere could be grown over what is shared beside a pin.

@@ -236,6 +236,13 @@ impl Layers {
         if kind.leaves_unwritten() && ranges().any(|range| self.refuses_edge(rule, range)) {
             return true;
         }
+        let moved = operation.range.start..u64::MAX;
+        if kind == OperationKind::InsertRange
+            && !self.list(List::Window).is_empty()
+            && self.meets(List::Beside, &moved)
+        {
+            return true;
+        }
         let untorn = kind == OperationKind::WriteUntorn;
         if traits.touches && ranges().any(|range| self.minds_range(range, untorn)) {
             return true;

@@ -264,6 +264,9 @@ __noinline int judge(struct entry *e, struct question *q)
 	u64 unwritten_to = rule->reach == TO_THE_END ? END : q->at.end;
 	if (leaves_unwritten(kind) && meets(e, EDGES, q->at.start, unwritten_to))
 		return 1;
+	// What moves would not be known any more.
+	if (kind == INSERT_RANGE && !is_empty(e, WINDOW) && meets(e, BESIDE, q->at.start, END))
+		return 1;
 	bool untorn = kind == WRITE_UNTORN;
 	if (rule->touches && minds_range(e, untorn, &q->at))
 		return 1;
