@@ -7,7 +7,7 @@ use anyhow::Result;
 use mapdirect::{Gate, Guard};
 use mapdirect_guard::StartError;
 use mapdirect_sys::fanotify::Group;
-use mapdirect_sys::{Errno, capget, memfd, proc_mountinfo, uname};
+use mapdirect_sys::{Errno, capget, memfd, proc, proc_mountinfo, uname};
 use serde_json::{Value, json};
 use std::os::fd::AsFd;
 
@@ -314,11 +314,6 @@ fn capable(capability: u32) -> bool {
     capget::effective(0).is_ok_and(|effective| capget::contains(effective, capability))
 }
 
-fn in_initial(namespace: &str, number: u64) -> bool {
-    std::fs::read_link(format!("/proc/self/ns/{namespace}"))
-        .is_ok_and(|link| link.to_string_lossy() == format!("{namespace}:[{number}]"))
-}
-
 fn holder_capability() -> Finding {
     const NAME: &str = "to pin";
     const MEND: &str =
@@ -332,7 +327,8 @@ fn holder_capability() -> Finding {
         );
     }
     // PROC_USER_INIT_INO of include/linux/proc_ns.h.
-    if !in_initial("user", 4_026_531_837) {
+    let own = std::process::id().cast_signed();
+    if proc::in_initial_user_namespace(own) != Ok(true) {
         return Finding::new(
             NAME,
             Outcome::Note,

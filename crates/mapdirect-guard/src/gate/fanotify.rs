@@ -636,8 +636,7 @@ impl Server<'_> {
             // It may be anything.
             watched.mapped_writable.store(true, SeqCst);
         }
-        let fails = operation.kind == K::Exchange && !watched.abilities.exchange;
-        if operation.brings_shared && !fails {
+        if operation.brings_shared {
             watched.cloned_since.store(true, SeqCst);
         }
         fence(SeqCst);

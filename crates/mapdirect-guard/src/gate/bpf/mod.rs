@@ -639,16 +639,11 @@ impl Gate {
     /// what is in the maps counts from now on.
     pub(crate) fn take_over(&self, known: &[InodeId]) {
         let maps = &self.loaded.maps;
-        // What the filter has beside what was counted again.
-        let stale = |map: &MapHandle| -> Vec<Vec<u8>> {
-            map.keys()
-                .filter(|key| {
-                    Key::read_from_bytes(key).is_ok_and(|key| !known.contains(&key.inode()))
-                })
-                .collect()
-        };
-        for key in stale(&maps.entries) {
-            let _ = maps.entries.delete(&key);
+        let entries: Vec<Vec<u8>> = maps.entries.keys().collect();
+        for key in entries {
+            if Key::read_from_bytes(&key).is_ok_and(|key| !known.contains(&key.inode())) {
+                let _ = maps.entries.delete(&key);
+            }
         }
         let counts = self.counts();
         let devices: Vec<Vec<u8>> = maps.devices.keys().collect();
@@ -659,6 +654,7 @@ impl Gate {
                 let _ = maps.devices.delete(&key);
             }
         }
+        // What the filter has beside what was counted again goes, too.
         let mut bits = vec![0u64; FILTER_WORDS];
         for slot in counts.filter.keys() {
             if let Ok(slot) = usize::try_from(*slot) {
