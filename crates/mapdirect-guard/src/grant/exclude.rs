@@ -7,7 +7,7 @@ use crate::busy::{Busy, Quiet};
 use crate::gate::fanotify::MASK;
 use crate::openers::{Openers, Wanted, openers_before};
 use crate::suspicion::Prefix;
-use crate::table::{LOCK_BASE, Watched};
+use crate::table::{LOCK_BASE, Notes, Published, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect_model::facts::Filesystem;
@@ -20,7 +20,6 @@ use rustix::fs::{OFlags, SeekFrom};
 use rustix::pipe::PipeFlags;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
 /// How often to ask for a lease at least, however little patience there is: a
@@ -130,7 +129,7 @@ impl Attempt<'_> {
     /// the way, it gets the answer it would get a moment later. Says whether
     /// that is worth another try.
     pub(super) fn turn_openers_away(&self) -> Result<bool, Refusal> {
-        if !self.watched.opens_wait.load(SeqCst) || self.watched.refuse_opens.load(SeqCst) {
+        if !self.watched.opens.any_waits() {
             return Ok(false);
         }
         self.mark_own_description()?;
@@ -138,7 +137,7 @@ impl Attempt<'_> {
         if !found.others.is_empty() || !found.hidden.is_empty() {
             return Ok(false);
         }
-        self.watched.refuse_opens.store(true, SeqCst);
+        self.watched.opens.refuse();
         self.guard.gate.reconsider();
         Ok(true)
     }
@@ -359,36 +358,19 @@ impl Attempt<'_> {
 
     /// Nothing that was let in since the last proof may still matter. Says
     /// whether there was nothing at all.
-    pub(super) fn prove_again(&mut self) -> Result<bool, Refusal> {
-        // Clear first, look then: what is let in meanwhile notes itself anew.
-        let writers = self.watched.writers_let_in.swap(false, SeqCst);
-        if writers && let Err(refusal) = self.no_other_writer() {
-            self.watched.writers_let_in.store(true, SeqCst);
-            return Err(refusal);
-        }
-        let unrest = self.watched.unrest.swap(false, SeqCst);
-        if unrest {
-            self.wait_for_those_let_in()?;
-        }
-        Ok(!writers && !unrest)
-    }
-
-    /// Whatever the gate has let in must be over. It is known which threads
-    /// these are: nobody else can be at it.
-    pub(super) fn wait_for_those_let_in(&self) -> Result<(), Refusal> {
-        let threads = self.watched.unrest_by.take();
-        let waited = self.quietly(|quiet| {
-            if threads.and_others {
-                quiet.wait_for_changes()
-            } else {
-                quiet.wait_for_changes_by(&threads.tids)
-            }
-        });
-        if waited.is_err() {
-            self.watched.unrest_by.add(&threads);
-            self.watched.unrest.store(true, SeqCst);
-        }
-        waited
+    pub(super) fn prove_again(&mut self, notes: &Published<'_, Notes>) -> Result<bool, Refusal> {
+        let writers = notes.writers(|| self.no_other_writer())?;
+        // It is known which threads these are: nobody else can be at it.
+        let changes = notes.changes(|threads| {
+            self.quietly(|quiet| {
+                if threads.and_others {
+                    quiet.wait_for_changes()
+                } else {
+                    quiet.wait_for_changes_by(&threads.tids)
+                }
+            })
+        })?;
+        Ok(!writers && !changes)
     }
 
     /// Nobody else may have it open for writing. All descriptions are behind
@@ -531,22 +513,22 @@ impl Attempt<'_> {
         if self.guard.gate.is_in_kernel() {
             return self.nobody_may_come_to_store(frozen);
         }
-        if !self.watched.mapped_writable.load(SeqCst) {
+        let Some((_, notes)) = self.watched.published(self.pin.id) else {
+            return Ok(false);
+        };
+        // What the gate has let in may not show yet.
+        let mapped = notes.mappings(|threads| {
+            self.quietly(|quiet| {
+                if threads.and_others {
+                    quiet.wait_for_mappings()
+                } else {
+                    quiet.wait_for_mappings_by(&threads.tids)
+                }
+            })
+        })?;
+        if !mapped {
             return Ok(false);
         }
-        // What the gate has let in may not show yet.
-        let threads = self.watched.mapping_by.take();
-        let waited = self.quietly(|quiet| {
-            if threads.and_others {
-                quiet.wait_for_mappings()
-            } else {
-                quiet.wait_for_mappings_by(&threads.tids)
-            }
-        });
-        if waited.is_err() {
-            self.watched.mapping_by.add(&threads);
-        }
-        waited?;
         let mut backoff = self.patiently();
         let found = loop {
             let found = self.openers(None);
@@ -594,14 +576,14 @@ struct HoldOpens<'a> {
 
 impl<'a> HoldOpens<'a> {
     fn new(guard: &'a Guard, watched: &'a Watched) -> Self {
-        watched.hold_opens.store(true, SeqCst);
+        watched.opens.hold(true);
         Self { guard, watched }
     }
 }
 
 impl Drop for HoldOpens<'_> {
     fn drop(&mut self) {
-        self.watched.hold_opens.store(false, SeqCst);
+        self.watched.opens.hold(false);
         self.guard.gate.reconsider();
     }
 }

@@ -39,8 +39,6 @@ use mapdirect_sys::unix::Sender;
 use rustix::fs::{AtFlags, OFlags, StatxFlags};
 use std::cell::Cell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::fence;
 use std::sync::{Arc, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -135,8 +133,7 @@ pub(crate) fn grant(
             attempt.run()
         };
         attempt.unmark();
-        watched.refuse_opens.store(false, SeqCst);
-        watched.opens_wait.store(false, SeqCst);
+        watched.opens.reset();
         let (file, life) = (attempt.file, attempt.life);
         if result.is_err() {
             abandon(guard, &watched, &mut state, &pin, file.as_fd());
@@ -268,24 +265,11 @@ impl Attempt<'_> {
         let was_closed = self.state.closed && marked == Ok(true);
         self.state.closed = was_closed;
         if !was_closed {
-            self.watched.unrest_by.take();
-            self.watched.mapping_by.take();
-            for note in [
-                &self.watched.writers_let_in,
-                &self.watched.unrest,
-                &self.watched.mapped_writable,
-            ] {
-                note.store(false, SeqCst);
-            }
+            self.watched.notes.forget();
         }
-        // What is under way is waited for, and no pin remembers the rest.
-        self.watched.forget_if_free();
-        self.watched.add(self.pin);
-        // The other half of `Server::judge` in the gate: publish, then look
-        // for notes.
-        fence(SeqCst);
+        let notes = self.watched.publish(self.pin);
         let settled = if was_closed {
-            self.prove_again()?
+            self.prove_again(&notes)?
         } else {
             self.close_the_gate()?;
             self.prove_from_scratch()?;

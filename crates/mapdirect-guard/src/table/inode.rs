@@ -1,7 +1,8 @@
 //! An inode behind the gate.
 
 use super::announcement::{Announcement, MAX_ANNOUNCED};
-use super::notes::LetIn;
+use super::notes::{Notes, Opens, Passing};
+use super::publish::{Machine, Published};
 use super::{InodeId, Pin};
 use crate::grant::pending::Queue;
 use crate::ledger::PinSet;
@@ -11,7 +12,7 @@ use mapdirect_sys::fanotify::Object;
 use mapdirect_sys::{Errno, open_tree, proc};
 use rustix::fs::OFlags;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +28,16 @@ pub(crate) struct Abilities {
     pub(crate) coarse: bool,
 }
 
+/// The pins of an inode, swapped in whole.
+pub(crate) type Pins = ArcSwap<PinSet<Pin>>;
+
+impl Published<'_, Pins> {
+    /// The pins there are after something was noted.
+    pub(crate) fn load(&self) -> arc_swap::Guard<Arc<PinSet<Pin>>> {
+        self.other().load()
+    }
+}
+
 /// An inode behind the gate.
 #[derive(Debug)]
 pub(crate) struct Watched {
@@ -36,32 +47,11 @@ pub(crate) struct Watched {
     /// Where it was when the gate closed.
     pub(crate) path: Arc<str>,
     /// What is pinned of it.
-    pub(crate) pins: ArcSwap<PinSet<Pin>>,
-    /// An open for writing was let in while nothing was pinned.
-    pub(crate) writers_let_in: AtomicBool,
-    /// Something that may change the block map was let in and may still be
-    /// under way.
-    pub(crate) unrest: AtomicBool,
-    /// The threads it is under way in.
-    pub(crate) unrest_by: LetIn,
-    /// A mapping through which somebody can store was let in.
-    pub(crate) mapped_writable: AtomicBool,
-    /// The threads that may still be making one.
-    pub(crate) mapping_by: LetIn,
-    /// No open gets an answer while this is set: a description is being
-    /// replaced, and its record locks with it.
-    pub(crate) hold_opens: AtomicBool,
-    /// Blocks may have come to be shared, by something other than moving
-    /// blocks of the file itself.
-    pub(crate) cloned_since: AtomicBool,
-    /// By so many bytes blocks may have come nearer to a pin.
-    pub(crate) moved: AtomicU64,
-    /// Somebody waits at the gate to open it for writing.
-    pub(crate) opens_wait: AtomicBool,
-    /// Who waits at the gate to open it for writing is refused at once: the
-    /// kernel counts it as open for writing by then, and a grant waits for
-    /// that to end.
-    pub(crate) refuse_opens: AtomicBool,
+    pub(crate) pins: Pins,
+    /// What the gate has let through, for grants to hear of.
+    pub(crate) notes: Notes,
+    /// What a grant under way asks of opens.
+    pub(crate) opens: Opens,
     /// Threads that may open it for writing, once each.
     announced: ArcSwap<Vec<Arc<Announcement>>>,
     /// Refusals by operation.
@@ -101,16 +91,8 @@ impl Watched {
             abilities,
             path,
             pins: ArcSwap::default(),
-            writers_let_in: AtomicBool::new(false),
-            unrest: AtomicBool::new(false),
-            unrest_by: LetIn::default(),
-            mapped_writable: AtomicBool::new(false),
-            mapping_by: LetIn::default(),
-            hold_opens: AtomicBool::new(false),
-            cloned_since: AtomicBool::new(false),
-            moved: AtomicU64::new(0),
-            opens_wait: AtomicBool::new(false),
-            refuse_opens: AtomicBool::new(false),
+            notes: Notes::default(),
+            opens: Opens::default(),
             announced: ArcSwap::default(),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             queue: Queue::default(),
@@ -174,12 +156,39 @@ impl Watched {
         None
     }
 
-    /// Forgets what was shared while nothing is pinned: a pin that comes looks
-    /// for itself. `moved` stays, since it is also given back.
-    pub(crate) fn forget_if_free(&self) {
+    /// Publishes a pin, and gives leave to look at what the gate let through
+    /// before it could see the pin.
+    pub(crate) fn publish(&self, pin: &Arc<Pin>) -> Published<'_, Notes> {
         if self.pins.load().iter().all(|pin| pin.is_dead()) {
-            self.cloned_since.store(false, SeqCst);
+            // What is under way is waited for, and no pin remembers the rest.
+            self.notes.forget_shares();
         }
+        Published::after::<Machine>(&self.notes, || self.add(pin))
+    }
+
+    /// A pin that was published before, and leave to look at what the gate let
+    /// through before it could see the pin.
+    pub(crate) fn published(&self, id: u64) -> Option<(Arc<Pin>, Published<'_, Notes>)> {
+        let pins = self.pins.load();
+        let pin = Arc::clone(pins.iter().find(|pin| pin.id == id)?);
+        Some((pin, Published::after::<Machine>(&self.notes, || ())))
+    }
+
+    /// Notes an operation that the gate is about to let through, and gives
+    /// leave to look for pins once more.
+    pub(crate) fn note(&self, passing: Passing) -> Published<'_, Pins> {
+        self.notes.note(passing, &self.pins)
+    }
+
+    /// Lets an announced open for writing through if `may_go_on` says so, who
+    /// looks for pins after the open was noted.
+    pub(crate) fn let_writer_through(&self, may_go_on: impl FnOnce(&PinSet<Pin>) -> bool) -> bool {
+        let pins = self.notes.note_writer(&self.pins);
+        let goes_on = may_go_on(&pins.load());
+        if !goes_on {
+            self.notes.withdraw_writer();
+        }
+        goes_on
     }
 
     /// The grant state, if nobody is granting.

@@ -6,16 +6,22 @@
 
 mod announcement;
 mod inode;
+#[cfg(test)]
+mod interleavings;
+mod life;
 mod notes;
 mod own_opens;
 mod pin;
+mod publish;
 
 pub(crate) use self::announcement::Announcement;
 pub(crate) use self::inode::{Abilities, GrantState, Watched};
+pub(crate) use self::notes::{Notes, Passing};
 pub(crate) use self::own_opens::OwnOpens;
 #[cfg(feature = "bpf")]
 pub(crate) use self::pin::Settled;
 pub(crate) use self::pin::{Opinion, Pin};
+pub(crate) use self::publish::Published;
 
 use arc_swap::ArcSwap;
 use mapdirect_proto::DeviceId;

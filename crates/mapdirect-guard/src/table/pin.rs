@@ -1,6 +1,7 @@
 //! A pin, from its grant to its end.
 
 use super::LOCK_BASE;
+use super::life::{Life, Stage};
 use crate::apart::Held;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
@@ -10,7 +11,7 @@ use mapdirect_proto::{BlockMap, Flags};
 use mapdirect_sys::fcntl::conflicting_lock;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -29,21 +30,18 @@ pub(crate) struct Pin {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) since: Instant,
-    /// Missing while the grant is still settling.
+    /// How far it has come.
+    life: Life,
+    /// What is known of its blocks; missing while it is unsettled.
     settled: ArcSwapOption<Settled>,
     /// The other end of a pipe that its holders have, for a pin that was asked
     /// for with a description which cannot write.
-    life: OnceLock<OwnedFd>,
+    lifeline: OnceLock<OwnedFd>,
     /// Where its blocks are, as its holder was told.
     map: ArcSwapOption<BlockMap>,
     /// Grows by one when its holder begins to have blocks allocated, and when
     /// that is over.
     changes: AtomicU64,
-    /// The guard's own copy of its description is closed: from now on the
-    /// description is gone when its holders have let go of it.
-    handed_over: AtomicBool,
-    /// The description it lived in is gone.
-    dead: AtomicBool,
     /// Whether it was kept.
     pub(crate) fate: Fate,
 }
@@ -110,12 +108,11 @@ impl Pin {
             pid: owner.pid,
             uid: owner.uid,
             since: Instant::now(),
+            life: Life::at(Stage::Unsettled),
             settled: ArcSwapOption::empty(),
-            life: OnceLock::new(),
+            lifeline: OnceLock::new(),
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
-            handed_over: AtomicBool::new(false),
-            dead: AtomicBool::new(false),
             fate: Fate::default(),
         }
     }
@@ -140,12 +137,12 @@ impl Pin {
             pid,
             uid: self.uid,
             since: Instant::now(),
+            // Nobody but the one who mapped the file has its description.
+            life: Life::at(Stage::HandedOver),
             settled: ArcSwapOption::new(self.settled()),
-            life: OnceLock::new(),
+            lifeline: OnceLock::new(),
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
-            handed_over: AtomicBool::new(true),
-            dead: AtomicBool::new(false),
             fate: Fate::default(),
         }
     }
@@ -155,8 +152,9 @@ impl Pin {
         LOCK_BASE + self.id
     }
 
-    /// From now on its blocks are known and refusals are final. Again, when
-    /// its holder had some of them allocated.
+    /// Tells what is known of its blocks, so that operations are judged by
+    /// that. This is repeated when its holder has some of them allocated, and
+    /// when the block map was found to have changed during the grant.
     pub(crate) fn settle(&self, map: &BlockMap, pinned: Pinned, held: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
@@ -167,6 +165,8 @@ impl Pin {
             stable: range.end - range.start - frozen,
             frozen,
         })));
+        // After the blocks: whoever finds the pin settled finds them, too.
+        self.life.advance(Stage::Settled);
     }
 
     /// Its blocks are there, as its holder is told.
@@ -200,35 +200,42 @@ impl Pin {
         self.settled.load_full()
     }
 
-    /// The guard's own copy of the description is closed.
+    /// Says that the guard's own copy of its description is closed: from now on
+    /// refusals for it are final.
     pub(crate) fn hand_over(&self) {
-        self.handed_over.store(true, SeqCst);
+        let went = self.life.advance(Stage::HandedOver);
+        debug_assert!(went || self.is_dead(), "only a settled pin has a holder");
     }
 
     pub(crate) fn is_handed_over(&self) -> bool {
-        self.handed_over.load(SeqCst)
+        self.life.stage() == Stage::HandedOver
     }
 
-    /// The grant that made it is not over yet.
+    /// Whether the grant that made it is not over yet.
     pub(crate) fn is_being_granted(&self) -> bool {
-        !self.is_handed_over() && !self.is_dead()
+        matches!(self.life.stage(), Stage::Unsettled | Stage::Settled)
     }
 
-    pub(crate) fn bury(&self) {
-        self.dead.store(true, SeqCst);
+    /// Says that the description it lived in is gone.
+    pub(crate) fn end(&self) {
+        self.life.advance(Stage::Dead);
+    }
+
+    pub(crate) fn is_dead(&self) -> bool {
+        self.life.stage() == Stage::Dead
     }
 
     /// From now on it lives as long as the other end of this pipe does.
-    pub(crate) fn lives_by(&self, life: OwnedFd) {
-        let _ = self.life.set(life);
+    pub(crate) fn lives_by(&self, lifeline: OwnedFd) {
+        let _ = self.lifeline.set(lifeline);
     }
 
     /// Whether its holders have closed their end of the pipe it lives by, if
     /// it does.
     pub(crate) fn is_let_go(&self) -> Option<bool> {
-        self.life
+        self.lifeline
             .get()
-            .map(|life| crate::wake::has_hung_up(life.as_fd()))
+            .map(|lifeline| crate::wake::has_hung_up(lifeline.as_fd()))
     }
 
     /// Whether it is still held; `file` is a description of the file that is
@@ -242,13 +249,10 @@ impl Pin {
         }
     }
 
-    pub(crate) fn is_dead(&self) -> bool {
-        self.dead.load(SeqCst)
-    }
-
     /// What it says about `operation` on a file of `size` bytes.
     pub(crate) fn opinion(&self, operation: &Operation, size: u64, moved: u64) -> Opinion {
-        if self.is_dead() || operation.kind.is_harmless() {
+        let stage = self.life.stage();
+        if stage == Stage::Dead || operation.kind.is_harmless() {
             return Opinion::Allow;
         }
         match &*self.settled.load() {
@@ -258,7 +262,7 @@ impl Pin {
             {
                 Opinion::Allow
             }
-            Some(_) if self.is_handed_over() => Opinion::Refuse,
+            Some(_) if stage == Stage::HandedOver => Opinion::Refuse,
             Some(_) => Opinion::Wait,
             // Its blocks are not known yet: any of them may be frozen.
             None => Opinion::Wait,

@@ -47,7 +47,7 @@ fn an_unsettled_pin_makes_others_wait_and_a_dead_one_does_not() {
     assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Wait);
     pin.hand_over();
     assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Refuse);
-    pin.bury();
+    pin.end();
     assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Allow);
 }
 

@@ -828,7 +828,7 @@ pub(super) fn look_for_end(guard: &Guard, gate: &Gate, inode: InodeId, pin: u64)
 fn end_untold(guard: &Guard, gate: &Gate) {
     for watched in guard.table.all() {
         let pins = watched.pins.load_full();
-        for pin in pins.iter().filter(|pin| pin.is_handed_over()) {
+        for pin in pins.iter().filter(|pin| !pin.is_being_granted()) {
             if gate.is_over(pin.id) {
                 end(guard, gate, &watched, pin.id);
             }
@@ -906,7 +906,7 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
 /// A pin is over.
 fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
-        ended.bury();
+        ended.end();
     }
     // It can only fail to make less of it.
     let _ = gate.publish(watched);
