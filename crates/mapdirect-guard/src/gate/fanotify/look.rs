@@ -20,8 +20,8 @@
 //! `fdinfo` is never read: what an epoll descriptor tells there needs a lock
 //! that its owner can hold for ever.
 
+use super::classify::{self, Asked, Descriptors};
 use crate::Errno;
-use crate::gate::classify::{self, Asked, Descriptors};
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::InodeId;
 use mapdirect_model::ExtentState;
