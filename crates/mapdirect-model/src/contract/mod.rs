@@ -290,7 +290,7 @@ impl Operation {
 }
 
 /// Bytes in the largest block or page there is.
-const LARGEST_BLOCK: u64 = 64 << 10;
+pub const LARGEST_BLOCK: u64 = 64 << 10;
 
 /// What gates need to know of a kind beside its [`Rule`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

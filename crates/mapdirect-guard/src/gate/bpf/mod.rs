@@ -9,6 +9,7 @@
 
 mod abi;
 pub(crate) mod census;
+mod constants;
 mod functions;
 mod load;
 pub mod oracle;
@@ -20,7 +21,9 @@ use crate::policy::layers::Layers;
 use crate::table::{InodeId, Pin, Settled, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
-use abi::{Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings};
+use abi::{
+    Entry, Event, FILTER_WORDS, Facts, Holder, Identity, Key, PinFacts, Run, Settings, WHO_IS_IT,
+};
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType, RingBufferBuilder};
 pub use load::LoadError;
@@ -40,10 +43,6 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Where the gate is pinned by default.
 pub const DIRECTORY: &str = "/sys/fs/bpf/mapdirect";
-
-/// The argument of fcntl(2) by which the programs know that the guard asks
-/// what a file is to the kernel: WHO_IS_IT in `prog/mapping.h`.
-const WHO_IS_IT: u64 = 0x6d61_7064_6972_6563;
 
 const SHARDS: usize = 64;
 
@@ -527,7 +526,7 @@ impl Gate {
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
             path_length: 0,
             handle: [0; abi::HANDLE],
-            path: [0; 512 - 88 - abi::HANDLE],
+            path: [0; abi::PIN_FACTS - 88 - abi::HANDLE],
         };
         facts.handle[..handle.bytes.len()].copy_from_slice(&handle.bytes);
         let path = watched.path.as_bytes();
