@@ -23,8 +23,8 @@ use crate::table::{Abilities, GrantState, InodeId, LOCK_BASE, Pin, Watched};
 use crate::tripwire::Armed;
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
-use mapdirect::eligibility::{FileFacts, Filesystem, Obstacle};
-use mapdirect::plan::Plan;
+use mapdirect_model::facts::{FileFacts, Filesystem, Obstacle, ObstacleKind};
+use mapdirect_model::plan::Plan;
 use mapdirect_proto::{
     BlockMap, Extent, ExtentState, Flags, Granted, Opener, PinRequest, Reason, Refusal, extent,
 };
@@ -116,7 +116,7 @@ fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
 
 fn obstructed(obstacle: Obstacle) -> Refusal {
     refusal(
-        obstacle.reason,
+        obstacle.kind.into(),
         obstacle.errno,
         obstacle.text,
         obstacle.mend,
@@ -289,7 +289,7 @@ fn judge(guard: &Guard, request: &PinRequest, file: BorrowedFd<'_>) -> Result<Ju
     let obstacles = facts.obstacles();
     // A file of the wrong kind is that before it is anything else.
     if let Some(obstacle) = obstacles.first()
-        && obstacle.reason == Reason::FileType
+        && obstacle.kind == ObstacleKind::FileType
     {
         return Err(obstructed(obstacle.clone()));
     }
@@ -1025,7 +1025,7 @@ impl Attempt<'_> {
     /// rest, after writing everything back, and until it stays the same.
     fn read_map(&self, settled: bool) -> Result<BlockMap, Refusal> {
         let read = || {
-            mapdirect::extents::read(self.file.as_fd(), self.judged.range.clone())
+            mapdirect_model::block_map::read(self.file.as_fd(), self.judged.range.clone())
                 .map_err(|errno| system("FIEMAP", errno))
         };
         if !settled {
@@ -1101,7 +1101,7 @@ impl Attempt<'_> {
         };
         let failed = |errno| system("FIEMAP", errno);
         if let Some(window) = &beside.window {
-            let around = mapdirect::extents::read(self.file.as_fd(), window.clone());
+            let around = mapdirect_model::block_map::read(self.file.as_fd(), window.clone());
             let around = around.map_err(failed)?;
             beside.frozen.extend(
                 around
@@ -1116,7 +1116,8 @@ impl Attempt<'_> {
                 if map.find(edge).filter(unwritten).is_none() {
                     continue;
                 }
-                let around = mapdirect::extents::read(self.file.as_fd(), self.judged.reach());
+                let around =
+                    mapdirect_model::block_map::read(self.file.as_fd(), self.judged.reach());
                 let around = around.map_err(failed)?;
                 if let Some(extent) = around.find(edge).filter(unwritten) {
                     let run = extent.offset..extent.end();

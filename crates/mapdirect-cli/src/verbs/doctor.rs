@@ -243,7 +243,7 @@ fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> (Finding, Gate)
     use mapdirect_guard::LoadError;
     let probed = mapdirect_guard::probe_bpf();
     let first = match &probed {
-        Err(LoadError::Unsupported(_) | LoadError::MayLeaveOut) => Gate::Fanotify,
+        Err(error) if error.is_for_good() => Gate::Fanotify,
         _ => Gate::Bpf,
     };
     let finding = match probed {

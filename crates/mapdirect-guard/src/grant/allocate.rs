@@ -281,7 +281,7 @@ impl Attempt<'_> {
     }
 
     fn read(&self) -> Result<BlockMap, Refusal> {
-        mapdirect::extents::read(self.file.as_fd(), self.pin.shown.clone())
+        mapdirect_model::block_map::read(self.file.as_fd(), self.pin.shown.clone())
             .map_err(|errno| system("FIEMAP", errno))
     }
 

@@ -1,6 +1,6 @@
 //! What files of the guard's own are to the kernel: the programs are asked.
 
-use super::abi::{Holder, Identity};
+use super::abi::{Holder, Identity, WHO_IS_IT};
 use super::{Gate, errno};
 use crate::Errno;
 use crate::table::Pin;
@@ -8,10 +8,6 @@ use libbpf_rs::{MapCore, MapFlags, MapHandle};
 use mapdirect_sys::fcntl;
 use std::os::fd::BorrowedFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
-
-/// The argument of fcntl(2) by which the programs know that the guard asks
-/// what a file is to the kernel: WHO_IS_IT in `prog/mapping.h`.
-const WHO_IS_IT: u64 = 0x6d61_7064_6972_6563;
 
 /// Asks the programs what a descriptor of this process is to the kernel; from
 /// now on it is a pin, if one is given.

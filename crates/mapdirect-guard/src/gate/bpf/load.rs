@@ -2,7 +2,7 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
-use super::abi::{DEAD, FILTER_WORDS, Settings};
+use super::abi::{DEAD, FILTER_WORDS, PAGE, Settings};
 use super::costly::{COSTLY, Costly, NOTES};
 use super::directory::{ENDING, empty, empty_but, enter, has_marker, remove};
 use super::functions::Kernel;
@@ -15,6 +15,7 @@ use libbpf_rs::{
     ProgramAttachType, ProgramMut, ProgramType,
 };
 use mapdirect_sys::Errno;
+use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::shared_words::SharedWords;
 use rustix::fs::Mode;
 use std::os::fd::{AsFd, OwnedFd};
@@ -61,6 +62,11 @@ pub enum LoadError {
          security hook calls"
     )]
     MayLeaveOut,
+    /// The programs reckon with pages of another size.
+    #[error(
+        "not supported here: its programs are for pages of {PAGE} bytes, and this kernel has pages of {0}"
+    )]
+    PageSize(u64),
     /// Another guard has the directory.
     #[error("another guard keeps the gate at {0}; end it first")]
     AlreadyRunning(String),
@@ -76,11 +82,27 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    /// Whether this kernel can never have the gate, so that a guard that may
+    /// choose takes the other one.
+    #[must_use]
+    pub fn is_for_good(&self) -> bool {
+        matches!(
+            self,
+            Self::Unsupported(_) | Self::MayLeaveOut | Self::PageSize(_)
+        )
+    }
+
     /// What to do about it, if anything is known.
     #[must_use]
     pub fn help(&self) -> Option<String> {
-        if !matches!(self, Self::MayLeaveOut) {
-            return None;
+        match self {
+            Self::MayLeaveOut => {}
+            Self::PageSize(_) => {
+                return Some(format!(
+                    "boot a kernel with pages of {PAGE} bytes, or use the fanotify gate"
+                ));
+            }
+            _ => return None,
         }
         let modules = security_modules();
         let modules = modules.trim();
@@ -88,6 +110,15 @@ impl LoadError {
         Some(format!(
             "boot it with lsm={modules}{separator}bpf; or with preempt=voluntary, if it knows that"
         ))
+    }
+}
+
+/// Refuses a machine on which the programs would round ranges wrongly.
+fn require_page_size(size: u64) -> Result<(), LoadError> {
+    if size == PAGE {
+        Ok(())
+    } else {
+        Err(LoadError::PageSize(size))
     }
 }
 
@@ -158,6 +189,7 @@ impl Loaded {
 
 /// Puts the gate in place, or takes over the one that is there.
 pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
+    require_page_size(page_size())?;
     let (claim, mounted) = enter(directory)?;
     let complete = directory.join(marker());
     let in_use = has_marker(directory) && keeps_pins(directory);
@@ -529,6 +561,7 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
 ///
 /// Why not.
 pub fn probe() -> Result<(), LoadError> {
+    require_page_size(page_size())?;
     let object = load_object(None)?;
     if has_lsm() {
         return Ok(());
@@ -579,5 +612,22 @@ mod tests {
     #[test]
     fn the_version_is_that_of_the_object() {
         assert_eq!(HASH.trim(), fingerprint(OBJECT), "run `cargo xtask bpf`");
+    }
+
+    #[test]
+    fn other_sizes_of_a_page_are_refused_with_a_reason() {
+        assert!(require_page_size(4096).is_ok());
+        for size in [16 << 10, 64 << 10] {
+            let error = require_page_size(size).unwrap_err();
+            let said = error.to_string();
+            assert!(said.contains("pages of 4096 bytes"), "{said}");
+            assert!(said.ends_with(&format!("pages of {size}")), "{said}");
+            assert!(error.is_for_good());
+            assert!(
+                error
+                    .help()
+                    .is_some_and(|help| help.contains("fanotify gate"))
+            );
+        }
     }
 }

@@ -9,6 +9,7 @@
 
 mod abi;
 pub(crate) mod census;
+mod constants;
 mod costly;
 mod counts;
 mod directory;
@@ -333,7 +334,7 @@ impl Gate {
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
             path_length: 0,
             handle: [0; abi::HANDLE],
-            path: [0; 512 - 88 - abi::HANDLE],
+            path: [0; abi::PIN_FACTS - 88 - abi::HANDLE],
         };
         facts.handle[..handle.bytes.len()].copy_from_slice(&handle.bytes);
         let path = watched.path.as_bytes();

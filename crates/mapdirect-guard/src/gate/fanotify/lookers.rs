@@ -13,7 +13,7 @@
 //! looks are deaf to SIGKILL, and a thread that cannot end would keep the
 //! group open after the guard was killed, and everybody waiting for its answer.
 
-use crate::gate::look::{Question, Seen, Threads};
+use super::look::{Question, Seen, Threads};
 use crate::wake::Waker;
 use crossbeam_queue::SegQueue;
 use mapdirect_sys::descriptors::spawn_apart;
