@@ -103,6 +103,9 @@ impl Server<'_> {
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
         // new ones.
         let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
+        if !exclusive && watched.lets_pass(pins, operation, size, moved) {
+            return Verdict::Allow;
+        }
         let mut reach = if exclusive {
             0..u64::MAX
         } else {
@@ -187,11 +190,10 @@ impl<'a> Moving<'a> {
         if pins.iter().any(|pin| pin.id >= next_pin) {
             return true;
         }
-        let windows = pins.iter().filter_map(|pin| {
-            let settled = pin.settled()?;
-            settled.pinned.unshared_window(moved)
-        });
-        let Some(end) = windows.map(|window| window.end).max() else {
+        let windows = pins
+            .iter()
+            .filter_map(|pin| pin.settled()?.layers.unshared_until());
+        let Some(end) = windows.max().map(|end| end.saturating_add(moved)) else {
             return false;
         };
         self.watched.notes.may_be_shared()
