@@ -30,6 +30,11 @@ pub(super) enum Verdict {
 impl Server<'_> {
     pub(super) fn decide(&self, waiting: &Waiting, doing: &Doing) -> Verdict {
         let (event, file) = (&waiting.event, waiting.file.as_fd());
+        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
+        if !opens && doing.operation.kind.is_harmless() {
+            // Most are: no pin minds, nor does a grant.
+            return Verdict::Allow;
+        }
         let late = waiting.since.elapsed();
         let Ok(stat) = rustix::fs::fstat(file) else {
             return Verdict::Refuse;
@@ -41,7 +46,6 @@ impl Server<'_> {
         let Some(watched) = self.guard.table.get(id) else {
             return Verdict::Allow;
         };
-        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
         if opens && watched.opens.are_held() && late < WAIT_FOR_GRANT {
             return Verdict::Hold;
         }
