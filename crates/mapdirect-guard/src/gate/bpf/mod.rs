@@ -11,6 +11,8 @@ mod abi;
 pub(crate) mod census;
 mod constants;
 mod functions;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod load;
 pub mod oracle;
 mod watch;
@@ -30,7 +32,7 @@ pub use load::LoadError;
 pub use load::probe;
 use mapdirect_proto::Flags;
 use mapdirect_sys::file_handle::{self, FileHandle};
-use mapdirect_sys::{fcntl, memfd};
+use mapdirect_sys::{fcntl, memfd, proc};
 use rustix::fs::{Mode, OFlags};
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -855,6 +857,13 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
     }
 }
 
+/// The name of the command, fit for a terminal: any process chooses its own.
+fn command_of(event: &Event) -> String {
+    let length = event.command.iter().position(|byte| *byte == 0);
+    let command = &event.command[..length.unwrap_or(event.command.len())];
+    proc::printable(&String::from_utf8_lossy(command))
+}
+
 fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     let kind = usize::try_from(event.kind).unwrap_or(usize::MAX);
     let Some(rule) = RULES.get(kind) else {
@@ -864,11 +873,9 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     if let Some(watched) = watched {
         watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
     }
-    let length = event.command.iter().position(|byte| *byte == 0);
-    let command = &event.command[..length.unwrap_or(event.command.len())];
     guard.audit.refused(Refused {
         tid: event.tid.cast_signed(),
-        command: String::from_utf8_lossy(command).into_owned(),
+        command: command_of(event),
         kind: rule.kind,
         id: event.key.inode(),
         path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),
