@@ -1,8 +1,9 @@
 //! What fuzzers call of the bpf gate.
 
 use super::abi::{Event, FUNCTIONS, PinFacts};
+use super::events::command_of;
 use super::functions::Kernel;
-use super::{command_of, found};
+use super::left::found;
 use mapdirect_sys::fuzz::Target;
 use zerocopy::FromBytes as _;
 
