@@ -20,6 +20,9 @@ mod audit;
 mod bounded;
 mod busy;
 mod exports;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod grant;
 pub mod ledger;

@@ -15,6 +15,8 @@ mod counts;
 mod directory;
 mod events;
 mod functions;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod identity;
 mod left;
 mod load;
