@@ -317,7 +317,8 @@ struct Stack<'text> {
 
 impl<'text> Stack<'text> {
     fn of(text: &'text str) -> Self {
-        let functions: Vec<&str> = proc::stack_functions(text).collect();
+        let mut functions = Vec::with_capacity(32);
+        functions.extend(proc::stack_functions(text));
         let is_whole = classify::is_whole(&functions);
         Self {
             functions,
