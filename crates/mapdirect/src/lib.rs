@@ -42,12 +42,9 @@
 #[expect(unsafe_code, reason = "atomic access to mapped memory")]
 mod access;
 mod durability;
-#[doc(hidden)]
-pub mod eligibility;
 mod error;
 mod establish;
-#[doc(hidden)]
-pub mod extents;
+mod extents;
 #[expect(
     unsafe_code,
     reason = "memory is registered, and put in the place of memory that a child lacks"
@@ -62,8 +59,6 @@ mod locks;
 mod mapping;
 mod open;
 mod pin;
-#[doc(hidden)]
-pub mod plan;
 mod prepare;
 #[expect(
     unsafe_code,

@@ -20,11 +20,10 @@ mod room;
 #[cfg(test)]
 mod tests;
 
-use crate::eligibility::{FileFacts, Filesystem};
 use crate::error::{Error, Kind, Result};
 use crate::extents;
 use crate::mapping::require_read_write;
-use mapdirect_proto::{BlockMap, ExtentState};
+use mapdirect_model::{BlockMap, ExtentState, FileFacts, Filesystem};
 use mapdirect_sys::fallocate::{self, Change};
 use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::madvise::Window;
@@ -215,7 +214,7 @@ impl PrepareOptions {
         let facts = FileFacts::read(file).map_err(|errno| Error::system("statx", errno))?;
         if let Some(obstacle) = facts.obstacles().into_iter().next() {
             let (text, mend) = (obstacle.text, obstacle.mend);
-            return Err(Error::new(obstacle.reason, obstacle.errno, text, mend));
+            return Err(Error::new(obstacle.kind.into(), obstacle.errno, text, mend));
         }
         let old_size = facts.size;
         let size = self.size.unwrap_or(old_size);

@@ -3,15 +3,15 @@
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
 use crate::audit::Refused;
+use crate::ledger::PinSet;
 use crate::policy::{Operation, OperationKind as K};
-use crate::table::{InodeId, Opinion, Watched};
+use crate::table::{InodeId, Opinion, Passing, Pin, Watched};
 use mapdirect_sys::fanotify::Mask;
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
 /// How long an operation waits for a grant to finish before it is refused.
@@ -46,7 +46,7 @@ impl Server<'_> {
         let Some(watched) = self.guard.table.get(id) else {
             return Verdict::Allow;
         };
-        if opens && watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
+        if opens && watched.opens.are_held() && late < WAIT_FOR_GRANT {
             return Verdict::Hold;
         }
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
@@ -77,39 +77,17 @@ impl Server<'_> {
             _ => true,
         };
         let operation = &operation;
-        let verdict = self.ask_pins(watched, operation, size, file, late);
+        let pins = watched.pins.load();
+        let verdict = self.ask_pins(watched, &pins, operation, size, file, late);
         if verdict != Verdict::Allow {
             return verdict;
         }
-        // It may go on, so a grant that comes now must hear of it: note it,
-        // and then look once more for a pin. A grant does the same the other
-        // way round: it publishes its pin and then looks for notes.
-        let note = match operation.kind {
-            K::OpenWrite => &watched.writers_let_in,
-            K::MapWrite => {
-                watched.mapping_by.note(waiting.event.tid);
-                &watched.mapped_writable
-            }
-            _ => {
-                watched.unrest_by.note(waiting.event.tid);
-                &watched.unrest
-            }
-        };
-        note.store(true, SeqCst);
-        if operation.kind == K::Unknown {
-            // It may be anything.
-            watched.mapped_writable.store(true, SeqCst);
-        }
-        if operation.brings_shared {
-            watched.cloned_since.store(true, SeqCst);
-        }
-        fence(SeqCst);
-        let verdict = self.ask_pins(watched, operation, size, file, late);
+        // It may go on, so a grant that comes now must hear of it: it is noted,
+        // and only then pins are looked for once more.
+        let pins = watched.note(Passing::of(operation, waiting.event.tid));
+        let verdict = self.ask_pins(watched, &pins.load(), operation, size, file, late);
         if verdict == Verdict::Allow {
             moving.goes_on();
-        }
-        if verdict == Verdict::Allow && operation.kind == K::OpenTruncate {
-            watched.writers_let_in.store(true, SeqCst);
         }
         verdict
     }
@@ -117,13 +95,13 @@ impl Server<'_> {
     fn ask_pins(
         &self,
         watched: &Watched,
+        pins: &PinSet<Pin>,
         operation: &Operation,
         size: u64,
         file: BorrowedFd<'_>,
         late: Duration,
     ) -> Verdict {
-        let pins = watched.pins.load();
-        let moved = watched.moved.load(SeqCst);
+        let moved = watched.notes.moved();
         let mut held = false;
         // What this gate cannot see, a descriptor open for writing can do
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
@@ -150,7 +128,7 @@ impl Server<'_> {
                 Opinion::Refuse => {
                     // Its last mapping is gone, only the notice is not here
                     // yet.
-                    pin.bury();
+                    pin.end();
                     self.guard.lifetime.kick(watched.id);
                 }
             }
@@ -179,8 +157,7 @@ impl Server<'_> {
 
 /// A collapse, which moves what is behind it nearer to the pins before it:
 /// shared blocks as well, if there are any. Nothing is shared there after it
-/// was looked at: what clones asks with `moved` counted, or is seen in
-/// `cloned_since`.
+/// was looked at: what clones asks with `moved` counted, or has left a note.
 struct Moving<'a> {
     watched: &'a Watched,
     /// Bytes that go, and everything behind them moves by.
@@ -192,7 +169,7 @@ impl<'a> Moving<'a> {
     fn new(watched: &'a Watched, operation: &Operation) -> Self {
         let gone = (operation.kind == K::CollapseRange).then(|| operation.range.clone());
         if let Some(gone) = &gone {
-            watched.moved.fetch_add(gone.end - gone.start, SeqCst);
+            watched.notes.begin_move(gone.end - gone.start);
         }
         Self {
             watched,
@@ -209,7 +186,7 @@ impl<'a> Moving<'a> {
         let Some(gone) = &self.gone else {
             return false;
         };
-        let moved = self.watched.moved.load(SeqCst);
+        let moved = self.watched.notes.moved();
         let pins = self.watched.pins.load();
         if pins.iter().any(|pin| pin.id >= next_pin) {
             return true;
@@ -221,7 +198,7 @@ impl<'a> Moving<'a> {
         let Some(end) = windows.map(|window| window.end).max() else {
             return false;
         };
-        self.watched.cloned_since.load(SeqCst)
+        self.watched.notes.may_be_shared()
             || end.saturating_sub(gone.start) > MOST_LOOKED_AT
             || !doing.is_unshared_before(gone, end)
     }
@@ -235,7 +212,7 @@ impl<'a> Moving<'a> {
 impl Drop for Moving<'_> {
     fn drop(&mut self) {
         if let Some(gone) = self.gone.as_ref().filter(|_| !self.goes_on.get()) {
-            self.watched.moved.fetch_sub(gone.end - gone.start, SeqCst);
+            self.watched.notes.cancel_move(gone.end - gone.start);
         }
     }
 }
@@ -250,16 +227,13 @@ fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -
     // What counts is when it came: we may have kept it waiting.
     let came = Instant::now().checked_sub(late)?;
     let announcement = watched.announced(tid, came, || doing.began)?;
-    // Noted first, then looked, as in `Server::judge`.
-    let before = watched.writers_let_in.swap(true, SeqCst);
-    fence(SeqCst);
-    let granting = watched.pins.load().iter().any(|pin| pin.is_being_granted());
-    if !granting && announcement.take() {
+    let mut granting = false;
+    let goes_on = watched.let_writer_through(|pins| {
+        granting = pins.iter().any(|pin| pin.is_being_granted());
+        !granting && announcement.take()
+    });
+    if goes_on {
         return Some(Verdict::Allow);
-    }
-    if !before {
-        // It did not go on. Nobody else sets notes.
-        watched.writers_let_in.store(false, SeqCst);
     }
     granting.then(|| wait_to_open(watched, late))
 }
@@ -267,11 +241,11 @@ fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -
 /// Keeps an open for writing until a grant is over, unless that grant can
 /// only go on without it.
 fn wait_to_open(watched: &Watched, late: Duration) -> Verdict {
-    watched.opens_wait.store(true, SeqCst);
-    if watched.refuse_opens.load(SeqCst) {
-        return Verdict::Refuse;
+    if watched.opens.may_wait() {
+        wait_for_grant(late)
+    } else {
+        Verdict::Refuse
     }
-    wait_for_grant(late)
 }
 
 fn wait_for_grant(late: Duration) -> Verdict {

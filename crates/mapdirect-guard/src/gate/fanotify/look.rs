@@ -24,7 +24,7 @@ use super::classify::{self, Asked, Descriptors};
 use crate::Errno;
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::InodeId;
-use mapdirect::ExtentState;
+use mapdirect_model::ExtentState;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use mapdirect_sys::{fanotify::Mask, pidfd};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
@@ -393,7 +393,7 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
 /// Up to where nothing of a file is shared, from `start` on.
 fn unshared_until(file: &OwnedFd, start: u64) -> u64 {
     let end = start.saturating_add(MOST_LOOKED_AT);
-    mapdirect::extents::read(file.as_fd(), start..end).map_or(start, |map| {
+    mapdirect_model::block_map::read(file.as_fd(), start..end).map_or(start, |map| {
         let mut frozen = map.frozen();
         frozen
             .find(|extent| extent.state == ExtentState::Shared)
