@@ -20,7 +20,7 @@ mod look;
 mod scans;
 mod sweep;
 
-pub(crate) use self::scans::Scans;
+pub(crate) use self::scans::{Census, Scans};
 
 use self::look::look;
 use self::sweep::{Item, everybody, sweep};
@@ -206,9 +206,14 @@ impl Quiet<'_> {
     /// either finished or is counted by the inode; ask for a lease then.
     /// Tells who may still be at it when the time is over.
     pub(crate) fn wait_for_truncations(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
-        // This does not depend on the file: all grants share it.
-        let found = scans.truncations.sweep(self.subject(), self.deadline)?;
-        self.wait_for(LookFor::Truncations, found)
+        let census = scans.truncations(self.deadline)?;
+        self.wait_for_those_of(&census)
+    }
+
+    /// The same by a census that began after the gate of this file was closed:
+    /// one serves any number of files.
+    pub(crate) fn wait_for_those_of(&self, census: &Census) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for(LookFor::Truncations, census.found.clone())
     }
 
     /// The same where a lease will be asked for that lets readers be.

@@ -383,6 +383,7 @@ mod tests {
                 size: 0,
                 reflink: false,
                 announced: false,
+                named: false,
                 late: Duration::ZERO,
                 tries: 1,
             }
