@@ -7,10 +7,11 @@
 //! the gate let in for what began behind it. [`suspicion`] says when a thread
 //! is a suspect; whoever does anything else is none, however long it takes.
 //!
-//! A thread is looked at in two steps. The function it sleeps in
-//! (`/proc/<tid>/wchan`) is exact, and mostly settles it. Otherwise its stack
-//! does, and that only counts if the thread did not run while it was
-//! read. A thread on a processor has no stack that could be read: where it
+//! A thread is looked at in up to three steps. Where truncations are looked
+//! for, the number of the system call that it sleeps in mostly settles it.
+//! Otherwise the function that it sleeps in (`/proc/<tid>/wchan`) does, which
+//! is exact. Otherwise its stack does, and that only counts if the thread did
+//! not run while it was read. A thread on a processor has no stack that could be read: where it
 //! matters whoever looks goes to that processor, and so takes it away from the
 //! thread for a moment.
 //!
