@@ -25,6 +25,8 @@ pub(super) enum Verdict {
     Hold,
     /// Look again: the file has changed meanwhile.
     Again,
+    /// To be refused, once the name of the thread is known for the record.
+    Name,
 }
 
 impl Server<'_> {
@@ -56,9 +58,13 @@ impl Server<'_> {
         }
         let verdict = judge_announced(&watched, event.tid, doing, late)
             .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
-        if verdict == Verdict::Refuse {
-            self.note(&watched, event, doing);
+        if verdict != Verdict::Refuse {
+            return verdict;
         }
+        if doing.command.is_none() && !waiting.question.named {
+            return Verdict::Name;
+        }
+        self.note(&watched, event, doing);
         verdict
     }
 
