@@ -21,6 +21,9 @@ mod audit;
 mod bounded;
 mod busy;
 mod exports;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod grant;
 pub mod ledger;

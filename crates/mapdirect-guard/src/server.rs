@@ -390,7 +390,7 @@ fn open_gate(config: &Config) -> Result<Opened, StartError> {
 fn open_gate(config: &Config) -> Result<Opened, StartError> {
     if config.gate == GateChoice::Bpf {
         return Err(StartError::NoBpf(String::from(
-            "this program was built without it (cargo build --features bpf)",
+            "this program was built without it; build it with its default features",
         )));
     }
     open_fanotify()

@@ -183,18 +183,7 @@ impl<'guard> Session<'guard> {
         };
         let sender = said.sender;
         match (&request, said.handed) {
-            (Request::Hello { .. }, Handed::Nothing) => {
-                self.greeted = true;
-                Ok(self.send(
-                    &Reply::Welcome {
-                        version: VERSION,
-                        gate: self.guard.gate.kind(),
-                        pid: std::process::id().cast_signed(),
-                        challenge: self.challenge,
-                    },
-                    &[],
-                )?)
-            }
+            (Request::Hello { version }, Handed::Nothing) => self.greet(*version),
             (Request::Watch(pins), Handed::Nothing) if self.greeted => self.watch(pins, sender),
             _ if !self.greeted || self.watcher.is_some() => {
                 self.refuse(protocol(if self.greeted {
@@ -218,6 +207,7 @@ impl<'guard> Session<'guard> {
                 Handed::Useless,
             ) => self.refuse(not_capable()),
             (Request::Status, Handed::Nothing) => self.status(),
+            (Request::Barrier, Handed::Nothing) => Ok(self.send(&Reply::Done, &[])?),
             (Request::Ended(pin), Handed::Nothing) => self.ended(*pin),
             (Request::Swapped, Handed::Nothing) => {
                 self.refuse(protocol("nothing was to be swapped"))?;
@@ -236,6 +226,30 @@ impl<'guard> Session<'guard> {
 
     fn refuse(&self, refusal: Refusal) -> Result<(), End> {
         Ok(self.send(&Reply::Refused(refusal), &[])?)
+    }
+
+    /// Settles on a version of the protocol. Holders of version 1 say hello
+    /// again where later ones send a barrier.
+    fn greet(&mut self, version: u32) -> Result<(), End> {
+        if let Err(unknown) = mapdirect_proto::settle(version) {
+            self.refuse(refusal(
+                Reason::Protocol,
+                Errno::PROTONOSUPPORT,
+                unknown.to_string(),
+                OTHER_VERSION,
+            ))?;
+            return Err(End::Nonsense);
+        }
+        self.greeted = true;
+        Ok(self.send(
+            &Reply::Welcome {
+                version: VERSION,
+                gate: self.guard.gate.kind(),
+                pid: std::process::id().cast_signed(),
+                challenge: self.challenge,
+            },
+            &[],
+        )?)
     }
 
     /// A proof counts for the process that made it, and only here: whoever
@@ -481,7 +495,7 @@ impl<'guard> Session<'guard> {
     fn status(&self) -> Result<(), End> {
         let privileged = self.proven.is_some() || self.peer.uid == 0;
         let status = status::gather(self.guard, (!privileged).then_some(self.peer.uid));
-        match memfd::sealed("mapdirect-status", &status.encode()) {
+        match memfd::sealed("mapdirect-status", &mapdirect_proto::encode_status(&status)) {
             Ok(file) => Ok(self.send(&Reply::Status, &[file.as_fd()])?),
             Err(errno) => self.refuse(refusal(
                 Reason::System,
@@ -557,12 +571,15 @@ fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
     }
 }
 
+/// What helps whoever speaks another language.
+const OTHER_VERSION: &str = "use the library of the same version as the guard";
+
 fn protocol(what: impl std::fmt::Display) -> Refusal {
     refusal(
         Reason::Protocol,
         Errno::PROTO,
         what.to_string(),
-        "use the library of the same version as the guard",
+        OTHER_VERSION,
     )
 }
 

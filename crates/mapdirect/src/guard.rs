@@ -1,10 +1,10 @@
 //! Talking to the guard.
 
 use crate::error::{Error, Kind, Result};
-use mapdirect_proto::status::{MAX_STATUS, Status};
+use mapdirect_proto::status::Status;
 use mapdirect_proto::{
-    DEFAULT_SOCKET, Gate, MAX_MESSAGE, PinnedRange, Reply, Request, SOCKET_VARIABLE, VERSION,
-    WatchedPin,
+    DEFAULT_SOCKET, Gate, MAX_MESSAGE, MAX_STATUS, PinnedRange, Reply, Request, SOCKET_VARIABLE,
+    VERSION, VERSION_WITH_BARRIER, WatchedPin, decode_status, settle,
 };
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, capget, getauxval, memfd};
@@ -82,7 +82,7 @@ impl Guard {
         };
         let bytes = memfd::read_sealed(file.as_fd(), MAX_STATUS)
             .map_err(|errno| asked(Error::system("reading the status", errno)))?;
-        Status::decode(&bytes).map_err(|_| asked(unexpected()))
+        decode_status(&bytes).map_err(|_| asked(unexpected()))
     }
 
     /// The ranges of `file` that are pinned.
@@ -167,6 +167,8 @@ pub(crate) struct Connection {
     /// The process that made it: the guard knows no other on it.
     pid: u32,
     gate: Gate,
+    /// The version of the protocol that both sides speak.
+    version: u32,
     /// Whoever is asking holds this until the answer is there.
     turn: Mutex<Turn>,
     challenge: [u8; 32],
@@ -204,11 +206,22 @@ impl Connection {
         talk.say(&Request::Hello { version: VERSION }, &[])?;
         let (reply, _) = talk.hear()?;
         let Reply::Welcome {
-            gate, challenge, ..
+            version,
+            gate,
+            challenge,
+            ..
         } = reply
         else {
             return Err(unexpected());
         };
+        let version = settle(version).map_err(|unknown| {
+            Error::new(
+                Kind::Protocol,
+                Errno::PROTONOSUPPORT,
+                format!("the guard at {}: {unknown}", path.display()),
+                "use the guard of the same version as the library",
+            )
+        })?;
         if patience.is_some() {
             limited(None)?;
         }
@@ -216,6 +229,7 @@ impl Connection {
             socket,
             pid: std::process::id(),
             gate,
+            version,
             turn: Mutex::default(),
             challenge,
             broken: AtomicBool::new(false),
@@ -229,6 +243,17 @@ impl Connection {
     /// Which gate the guard has.
     pub(crate) fn gate(&self) -> Gate {
         self.gate
+    }
+
+    /// What the guard answers when it is through with everything before.
+    pub(crate) fn barrier(&self) -> Request {
+        if self.version >= VERSION_WITH_BARRIER {
+            Request::Barrier
+        } else {
+            Request::Hello {
+                version: self.version,
+            }
+        }
     }
 
     /// Whether the guard is still there.

@@ -19,8 +19,10 @@ use crate::error::{Error, Kind, Result};
 use crate::guard::Guard;
 use crate::revoke::{self, Keeper, Memory};
 use crate::state::{EventFd, Integrity, OnBreach, State};
-use mapdirect_proto::message::MAX_WATCHED;
-use mapdirect_proto::{Breach, Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin};
+use mapdirect_proto::request::MAX_WATCHED;
+use mapdirect_proto::{
+    Breach, Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin, settle,
+};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, descriptors, signal};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
@@ -526,7 +528,12 @@ impl Link {
         let hello = Request::Hello { version: VERSION };
         socket.send(&[&hello.encode()], &[]).map_err(gone)?;
         match hear(&socket).map_err(gone)? {
-            (Some(Reply::Welcome { .. }), _) => Ok(Self { socket }),
+            (Some(Reply::Welcome { version, .. }), _) => match settle(version) {
+                Ok(_) => Ok(Self { socket }),
+                Err(unknown) => Err(Silence::Busy(format!(
+                    "the guard at {path_name}: {unknown}"
+                ))),
+            },
             (Some(Reply::Refused(refusal)), _) => Err(Silence::Busy(refusal.obstacle)),
             _ => Err(gone(Errno::PROTO)),
         }

@@ -281,7 +281,7 @@ fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> (Finding, Gate
         name,
         Outcome::Note,
         format!("not built into this program ({kernel})"),
-        "build it with: cargo build --features bpf (needs libelf-dev, zlib1g-dev, pkg-config)",
+        "build it with its default features (needs gcc, make, pkg-config, libelf-dev, zlib1g-dev)",
     );
     (finding, Gate::Fanotify)
 }

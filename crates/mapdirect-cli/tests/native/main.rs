@@ -36,6 +36,7 @@ mod strangers;
 mod stuck;
 mod tripwire;
 mod unnoticed;
+mod versions;
 mod world;
 mod writers;
 
@@ -72,6 +73,7 @@ fn main() -> ExitCode {
     trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
+    trials.extend(versions::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(tripwire::trials(&world));

@@ -8,7 +8,7 @@
 use super::pending::lock;
 use super::survey::write_back;
 use super::{Granting, Judged, Survey, gone, hand_out, judge, refusal, system};
-use crate::policy::{self, Operation, OperationKind as K};
+use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Pin};
 use crate::{Errno, Guard};
 use mapdirect_proto::{
@@ -268,10 +268,7 @@ impl Allocation<'_> {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
             };
-            let minds = |operation: &Operation| {
-                !policy::judge(operation, &settled.pinned, size)
-                    || settled.pinned.minds_beside(operation, size, moved)
-            };
+            let minds = |operation: &Operation| settled.layers.refuses(operation, size, moved);
             // Nothing is written behind the end of the file.
             let writes = work.zeros.iter().chain(&work.shared).map(|run| {
                 let mut write = Operation::new(K::Write, run.start..run.end.min(size));
@@ -347,7 +344,7 @@ impl Allocation<'_> {
         };
         let (map, result) = match survey.until_at_rest(false) {
             Ok((map, found)) => {
-                pin.settle(&map, found.pinned, found.kept_pages);
+                pin.settle(&map, &found.pinned, found.kept_pages);
                 // If it fails, others go on to be refused what was frozen.
                 let _ = guard.gate.publish(guard, watched);
                 let result = match moved(before, &map) {

@@ -7,11 +7,10 @@ use super::Granting;
 use super::refusal::{obstructed, refusal, system};
 use crate::Errno;
 use crate::apart::{self, Held};
-use crate::policy::{self, Apart, Beside, Pinned};
-use mapdirect_model::facts::Filesystem;
+use crate::policy::{Apart, Beside, Pinned, pages_between};
+use mapdirect_model::facts::{Filesystem, geometry};
 use mapdirect_model::plan::Plan;
 use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags, Reason, Refusal};
-use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::{fsync, xfs_eofblocks};
 use rustix::fs::OFlags;
 use std::ops::Range;
@@ -241,15 +240,17 @@ impl Survey<'_> {
     /// stores beside frozen blocks.
     pub(crate) fn examine(&self, map: &BlockMap) -> Result<Findings, Refusal> {
         let beside = self.look_beside(map)?;
-        let mut pinned = Pinned::new(map, self.granting.pin.flags.contains(Flags::WHOLE_FILE));
+        let geometry = geometry(self.granting.watched.abilities.coarse);
+        let whole_file = self.granting.pin.flags.contains(Flags::WHOLE_FILE);
+        let mut pinned = Pinned::new(map, whole_file, geometry);
         let dax = self.granting.judged.facts.dax;
         let mapped = self.granting.judged.mapped.as_ref();
         if let Some(mapped) = mapped {
             let length = mapped.end - mapped.start;
-            let plan = Plan::new(map, mapped.start, length, page_size());
+            let plan = Plan::new(map, mapped.start, length, geometry.page);
             pinned = pinned.mapped(&plan, !dax);
         }
-        let frozen = pinned.frozen_pages(&beside, page_size());
+        let frozen = pinned.frozen_pages(&beside);
         let stored_to = (self.others_can_store)(&frozen)?;
         let (apart, kept_pages) = if dax {
             (Apart::Without, None)
@@ -277,8 +278,8 @@ impl Survey<'_> {
     ) -> Result<(Vec<u64>, Option<Held>), Refusal> {
         /// A quarter of a gigabyte of page cache.
         const MOST: usize = 1 << 16;
-        let folio = policy::folio_size();
-        let pages = apart::pages_between(frozen, size, page_size(), folio);
+        let geometry = geometry(self.granting.watched.abilities.coarse);
+        let pages = pages_between(frozen, size, &geometry);
         if pages.is_empty() {
             return Ok((pages, None));
         }
@@ -309,7 +310,7 @@ impl Survey<'_> {
             .granting
             .guard
             .own
-            .for_long(|| apart::hold(file.as_fd(), &pages, folio, budget));
+            .for_long(|| apart::hold(file.as_fd(), &pages, geometry.folio, budget));
         let kept = kept.map_err(|failed| match failed {
             apart::Failed::InUse(offset) => {
                 let mut openers = self.granting.openers(None).others;

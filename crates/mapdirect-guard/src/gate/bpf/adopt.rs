@@ -137,7 +137,7 @@ impl Recognised {
             others_can_store: &|frozen| others_can_store(&granting, frozen),
         };
         let (map, found) = survey.until_at_rest(true)?;
-        self.pin.settle(&map, found.pinned, found.kept_pages);
+        self.pin.settle(&map, &found.pinned, found.kept_pages);
         self.pin.hand_over();
         Ok(())
     }

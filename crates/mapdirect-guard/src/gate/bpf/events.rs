@@ -82,6 +82,13 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
     }
 }
 
+/// The name of the command, fit for a terminal: any process chooses its own.
+pub(super) fn command_of(event: &Event) -> String {
+    let length = event.command.iter().position(|byte| *byte == 0);
+    let command = &event.command[..length.unwrap_or(event.command.len())];
+    mapdirect_sys::proc::printable(&String::from_utf8_lossy(command))
+}
+
 fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     let kind = usize::try_from(event.kind).unwrap_or(usize::MAX);
     let Some(rule) = RULES.get(kind) else {
@@ -91,11 +98,9 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     if let Some(watched) = watched {
         watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
     }
-    let length = event.command.iter().position(|byte| *byte == 0);
-    let command = &event.command[..length.unwrap_or(event.command.len())];
     guard.audit.refused(Refused {
         tid: event.tid.cast_signed(),
-        command: String::from_utf8_lossy(command).into_owned(),
+        command: command_of(event),
         kind: rule.kind,
         id: event.key.inode(),
         path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),

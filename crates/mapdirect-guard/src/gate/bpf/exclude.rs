@@ -80,7 +80,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
                 frozen,
                 beside,
             } = survey.examine(&map)?;
-            granting.pin.settle(&map, pinned, kept_pages);
+            granting.pin.settle(&map, &pinned, kept_pages);
             self.publish()?;
             // From here on nothing new comes to pass that the gate was not
             // asked about.

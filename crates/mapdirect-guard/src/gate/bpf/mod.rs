@@ -18,6 +18,8 @@ mod directory;
 mod events;
 mod exclude;
 mod functions;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod identity;
 mod left;
 mod load;
@@ -26,8 +28,7 @@ mod watch;
 
 use crate::Errno;
 use crate::policy::RULES;
-use crate::policy::layers::Layers;
-use crate::table::{InodeId, Pin, Settled, Watched};
+use crate::table::{InodeId, Pin, Settled, Watched, together};
 use abi::{Entry, Facts, Key, PinFacts, Run, Settings};
 pub(crate) use adopt::adopt;
 use counts::Counts;
@@ -201,10 +202,7 @@ impl Gate {
             }
             return Ok(());
         }
-        let layers = Layers::new(
-            settled.iter().map(|settled| &settled.pinned),
-            watched.abilities.coarse,
-        );
+        let layers = together(&settled);
         let facts = Facts {
             reflink: watched.abilities.reflink,
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),

@@ -130,6 +130,44 @@ pub(crate) fn is_whole(functions: &[&str]) -> bool {
     })
 }
 
+/// Whether a thread that waits at the gate reads, by its whole stack: frames of
+/// the gate, the function that asks before a read or a write, and one that
+/// only reads. [`classify`] says the same then, whatever the registers.
+///
+/// A thread may be woken for a moment while its stack is read, so that frames
+/// within the wait change. Those outside of it stand until the answer: so a
+/// frame of the gate must come first.
+pub(crate) fn reads(functions: &[&str]) -> bool {
+    let waits = |function: &str| function.starts_with("fanotify_");
+    let mut inside = functions
+        .iter()
+        .copied()
+        .skip_while(|function| !waits(function))
+        .skip_while(|function| is_machinery(function));
+    inside.next() == Some("rw_verify_area") && inside.next().is_some_and(only_reads)
+}
+
+/// Whether a function that asks by `rw_verify_area` does so before a read.
+fn only_reads(caller: &str) -> bool {
+    matches!(
+        caller,
+        "vfs_read"
+            | "vfs_readv"
+            | "do_iter_read"
+            | "vfs_iter_read"
+            | "vfs_iocb_iter_read"
+            | "aio_read"
+            | "io_read"
+            | "__io_read"
+            | "kernel_read"
+            | "__kernel_read"
+            | "vfs_splice_read"
+            | "do_splice_read"
+            | "splice_file_to_pipe"
+            | "do_splice_to"
+    )
+}
+
 /// What the thread is doing.
 #[must_use]
 pub(crate) fn classify(asked: &Asked<'_>, descriptors: &impl Descriptors) -> Operation {
@@ -179,20 +217,7 @@ fn classify_rw(
     descriptors: &impl Descriptors,
 ) -> Operation {
     match caller {
-        "vfs_read"
-        | "vfs_readv"
-        | "do_iter_read"
-        | "vfs_iter_read"
-        | "vfs_iocb_iter_read"
-        | "aio_read"
-        | "io_read"
-        | "__io_read"
-        | "kernel_read"
-        | "__kernel_read"
-        | "vfs_splice_read"
-        | "do_splice_read"
-        | "splice_file_to_pipe"
-        | "do_splice_to" => Operation::new(K::Read, range),
+        _ if only_reads(caller) => Operation::new(K::Read, range),
         "vfs_write"
         | "vfs_writev"
         | "do_iter_write"

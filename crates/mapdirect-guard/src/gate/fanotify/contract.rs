@@ -59,9 +59,10 @@ impl gate::Gate for Gate {
         exclude::others_can_store(granting, &notes, file, frozen)
     }
 
-    /// The gate reads the table for itself; only those that it holds back do
-    /// not know yet.
-    fn publish(&self, guard: &Guard, _watched: &Watched) -> Result<(), Errno> {
+    /// The gate reads the table for itself, and those that it holds back are
+    /// judged anew.
+    fn publish(&self, guard: &Guard, watched: &Watched) -> Result<(), Errno> {
+        watched.renew_layers();
         guard.waiting.decided();
         Ok(())
     }

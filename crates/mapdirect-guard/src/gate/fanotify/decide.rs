@@ -26,11 +26,18 @@ pub(super) enum Verdict {
     Hold,
     /// Look again: the file has changed meanwhile.
     Again,
+    /// To be refused, once the name of the thread is known for the record.
+    Name,
 }
 
 impl Server<'_> {
     pub(super) fn decide(&self, waiting: &Waiting, doing: &Doing) -> Verdict {
         let (event, file) = (&waiting.event, waiting.file.as_fd());
+        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
+        if !opens && doing.operation.kind.is_harmless() {
+            // Most are: no pin minds, nor does a grant.
+            return Verdict::Allow;
+        }
         let late = waiting.since.elapsed();
         let Ok(stat) = rustix::fs::fstat(file) else {
             return Verdict::Refuse;
@@ -42,7 +49,6 @@ impl Server<'_> {
         let Some(watched) = self.guard.table.get(id) else {
             return Verdict::Allow;
         };
-        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
         if opens && watched.opens.are_held() && late < WAIT_FOR_GRANT {
             return Verdict::Hold;
         }
@@ -53,9 +59,13 @@ impl Server<'_> {
         }
         let verdict = judge_announced(&watched, event.tid, doing, late)
             .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
-        if verdict == Verdict::Refuse {
-            self.note(&watched, event, doing);
+        if verdict != Verdict::Refuse {
+            return verdict;
         }
+        if doing.command.is_none() && !waiting.question.named {
+            return Verdict::Name;
+        }
+        self.note(&watched, event, doing);
         verdict
     }
 
@@ -104,6 +114,9 @@ impl Server<'_> {
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
         // new ones.
         let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
+        if !exclusive && watched.lets_pass(pins, operation, size, moved) {
+            return Verdict::Allow;
+        }
         let mut reach = if exclusive {
             0..u64::MAX
         } else {
@@ -187,11 +200,10 @@ impl<'a> Moving<'a> {
         if pins.iter().any(|pin| pin.id >= next_pin) {
             return true;
         }
-        let windows = pins.iter().filter_map(|pin| {
-            let settled = pin.settled()?;
-            settled.pinned.unshared_window(moved)
-        });
-        let Some(end) = windows.map(|window| window.end).max() else {
+        let windows = pins
+            .iter()
+            .filter_map(|pin| pin.settled()?.layers.unshared_until());
+        let Some(end) = windows.max().map(|end| end.saturating_add(moved)) else {
             return false;
         };
         self.watched.notes.may_be_shared()

@@ -96,9 +96,9 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         state.closed = true;
         let (map, found) = self.survey(at_rest)?;
         self.check_marks()?;
-        self.granting
-            .pin
-            .settle(&map, found.pinned, found.kept_pages);
+        let Granting { pin, watched, .. } = self.granting;
+        pin.settle(&map, &found.pinned, found.kept_pages);
+        watched.renew_layers();
         Ok(Secured { map, lifeline })
     }
 

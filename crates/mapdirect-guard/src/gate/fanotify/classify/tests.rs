@@ -128,6 +128,27 @@ fn stacks_of_a_real_kernel() {
     }
 }
 
+#[test]
+fn a_stack_alone_tells_a_read() {
+    let at = |frames: &[&str]| reads(&stack(frames));
+    assert!(at(&["rw_verify_area", "vfs_read", "ksys_read"]));
+    assert!(at(&["rw_verify_area", "io_read", "io_issue_sqe"]));
+    for other in [
+        &["rw_verify_area", "vfs_write", "ksys_write"][..],
+        &["rw_verify_area", "do_sendfile"],
+        &["rw_verify_area", "vfs_copy_file_range"],
+        &["rw_verify_area"],
+        &["vfs_fallocate", "vfs_read"],
+        &["vfs_read", "rw_verify_area"],
+        &[],
+    ] {
+        assert!(!at(other), "{other:?}");
+    }
+    // A frame of the gate comes first.
+    assert!(!reads(&["rw_verify_area", "vfs_read"]));
+    assert!(!reads(&["__schedule", "rw_verify_area", "vfs_read"]));
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86_64 {
     use super::*;
@@ -301,5 +322,8 @@ proptest! {
         let asked = asked(&functions, Some(&call), (offset, count), true);
         let _ = classify(&asked, &NO_FDS);
         let _ = classify_open(Some(&call), &[frame]);
+        if reads(&functions) {
+            prop_assert_eq!(classify(&asked, &NO_FDS).kind, K::Read);
+        }
     }
 }
