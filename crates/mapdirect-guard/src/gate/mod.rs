@@ -78,8 +78,7 @@ impl Gate {
     pub(crate) fn publish(&self, watched: &Watched) -> Result<(), Errno> {
         match self {
             Self::Fanotify(_) => {
-                // It asks the table itself.
-                let _ = watched;
+                watched.renew_layers();
                 Ok(())
             }
             #[cfg(feature = "bpf")]

@@ -165,7 +165,7 @@ impl Recognised {
             turn: None,
         };
         let (map, pinned, held) = attempt.come_to_rest(true)?;
-        self.pin.settle(&map, pinned, held);
+        self.pin.settle(&map, &pinned, held);
         self.pin.hand_over();
         Ok(())
     }

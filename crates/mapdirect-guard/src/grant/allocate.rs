@@ -6,7 +6,7 @@
 //! goes on to see zeros there, which is what the new blocks hold.
 
 use super::{Attempt, Conversation, Judged, judge, lock, refusal, system, write_back};
-use crate::policy::{self, Operation, OperationKind as K};
+use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Pin};
 use crate::{Errno, Guard};
 use mapdirect_proto::{
@@ -294,10 +294,7 @@ impl Attempt<'_> {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
             };
-            let minds = |operation: &Operation| {
-                !policy::judge(operation, &settled.pinned, size)
-                    || settled.pinned.minds_beside(operation, size, moved)
-            };
+            let minds = |operation: &Operation| settled.layers.refuses(operation, size, moved);
             // Nothing is written behind the end of the file.
             let writes = work.zeros.iter().chain(&work.shared).map(|run| {
                 let mut write = Operation::new(K::Write, run.start..run.end.min(size));
@@ -359,7 +356,7 @@ impl Attempt<'_> {
         let rest = self.come_to_rest(false);
         let (map, result) = match rest {
             Ok((map, pinned, held)) => {
-                self.pin.settle(&map, pinned, held);
+                self.pin.settle(&map, &pinned, held);
                 // If it fails, others go on to be refused what was frozen.
                 let _ = self.guard.gate.publish(self.watched);
                 let result = match moved(before, &map) {

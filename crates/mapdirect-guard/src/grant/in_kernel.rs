@@ -59,7 +59,7 @@ impl Attempt<'_> {
                 frozen,
                 beside,
             } = self.keep_still(&map)?;
-            self.pin.settle(&map, pinned, held);
+            self.pin.settle(&map, &pinned, held);
             self.publish()?;
             // From here on nothing new comes to pass that the gate was not
             // asked about.

@@ -286,7 +286,8 @@ impl Attempt<'_> {
         self.state.closed = true;
         let (map, pinned, held) = self.come_to_rest(settled)?;
         self.check_marks()?;
-        self.pin.settle(&map, pinned, held);
+        self.pin.settle(&map, &pinned, held);
+        self.watched.renew_layers();
         self.hand_out(&map)
     }
 }

@@ -1,10 +1,9 @@
 //! What a request and its file say by themselves.
 
 use super::refusal::*;
-use crate::policy::{self};
 use crate::table::InodeId;
 use crate::{Errno, Guard};
-use mapdirect_model::facts::{FileFacts, ObstacleKind};
+use mapdirect_model::facts::{FileFacts, ObstacleKind, geometry};
 use mapdirect_proto::{Flags, PinRequest, Reason, Refusal};
 use mapdirect_sys::proc;
 use rustix::fs::OFlags;
@@ -36,7 +35,7 @@ impl Judged {
         }
         if let Some(window) = self.window() {
             // Somebody may store to a folio that holds blocks of the range.
-            let folios = policy::folios(&self.range);
+            let folios = geometry(false).folios(&self.range);
             return window.start.min(folios.start)..window.end.max(folios.end);
         }
         // One extent of ext4 (EXT_INIT_MAX_LEN, fs/ext4/ext4_extents.h).

@@ -4,12 +4,11 @@ use super::Attempt;
 use super::refusal::*;
 use crate::Errno;
 use crate::apart::{self, Held};
-use crate::policy::{self, Apart, Beside, Pinned};
-use mapdirect_model::facts::Filesystem;
+use crate::policy::{Apart, Beside, Pinned, pages_between};
+use mapdirect_model::facts::{Filesystem, geometry};
 use mapdirect_model::plan::Plan;
 use mapdirect_proto::MAX_INLINE_EXTENTS;
 use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags, Granted, Reason, Refusal, extent};
-use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::{fsync, memfd, xfs_eofblocks};
 use rustix::fs::OFlags;
 use std::ops::Range;
@@ -239,15 +238,17 @@ impl Attempt<'_> {
     /// stores beside frozen blocks.
     pub(super) fn keep_still(&self, map: &BlockMap) -> Result<Still, Refusal> {
         let beside = self.look_beside(map)?;
-        let mut pinned = Pinned::new(map, self.pin.flags.contains(Flags::WHOLE_FILE));
+        let geometry = geometry(self.watched.abilities.coarse);
+        let whole_file = self.pin.flags.contains(Flags::WHOLE_FILE);
+        let mut pinned = Pinned::new(map, whole_file, geometry);
         let dax = self.judged.facts.dax;
         let mapped = self.judged.mapped.as_ref();
         if let Some(mapped) = mapped {
             let length = mapped.end - mapped.start;
-            let plan = Plan::new(map, mapped.start, length, page_size());
+            let plan = Plan::new(map, mapped.start, length, geometry.page);
             pinned = pinned.mapped(&plan, !dax);
         }
-        let frozen = pinned.frozen_pages(&beside, page_size());
+        let frozen = pinned.frozen_pages(&beside);
         let stored_to = self.nobody_stores_to(&frozen)?;
         let (apart, held) = if dax {
             (Apart::Without, None)
@@ -275,8 +276,8 @@ impl Attempt<'_> {
     ) -> Result<(Vec<u64>, Option<Held>), Refusal> {
         /// A quarter of a gigabyte of page cache.
         const MOST: usize = 1 << 16;
-        let folio = policy::folio_size();
-        let pages = apart::pages_between(frozen, size, page_size(), folio);
+        let geometry = geometry(self.watched.abilities.coarse);
+        let pages = pages_between(frozen, size, &geometry);
         if pages.is_empty() {
             return Ok((pages, None));
         }
@@ -306,7 +307,7 @@ impl Attempt<'_> {
         let held = self
             .guard
             .own
-            .for_long(|| apart::hold(file.as_fd(), &pages, folio, budget));
+            .for_long(|| apart::hold(file.as_fd(), &pages, geometry.folio, budget));
         let held = held.map_err(|failed| match failed {
             apart::Failed::InUse(offset) => {
                 let mut openers = self.openers(None).others;

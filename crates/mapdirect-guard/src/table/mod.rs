@@ -8,6 +8,7 @@ mod announcement;
 mod inode;
 #[cfg(test)]
 mod interleavings;
+mod layered;
 mod life;
 mod notes;
 mod own_opens;
@@ -16,6 +17,8 @@ mod publish;
 
 pub(crate) use self::announcement::Announcement;
 pub(crate) use self::inode::{Abilities, GrantState, Watched};
+#[cfg(feature = "bpf")]
+pub(crate) use self::layered::together;
 pub(crate) use self::notes::{Notes, Passing};
 pub(crate) use self::own_opens::OwnOpens;
 #[cfg(feature = "bpf")]

@@ -25,8 +25,7 @@ mod watch;
 
 use crate::Errno;
 use crate::policy::RULES;
-use crate::policy::layers::Layers;
-use crate::table::{InodeId, Pin, Settled, Watched};
+use crate::table::{InodeId, Pin, Settled, Watched, together};
 use abi::{Entry, Facts, Key, PinFacts, Run, Settings};
 use counts::Counts;
 pub(crate) use events::{look_for_end, run};
@@ -200,10 +199,7 @@ impl Gate {
             }
             return Ok(());
         }
-        let layers = Layers::new(
-            settled.iter().map(|settled| &settled.pinned),
-            watched.abilities.coarse,
-        );
+        let layers = together(&settled);
         let facts = Facts {
             reflink: watched.abilities.reflink,
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),

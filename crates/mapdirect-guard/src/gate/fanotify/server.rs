@@ -303,6 +303,7 @@ impl Server<'_> {
             size: stat.map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(u64::MAX)),
             reflink: watched.as_ref().is_none_or(|it| it.abilities.reflink),
             announced: watched.is_some_and(|it| it.may_be_announced(tid)),
+            named: false,
             late: Duration::ZERO,
             tries: TRIES,
         })
@@ -378,12 +379,14 @@ impl Server<'_> {
     }
 
     /// Nobody could look in time: it may be doing the worst there is.
-    fn refuse_unseen(&mut self, waiting: Waiting) {
+    fn refuse_unseen(&mut self, mut waiting: Waiting) {
+        // Nobody can tell its name.
+        waiting.question.named = true;
         let doing = Doing::the_worst(waiting.event.mask);
         let verdict = match self.decide(&waiting, &doing) {
             // Only where nothing is pinned.
             Verdict::Allow => Verdict::Allow,
-            Verdict::Refuse | Verdict::Hold | Verdict::Again => Verdict::Refuse,
+            Verdict::Refuse | Verdict::Hold | Verdict::Again | Verdict::Name => Verdict::Refuse,
         };
         self.answer(waiting.file, verdict);
     }
@@ -410,6 +413,7 @@ impl Server<'_> {
             waiting.next_pin = self.guard.next_pin_number();
             waiting.question = Question {
                 late: waiting.since.elapsed(),
+                named: question.named,
                 ..asked
             };
             self.line_up(waiting);
@@ -421,8 +425,15 @@ impl Server<'_> {
         match self.decide(&waiting, doing) {
             Verdict::Hold => self.hold(waiting),
             Verdict::Again => self.put_off(waiting),
+            Verdict::Name => self.ask_name(waiting),
             verdict => self.answer(waiting.file, verdict),
         }
+    }
+
+    /// Has a thread looked at once more that is going to be refused.
+    fn ask_name(&mut self, mut waiting: Waiting) {
+        waiting.question.named = true;
+        self.line_up(waiting);
     }
 
     /// Keeps an event whose thread was just about to sleep.
@@ -454,7 +465,9 @@ impl Server<'_> {
         let fd = file.as_raw_fd();
         let answer = match verdict {
             Verdict::Allow => Response::allow(fd),
-            Verdict::Refuse | Verdict::Hold | Verdict::Again => Response::deny(fd, Errno::TXTBSY),
+            Verdict::Refuse | Verdict::Hold | Verdict::Again | Verdict::Name => {
+                Response::deny(fd, Errno::TXTBSY)
+            }
         };
         self.answers.push((Some(file), answer));
     }
