@@ -1,9 +1,9 @@
 //! Asking for a pin: the holder's part of a grant.
 
+use crate::descriptor::locks;
 use crate::error::{Error, Result};
-use crate::guard::{Connection, Guard, unexpected};
-use crate::watch::Hold;
-use crate::{guard, locks};
+use crate::guard::Guard;
+use crate::holder::{self, Connection, Hold, unexpected};
 use mapdirect_proto::{
     AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, VERSION,
     WatchedPin, extent, extent::EXTENT_RECORD,
@@ -48,7 +48,7 @@ pub(crate) fn establish(
     flags: Flags,
     patience: Duration,
 ) -> Result<Established> {
-    guard::require_capability()?;
+    holder::require_capability()?;
     locks::refuse_posix_locks(file)?;
     let request = Request::Pin(PinRequest {
         offset: range.0,
@@ -112,7 +112,7 @@ pub(crate) fn allocate(
     pinned: BorrowedFd<'_>,
     now: &mut Option<BlockMap>,
 ) -> Result<()> {
-    guard::require_capability()?;
+    holder::require_capability()?;
     // The guard that has it now may be another than the one that granted it.
     // A child of the process that asked for it is a stranger to both.
     let connection = if hold.is_own() {

@@ -39,9 +39,7 @@
 
 #![deny(unsafe_code)]
 
-#[expect(unsafe_code, reason = "atomic access to mapped memory")]
-mod access;
-mod durability;
+mod descriptor;
 #[doc(hidden)]
 pub mod eligibility;
 mod error;
@@ -54,12 +52,17 @@ pub mod extents;
 )]
 mod frozen;
 mod guard;
-mod locks;
 #[expect(
     unsafe_code,
-    reason = "mappings are made, handed out and unmapped here"
+    reason = "a child of fork(2) cannot wait for locks of its parent's threads; mappings are \
+              taken away"
 )]
-mod mapping;
+mod holder;
+#[expect(
+    unsafe_code,
+    reason = "mappings are made, accessed, handed out and unmapped here"
+)]
+mod map;
 mod open;
 mod pin;
 #[doc(hidden)]
@@ -70,28 +73,17 @@ mod prepare;
     reason = "the system call takes an address from its caller"
 )]
 pub mod raw;
-#[expect(unsafe_code, reason = "mappings are taken away here")]
-mod revoke;
-#[expect(unsafe_code, reason = "mappings are put together here")]
-mod segments;
 mod state;
-#[expect(
-    unsafe_code,
-    reason = "a child of fork(2) cannot wait for locks of its parent's threads; mappings are \
-              taken away"
-)]
-mod watch;
 
-pub use durability::Durability;
 pub use error::{Error, Kind, Result};
 pub use establish::Scope;
 pub use extents::block_map;
 pub use guard::Guard;
+pub use map::{DirectMap, Durability, MapOptions};
 pub use mapdirect_proto::status;
 pub use mapdirect_proto::{
     BlockMap, Breach, Cause, DeviceId, Extent, ExtentState, Gate, Opener, PinnedRange,
 };
-pub use mapping::{DirectMap, MapOptions};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};

@@ -2,10 +2,10 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::establish::{self, Established, PATIENCE, Scope, establish, offset_and_length};
-use crate::guard::{Connection, Guard};
+use crate::guard::Guard;
+use crate::holder::{Connection, Hold};
 use crate::prepare;
 use crate::state::{EventFd, Integrity, OnBreach, State};
-use crate::watch::Hold;
 use mapdirect_proto::{BlockMap, Extent, Flags};
 use mapdirect_sys::Errno;
 use std::ops::Range;

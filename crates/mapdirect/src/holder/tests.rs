@@ -1,12 +1,27 @@
 //! Against a guard that says what the test wants.
 
-use super::*;
-use mapdirect_proto::{Cause, DeviceId, Extent, ExtentState};
+use super::hold::Hold;
+use super::listener::{LATER, MISSING, SOON};
+use super::shared::{Watching, watching};
+use crate::guard::Guard;
+use crate::map::revoke::Memory;
+use crate::state::{EventFd, Integrity, OnBreach, State};
+use mapdirect_proto::{
+    Breach, Cause, DeviceId, Extent, ExtentState, Gate, MAX_MESSAGE, Notice, Reply, Request,
+    VERSION, WatchedPin,
+};
 use mapdirect_sys::mmap::{self, MAP_SHARED, PROT_READ, PROT_WRITE};
+use mapdirect_sys::unix::Socket;
 use mapdirect_testkit::fault::{Access, load};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use std::collections::HashSet;
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 /// A guard without a gate.
 struct Impostor {
