@@ -1,21 +1,22 @@
 //! The guard, as a holder knows it.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::holder::{Connection, ENDED, environment, unexpected};
-use mapdirect_proto::status::{MAX_STATUS, Status};
-use mapdirect_proto::{
-    DEFAULT_SOCKET, Gate, PinnedRange, Reply, Request, SOCKET_VARIABLE, WatchedPin,
-};
-use mapdirect_sys::memfd;
+use crate::report::PinnedRange;
+use crate::status::Status;
+use mapdirect_proto::status as wire;
+use mapdirect_proto::{DEFAULT_SOCKET, Gate, Reply, Request, SOCKET_VARIABLE, WatchedPin};
+use mapdirect_sys::{Errno, memfd};
 use std::collections::HashMap;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-/// A guard to ask: where it listens.
+/// A guard to ask, named by the socket that it listens at.
 ///
-/// Connections are made when they are needed and kept for the process; a
-/// child of `fork(2)` makes its own.
+/// The process connects when it first asks something and keeps the connection.
+/// A child of `fork(2)` makes its own. When a guard has been replaced, the next
+/// question connects again.
 ///
 /// # Examples
 ///
@@ -30,26 +31,26 @@ pub struct Guard {
 }
 
 impl Default for Guard {
+    /// [`Guard::from_env`].
     fn default() -> Self {
         Self::from_env()
     }
 }
 
 impl Guard {
-    /// The guard that listens at `socket`.
+    /// The guard that listens at `socket`. Nothing is asked of it yet.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
         Self {
             socket: socket.into(),
         }
     }
 
-    /// The guard the environment variable `MAPDIRECT_SOCKET` names, or the
+    /// The guard that the environment variable `MAPDIRECT_SOCKET` names, or the
     /// one at `/run/mapdirect/guard.sock`.
     ///
     /// A program that runs with more privilege than its caller (set-user-ID,
     /// set-group-ID, file capabilities: `AT_SECURE` of getauxval(3)) ignores
-    /// the variable: the caller could have it speak with a guard that is
-    /// none.
+    /// the variable: the caller could have it speak with an impostor.
     #[must_use]
     pub fn from_env() -> Self {
         let socket = environment(SOCKET_VARIABLE).filter(|value| !value.is_empty());
@@ -62,42 +63,85 @@ impl Guard {
         &self.socket
     }
 
-    /// What it is doing: pins, holders, refusals. Callers that are neither
-    /// root nor capable of pinning see details only of their own pins.
+    /// What it is doing: pins, holders, refusals, breaches. Callers that are
+    /// neither root nor capable of pinning see paths, processes and refusals
+    /// only of files that they themselves have pinned.
     ///
     /// # Errors
     ///
     /// `EOPNOTSUPP` when no guard answers.
     pub fn status(&self) -> Result<Status> {
-        let asked = |error: Error| error.asking("read the guard's status");
-        let connection = self.connect().map_err(asked)?;
-        let (reply, mut fds) = connection.call(&Request::Status, &[]).map_err(asked)?;
-        let (Reply::Status, Some(file)) = (reply, fds.pop()) else {
-            return Err(asked(unexpected()));
-        };
-        let bytes = memfd::read_sealed(file.as_fd(), MAX_STATUS)
-            .map_err(|errno| asked(Error::system("reading the status", errno)))?;
-        Status::decode(&bytes).map_err(|_| asked(unexpected()))
+        self.wire_status()
+            .map(Status::of)
+            .map_err(|error| error.asking("read the guard's status"))
     }
 
-    /// The ranges of `file` that are pinned.
+    fn wire_status(&self) -> Result<wire::Status> {
+        let connection = self.connect()?;
+        let (reply, mut fds) = connection.call(&Request::Status, &[])?;
+        let (Reply::Status, Some(file)) = (reply, fds.pop()) else {
+            return Err(unexpected());
+        };
+        let bytes = memfd::read_sealed(file.as_fd(), wire::MAX_STATUS)
+            .map_err(|errno| Error::system("reading the status", errno))?;
+        wire::Status::decode(&bytes).map_err(|_| unexpected())
+    }
+
+    /// All ranges of `file` that are pinned, by whoever holds them, in the
+    /// order in which they were pinned. Anybody may ask who has the file open.
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` when no guard answers.
-    pub fn pinned_ranges(&self, file: &impl AsFd) -> Result<Vec<PinnedRange>> {
-        let asked = |error: Error| error.asking("ask which ranges are pinned");
-        let connection = self.connect().map_err(asked)?;
-        let (reply, _) = connection
-            .call(&Request::Query, &[file.as_fd()])
-            .map_err(asked)?;
-        match reply {
-            Reply::Pins(pins, _) => Ok(pins),
-            _ => Err(asked(unexpected())),
-        }
+    /// `EOPNOTSUPP` when no guard answers, `EBADF`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// let file = std::fs::File::open("image")?;
+    /// for pinned in mapdirect::Guard::from_env().pinned_ranges(&file)? {
+    ///     println!("bytes {:?} by process {}", pinned.range, pinned.pid);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn pinned_ranges(&self, file: impl AsFd) -> Result<Vec<PinnedRange>> {
+        self.ask_pinned_ranges(file.as_fd())
+            .map_err(|error| error.asking("ask which ranges are pinned"))
     }
 
-    /// Which gate it keeps its promises with.
+    fn ask_pinned_ranges(&self, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>> {
+        let (reply, _) = self.connect()?.call(&Request::Query, &[file])?;
+        let Reply::Pins(pins, omitted) = reply else {
+            return Err(unexpected());
+        };
+        if omitted == 0 {
+            return Ok(pins.into_iter().map(PinnedRange::of).collect());
+        }
+        // A message has room for some hundreds. The status has them all, and
+        // hides ranges from nobody.
+        let stat = rustix::fs::fstat(file).map_err(|errno| Error::system("fstat", errno))?;
+        let (major, minor) = (
+            rustix::fs::major(stat.st_dev),
+            rustix::fs::minor(stat.st_dev),
+        );
+        let files = self.wire_status()?.files;
+        let found = files.into_iter().find(|file| {
+            (file.inode, file.device.major, file.device.minor) == (stat.st_ino, major, minor)
+        });
+        let pins = found.map(|file| file.pins).unwrap_or_default();
+        Ok(pins
+            .into_iter()
+            .map(|pin| {
+                PinnedRange::of(mapdirect_proto::PinnedRange {
+                    pin: pin.pin,
+                    range: pin.range,
+                    flags: pin.flags,
+                    pid: pin.pid,
+                })
+            })
+            .collect())
+    }
+
+    /// The gate that it keeps its promises with.
     ///
     /// # Errors
     ///
@@ -128,14 +172,16 @@ impl Guard {
         connection.is_usable().then(|| Arc::clone(connection))
     }
 
-    /// Says that a pin has been let go of. Where programs in the kernel judge,
-    /// one of several pins of a file is over when the guard has heard so; this
-    /// waits for it, so that a program finds it over that has just let go.
-    /// Others may be asking something, or the guard may be stuck, or there may
-    /// be none: then it is over a little later.
-    pub(crate) fn ended(&self, gate: Gate, pin: WatchedPin) {
+    /// Says that a pin has been let go of, and waits until the guard confirms
+    /// that it is over; a second at most.
+    ///
+    /// When programs in the kernel judge, one of several pins of a file is over
+    /// only when the guard has heard so. A program that has just let go of a pin
+    /// shall find it over. When another thread is asking something, or the guard
+    /// is stuck or gone, the pin ends a little later, and this is an error.
+    pub(crate) fn ended(&self, gate: Gate, pin: WatchedPin) -> Result<()> {
         if gate != Gate::Bpf {
-            return;
+            return Ok(());
         }
         // A guard that has taken over has not been spoken to yet.
         let connection = self.connection().or_else(|| {
@@ -143,9 +189,15 @@ impl Guard {
                 .ok()
                 .map(Arc::new)
         });
-        if let Some(connection) = connection {
-            connection.ended(pin);
+        if connection.is_some_and(|connection| connection.ended(pin)) {
+            return Ok(());
         }
+        Err(Error::new(
+            Kind::NoGuard,
+            Errno::TIMEDOUT,
+            "this process has let go of the pin, but the guard has not confirmed that it is over",
+            "nothing needs to be done: a pin that nobody holds ends when a guard looks next",
+        ))
     }
 }
 

@@ -4,6 +4,7 @@ pub(crate) mod locks;
 
 use crate::error::{Error, Kind, Result};
 use mapdirect_sys::Errno;
+use rustix::fs::OFlags;
 use std::os::fd::BorrowedFd;
 
 /// The size of a file in bytes.
@@ -14,22 +15,41 @@ pub(crate) fn size_of_file(file: BorrowedFd<'_>) -> Result<u64> {
 
 /// Refuses a descriptor that is not open for reading and writing.
 pub(crate) fn require_read_write(file: BorrowedFd<'_>) -> Result<()> {
-    let access = rustix::fs::fcntl_getfl(file).map_err(|errno| match errno {
+    if access_mode(file)? == OFlags::RDWR {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::NotReadWrite,
+        Errno::ACCESS,
+        "the descriptor is not open for reading and writing",
+        "open the file for both",
+    ))
+}
+
+/// Refuses a descriptor that is not open for reading; says whether it is open
+/// for writing as well.
+pub(crate) fn require_readable(file: BorrowedFd<'_>) -> Result<bool> {
+    match access_mode(file)? {
+        OFlags::RDONLY => Ok(false),
+        OFlags::RDWR => Ok(true),
+        _ => Err(Error::new(
+            Kind::NotReadWrite,
+            Errno::ACCESS,
+            "the descriptor is not open for reading",
+            "open the file for reading",
+        )),
+    }
+}
+
+fn access_mode(file: BorrowedFd<'_>) -> Result<OFlags> {
+    let flags = rustix::fs::fcntl_getfl(file).map_err(|errno| match errno {
         Errno::BADF => bad_descriptor(),
         other => Error::system("F_GETFL", other),
     })?;
-    if access.contains(rustix::fs::OFlags::PATH) {
+    if flags.contains(OFlags::PATH) {
         return Err(bad_descriptor());
     }
-    if access & rustix::fs::OFlags::ACCMODE != rustix::fs::OFlags::RDWR {
-        return Err(Error::new(
-            Kind::NotReadWrite,
-            Errno::ACCESS,
-            "the descriptor is not open for reading and writing",
-            "open the file for both",
-        ));
-    }
-    Ok(())
+    Ok(flags & OFlags::ACCMODE)
 }
 
 fn bad_descriptor() -> Error {
@@ -37,6 +57,6 @@ fn bad_descriptor() -> Error {
         Kind::Arguments,
         Errno::BADF,
         "the descriptor is not open, or only a path (O_PATH)",
-        "open the file for reading and writing",
+        "open the file for what is asked",
     )
 }

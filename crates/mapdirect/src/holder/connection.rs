@@ -156,10 +156,11 @@ impl Connection {
         })
     }
 
-    /// See [`Guard::ended`].
-    pub(crate) fn ended(&self, pin: WatchedPin) {
+    /// See [`Guard::ended`](crate::Guard). Returns whether the guard has
+    /// confirmed it.
+    pub(crate) fn ended(&self, pin: WatchedPin) -> bool {
         let Ok(mut turn) = self.turn.try_lock() else {
-            return;
+            return false;
         };
         // A guard that owes an answer is stuck.
         if turn.owed > 0
@@ -167,13 +168,13 @@ impl Connection {
                 .whole(|talk| talk.say(&Request::Ended(pin), &[]))
                 .is_err()
         {
-            return;
+            return false;
         }
         if self.socket.wait_until_readable(ENDED) == Ok(true) {
-            let _ = self.whole(|talk| talk.hear());
-        } else {
-            turn.owed += 1;
+            return self.whole(|talk| talk.hear()).is_ok();
         }
+        turn.owed += 1;
+        false
     }
 
     /// Runs a conversation, and lets nobody continue one that did not come to
@@ -188,12 +189,6 @@ impl Connection {
             self.broken.store(true, Relaxed);
         }
         result
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
     }
 }
 
@@ -266,6 +261,7 @@ fn no_guard(path: &Path, errno: Errno) -> Error {
         format!("no guard answers at {}: {errno}", path.display()),
         "start one as root: mapdirect guard (or name another socket in MAPDIRECT_SOCKET)",
     )
+    .caused_by(errno)
 }
 
 fn lost(errno: &Errno) -> Error {
@@ -275,6 +271,7 @@ fn lost(errno: &Errno) -> Error {
         format!("the guard went away in the middle of the conversation: {errno}"),
         "see whether it still runs: mapdirect status",
     )
+    .caused_by(*errno)
 }
 
 pub(crate) fn unexpected() -> Error {

@@ -1,5 +1,6 @@
 //! What a holder has of a pin, and by which it asks about it.
 
+use super::listener::{ANSWER, NEW_PINS, RECONNECT};
 use super::shared::{Entry, Shared, Thread, Watching, lock, watching};
 use crate::error::{Error, Kind, Result};
 use crate::guard::Guard;
@@ -103,6 +104,42 @@ impl Hold {
             }
         })
         .unwrap_or_default()
+    }
+
+    /// Has the thread connect again now, if no guard tends the pin, and waits
+    /// for what comes of it.
+    pub(crate) fn reconnect(&self) -> Result<State> {
+        let thread = self.look(|entry| match entry.state {
+            State::Unattended { .. } => Some(entry.thread),
+            _ => None,
+        })?;
+        let Some(thread) = thread else {
+            return Ok(self.state());
+        };
+        let watching = watching();
+        let shared = watching.lock();
+        let usable = shared.threads.get(thread).filter(|one| one.is_usable());
+        let Some((orders, begun)) =
+            usable.and_then(|one| one.orders.as_ref().map(|orders| (orders, one.begun)))
+        else {
+            drop(shared);
+            // A thread that takes no orders any more tries by itself; a new one
+            // has asked when this returns.
+            self.register()?;
+            return Ok(self.state());
+        };
+        // If its orders do not fit, it has one to read, and is about to.
+        let _ = orders.send_now(&[&RECONNECT], &[]);
+        let is_waiting = |shared: &mut Shared| {
+            let one = shared.threads.get(thread);
+            one.is_some_and(|one| one.done <= begun)
+        };
+        drop(
+            watching
+                .tried
+                .wait_timeout_while(shared, 2 * ANSWER, is_waiting),
+        );
+        Ok(self.state())
     }
 
     pub(crate) fn event_fd(&self) -> Result<EventFd> {
@@ -226,7 +263,7 @@ impl Hold {
         thread.new.push(self.named);
         if let Some(orders) = &thread.orders {
             // If its orders do not fit there is one it has not read.
-            let _ = orders.send_now(&[&[0]], &[]);
+            let _ = orders.send_now(&[&NEW_PINS], &[]);
         }
         true
     }

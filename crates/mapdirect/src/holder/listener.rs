@@ -34,7 +34,7 @@ pub(super) const KEPT: usize = 16;
 /// Pins named in one request, so that the answers fit into the socket.
 const AT_ONCE: usize = 64;
 /// How long a guard may take to answer.
-const ANSWER: Duration = Duration::from_secs(5);
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
 /// How often to look for a guard when it has just gone, and how many times.
 pub(super) const SOON: Duration = Duration::from_millis(20);
 const SOON_TIMES: u32 = 10;
@@ -43,6 +43,11 @@ pub(super) const LATER: Duration = Duration::from_millis(200);
 /// How long something may be missing in the gate's directory: a guard that is
 /// just starting may put it back.
 pub(super) const MISSING: Duration = Duration::from_secs(1);
+
+/// The order to connect again.
+pub(super) const RECONNECT: [u8; 1] = [1];
+/// The order to look for new pins.
+pub(super) const NEW_PINS: [u8; 1] = [0];
 
 const _: () = assert!(AT_ONCE <= MAX_WATCHED);
 
@@ -264,6 +269,9 @@ impl Listener {
                 {
                     self.keep_event(u64::from_ne_bytes(order), event);
                 }
+                if received.length == 1 && order[..1] == RECONNECT {
+                    self.link = None;
+                }
             }
             _ => self.has_orders = false,
         }
@@ -364,6 +372,11 @@ impl Listener {
     }
 
     fn connect_or_tell(&mut self) {
+        let mut shared = self.watching.lock();
+        if let Some(thread) = shared.threads.get_mut(self.number) {
+            thread.begun += 1;
+        }
+        drop(shared);
         match self.connect() {
             Ok(()) => self.tries = 0,
             Err(silence) => {
@@ -372,6 +385,12 @@ impl Listener {
                 self.tell_without_guard(&silence);
             }
         }
+        let mut shared = self.watching.lock();
+        if let Some(thread) = shared.threads.get_mut(self.number) {
+            thread.done = thread.begun;
+        }
+        drop(shared);
+        self.watching.tried.notify_all();
     }
 
     /// What becomes of pins while no guard answers.

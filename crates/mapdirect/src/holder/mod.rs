@@ -2,6 +2,7 @@
 //! of its pins.
 
 mod connection;
+mod held;
 mod hold;
 mod listener;
 mod shared;
@@ -9,4 +10,5 @@ mod shared;
 mod tests;
 
 pub(crate) use connection::{Connection, ENDED, environment, require_capability, unexpected};
+pub(crate) use held::Held;
 pub(crate) use hold::Hold;

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::Ordering::{AcqRel, Acquire, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicPtr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 
 /// What is known in this process.
 #[derive(Debug)]
@@ -21,6 +21,8 @@ pub(super) struct Watching {
     pub(super) shared: Mutex<Shared>,
     /// Whoever starts a thread.
     pub(super) starting: Mutex<()>,
+    /// A thread has tried to connect.
+    pub(super) tried: Condvar,
 }
 
 #[derive(Debug, Default)]
@@ -124,6 +126,7 @@ pub(super) fn watching() -> &'static Watching {
             process,
             shared: Mutex::default(),
             starting: Mutex::default(),
+            tried: Condvar::new(),
         }));
         if CURRENT
             .compare_exchange(there, new, AcqRel, Acquire)
@@ -145,6 +148,10 @@ pub(super) struct Thread {
     pub(super) identity: (u64, u64),
     /// Pins that it does not know of yet.
     pub(super) new: Vec<WatchedPin>,
+    /// How often it has begun to connect.
+    pub(super) begun: u64,
+    /// Which of these tries has come to an end.
+    pub(super) done: u64,
 }
 
 pub(super) fn identity(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
@@ -181,6 +188,8 @@ impl Thread {
                 orders: Some(ours),
                 identity,
                 new: Vec::new(),
+                begun: 0,
+                done: 0,
             }),
             Ok(_) => Err(("receive", Errno::SRCH)),
             Err(errno) => Err(("receive", errno)),

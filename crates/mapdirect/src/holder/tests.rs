@@ -256,6 +256,32 @@ fn without_a_guard_it_is_unattended_and_kept_again_by_the_next() {
 }
 
 #[test]
+fn it_connects_again_when_it_is_told_to() {
+    let mut impostor = Impostor::new();
+    let (hold, socket) = watched(&impostor, OnBreach::Tell, None);
+    assert_eq!(
+        hold.reconnect().unwrap(),
+        State::Kept,
+        "nothing is to be done"
+    );
+    impostor.end();
+    drop(socket);
+    wait_for("it is unattended", || {
+        matches!(hold.state(), State::Unattended { .. })
+    });
+    let still = hold.reconnect().unwrap();
+    assert!(matches!(still, State::Unattended { .. }), "{still}");
+    impostor.begin();
+    let state = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| hold.reconnect().unwrap());
+        let (_socket, named) = impostor.admit(&[]);
+        assert_eq!(named, [hold.named()]);
+        asking.join().unwrap()
+    });
+    assert_eq!(state, State::Kept);
+}
+
+#[test]
 fn a_guard_that_closes_the_connection_is_no_guard_that_is_gone() {
     let impostor = Impostor::new();
     let (hold, socket) = watched(&impostor, OnBreach::Tell, None);

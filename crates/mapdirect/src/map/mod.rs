@@ -1,5 +1,6 @@
 //! Mapping a file `MAP_DIRECT`.
 
+mod advise;
 mod allocate;
 mod bytes;
 mod durability;
@@ -9,46 +10,67 @@ mod options;
 mod place;
 pub(crate) mod revoke;
 mod segments;
+mod slice;
 
+pub use advise::Advice;
+pub use bytes::Atomic;
 pub use durability::Durability;
 pub use options::MapOptions;
 pub(crate) use options::cached_by_environment;
 pub(crate) use place::How;
+pub use slice::VolatileSlice;
 
 use crate::error::{Error, Result};
 use crate::frozen::Frozen;
-use crate::holder::{Connection, Hold};
+use crate::holder::Held;
 use crate::plan::Plan;
 use crate::state::{EventFd, Integrity, State};
+use durable::Unsynced;
 use mapdirect_proto::{BlockMap, Extent};
-use mapdirect_sys::{Errno, mmap};
+use mapdirect_sys::mmap;
 use memory::Memory;
+use place::Life;
 use std::fmt;
-use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::os::fd::AsFd;
 
 /// A file range mapped `MAP_DIRECT`: while it exists, nobody can move, free,
 /// share or allocate the blocks under it.
 ///
-/// Offsets are bytes from the start of the mapping. The memory is shared with
-/// whoever else maps or writes the file, so nothing here hands out a
-/// reference to it but [`as_slice`](Self::as_slice) and
-/// [`as_mut_slice`](Self::as_mut_slice), which are unsafe.
+/// **Offsets** in memory are bytes from the start of the mapping (`usize`);
+/// everything about blocks counts bytes of the file (`u64`). The memory is
+/// shared with everybody who maps or writes the file, so no safe call hands out
+/// a reference to it: see [the crate's documentation](crate#no-deref).
 ///
-/// Dropping it unmaps the range. The pin ends when no process maps any of it.
+/// **Ending it.** Dropping the mapping unmaps the range; [`unmap`](Self::unmap)
+/// does the same and reports errors. The pin ends when no process maps any of
+/// it: a child of `fork(2)` has its own. With the bpf gate, dropping waits until
+/// the guard has confirmed the end, **up to a second** if the guard is stuck.
+///
+/// # Examples
+///
+/// ```no_run
+/// use mapdirect::{DirectMap, MapOptions};
+///
+/// let file = std::fs::File::options().read(true).write(true).open("data")?;
+/// let map: DirectMap = MapOptions::new().accept_page_cache(true).map(&file)?;
+/// map.write_all_at(b"hello", 0)?;
+/// map.flush_range(0..5)?;
+/// map.unmap()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[must_use = "the pin ends when the mapping is dropped"]
 pub struct DirectMap {
     memory: Memory,
     offset: u64,
-    hold: Hold,
-    map: BlockMap,
+    held: Held,
     plan: Plan,
     frozen: Option<Frozen>,
     /// Flags of `mmap(2)` that the file itself is mapped with.
     flags: i32,
     durability: Durability,
-    /// The one by which it was asked for.
-    connection: Arc<Connection>,
+    unsynced: Unsynced,
+    is_read_only: bool,
+    life: Life,
     released: bool,
 }
 
@@ -59,12 +81,13 @@ unsafe impl Send for DirectMap {}
 unsafe impl Sync for DirectMap {}
 
 impl DirectMap {
-    /// Maps a whole file on DAX; short for [`MapOptions::map`].
+    /// Maps a whole file on DAX, for reading and writing; short for
+    /// [`MapOptions::map`].
     ///
     /// # Errors
     ///
     /// As [`MapOptions::map`].
-    pub fn new(file: &impl AsFd) -> Result<Self> {
+    pub fn new(file: impl AsFd) -> Result<Self> {
         MapOptions::new().map(file)
     }
 
@@ -75,29 +98,49 @@ impl DirectMap {
         self.memory.length()
     }
 
-    /// Offset in the file of the first byte mapped.
+    /// Offset in the file of the first byte mapped, in bytes.
     #[must_use]
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// The first byte, for code that goes to the memory by itself: valid for
-    /// [`len`](Self::len) bytes until the mapping is dropped. Others may
-    /// store to it at any time. A store to a frozen block raises SIGBUS, and
-    /// so does any access to a shared one or to pages beyond the end of the
-    /// file.
+    /// Whether it was mapped for reading alone
+    /// ([`MapOptions::read_only`]): then every store fails with `EACCES`.
     #[must_use]
-    pub fn as_ptr(&self) -> *mut u8 {
+    pub fn is_read_only(&self) -> bool {
+        self.is_read_only
+    }
+
+    /// The first byte, for reading by code that goes to the memory by itself.
+    ///
+    /// It is valid for [`len`](Self::len) bytes until the mapping is dropped.
+    /// Others may store there at any time, so read with volatile or atomic
+    /// loads. A load from a shared block (of a mapping that is not read-only)
+    /// or a page beyond the end of the file raises SIGBUS.
+    #[must_use]
+    pub fn as_ptr(&self) -> *const u8 {
         self.memory.base().as_ptr()
     }
 
-    /// The memory as a slice.
+    /// The first byte, for reading and writing.
+    ///
+    /// As [`as_ptr`](Self::as_ptr). A store to a frozen block raises SIGBUS, a
+    /// store to a read-only mapping SIGSEGV.
+    #[must_use]
+    pub fn as_mut_ptr(&self) -> *mut u8 {
+        self.memory.base().as_ptr()
+    }
+
+    /// The memory as a slice. With [`as_mut_slice`](Self::as_mut_slice) this is
+    /// the only way to a reference.
     ///
     /// # Safety
     ///
     /// While the slice exists nobody may change the bytes: no thread of this
-    /// process by any way, no other process through a mapping of its own, no
-    /// `write(2)` of anybody, no device. A pin does not see to that.
+    /// process in any way, no other process through a mapping of its own, no
+    /// `write(2)` of anybody, no device. **A pin does not see to that**: it
+    /// keeps blocks where they are, and says nothing of bytes. Parts that
+    /// cannot be accessed raise SIGBUS, see [`as_ptr`](Self::as_ptr).
     #[must_use]
     pub unsafe fn as_slice(&self) -> &[u8] {
         // SAFETY: mapped for as long as `self` is borrowed; initialised, as
@@ -111,48 +154,65 @@ impl DirectMap {
     ///
     /// As [`as_slice`](Self::as_slice), and nobody else may read the bytes by
     /// way of Rust references either.
+    ///
+    /// # Panics
+    ///
+    /// If the mapping is read-only.
     #[must_use]
     pub unsafe fn as_mut_slice(&mut self) -> &mut [u8] {
+        assert!(!self.is_read_only, "the mapping is read-only");
         // SAFETY: as above, and `self` is borrowed exclusively.
-        unsafe { std::slice::from_raw_parts_mut(self.as_ptr(), self.len()) }
+        unsafe { std::slice::from_raw_parts_mut(self.as_mut_ptr(), self.len()) }
     }
 
     /// The block map of the pinned range: what it was when the pin was
-    /// granted, and stays while it is kept.
+    /// granted, and stays while it is kept. Its offsets count bytes of the
+    /// file; the range is extended to whole filesystem blocks.
     #[must_use]
     pub fn block_map(&self) -> &BlockMap {
-        &self.map
+        self.held.block_map()
     }
 
     /// The extents of the pinned range; short for `block_map().extents()`.
     #[must_use]
     pub fn extents(&self) -> &[Extent] {
-        self.map.extents()
+        self.block_map().extents()
     }
 
     /// The number by which the guard knows the pin.
     #[must_use]
     pub fn pin_id(&self) -> u64 {
-        self.hold.id()
+        self.held.hold().id()
     }
 
     /// Whether the pin is kept; see [`Pin::state`](crate::Pin::state).
     #[must_use]
     pub fn state(&self) -> State {
-        self.hold.state()
+        self.held.hold().state()
     }
 
     /// Whether the blocks under the mapping are what they were; see
-    /// [`Pin::integrity`](crate::Pin::integrity).
+    /// [`Pin::integrity`](crate::Pin::integrity). Its offsets count bytes of the
+    /// file.
     ///
     /// When they are not, the mapping has been taken away, unless
     /// [`MapOptions::on_breach`] said otherwise: accesses by way of
     /// [`as_ptr`](Self::as_ptr) raise SIGBUS, and calls like
-    /// [`read_at`](Self::read_at) fail with `EIO`. One that is under way at
-    /// that moment raises SIGBUS. Offsets here are those of the file.
+    /// [`read_exact_at`](Self::read_exact_at) fail with `EIO`. A call that is
+    /// under way at that moment raises SIGBUS.
     #[must_use]
     pub fn integrity(&self) -> Integrity {
-        self.hold.integrity()
+        self.held.hold().integrity()
+    }
+
+    /// Connects to the guard again now, if none tends the pin; see
+    /// [`Pin::reconnect`](crate::Pin::reconnect).
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn reconnect(&self) -> Result<State> {
+        self.held.hold().reconnect()
     }
 
     /// A descriptor that becomes readable when [`state`](Self::state) or
@@ -163,42 +223,30 @@ impl DirectMap {
     ///
     /// `EMFILE`, `ENFILE`, `ENOMEM`.
     pub fn event_fd(&self) -> Result<EventFd> {
-        self.hold.event_fd()
+        self.held.hold().event_fd()
     }
 
-    /// The old name of [`state`](Self::state).
-    #[deprecated(note = "use `state`")]
-    #[must_use]
-    pub fn status(&self) -> State {
-        self.state()
-    }
-
-    /// A descriptor that `poll(2)` reports a hang-up on (`POLLHUP`,
-    /// `POLLRDHUP`) when the guard that granted the pin is gone. Nothing else
-    /// may be done with it.
-    #[deprecated(note = "use `event_fd`")]
-    #[must_use]
-    pub fn notice_fd(&self) -> BorrowedFd<'_> {
-        self.connection.as_fd()
-    }
-
-    /// Unmaps the range and says whether that worked, which dropping cannot.
+    /// Unmaps the range, ends this process's part in the pin, and says whether
+    /// that worked, which dropping cannot.
     ///
     /// # Errors
     ///
-    /// What `munmap(2)` answers.
+    /// What `munmap(2)` answers; `ETIMEDOUT` when the guard has not confirmed
+    /// the end within a second (bpf gate). The memory is unmapped all the same
+    /// then, and the pin ends by itself.
     pub fn unmap(mut self) -> Result<()> {
-        self.release()
-            .map_err(|errno| Error::system("munmap", errno).asking("unmap"))
+        self.release().map_err(|error| error.asking("unmap"))
     }
 
-    fn release(&mut self) -> std::result::Result<(), Errno> {
+    fn release(&mut self) -> Result<()> {
         if std::mem::replace(&mut self.released, true) {
             return Ok(());
         }
         let base = self.memory.base().as_ptr().expose_provenance();
         // From here on nobody else does anything to the memory.
-        let keeper = self.hold.let_go();
+        let keeper = self.held.let_go();
+        // The guard looks when the last mapping is gone.
+        drop(self.life.pipe.take());
         // SAFETY: only called, once, when the value goes away, so that
         // nothing of this crate refers to the memory any more; pointers
         // handed out say so in their documentation.
@@ -207,10 +255,10 @@ impl DirectMap {
             Frozen::settle();
         }
         drop(keeper);
-        if self.hold.is_own() {
-            self.hold.guard().ended(self.hold.gate(), self.hold.named());
-        }
-        result
+        self.life = Life::default();
+        let ended = self.held.end();
+        result.map_err(|errno| Error::system("munmap", errno))?;
+        ended
     }
 }
 
@@ -228,7 +276,7 @@ impl fmt::Debug for DirectMap {
             .field("address", &self.memory.base())
             .field("length", &self.len())
             .field("offset", &self.offset)
-            .field("pin", &self.hold.id())
+            .field("pin", &self.pin_id())
             .finish_non_exhaustive()
     }
 }

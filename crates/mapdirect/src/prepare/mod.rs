@@ -51,9 +51,8 @@ pub struct Progress {
     pub waiting: Duration,
 }
 
-/// How to prepare a range of a file: to have every block of it allocated,
-/// written, and shared with nobody, so that all of it can be pinned *and
-/// mapped*.
+/// How to prepare a range of a file: allocate, initialise and unshare every
+/// block of it, so that all of it can be pinned *and mapped*.
 ///
 /// This needs no guard and no privilege. Every byte of the file reads as
 /// before. Others may read and write the file meanwhile; what they do to
@@ -86,23 +85,24 @@ impl PrepareOptions {
         Self::default()
     }
 
-    /// Prepares this range of bytes, rounded out to blocks. It must end
-    /// within the file, as long as that is or is made by
-    /// [`size`](Self::size).
+    /// Prepares this range of the file, in bytes. It is extended to whole
+    /// filesystem blocks, and must end within the file, as long as that is or
+    /// is made by [`size`](Self::size).
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = Some(range);
         self
     }
 
-    /// Makes the file so long first, if it is shorter. What is added reads as
-    /// zeros; its last block is allocated even if the range ends before.
+    /// Makes the file this many bytes long first, if it is shorter. What is
+    /// added reads as zeros; its last block is allocated even if the range ends
+    /// before.
     pub fn size(mut self, size: u64) -> Self {
         self.size = Some(size);
         self
     }
 
-    /// Tries to place what has to be allocated so that it can be mapped with
-    /// huge pages: pieces of 2 MiB at multiples of 2 MiB, in the file and on
+    /// Tries to place what has to be allocated so that it can be mapped with huge
+    /// pages: pieces of 2 MiB at multiples of 2 MiB, in the file and on
     /// the device. [`Prepared::huge_pieces`] tells what came of it. Blocks
     /// that are there already stay where they are.
     pub fn huge(mut self, huge: bool) -> Self {
@@ -157,7 +157,7 @@ impl PrepareOptions {
     /// in use for longer than the [`patience`](Self::patience), or a pin
     /// forbids to. `EFBIG` beyond `RLIMIT_FSIZE` and what the filesystem
     /// takes, and what the calls answer otherwise (`EIO`, ...).
-    pub fn prepare(&self, file: &impl AsFd) -> Result<Prepared> {
+    pub fn prepare(&self, file: impl AsFd) -> Result<Prepared> {
         self.prepare_with(file, |_| ())
     }
 
@@ -169,7 +169,7 @@ impl PrepareOptions {
     /// As [`prepare`](Self::prepare).
     pub fn prepare_with(
         &self,
-        file: &impl AsFd,
+        file: impl AsFd,
         mut progress: impl FnMut(Progress),
     ) -> Result<Prepared> {
         let file = file.as_fd();
@@ -196,7 +196,8 @@ impl PrepareOptions {
         let facts = FileFacts::read(file).map_err(|errno| Error::system("statx", errno))?;
         if let Some(obstacle) = facts.obstacles().into_iter().next() {
             let (text, mend) = (obstacle.text, obstacle.mend);
-            return Err(Error::new(obstacle.reason, obstacle.errno, text, mend));
+            let kind = Kind::of(obstacle.reason);
+            return Err(Error::new(kind, obstacle.errno, text, mend));
         }
         let old_size = facts.size;
         let size = self.size.unwrap_or(old_size);
@@ -289,12 +290,21 @@ fn check_range(bytes: &Range<u64>, size: u64) -> Result<()> {
     Ok(())
 }
 
-/// Prepares a range of `file`; short for [`PrepareOptions::prepare`].
+/// Allocates, initialises and unshares every block of a range of `file`, in
+/// bytes, so that it can be mapped; short for [`PrepareOptions::prepare`].
 ///
 /// # Errors
 ///
 /// As [`PrepareOptions::prepare`].
-pub fn prepare(file: &impl AsFd, range: Range<u64>) -> Result<Prepared> {
+///
+/// # Examples
+///
+/// ```no_run
+/// let file = std::fs::File::options().read(true).write(true).open("image")?;
+/// mapdirect::prepare(&file, 0..1 << 20)?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn prepare(file: impl AsFd, range: Range<u64>) -> Result<Prepared> {
     PrepareOptions::new().range(range).prepare(file)
 }
 
@@ -310,10 +320,10 @@ pub(crate) fn before_pin(file: BorrowedFd<'_>, range: Option<&Range<u64>>) -> Re
         // Beyond the end of the file there is nothing to prepare.
         return Ok(());
     }
-    prepare(&file, range).map(drop)
+    prepare(file, range).map(drop)
 }
 
-/// What was done to a range, and what it is like now.
+/// What [`PrepareOptions::prepare`] did to a range, and what it is like now.
 #[derive(Clone, Debug)]
 pub struct Prepared {
     map: BlockMap,
@@ -323,8 +333,8 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    /// The block map of the range, rounded out to blocks: all of it is
-    /// stable, until somebody changes it.
+    /// The block map of the range, extended to whole filesystem blocks. All of
+    /// it is stable, until somebody changes it.
     #[must_use]
     pub fn block_map(&self) -> &BlockMap {
         &self.map
