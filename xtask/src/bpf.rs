@@ -3,7 +3,8 @@
 //! The object is committed, so that nobody needs clang to build mapdirect. It
 //! is loaded as root, so what it does must be what its source says: `--check`
 //! compiles the source again and compares the two bit by bit, and the tests do
-//! so every time.
+//! so every time. The numbers that programs and guard share are written into a
+//! header from the Rust side.
 
 use crate::{build, packages};
 use anyhow::{Context, Result, bail, ensure};
@@ -36,12 +37,30 @@ pub(crate) fn run(args: &BpfArgs) -> Result<ExitCode> {
         println!("the object is what its source says");
         return Ok(ExitCode::SUCCESS);
     }
+    write_constants()?;
     let object = directory().join(OBJECT);
     std::fs::write(&object, compile()?).context("writing the object")?;
     std::fs::write(directory().join(HASH), print_of(&std::fs::read(&object)?))
         .context("writing its fingerprint")?;
     println!("compiled {}", object.display());
     Ok(ExitCode::SUCCESS)
+}
+
+/// Has a test of the guard write the numbers that its Rust side knows, as C
+/// has them. The units compare the two each time.
+fn write_constants() -> Result<()> {
+    packages::install_for_bpf()?;
+    call(
+        build::cargo(&[
+            "test",
+            "--quiet",
+            "--package=mapdirect-guard",
+            "--features=bpf",
+            "--lib",
+            "gate::bpf::constants",
+        ])
+        .env("MAPDIRECT_WRITE_CONSTANTS", "1"),
+    )
 }
 
 /// Fails if the object is not what comes of the source, or is named wrongly.

@@ -26,10 +26,6 @@ pub(crate) fn cargo(arguments: &[&str]) -> Command {
     command
 }
 
-/// With the gate in the kernel: everything here is built with it, so that
-/// nothing is built twice. Needs [`packages::install_for_bpf`].
-pub(crate) const BPF: &str = "--features=mapdirect-cli/bpf";
-
 /// Builds the `mapdirect` command and says where it is.
 pub(crate) fn mapdirect() -> Result<PathBuf> {
     packages::install_for_bpf()?;
@@ -41,7 +37,6 @@ pub(crate) fn mapdirect() -> Result<PathBuf> {
             // features.
             "--package=xtask",
             "--package=mapdirect-cli",
-            BPF,
             "--message-format=json-render-diagnostics",
         ]),
     )
@@ -58,7 +53,6 @@ pub(crate) fn native_tests() -> Result<PathBuf> {
             "--no-run",
             "--package=mapdirect-cli",
             "--test=native",
-            BPF,
             "--message-format=json-render-diagnostics",
         ]),
     )

@@ -24,7 +24,7 @@ pub(crate) struct PublicApiArgs {
 /// The library.
 const LIBRARY: &str = "mapdirect";
 /// Crates that it hands out types of.
-const LENDERS: [&str; 1] = ["mapdirect-proto"];
+const LENDERS: [&str; 2] = ["mapdirect-model", "mapdirect-proto"];
 /// Where the list is.
 const FILE: &str = "crates/mapdirect/public-api.txt";
 /// The compiler that describes the crates. The form of the description changes

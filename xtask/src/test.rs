@@ -65,7 +65,6 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
                 "clippy",
                 "--quiet",
                 "--workspace",
-                build::BPF,
                 "--all-targets",
                 "--",
                 "-D",
@@ -89,7 +88,6 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             build::cargo(&[
                 "test",
                 "--workspace",
-                build::BPF,
                 "--lib",
                 "--bins",
                 "--",
@@ -106,7 +104,6 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         "test",
         "--package=mapdirect-cli",
         "--test=native",
-        build::BPF,
         "--",
         "--include-ignored",
     ]);

@@ -1,7 +1,7 @@
 //! What the bpf gate costs. It needs root and a kernel that lets it be loaded:
 //!
 //! ```sh
-//! cargo bench --features bpf --bench gate --no-run
+//! cargo bench --bench gate --no-run
 //! cargo xtask vm --kernel 7.3 --memory 6G -- target/release/deps/gate-...
 //! ```
 //!

@@ -7,7 +7,8 @@
 //!                                     openers, busy  lifetime     audit
 //! ```
 //!
-//! [`policy`] and [`ledger`] are pure: what may be done, and what is pinned.
+//! [`mapdirect_model::contract`] says what may be done, and [`ledger`] what is
+//! pinned; both are pure.
 //! A grant makes a promise only when it can be kept, the gate keeps it, the
 //! lifetime thread notices when the last mapping is gone, the audit thread
 //! tells who was refused.
@@ -29,7 +30,6 @@ mod notice;
 mod openers;
 mod overlay;
 mod places;
-pub mod policy;
 mod server;
 mod session;
 mod status;
@@ -39,6 +39,7 @@ mod thaw;
 mod tripwire;
 mod wake;
 
+use mapdirect_model::contract as policy;
 use mapdirect_sys::Errno;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;

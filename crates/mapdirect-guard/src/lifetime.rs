@@ -326,7 +326,13 @@ impl Keeper<'_> {
             .table
             .all()
             .into_iter()
-            .filter(|watched| watched.pins.load().iter().any(|pin| pin.is_handed_over()))
+            .filter(|watched| {
+                watched
+                    .pins
+                    .load()
+                    .iter()
+                    .any(|pin| !pin.is_being_granted())
+            })
             .collect();
         if pinned.is_empty() {
             return;
@@ -364,7 +370,7 @@ impl Keeper<'_> {
             };
             let ended: HashSet<u64> = pins
                 .iter()
-                .filter(|pin| pin.is_handed_over() && has_ended(pin))
+                .filter(|pin| pin.is_dead() || pin.is_handed_over() && has_ended(pin))
                 .map(|pin| pin.id)
                 .collect();
             if ended.is_empty() {

@@ -507,7 +507,7 @@ mod tests {
         let setting = setting(Sender { pid: 5, uid: 1000 });
         setting.watch(8);
         assert!(matches!(setting.hear(), Some(Notice::Lost { pin: 8, .. })));
-        setting.pin.bury();
+        setting.pin.end();
         setting.watch(9);
         assert!(matches!(setting.hear(), Some(Notice::Lost { pin: 9, .. })));
     }

@@ -343,7 +343,6 @@ fn open_fanotify() -> Result<Gate, StartError> {
 
 #[cfg(feature = "bpf")]
 fn open_gate(config: &Config) -> Result<Gate, StartError> {
-    use gate::bpf::LoadError;
     if config.gate == GateChoice::Fanotify {
         return open_fanotify();
     }
@@ -351,11 +350,7 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
         // Where it cannot be had for good there is another one.
-        Err(LoadError::Unsupported(_) | LoadError::MayLeaveOut)
-            if config.gate == GateChoice::Auto =>
-        {
-            open_fanotify()
-        }
+        Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => open_fanotify(),
         Err(error) => Err(match error.help() {
             Some(help) => StartError::Missing {
                 what: format!("the bpf gate is {error}"),
@@ -370,7 +365,7 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
 fn open_gate(config: &Config) -> Result<Gate, StartError> {
     if config.gate == GateChoice::Bpf {
         return Err(StartError::NoBpf(String::from(
-            "this program was built without it (cargo build --features bpf)",
+            "this program was built without it; build it with its default features",
         )));
     }
     open_fanotify()

@@ -1,5 +1,6 @@
 //! Why a request was not granted.
 
+use mapdirect_model::ObstacleKind;
 use std::fmt;
 
 macro_rules! reasons {
@@ -117,6 +118,23 @@ reasons! {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.key())
+    }
+}
+
+impl From<ObstacleKind> for Reason {
+    fn from(kind: ObstacleKind) -> Self {
+        match kind {
+            ObstacleKind::FileType => Self::FileType,
+            ObstacleKind::Filesystem => Self::Filesystem,
+            ObstacleKind::InlineData => Self::InlineData,
+            ObstacleKind::NotExtentMapped => Self::NotExtentMapped,
+            ObstacleKind::Encoded => Self::Encoded,
+            ObstacleKind::JournalledData => Self::JournalledData,
+            ObstacleKind::Realtime => Self::Realtime,
+            ObstacleKind::OutOfPlace => Self::OutOfPlace,
+            ObstacleKind::ExtentSizeHint => Self::ExtentSizeHint,
+            ObstacleKind::FrozenBlocks => Self::FrozenBlocks,
+        }
     }
 }
 

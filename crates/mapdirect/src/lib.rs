@@ -93,12 +93,9 @@
 #![warn(missing_docs, rustdoc::broken_intra_doc_links)]
 
 mod descriptor;
-#[doc(hidden)]
-pub mod eligibility;
 mod error;
 mod establish;
-#[doc(hidden)]
-pub mod extents;
+mod extents;
 #[expect(
     unsafe_code,
     reason = "memory is registered, and put in the place of memory that a child lacks"
@@ -118,8 +115,6 @@ mod holder;
 mod map;
 mod open;
 mod pin;
-#[doc(hidden)]
-pub mod plan;
 mod prepare;
 #[expect(
     unsafe_code,
@@ -135,7 +130,8 @@ pub use establish::Scope;
 pub use extents::block_map;
 pub use guard::Guard;
 pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};
-pub use mapdirect_proto::{BlockMap, Breach, Cause, DeviceId, Extent, ExtentState, Gate};
+pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState};
+pub use mapdirect_proto::{Breach, Cause, Gate};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};

@@ -373,7 +373,6 @@ fn here(piece: &Piece, seed: u64, seconds: u64) -> Result<Ran> {
         "--quiet",
         "--package=mapdirect-cli",
         "--test=native",
-        build::BPF,
         "--",
         "--include-ignored",
         "--exact",

@@ -243,7 +243,7 @@ fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> (Finding, Gate)
     use mapdirect_guard::LoadError;
     let probed = mapdirect_guard::probe_bpf();
     let first = match &probed {
-        Err(LoadError::Unsupported(_) | LoadError::MayLeaveOut) => Gate::Fanotify,
+        Err(error) if error.is_for_good() => Gate::Fanotify,
         _ => Gate::Bpf,
     };
     let finding = match probed {
@@ -281,7 +281,7 @@ fn probe_bpf(name: &'static str, kernel: &str, _has_lsm: bool) -> (Finding, Gate
         name,
         Outcome::Note,
         format!("not built into this program ({kernel})"),
-        "build it with: cargo build --features bpf (needs libelf-dev, zlib1g-dev, pkg-config)",
+        "build it with its default features (needs gcc, make, pkg-config, libelf-dev, zlib1g-dev)",
     );
     (finding, Gate::Fanotify)
 }

@@ -123,7 +123,9 @@ fn unload(args: &GuardArgs) -> Result<Exit> {
 
 #[cfg(not(feature = "bpf"))]
 fn unload(_args: &GuardArgs) -> Result<Exit> {
-    output::complain("this program was built without the bpf gate (cargo build --features bpf)");
+    output::complain(
+        "this program was built without the bpf gate; build it with its default features",
+    );
     Ok(Exit::FAILURE)
 }
 

@@ -4,8 +4,9 @@ use crate::args::ShowArgs;
 use crate::size::human;
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
-use mapdirect::eligibility::FileFacts;
 use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange};
+use mapdirect_model::FileFacts;
+use mapdirect_proto::Reason;
 use mapdirect_sys::capget;
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
@@ -145,7 +146,7 @@ fn hindrances(
         .obstacles()
         .into_iter()
         .map(|obstacle| Hindrance {
-            key: obstacle.reason.key(),
+            key: Reason::from(obstacle.kind).key(),
             text: obstacle.text,
             mend: obstacle.mend,
             cured_by_cache: false,

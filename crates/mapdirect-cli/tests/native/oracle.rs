@@ -1,10 +1,10 @@
 //! The programs of the bpf gate and the policy, asked the same questions.
 
 use crate::world::World;
-use mapdirect::plan::Plan;
 use mapdirect::{BlockMap, DeviceId, Extent, ExtentState};
-use mapdirect_guard::policy::layers::{Layers, kinds as operation_kinds};
-use mapdirect_guard::policy::{Apart, Beside, Operation, OperationKind, Pinned, judge};
+use mapdirect_model::contract::layers::{Layers, kinds as operation_kinds};
+use mapdirect_model::contract::{Apart, Beside, Operation, OperationKind, Pinned, judge};
+use mapdirect_model::plan::Plan;
 use mapdirect_testkit::random::Random;
 
 /// Asks the programs and the policy the same questions.

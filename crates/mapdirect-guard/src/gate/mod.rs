@@ -9,11 +9,7 @@
 
 #[cfg(feature = "bpf")]
 pub(crate) mod bpf;
-pub(crate) mod classify;
 pub(crate) mod fanotify;
-mod look;
-mod lookers;
-mod turns;
 
 use crate::Errno;
 use crate::table::{InodeId, Pin, Watched};

@@ -20,7 +20,6 @@ use rustix::fs::{FallocateFlags, OFlags};
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 /// What came of it.
@@ -281,7 +280,7 @@ impl Attempt<'_> {
     }
 
     fn read(&self) -> Result<BlockMap, Refusal> {
-        mapdirect::extents::read(self.file.as_fd(), self.pin.shown.clone())
+        mapdirect_model::block_map::read(self.file.as_fd(), self.pin.shown.clone())
             .map_err(|errno| system("FIEMAP", errno))
     }
 
@@ -290,7 +289,7 @@ impl Attempt<'_> {
     fn nobody_minds(&self, work: &Work, range: &Range<u64>) -> Result<(), Refusal> {
         let size = self.judged.facts.size;
         let pins = self.watched.pins.load();
-        let moved = self.watched.moved.load(SeqCst);
+        let moved = self.watched.notes.moved();
         for other in pins.iter().filter(|other| other.id != self.pin.id) {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
@@ -320,7 +319,7 @@ impl Attempt<'_> {
                 .any(|operation| minds(&operation));
             if minds && self.guard.gate.is_over(other, self.file.as_fd()) {
                 // Its last mapping is gone, only the notice is not here yet.
-                other.bury();
+                other.end();
                 self.guard.lifetime.kick(self.watched.id);
                 continue;
             }

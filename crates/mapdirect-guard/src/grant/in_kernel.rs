@@ -11,7 +11,7 @@ use crate::openers::{Openers, kernel_users};
 use crate::thaw;
 use crate::wake::Backoff;
 use crate::{Errno, busy};
-use mapdirect::eligibility::{FileFacts, Filesystem};
+use mapdirect_model::facts::{FileFacts, Filesystem};
 use mapdirect_proto::{Granted, Opener, Reason, Refusal};
 use mapdirect_sys::{proc, uname};
 use std::ops::Range;

@@ -4,7 +4,9 @@
 use super::*;
 use crate::gate::{Gate, fanotify};
 use crate::lifetime;
+use crate::table::LOCK_BASE;
 use mapdirect_proto::Flags;
+use mapdirect_sys::fcntl::conflicting_lock;
 use mapdirect_sys::seam::{self, Call};
 use mapdirect_sys::{Errno, dup};
 use mapdirect_testkit::{Disk, Kind};

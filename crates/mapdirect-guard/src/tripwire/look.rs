@@ -189,7 +189,7 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
     };
     let mut outcome = Outcome::Done;
     for range in order.blocks.of(&map) {
-        let Ok(now) = mapdirect::extents::read(file, range.clone()) else {
+        let Ok(now) = mapdirect_model::block_map::read(file, range.clone()) else {
             return Outcome::Failed;
         };
         let Some(mut found) = difference(&map, &now, &range) else {

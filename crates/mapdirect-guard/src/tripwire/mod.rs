@@ -28,7 +28,7 @@ use crate::wake::Waker;
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
 use look::{Blocks, Hit, Order, Outcome};
-use mapdirect::eligibility::Filesystem;
+use mapdirect_model::facts::Filesystem;
 use mapdirect_sys::{file_handle, proc};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::collections::hash_map::Entry;

@@ -17,7 +17,7 @@
 use super::format::{Format, id_of};
 use super::tracefs;
 use crate::Errno;
-use mapdirect::eligibility::Filesystem;
+use mapdirect_model::facts::Filesystem;
 use std::os::fd::BorrowedFd;
 
 /// Where a record says which blocks it is about.

@@ -9,7 +9,7 @@ use super::filter::Cover;
 use super::points::{About, Told, Tracepoints};
 use crate::Errno;
 use crate::table::InodeId;
-use mapdirect::eligibility::Filesystem;
+use mapdirect_model::facts::Filesystem;
 use mapdirect_sys::file_handle::FileHandle;
 use mapdirect_sys::perf_event::{Event, Ring, Wake};
 use std::collections::{BTreeMap, BTreeSet, HashMap};

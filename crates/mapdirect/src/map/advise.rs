@@ -3,7 +3,7 @@
 use super::DirectMap;
 use super::bytes::length_of;
 use crate::error::{Error, Result};
-use crate::plan::Pages;
+use mapdirect_model::plan::Pages;
 use mapdirect_sys::Errno;
 use rustix::mm::Advice as System;
 use std::ops::Range;

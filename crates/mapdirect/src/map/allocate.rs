@@ -2,7 +2,7 @@
 
 use super::{DirectMap, segments};
 use crate::error::{Error, Kind, Result};
-use crate::plan::{Access, Pages, Plan};
+use mapdirect_model::plan::{Access, Pages, Plan};
 use mapdirect_sys::{Errno, mmap};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -3,7 +3,7 @@
 use super::DirectMap;
 use super::memory::Word;
 use crate::error::{Error, Kind, Result};
-use crate::plan::{Access, Pages};
+use mapdirect_model::plan::{Access, Pages};
 use mapdirect_sys::Errno;
 use std::ops::Range;
 use std::sync::atomic::Ordering;

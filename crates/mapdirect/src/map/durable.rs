@@ -3,7 +3,7 @@
 use super::bytes::length_of;
 use super::{DirectMap, Durability};
 use crate::error::{Error, Result};
-use crate::plan::{Access, Pages};
+use mapdirect_model::plan::{Access, Pages};
 use mapdirect_sys::{cache, mmap};
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};

@@ -7,7 +7,7 @@ use crate::establish::{Established, Scope, establish};
 use crate::frozen::Frozen;
 use crate::guard::Guard;
 use crate::holder::Connection;
-use crate::plan::Plan;
+use mapdirect_model::plan::Plan;
 use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags, WatchedPin};
 use mapdirect_sys::{Errno, mmap, proc};
 use rustix::fs::OFlags;

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind};
 use crate::frozen::{self, Frozen, Run};
-use crate::plan::{Pages, Plan, Segment};
+use mapdirect_model::plan::{Pages, Plan, Segment};
 use mapdirect_sys::mmap::{
     self, MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_NORESERVE, MAP_PRIVATE, PROT_NONE,
 };

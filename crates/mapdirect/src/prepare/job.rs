@@ -3,10 +3,9 @@
 use super::plan::{self, Work};
 use super::room::Scratch;
 use super::{Prepared, Progress};
-use crate::eligibility::Filesystem;
 use crate::error::{Error, Kind, Result};
 use crate::extents;
-use mapdirect_proto::{BlockMap, ExtentState};
+use mapdirect_model::{BlockMap, ExtentState, Filesystem};
 use mapdirect_sys::fallocate::{self, Change};
 use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::madvise::Window;

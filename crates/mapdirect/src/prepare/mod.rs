@@ -22,9 +22,9 @@ mod room;
 mod tests;
 
 use crate::descriptor::require_read_write;
-use crate::eligibility::FileFacts;
 use crate::error::{Error, Kind, Result};
 use job::Job;
+use mapdirect_model::FileFacts;
 use mapdirect_proto::BlockMap;
 use mapdirect_sys::{Errno, proc};
 use rustix::process::{Resource, getrlimit};
@@ -196,7 +196,7 @@ impl PrepareOptions {
         let facts = FileFacts::read(file).map_err(|errno| Error::system("statx", errno))?;
         if let Some(obstacle) = facts.obstacles().into_iter().next() {
             let (text, mend) = (obstacle.text, obstacle.mend);
-            let kind = Kind::of(obstacle.reason);
+            let kind = Kind::of(obstacle.kind.into());
             return Err(Error::new(kind, obstacle.errno, text, mend));
         }
         let old_size = facts.size;

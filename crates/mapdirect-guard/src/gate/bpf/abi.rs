@@ -1,16 +1,10 @@
 //! What user space and the programs exchange, as `prog/contract.h` lays it
 //! out. Numbers are of the machine's own byte order.
 
+pub(super) use super::constants::*;
 use crate::policy::layers::{LISTS, Layers, List};
-use crate::policy::{LetsGo, Meets, OperationKind, RULES, Reach, Traits};
+use crate::policy::{OperationKind, RULES, Traits};
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes, KnownLayout};
-
-/// How many rows the programs have room for.
-const KINDS: usize = 32;
-/// Where ends of pins are counted that could not be told.
-pub(super) const UNTOLD: u32 = 31;
-/// Runs that an entry holds by itself.
-pub(super) const INLINE: usize = 8;
 
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
@@ -37,9 +31,6 @@ pub(super) struct Settings {
     pad: u32,
     functions: [Function; FUNCTIONS],
 }
-
-/// How many functions of the kernel the programs have room for.
-pub(super) const FUNCTIONS: usize = 64;
 
 /// Where a function of the kernel lies that asks for permission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -95,37 +86,15 @@ fn row(kind: OperationKind) -> Row {
     let rule = kind.rule();
     let traits = Traits::of(kind);
     Row {
-        reach: match rule.reach {
-            Reach::Nothing => 0,
-            Reach::Range => 1,
-            Reach::ToTheEnd => 2,
-            Reach::BeyondSize => 3,
-            Reach::Everything => 4,
-        },
-        refused_on: match rule.refused_on {
-            Meets::Frozen => 0,
-            Meets::Any => 1,
-        },
+        reach: rule.reach as u8,
+        refused_on: rule.refused_on as u8,
         grows: rule.grows.into(),
         brings_shared: traits.brings_shared.into(),
         touches: traits.touches.into(),
-        lets_go: match traits.lets_go {
-            LetsGo::Nothing => 0,
-            LetsGo::Range => 1,
-            LetsGo::ToTheEnd => 2,
-            LetsGo::RangeIfDirect => 3,
-        },
+        lets_go: traits.lets_go as u8,
         pad: [0; 2],
     }
 }
-
-/// Bits of the filter, as a power of two.
-const FILTER_BITS: u32 = 18;
-/// Words of the filter that have those bits; behind them are two for each, of
-/// an inode that writes pass easily.
-pub(super) const FILTER_WORDS: usize = 1 << (FILTER_BITS - 6);
-/// A fact about such an inode.
-pub(super) const EASY: u64 = 1;
 
 /// An inode as the kernel names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -162,7 +131,7 @@ impl Key {
     /// Where the filter counts it: `filter_slot`.
     pub(super) fn slot(self) -> u32 {
         const BITS: u32 = FILTER_BITS;
-        let mixed = (self.ino ^ u64::from(self.dev) << 40).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let mixed = (self.ino ^ u64::from(self.dev) << 40).wrapping_mul(FILTER_MULTIPLIER);
         u32::try_from(mixed >> (64 - BITS)).unwrap_or(0)
     }
 }
@@ -198,13 +167,6 @@ pub(super) struct Facts {
 }
 
 impl Entry {
-    const REFLINK: u32 = 1;
-    const HAS_FROZEN: u32 = 2;
-    const CACHED: u32 = 4;
-    const FAILING_FREES: u32 = 8;
-    const WRITES_PASS: u32 = 16;
-    const WINDOWED: u32 = 32;
-
     /// An entry, and the runs that do not fit into it.
     pub(super) fn new(version: u64, layers: &Layers, facts: Facts) -> (Self, Option<Vec<Run>>) {
         let mut first = [0; LISTS + 1];
@@ -224,12 +186,12 @@ impl Entry {
         }
         let entry = Self {
             version,
-            flags: flag(Self::REFLINK, facts.reflink)
-                | flag(Self::HAS_FROZEN, layers.has_frozen())
-                | flag(Self::CACHED, facts.cached)
-                | flag(Self::FAILING_FREES, layers.failing_frees)
-                | flag(Self::WRITES_PASS, layers.lets_writes_pass())
-                | flag(Self::WINDOWED, !layers.list(List::Window).is_empty()),
+            flags: flag(REFLINK, facts.reflink)
+                | flag(HAS_FROZEN, layers.has_frozen())
+                | flag(CACHED, facts.cached)
+                | flag(FAILING_FREES, layers.failing_frees)
+                | flag(WRITES_PASS, layers.lets_writes_pass())
+                | flag(WINDOWED, !layers.list(List::Window).is_empty()),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
@@ -243,7 +205,7 @@ impl Entry {
 
     /// No write is refused, wherever it goes, unless it is untorn.
     pub(super) fn lets_writes_pass(&self) -> bool {
-        self.flags & Self::WRITES_PASS != 0
+        self.flags & WRITES_PASS != 0
     }
 }
 
@@ -283,14 +245,6 @@ pub(super) struct Identity {
     pub(super) preemption: i32,
     pad: u32,
 }
-
-pub(super) const EVENT_REFUSED: u32 = 1;
-pub(super) const EVENT_ENDED: u32 = 2;
-pub(super) const EVENT_RAW: u32 = 3;
-pub(super) const EVENT_DOUBT: u32 = 4;
-
-/// An inode all of whose pins are gone.
-pub(super) const DEAD: u64 = 1 << 63;
 
 /// Something that happened at the gate.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -332,11 +286,8 @@ pub(super) struct PinFacts {
     pub(super) handle_length: u32,
     pub(super) path_length: u32,
     pub(super) handle: [u8; HANDLE],
-    pub(super) path: [u8; 512 - 88 - HANDLE],
+    pub(super) path: [u8; PIN_FACTS - 88 - HANDLE],
 }
-
-// It goes through no map that has a type, so the object does not describe it.
-const _: () = assert!(size_of::<Event>() == 80);
 
 /// A question to the programs, for tests.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -417,8 +368,14 @@ mod tests {
             "identity",
             key file generation direct pin start end held references writers readers preemption pad
         );
+        same!(
+            Event,
+            "event",
+            kind_of_event kind tid tgid key start end pin file command
+        );
         let (facts, _) = members(&btf, "pin_facts");
         assert_eq!(facts, size_of::<PinFacts>());
+        assert_eq!(facts, PIN_FACTS);
         let (filter, places) = members(&btf, "filter");
         assert_eq!(filter, 3 * FILTER_WORDS * size_of::<u64>());
         assert_eq!(

@@ -8,10 +8,10 @@ use super::abi::{FUNCTIONS, Function};
 use super::load::LoadError;
 use std::collections::HashMap;
 
-/// What a function does, as the programs know it: `enum doing`.
+/// What a function does, as the programs know it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
-enum Doing {
+pub(super) enum Doing {
     Reading = 1,
     Writing = 2,
     Allocating = 3,

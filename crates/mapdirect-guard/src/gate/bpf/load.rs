@@ -2,21 +2,25 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
-use super::abi::{DEAD, FILTER_WORDS, Settings};
+use super::abi::{DEAD, FILTER_WORDS, PAGE, Settings};
+use super::costly::{COSTLY, Costly, NOTES};
+use super::directory::{ENDING, empty, empty_but, enter, has_marker, remove};
 use super::functions::Kernel;
+use super::identity::ask_about;
+use super::preempts;
 use super::watch::Held;
-use super::{ask_about, preempts};
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
     Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
     ProgramAttachType, ProgramMut, ProgramType,
 };
 use mapdirect_sys::Errno;
+use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::shared_words::SharedWords;
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::Mode;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -58,6 +62,11 @@ pub enum LoadError {
          security hook calls"
     )]
     MayLeaveOut,
+    /// The programs reckon with pages of another size.
+    #[error(
+        "not supported here: its programs are for pages of {PAGE} bytes, and this kernel has pages of {0}"
+    )]
+    PageSize(u64),
     /// Another guard has the directory.
     #[error("another guard keeps the gate at {0}; end it first")]
     AlreadyRunning(String),
@@ -73,11 +82,27 @@ pub enum LoadError {
 }
 
 impl LoadError {
+    /// Whether this kernel can never have the gate, so that a guard that may
+    /// choose takes the other one.
+    #[must_use]
+    pub fn is_for_good(&self) -> bool {
+        matches!(
+            self,
+            Self::Unsupported(_) | Self::MayLeaveOut | Self::PageSize(_)
+        )
+    }
+
     /// What to do about it, if anything is known.
     #[must_use]
     pub fn help(&self) -> Option<String> {
-        if !matches!(self, Self::MayLeaveOut) {
-            return None;
+        match self {
+            Self::MayLeaveOut => {}
+            Self::PageSize(_) => {
+                return Some(format!(
+                    "boot a kernel with pages of {PAGE} bytes, or use the fanotify gate"
+                ));
+            }
+            _ => return None,
         }
         let modules = security_modules();
         let modules = modules.trim();
@@ -88,7 +113,16 @@ impl LoadError {
     }
 }
 
-fn failed(what: &str, error: impl std::fmt::Display) -> LoadError {
+/// Refuses a machine on which the programs would round ranges wrongly.
+fn require_page_size(size: u64) -> Result<(), LoadError> {
+    if size == PAGE {
+        Ok(())
+    } else {
+        Err(LoadError::PageSize(size))
+    }
+}
+
+pub(super) fn failed(what: &str, error: impl std::fmt::Display) -> LoadError {
     LoadError::Failed(format!("{what}: {error}"))
 }
 
@@ -155,6 +189,7 @@ impl Loaded {
 
 /// Puts the gate in place, or takes over the one that is there.
 pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
+    require_page_size(page_size())?;
     let (claim, mounted) = enter(directory)?;
     let complete = directory.join(marker());
     let in_use = has_marker(directory) && keeps_pins(directory);
@@ -242,317 +277,6 @@ pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
         Ok(None) => false,
         Ok(Some(bytes)) => u64::read_from_bytes(&bytes).map_or(true, |lives| lives & DEAD == 0),
         Err(_) => true,
-    }
-}
-
-/// Programs that every read, write, open and close of any file pays for. They
-/// are attached while something is pinned, and for a while after that, in this
-/// order.
-const COSTLY: [&str; 3] = ["file_free", "file_open", "file_permission"];
-
-/// Programs that note where each write goes, for what registers do not say.
-/// They are attached while something is pinned for which that matters.
-const NOTES: [&str; 2] = ["end_rw", "note_rw"];
-
-/// How long nothing must have been pinned before they are taken off: putting
-/// them on takes longer than a pin otherwise does.
-const QUIET: Duration = Duration::from_secs(10);
-
-/// Those programs.
-#[derive(Debug)]
-pub(super) struct Costly {
-    object: Object,
-    directory: PathBuf,
-    held: Arc<Held>,
-    state: Mutex<CostlyState>,
-}
-
-#[derive(Debug)]
-struct CostlyState {
-    costly: Attachment,
-    notes: Attachment,
-    /// Pins about to begin.
-    beginning: u32,
-}
-
-/// Some programs that are attached together.
-#[derive(Debug)]
-struct Attachment {
-    names: &'static [&'static str],
-    attached: bool,
-    quiet_since: Instant,
-}
-
-impl Attachment {
-    fn new(names: &'static [&'static str], directory: &Path) -> Self {
-        let is_there = |name: &&str| directory.join(link_name(name)).exists();
-        Self {
-            names,
-            attached: names.iter().all(is_there),
-            quiet_since: Instant::now(),
-        }
-    }
-
-    fn attach(&mut self, object: &Object, directory: &Path, held: &Held) -> Result<(), LoadError> {
-        self.quiet_since = Instant::now();
-        if !self.attached {
-            attach(object, directory, self.names)?;
-            held.hold()
-                .map_err(|errno| failed("holding the gate", errno))?;
-            self.attached = true;
-        }
-        Ok(())
-    }
-
-    /// Takes them off when nobody has needed them for a while.
-    fn rest(&mut self, are_needed: bool, held: &Held) {
-        if are_needed {
-            self.quiet_since = Instant::now();
-        } else if self.attached && self.quiet_since.elapsed() >= QUIET {
-            self.attached = false;
-            held.remove(self.names.iter().rev().map(|name| link_name(name)));
-        }
-    }
-}
-
-/// They are attached, and stay so while this is there.
-pub(super) struct Attached<'costly>(&'costly Costly);
-
-impl Costly {
-    fn new(object: Object, directory: &Path, held: Arc<Held>) -> Self {
-        let state = CostlyState {
-            costly: Attachment::new(&COSTLY, directory),
-            notes: Attachment::new(&NOTES, directory),
-            beginning: 0,
-        };
-        Self {
-            object,
-            directory: directory.to_owned(),
-            held,
-            state: Mutex::new(state),
-        }
-    }
-
-    fn state(&self) -> MutexGuard<'_, CostlyState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Attaches what every file pays for, unless it is.
-    pub(super) fn attached(&self) -> Result<Attached<'_>, LoadError> {
-        let mut state = self.state();
-        state
-            .costly
-            .attach(&self.object, &self.directory, &self.held)?;
-        state.beginning += 1;
-        Ok(Attached(self))
-    }
-
-    /// Attaches the programs that note where writes go, unless they are.
-    pub(super) fn take_notes(&self) -> Result<(), LoadError> {
-        self.state()
-            .notes
-            .attach(&self.object, &self.directory, &self.held)
-    }
-
-    /// The programs.
-    pub(super) fn object(&self) -> &Object {
-        &self.object
-    }
-
-    /// Takes off what nothing has needed for a while.
-    pub(super) fn rest(&self, needs: impl FnOnce() -> Needs) {
-        let mut state = self.state();
-        let needs = needs();
-        let beginning = state.beginning > 0;
-        state.notes.rest(beginning || needs.notes, &self.held);
-        state.costly.rest(beginning || needs.hooks, &self.held);
-    }
-}
-
-/// What is needed just now.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Needs {
-    /// Something is pinned.
-    pub(super) hooks: bool,
-    /// It matters where a write goes.
-    pub(super) notes: bool,
-}
-
-impl Drop for Attached<'_> {
-    fn drop(&mut self) {
-        let mut state = self.0.state();
-        state.beginning -= 1;
-        state.costly.quiet_since = Instant::now();
-    }
-}
-
-/// How long another guard may take to end, and how long others, one after the
-/// other, to find out that the gate cannot be had here.
-const ENDING: Duration = Duration::from_secs(2);
-const TRYING: Duration = Duration::from_secs(30);
-
-/// Claims the directory, made if need be on a bpf filesystem, mounted if need
-/// be: says whether it was. Another guard may be just about to do the same, or
-/// to take all of it away again.
-fn enter(directory: &Path) -> Result<(OwnedFd, bool), LoadError> {
-    let begun = Instant::now();
-    let mut mounted = false;
-    loop {
-        mounted |= mount_bpffs(directory)?;
-        let error = match rustix::fs::mkdir(directory, Mode::RWXU) {
-            Ok(()) | Err(Errno::EXIST) => match claim(directory) {
-                Ok(claim) if is_at(&claim, directory) => return Ok((claim, mounted)),
-                // It has been removed since.
-                Ok(_) => failed("claiming", directory.display()),
-                Err(error) => error,
-            },
-            Err(errno) => {
-                let error = match errno {
-                    Errno::PERM | Errno::ACCESS => LoadError::NotPrivileged,
-                    _ => LoadError::Unsupported(format!("making {}: {errno}", directory.display())),
-                };
-                if is_bpffs(parent_of(directory)) {
-                    return Err(error);
-                }
-                // It was unmounted since.
-                error
-            }
-        };
-        let patience = if has_marker(directory) {
-            ENDING
-        } else {
-            TRYING
-        };
-        if begun.elapsed() >= patience {
-            return Err(error);
-        }
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Whether a directory is the one at a path.
-fn is_at(directory: &OwnedFd, path: &Path) -> bool {
-    let identity = |stat: rustix::fs::Stat| (stat.st_dev, stat.st_ino);
-    let here = rustix::fs::fstat(directory).map(identity);
-    here.is_ok() && here == rustix::fs::stat(path).map(identity)
-}
-
-/// Takes the gate away, and with it every pin that it kept.
-pub(super) fn unload(directory: &Path) -> Result<bool, LoadError> {
-    if !directory.exists() {
-        return Ok(false);
-    }
-    let _claim = claim(directory)?;
-    // The kernel lets go of programs when it gets round to it; from now on
-    // they find nothing to refuse.
-    if let Ok(entries) = MapHandle::from_pinned_path(directory.join("entries")) {
-        let keys: Vec<_> = entries.keys().collect();
-        for key in keys {
-            let _ = entries.delete(&key);
-        }
-    }
-    remove(directory)?;
-    Ok(true)
-}
-
-/// The same for whoever has the claim.
-pub(super) fn remove(directory: &Path) -> Result<(), LoadError> {
-    empty(directory)
-        .and_then(|()| std::fs::remove_dir(directory))
-        .map_err(|error| failed(&format!("removing {}", directory.display()), error))
-}
-
-fn marker() -> String {
-    format!("version-{}", HASH.trim().get(..16).unwrap_or("none"))
-}
-
-fn has_marker(directory: &Path) -> bool {
-    std::fs::read_dir(directory).is_ok_and(|entries| {
-        entries
-            .flatten()
-            .any(|entry| entry.file_name().to_string_lossy().starts_with("version-"))
-    })
-}
-
-/// Links first: nobody is refused any more when the pins go. The mark of a
-/// complete gate goes last, so that nobody takes over what is left of one.
-fn empty(directory: &Path) -> std::io::Result<()> {
-    empty_but(directory, None)
-}
-
-fn empty_but(directory: &Path, kept: Option<&Path>) -> std::io::Result<()> {
-    let mut names: Vec<_> = std::fs::read_dir(directory)?
-        .map(|entry| Ok(entry?.file_name()))
-        .collect::<std::io::Result<_>>()?;
-    names.sort_by_key(|name| {
-        let name = name.to_string_lossy();
-        (name.starts_with("version-"), !name.starts_with(LINKS))
-    });
-    for name in names {
-        let path = directory.join(&name);
-        if kept == Some(&path) {
-            continue;
-        }
-        if path.is_dir() {
-            empty(&path)?;
-            std::fs::remove_dir(path)?;
-        } else {
-            std::fs::remove_file(path)?;
-        }
-    }
-    Ok(())
-}
-
-pub(super) fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(directory, flags, Mode::empty())
-        .map_err(|errno| failed(&format!("opening {}", directory.display()), errno))?;
-    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(Errno::AGAIN) => Err(LoadError::AlreadyRunning(directory.display().to_string())),
-        Err(errno) => Err(failed("flock", errno)),
-    }
-}
-
-/// BPF_FS_MAGIC, include/uapi/linux/magic.h.
-const BPF_FS: u64 = 0xcafe_4a11;
-
-fn parent_of(directory: &Path) -> &Path {
-    directory.parent().unwrap_or(Path::new("/"))
-}
-
-fn is_bpffs(path: &Path) -> bool {
-    rustix::fs::statfs(path)
-        .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
-}
-
-/// Mounts the bpf filesystem, if it is not there; says whether it did.
-pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
-    let parent = parent_of(directory);
-    if is_bpffs(parent) {
-        return Ok(false);
-    }
-    if parent != Path::new("/sys/fs/bpf") {
-        return Err(LoadError::Failed(format!(
-            "{} is not on a bpf filesystem",
-            directory.display()
-        )));
-    }
-    let mounted = rustix::mount::mount(
-        "bpf",
-        parent,
-        "bpf",
-        rustix::mount::MountFlags::empty(),
-        Some(c"mode=0700"),
-    );
-    match mounted {
-        Ok(()) => Ok(true),
-        Err(_) if is_bpffs(parent) => Ok(false),
-        Err(Errno::PERM | Errno::ACCESS) => Err(LoadError::NotPrivileged),
-        Err(errno) => Err(LoadError::Unsupported(format!(
-            "there is no bpf filesystem to mount at {} ({errno})",
-            parent.display()
-        ))),
     }
 }
 
@@ -709,7 +433,7 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
 }
 
 /// Attaches programs that are not, one after the other, and pins their links.
-fn attach(object: &Object, directory: &Path, names: &[&str]) -> Result<(), LoadError> {
+pub(super) fn attach(object: &Object, directory: &Path, names: &[&str]) -> Result<(), LoadError> {
     for wanted in names {
         let path = directory.join(link_name(wanted));
         if path.exists() {
@@ -743,9 +467,13 @@ fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
     }
 }
 
+fn marker() -> String {
+    format!("version-{}", HASH.trim().get(..16).unwrap_or("none"))
+}
+
 pub(super) const LINKS: &str = "link-";
 
-fn link_name(program: &str) -> String {
+pub(super) fn link_name(program: &str) -> String {
     format!("{LINKS}{program}")
 }
 
@@ -833,6 +561,7 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
 ///
 /// Why not.
 pub fn probe() -> Result<(), LoadError> {
+    require_page_size(page_size())?;
     let object = load_object(None)?;
     if has_lsm() {
         return Ok(());
@@ -883,5 +612,22 @@ mod tests {
     #[test]
     fn the_version_is_that_of_the_object() {
         assert_eq!(HASH.trim(), fingerprint(OBJECT), "run `cargo xtask bpf`");
+    }
+
+    #[test]
+    fn other_sizes_of_a_page_are_refused_with_a_reason() {
+        assert!(require_page_size(4096).is_ok());
+        for size in [16 << 10, 64 << 10] {
+            let error = require_page_size(size).unwrap_err();
+            let said = error.to_string();
+            assert!(said.contains("pages of 4096 bytes"), "{said}");
+            assert!(said.ends_with(&format!("pages of {size}")), "{said}");
+            assert!(error.is_for_good());
+            assert!(
+                error
+                    .help()
+                    .is_some_and(|help| help.contains("fanotify gate"))
+            );
+        }
     }
 }

@@ -15,7 +15,8 @@
 //! told as a breach.
 
 use super::abi::{Entry, Holder, Key, Settings};
-use super::load::{BPF_MAPS, LINKS, claim, mount_bpffs};
+use super::directory::{claim, mount_bpffs};
+use super::load::{BPF_MAPS, LINKS};
 use super::{Gate, Published};
 use crate::ledger::PinSet;
 use crate::table::{Pin, Watched};

@@ -1,40 +1,10 @@
 // SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0
 //
 // What programs and guard share: the rules, what is pinned, questions, notes and
-// events. abi.rs has the same in Rust.
+// events. abi.rs has the same in Rust, and a test compares the two; the numbers
+// are in constants.h.
 
-// In the order of OperationKind in policy.rs.
-enum kind {
-	READ,
-	OPEN_READ,
-	MAP_READ,
-	MAP_WRITE,
-	OPEN_WRITE,
-	OPEN_TRUNCATE,
-	WRITE,
-	WRITE_UNTORN,
-	TRUNCATE,
-	ALLOCATE,
-	ALLOCATE_KEEP_SIZE,
-	PUNCH_HOLE,
-	ZERO_RANGE,
-	WRITE_ZEROES,
-	UNSHARE_RANGE,
-	COLLAPSE_RANGE,
-	INSERT_RANGE,
-	RESHAPE,
-	CLONE,
-	DEDUPE,
-	COPY_RANGE,
-	EXCHANGE,
-	UNKNOWN,
-	KINDS = 32,
-};
-
-// In the order of Reach.
-enum reach { NOTHING, RANGE, TO_THE_END, BEYOND_SIZE, EVERYTHING };
-// In the order of Meets.
-enum meets { FROZEN_BLOCKS, ANY_BLOCK };
+#include "constants.h"
 
 // A row of the contract, and what policy.rs knows beside it.
 struct rule {
@@ -43,22 +13,17 @@ struct rule {
 	u8 grows;
 	u8 brings_shared;
 	u8 touches;	// writes to the blocks it reaches, or zeroes in them
-	u8 lets_go;	// throws pages out: 1 its range, 2 all from there on, 3 if direct
+	u8 lets_go;	// throws pages out
 	u8 pad[2];
 };
 
-// What a function of the kernel does that asks for permission.
-// ASYNCHRONOUS: writing by a kiocb, which says where and how.
-enum doing { ANYTHING, READING, WRITING, ALLOCATING, REMAPPING, COPYING, ASYNCHRONOUS };
-
-// Where it lies: addresses of its code.
+// Where a function of the kernel lies that asks for permission, and what it
+// does: ASYNCHRONOUS is writing by a kiocb, which says where and how.
 struct function {
 	u64 start;
 	u64 end;
 	u64 doing;
 };
-
-#define FUNCTIONS 64
 
 struct settings {
 	struct rule rules[KINDS];
@@ -84,19 +49,8 @@ struct run {
 	u64 end;
 };
 
-// What an operation may not meet, for all pins of an inode together; see
-// layers.rs, which says the same in Rust.
-enum list { PINNED, FROZEN, BESIDE, SHARED, WINDOW, HELD, MAPPED, AHEAD, EDGES, COARSE, LISTS };
-
-#define INLINE 8
-
-#define REFLINK 1	// its filesystem shares blocks
-#define HAS_FROZEN 2	// or blocks beside it that take frozen ones along
-#define CACHED 4	// raw mappings through the page cache are accepted
-#define FAILING_FREES 8	// a growing write that fails frees blocks of a pin
-#define WRITES_PASS 16	// no write is refused, wherever it goes, unless it is untorn
-#define WINDOWED 32	// untorn ones are refused near the pins
-
+// What an operation may not meet, for all pins of an inode together, in a list
+// of runs for each reason; see layers.rs.
 struct entry {
 	u64 version;
 	u32 flags;
@@ -148,11 +102,6 @@ struct holder {
 	u64 end;
 };
 
-#define EVENT_REFUSED 1
-#define EVENT_ENDED 2
-#define EVENT_RAW 3
-#define EVENT_DOUBT 4	// notes of writes are needed, to judge one
-
 struct event {
 	u32 kind_of_event;
 	u32 kind;
@@ -165,6 +114,10 @@ struct event {
 	u64 file;
 	char command[16];
 };
+
+// Events go through a ring, which has no type. This has the object describe
+// them all the same; nobody reads it.
+struct event *described_event SEC("described");
 
 struct identity {
 	struct key key;

@@ -106,7 +106,7 @@ __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind, struc
 		from = to = 0;
 		break;
 	}
-	u32 list = rule->refused_on == ANY_BLOCK ? PINNED : kind == MAP_WRITE ? MAPPED : FROZEN;
+	u32 list = rule->refused_on == MEETS_ANY ? PINNED : kind == MAP_WRITE ? MAPPED : FROZEN;
 	if (meets(e, list, from, to))
 		return 1;
 	if (!block || (block & (block - 1)))
@@ -138,10 +138,11 @@ __noinline int lets_go(struct entry *e, u32 how, u64 start, u64 end)
 {
 	if (!e)
 		return 1;
-	u64 before = how == 2 ? e->block : 0;
+	u64 before = how == LETS_GO_TO_THE_END ? e->block : 0;
 	u64 from = start > before ? start - before : 0;
 
-	return meets(e, HELD, align_down(from, PAGE), how == 2 ? END : end);
+	return meets(e, HELD, align_down(from, PAGE),
+		     how == LETS_GO_TO_THE_END ? END : end);
 }
 
 static __always_inline bool is_empty(struct entry *e, u32 list)
@@ -166,7 +167,7 @@ static __always_inline bool leaves_unwritten(u32 kind)
 // Most writes, in short: what the rest of `judge` would look for is not there.
 static __always_inline bool meets_nothing(struct entry *e, struct rule *rule, struct question *q)
 {
-	if (rule->reach != RANGE || rule->refused_on != FROZEN_BLOCKS || rule->brings_shared ||
+	if (rule->reach != RANGE || rule->refused_on != MEETS_FROZEN || rule->brings_shared ||
 	    q->kind == MAP_WRITE || q->has_or || (e->flags & FAILING_FREES) ||
 	    !is_empty(e, EDGES))
 		return false;
@@ -228,8 +229,8 @@ __noinline int judge(struct entry *e, struct question *q)
 	if (e->largest_size != END && rule->grows && largest > e->largest_size)
 		return 1;
 	u32 how = rule->lets_go;
-	if (how == 3)
-		how = q->direct ? 1 : 0;
+	if (how == LETS_GO_RANGE_IF_DIRECT)
+		how = q->direct ? LETS_GO_RANGE : LETS_GO_NOTHING;
 	if (how && lets_go(e, how, q->at.start, q->at.end))
 		return 1;
 	if (how && q->has_or && lets_go(e, how, q->or_at.start, q->or_at.end))

@@ -262,7 +262,6 @@ int BPF_PROG(file_free, struct file *file)
 // fcntl(fd, F_GETFL, WHO_IS_IT) by the guard: what is this file to the kernel?
 #define F_GETFL 3
 #define F_SETFL 4
-#define WHO_IS_IT 0x6d61706469726563ULL
 
 // A write that has been judged takes its flags from the file afterwards: so
 // where it matters where it goes, or how it is made, these do not change.

@@ -9,13 +9,8 @@ struct {
 	__type(value, struct settings);
 } settings SEC(".maps");
 
-#define FILTER_BITS 18
-#define FILTER_WORDS (1 << (FILTER_BITS - 6))
-
 // Inodes whose entry is WRITES_PASS: what most writes to a pinned file need,
 // without a look-up in a hash map.
-#define EASY 1
-
 struct easy {
 	u64 ino;
 	u64 facts;	// dev << 32 | EASY; else nothing is known
@@ -67,8 +62,6 @@ struct {
 // How many struct files are pins of an inode. Only programs change it. At its
 // end the inode is DEAD until the guard pins it again: then its entry counts
 // for nothing, and nobody else can join.
-#define DEAD (1ULL << 63)
-
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1 << 20);
@@ -116,7 +109,7 @@ struct {
 // What is kept of a pin for a guard that comes later. Only user space reads
 // it; it is declared here to be made and pinned with the others.
 struct pin_facts {
-	u8 bytes[512];
+	u8 bytes[PIN_FACTS];
 };
 
 struct {
@@ -129,8 +122,6 @@ struct {
 
 // How many refusals there were, by kind, whether or not anybody listened; and
 // how many ends of pins could not be told.
-#define UNTOLD (KINDS - 1)
-
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, KINDS);
@@ -162,7 +153,7 @@ static __always_inline bool is_guard(void)
 
 static __always_inline u32 filter_slot(u32 dev, u64 ino)
 {
-	return ((ino ^ ((u64)dev << 40)) * 0x9E3779B97F4A7C15ULL) >> (64 - FILTER_BITS);
+	return ((ino ^ ((u64)dev << 40)) * FILTER_MULTIPLIER) >> (64 - FILTER_BITS);
 }
 
 static __always_inline bool may_be_pinned(u32 dev, u64 ino)

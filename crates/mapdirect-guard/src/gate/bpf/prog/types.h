@@ -182,8 +182,6 @@ struct mnt_idmap;
 #define EOPNOTSUPP 95
 
 #define END (~0ULL)
-#define PAGE 4096ULL
-#define LARGEST_BLOCK 65536ULL
 
 // include/linux/fs.h
 #define MAY_WRITE 2

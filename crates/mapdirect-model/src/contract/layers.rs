@@ -11,7 +11,7 @@ use super::{
     Apart, LARGEST_BLOCK, Mapped, Meets, Operation, OperationKind, Pinned, RULES, Reach, Rule,
     Traits, folio_page, folio_size, rounded_out,
 };
-use mapdirect_proto::ExtentState;
+use crate::extent::ExtentState;
 use std::ops::Range;
 
 /// Why an operation may not meet a run.
@@ -343,8 +343,8 @@ pub fn kinds() -> impl Iterator<Item = OperationKind> {
 mod tests {
     use super::super::{Beside, judge};
     use super::*;
-    use mapdirect::plan::Plan;
-    use mapdirect_proto::{BlockMap, DeviceId, Extent};
+    use crate::extent::{BlockMap, DeviceId, Extent};
+    use crate::plan::Plan;
     use proptest::prelude::*;
 
     const BLOCK: u64 = 4096;

@@ -1,7 +1,7 @@
 //! Whether a file can be pinned or mapped `MAP_DIRECT` at all: facts about
 //! it, and what they mean.
 
-use mapdirect_proto::{DeviceId, Reason};
+use crate::extent::DeviceId;
 use mapdirect_sys::inode_flags::{self, ExtendedFlags};
 use mapdirect_sys::{Errno, proc_mountinfo, xfs_geometry};
 use rustix::fs::{AtFlags, FileType, StatxFlags};
@@ -54,11 +54,36 @@ pub struct FileFacts {
     extended: ExtendedFlags,
 }
 
+/// What kind of obstacle it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ObstacleKind {
+    /// Not a regular file.
+    FileType,
+    /// A filesystem that cannot keep the promise.
+    Filesystem,
+    /// The file's data lies inside its inode.
+    InlineData,
+    /// The file is mapped by indirect blocks, not by extents.
+    NotExtentMapped,
+    /// The file is encrypted or compressed.
+    Encoded,
+    /// The file's data goes through the journal.
+    JournalledData,
+    /// The file lies on the realtime device.
+    Realtime,
+    /// The filesystem always writes out of place.
+    OutOfPlace,
+    /// An extent size hint would allocate blocks beside the ones written.
+    ExtentSizeHint,
+    /// The range holds blocks that cannot be stored to as they are.
+    FrozenBlocks,
+}
+
 /// Something that stands in the way, for good.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
     /// What kind.
-    pub reason: Reason,
+    pub kind: ObstacleKind,
     /// The errno of it.
     pub errno: Errno,
     /// In words.
@@ -68,17 +93,17 @@ pub struct Obstacle {
 }
 
 impl Obstacle {
-    fn new(reason: Reason, errno: Errno, text: impl Into<String>, mend: &str) -> Self {
+    fn new(kind: ObstacleKind, errno: Errno, text: impl Into<String>, mend: &str) -> Self {
         Self {
-            reason,
+            kind,
             errno,
             text: text.into(),
             mend: mend.to_owned(),
         }
     }
 
-    fn unsupported(reason: Reason, text: impl Into<String>, mend: &str) -> Self {
-        Self::new(reason, Errno::OPNOTSUPP, text, mend)
+    fn unsupported(kind: ObstacleKind, text: impl Into<String>, mend: &str) -> Self {
+        Self::new(kind, Errno::OPNOTSUPP, text, mend)
     }
 }
 
@@ -193,7 +218,7 @@ impl FileFacts {
                 _ => Errno::NODEV,
             };
             found.push(Obstacle::new(
-                Reason::FileType,
+                ObstacleKind::FileType,
                 errno,
                 "it is not a regular file",
                 "give a regular file on XFS or ext4",
@@ -203,7 +228,7 @@ impl FileFacts {
         let has = |flag| self.inode_flags & flag != 0;
         if let Filesystem::Other(name) = &self.filesystem {
             found.push(Obstacle::unsupported(
-                Reason::Filesystem,
+                ObstacleKind::Filesystem,
                 format!("{name} cannot promise to leave blocks where they are"),
                 "put the file on XFS or ext4",
             ));
@@ -211,41 +236,41 @@ impl FileFacts {
         }
         if has(inode_flags::INLINE_DATA) {
             found.push(Obstacle::unsupported(
-                Reason::InlineData,
+                ObstacleKind::InlineData,
                 "its data lies inside the inode (inline_data)",
                 "make the file larger than its inode, or the filesystem without inline_data",
             ));
         } else if self.filesystem == Filesystem::Ext4 && !has(inode_flags::EXTENTS) {
             found.push(Obstacle::unsupported(
-                Reason::NotExtentMapped,
+                ObstacleKind::NotExtentMapped,
                 "it is mapped by indirect blocks, not by extents",
                 "chattr +e FILE, or copy it on an ext4 with extents",
             ));
         }
         if has(inode_flags::ENCRYPTED) || has(inode_flags::COMPRESSED) {
             found.push(Obstacle::unsupported(
-                Reason::Encoded,
+                ObstacleKind::Encoded,
                 "it is encrypted or compressed",
                 "copy it to a directory without encryption and compression",
             ));
         }
         if self.journalled {
             found.push(Obstacle::unsupported(
-                Reason::JournalledData,
+                ObstacleKind::JournalledData,
                 "its data goes through the journal",
                 "chattr -j FILE, or mount with data=ordered",
             ));
         }
         if self.extended.flags & inode_flags::XFLAG_REALTIME != 0 {
             found.push(Obstacle::unsupported(
-                Reason::Realtime,
+                ObstacleKind::Realtime,
                 "it lies on the realtime device, whose offsets FIEMAP does not tell apart",
                 "copy it to the data device",
             ));
         }
         if self.out_of_place {
             found.push(Obstacle::unsupported(
-                Reason::OutOfPlace,
+                ObstacleKind::OutOfPlace,
                 "this XFS is zoned: every write goes to a new place",
                 "use a filesystem on a conventional device",
             ));
@@ -327,7 +352,7 @@ impl FileFacts {
         let hint = self.extended;
         if hint.flags & inode_flags::XFLAG_EXTSIZE != 0 && hint.extent_size != 0 {
             return Some(Obstacle::unsupported(
-                Reason::ExtentSizeHint,
+                ObstacleKind::ExtentSizeHint,
                 format!(
                     "an extent size hint of {} bytes would allocate holes beside what is written",
                     hint.extent_size
@@ -345,7 +370,7 @@ impl FileFacts {
             .into_iter()
             .find(|option| is_mounted_with(self.device, |mount| mount.option(option).is_some()))?;
         Some(Obstacle::unsupported(
-            Reason::FrozenBlocks,
+            ObstacleKind::FrozenBlocks,
             format!(
                 "ext4 is mounted with {option}, and converts unwritten blocks beside what is \
                  written"
@@ -384,12 +409,12 @@ mod tests {
     #[test]
     fn files_that_are_none_and_filesystems_that_cannot() {
         let device = facts("/dev/null").obstacles();
-        assert_eq!(device[0].reason, Reason::FileType);
+        assert_eq!(device[0].kind, ObstacleKind::FileType);
         assert_eq!(device[0].errno, Errno::OPNOTSUPP);
         let directory = facts("/").obstacles();
         assert_eq!(directory[0].errno, Errno::NODEV);
         let proc = facts("/proc/self/status").obstacles();
-        assert_eq!(proc[0].reason, Reason::Filesystem);
+        assert_eq!(proc[0].kind, ObstacleKind::Filesystem);
         assert_eq!(proc[0].errno, Errno::OPNOTSUPP);
     }
 

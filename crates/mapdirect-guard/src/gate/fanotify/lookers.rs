@@ -13,14 +13,15 @@
 //! looks are deaf to SIGKILL, and a thread that cannot end would keep the
 //! group open after the guard was killed, and everybody waiting for its answer.
 
-use crate::gate::look::{Question, Seen, Threads};
+use super::look::{Question, Seen, Threads};
 use crate::wake::Waker;
 use crossbeam_queue::SegQueue;
 use mapdirect_sys::descriptors::spawn_apart;
+use rustix::thread::{CpuSet, Pid, sched_setaffinity};
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicBool, fence};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicI32, fence};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -46,6 +47,8 @@ struct Desk {
     answers: SegQueue<Seen>,
     /// There will be no more questions.
     over: AtomicBool,
+    /// The thread of the looker; 0 until it runs.
+    tid: AtomicI32,
 }
 
 /// Wakes the gate thread, if it sleeps.
@@ -76,6 +79,8 @@ struct Looker<W> {
     /// When it began with the first of them, or a little earlier.
     since: Instant,
     given_up: Option<GivenUp>,
+    /// The processor it was put on, if it was.
+    processor: Option<usize>,
 }
 
 /// A looker that hangs.
@@ -167,9 +172,13 @@ impl<W: Watch> Lookers<W> {
 
     /// Asks; gives the watch back if there is no room.
     pub(crate) fn ask(&mut self, watch: W) -> Option<W> {
+        let is_alone = self.asked() == 0;
         let Some(looker) = self.free() else {
             return Some(watch);
         };
+        if is_alone {
+            looker.come_here();
+        }
         if looker.asked.is_empty() {
             looker.since = Instant::now();
         }
@@ -285,7 +294,27 @@ impl<W> Looker<W> {
             asked: VecDeque::new(),
             since: Instant::now(),
             given_up: None,
+            processor: None,
         })
+    }
+
+    /// Puts it on the processor of the calling thread. A question that is alone
+    /// is answered sooner there: to wake up another processor takes longer than
+    /// a look. Where that cannot be done the kernel chooses.
+    fn come_here(&mut self) {
+        let here = rustix::thread::sched_getcpu();
+        let tid = self.desk.tid.load(Relaxed);
+        if self.processor == Some(here) || here >= CpuSet::MAX_CPU {
+            return;
+        }
+        let Some(tid) = Pid::from_raw(tid) else {
+            return;
+        };
+        let mut only = CpuSet::new();
+        only.set(here);
+        if sched_setaffinity(Some(tid), &only).is_ok() {
+            self.processor = Some(here);
+        }
     }
 
     fn end(&self) {
@@ -303,6 +332,8 @@ impl<W> Drop for Lookers<W> {
 /// What a looker does.
 fn serve(desk: &Desk, bell: &Bell) {
     hurry();
+    desk.tid
+        .store(rustix::thread::gettid().as_raw_nonzero().get(), Relaxed);
     let mut threads = Threads::default();
     while !desk.over.load(SeqCst) {
         let Some(question) = desk.questions.pop() else {
@@ -387,6 +418,7 @@ mod tests {
             asked: VecDeque::from([Some(nobody(user))]),
             since: Instant::now().checked_sub(SLOW).unwrap(),
             given_up: None,
+            processor: None,
         });
     }
 

@@ -6,7 +6,7 @@
 //! range that lie before the end of the file; behind the end there is nothing
 //! to store to, and the gate keeps it so.
 
-use mapdirect_proto::{BlockMap, ExtentState};
+use crate::extent::{BlockMap, ExtentState};
 use std::ops::Range;
 
 /// How a run of pages is mapped.
@@ -29,7 +29,9 @@ pub enum Pages {
 /// A run of pages mapped alike, in bytes of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
+    /// Which bytes, whole pages.
     pub range: Range<u64>,
+    /// How they are mapped.
     pub pages: Pages,
 }
 
@@ -245,7 +247,9 @@ impl Plan {
 /// What is done to memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
+    /// It is read.
     Load,
+    /// It is written to.
     Store,
 }
 
@@ -285,7 +289,7 @@ fn mixed(map: &BlockMap, page: Range<u64>) -> Pages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mapdirect_proto::{DeviceId, Extent};
+    use crate::extent::{DeviceId, Extent};
     use proptest::prelude::*;
 
     const PAGE: u64 = 4096;

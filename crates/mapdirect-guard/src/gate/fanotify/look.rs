@@ -20,11 +20,11 @@
 //! `fdinfo` is never read: what an epoll descriptor tells there needs a lock
 //! that its owner can hold for ever.
 
+use super::classify::{self, Asked, Descriptors};
 use crate::Errno;
-use crate::gate::classify::{self, Asked, Descriptors};
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::InodeId;
-use mapdirect::ExtentState;
+use mapdirect_model::ExtentState;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use mapdirect_sys::{fanotify::Mask, pidfd};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
@@ -89,6 +89,16 @@ pub(crate) struct Doing {
 }
 
 impl Doing {
+    /// An operation that no pin minds.
+    fn harmless(operation: Operation) -> Self {
+        Self {
+            operation,
+            command: None,
+            began: None,
+            unshared_until: 0,
+        }
+    }
+
     /// What a thread that could not be seen is taken to do: the worst.
     pub(crate) fn the_worst(mask: Mask) -> Self {
         let kind = if mask.intersects(Mask::PRE_ACCESS) {
@@ -112,21 +122,60 @@ pub(crate) struct Threads {
     open: HashMap<i32, Files>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Files {
-    syscall: OwnedFd,
+    syscall: Option<OwnedFd>,
     stack: Option<OwnedFd>,
 }
 
+impl Files {
+    fn of(&mut self, what: What) -> &mut Option<OwnedFd> {
+        match what {
+            What::Syscall => &mut self.syscall,
+            What::Stack => &mut self.stack,
+        }
+    }
+}
+
+/// A file below `/proc/<tid>`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum What {
+    Syscall,
+    Stack,
+}
+
+impl What {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Syscall => "syscall",
+            Self::Stack => "stack",
+        }
+    }
+}
+
+/// The thread has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Gone;
+
 /// Threads whose files are kept open.
 const KEPT: usize = 256;
+
+/// The longest text of a stack that is read; the kernel shows 64 functions at
+/// most, and what is cut off is not whole.
+const LONGEST_STACK: usize = 4096;
+
+/// Whether the kernel shows the stack of a thread only while the thread is on
+/// no processor. x86-64 does (`__unwind_start`,
+/// arch/x86/kernel/unwind_orc.c): what it shows then begins where the thread
+/// was switched out last, and that is inside the event that waits. arm64 does
+/// not ask, and could show what an earlier wait left behind.
+const SHOWS_ONLY_WHO_RESTS: bool = cfg!(target_arch = "x86_64");
 
 /// The registers of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Registers {
     /// It is not asleep.
     NotYet,
-    Gone,
     /// It sleeps; if it is inside a system call, these are its registers.
     Asleep(Option<Syscall>),
 }
@@ -136,93 +185,169 @@ impl Threads {
     pub(crate) fn look(&mut self, question: &Question) -> Seen {
         for _ in 1..question.tries.max(1) {
             match self.look_once(question) {
-                Seen::NotYet => std::hint::spin_loop(),
-                seen => return seen,
+                Ok(Seen::NotYet) => std::hint::spin_loop(),
+                Ok(seen) => return seen,
+                Err(Gone) => return Seen::Gone,
             }
         }
-        self.look_once(question)
+        self.look_once(question).unwrap_or(Seen::Gone)
     }
 
-    fn look_once(&mut self, question: &Question) -> Seen {
-        let Question { tid, late, .. } = *question;
-        let syscall = match self.registers(tid) {
-            Registers::Gone => return Seen::Gone,
-            Registers::NotYet if late < WAIT_FOR_SLEEP => return Seen::NotYet,
-            Registers::NotYet => return Seen::Doing(Doing::the_worst(question.mask)),
+    fn look_once(&mut self, question: &Question) -> Result<Seen, Gone> {
+        if SHOWS_ONLY_WHO_RESTS {
+            self.look_at_stack_first(question)
+        } else {
+            self.look_at_registers_first(question)
+        }
+    }
+
+    /// Most who ask read, and a stack alone says so. Registers would be read
+    /// sooner, but prove nothing by themselves: a thread that uses `io_uring`
+    /// writes on its way out of a read(2), with the registers of that call.
+    fn look_at_stack_first(&mut self, question: &Question) -> Result<Seen, Gone> {
+        let mut buffer = [0; LONGEST_STACK];
+        let stack = Stack::of(self.stack(question.tid, &mut buffer)?);
+        if !stack.is_ready(question.late) {
+            return Ok(Seen::NotYet);
+        }
+        if question.mask.intersects(Mask::PRE_ACCESS) && stack.reads() {
+            let read = Operation::new(K::Read, 0..u64::MAX);
+            return Ok(Seen::Doing(Doing::harmless(read)));
+        }
+        match self.registers(question.tid)? {
+            Registers::NotYet => Ok(not_asleep(question)),
+            Registers::Asleep(syscall) if stack.begins_with_the_wait() => {
+                Ok(stack.understand(question, syscall))
+            }
+            // It was on its way to sleep, and has got there since.
+            Registers::Asleep(_) => self.look_at_registers_first(question),
+        }
+    }
+
+    fn look_at_registers_first(&mut self, question: &Question) -> Result<Seen, Gone> {
+        let syscall = match self.registers(question.tid)? {
+            Registers::NotYet => return Ok(not_asleep(question)),
             Registers::Asleep(syscall) => syscall,
         };
-        let stack = self.stack(tid);
-        let functions: Vec<&str> = proc::stack_functions(&stack).collect();
-        // Every answer wakes all who wait for one, for a moment: a stack read
-        // just then is none, or breaks off.
-        let waits = functions.iter().any(|name| classify::is_machinery(name));
-        if !waits && late < WAIT_FOR_SLEEP {
-            return Seen::NotYet;
+        let mut buffer = [0; LONGEST_STACK];
+        let stack = Stack::of(self.stack(question.tid, &mut buffer)?);
+        if !stack.is_ready(question.late) {
+            return Ok(Seen::NotYet);
         }
-        let is_whole = classify::is_whole(&functions);
-        if !is_whole && late < WAIT_FOR_STACK {
-            return Seen::NotYet;
-        }
-        // What broke off could have told that the registers are another
-        // call's.
-        let syscall = syscall.filter(|_| is_whole);
-        Seen::Doing(understand(question, syscall.as_ref(), &functions))
+        Ok(stack.understand(question, syscall))
     }
 
-    fn registers(&mut self, tid: i32) -> Registers {
+    fn registers(&mut self, tid: i32) -> Result<Registers, Gone> {
+        let mut buffer = [0; 256];
+        let text = self.read(tid, What::Syscall, &mut buffer)?;
+        Ok(match proc::parse_syscall(text) {
+            Some(SyscallState::Running) => Registers::NotYet,
+            Some(SyscallState::Inside(syscall)) => Registers::Asleep(Some(syscall)),
+            Some(SyscallState::Outside) | None => Registers::Asleep(None),
+        })
+    }
+
+    /// The functions a resting thread is inside of, as text for
+    /// [`proc::stack_functions`]; empty if they cannot be read.
+    fn stack<'buffer>(
+        &mut self,
+        tid: i32,
+        buffer: &'buffer mut [u8],
+    ) -> Result<&'buffer str, Gone> {
+        let text = self.read(tid, What::Stack, buffer)?;
+        // Names of functions: anything but ASCII would be no stack.
+        Ok(std::str::from_utf8(text).unwrap_or_default())
+    }
+
+    /// Reads a file of a thread.
+    fn read<'buffer>(
+        &mut self,
+        tid: i32,
+        what: What,
+        buffer: &'buffer mut [u8],
+    ) -> Result<&'buffer [u8], Gone> {
         // A file of a thread that died reads as ESRCH, also when the number
         // has been used again since: then a fresh one tells.
-        for fresh in [false, true] {
-            if fresh {
-                self.open.remove(&tid);
+        if self.is_open(tid, what) {
+            let length = self.reread(tid, what, buffer).map(<[u8]>::len);
+            if let Some(length) = length {
+                return Ok(&buffer[..length]);
             }
-            let Some(files) = self.files(tid) else {
-                return Registers::Gone;
-            };
-            let mut buffer = [0; 256];
-            let Ok(text) = proc::reread(files.syscall.as_fd(), &mut buffer) else {
-                continue;
-            };
-            return match proc::parse_syscall(text) {
-                Some(SyscallState::Running) => Registers::NotYet,
-                Some(SyscallState::Inside(syscall)) => Registers::Asleep(Some(syscall)),
-                Some(SyscallState::Outside) | None => Registers::Asleep(None),
-            };
+            self.open.remove(&tid);
         }
-        Registers::Gone
+        if self.open.len() >= KEPT && !self.open.contains_key(&tid) {
+            self.open.clear();
+        }
+        let file = proc::open_task_file(tid, what.name()).map_err(|_| Gone)?;
+        *self.open.entry(tid).or_default().of(what) = Some(file);
+        self.reread(tid, what, buffer).ok_or(Gone)
     }
 
-    /// The functions a sleeping thread is inside of, as text for
-    /// [`proc::stack_functions`]; empty if they cannot be read.
-    fn stack(&mut self, tid: i32) -> String {
-        let Some(files) = self.files(tid) else {
-            return String::new();
-        };
-        if files.stack.is_none() {
-            files.stack = proc::open_task_file(tid, "stack").ok();
-        }
-        let mut buffer = [0; 4096];
-        let text = files
-            .stack
-            .as_ref()
-            .and_then(|stack| proc::reread(stack.as_fd(), &mut buffer).ok());
-        // Names of functions: anything but ASCII would be no stack.
-        text.and_then(|text| std::str::from_utf8(text).ok())
-            .map_or_else(String::new, str::to_owned)
+    fn is_open(&mut self, tid: i32, what: What) -> bool {
+        let files = self.open.get_mut(&tid);
+        files.is_some_and(|files| files.of(what).is_some())
     }
 
-    fn files(&mut self, tid: i32) -> Option<&mut Files> {
-        if !self.open.contains_key(&tid) {
-            if self.open.len() >= KEPT {
-                self.open.clear();
-            }
-            let files = Files {
-                syscall: proc::open_task_file(tid, "syscall").ok()?,
-                stack: None,
-            };
-            self.open.insert(tid, files);
+    fn reread<'buffer>(
+        &mut self,
+        tid: i32,
+        what: What,
+        buffer: &'buffer mut [u8],
+    ) -> Option<&'buffer [u8]> {
+        let file = self.open.get_mut(&tid)?.of(what).as_ref()?;
+        proc::reread(file.as_fd(), buffer).ok()
+    }
+}
+
+/// A thread that runs, or waits for a processor: it is looked at again, unless
+/// that has been done for long enough.
+fn not_asleep(question: &Question) -> Seen {
+    if question.late < WAIT_FOR_SLEEP {
+        Seen::NotYet
+    } else {
+        Seen::Doing(Doing::the_worst(question.mask))
+    }
+}
+
+/// The functions a thread is inside of, innermost first.
+struct Stack<'text> {
+    functions: Vec<&'text str>,
+    is_whole: bool,
+}
+
+impl<'text> Stack<'text> {
+    fn of(text: &'text str) -> Self {
+        let functions: Vec<&str> = proc::stack_functions(text).collect();
+        let is_whole = classify::is_whole(&functions);
+        Self {
+            functions,
+            is_whole,
         }
-        self.open.get_mut(&tid)
+    }
+
+    /// Whether this will do, or must, as `late` as it is. Every answer wakes
+    /// all who wait for one, for a moment: a stack read just then is none, or
+    /// breaks off.
+    fn is_ready(&self, late: Duration) -> bool {
+        let mut functions = self.functions.iter();
+        let waits = functions.any(|name| classify::is_machinery(name));
+        (waits || late >= WAIT_FOR_SLEEP) && (self.is_whole || late >= WAIT_FOR_STACK)
+    }
+
+    fn begins_with_the_wait(&self) -> bool {
+        let first = self.functions.first();
+        first.is_some_and(|function| classify::is_machinery(function))
+    }
+
+    fn reads(&self) -> bool {
+        self.is_whole && classify::reads(&self.functions)
+    }
+
+    fn understand(&self, question: &Question, syscall: Option<Syscall>) -> Seen {
+        // What broke off could have told that the registers are another
+        // call's.
+        let syscall = syscall.filter(|_| self.is_whole);
+        Seen::Doing(understand(question, syscall.as_ref(), &self.functions))
     }
 }
 
@@ -267,7 +392,7 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
 /// Up to where nothing of a file is shared, from `start` on.
 fn unshared_until(file: &OwnedFd, start: u64) -> u64 {
     let end = start.saturating_add(MOST_LOOKED_AT);
-    mapdirect::extents::read(file.as_fd(), start..end).map_or(start, |map| {
+    mapdirect_model::block_map::read(file.as_fd(), start..end).map_or(start, |map| {
         let mut frozen = map.frozen();
         frozen
             .find(|extent| extent.state == ExtentState::Shared)

@@ -7,8 +7,8 @@
 
 pub mod layers;
 
-use mapdirect::plan::{Pages, Plan};
-use mapdirect_proto::{BlockMap, Extent, ExtentState};
+use crate::extent::{BlockMap, Extent, ExtentState};
+use crate::plan::{Pages, Plan};
 use std::ops::Range;
 
 /// What somebody does, or may be doing, to a file.
@@ -164,13 +164,13 @@ impl OperationKind {
     /// Whether it writes bytes: when the file grows XFS may allocate ahead for
     /// that, and ext4 truncate what it did if it fails. A copy is a write
     /// where blocks cannot be shared.
-    pub(crate) const fn writes_data(self) -> bool {
+    pub const fn writes_data(self) -> bool {
         matches!(self, Self::Write | Self::WriteUntorn | Self::CopyRange)
     }
 
     /// Whether what it allocates is unwritten, or moves, and may become one
     /// extent with what lies beside it.
-    pub(crate) const fn leaves_unwritten(self) -> bool {
+    pub const fn leaves_unwritten(self) -> bool {
         matches!(
             self,
             Self::Allocate
@@ -290,7 +290,7 @@ impl Operation {
 }
 
 /// Bytes in the largest block or page there is.
-const LARGEST_BLOCK: u64 = 64 << 10;
+pub const LARGEST_BLOCK: u64 = 64 << 10;
 
 /// What gates need to know of a kind beside its [`Rule`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -831,8 +831,8 @@ fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::extent::DeviceId;
     use OperationKind as K;
-    use mapdirect_proto::DeviceId;
     use proptest::prelude::*;
 
     const BLOCK: u64 = 4096;

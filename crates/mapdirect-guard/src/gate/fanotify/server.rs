@@ -22,32 +22,24 @@
 //!   leaves the group's descriptor to no child, nor to any thread that could
 //!   outlive SIGKILL: the kernel lets everybody go when the group is closed.
 
-use crate::audit::Refused;
-use crate::gate::look::{Doing, MOST_LOOKED_AT, Question, Seen};
-use crate::gate::lookers::{Lookers, WAIT_FOR_LOOK, Watch, hurry};
-use crate::gate::turns::Turns;
-use crate::policy::{Operation, OperationKind as K};
-use crate::table::{InodeId, Opinion, Watched};
-use crate::wake::{Waker, wait_any};
+use super::decide::Verdict;
+use super::look::{Doing, Question, Seen};
+use super::lookers::{Lookers, WAIT_FOR_LOOK, Watch, hurry};
+use super::turns::Turns;
+use super::{Gate, is_final};
+use crate::table::InodeId;
+use crate::wake::wait_any;
 use crate::{Errno, Guard};
-use arc_swap::ArcSwap;
-use mapdirect_sys::fanotify::{Event, Group, Mask, Response};
-use mapdirect_sys::{dup, memfd, pidfd, proc};
+use mapdirect_sys::fanotify::{Event, Mask, Response};
+use mapdirect_sys::{dup, pidfd, proc};
 use rustix::fs::OFlags;
-use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicUsize, fence};
+use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
-/// What is asked for on an inode behind the gate.
-pub(crate) const MASK: Mask = Mask::from_bits(Mask::OPEN_PERM.bits() | Mask::PRE_ACCESS.bits());
-
-/// How long an operation waits for a grant to finish before it is refused.
-const WAIT_FOR_GRANT: Duration = Duration::from_secs(5);
 /// How often one that waits for a grant is looked at if nobody says that the
 /// grant is over.
 const HELD_PAUSE: Duration = Duration::from_millis(100);
@@ -62,97 +54,14 @@ const MOMENT: Duration = Duration::from_micros(20);
 /// How often a thread that has only just asked is looked at again at once.
 const TRIES: u32 = 4;
 
-/// The group, and how to reach the thread that serves it.
-#[derive(Debug)]
-pub(crate) struct Gate {
-    pub(crate) group: Group,
-    waker: Waker,
-    /// How often something changed that events may have been held back for.
-    changes: AtomicUsize,
-    /// Events held back until a grant is finished.
-    waiting: AtomicUsize,
-    /// The threads they belong to.
-    held: ArcSwap<Vec<i32>>,
-}
-
-impl Gate {
-    /// Opens it.
-    ///
-    /// # Errors
-    ///
-    /// `EINVAL` or `ENOSYS` where the kernel has no pre-content events, and
-    /// whatever else opening a group answers.
-    pub(crate) fn new() -> Result<Self, Errno> {
-        let group = Group::pre_content()?;
-        require_pre_content(&group)?;
-        Ok(Self {
-            group,
-            waker: Waker::new()?,
-            changes: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-            held: ArcSwap::default(),
-        })
-    }
-
-    /// Has the thread look again at the events it holds back, if any.
-    pub(crate) fn reconsider(&self) {
-        self.changes.fetch_add(1, SeqCst);
-        // Pairs with the fence in `Server::run`: either the thread sees the
-        // change, or we see that it waits.
-        fence(SeqCst);
-        if self.waiting.load(SeqCst) > 0 {
-            self.waker.wake();
-        }
-    }
-
-    /// The threads whose operations are held back at the gate.
-    pub(crate) fn held(&self) -> Arc<Vec<i32>> {
-        self.held.load_full()
-    }
-
-    /// Ends the thread once nothing is waiting any more.
-    pub(crate) fn wake(&self) {
-        self.waker.wake();
-    }
-}
-
-/// A kernel before 6.14 makes such a group, too, and only refuses its marks: a
-/// mask that it does not know with `EINVAL`. One that knows it refuses it for
-/// a memory file, whose filesystem has no such events.
-fn require_pre_content(group: &Group) -> Result<(), Errno> {
-    let probe = memfd::sealed("mapdirect-probe", b"")?;
-    match group.add(Mask::PRE_ACCESS, probe.as_fd()) {
-        Ok(()) | Err(Errno::OPNOTSUPP) => Ok(()),
-        Err(errno) => Err(errno),
-    }
-}
-
-/// Whether an error of reading events says that there will be none any more.
-/// Others say that one event could not be delivered (`create_fd`,
-/// fs/notify/fanotify/fanotify_user.c).
-pub(crate) fn is_final(errno: Errno) -> bool {
-    matches!(errno, Errno::BADF | Errno::INVAL | Errno::FAULT)
-}
-
-/// A decision about an event.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
-    Allow,
-    Refuse,
-    /// Ask again when a grant is finished.
-    Hold,
-    /// Look again: the file has changed meanwhile.
-    Again,
-}
-
 /// An event without an answer.
 #[derive(Debug)]
-struct Waiting {
-    file: OwnedFd,
-    event: About,
+pub(super) struct Waiting {
+    pub(super) file: OwnedFd,
+    pub(super) event: About,
     /// Whose it is, if that was asked.
     user: Option<u32>,
-    since: Instant,
+    pub(super) since: Instant,
     /// How often it was looked at in vain.
     looks: u32,
     /// When to look again if it is held, should nobody say that the grant is
@@ -161,15 +70,15 @@ struct Waiting {
     /// [`Gate::changes`] when it was last looked at.
     changes: usize,
     /// Then, too: pins from this number on came later.
-    next_pin: u64,
-    question: Question,
+    pub(super) next_pin: u64,
+    pub(super) question: Question,
 }
 
 /// What an event says, without its descriptor.
 #[derive(Clone, Copy, Debug)]
-struct About {
-    mask: Mask,
-    tid: i32,
+pub(super) struct About {
+    pub(super) mask: Mask,
+    pub(super) tid: i32,
 }
 
 impl Watch for Waiting {
@@ -194,8 +103,8 @@ fn user_of(tid: i32) -> Option<u32> {
 }
 
 /// The thread's own state.
-struct Server<'guard> {
-    guard: &'guard Guard,
+pub(super) struct Server<'guard> {
+    pub(super) guard: &'guard Guard,
     gate: &'guard Gate,
     lookers: Lookers<Waiting>,
     /// Waiting to be looked at.
@@ -566,255 +475,6 @@ impl Server<'_> {
         let answers: Vec<_> = self.answers.drain(..).map(|(_, answer)| answer).collect();
         self.answered = Instant::now();
         self.gate.group.respond(&answers)
-    }
-
-    fn decide(&self, waiting: &Waiting, doing: &Doing) -> Verdict {
-        let (event, file) = (&waiting.event, waiting.file.as_fd());
-        let late = waiting.since.elapsed();
-        let Ok(stat) = rustix::fs::fstat(file) else {
-            return Verdict::Refuse;
-        };
-        let id = InodeId {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-        };
-        let Some(watched) = self.guard.table.get(id) else {
-            return Verdict::Allow;
-        };
-        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
-        if opens && watched.hold_opens.load(SeqCst) && late < WAIT_FOR_GRANT {
-            return Verdict::Hold;
-        }
-        let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-        if doing.operation.or.is_some() && size != waiting.question.size {
-            // It appends, perhaps, and the end was somewhere else.
-            return Verdict::Again;
-        }
-        let verdict = judge_announced(&watched, event.tid, doing, late)
-            .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
-        if verdict == Verdict::Refuse {
-            self.note(&watched, event, doing);
-        }
-        verdict
-    }
-
-    /// Judges what a thread does, and notes what a later grant must know about
-    /// those let in.
-    fn judge(&self, watched: &Watched, waiting: &Waiting, doing: &Doing, size: u64) -> Verdict {
-        if doing.operation.kind.is_harmless() {
-            return Verdict::Allow;
-        }
-        let (file, late) = (waiting.file.as_fd(), waiting.since.elapsed());
-        let mut operation = doing.operation.clone();
-        let moving = Moving::new(watched, &operation);
-        operation.brings_shared &= match operation.kind {
-            K::Exchange => watched.abilities.exchange,
-            K::CollapseRange => moving.may_bring_shared(doing, waiting.next_pin),
-            _ => true,
-        };
-        let operation = &operation;
-        let verdict = self.ask_pins(watched, operation, size, file, late);
-        if verdict != Verdict::Allow {
-            return verdict;
-        }
-        // It may go on, so a grant that comes now must hear of it: note it,
-        // and then look once more for a pin. A grant does the same the other
-        // way round: it publishes its pin and then looks for notes.
-        let note = match operation.kind {
-            K::OpenWrite => &watched.writers_let_in,
-            K::MapWrite => {
-                watched.mapping_by.note(waiting.event.tid);
-                &watched.mapped_writable
-            }
-            _ => {
-                watched.unrest_by.note(waiting.event.tid);
-                &watched.unrest
-            }
-        };
-        note.store(true, SeqCst);
-        if operation.kind == K::Unknown {
-            // It may be anything.
-            watched.mapped_writable.store(true, SeqCst);
-        }
-        if operation.brings_shared {
-            watched.cloned_since.store(true, SeqCst);
-        }
-        fence(SeqCst);
-        let verdict = self.ask_pins(watched, operation, size, file, late);
-        if verdict == Verdict::Allow {
-            moving.goes_on();
-        }
-        if verdict == Verdict::Allow && operation.kind == K::OpenTruncate {
-            watched.writers_let_in.store(true, SeqCst);
-        }
-        verdict
-    }
-
-    fn ask_pins(
-        &self,
-        watched: &Watched,
-        operation: &Operation,
-        size: u64,
-        file: BorrowedFd<'_>,
-        late: Duration,
-    ) -> Verdict {
-        let pins = watched.pins.load();
-        let moved = watched.moved.load(SeqCst);
-        let mut held = false;
-        // What this gate cannot see, a descriptor open for writing can do
-        // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
-        // new ones.
-        let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
-        let mut reach = if exclusive {
-            0..u64::MAX
-        } else {
-            operation.reach(size)
-        };
-        if operation.brings_shared {
-            reach.start = reach.start.saturating_sub(moved);
-        }
-        for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
-            let opinion = match pin.opinion(operation, size, moved) {
-                Opinion::Allow if exclusive && pin.is_handed_over() => Opinion::Refuse,
-                Opinion::Allow if exclusive => Opinion::Wait,
-                opinion => opinion,
-            };
-            match opinion {
-                Opinion::Allow => {}
-                Opinion::Wait => held = true,
-                Opinion::Refuse if pin.is_alive(file) => return Verdict::Refuse,
-                Opinion::Refuse => {
-                    // Its last mapping is gone, only the notice is not here
-                    // yet.
-                    pin.bury();
-                    self.guard.lifetime.kick(watched.id);
-                }
-            }
-        }
-        match held {
-            false => Verdict::Allow,
-            true if exclusive => wait_to_open(watched, late),
-            true => wait_for_grant(late),
-        }
-    }
-
-    fn note(&self, watched: &Watched, event: &About, doing: &Doing) {
-        let operation = &doing.operation;
-        watched.refused[operation.kind as usize].fetch_add(1, SeqCst);
-        let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate | K::Unknown);
-        self.guard.audit.refused(Refused {
-            tid: event.tid,
-            command: doing.command.clone().unwrap_or_else(|| String::from("?")),
-            kind: operation.kind,
-            id: watched.id,
-            path: Arc::clone(&watched.path),
-            range: by_range.then(|| operation.range.clone()),
-        });
-    }
-}
-
-/// A collapse, which moves what is behind it nearer to the pins before it:
-/// shared blocks as well, if there are any. Nothing is shared there after it
-/// was looked at: what clones asks with `moved` counted, or is seen in
-/// `cloned_since`.
-struct Moving<'a> {
-    watched: &'a Watched,
-    /// Bytes that go, and everything behind them moves by.
-    gone: Option<Range<u64>>,
-    goes_on: Cell<bool>,
-}
-
-impl<'a> Moving<'a> {
-    fn new(watched: &'a Watched, operation: &Operation) -> Self {
-        let gone = (operation.kind == K::CollapseRange).then(|| operation.range.clone());
-        if let Some(gone) = &gone {
-            watched.moved.fetch_add(gone.end - gone.start, SeqCst);
-        }
-        Self {
-            watched,
-            gone,
-            goes_on: Cell::new(false),
-        }
-    }
-
-    /// Whether any of what may come to lie beside a pin is shared. `doing` says
-    /// what was not when the thread was looked at; since then clones have left
-    /// a mark, unless a pin has come (its number is `next_pin` or higher) that
-    /// knows for itself what is shared, and has taken the mark away.
-    fn may_bring_shared(&self, doing: &Doing, next_pin: u64) -> bool {
-        let Some(gone) = &self.gone else {
-            return false;
-        };
-        let moved = self.watched.moved.load(SeqCst);
-        let pins = self.watched.pins.load();
-        if pins.iter().any(|pin| pin.id >= next_pin) {
-            return true;
-        }
-        let windows = pins.iter().filter_map(|pin| {
-            let settled = pin.settled()?;
-            settled.pinned.unshared_window(moved)
-        });
-        let Some(end) = windows.map(|window| window.end).max() else {
-            return false;
-        };
-        self.watched.cloned_since.load(SeqCst)
-            || end.saturating_sub(gone.start) > MOST_LOOKED_AT
-            || !doing.is_unshared_before(gone, end)
-    }
-
-    /// It is let in, and counts from now on.
-    fn goes_on(&self) {
-        self.goes_on.set(true);
-    }
-}
-
-impl Drop for Moving<'_> {
-    fn drop(&mut self) {
-        if let Some(gone) = self.gone.as_ref().filter(|_| !self.goes_on.get()) {
-            self.watched.moved.fetch_sub(gone.end - gone.start, SeqCst);
-        }
-    }
-}
-
-/// Judges an open for writing that was announced, if this is one: what is
-/// pinned already does not stand in its way, but a grant under way must know
-/// of it, or be over before it goes on.
-fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
-    if doing.operation.kind != K::OpenWrite {
-        return None;
-    }
-    // What counts is when it came: we may have kept it waiting.
-    let came = Instant::now().checked_sub(late)?;
-    let announcement = watched.announced(tid, came, || doing.began)?;
-    // Noted first, then looked, as in `Server::judge`.
-    let before = watched.writers_let_in.swap(true, SeqCst);
-    fence(SeqCst);
-    let granting = watched.pins.load().iter().any(|pin| pin.is_being_granted());
-    if !granting && announcement.take() {
-        return Some(Verdict::Allow);
-    }
-    if !before {
-        // It did not go on. Nobody else sets notes.
-        watched.writers_let_in.store(false, SeqCst);
-    }
-    granting.then(|| wait_to_open(watched, late))
-}
-
-/// Keeps an open for writing until a grant is over, unless that grant can
-/// only go on without it.
-fn wait_to_open(watched: &Watched, late: Duration) -> Verdict {
-    watched.opens_wait.store(true, SeqCst);
-    if watched.refuse_opens.load(SeqCst) {
-        return Verdict::Refuse;
-    }
-    wait_for_grant(late)
-}
-
-fn wait_for_grant(late: Duration) -> Verdict {
-    if late < WAIT_FOR_GRANT {
-        Verdict::Hold
-    } else {
-        Verdict::Refuse
     }
 }
 

@@ -1,0 +1,179 @@
+//! The numbers that guard and programs agree on, in one place.
+//!
+//! The C side has none of its own: `cargo xtask bpf` writes
+//! `prog/constants.h` from this file and from the enums of the contract, and a
+//! test below compares the two.
+
+/// Rows of the table of rules, and counters of refusals.
+pub(super) const KINDS: usize = 32;
+/// The counter of ends of pins that could not be told.
+pub(super) const UNTOLD: u32 = 31;
+
+/// Functions of the kernel that the programs have room for.
+pub(super) const FUNCTIONS: usize = 64;
+
+/// Runs that an entry holds by itself.
+pub(super) const INLINE: usize = 8;
+/// The filesystem shares blocks.
+pub(super) const REFLINK: u32 = 1;
+/// There are frozen blocks, or blocks beside a pin that take frozen ones along.
+pub(super) const HAS_FROZEN: u32 = 2;
+/// Raw mappings through the page cache are accepted.
+pub(super) const CACHED: u32 = 4;
+/// A growing write that fails frees blocks of a pin.
+pub(super) const FAILING_FREES: u32 = 8;
+/// No write is refused, wherever it goes, unless it is untorn.
+pub(super) const WRITES_PASS: u32 = 16;
+/// Untorn writes are refused near the pins.
+pub(super) const WINDOWED: u32 = 32;
+
+/// Bits of the filter, as a power of two.
+pub(super) const FILTER_BITS: u32 = 18;
+/// Words of the filter that have those bits; behind them are two for each, of
+/// an inode that writes pass easily.
+pub(super) const FILTER_WORDS: usize = 1 << (FILTER_BITS - 6);
+/// Spreads the numbers of inodes over the filter.
+pub(super) const FILTER_MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15;
+/// Marks a fact about an inode that writes pass easily.
+pub(super) const EASY: u64 = 1;
+
+/// Marks an inode all of whose pins are gone.
+pub(super) const DEAD: u64 = 1 << 63;
+
+/// Bytes that are kept of a pin for a guard that comes later.
+pub(super) const PIN_FACTS: usize = 512;
+
+/// An operation was refused.
+pub(super) const EVENT_REFUSED: u32 = 1;
+/// A pin has ended.
+pub(super) const EVENT_ENDED: u32 = 2;
+/// A program without the library has joined a pin.
+pub(super) const EVENT_RAW: u32 = 3;
+/// Notes of writes are needed, to judge one.
+pub(super) const EVENT_DOUBT: u32 = 4;
+
+/// The argument of fcntl(2) by which the programs know that the guard asks
+/// what a file is to the kernel.
+pub(super) const WHO_IS_IT: u64 = 0x6d61_7064_6972_6563;
+
+/// The only size of a page that the programs reckon with.
+pub(super) const PAGE: u64 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::super::functions::Doing;
+    use super::*;
+    use crate::policy::layers::{LISTS, List};
+    use crate::policy::{LARGEST_BLOCK, LetsGo, Meets, OperationKind, RULES, Reach};
+    use std::fmt::Write as _;
+
+    /// Has the test write the header, instead of comparing it.
+    const WRITE: &str = "MAPDIRECT_WRITE_CONSTANTS";
+
+    /// The variants of an enum with their numbers. All of them must be named,
+    /// or it does not compile.
+    macro_rules! variants {
+        ($type:ident: $($variant:ident)*) => {{
+            let _ = |one: $type| match one { $($type::$variant => (),)* };
+            [$((stringify!($variant), $type::$variant as u64),)*]
+        }};
+    }
+
+    /// `OpenRead` as C has it: `OPEN_READ`.
+    fn upper(name: &str) -> String {
+        let mut upper = String::new();
+        for letter in name.chars() {
+            if letter.is_uppercase() && !upper.is_empty() {
+                upper.push('_');
+            }
+            upper.push(letter.to_ascii_uppercase());
+        }
+        upper
+    }
+
+    fn enumeration<'name>(
+        name: &str,
+        prefix: &str,
+        variants: impl IntoIterator<Item = (&'name str, u64)>,
+    ) -> String {
+        let mut text = format!("\nenum {name} {{\n");
+        for (variant, number) in variants {
+            let _ = writeln!(text, "\t{prefix}{} = {number},", upper(variant));
+        }
+        text + "};\n"
+    }
+
+    fn header() -> String {
+        let mut text = String::from(
+            "// SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0\n\
+             //\n\
+             // Written by `cargo xtask bpf` from constants.rs, which says what these mean.\n\
+             // Do not edit it.\n",
+        );
+        let kinds: Vec<_> = RULES
+            .iter()
+            .map(|rule| (format!("{:?}", rule.kind), rule.kind as u64))
+            .collect();
+        let kinds = kinds.iter().map(|(name, number)| (name.as_str(), *number));
+        text += &enumeration("kind", "", kinds);
+        let reach = variants!(Reach: Nothing Range ToTheEnd BeyondSize Everything);
+        text += &enumeration("reach", "", reach);
+        text += &enumeration("meets", "MEETS_", variants!(Meets: Frozen Any));
+        let lets_go = variants!(LetsGo: Nothing Range ToTheEnd RangeIfDirect);
+        text += &enumeration("lets_go", "LETS_GO_", lets_go);
+        let doing = variants!(Doing: Reading Writing Allocating Remapping Copying Asynchronous);
+        let anything = [("Anything", 0)];
+        text += &enumeration("doing", "", anything.into_iter().chain(doing));
+        let lists = variants!(
+            List: Pinned Frozen Beside Shared Window Held Mapped Ahead Edges Coarse
+        );
+        text += &enumeration("list", "", lists);
+        text.push('\n');
+        macro_rules! numbers {
+            ($($name:ident)*) => {
+                $(let _ = writeln!(text, "#define {} {}", stringify!($name), $name);)*
+            };
+        }
+        macro_rules! long_numbers {
+            ($($name:ident)*) => {
+                $(let _ = writeln!(text, "#define {} {:#x}ULL", stringify!($name), $name);)*
+            };
+        }
+        numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
+        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED);
+        numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS);
+        numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
+        long_numbers!(FILTER_MULTIPLIER DEAD WHO_IS_IT PAGE LARGEST_BLOCK);
+        text
+    }
+
+    #[test]
+    fn the_header_has_these_numbers() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/src/gate/bpf/prog/constants.h");
+        if std::env::var_os(WRITE).is_some() {
+            std::fs::write(path, header()).unwrap();
+        }
+        let written = std::fs::read_to_string(path).unwrap_or_default();
+        assert_eq!(written, header(), "run `cargo xtask bpf`");
+    }
+
+    /// What C takes for granted of these numbers.
+    #[test]
+    fn numbers_fit_together() {
+        let unknown = OperationKind::Unknown as usize;
+        assert!(RULES.len() <= UNTOLD as usize && unknown < UNTOLD as usize);
+        assert!((UNTOLD as usize) < KINDS);
+        // The verifier knows a number in bounds by its bits.
+        assert!(KINDS.is_power_of_two() && FILTER_WORDS.is_power_of_two());
+        let flags = [
+            REFLINK,
+            HAS_FROZEN,
+            CACHED,
+            FAILING_FREES,
+            WRITES_PASS,
+            WINDOWED,
+        ];
+        let all = flags.iter().fold(0, |all, flag| all | flag);
+        assert_eq!(all.count_ones() as usize, flags.len());
+    }
+}

@@ -1,0 +1,175 @@
+//! What the programs tell: refusals, and beginnings and ends of pins.
+
+use super::Gate;
+use super::abi::{self, Event};
+use crate::audit::Refused;
+use crate::policy::RULES;
+use crate::table::{InodeId, Watched};
+use crate::wake::Backoff;
+use crate::{Errno, Guard};
+use libbpf_rs::RingBufferBuilder;
+use std::sync::atomic::Ordering::SeqCst;
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+use zerocopy::FromBytes;
+
+/// Hears of refusals and ends, and watches the gate, until the guard stops;
+/// `say` tells whoever runs it what somebody has done to the gate.
+///
+/// # Errors
+///
+/// When events cannot be read any more.
+pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), Errno> {
+    let maps = &gate.loaded.maps;
+    let heard = |bytes: &[u8]| {
+        if let Ok(event) = Event::read_from_bytes(bytes) {
+            take(guard, gate, &event);
+        }
+        0
+    };
+    let mut builder = RingBufferBuilder::new();
+    for map in [&maps.changes, &maps.events] {
+        builder
+            .add(map, heard)
+            .map_err(|error| super::errno(&error))?;
+    }
+    let ring = builder.build().map_err(|error| super::errno(&error))?;
+    let mut untold = gate.counted(abi::UNTOLD);
+    while !guard.is_stopping() {
+        // A signal is none of our business here.
+        let _ = ring.poll(Duration::from_millis(100));
+        let now = gate.counted(abi::UNTOLD);
+        if now != untold {
+            untold = now;
+            end_untold(guard, gate);
+        }
+        gate.rest();
+        if !guard.is_stopping() {
+            gate.watch(guard, say);
+        }
+    }
+    Ok(())
+}
+
+/// Waits until a pin that is over has been taken out. That must come in the
+/// order in which it is told: somebody may have joined it before.
+pub(crate) fn look_for_end(guard: &Guard, gate: &Gate, inode: InodeId, pin: u64) {
+    if !gate.is_over(pin) {
+        return;
+    }
+    let is_there = || {
+        let watched = guard.table.get(inode);
+        watched.is_some_and(|watched| watched.pins.load().iter().any(|other| other.id == pin))
+    };
+    let mut backoff = Backoff::until(
+        Instant::now() + Duration::from_millis(500),
+        Duration::from_micros(20),
+        Duration::from_millis(2),
+    );
+    while is_there() && !backoff.is_over() {
+        backoff.pause();
+    }
+}
+
+/// Ends the pins whose end could not be told.
+fn end_untold(guard: &Guard, gate: &Gate) {
+    for watched in guard.table.all() {
+        let pins = watched.pins.load_full();
+        for pin in pins.iter().filter(|pin| !pin.is_being_granted()) {
+            if gate.is_over(pin.id) {
+                end(guard, gate, &watched, pin.id);
+            }
+        }
+    }
+}
+
+fn take(guard: &Guard, gate: &Gate, event: &Event) {
+    let id = event.key.inode();
+    let watched = guard.table.get(id);
+    match event.kind_of_event {
+        abi::EVENT_ENDED => match watched {
+            Some(watched) => end(guard, gate, &watched, event.pin),
+            None => gate.clean(id),
+        },
+        abi::EVENT_RAW => {
+            if let Some(watched) = watched {
+                begin(gate, &watched, event);
+            }
+        }
+        abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
+        // Without them such writes stay refused.
+        abi::EVENT_DOUBT => drop(gate.note_writes(id)),
+        _ => {}
+    }
+}
+
+fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
+    let kind = usize::try_from(event.kind).unwrap_or(usize::MAX);
+    let Some(rule) = RULES.get(kind) else {
+        return;
+    };
+    guard.audit.judged();
+    if let Some(watched) = watched {
+        watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
+    }
+    let length = event.command.iter().position(|byte| *byte == 0);
+    let command = &event.command[..length.unwrap_or(event.command.len())];
+    guard.audit.refused(Refused {
+        tid: event.tid.cast_signed(),
+        command: String::from_utf8_lossy(command).into_owned(),
+        kind: rule.kind,
+        id: event.key.inode(),
+        path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),
+        range: (event.end != u64::MAX || event.start > 0).then_some(event.start..event.end),
+    });
+}
+
+/// Somebody has mapped what is pinned, by mmap(2) alone: it stays pinned as
+/// it is for as long as that file lives.
+fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
+    let pins = watched.pins.load_full();
+    let pid = event.tgid.cast_signed();
+    for pin in pins
+        .iter()
+        .filter(|pin| pin.id != event.pin && pin.meets(&(event.start..event.end)))
+    {
+        let joined = Arc::new(pin.joined(event.pin, pid));
+        let handle = {
+            let shard = gate.shard(watched.id);
+            let published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            published
+                .get(&watched.id)
+                .and_then(|published| published.handle.clone())
+        };
+        if let Some(handle) = handle {
+            // Only a guard that comes later misses it.
+            let _ = gate.remember(watched, &joined, event.file, &handle);
+        }
+        watched.add(&joined);
+    }
+    let _ = gate.publish(watched);
+}
+
+/// A pin is over.
+fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
+    for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
+        ended.end();
+    }
+    // It can only fail to make less of it.
+    let _ = gate.publish(watched);
+    // Whoever finds it gone is judged without it.
+    watched.remove(|other| other.id == pin);
+    let_go(guard, watched);
+}
+
+/// Forgets an inode without pins.
+pub(crate) fn let_go(guard: &Guard, watched: &Arc<Watched>) {
+    // A grant under way has a pin, or comes here itself.
+    let Some(mut state) = watched.try_grant() else {
+        return;
+    };
+    if !state.retired && watched.pins.load().is_empty() {
+        state.retired = true;
+        guard.table.remove(watched);
+    }
+}

@@ -1,0 +1,257 @@
+//! What an event is answered, once it is known what it means.
+
+use super::look::{Doing, MOST_LOOKED_AT};
+use super::server::{About, Server, Waiting};
+use crate::audit::Refused;
+use crate::ledger::PinSet;
+use crate::policy::{Operation, OperationKind as K};
+use crate::table::{InodeId, Opinion, Passing, Pin, Watched};
+use mapdirect_sys::fanotify::Mask;
+use std::cell::Cell;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
+
+/// How long an operation waits for a grant to finish before it is refused.
+const WAIT_FOR_GRANT: Duration = Duration::from_secs(5);
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Verdict {
+    Allow,
+    Refuse,
+    /// Ask again when a grant is finished.
+    Hold,
+    /// Look again: the file has changed meanwhile.
+    Again,
+}
+
+impl Server<'_> {
+    pub(super) fn decide(&self, waiting: &Waiting, doing: &Doing) -> Verdict {
+        let (event, file) = (&waiting.event, waiting.file.as_fd());
+        let opens = !event.mask.intersects(Mask::PRE_ACCESS);
+        if !opens && doing.operation.kind.is_harmless() {
+            // Most are: no pin minds, nor does a grant.
+            return Verdict::Allow;
+        }
+        let late = waiting.since.elapsed();
+        let Ok(stat) = rustix::fs::fstat(file) else {
+            return Verdict::Refuse;
+        };
+        let id = InodeId {
+            dev: stat.st_dev,
+            inode: stat.st_ino,
+        };
+        let Some(watched) = self.guard.table.get(id) else {
+            return Verdict::Allow;
+        };
+        if opens && watched.opens.are_held() && late < WAIT_FOR_GRANT {
+            return Verdict::Hold;
+        }
+        let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+        if doing.operation.or.is_some() && size != waiting.question.size {
+            // It appends, perhaps, and the end was somewhere else.
+            return Verdict::Again;
+        }
+        let verdict = judge_announced(&watched, event.tid, doing, late)
+            .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
+        if verdict == Verdict::Refuse {
+            self.note(&watched, event, doing);
+        }
+        verdict
+    }
+
+    /// Judges what a thread does, and notes what a later grant must know about
+    /// those let in.
+    fn judge(&self, watched: &Watched, waiting: &Waiting, doing: &Doing, size: u64) -> Verdict {
+        if doing.operation.kind.is_harmless() {
+            return Verdict::Allow;
+        }
+        let (file, late) = (waiting.file.as_fd(), waiting.since.elapsed());
+        let mut operation = doing.operation.clone();
+        let moving = Moving::new(watched, &operation);
+        operation.brings_shared &= match operation.kind {
+            K::Exchange => watched.abilities.exchange,
+            K::CollapseRange => moving.may_bring_shared(doing, waiting.next_pin),
+            _ => true,
+        };
+        let operation = &operation;
+        let pins = watched.pins.load();
+        let verdict = self.ask_pins(watched, &pins, operation, size, file, late);
+        if verdict != Verdict::Allow {
+            return verdict;
+        }
+        // It may go on, so a grant that comes now must hear of it: it is noted,
+        // and only then pins are looked for once more.
+        let pins = watched.note(Passing::of(operation, waiting.event.tid));
+        let verdict = self.ask_pins(watched, &pins.load(), operation, size, file, late);
+        if verdict == Verdict::Allow {
+            moving.goes_on();
+        }
+        verdict
+    }
+
+    fn ask_pins(
+        &self,
+        watched: &Watched,
+        pins: &PinSet<Pin>,
+        operation: &Operation,
+        size: u64,
+        file: BorrowedFd<'_>,
+        late: Duration,
+    ) -> Verdict {
+        let moved = watched.notes.moved();
+        let mut held = false;
+        // What this gate cannot see, a descriptor open for writing can do
+        // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
+        // new ones.
+        let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
+        let mut reach = if exclusive {
+            0..u64::MAX
+        } else {
+            operation.reach(size)
+        };
+        if operation.brings_shared {
+            reach.start = reach.start.saturating_sub(moved);
+        }
+        for pin in pins.meeting(reach).filter(|pin| !pin.is_dead()) {
+            let opinion = match pin.opinion(operation, size, moved) {
+                Opinion::Allow if exclusive && pin.is_handed_over() => Opinion::Refuse,
+                Opinion::Allow if exclusive => Opinion::Wait,
+                opinion => opinion,
+            };
+            match opinion {
+                Opinion::Allow => {}
+                Opinion::Wait => held = true,
+                Opinion::Refuse if pin.is_alive(file) => return Verdict::Refuse,
+                Opinion::Refuse => {
+                    // Its last mapping is gone, only the notice is not here
+                    // yet.
+                    pin.end();
+                    self.guard.lifetime.kick(watched.id);
+                }
+            }
+        }
+        match held {
+            false => Verdict::Allow,
+            true if exclusive => wait_to_open(watched, late),
+            true => wait_for_grant(late),
+        }
+    }
+
+    fn note(&self, watched: &Watched, event: &About, doing: &Doing) {
+        let operation = &doing.operation;
+        watched.refused[operation.kind as usize].fetch_add(1, SeqCst);
+        let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate | K::Unknown);
+        self.guard.audit.refused(Refused {
+            tid: event.tid,
+            command: doing.command.clone().unwrap_or_else(|| String::from("?")),
+            kind: operation.kind,
+            id: watched.id,
+            path: Arc::clone(&watched.path),
+            range: by_range.then(|| operation.range.clone()),
+        });
+    }
+}
+
+/// A collapse, which moves what is behind it nearer to the pins before it:
+/// shared blocks as well, if there are any. Nothing is shared there after it
+/// was looked at: what clones asks with `moved` counted, or has left a note.
+struct Moving<'a> {
+    watched: &'a Watched,
+    /// Bytes that go, and everything behind them moves by.
+    gone: Option<Range<u64>>,
+    goes_on: Cell<bool>,
+}
+
+impl<'a> Moving<'a> {
+    fn new(watched: &'a Watched, operation: &Operation) -> Self {
+        let gone = (operation.kind == K::CollapseRange).then(|| operation.range.clone());
+        if let Some(gone) = &gone {
+            watched.notes.begin_move(gone.end - gone.start);
+        }
+        Self {
+            watched,
+            gone,
+            goes_on: Cell::new(false),
+        }
+    }
+
+    /// Whether any of what may come to lie beside a pin is shared. `doing` says
+    /// what was not when the thread was looked at; since then clones have left
+    /// a mark, unless a pin has come (its number is `next_pin` or higher) that
+    /// knows for itself what is shared, and has taken the mark away.
+    fn may_bring_shared(&self, doing: &Doing, next_pin: u64) -> bool {
+        let Some(gone) = &self.gone else {
+            return false;
+        };
+        let moved = self.watched.notes.moved();
+        let pins = self.watched.pins.load();
+        if pins.iter().any(|pin| pin.id >= next_pin) {
+            return true;
+        }
+        let windows = pins.iter().filter_map(|pin| {
+            let settled = pin.settled()?;
+            settled.pinned.unshared_window(moved)
+        });
+        let Some(end) = windows.map(|window| window.end).max() else {
+            return false;
+        };
+        self.watched.notes.may_be_shared()
+            || end.saturating_sub(gone.start) > MOST_LOOKED_AT
+            || !doing.is_unshared_before(gone, end)
+    }
+
+    /// It is let in, and counts from now on.
+    fn goes_on(&self) {
+        self.goes_on.set(true);
+    }
+}
+
+impl Drop for Moving<'_> {
+    fn drop(&mut self) {
+        if let Some(gone) = self.gone.as_ref().filter(|_| !self.goes_on.get()) {
+            self.watched.notes.cancel_move(gone.end - gone.start);
+        }
+    }
+}
+
+/// Judges an open for writing that was announced, if this is one: what is
+/// pinned already does not stand in its way, but a grant under way must know
+/// of it, or be over before it goes on.
+fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
+    if doing.operation.kind != K::OpenWrite {
+        return None;
+    }
+    // What counts is when it came: we may have kept it waiting.
+    let came = Instant::now().checked_sub(late)?;
+    let announcement = watched.announced(tid, came, || doing.began)?;
+    let mut granting = false;
+    let goes_on = watched.let_writer_through(|pins| {
+        granting = pins.iter().any(|pin| pin.is_being_granted());
+        !granting && announcement.take()
+    });
+    if goes_on {
+        return Some(Verdict::Allow);
+    }
+    granting.then(|| wait_to_open(watched, late))
+}
+
+/// Keeps an open for writing until a grant is over, unless that grant can
+/// only go on without it.
+fn wait_to_open(watched: &Watched, late: Duration) -> Verdict {
+    if watched.opens.may_wait() {
+        wait_for_grant(late)
+    } else {
+        Verdict::Refuse
+    }
+}
+
+fn wait_for_grant(late: Duration) -> Verdict {
+    if late < WAIT_FOR_GRANT {
+        Verdict::Hold
+    } else {
+        Verdict::Refuse
+    }
+}

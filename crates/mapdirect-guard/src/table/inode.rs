@@ -1,0 +1,253 @@
+//! An inode behind the gate.
+
+use super::announcement::{Announcement, MAX_ANNOUNCED};
+use super::notes::{Notes, Opens, Passing};
+use super::publish::{Machine, Published};
+use super::{InodeId, Pin};
+use crate::grant::pending::Queue;
+use crate::ledger::PinSet;
+use crate::policy::RULES;
+use arc_swap::ArcSwap;
+use mapdirect_sys::fanotify::Object;
+use mapdirect_sys::{Errno, open_tree, proc};
+use rustix::fs::OFlags;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::time::{Duration, Instant};
+
+/// What a filesystem can do with the blocks of its files.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Abilities {
+    /// Files can share them.
+    pub(crate) reflink: bool,
+    /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
+    pub(crate) exchange: bool,
+    /// Writing to a part of a folio makes all of it dirty.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) coarse: bool,
+}
+
+/// The pins of an inode, swapped in whole.
+pub(crate) type Pins = ArcSwap<PinSet<Pin>>;
+
+impl Published<'_, Pins> {
+    /// The pins there are after something was noted.
+    pub(crate) fn load(&self) -> arc_swap::Guard<Arc<PinSet<Pin>>> {
+        self.other().load()
+    }
+}
+
+/// An inode behind the gate.
+#[derive(Debug)]
+pub(crate) struct Watched {
+    pub(crate) id: InodeId,
+    /// What its filesystem can do.
+    pub(crate) abilities: Abilities,
+    /// Where it was when the gate closed.
+    pub(crate) path: Arc<str>,
+    /// What is pinned of it.
+    pub(crate) pins: Pins,
+    /// What the gate has let through, for grants to hear of.
+    pub(crate) notes: Notes,
+    /// What a grant under way asks of opens.
+    pub(crate) opens: Opens,
+    /// Threads that may open it for writing, once each.
+    announced: ArcSwap<Vec<Arc<Announcement>>>,
+    /// Refusals by operation.
+    pub(crate) refused: [AtomicU64; RULES.len()],
+    /// Who waits for a grant.
+    pub(crate) queue: Queue,
+    /// The file, as long as it is behind the fanotify gate.
+    anchor: Mutex<Option<Anchor>>,
+    grant: Mutex<GrantState>,
+    /// Held while the tripwire has it open for a look.
+    looking: Mutex<()>,
+}
+
+/// A file behind the fanotify gate.
+#[derive(Clone, Debug)]
+struct Anchor {
+    /// A path to it.
+    path: Arc<OwnedFd>,
+    /// What close events call it.
+    object: Object,
+}
+
+/// What grants on one inode know. Held for the whole of a grant.
+#[derive(Debug, Default)]
+pub(crate) struct GrantState {
+    /// It was proven that every description that matters was opened behind
+    /// the gate.
+    pub(crate) closed: bool,
+    /// The entry left the table: look it up again.
+    pub(crate) retired: bool,
+}
+
+impl Watched {
+    pub(crate) fn new(id: InodeId, abilities: Abilities, path: Arc<str>) -> Self {
+        Self {
+            id,
+            abilities,
+            path,
+            pins: ArcSwap::default(),
+            notes: Notes::default(),
+            opens: Opens::default(),
+            announced: ArcSwap::default(),
+            refused: [const { AtomicU64::new(0) }; RULES.len()],
+            queue: Queue::default(),
+            anchor: Mutex::default(),
+            grant: Mutex::default(),
+            looking: Mutex::default(),
+        }
+    }
+
+    /// Keeps a path to the file, to open it by when it must be looked at: of a
+    /// mount of its own, so that nobody finds his own mount busy. It is no
+    /// description that a lease would count.
+    pub(crate) fn cast_anchor(&self, file: BorrowedFd<'_>) -> Result<Object, Errno> {
+        let path = match open_tree::detached(file) {
+            Ok(path) => path,
+            // It is on a mount of another namespace, a container's: that mount
+            // it is, then.
+            Err(_) => proc::reopen(file, OFlags::PATH)?,
+        };
+        let object = Object::of(file)?;
+        let anchor = Anchor {
+            path: Arc::new(path),
+            object: object.clone(),
+        };
+        *self.lock_anchor() = Some(anchor);
+        Ok(object)
+    }
+
+    /// The path to the file.
+    pub(crate) fn anchor(&self) -> Option<Arc<OwnedFd>> {
+        let anchor = self.lock_anchor();
+        anchor.as_ref().map(|anchor| Arc::clone(&anchor.path))
+    }
+
+    /// Lets go of the path to the file, and of its filesystem; says what close
+    /// events called it. Not for the gate thread: that may have to wait.
+    pub(crate) fn weigh_anchor(&self) -> Option<Object> {
+        let anchor = self.lock_anchor().take()?;
+        Some(anchor.object)
+    }
+
+    fn lock_anchor(&self) -> MutexGuard<'_, Option<Anchor>> {
+        self.anchor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has it open for a look, as long as this lives.
+    pub(crate) fn look(&self) -> MutexGuard<'_, ()> {
+        self.looking.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Nobody looks while this lives, so that no description is there but those
+    /// of others. A look that takes longer is not waited for.
+    pub(crate) fn hold_looks(&self) -> Option<MutexGuard<'_, ()>> {
+        for _ in 0..200 {
+            match self.looking.try_lock() {
+                Ok(held) => return Some(held),
+                Err(TryLockError::Poisoned(poisoned)) => return Some(poisoned.into_inner()),
+                Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(1)),
+            }
+        }
+        None
+    }
+
+    /// Publishes a pin, and gives leave to look at what the gate let through
+    /// before it could see the pin.
+    pub(crate) fn publish(&self, pin: &Arc<Pin>) -> Published<'_, Notes> {
+        if self.pins.load().iter().all(|pin| pin.is_dead()) {
+            // What is under way is waited for, and no pin remembers the rest.
+            self.notes.forget_shares();
+        }
+        Published::after::<Machine>(&self.notes, || self.add(pin))
+    }
+
+    /// A pin that was published before, and leave to look at what the gate let
+    /// through before it could see the pin.
+    pub(crate) fn published(&self, id: u64) -> Option<(Arc<Pin>, Published<'_, Notes>)> {
+        let pins = self.pins.load();
+        let pin = Arc::clone(pins.iter().find(|pin| pin.id == id)?);
+        Some((pin, Published::after::<Machine>(&self.notes, || ())))
+    }
+
+    /// Notes an operation that the gate is about to let through, and gives
+    /// leave to look for pins once more.
+    pub(crate) fn note(&self, passing: Passing) -> Published<'_, Pins> {
+        self.notes.note(passing, &self.pins)
+    }
+
+    /// Lets an announced open for writing through if `may_go_on` says so, who
+    /// looks for pins after the open was noted.
+    pub(crate) fn let_writer_through(&self, may_go_on: impl FnOnce(&PinSet<Pin>) -> bool) -> bool {
+        let pins = self.notes.note_writer(&self.pins);
+        let goes_on = may_go_on(&pins.load());
+        if !goes_on {
+            self.notes.withdraw_writer();
+        }
+        goes_on
+    }
+
+    /// The grant state, if nobody is granting.
+    pub(crate) fn try_grant(&self) -> Option<MutexGuard<'_, GrantState>> {
+        match self.grant.try_lock() {
+            Ok(guard) => Some(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    pub(crate) fn add(&self, pin: &Arc<Pin>) {
+        self.pins.rcu(|pins| pins.with(Arc::clone(pin)));
+    }
+
+    pub(crate) fn remove(&self, gone: impl Fn(&Pin) -> bool) {
+        self.pins.rcu(|pins| pins.without(&gone));
+    }
+
+    /// Lets a thread open it for writing, once. Says no when too many have
+    /// been announced and not come.
+    pub(crate) fn announce(&self, announcement: &Arc<Announcement>) -> bool {
+        let mut room = false;
+        let now = Instant::now();
+        self.announced.rcu(|announced| {
+            let mut good: Vec<_> = announced
+                .iter()
+                .filter(|other| other.is_good(now))
+                .cloned()
+                .collect();
+            room = good.len() < MAX_ANNOUNCED;
+            if room {
+                good.push(Arc::clone(announcement));
+            }
+            good
+        });
+        room
+    }
+
+    /// Whether a thread of this number was announced. Takes no lock.
+    pub(crate) fn may_be_announced(&self, tid: i32) -> bool {
+        let announced = self.announced.load();
+        announced.iter().any(|announcement| announcement.tid == tid)
+    }
+
+    /// The announcement of thread `tid`, which came to the gate at `came`.
+    /// `start_time` tells when the thread of that number began, and is asked
+    /// only if there is an announcement. Takes no lock.
+    pub(crate) fn announced(
+        &self,
+        tid: i32,
+        came: Instant,
+        start_time: impl Fn() -> Option<u64>,
+    ) -> Option<Arc<Announcement>> {
+        self.announced
+            .load()
+            .iter()
+            .filter(|announcement| announcement.tid == tid && announcement.is_good(came))
+            .find(|announcement| start_time() == Some(announcement.start))
+            .cloned()
+    }
+}

@@ -1,0 +1,122 @@
+//! The inodes behind the gate, and what is pinned of each.
+//!
+//! The gate thread looks things up here while other threads wait in the
+//! kernel for its answer, so no look-up takes a lock: every value it reads is
+//! swapped in whole. Changes are made by grants and by the lifetime thread.
+
+mod announcement;
+mod inode;
+#[cfg(test)]
+mod interleavings;
+mod life;
+mod notes;
+mod own_opens;
+mod pin;
+mod publish;
+
+pub(crate) use self::announcement::Announcement;
+pub(crate) use self::inode::{Abilities, GrantState, Watched};
+pub(crate) use self::notes::{Notes, Passing};
+pub(crate) use self::own_opens::OwnOpens;
+#[cfg(feature = "bpf")]
+pub(crate) use self::pin::Settled;
+pub(crate) use self::pin::{Opinion, Pin};
+pub(crate) use self::publish::Published;
+
+use arc_swap::ArcSwap;
+use mapdirect_proto::DeviceId;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Names an inode as long as it is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct InodeId {
+    pub(crate) dev: u64,
+    pub(crate) inode: u64,
+}
+
+impl InodeId {
+    pub(crate) fn device(self) -> DeviceId {
+        DeviceId {
+            major: rustix::fs::major(self.dev),
+            minor: rustix::fs::minor(self.dev),
+        }
+    }
+}
+
+/// The bytes of a file that record locks of this guard's pins live on: far
+/// beyond any data, one byte for each pin.
+pub(crate) const LOCK_BASE: u64 = 1 << 62;
+
+const SHARDS: usize = 1024;
+
+/// Every inode behind the gate.
+#[derive(Debug)]
+pub(crate) struct Table {
+    shards: Vec<ArcSwap<Vec<Arc<Watched>>>>,
+    /// Whoever changes the table.
+    changing: Mutex<()>,
+}
+
+impl Table {
+    pub(crate) fn new() -> Self {
+        Self {
+            shards: (0..SHARDS).map(|_| ArcSwap::default()).collect(),
+            changing: Mutex::new(()),
+        }
+    }
+
+    fn shard(&self, id: InodeId) -> &ArcSwap<Vec<Arc<Watched>>> {
+        // Inode numbers grow with the directory they are made in: the lower
+        // bits spread well, mixed with those above by a Fibonacci hash.
+        let mixed = (id.inode ^ id.dev.rotate_left(32)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let at = usize::try_from(mixed >> 54).unwrap_or(0);
+        &self.shards[at % SHARDS]
+    }
+
+    /// The entry of an inode. Takes no lock.
+    pub(crate) fn get(&self, id: InodeId) -> Option<Arc<Watched>> {
+        self.shard(id)
+            .load()
+            .iter()
+            .find(|watched| watched.id == id)
+            .cloned()
+    }
+
+    /// The entry of an inode, made if there is none.
+    pub(crate) fn get_or_insert(
+        &self,
+        id: InodeId,
+        make: impl FnOnce() -> Watched,
+    ) -> Arc<Watched> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = self.get(id) {
+            return found;
+        }
+        let made = Arc::new(make());
+        let shard = self.shard(id);
+        let mut entries = Vec::clone(&shard.load());
+        entries.push(Arc::clone(&made));
+        shard.store(Arc::new(entries));
+        made
+    }
+
+    /// Takes an entry out.
+    pub(crate) fn remove(&self, watched: &Arc<Watched>) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let shard = self.shard(watched.id);
+        let mut entries = Vec::clone(&shard.load());
+        entries.retain(|entry| !Arc::ptr_eq(entry, watched));
+        shard.store(Arc::new(entries));
+    }
+
+    /// Every entry there is right now.
+    pub(crate) fn all(&self) -> Vec<Arc<Watched>> {
+        self.shards
+            .iter()
+            .flat_map(|shard| Vec::clone(&shard.load()))
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests;
