@@ -313,7 +313,7 @@ fn writers_stay(world: &World, kind: Kind) {
     assert_eq!(punch(&writer, 131_072), Ok(()));
     assert_eq!(punch(&writer, 126_976), Err(Errno::TXTBSY));
     let mut seen = [0; 6];
-    held.read_at(70_000 - 65_536, &mut seen).unwrap();
+    held.read_exact_at(&mut seen, 70_000 - 65_536).unwrap();
     assert_eq!(&seen, b"stable");
     drop((held, file, writer, appender));
     std::fs::remove_file(&path).unwrap();
