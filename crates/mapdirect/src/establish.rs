@@ -2,7 +2,6 @@
 
 use crate::descriptor::locks;
 use crate::error::{Error, Kind, Result};
-use crate::guard::Guard;
 use crate::holder::{self, Connection, Hold, unexpected};
 use mapdirect_proto::{
     AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, WatchedPin,
@@ -43,7 +42,7 @@ pub(crate) struct Established {
 pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
 
 pub(crate) fn establish(
-    guard: &Guard,
+    connect: impl FnOnce() -> Result<Arc<Connection>>,
     file: BorrowedFd<'_>,
     range: (u64, u64),
     flags: Flags,
@@ -57,7 +56,7 @@ pub(crate) fn establish(
         flags,
         patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
     });
-    let connection = guard.connect()?;
+    let connection = connect()?;
     let mut held = None;
     let (granted, mut fds) = connection.converse(&request, file, |talk, reply, mut fds| {
         match reply {

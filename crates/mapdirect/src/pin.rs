@@ -1,14 +1,17 @@
 //! Pinning without mapping.
 
+mod all;
+
 use crate::error::Result;
 use crate::establish::{Established, PATIENCE, Scope, establish, offset_and_length};
 use crate::guard::Guard;
-use crate::holder::{Held, Hold};
+use crate::holder::{Connection, Held, Hold};
 use crate::prepare;
 use crate::state::{EventFd, Integrity, OnBreach, State};
 use mapdirect_proto::{BlockMap, Extent, Flags};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// How to pin a range of a file without mapping it.
@@ -104,8 +107,18 @@ impl PinOptions {
     /// * `EINVAL` for an empty range, or one that ends before it begins;
     /// * `EOVERFLOW`, `EBADF`, `ENODEV` as `mmap(2)`.
     pub fn pin(&self, file: impl AsFd) -> Result<Pin> {
-        let file = file.as_fd();
-        self.pin_range(file).map_err(|error| {
+        let guard = self.guard.clone().unwrap_or_default();
+        self.pin_by(&guard, || guard.connect(), file.as_fd())
+    }
+
+    /// Pins the range by way of a connection to `guard`.
+    fn pin_by(
+        &self,
+        guard: &Guard,
+        connect: impl FnOnce() -> Result<Arc<Connection>>,
+        file: BorrowedFd<'_>,
+    ) -> Result<Pin> {
+        self.pin_range(guard, connect, file).map_err(|error| {
             let path = mapdirect_sys::proc::path_of(file);
             error.asking(match &self.range {
                 Some(range) => format!("pin bytes {} to {} of {path}", range.start, range.end),
@@ -114,13 +127,17 @@ impl PinOptions {
         })
     }
 
-    fn pin_range(&self, file: BorrowedFd<'_>) -> Result<Pin> {
+    fn pin_range(
+        &self,
+        guard: &Guard,
+        connect: impl FnOnce() -> Result<Arc<Connection>>,
+        file: BorrowedFd<'_>,
+    ) -> Result<Pin> {
         let range = offset_and_length(self.range.as_ref())?;
         let flags = match self.scope {
             Scope::Range => Flags::NONE,
             Scope::File => Flags::WHOLE_FILE,
         };
-        let guard = self.guard.clone().unwrap_or_default();
         if self.prepare_first {
             let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
             prepare::before_pin(file, range)?;
@@ -131,8 +148,8 @@ impl PinOptions {
             file: description,
             life,
             connection,
-        } = establish(&guard, file, range, flags, self.patience)?;
-        let hold = Hold::new(named, &guard, connection.gate(), OnBreach::Tell, None)?;
+        } = establish(connect, file, range, flags, self.patience)?;
+        let hold = Hold::new(named, guard, connection.gate(), OnBreach::Tell, None)?;
         let mut pin = Pin {
             life,
             description,

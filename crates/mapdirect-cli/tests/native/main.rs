@@ -37,6 +37,7 @@ mod service;
 mod states;
 mod strangers;
 mod stuck;
+mod together;
 mod tripwire;
 mod unnoticed;
 mod versions;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
     trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
+    trials.extend(together::trials(&world));
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(segments::trials(&world));

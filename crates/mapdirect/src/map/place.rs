@@ -80,7 +80,7 @@ impl How {
             // Only where the description cannot write.
             life: _,
             connection,
-        } = establish(&self.guard, file, range, asked, self.patience)?;
+        } = establish(|| self.guard.connect(), file, range, asked, self.patience)?;
         // MAP_SYNC has a meaning only where flags are validated.
         let kind = if self.flags & mmap::MAP_SYNC != 0 {
             mmap::MAP_SHARED_VALIDATE
@@ -137,7 +137,7 @@ impl How {
             file: pinned,
             life: pipe,
             connection,
-        } = establish(&self.guard, file, range, asked, self.patience)?;
+        } = establish(|| self.guard.connect(), file, range, asked, self.patience)?;
         let flags = mmap::MAP_SHARED | self.flags;
         let plan = Plan::new(
             &as_if_written(&map),
