@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, dependencies, man, packages, vm};
+use crate::{bpf, build, dependencies, man, packages, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -98,6 +98,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         ran.push(checked(
             "the object of the bpf gate is what its source says",
             bpf::check,
+        ));
+        ran.push(checked(
+            "the public API is what its list says",
+            public_api::check,
         ));
         ran.push(tests(
             "units and properties",

@@ -343,17 +343,17 @@ impl<'guard> Session<'guard> {
                 granted,
                 file,
                 extents,
-                life,
+                lifeline,
             }) => {
                 let mut fds = vec![file.as_fd()];
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
-                fds.extend(life.as_ref().map(AsFd::as_fd));
+                fds.extend(lifeline.as_ref().map(AsFd::as_fd));
                 // If the client is gone the description goes with this
                 // message, and the pin with it.
                 let sent = self.send(&Reply::Granted(granted), &fds);
-                drop((file, life));
+                drop((file, lifeline));
                 pin.hand_over();
-                self.guard.gate.reconsider();
+                self.guard.waiting.decided();
                 Ok(sent?)
             }
             Err(refusal) => self.refuse(refusal),
@@ -376,13 +376,18 @@ impl<'guard> Session<'guard> {
         Ok(self.send(&Reply::Watching, &fds)?)
     }
 
-    /// Nobody else's pin can be ended: it is over if the kernel says so.
+    /// A pin is over, its holder says. Nobody can end it: that is true if the
+    /// kernel says so. Then the answer comes when nothing is refused for it any
+    /// more.
     fn ended(&self, ended: WatchedPin) -> Result<(), End> {
-        let inode = InodeId {
-            dev: ended.device,
-            inode: ended.inode,
-        };
-        self.guard.gate.look_for_end(self.guard, inode, ended.pin);
+        let Guard { gate, table, .. } = self.guard;
+        if gate.refuses_for_ended(ended.pin) {
+            let inode = InodeId {
+                dev: ended.device,
+                inode: ended.inode,
+            };
+            table.wait_until_out(inode, ended.pin);
+        }
         Ok(self.send(&Reply::Done, &[])?)
     }
 

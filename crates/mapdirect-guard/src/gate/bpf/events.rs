@@ -4,13 +4,12 @@ use super::Gate;
 use super::abi::{self, Event};
 use crate::audit::Refused;
 use crate::policy::RULES;
-use crate::table::{InodeId, Watched};
-use crate::wake::Backoff;
+use crate::table::Watched;
 use crate::{Errno, Guard};
 use libbpf_rs::RingBufferBuilder;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zerocopy::FromBytes;
 
 /// Hears of refusals and ends, and watches the gate, until the guard stops;
@@ -49,26 +48,6 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
         }
     }
     Ok(())
-}
-
-/// Waits until a pin that is over has been taken out. That must come in the
-/// order in which it is told: somebody may have joined it before.
-pub(crate) fn look_for_end(guard: &Guard, gate: &Gate, inode: InodeId, pin: u64) {
-    if !gate.is_over(pin) {
-        return;
-    }
-    let is_there = || {
-        let watched = guard.table.get(inode);
-        watched.is_some_and(|watched| watched.pins.load().iter().any(|other| other.id == pin))
-    };
-    let mut backoff = Backoff::until(
-        Instant::now() + Duration::from_millis(500),
-        Duration::from_micros(20),
-        Duration::from_millis(2),
-    );
-    while is_there() && !backoff.is_over() {
-        backoff.pause();
-    }
 }
 
 /// Ends the pins whose end could not be told.

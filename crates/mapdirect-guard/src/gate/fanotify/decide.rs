@@ -3,6 +3,7 @@
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
 use crate::audit::Refused;
+use crate::gate::Gate as _;
 use crate::ledger::PinSet;
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Opinion, Passing, Pin, Watched};
@@ -137,8 +138,7 @@ impl Server<'_> {
                 Opinion::Refuse => {
                     // Its last mapping is gone, only the notice is not here
                     // yet.
-                    pin.end();
-                    self.guard.lifetime.kick(watched.id);
+                    self.gate.end(watched, pin);
                 }
             }
         }

@@ -15,491 +15,41 @@
 //! begins anew with the first pin it asks about: from then on it is told, and
 //! its mapping revoked, like its parent's.
 
-use crate::error::{Error, Kind, Result};
-use crate::guard::Guard;
-use crate::revoke::{self, Keeper, Memory};
-use crate::state::{EventFd, Integrity, OnBreach, State};
+use super::shared::{Entry, Watching, identity};
+use crate::state::State;
 use mapdirect_proto::request::MAX_WATCHED;
-use mapdirect_proto::{
-    Breach, Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin, settle,
-};
+use mapdirect_proto::{Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin, settle};
 use mapdirect_sys::unix::Socket;
-use mapdirect_sys::{Errno, descriptors, signal};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, poll};
+use mapdirect_sys::{Errno, descriptors};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::ffi::CString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::atomic::Ordering::{AcqRel, Acquire, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicPtr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 /// Breaches kept with each pin: the first ones.
-const KEPT: usize = 16;
+pub(super) const KEPT: usize = 16;
 /// Pins named in one request, so that the answers fit into the socket.
 const AT_ONCE: usize = 64;
 /// How long a guard may take to answer.
-const ANSWER: Duration = Duration::from_secs(5);
+pub(super) const ANSWER: Duration = Duration::from_secs(5);
 /// How often to look for a guard when it has just gone, and how many times.
-const SOON: Duration = Duration::from_millis(20);
+pub(super) const SOON: Duration = Duration::from_millis(20);
 const SOON_TIMES: u32 = 10;
 /// How often afterwards.
-const LATER: Duration = Duration::from_millis(200);
+pub(super) const LATER: Duration = Duration::from_millis(200);
 /// How long something may be missing in the gate's directory: a guard that is
 /// just starting may put it back.
-const MISSING: Duration = Duration::from_secs(1);
+pub(super) const MISSING: Duration = Duration::from_secs(1);
+
+/// The order to connect again.
+pub(super) const RECONNECT: [u8; 1] = [1];
+/// The order to look for new pins.
+pub(super) const NEW_PINS: [u8; 1] = [0];
 
 const _: () = assert!(AT_ONCE <= MAX_WATCHED);
-
-/// What a holder has of a pin, and by which it asks about it.
-#[derive(Debug)]
-pub(crate) struct Hold {
-    named: WatchedPin,
-    guard: Guard,
-    gate: Gate,
-    /// The process that asked for the pin.
-    process: u32,
-    on_breach: OnBreach,
-    /// The memory of a mapping.
-    memory: Option<Memory>,
-    /// It was taken away.
-    revoked: Arc<AtomicBool>,
-}
-
-impl Hold {
-    /// Has the pin watched from now on.
-    pub(crate) fn new(
-        named: WatchedPin,
-        guard: &Guard,
-        gate: Gate,
-        on_breach: OnBreach,
-        memory: Option<Memory>,
-    ) -> Result<Self> {
-        let hold = Self {
-            named,
-            guard: guard.clone(),
-            gate,
-            process: std::process::id(),
-            on_breach,
-            memory,
-            revoked: Arc::default(),
-        };
-        hold.register()?;
-        Ok(hold)
-    }
-
-    /// The number by which the guard knows the pin.
-    pub(crate) fn id(&self) -> u64 {
-        self.named.pin
-    }
-
-    pub(crate) fn named(&self) -> WatchedPin {
-        self.named
-    }
-
-    pub(crate) fn guard(&self) -> &Guard {
-        &self.guard
-    }
-
-    pub(crate) fn gate(&self) -> Gate {
-        self.gate
-    }
-
-    /// This process asked for the pin: it is not a child of the one that did.
-    pub(crate) fn is_own(&self) -> bool {
-        self.process == std::process::id()
-    }
-
-    /// Whether the mapping was taken away.
-    #[inline]
-    pub(crate) fn is_revoked(&self) -> bool {
-        self.revoked.load(Acquire)
-    }
-
-    pub(crate) fn state(&self) -> State {
-        match self.look(|entry| entry.state.clone()) {
-            // What a child's parent heard before the child was made.
-            Ok(state) if !state.is_lost() && self.is_revoked() => State::Lost {
-                why: String::from("blocks under it have changed, and the mapping was revoked"),
-            },
-            Ok(state) => state,
-            Err(error) => State::Unattended {
-                why: format!("this process cannot hear the guard: {error}"),
-            },
-        }
-    }
-
-    pub(crate) fn integrity(&self) -> Integrity {
-        self.look(|entry| {
-            if entry.count == 0 {
-                return Integrity::Intact;
-            }
-            Integrity::Breached {
-                count: entry.count,
-                breaches: entry.breaches.clone(),
-            }
-        })
-        .unwrap_or_default()
-    }
-
-    pub(crate) fn event_fd(&self) -> Result<EventFd> {
-        let failed = |errno| Error::system("eventfd", errno);
-        // Until the thread has room for the order.
-        for _ in 0..1000 {
-            if let Some(made) = self.look(|_| ()).and_then(|()| self.try_event_fd(failed))? {
-                return Ok(made);
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        Err(failed(Errno::AGAIN))
-    }
-
-    fn try_event_fd(&self, failed: fn(Errno) -> Error) -> Result<Option<EventFd>> {
-        let watching = watching();
-        let mut shared = watching.lock();
-        let Shared { pins, threads } = &mut *shared;
-        let Some(entry) = pins.get_mut(&self.named.pin) else {
-            return Ok(None);
-        };
-        if let Some(fd) = entry.event.upgrade() {
-            return Ok(Some(EventFd { fd }));
-        }
-        let flags = EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK;
-        let changed = !entry.state.is_kept() || entry.count > 0;
-        let fd = rustix::event::eventfd(u32::from(changed), flags).map_err(failed)?;
-        let thread = threads
-            .get(entry.thread)
-            .filter(|thread| thread.is_usable());
-        let Some(orders) = thread.and_then(|thread| thread.orders.as_ref()) else {
-            // The program has closed what it is reached by.
-            drop(shared);
-            self.register()?;
-            return Ok(None);
-        };
-        match orders.send_now(&[&entry.named.pin.to_ne_bytes()], &[fd.as_fd()]) {
-            Ok(()) => {}
-            Err(Errno::AGAIN) => return Ok(None),
-            Err(errno) => return Err(failed(errno)),
-        }
-        let fd = Arc::new(fd);
-        entry.event = Arc::downgrade(&fd);
-        Ok(Some(EventFd { fd }))
-    }
-
-    /// Does something to the memory, unless that was revoked; it is not while
-    /// this runs.
-    pub(crate) fn unless_revoked<T>(&self, run: impl FnOnce() -> T) -> Option<T> {
-        let watching = watching();
-        let _shared = watching.lock();
-        (!self.is_revoked()).then(run)
-    }
-
-    /// Forgets the pin. When this returns nothing is done to its memory any
-    /// more. What it returns keeps the pin, if the mapping was revoked.
-    pub(crate) fn let_go(&mut self) -> Option<Keeper> {
-        self.memory = None;
-        let entry = watching().lock().pins.remove(&self.named.pin);
-        entry.and_then(|entry| entry.keeper)
-    }
-
-    /// Reads what is known of the pin in this process.
-    fn look<T>(&self, read: impl Fn(&Entry) -> T) -> Result<T> {
-        // A thread that takes no orders any more watches all the same.
-        let known = || watching().lock().pins.get(&self.named.pin).map(&read);
-        if let Some(known) = known() {
-            return Ok(known);
-        }
-        self.register()?;
-        known().ok_or_else(|| {
-            Error::new(
-                Kind::System,
-                Errno::SRCH,
-                "the thread that hears of pins has ended",
-                "",
-            )
-        })
-    }
-
-    /// Has the thread for this guard watch the pin; it is started if there is
-    /// none, and has asked about the pin then when this returns.
-    fn register(&self) -> Result<()> {
-        let watching = watching();
-        if self.register_with_one_that_runs(watching) {
-            return Ok(());
-        }
-        let _turn = lock(&watching.starting);
-        if self.register_with_one_that_runs(watching) {
-            return Ok(());
-        }
-        let number = {
-            let mut shared = watching.lock();
-            let number = shared.threads.len();
-            self.enter(&mut shared, number);
-            number
-        };
-        match Thread::start(watching, number, &self.guard) {
-            Ok(thread) => {
-                watching.lock().threads.push(thread);
-                Ok(())
-            }
-            Err((call, errno)) => {
-                watching.lock().pins.remove(&self.named.pin);
-                Err(not_heard(call, errno))
-            }
-        }
-    }
-
-    fn register_with_one_that_runs(&self, watching: &Watching) -> bool {
-        let mut shared = watching.lock();
-        let found = shared
-            .threads
-            .iter()
-            .position(|thread| thread.guard == self.guard && thread.is_usable());
-        let Some(number) = found else {
-            return false;
-        };
-        self.enter(&mut shared, number);
-        let thread = &mut shared.threads[number];
-        thread.new.push(self.named);
-        if let Some(orders) = &thread.orders {
-            // If its orders do not fit there is one it has not read.
-            let _ = orders.send_now(&[&[0]], &[]);
-        }
-        true
-    }
-
-    fn enter(&self, shared: &mut Shared, thread: usize) {
-        let fresh = Entry {
-            named: self.named,
-            gate: self.gate,
-            on_breach: self.on_breach,
-            memory: self.memory,
-            revoked: Arc::clone(&self.revoked),
-            keeper: None,
-            thread,
-            state: State::Kept,
-            count: 0,
-            breaches: Vec::new(),
-            event: Weak::new(),
-        };
-        let entry = shared.pins.entry(self.named.pin).or_insert(fresh);
-        if entry.thread != thread {
-            // This one has to be given what the other one has.
-            entry.thread = thread;
-            entry.event = Weak::new();
-        }
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        // The memory may be anybody's from now on.
-        drop(self.let_go());
-    }
-}
-
-fn not_heard(call: &str, errno: Errno) -> Error {
-    let shown = match errno {
-        Errno::NOMEM | Errno::MFILE | Errno::NFILE | Errno::AGAIN => Errno::NOMEM,
-        _ => Errno::OPNOTSUPP,
-    };
-    Error::new(
-        Kind::Limit,
-        shown,
-        format!("the thread that hears what becomes of pins cannot be started: {call}: {errno}"),
-        "raise the limits on threads and descriptors (ulimit -u, ulimit -n)",
-    )
-}
-
-/// What is known in this process.
-#[derive(Debug)]
-struct Watching {
-    process: u32,
-    shared: Mutex<Shared>,
-    /// Whoever starts a thread.
-    starting: Mutex<()>,
-}
-
-#[derive(Debug, Default)]
-struct Shared {
-    pins: HashMap<u64, Entry>,
-    /// Those that have been started, by number.
-    threads: Vec<Thread>,
-}
-
-/// A pin that is watched.
-#[derive(Debug)]
-struct Entry {
-    named: WatchedPin,
-    gate: Gate,
-    on_breach: OnBreach,
-    memory: Option<Memory>,
-    revoked: Arc<AtomicBool>,
-    keeper: Option<Keeper>,
-    /// Number of the thread that watches it.
-    thread: usize,
-    state: State,
-    count: u64,
-    breaches: Vec<Breach>,
-    event: Weak<OwnedFd>,
-}
-
-impl Entry {
-    /// Says whether that is news. What is lost stays so.
-    fn become_(&mut self, state: State) -> bool {
-        if self.state.is_lost() || self.state == state {
-            return false;
-        }
-        self.state = state;
-        true
-    }
-
-    /// Says whether it was not known before.
-    fn breached(&mut self, breach: Breach) -> bool {
-        if self.breaches.contains(&breach) {
-            return false;
-        }
-        self.count += 1;
-        let mut why = describe(&breach);
-        if self.breaches.len() < KEPT {
-            self.breaches.push(breach);
-        }
-        if self.on_breach == OnBreach::Revoke
-            && let Some(memory) = self.memory.take()
-        {
-            // Before it is done: whoever finds it done must be told why.
-            self.revoked.store(true, SeqCst);
-            // SAFETY: the mapping of the DirectMap whose pin this is. Before
-            // that is unmapped this entry goes, under the lock that is held
-            // here.
-            let (keeper, done) = unsafe { revoke::revoke(&memory) };
-            self.keeper = keeper;
-            if let Err(errno) = done {
-                why = format!("{why}; its mapping could not be revoked: {errno}");
-            }
-        }
-        self.become_(State::Lost { why });
-        true
-    }
-}
-
-/// A breach in one line.
-pub(crate) fn describe(breach: &Breach) -> String {
-    let cause = breach
-        .cause
-        .as_ref()
-        .map_or_else(String::new, |cause| format!("; by {cause}"));
-    format!(
-        "blocks under it have changed: bytes {} to {}{cause}",
-        breach.range.start, breach.range.end
-    )
-}
-
-impl Watching {
-    fn lock(&self) -> MutexGuard<'_, Shared> {
-        lock(&self.shared)
-    }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// That of this process: a child of fork(2) has its own, since whoever held a
-/// lock when it was made is not there to let go.
-fn watching() -> &'static Watching {
-    static CURRENT: AtomicPtr<Watching> = AtomicPtr::new(std::ptr::null_mut());
-    let process = std::process::id();
-    loop {
-        let there = CURRENT.load(Acquire);
-        // SAFETY: null, or made by `Box::into_raw` below and never freed.
-        let current = unsafe { there.as_ref() };
-        if let Some(current) = current.filter(|current| current.process == process) {
-            return current;
-        }
-        let new = Box::into_raw(Box::new(Watching {
-            process,
-            shared: Mutex::default(),
-            starting: Mutex::default(),
-        }));
-        if CURRENT
-            .compare_exchange(there, new, AcqRel, Acquire)
-            .is_err()
-        {
-            // SAFETY: made above, and seen by nobody.
-            drop(unsafe { Box::from_raw(new) });
-        }
-    }
-}
-
-/// How to reach a thread.
-#[derive(Debug)]
-struct Thread {
-    guard: Guard,
-    orders: Option<Socket>,
-    /// Inode of the socket: a program that closes descriptors it does not know
-    /// may have another one under that number by now.
-    identity: (u64, u64),
-    /// Pins that it does not know of yet.
-    new: Vec<WatchedPin>,
-}
-
-fn identity(fd: BorrowedFd<'_>) -> Option<(u64, u64)> {
-    rustix::fs::fstat(fd)
-        .ok()
-        .map(|stat| (stat.st_dev, stat.st_ino))
-}
-
-impl Thread {
-    fn start(
-        watching: &'static Watching,
-        number: usize,
-        guard: &Guard,
-    ) -> std::result::Result<Self, (&'static str, Errno)> {
-        let (ours, theirs) = Socket::pair().map_err(|errno| ("socketpair", errno))?;
-        let identity = identity(ours.as_fd()).ok_or(("fstat", Errno::BADF))?;
-        // Signals are for the program's own threads.
-        let blocked = signal::block_all().map_err(|errno| ("pthread_sigmask", errno))?;
-        let path = guard.socket().to_owned();
-        std::thread::Builder::new()
-            .name(String::from("mapdirect-watch"))
-            .stack_size(128 * 1024)
-            .spawn(move || serve(watching, number, path, theirs))
-            .map_err(|error| {
-                let errno = Errno::from_io_error(&error).unwrap_or(Errno::AGAIN);
-                ("starting a thread", errno)
-            })?;
-        drop(blocked);
-        // It answers when it has asked about the first pin.
-        let answer = ours.receive(&mut [0; 8]);
-        match answer {
-            Ok(received) if received.length > 0 => Ok(Self {
-                guard: guard.clone(),
-                orders: Some(ours),
-                identity,
-                new: Vec::new(),
-            }),
-            Ok(_) => Err(("receive", Errno::SRCH)),
-            Err(errno) => Err(("receive", errno)),
-        }
-    }
-
-    fn is_usable(&self) -> bool {
-        let there = self.orders.as_ref().map(AsFd::as_fd).and_then(identity);
-        there == Some(self.identity)
-    }
-}
-
-impl Drop for Thread {
-    fn drop(&mut self) {
-        if !self.is_usable() {
-            // The number is somebody else's.
-            std::mem::forget(self.orders.take());
-        }
-    }
-}
 
 /// Why nothing is heard.
 enum Silence {
@@ -640,7 +190,7 @@ struct Listener {
     tries: u32,
 }
 
-fn serve(watching: &'static Watching, number: usize, path: PathBuf, orders: Socket) {
+pub(super) fn serve(watching: &'static Watching, number: usize, path: PathBuf, orders: Socket) {
     // Without a table of its own, in a sandbox that allows none, the thread can
     // be deafened by a program that closes its descriptors, and then connects
     // again.
@@ -723,6 +273,9 @@ impl Listener {
                     && let Some(event) = received.fds.pop()
                 {
                     self.keep_event(u64::from_ne_bytes(order), event);
+                }
+                if received.length == 1 && order[..1] == RECONNECT {
+                    self.link = None;
                 }
             }
             _ => self.has_orders = false,
@@ -824,6 +377,11 @@ impl Listener {
     }
 
     fn connect_or_tell(&mut self) {
+        let mut shared = self.watching.lock();
+        if let Some(thread) = shared.threads.get_mut(self.number) {
+            thread.begun += 1;
+        }
+        drop(shared);
         match self.connect() {
             Ok(()) => self.tries = 0,
             Err(silence) => {
@@ -832,6 +390,12 @@ impl Listener {
                 self.tell_without_guard(&silence);
             }
         }
+        let mut shared = self.watching.lock();
+        if let Some(thread) = shared.threads.get_mut(self.number) {
+            thread.done = thread.begun;
+        }
+        drop(shared);
+        self.watching.tried.notify_all();
     }
 
     /// What becomes of pins while no guard answers.
@@ -941,6 +505,3 @@ fn signal_event(event: &OwnedFd) {
     // It fails only when the counter is full: then it is readable.
     let _ = rustix::io::write(event, &1u64.to_ne_bytes());
 }
-
-#[cfg(test)]
-mod tests;

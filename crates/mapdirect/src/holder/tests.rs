@@ -1,12 +1,27 @@
 //! Against a guard that says what the test wants.
 
-use super::*;
-use mapdirect_proto::{Cause, DeviceId, Extent, ExtentState};
+use super::hold::Hold;
+use super::listener::{LATER, MISSING, SOON};
+use super::shared::{Watching, watching};
+use crate::guard::Guard;
+use crate::map::revoke::Memory;
+use crate::state::{EventFd, Integrity, OnBreach, State};
+use mapdirect_proto::{
+    Breach, Cause, DeviceId, Extent, ExtentState, Gate, MAX_MESSAGE, Notice, Reply, Request,
+    VERSION, WatchedPin,
+};
 use mapdirect_sys::mmap::{self, MAP_SHARED, PROT_READ, PROT_WRITE};
+use mapdirect_sys::unix::Socket;
 use mapdirect_testkit::fault::{Access, load};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
+use std::collections::HashSet;
 use std::fs::File;
-use std::path::Path;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::SeqCst;
+use std::time::{Duration, Instant};
 
 /// A guard without a gate.
 struct Impostor {
@@ -238,6 +253,32 @@ fn without_a_guard_it_is_unattended_and_kept_again_by_the_next() {
     // And hears of what happens from then on.
     tell(&socket, breach(hold.id(), 9));
     wait_for("it is told", || hold.state().is_lost());
+}
+
+#[test]
+fn it_connects_again_when_it_is_told_to() {
+    let mut impostor = Impostor::new();
+    let (hold, socket) = watched(&impostor, OnBreach::Tell, None);
+    assert_eq!(
+        hold.reconnect().unwrap(),
+        State::Kept,
+        "nothing is to be done"
+    );
+    impostor.end();
+    drop(socket);
+    wait_for("it is unattended", || {
+        matches!(hold.state(), State::Unattended { .. })
+    });
+    let still = hold.reconnect().unwrap();
+    assert!(matches!(still, State::Unattended { .. }), "{still}");
+    impostor.begin();
+    let state = std::thread::scope(|scope| {
+        let asking = scope.spawn(|| hold.reconnect().unwrap());
+        let (_socket, named) = impostor.admit(&[]);
+        assert_eq!(named, [hold.named()]);
+        asking.join().unwrap()
+    });
+    assert_eq!(state, State::Kept);
 }
 
 #[test]

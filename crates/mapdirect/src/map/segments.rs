@@ -101,10 +101,12 @@ fn is_congruent(address: usize, offset: u64) -> bool {
         .is_multiple_of(huge_page())
 }
 
+/// Maps the whole range as the file itself.
+///
 /// # Safety
 ///
 /// As [`map`].
-unsafe fn map_whole(
+pub(super) unsafe fn map_whole(
     plan: &Plan,
     arguments: Arguments<'_>,
     offset: u64,
