@@ -3,6 +3,7 @@
 //! blocks away.
 
 mod dax;
+mod operations;
 
 use crate::table::Table;
 use crate::{build, packages};
@@ -13,6 +14,7 @@ use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{Signal, SignalFd, unblocked_in_child};
 use mapdirect_testkit::process::{GuardProcess, HELPER, Helper, Role, say};
 use mapdirect_testkit::{Disk, Kind, disk, power, raw};
+use operations::{OPERATIONS, On};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -38,14 +40,6 @@ const INTERRUPTED: u8 = 130;
 /// How long a grant may take: the machine may be busy.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Filesystems an operation makes sense on.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum On {
-    Both,
-    Xfs,
-    Ext4,
-}
-
 /// What comes of an operation.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Outcome {
@@ -68,197 +62,6 @@ impl fmt::Display for Outcome {
         })
     }
 }
-
-/// An operation by another process.
-struct Operation {
-    name: &'static str,
-    tool: &'static [&'static str],
-    on: On,
-    /// What comes of it while the range is pinned.
-    pinned: Outcome,
-    /// It moves, frees, shares or allocates blocks of the pinned range when
-    /// nothing stops it.
-    moves: bool,
-}
-
-const fn refused(name: &'static str, tool: &'static [&'static str], moves: bool) -> Operation {
-    Operation {
-        name,
-        tool,
-        on: On::Both,
-        pinned: Outcome::Refused,
-        moves,
-    }
-}
-
-const fn only(on: On, operation: Operation) -> Operation {
-    Operation { on, ..operation }
-}
-
-const fn allowed(name: &'static str, tool: &'static [&'static str]) -> Operation {
-    Operation {
-        pinned: Outcome::Works,
-        ..refused(name, tool, false)
-    }
-}
-
-const WRITER: &str = "import mmap, os; fd = os.open('data', os.O_RDWR); \
-                      m = mmap.mmap(fd, 4096, offset=5 << 20); m[0] = 1; m.flush()";
-
-/// What is tried, in the directory of the file `data`.
-const OPERATIONS: [Operation; 24] = [
-    refused("shrink into it", &["truncate", "-s", "6M", "data"], true),
-    refused("empty it", &["sh", "-c", ": > data"], true),
-    refused(
-        "write into it",
-        &[
-            "dd",
-            "if=/dev/zero",
-            "of=data",
-            "bs=1M",
-            "count=1",
-            "seek=5",
-            "conv=notrunc",
-        ],
-        false,
-    ),
-    refused(
-        "write beyond it",
-        &[
-            "dd",
-            "if=/dev/zero",
-            "of=data",
-            "bs=1M",
-            "count=1",
-            "seek=20",
-            "conv=notrunc",
-        ],
-        false,
-    ),
-    refused(
-        "punch a hole",
-        &["fallocate", "--punch-hole", "-o", "5M", "-l", "64K", "data"],
-        true,
-    ),
-    refused(
-        "zero a range",
-        &["fallocate", "--zero-range", "-o", "5M", "-l", "64K", "data"],
-        true,
-    ),
-    refused(
-        "collapse",
-        &[
-            "fallocate",
-            "--collapse-range",
-            "-o",
-            "1M",
-            "-l",
-            "64K",
-            "data",
-        ],
-        true,
-    ),
-    refused(
-        "insert",
-        &[
-            "fallocate",
-            "--insert-range",
-            "-o",
-            "1M",
-            "-l",
-            "64K",
-            "data",
-        ],
-        true,
-    ),
-    refused(
-        "allocate",
-        &["fallocate", "-o", "18M", "-l", "64K", "data"],
-        false,
-    ),
-    only(
-        On::Xfs,
-        refused(
-            "clone from it",
-            &["cp", "--reflink=always", "data", "copy"],
-            true,
-        ),
-    ),
-    Operation {
-        on: On::Ext4,
-        pinned: Outcome::NotSupported,
-        ..refused(
-            "clone from it",
-            &["cp", "--reflink=always", "data", "copy"],
-            false,
-        )
-    },
-    only(
-        On::Xfs,
-        refused(
-            "clone onto it",
-            &["cp", "--reflink=always", "twin", "data"],
-            true,
-        ),
-    ),
-    only(
-        On::Ext4,
-        // cp opens it with O_TRUNC before it finds out.
-        Operation {
-            moves: false,
-            ..refused(
-                "clone onto it",
-                &["cp", "--reflink=always", "twin", "data"],
-                false,
-            )
-        },
-    ),
-    only(
-        On::Xfs,
-        refused(
-            "reflink from it",
-            &["xfs_io", "-f", "-c", "reflink data 5m 0 64k", "copy"],
-            true,
-        ),
-    ),
-    only(
-        On::Xfs,
-        refused(
-            "reflink onto it",
-            &["xfs_io", "-c", "reflink twin 5m 5m 64k", "data"],
-            true,
-        ),
-    ),
-    only(
-        On::Xfs,
-        refused(
-            "dedupe with it",
-            &["xfs_io", "-c", "dedupe data 5m 5m 64k", "twin"],
-            true,
-        ),
-    ),
-    only(
-        On::Xfs,
-        refused(
-            "dedupe it",
-            &["xfs_io", "-c", "dedupe twin 5m 5m 64k", "data"],
-            true,
-        ),
-    ),
-    only(
-        On::Xfs,
-        refused("defragment it", &["xfs_fsr", "-v", "data"], true),
-    ),
-    only(
-        On::Ext4,
-        refused("defragment it", &["e4defrag", "-v", "data"], true),
-    ),
-    refused("store by mmap", &["python3", "-c", WRITER], false),
-    allowed("read it", &["cmp", "data", "twin"]),
-    allowed("copy it", &["cp", "--reflink=never", "data", "copy"]),
-    allowed("chmod", &["chmod", "600", "data"]),
-    allowed("rename", &["sh", "-c", "mv data moved && mv moved data"]),
-];
 
 type Attacks = Table<6>;
 

@@ -9,7 +9,7 @@ use crate::{build, packages};
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 /// Where everything comes from that is not of this workspace.
 const REGISTRY: &str = "registry+https://github.com/rust-lang/crates.io-index";
@@ -162,14 +162,12 @@ pub(crate) fn oldest_compiler() -> Result<String> {
              rust-version of each package are all that was looked at"
         ));
     }
-    let toolchain = format!("+{version}");
     let has = rustup(&["run", version, "cargo", "--version"])?;
     if !has && !rustup(&["toolchain", "install", version, "--profile", "minimal"])? {
         bail!("rustup cannot install Rust {version}");
     }
     let target = build::target()?.join("oldest");
-    let status = std::process::Command::new("cargo")
-        .arg(toolchain)
+    let status = under(version)
         .args([
             "check",
             "--quiet",
@@ -178,11 +176,6 @@ pub(crate) fn oldest_compiler() -> Result<String> {
             "--target-dir",
         ])
         .arg(target)
-        .current_dir(build::workspace())
-        // What runs us is another one.
-        .env_remove("CARGO")
-        .env_remove("RUSTC")
-        .env_remove("RUSTUP_TOOLCHAIN")
         .stdin(Stdio::null())
         .status()
         .context("cannot run cargo")?;
@@ -190,9 +183,21 @@ pub(crate) fn oldest_compiler() -> Result<String> {
     Ok(format!("with Rust {version} itself"))
 }
 
+/// The cargo of another toolchain than the one that runs us, in the workspace.
+fn under(toolchain: &str) -> Command {
+    let mut command = Command::new("rustup");
+    command
+        .args(["run", toolchain, "cargo"])
+        .current_dir(build::workspace())
+        .env_remove("CARGO")
+        .env_remove("RUSTC")
+        .env_remove("RUSTUP_TOOLCHAIN");
+    command
+}
+
 /// Whether rustup does something.
 fn rustup(arguments: &[&str]) -> Result<bool> {
-    let status = std::process::Command::new("rustup")
+    let status = Command::new("rustup")
         .args(arguments)
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -223,21 +228,10 @@ pub(crate) fn miri() -> Result<String> {
             "seeds_make_sense",
         ][..],
     ] {
-        let status = std::process::Command::new("cargo")
-            .args([
-                "+nightly",
-                "miri",
-                "test",
-                "--quiet",
-                "--locked",
-                "--target-dir",
-            ])
+        let status = under("nightly")
+            .args(["miri", "test", "--quiet", "--locked", "--target-dir"])
             .arg(&target)
             .args(arguments)
-            .current_dir(build::workspace())
-            .env_remove("CARGO")
-            .env_remove("RUSTC")
-            .env_remove("RUSTUP_TOOLCHAIN")
             // A few of each: it is a hundred times slower.
             .env("PROPTEST_CASES", "2")
             .env("PROPTEST_DISABLE_FAILURE_PERSISTENCE", "1")

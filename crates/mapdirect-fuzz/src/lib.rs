@@ -85,3 +85,20 @@ fn statuses(bytes: &[u8]) {
         assert_eq!(decode_status(&encode_status(&again)), Ok(again));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_fuzz_has_the_same_targets() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/Cargo.toml");
+        let text = std::fs::read_to_string(path).unwrap();
+        let (_, binaries) = text.split_once("[[bin]]").unwrap();
+        let named = binaries
+            .lines()
+            .filter_map(|line| line.strip_prefix("name = \"")?.strip_suffix('"'));
+        let here = targets();
+        assert!(named.eq(here.iter().map(|target| target.name)));
+    }
+}
