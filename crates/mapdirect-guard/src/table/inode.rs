@@ -148,7 +148,7 @@ impl Watched {
 
     /// Nobody looks while this lives, so that no description is there but those
     /// of others. A look that takes longer is not waited for.
-    pub(crate) fn hold_looks(&self) -> Option<MutexGuard<'_, ()>> {
+    pub(crate) fn pause_looks(&self) -> Option<MutexGuard<'_, ()>> {
         for _ in 0..200 {
             match self.looking.try_lock() {
                 Ok(held) => return Some(held),

@@ -53,7 +53,7 @@ pub(crate) struct Settled {
     pub(crate) layers: Arc<Layers>,
     /// Pages kept in the page cache, so that stores beside frozen blocks do
     /// not take them along.
-    _held: Option<Held>,
+    _kept_pages: Option<Held>,
     pub(crate) stable: u64,
     pub(crate) frozen: u64,
 }
@@ -156,13 +156,13 @@ impl Pin {
     /// Tells what is known of its blocks, so that operations are judged by
     /// that. This is repeated when its holder has some of them allocated, and
     /// when the block map was found to have changed during the grant.
-    pub(crate) fn settle(&self, map: &BlockMap, pinned: &Pinned, held: Option<Held>) {
+    pub(crate) fn settle(&self, map: &BlockMap, pinned: &Pinned, kept_pages: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
         self.record(map);
         self.settled.store(Some(Arc::new(Settled {
             layers: Arc::new(Layers::of(pinned)),
-            _held: held,
+            _kept_pages: kept_pages,
             stable: range.end - range.start - frozen,
             frozen,
         })));

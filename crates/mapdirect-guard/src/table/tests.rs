@@ -5,7 +5,6 @@ use crate::policy::{Geometry, Operation, Pinned};
 use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags};
 use mapdirect_sys::unix::Sender;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 const OWNER: Sender = Sender { pid: 1, uid: 0 };
 
