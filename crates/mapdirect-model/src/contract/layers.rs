@@ -14,6 +14,8 @@
 //!   untorn write does this, it counts as untorn there, too.
 //! * A pin that lies wholly behind the end of the file keeps the file from
 //!   getting shorter all the same.
+//! * A pin that is mapped keeps the file from growing if its last page holds
+//!   pinned blocks behind the end, even if that page is not mapped.
 //! * A mapping that reaches behind the end of the file is refused for every
 //!   frozen block between there and the end of its last folio, wherever it
 //!   begins.

@@ -23,8 +23,9 @@ struct Pin {
     whole_file: bool,
     /// Size of the file when it was pinned.
     size: u64,
-    /// Mapped, and whether through the page cache.
-    mapped: Option<bool>,
+    /// The blocks that are mapped, from where a page begins, and whether
+    /// through the page cache.
+    mapped: Option<(Range<u64>, bool)>,
     /// Blocks, by number, that take blocks of the pin along.
     beside: Vec<Range<u64>>,
     window: Option<Range<u64>>,
@@ -91,10 +92,15 @@ impl Pin {
     /// Whether the holder has a copy of the page that a block is in: it holds
     /// blocks of the pin that would have to be mapped in different ways.
     fn is_copied(&self, at: u64) -> bool {
-        if self.mapped.is_none() || self.block >= self.geometry.page {
+        let Some((mapped, _)) = &self.mapped else {
+            return false;
+        };
+        let page = at * self.block / self.geometry.page;
+        let mapped = mapped.start * self.block..mapped.end * self.block;
+        if self.block >= self.geometry.page || !units(&mapped, self.geometry.page).contains(&page) {
             return false;
         }
-        let page = unit(at * self.block / self.geometry.page, self.geometry.page);
+        let page = unit(page, self.geometry.page);
         let mut ways = units(&page, self.block)
             .filter(|at| *at < self.end() && *at < self.end_of_file())
             .filter_map(|at| self.state(at))
@@ -131,7 +137,7 @@ impl Pin {
     /// Whether there are pinned blocks behind the end of the file in its last
     /// page, and that page is mapped through the page cache.
     fn holds_tail(&self) -> bool {
-        self.mapped == Some(true)
+        matches!(self.mapped, Some((_, true)))
             && self
                 .tail_blocks()
                 .any(|at| self.state(at).is_some() && at >= self.end_of_file())
@@ -188,10 +194,11 @@ impl Pin {
         let block = u32::try_from(self.block).unwrap();
         let map = BlockMap::new(device, block, self.size, range.clone(), extents);
         let mut pinned = Pinned::new(&map, self.whole_file, self.geometry);
-        if let Some(cached) = self.mapped {
-            let length = range.end - range.start;
-            let plan = Plan::new(&map, range.start, length, self.geometry.page);
-            pinned = pinned.mapped(&plan, cached);
+        if let Some((mapped, cached)) = &self.mapped {
+            let mapped = bytes(mapped);
+            let length = mapped.end - mapped.start;
+            let plan = Plan::new(&map, mapped.start, length, self.geometry.page);
+            pinned = pinned.mapped(&plan, *cached);
         }
         let beside = Beside {
             frozen: self.beside.iter().map(bytes).collect(),

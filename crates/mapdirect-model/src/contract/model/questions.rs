@@ -57,7 +57,7 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
     let blocks = (0u64..40, states);
     // The end of the file somewhere in the pin, or anywhere.
     let size = (any::<bool>(), any::<Index>(), 1..60 * block);
-    let mapped = proptest::option::of(any::<bool>());
+    let mapped = proptest::option::of(any::<(Index, Index, bool)>());
     let window = proptest::option::of((0u64..12, 0u64..12));
     (
         blocks,
@@ -87,6 +87,12 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
                     None => first,
                 };
                 let end = first + states.len() as u64;
+                let mapped = mapped.map(|(from, length, cached)| {
+                    let from = first + from.index(states.len()) as u64;
+                    let from = from / per_page * per_page;
+                    let length = 1 + length.index(usize::try_from(end - from).unwrap()) as u64;
+                    (from..from + length, cached)
+                });
                 let (is_inside, at, anywhere) = size;
                 let inside =
                     first * block + 1 + at.index(states.len() * 1024) as u64 * block / 1024;
