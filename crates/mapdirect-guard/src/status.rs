@@ -50,7 +50,7 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         uptime: guard.started.elapsed().as_secs(),
         clients: u32::try_from(guard.places.count()).unwrap_or(u32::MAX),
         judged: guard.audit.total_judged(),
-        refused: guard.gate.refused().unwrap_or_else(|| guard.audit.counts()),
+        refused: guard.gate.refused(guard),
         files,
         recent,
         breached,

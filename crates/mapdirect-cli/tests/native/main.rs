@@ -10,12 +10,14 @@
 )]
 
 mod abuse;
+mod api;
 mod beside;
 mod cli;
 mod contract;
 mod dax;
 mod doors;
 mod errors;
+mod examples;
 mod grants;
 mod hammer;
 mod in_kernel;
@@ -29,6 +31,7 @@ mod patience;
 mod prepare;
 mod programs;
 mod random;
+mod read_only;
 mod segments;
 mod service;
 mod states;
@@ -36,6 +39,7 @@ mod strangers;
 mod stuck;
 mod tripwire;
 mod unnoticed;
+mod versions;
 mod world;
 mod writers;
 
@@ -68,10 +72,14 @@ fn main() -> ExitCode {
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
     trials.extend(segments::trials(&world));
+    trials.extend(read_only::trials(&world));
+    trials.extend(api::trials(&world));
+    trials.extend(examples::trials(&world));
     trials.extend(beside::trials(&world));
     trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
+    trials.extend(versions::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(tripwire::trials(&world));

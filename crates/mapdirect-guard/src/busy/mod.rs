@@ -163,6 +163,7 @@ impl Suspect {
 }
 
 /// Whether every thread of a process sleeps, none of them changing a file.
+#[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
 pub(crate) fn is_at_rest(pid: i32) -> bool {
     let subject = Subject {
         id: InodeId { dev: 0, inode: 0 },
@@ -233,6 +234,7 @@ impl Quiet<'_> {
     }
 
     /// The same where it is known that nobody else can write to it.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn wait_for_readers(&self) -> Result<Vec<Busy>, Stuck> {
         self.wait_for_everybody(LookFor::ChangesByReaders)
     }

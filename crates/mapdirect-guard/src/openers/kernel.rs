@@ -5,6 +5,7 @@ use crate::table::InodeId;
 use mapdirect_proto::Opener;
 
 /// Users of one file inside the kernel that can be found.
+#[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
 pub(crate) fn kernel_users(id: InodeId, known_path: &str) -> Vec<Opener> {
     all_kernel_users()
         .into_iter()

@@ -7,6 +7,7 @@
 mod kernel;
 mod process;
 
+#[cfg(feature = "bpf")]
 pub(crate) use self::kernel::kernel_users;
 
 use self::kernel::all_kernel_users;

@@ -3,6 +3,7 @@
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
 use crate::audit::Refused;
+use crate::gate::Gate as _;
 use crate::ledger::PinSet;
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Opinion, Passing, Pin, Watched};
@@ -113,6 +114,9 @@ impl Server<'_> {
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
         // new ones.
         let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
+        if !exclusive && watched.lets_pass(pins, operation, size, moved) {
+            return Verdict::Allow;
+        }
         let mut reach = if exclusive {
             0..u64::MAX
         } else {
@@ -134,8 +138,7 @@ impl Server<'_> {
                 Opinion::Refuse => {
                     // Its last mapping is gone, only the notice is not here
                     // yet.
-                    pin.end();
-                    self.guard.lifetime.kick(watched.id);
+                    self.gate.end(watched, pin);
                 }
             }
         }
@@ -197,11 +200,10 @@ impl<'a> Moving<'a> {
         if pins.iter().any(|pin| pin.id >= next_pin) {
             return true;
         }
-        let windows = pins.iter().filter_map(|pin| {
-            let settled = pin.settled()?;
-            settled.pinned.unshared_window(moved)
-        });
-        let Some(end) = windows.map(|window| window.end).max() else {
+        let windows = pins
+            .iter()
+            .filter_map(|pin| pin.settled()?.layers.unshared_until());
+        let Some(end) = windows.max().map(|end| end.saturating_add(moved)) else {
             return false;
         };
         self.watched.notes.may_be_shared()
