@@ -1,9 +1,20 @@
 //! Looking at a thread that waits for an answer.
 //!
-//! A thread is looked at only once it sleeps: `/proc/<tid>/syscall` proves
-//! that (`task_current_syscall` waits until the thread is off its processor),
-//! and only then is `/proc/<tid>/stack` more than what an earlier sleep left
-//! behind. It keeps sleeping until it is answered or killed.
+//! A thread is looked at only once it is off its processor, or what
+//! `/proc/<tid>/stack` shows may be what an earlier sleep left behind. Two
+//! things prove that:
+//!
+//! * The stack itself, on kernels that unwind by ORC tables, as distributions'
+//!   kernels for x86-64 do: they show no stack of a thread that is on another
+//!   processor (`__unwind_start`, arch/x86/kernel/unwind_orc.c). What they show
+//!   begins where the thread was switched out last. It ran when it queued its
+//!   event, and has not got further since, so that was inside of this event.
+//! * `/proc/<tid>/syscall` (`task_current_syscall` waits until the thread is off
+//!   its processor), if it is read before the stack. Other kernels need this.
+//!
+//! The thread stays where it is until it is answered or killed. It may be woken
+//! for a moment when others are answered; that changes only frames within the
+//! wait.
 //!
 //! Everything here may hang for as long as the owner of the thread likes, so
 //! it runs in the threads of [`lookers`](super::lookers) alone. As of 6.18:
@@ -29,9 +40,12 @@ use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use mapdirect_sys::{fanotify::Mask, pidfd};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
 use std::collections::HashMap;
+use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 /// How long a thread may take to fall asleep before it is judged unseen.
@@ -167,11 +181,25 @@ const KEPT: usize = 256;
 const LONGEST_STACK: usize = 4096;
 
 /// Whether the kernel shows the stack of a thread only while the thread is on
-/// no processor. x86-64 does (`__unwind_start`,
-/// arch/x86/kernel/unwind_orc.c): what it shows then begins where the thread
-/// was switched out last, and that is inside the event that waits. arm64 does
-/// not ask, and could show what an earlier wait left behind.
-const SHOWS_ONLY_WHO_RESTS: bool = cfg!(target_arch = "x86_64");
+/// no processor: see the head of this file.
+fn shows_only_who_rests() -> bool {
+    /// Functions of the kernel that only those have which unwind by ORC tables.
+    /// They come early in the list.
+    const OF_ORC: [&str; 2] = ["orc_find", "__orc_find"];
+    static ANSWER: OnceLock<bool> = OnceLock::new();
+    let has_orc = || {
+        let Ok(symbols) = File::open("/proc/kallsyms") else {
+            return false;
+        };
+        let mut lines = BufReader::new(symbols).lines().map_while(Result::ok);
+        lines.any(|line| {
+            let name = line.split_ascii_whitespace().nth(2).unwrap_or_default();
+            let name = name.split_once('.').map_or(name, |(name, _)| name);
+            OF_ORC.contains(&name)
+        })
+    };
+    cfg!(target_arch = "x86_64") && *ANSWER.get_or_init(has_orc)
+}
 
 /// The registers of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,7 +224,7 @@ impl Threads {
     }
 
     fn look_once(&mut self, question: &Question) -> Result<Seen, Gone> {
-        if SHOWS_ONLY_WHO_RESTS {
+        if shows_only_who_rests() {
             self.look_at_stack_first(question)
         } else {
             self.look_at_registers_first(question)
@@ -477,7 +505,6 @@ impl Doing {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
     use std::os::fd::AsRawFd;
 
     fn question(tid: i32, late: Duration) -> Question {
