@@ -6,6 +6,7 @@
 mod bpf;
 mod build;
 mod demo;
+mod dependencies;
 mod man;
 mod packages;
 mod public_api;

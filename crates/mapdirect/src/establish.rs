@@ -5,8 +5,8 @@ use crate::error::{Error, Kind, Result};
 use crate::guard::Guard;
 use crate::holder::{self, Connection, Hold, unexpected};
 use mapdirect_proto::{
-    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, VERSION,
-    WatchedPin, extent, extent::EXTENT_RECORD,
+    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, WatchedPin,
+    extent, extent::EXTENT_RECORD,
 };
 use mapdirect_sys::{Errno, dup, memfd};
 use std::ops::Range;
@@ -66,10 +66,10 @@ pub(crate) fn establish(
                 // sent it. When it answers once more that is done, and the
                 // pin ends when we let go of it, and not a moment later.
                 held = Some((granted, fds));
-                talk.say(&Request::Hello { version: VERSION }, &[])?;
+                talk.say(&connection.barrier(), &[])?;
                 return Ok(None);
             }
-            Reply::Welcome { .. } => return Ok(held.take()),
+            Reply::Done | Reply::Welcome { .. } if held.is_some() => return Ok(held.take()),
             Reply::Granted(granted) => return Ok(Some((granted, fds))),
             Reply::Swap => {
                 let new = fds.pop().ok_or_else(unexpected)?;

@@ -5,7 +5,9 @@ use crate::holder::{Connection, ENDED, environment, unexpected};
 use crate::report::PinnedRange;
 use crate::status::Status;
 use mapdirect_proto::status as wire;
-use mapdirect_proto::{DEFAULT_SOCKET, Gate, Reply, Request, SOCKET_VARIABLE, WatchedPin};
+use mapdirect_proto::{
+    DEFAULT_SOCKET, Gate, MAX_STATUS, Reply, Request, SOCKET_VARIABLE, WatchedPin, decode_status,
+};
 use mapdirect_sys::{Errno, memfd};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -82,9 +84,9 @@ impl Guard {
         let (Reply::Status, Some(file)) = (reply, fds.pop()) else {
             return Err(unexpected());
         };
-        let bytes = memfd::read_sealed(file.as_fd(), wire::MAX_STATUS)
+        let bytes = memfd::read_sealed(file.as_fd(), MAX_STATUS)
             .map_err(|errno| Error::system("reading the status", errno))?;
-        wire::Status::decode(&bytes).map_err(|_| unexpected())
+        decode_status(&bytes).map_err(|_| unexpected())
     }
 
     /// All ranges of `file` that are pinned, by whoever holds them, in the

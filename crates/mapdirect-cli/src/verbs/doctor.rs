@@ -87,7 +87,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     findings.push(if has_bpf && by_events.outcome == Outcome::Bad {
         Finding {
             outcome: Outcome::Note,
-            mend: String::from("none is needed: the bpf gate serves here"),
+            mend: String::from("none is needed: the bpf gate serves here, and uses no fanotify"),
             ..by_events
         }
     } else {

@@ -39,6 +39,7 @@ mod strangers;
 mod stuck;
 mod tripwire;
 mod unnoticed;
+mod versions;
 mod world;
 mod writers;
 
@@ -78,6 +79,7 @@ fn main() -> ExitCode {
     trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
+    trials.extend(versions::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(tripwire::trials(&world));

@@ -18,6 +18,8 @@
 mod compare;
 mod filter;
 mod format;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod look;
 mod points;
 mod tracefs;

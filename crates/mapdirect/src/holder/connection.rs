@@ -1,7 +1,9 @@
 //! Talking to the guard.
 
 use crate::error::{Error, Kind, Result};
-use mapdirect_proto::{Gate, MAX_MESSAGE, Reply, Request, VERSION, WatchedPin};
+use mapdirect_proto::{
+    Gate, MAX_MESSAGE, Reply, Request, VERSION, VERSION_WITH_BARRIER, WatchedPin, settle,
+};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, capget, getauxval, memfd};
 use std::cell::Cell;
@@ -22,6 +24,8 @@ pub(crate) struct Connection {
     /// The process that made it: the guard knows no other on it.
     pid: u32,
     gate: Gate,
+    /// The version of the protocol that both sides speak.
+    version: u32,
     /// Whoever is asking holds this until the answer is there.
     turn: Mutex<Turn>,
     challenge: [u8; 32],
@@ -59,11 +63,22 @@ impl Connection {
         talk.say(&Request::Hello { version: VERSION }, &[])?;
         let (reply, _) = talk.hear()?;
         let Reply::Welcome {
-            gate, challenge, ..
+            version,
+            gate,
+            challenge,
+            ..
         } = reply
         else {
             return Err(unexpected());
         };
+        let version = settle(version).map_err(|unknown| {
+            Error::new(
+                Kind::Protocol,
+                Errno::PROTONOSUPPORT,
+                format!("the guard at {}: {unknown}", path.display()),
+                "use the guard of the same version as the library",
+            )
+        })?;
         if patience.is_some() {
             limited(None)?;
         }
@@ -71,6 +86,7 @@ impl Connection {
             socket,
             pid: std::process::id(),
             gate,
+            version,
             turn: Mutex::default(),
             challenge,
             broken: AtomicBool::new(false),
@@ -84,6 +100,17 @@ impl Connection {
     /// Which gate the guard has.
     pub(crate) fn gate(&self) -> Gate {
         self.gate
+    }
+
+    /// What the guard answers when it is through with everything before.
+    pub(crate) fn barrier(&self) -> Request {
+        if self.version >= VERSION_WITH_BARRIER {
+            Request::Barrier
+        } else {
+            Request::Hello {
+                version: self.version,
+            }
+        }
     }
 
     /// Whether the guard is still there.

@@ -17,8 +17,8 @@
 
 use super::shared::{Entry, Watching, identity};
 use crate::state::State;
-use mapdirect_proto::message::MAX_WATCHED;
-use mapdirect_proto::{Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin};
+use mapdirect_proto::request::MAX_WATCHED;
+use mapdirect_proto::{Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin, settle};
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, descriptors};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -78,7 +78,12 @@ impl Link {
         let hello = Request::Hello { version: VERSION };
         socket.send(&[&hello.encode()], &[]).map_err(gone)?;
         match hear(&socket).map_err(gone)? {
-            (Some(Reply::Welcome { .. }), _) => Ok(Self { socket }),
+            (Some(Reply::Welcome { version, .. }), _) => match settle(version) {
+                Ok(_) => Ok(Self { socket }),
+                Err(unknown) => Err(Silence::Busy(format!(
+                    "the guard at {path_name}: {unknown}"
+                ))),
+            },
             (Some(Reply::Refused(refusal)), _) => Err(Silence::Busy(refusal.obstacle)),
             _ => Err(gone(Errno::PROTO)),
         }

@@ -398,7 +398,7 @@ mod tests {
         let memory = std::panic::AssertUnwindSafe(memory);
         let panics = |run: &dyn Fn()| {
             let run = std::panic::AssertUnwindSafe(run);
-            std::panic::catch_unwind(|| run()).is_err()
+            std::panic::catch_unwind(run).is_err()
         };
         for order in [Ordering::Release, AcqRel] {
             assert!(panics(&|| {

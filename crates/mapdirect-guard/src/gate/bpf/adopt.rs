@@ -3,34 +3,21 @@
 //! The gate has kept them all the while. What it needs to be told of them
 //! when something changes is read anew: their block maps are what they were.
 
-use super::{Attempt, Judged, judge};
+use super::exclude::others_can_store;
+use super::{Found, Gate};
 use crate::Guard;
-use crate::gate::bpf::{Found, Gate};
-use crate::table::{Abilities, InodeId, Pin, Watched};
+use crate::grant::pending::lock;
+use crate::grant::{Granting, Judged, Survey, arm, judge, system};
+use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use mapdirect_proto::{PinRequest, Refusal};
 use mapdirect_sys::file_handle::FileHandle;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{Errno, file_handle, proc_mountinfo};
 use rustix::fs::{Mode, OFlags};
-use std::cell::Cell;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
-
-/// Nobody to talk to.
-struct Silent;
-
-impl super::Conversation for Silent {
-    fn swap(&mut self, _replacement: std::os::fd::BorrowedFd<'_>) -> Result<(), Refusal> {
-        Err(super::refusal(
-            mapdirect_proto::Reason::Protocol,
-            Errno::PROTO,
-            "nothing is swapped",
-            "",
-        ))
-    }
-}
 
 /// Takes over every pin that lives. One that cannot be read stays in the
 /// kernel as it is, and ends when its description does.
@@ -102,7 +89,7 @@ struct Recognised {
 
 fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     let file = open(found.inode, &found.handle)
-        .map_err(|errno| super::system("opening it by its handle", errno))?;
+        .map_err(|errno| system("opening it by its handle", errno))?;
     let request = PinRequest {
         offset: found.range.start,
         length: found.range.end - found.range.start,
@@ -113,27 +100,13 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     judged.range = found.range.clone();
     judged.mapped.clone_from(&found.mapped);
     judged.path = Arc::from(found.path.as_str());
-    let armed = super::arm(guard, &judged, file.as_fd())?;
-    let watched = guard.table.get_or_insert(judged.id, || {
-        let abilities = Abilities {
-            reflink: judged.facts.reflink,
-            exchange: judged.facts.exchange,
-            coarse: super::in_kernel::writes_whole_folios(&judged.facts),
-        };
-        Watched::new(judged.id, abilities, Arc::clone(&judged.path))
-    });
+    let armed = arm(guard, &judged, file.as_fd())?;
+    let watched = judged.watched(guard);
     let owner = Sender {
         pid: found.pid,
         uid: found.uid,
     };
-    let pin = Arc::new(Pin::unsettled(
-        found.id,
-        judged.range.clone(),
-        judged.mapped.clone(),
-        judged.reach(),
-        found.flags,
-        owner,
-    ));
+    let pin = Arc::new(judged.unsettled(found.id, found.flags, owner));
     watched.add(&pin);
     Ok(Recognised {
         judged,
@@ -148,24 +121,23 @@ impl Recognised {
     fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
         // Once more: there may be more pins than descriptors.
         let file = open(found.inode, &found.handle)
-            .map_err(|errno| super::system("opening it by its handle", errno))?;
-        let mut state = super::lock(&self.watched, Duration::from_secs(1))?;
-        let attempt = Attempt {
+            .map_err(|errno| system("opening it by its handle", errno))?;
+        let patience = Duration::from_secs(1);
+        let _state = lock(&self.watched, patience)?;
+        let granting = Granting {
             guard,
             judged: &self.judged,
             watched: &self.watched,
-            state: &mut state,
             pin: &self.pin,
-            patience: Duration::from_secs(1),
-            mark: 0,
-            marked: Cell::new(false),
-            talk: &mut Silent,
-            file,
-            life: None,
-            turn: None,
+            patience,
         };
-        let (map, pinned, held) = attempt.come_to_rest(true)?;
-        self.pin.settle(&map, pinned, held);
+        let survey = Survey {
+            granting: &granting,
+            file: file.as_fd(),
+            others_can_store: &|frozen| others_can_store(&granting, frozen),
+        };
+        let (map, found) = survey.until_at_rest(true)?;
+        self.pin.settle(&map, &found.pinned, found.kept_pages);
         self.pin.hand_over();
         Ok(())
     }

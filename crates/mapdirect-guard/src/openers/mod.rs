@@ -4,16 +4,26 @@
 //! is found here decides only where the exact proof (a lease) cannot be had,
 //! and explains refusals.
 
+mod kernel;
+mod process;
+
+#[cfg(feature = "bpf")]
+pub(crate) use self::kernel::kernel_users;
+
+use self::kernel::all_kernel_users;
+use self::process::{Process, Socket, device_behind, never_writable};
 use crate::bounded::{self, Looking, Retries, within};
 use crate::table::{InodeId, LOCK_BASE};
 use mapdirect_proto::Opener;
 use mapdirect_sys::proc::{self, FdInfo};
-use mapdirect_sys::{kcmp, proc_locks};
-use rustix::fs::{AtFlags, StatxFlags};
-use std::collections::{HashMap, HashSet};
+use mapdirect_sys::proc_locks;
+use rustix::event::EventfdFlags;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
+use std::collections::HashMap;
 use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// A file whose openers are looked for.
@@ -75,14 +85,19 @@ pub(crate) fn openers_before(wanted: Wanted<'_>, deadline: Instant) -> Openers {
         .unwrap_or_default()
 }
 
-/// The same for many files with one look at every process; the answers stand
-/// in the order of the questions.
-pub(crate) fn openers_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
-    look_for(wanted, LIMIT)
+/// Which processes have files open or mapped, for somebody to read: with one
+/// look at every process, and nothing about what hides elsewhere. The answers
+/// stand in the order of the questions.
+pub(crate) fn processes_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
+    search_for(Search::of(wanted, Depth::Processes), LIMIT)
 }
 
 fn look_for(wanted: &[Wanted<'_>], limit: Duration) -> Vec<Openers> {
-    let search = Arc::new(Search::of(wanted));
+    search_for(Search::of(wanted, Depth::Everything), limit)
+}
+
+fn search_for(search: Search, limit: Duration) -> Vec<Openers> {
+    let search = Arc::new(search);
     let deadline = Instant::now() + limit;
     let retries = Retries::until(deadline);
     let looked = loop {
@@ -108,8 +123,18 @@ fn look_for(wanted: &[Wanted<'_>], limit: Duration) -> Vec<Openers> {
     found
 }
 
+/// How closely to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Depth {
+    /// At whatever could hold a file open, and how.
+    Everything,
+    /// At descriptors and mappings of processes.
+    Processes,
+}
+
 /// What a search owns: it may outlive who asked for it.
 struct Search {
+    depth: Depth,
     wanted: Vec<Sought>,
     by_inode: HashMap<u64, Vec<usize>>,
     /// Taken away from a search that took too long.
@@ -128,7 +153,7 @@ struct Sought {
 }
 
 impl Search {
-    fn of(wanted: &[Wanted<'_>]) -> Self {
+    fn of(wanted: &[Wanted<'_>], depth: Depth) -> Self {
         let mut by_inode: HashMap<u64, Vec<usize>> = HashMap::new();
         for (at, file) in wanted.iter().enumerate() {
             by_inode.entry(file.id.inode).or_default().push(at);
@@ -143,6 +168,7 @@ impl Search {
         let mut left = proc::numbers_in("/proc").unwrap_or_default();
         left.retain(|pid| *pid != own);
         Self {
+            depth,
             wanted: sought.collect(),
             by_inode,
             found: Mutex::new(found),
@@ -171,7 +197,9 @@ impl Search {
             }
             self.pass(pid);
         }
-        self.look_into_the_kernel();
+        if self.depth == Depth::Everything {
+            self.look_into_the_kernel();
+        }
     }
 
     fn pass(&self, pid: i32) {
@@ -242,16 +270,24 @@ impl Search {
     fn look_at_descriptors(&self, process: &mut Process, in_execve: bool) -> Vec<Socket> {
         let mut sockets = Vec::new();
         for table in process.descriptor_tables() {
-            for fd in proc::numbers_in(&format!("/proc/{table}/fd")).unwrap_or_default() {
+            let path = format!("/proc/{table}/fd");
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let Ok(links) = rustix::fs::open(&path, flags, Mode::empty()) else {
+                continue;
+            };
+            for fd in proc::numbers_in(&path).unwrap_or_default() {
                 let is_socket = if in_execve {
                     self.look_at_descriptor_in_execve(process, table, fd)
                 } else {
-                    self.look_at_descriptor(process, table, fd)
+                    self.look_at_descriptor(process, table, links.as_fd(), fd)
                 };
                 if is_socket {
                     sockets.push(Socket { table, fd });
                 }
             }
+        }
+        if self.depth == Depth::Processes {
+            sockets.clear();
         }
         sockets
     }
@@ -270,27 +306,34 @@ impl Search {
     }
 
     /// Says whether it is a socket.
-    fn look_at_descriptor(&self, process: &mut Process, table: i32, fd: i32) -> bool {
-        let link = format!("/proc/{table}/fd/{fd}");
-        let Ok(target) = std::fs::read_link(&link) else {
+    fn look_at_descriptor(
+        &self,
+        process: &mut Process,
+        table: i32,
+        links: BorrowedFd<'_>,
+        fd: i32,
+    ) -> bool {
+        // Most are of other files: that is told much sooner than the rest.
+        let name = fd.to_string();
+        let Some((id, kind)) = glance(links, &name) else {
             return false;
         };
-        let target = target.to_string_lossy();
-        if target.starts_with("socket:") {
+        if kind == FileType::Socket {
             return true;
         }
-        let is_ring = target.starts_with("anon_inode:[io_uring]");
-        // Most are of other files: that is told much sooner than the rest.
-        let is_wanted = || {
-            target.starts_with('/')
-                && identify(&link).is_some_and(|id| {
-                    let same = self.by_inode.get(&id.inode).into_iter().flatten();
-                    same.copied().any(|at| self.wanted[at].id == id)
-                })
-        };
-        if !is_ring && !is_wanted() {
+        let same = self.by_inode.get(&id.inode).into_iter().flatten();
+        let mut wanted = same.copied().filter(|at| self.wanted[*at].id == id);
+        if self.depth == Depth::Processes {
+            wanted.for_each(|at| self.note_holder(process, at, links, &name));
             return false;
         }
+        let is_ring = is_anonymous(id, kind)
+            && rustix::fs::readlinkat(links, &name, Vec::new())
+                .is_ok_and(|to| to.as_bytes().starts_with(b"anon_inode:[io_uring]"));
+        if !is_ring && wanted.next().is_none() {
+            return false;
+        }
+        let link = format!("/proc/{table}/fd/{fd}");
         let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
             return false;
         };
@@ -316,6 +359,27 @@ impl Search {
             self.note_descriptor(process, &format!("/proc/{table}/fd/{fd}"), fd, &info);
         }
         text.contains("\nscm_fds:")
+    }
+
+    /// Notes that a process has a file open, if by more than a path: the link
+    /// of a mere path has no rights.
+    fn note_holder(&self, process: &mut Process, at: usize, links: BorrowedFd<'_>, name: &str) {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+        let link = rustix::fs::statx(links, name, flags, StatxFlags::MODE);
+        let Some(mode) = link.ok().map(|link| link.stx_mode & 0o600) else {
+            return;
+        };
+        if mode == 0 {
+            return;
+        }
+        let opener = Opener {
+            pid: process.pid,
+            fd: name.parse().ok(),
+            writable: mode & 0o200 != 0,
+            mapped: false,
+            command: process.command(),
+        };
+        self.note(at, |found| found.others.push(opener));
     }
 
     fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
@@ -449,136 +513,6 @@ impl Search {
     }
 }
 
-/// Users of one file inside the kernel that can be found.
-pub(crate) fn kernel_users(id: InodeId, known_path: &str) -> Vec<Opener> {
-    all_kernel_users()
-        .into_iter()
-        .filter(|user| user.path == known_path || is_inode(&user.path, id))
-        .map(|user| user.opener())
-        .collect()
-}
-
-/// A socket of a process.
-struct Socket {
-    table: i32,
-    fd: i32,
-}
-
-impl Socket {
-    /// How many descriptors are in flight through it.
-    fn in_flight(&self) -> u64 {
-        proc::read_task_file(self.table, &format!("fdinfo/{}", self.fd))
-            .map_or(0, |text| proc::parse_fdinfo(&text).in_flight)
-    }
-}
-
-/// What the kernel itself has open.
-struct KernelUser {
-    path: String,
-    what: String,
-    writable: bool,
-}
-
-impl KernelUser {
-    fn opener(&self) -> Opener {
-        Opener {
-            pid: 0,
-            fd: None,
-            writable: self.writable,
-            mapped: false,
-            command: self.what.clone(),
-        }
-    }
-}
-
-fn all_kernel_users() -> Vec<KernelUser> {
-    let mut users = Vec::new();
-    let blocks = std::fs::read_dir("/sys/block").into_iter().flatten();
-    for entry in blocks.flatten() {
-        let backing = entry.path().join("loop/backing_file");
-        if let Ok(backing) = std::fs::read_to_string(backing) {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            let read_only = std::fs::read_to_string(entry.path().join("ro"));
-            users.push(KernelUser {
-                path: backing.trim_end_matches('\n').to_owned(),
-                what: format!("loop device /dev/{name}"),
-                writable: !read_only.is_ok_and(|text| text.trim_end() == "1"),
-            });
-        }
-    }
-    let swaps = std::fs::read_to_string("/proc/swaps").unwrap_or_default();
-    for line in swaps.lines().skip(1) {
-        if let Some(file) = line.split_ascii_whitespace().next() {
-            users.push(KernelUser {
-                path: file.to_owned(),
-                what: String::from("swap space (swapoff it first)"),
-                writable: true,
-            });
-        }
-    }
-    users
-}
-
-/// A process, and its name once somebody wants to know.
-struct Process {
-    pid: i32,
-    threads: Vec<i32>,
-    command: Option<String>,
-}
-
-impl Process {
-    fn command(&mut self) -> String {
-        let pid = self.pid;
-        self.command
-            .get_or_insert_with(|| proc::command(pid))
-            .clone()
-    }
-
-    /// Threads whose tables of descriptors are all there are: they may have
-    /// some of their own (`CLONE_FILES` left out). The first thread may have
-    /// ended before the others, and has none then.
-    fn descriptor_tables(&self) -> Vec<i32> {
-        let mut tables = vec![self.pid];
-        let mut last = self.pid;
-        for &tid in self.threads.iter().filter(|tid| **tid != self.pid) {
-            let is_known = [self.pid, last]
-                .into_iter()
-                .any(|known| kcmp::same_descriptors(known, tid));
-            if !is_known {
-                tables.push(tid);
-                last = tid;
-            }
-        }
-        tables
-    }
-
-    /// What is mapped, and a thread it can be read of. All threads of a
-    /// process have one memory, but those that have ended, the first one
-    /// perhaps, show none.
-    fn maps(&self) -> Option<(i32, String)> {
-        let others = self.threads.iter().copied().filter(|tid| *tid != self.pid);
-        std::iter::once(self.pid).chain(others).find_map(|tid| {
-            let maps = proc::read_task_file(tid, "maps").ok()?;
-            (!maps.is_empty()).then_some((tid, maps))
-        })
-    }
-}
-
-/// The device of the file that a path of the kernel leads to, from here and
-/// from where a process stands; nothing if that cannot be told, or differs.
-fn device_behind(pid: i32, path: &str) -> Option<u64> {
-    let path = proc::unescape(path);
-    let here = device_of(&path)?;
-    let there = device_of(&format!("/proc/{pid}/root{path}"))?;
-    (here == there).then_some(here)
-}
-
-fn device_of(path: &str) -> Option<u64> {
-    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW;
-    let stat = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::INO).ok()?;
-    Some(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
-}
-
 /// Whether `link` leads to the inode, without asking a server behind a
 /// network filesystem.
 fn is_inode(link: &str, id: InodeId) -> bool {
@@ -596,29 +530,34 @@ pub(crate) fn identify(link: &str) -> Option<InodeId> {
     })
 }
 
-/// Where the mappings begin that `mprotect(2)` cannot make writable: without
-/// `mw` in VmFlags. None, if that cannot be told.
-fn never_writable(tid: i32) -> HashSet<u64> {
-    let smaps = proc::read_task_file(tid, "smaps").unwrap_or_default();
-    let mut fixed = HashSet::new();
-    let mut start = None;
-    for line in smaps.lines() {
-        if let Some(flags) = line.strip_prefix("VmFlags:") {
-            if !flags.split_ascii_whitespace().any(|flag| flag == "mw") {
-                fixed.extend(start);
-            }
-            start = None;
-        } else if let Some(entry) = proc::parse_maps_line(line) {
-            start = Some(entry.start);
-        }
-    }
-    fixed
+/// The inode that a link of `/proc/<pid>/fd` leads to, and its type, without
+/// asking a server behind a network filesystem. Files that the kernel made
+/// without a filesystem are of no type.
+fn glance(links: BorrowedFd<'_>, name: &str) -> Option<(InodeId, FileType)> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let asked = StatxFlags::INO | StatxFlags::TYPE;
+    let stat = rustix::fs::statx(links, name, flags, asked).ok()?;
+    let id = InodeId {
+        dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
+    };
+    Some((id, FileType::from_raw_mode(stat.stx_mode.into())))
+}
+
+/// Whether a file may be one that the kernel made without a filesystem: it has
+/// no type (seen on 6.18), or is where an eventfd is.
+fn is_anonymous(id: InodeId, kind: FileType) -> bool {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| {
+        let file = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).ok()?;
+        rustix::fs::fstat(&file).ok().map(|stat| stat.st_dev)
+    });
+    kind == FileType::Unknown || device.is_none_or(|device| device == id.dev)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     fn find(file: &std::fs::File) -> Openers {
         let stat = rustix::fs::fstat(file).unwrap();

@@ -30,7 +30,7 @@
 //! descriptor, and it is looked at through descriptions that raise no events
 //! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
-use crate::gate::fanotify::{MASK, is_final};
+use super::{Gate, MASK, is_final};
 use crate::openers::{Wanted, openers};
 use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
@@ -48,8 +48,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Which closes are heard of.
-pub(crate) const CLOSES: Mask =
-    Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
+const CLOSES: Mask = Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
 
 /// How long an inode without pins stays behind the gate while others have it
 /// open.
@@ -75,26 +74,27 @@ const SWEEP: Duration = Duration::from_secs(5);
 /// The group that hears of closes, and how to reach the thread that reads it.
 #[derive(Debug)]
 pub(crate) struct Lifetime {
-    pub(crate) closes: Group,
+    closes: Group,
     waker: Waker,
-    kicked: SegQueue<InodeId>,
+    /// Inodes with pins that were found dead.
+    with_dead: SegQueue<InodeId>,
     /// The inodes that close events may be about. Two filesystems that are
     /// copies of each other give theirs the same names.
     objects: Mutex<HashMap<Object, Vec<InodeId>>>,
 }
 
 impl Lifetime {
-    pub(crate) fn new() -> Result<Self, Errno> {
+    pub(super) fn new() -> Result<Self, Errno> {
         Ok(Self {
             closes: Group::notification()?,
             waker: Waker::new()?,
-            kicked: SegQueue::new(),
+            with_dead: SegQueue::new(),
             objects: Mutex::default(),
         })
     }
 
     /// Hears of the closes of a file from now on.
-    pub(crate) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+    pub(super) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
         let object = watched.cast_anchor(file)?;
         let mut objects = self.objects();
         let ids = objects.entry(object).or_default();
@@ -106,7 +106,7 @@ impl Lifetime {
     }
 
     /// Forgets a file whose closes are not heard of any more.
-    pub(crate) fn forget(&self, watched: &Watched) {
+    fn forget(&self, watched: &Watched) {
         let Some(object) = watched.weigh_anchor() else {
             return;
         };
@@ -123,15 +123,22 @@ impl Lifetime {
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the thread look at an inode soon.
-    pub(crate) fn kick(&self, id: InodeId) {
-        self.kicked.push(id);
+    /// Has the thread take the dead pins of an inode out of the table.
+    pub(super) fn take_out_dead(&self, id: InodeId) {
+        self.with_dead.push(id);
         self.waker.wake();
     }
 
-    /// Has the thread notice that the guard stops.
-    pub(crate) fn wake(&self) {
-        self.waker.wake();
+    /// Whether the closes of a file are heard of.
+    pub(super) fn watches(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+        self.closes.has_mark(file)
+    }
+
+    /// Hears no more of a file: its mark goes first. A mark that is gone is as
+    /// good as one that is removed.
+    pub(super) fn let_go(&self, watched: &Watched, file: BorrowedFd<'_>) {
+        let _ = self.closes.remove(CLOSES, file);
+        self.forget(watched);
     }
 }
 
@@ -143,6 +150,7 @@ struct Lingering {
 
 struct Keeper<'guard> {
     guard: &'guard Guard,
+    gate: &'guard Gate,
     lingering: HashMap<InodeId, Lingering>,
     second_looks: HashMap<InodeId, SecondLook>,
     sweep: Sweep,
@@ -188,9 +196,10 @@ struct SecondLook {
 /// # Errors
 ///
 /// When events cannot be read any more.
-pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
+pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     let mut keeper = Keeper {
         guard,
+        gate,
         lingering: HashMap::new(),
         second_looks: HashMap::new(),
         sweep: Sweep::new(),
@@ -198,15 +207,19 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
     let mut buffer = vec![0; 64 * 1024];
     let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
     while !guard.is_stopping() {
-        let lifetime = &guard.lifetime;
+        let lifetime = &gate.lifetime;
         let timeout = if undecided.is_empty() {
             keeper.next_deadline()
         } else {
             Duration::ZERO
         };
-        let fds = [lifetime.closes.as_fd(), lifetime.waker.as_fd()];
-        let [_, kicked] = wait_any(&fds, Some(timeout))?;
-        if kicked {
+        let fds = [
+            lifetime.closes.as_fd(),
+            lifetime.waker.as_fd(),
+            guard.stopped.as_fd(),
+        ];
+        let [_, woken, _] = wait_any(&fds, Some(timeout))?;
+        if woken {
             lifetime.waker.clear();
         }
         for (id, file, could_write) in std::mem::take(&mut undecided) {
@@ -243,7 +256,7 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
                 undecided.push((id, file, could_write));
             }
         }
-        while let Some(id) = lifetime.kicked.pop() {
+        while let Some(id) = lifetime.with_dead.pop() {
             // The gate found pins dead. The close event that came with their
             // end has a description to let the inode go with.
             if let Some(watched) = guard.table.get(id) {
@@ -256,6 +269,14 @@ pub(crate) fn run(guard: &Guard) -> Result<(), Errno> {
         }
     }
     Ok(())
+}
+
+impl Gate {
+    /// Takes the marks off a file that only a path leads to.
+    fn unmark_at(&self, path: BorrowedFd<'_>) {
+        let _ = self.group.remove_at(MASK, path);
+        let _ = self.lifetime.closes.remove_at(CLOSES, path);
+    }
 }
 
 impl Keeper<'_> {
@@ -396,10 +417,7 @@ impl Keeper<'_> {
         self.second_looks.remove(&watched.id);
         // Marks that stay are of an inode that nobody is refused anything on.
         if let Some(path) = path_to(watched) {
-            if let Some(gate) = self.guard.gate.fanotify() {
-                let _ = gate.group.remove_at(MASK, path.as_fd());
-            }
-            let _ = self.guard.lifetime.closes.remove_at(CLOSES, path.as_fd());
+            self.gate.unmark_at(path.as_fd());
         }
         self.guard.table.remove(watched);
     }
@@ -466,11 +484,8 @@ impl Keeper<'_> {
         // Marks first: once the entry is gone another grant may set its own,
         // which must not be the ones removed here. Gone marks are as good as
         // removed ones.
-        if let Some(gate) = self.guard.gate.fanotify() {
-            let _ = gate.group.remove(MASK, file);
-        }
-        let _ = self.guard.lifetime.closes.remove(CLOSES, file);
-        self.guard.lifetime.forget(watched);
+        let _ = self.gate.group.remove(MASK, file);
+        self.gate.lifetime.let_go(watched, file);
         self.guard.table.remove(watched);
     }
 
@@ -487,12 +502,9 @@ impl Keeper<'_> {
         state.retired = true;
         // In this order, see above.
         if let Some(path) = entry.watched.anchor() {
-            if let Some(gate) = self.guard.gate.fanotify() {
-                let _ = gate.group.remove_at(MASK, path.as_fd());
-            }
-            let _ = self.guard.lifetime.closes.remove_at(CLOSES, path.as_fd());
+            self.gate.unmark_at(path.as_fd());
         }
-        self.guard.lifetime.forget(&entry.watched);
+        self.gate.lifetime.forget(&entry.watched);
         self.guard.table.remove(&entry.watched);
         drop(state);
     }
@@ -500,7 +512,7 @@ impl Keeper<'_> {
 
 /// Whether nothing holds a pin any more, as far as that can be told at once;
 /// `file` is another description of the same inode.
-pub(crate) fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     match pin.is_let_go() {
         Some(let_go) => let_go,
         None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),
