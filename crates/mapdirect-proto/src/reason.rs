@@ -28,7 +28,7 @@ macro_rules! reasons {
 
             /// The reason of a number on the wire.
             #[must_use]
-            pub(crate) const fn from_number(number: u32) -> Self {
+            pub const fn from_number(number: u32) -> Self {
                 match number {
                     $($number => Self::$name,)*
                     other => Self::Other(other),
