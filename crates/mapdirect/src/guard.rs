@@ -89,8 +89,8 @@ impl Guard {
         decode_status(&bytes).map_err(|_| unexpected())
     }
 
-    /// All ranges of `file` that are pinned, by whoever holds them, in the
-    /// order in which they were pinned. Anybody may ask who has the file open.
+    /// All ranges of `file` that are pinned, in any order, whichever process
+    /// holds them. Every process that has the file open may ask.
     ///
     /// # Errors
     ///

@@ -78,7 +78,7 @@ fn pin_json(world: &World) {
     assert_eq!(value["range"]["offset"], 1 << 20);
     assert_eq!(value["range"]["length"], 1 << 20);
     assert_eq!(value["stable"], true);
-    let expected = mapdirect::block_map(&open_read(&path), 1 << 20..2 << 20).unwrap();
+    let expected = mapdirect::block_map(open_read(&path), 1 << 20..2 << 20).unwrap();
     let extents = value["extents"].as_array().unwrap();
     assert_eq!(extents.len(), expected.extents().len());
     for (shown, extent) in extents.iter().zip(expected.extents()) {

@@ -159,7 +159,7 @@ fn maps_directly(world: &World, kind: Kind) {
     // Without DAX the same call says so.
     let other = world.disk(Kind::EXT4);
     let plain = crate::world::written(&other, "dax-none", PAGE);
-    let refused = MapOptions::new().guard(guard.client()).map(&open(&plain));
+    let refused = MapOptions::new().guard(guard.client()).map(open(&plain));
     let error = refused.unwrap_err();
     assert_eq!(error.kind(), Reason::NoDax, "{error:#}");
     assert_eq!(error.errno(), Errno::OPNOTSUPP.raw_os_error());

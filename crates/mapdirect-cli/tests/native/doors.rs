@@ -230,7 +230,7 @@ fn overlay(world: &World, kind: Kind) {
     let pin = |path: &Path| {
         mapdirect::PinOptions::new()
             .guard(guard.client())
-            .pin(&std::fs::File::open(path).unwrap())
+            .pin(std::fs::File::open(path).unwrap())
     };
     let in_upper = pin(&path);
     let beside = pin(&free);
@@ -261,7 +261,7 @@ fn execute(world: &World, kind: Kind) {
     let pin = || {
         mapdirect::PinOptions::new()
             .guard(guard.client())
-            .pin(&std::fs::File::open(&path).unwrap())
+            .pin(std::fs::File::open(&path).unwrap())
     };
     // What is being executed cannot be pinned where others must be kept out,
     let mut child = Command::new(&path).arg("60").spawn().unwrap();

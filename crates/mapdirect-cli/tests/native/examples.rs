@@ -177,7 +177,9 @@ fn raw_reader_reads_the_file(world: &World, kind: Kind) {
     assert!(output(world, "example-raw-reader", &[&name]) == expected);
     wait_until_free(&path);
     // Written anew, so that the blocks are others, and through the page cache.
-    let bytes: Vec<u8> = (0..expected.len()).map(|at| (at / 7 % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..expected.len())
+        .map(|at| u8::try_from(at / 7 % 251).unwrap())
+        .collect();
     std::fs::write(&path, &bytes).unwrap();
     assert!(output(world, "example-raw-reader", &[&name]) == bytes);
     let mut none = example(world, "example-raw-reader", &[&name, "/dev/null"]);

@@ -114,7 +114,7 @@ fn who_has_it_open(world: &World, kind: Kind) {
         .stdin(open(&path))
         .spawn()
         .unwrap();
-    let error = excluded(impatient(&guard).pin(&File::open(&path).unwrap()));
+    let error = excluded(impatient(&guard).pin(File::open(&path).unwrap()));
     writer.kill().unwrap();
     writer.wait().unwrap();
     if let Some(error) = error {
@@ -130,7 +130,7 @@ fn who_has_it_open(world: &World, kind: Kind) {
         );
     }
     assert!(!is_pinned(&path), "a refused pin leaves nothing behind");
-    drop(impatient(&guard).pin(&File::open(&path).unwrap()).unwrap());
+    drop(impatient(&guard).pin(File::open(&path).unwrap()).unwrap());
     std::fs::remove_file(&path).unwrap();
 }
 
@@ -144,7 +144,7 @@ fn patience(world: &World, kind: Kind) {
     });
     let pinned = impatient(&guard)
         .patience(PATIENCE)
-        .pin(&File::open(&path).unwrap());
+        .pin(File::open(&path).unwrap());
     closing.join().unwrap();
     drop(pinned.unwrap());
     std::fs::remove_file(&path).unwrap();
@@ -221,14 +221,14 @@ fn in_flight(world: &World, kind: Kind) {
     let guard = world.guard().client();
     let (one, other) = Socket::pair().unwrap();
     one.send(&[b"x"], &[open(&path).as_fd()]).unwrap();
-    if let Some(error) = excluded(impatient(&guard).pin(&File::open(&path).unwrap())) {
+    if let Some(error) = excluded(impatient(&guard).pin(File::open(&path).unwrap())) {
         assert!(error.obstacle().contains("socket"), "{error:#}");
     }
     drop(other);
     drop(
         impatient(&guard)
             .patience(PATIENCE)
-            .pin(&File::open(&path).unwrap())
+            .pin(File::open(&path).unwrap())
             .unwrap(),
     );
     std::fs::remove_file(&path).unwrap();
@@ -239,14 +239,14 @@ fn registered(world: &World, kind: Kind) {
     let (_disk, path) = subject(world, kind, "registered");
     let guard = world.guard().client();
     let ring = raw::ring_with_file(open(&path)).unwrap();
-    if let Some(error) = excluded(impatient(&guard).pin(&File::open(&path).unwrap())) {
+    if let Some(error) = excluded(impatient(&guard).pin(File::open(&path).unwrap())) {
         assert!(error.obstacle().contains("io_uring"), "{error:#}");
     }
     drop(ring);
     drop(
         impatient(&guard)
             .patience(PATIENCE)
-            .pin(&File::open(&path).unwrap())
+            .pin(File::open(&path).unwrap())
             .unwrap(),
     );
     std::fs::remove_file(&path).unwrap();

@@ -39,7 +39,7 @@ fn refused(world: &World, path: &Path) -> mapdirect::Error {
         .range(0..65536)
         .patience(Duration::from_millis(20))
         .guard(world.guard().client())
-        .pin(&File::open(path).unwrap())
+        .pin(File::open(path).unwrap())
         .unwrap_err();
     assert_eq!(error.errno(), Errno::TXTBSY.raw_os_error(), "{error:#}");
     assert_eq!(error.kind(), Reason::OpenElsewhere, "{error:#}");
@@ -51,7 +51,7 @@ fn granted(world: &World, path: &Path) {
         .range(0..65536)
         .patience(PATIENCE)
         .guard(world.guard().client())
-        .pin(&File::open(path).unwrap())
+        .pin(File::open(path).unwrap())
         .unwrap();
     drop(held);
 }

@@ -353,7 +353,7 @@ fn refused(world: &World, kind: Kind) {
     assert_eq!(error.kind(), Reason::Filesystem);
     let device = File::options().read(true).write(true).open("/dev/zero");
     errno(
-        whole.prepare(&device.unwrap()),
+        whole.prepare(device.unwrap()),
         Errno::OPNOTSUPP,
         "regular file",
     );

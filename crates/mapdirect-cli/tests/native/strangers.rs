@@ -628,7 +628,7 @@ fn loop_device_as_it_is(world: &World) {
             .range(0..65536)
             .patience(Duration::from_millis(20))
             .guard(guard.clone())
-            .pin(&File::open(&path).unwrap());
+            .pin(File::open(&path).unwrap());
         let _ = run(Command::new("losetup").arg("-d").arg(device.trim_end()));
         let error = error.unwrap_err();
         let listed: Vec<_> = error

@@ -46,6 +46,9 @@ macro_rules! kinds {
                     _ => Self::Other,
                 }
             }
+
+            #[cfg(test)]
+            const REASONS: &'static [Reason] = &[$(Reason::$name,)*];
         }
     };
 }
@@ -120,12 +123,9 @@ mod tests {
 
     #[test]
     fn every_reason_of_the_guard_is_a_kind_of_the_same_key() {
-        let mut known = 0;
-        for number in 0..1000 {
-            let reason = Reason::from_number(number);
-            assert_eq!(Kind::of(reason).key(), reason.key());
-            known += u32::from(!matches!(reason, Reason::Other(_)));
+        for reason in Kind::REASONS {
+            assert_eq!(Kind::of(*reason).key(), reason.key());
         }
-        assert!(known >= 25, "{known}");
+        assert_eq!(Kind::of(Reason::Other(9999)), Kind::Other);
     }
 }

@@ -206,6 +206,7 @@ fn errno_name(errno: Errno) -> &'static str {
         Errno::PERM => "EPERM",
         Errno::PIPE => "EPIPE",
         Errno::PROTO => "EPROTO",
+        Errno::PROTONOSUPPORT => "EPROTONOSUPPORT",
         Errno::ROFS => "EROFS",
         Errno::SRCH => "ESRCH",
         Errno::TIMEDOUT => "ETIMEDOUT",
