@@ -316,11 +316,12 @@ impl Running {
         }
         self.shared.guard.stop();
         #[cfg(feature = "bpf")]
-        if let Gate::Bpf(gate) = &self.shared.guard.gate
-            && self.shared.guard.table.all().is_empty()
-        {
-            // What cannot be removed now is taken over by the next guard.
-            let _ = gate.remove();
+        if let Gate::Bpf(gate) = &self.shared.guard.gate {
+            gate.spoil_all(&self.shared.guard);
+            if self.shared.guard.table.all().is_empty() {
+                // What cannot be removed now is taken over by the next guard.
+                let _ = gate.remove();
+            }
         }
     }
 }

@@ -41,6 +41,8 @@
 
 #[expect(unsafe_code, reason = "atomic access to mapped memory")]
 mod access;
+#[expect(unsafe_code, reason = "a mapping is made again here")]
+mod again;
 mod durability;
 mod error;
 mod establish;

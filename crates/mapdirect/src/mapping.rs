@@ -8,7 +8,7 @@ use crate::frozen::Frozen;
 use crate::guard::{Connection, Guard};
 use crate::state::{EventFd, Integrity, OnBreach, State};
 use crate::watch::Hold;
-use crate::{prepare, revoke, segments};
+use crate::{again, prepare, revoke, segments};
 use mapdirect_model::plan::{Access, Pages, Plan};
 use mapdirect_proto::{BlockMap, Extent, Flags, WatchedPin};
 use mapdirect_sys::{Errno, cache, mmap};
@@ -167,8 +167,6 @@ impl MapOptions {
         };
         let length = range.end.saturating_sub(range.start);
         let length = usize::try_from(length).map_err(|_| too_large().asking(asked(&range)))?;
-        let durability = durability::of(file)
-            .map_err(|errno| Error::system("statx", errno).asking(asked(&range)))?;
         let how = How {
             prot: mmap::PROT_READ | mmap::PROT_WRITE,
             flags: if self.populate { mmap::MAP_POPULATE } else { 0 },
@@ -178,6 +176,11 @@ impl MapOptions {
             patience: self.patience,
             guard: self.guard.clone().unwrap_or_default(),
         };
+        if let Some(map) = self.map_again(file, &range, &how) {
+            return Ok(map);
+        }
+        let durability = durability::of(file)
+            .map_err(|errno| Error::system("statx", errno).asking(asked(&range)))?;
         if self.prepare {
             prepare::before_pin(file, Some(&range)).map_err(|error| error.asking(asked(&range)))?;
         }
@@ -221,6 +224,7 @@ impl MapOptions {
             flags: placed.flags,
             durability,
             connection: placed.connection,
+            shape: self.shape(&range, &how),
             released: false,
         };
         if self.prepare {
@@ -229,6 +233,40 @@ impl MapOptions {
                 .map_err(|error| error.asking(asked(&range)))?;
         }
         Ok(map)
+    }
+
+    /// What a mapping has in common with an earlier one that it may go on
+    /// from; only pins of ranges can.
+    fn shape(&self, range: &Range<u64>, how: &How) -> Option<again::Shape> {
+        (self.scope == Scope::Range).then(|| again::Shape {
+            guard: how.guard.clone(),
+            range: range.clone(),
+            flags: how.flags,
+            cached: how.cached,
+        })
+    }
+
+    /// Maps what was mapped a moment ago, without asking the guard.
+    fn map_again(&self, file: BorrowedFd<'_>, range: &Range<u64>, how: &How) -> Option<DirectMap> {
+        let shape = self.shape(range, how)?;
+        let (address, known) = again::map(file, &shape, self.on_breach)?;
+        let base = NonNull::new(std::ptr::with_exposed_provenance_mut(address))?;
+        let length = usize::try_from(range.end - range.start).ok()?;
+        // SAFETY: as in `map`.
+        let memory = unsafe { Memory::new(base, length) };
+        Some(DirectMap {
+            memory,
+            offset: range.start,
+            hold: known.hold,
+            map: known.map,
+            plan: known.plan,
+            frozen: None,
+            flags: mmap::MAP_SHARED | how.flags,
+            durability: known.durability,
+            connection: known.connection,
+            shape: Some(shape),
+            released: false,
+        })
     }
 }
 
@@ -432,6 +470,8 @@ pub struct DirectMap {
     durability: Durability,
     /// The one by which it was asked for.
     connection: Arc<Connection>,
+    /// What another mapping must have in common with it to go on from it.
+    shape: Option<again::Shape>,
     released: bool,
 }
 
@@ -907,6 +947,7 @@ impl DirectMap {
         }
         let base = self.memory.base().as_ptr().expose_provenance();
         // From here on nobody else does anything to the memory.
+        let asleep = self.fall_asleep();
         let keeper = self.hold.let_go();
         // SAFETY: only called, once, when the value goes away, so that
         // nothing of this crate refers to the memory any more; pointers
@@ -916,10 +957,32 @@ impl DirectMap {
             Frozen::settle();
         }
         drop(keeper);
-        if self.hold.is_own() {
+        let was_taken_up = asleep.as_ref().is_some_and(|hold| hold.was_asleep());
+        // The kernel itself has ended what it took up by itself, unless there
+        // are other pins of the file.
+        if self.hold.is_own() && !(was_taken_up && !self.hold.has_neighbours()) {
             self.hold.guard().ended(self.hold.gate(), self.hold.named());
         }
+        if let (Some(hold), Some(shape), Ok(())) = (asleep, self.shape.take(), &result) {
+            let nothing = BlockMap::new(self.map.device(), 0, 0, 0..0, Vec::new());
+            again::keep(again::Known {
+                shape,
+                hold,
+                map: std::mem::replace(&mut self.map, nothing),
+                plan: self.plan.clone(),
+                durability: self.durability,
+                connection: Arc::clone(&self.connection),
+            });
+        }
         result
+    }
+
+    /// The pin, for a mapping that goes on from this one, if one may.
+    fn fall_asleep(&mut self) -> Option<Hold> {
+        if self.shape.is_none() || self.frozen.is_some() || !self.plan.is_stable() {
+            return None;
+        }
+        self.hold.fall_asleep()
     }
 }
 

@@ -10,6 +10,7 @@
 )]
 
 mod abuse;
+mod again;
 mod beside;
 mod cli;
 mod contract;

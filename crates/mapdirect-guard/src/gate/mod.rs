@@ -114,6 +114,75 @@ impl Gate {
         }
     }
 
+    /// Takes note of every pin that was taken up again without a word.
+    pub(crate) fn catch_up(&self) {
+        match self {
+            Self::Fanotify(_) => {}
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.catch_up(),
+        }
+    }
+
+    /// Blocks of a file may have changed, and nothing refused it: a pin of it
+    /// that is over cannot be taken up again.
+    pub(crate) fn spoil(&self, guard: &crate::Guard, inode: InodeId) {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = (guard, inode);
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.spoil(guard, inode),
+        }
+    }
+
+    /// Blocks of a pin have changed.
+    pub(crate) fn breached(&self, inode: InodeId) {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = inode;
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.breached(inode),
+        }
+    }
+
+    /// Whether a pin of a file is over and may be taken up again: the tripwire
+    /// listens as if it lived.
+    pub(crate) fn is_dormant(&self, inode: InodeId) -> bool {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = inode;
+                false
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.is_dormant(inode),
+        }
+    }
+
+    /// Such a pin.
+    pub(crate) fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = inode;
+                None
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.sleeper(inode),
+        }
+    }
+
+    /// Such a pin, by its number.
+    pub(crate) fn dormant(&self, inode: InodeId, pin: u64) -> Option<Arc<Pin>> {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = (inode, pin);
+                None
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.dormant(inode, pin),
+        }
+    }
+
     /// Waits until a pin has been taken out, if it is over.
     pub(crate) fn look_for_end(&self, guard: &crate::Guard, inode: InodeId, pin: u64) {
         match self {
@@ -231,6 +300,19 @@ impl Gate {
             }
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) => gate.writers(file).map(bpf::census::Writers::hidden),
+        }
+    }
+
+    /// Whether XFS may have set blocks aside for copies of shared ones of a
+    /// file.
+    pub(crate) fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = file;
+                true
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.has_copy_blocks(file).unwrap_or(true),
         }
     }
 

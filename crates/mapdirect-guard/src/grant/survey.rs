@@ -97,7 +97,11 @@ impl Attempt<'_> {
     /// anybody (only debug kernels do), so they are taken back unseen; it
     /// does so for inodes without dirty pages (`xfs_can_free_cowblocks`).
     pub(super) fn free_copy_blocks(&self) -> Result<(), Refusal> {
-        if self.judged.window().is_none() {
+        // Writing back a whole filesystem takes as long as others have written
+        // to it: only where there is something to free.
+        if self.judged.window().is_none()
+            || !self.guard.gate.may_have_copy_blocks(self.file.as_fd())
+        {
             return Ok(());
         }
         // fsync(2) leaves the inode marked as having dirty pages.

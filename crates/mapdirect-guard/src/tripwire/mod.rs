@@ -529,7 +529,12 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
             continue;
         };
         let pins = watched.pins.load();
-        if !pins.iter().any(|pin| look::concerns(pin, told.blocks)) {
+        let dormant = guard.gate.sleeper(id);
+        let is_concerned = pins
+            .iter()
+            .chain(&dormant)
+            .any(|pin| look::concerns(pin, told.blocks));
+        if !is_concerned {
             continue;
         }
         drop(pins);
@@ -580,6 +585,7 @@ fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
     let is_pinned = |id| {
         let watched = guard.table.get(id);
         watched.is_some_and(|watched| watched.pins.load().iter().any(|pin| !pin.is_dead()))
+            || guard.gate.is_dormant(id)
     };
     let closed = lock(wires).tidy(is_pinned);
     if closed.is_empty() {
