@@ -291,7 +291,7 @@ fn play_store(arguments: &[String]) -> Result<()> {
         .map(&file)?;
     let at = usize::try_from(3 * MIB)?;
     let mut byte = [1];
-    map.read_at(at, &mut byte)?;
+    map.read_exact_at(&mut byte, at)?;
     ensure!(byte == [0], "there is something already");
     raw::store_into(&map, at, b'!');
     map.persist(at..at + 1)?;
@@ -754,7 +754,7 @@ impl Scene<'_> {
         let bytes = b"stored through the mapping";
         let at = 4096;
         let started = Instant::now();
-        map.write_at(at, bytes)?;
+        map.write_all_at(bytes, at)?;
         map.persist(at..at + bytes.len())?;
         let took = started.elapsed();
         let mut read = vec![0; bytes.len()];

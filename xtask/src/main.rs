@@ -6,8 +6,10 @@
 mod bpf;
 mod build;
 mod demo;
+mod dependencies;
 mod man;
 mod packages;
+mod public_api;
 mod table;
 mod test;
 mod vm;
@@ -35,6 +37,8 @@ enum Task {
     Vm(Box<vm::VmArgs>),
     /// Compile the programs of the bpf gate, or check what was compiled: needs clang
     Bpf(bpf::BpfArgs),
+    /// List the public API of the library, or compare it with the list
+    PublicApi(public_api::PublicApiArgs),
     /// Write the manual pages from the command line's own description
     Man,
 }
@@ -49,6 +53,7 @@ fn main() -> ExitCode {
         Task::Soak(args) => test::soak(&args),
         Task::Vm(args) => vm::run(&args),
         Task::Bpf(args) => bpf::run(&args),
+        Task::PublicApi(args) => public_api::run(&args),
         Task::Man => man::write(),
     };
     result.unwrap_or_else(|error| {

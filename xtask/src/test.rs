@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, man, packages, vm};
+use crate::{bpf, build, dependencies, man, packages, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -71,6 +71,26 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
                 "warnings",
             ],
         )?);
+        ran.push(check(
+            "clippy, without the bpf gate",
+            &[
+                "clippy",
+                "--quiet",
+                "--workspace",
+                "--exclude=mapdirect-fuzz",
+                "--no-default-features",
+                "--all-targets",
+                "--",
+                "-D",
+                "warnings",
+            ],
+        )?);
+        ran.push(told("what comes from elsewhere", dependencies::check));
+        ran.push(told(
+            "the oldest compiler that is promised",
+            dependencies::oldest_compiler,
+        ));
+        ran.push(told("Miri", dependencies::miri));
         ran.push(checked(
             "manual pages are those of the command line",
             man::check,
@@ -79,6 +99,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             "the object of the bpf gate is what its source says",
             bpf::check,
         ));
+        ran.push(checked(
+            "the public API is what its list says",
+            public_api::check,
+        ));
         ran.push(tests(
             "units and properties",
             build::cargo(&[
@@ -86,6 +110,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
                 "--workspace",
                 "--lib",
                 "--bins",
+                "--test=fuzz",
                 "--",
                 "--include-ignored",
             ]),
@@ -291,6 +316,19 @@ fn checked(name: &'static str, check: fn() -> Result<()>) -> Ran {
             .map(|error| error.to_string())
             .into_iter()
             .collect(),
+    }
+}
+
+/// A check that says at the end how it was done.
+fn told(name: &'static str, check: fn() -> Result<String>) -> Ran {
+    let started = stage(name);
+    let told = check();
+    Ran {
+        name: name.to_owned(),
+        ok: told.is_ok(),
+        counts: None,
+        took: started.elapsed(),
+        notes: vec![told.unwrap_or_else(|error| format!("{error:#}"))],
     }
 }
 

@@ -228,7 +228,7 @@ fn persists(map: &DirectMap, libpmem: Option<&Libpmem>) {
             if let Some(libpmem) = libpmem {
                 theirs.push(each(size, |at| {
                     touch(map, at, size);
-                    (libpmem.persist)(map.as_ptr().wrapping_add(at).cast(), size);
+                    (libpmem.persist)(map.as_mut_ptr().wrapping_add(at).cast(), size);
                 }));
             }
         }
@@ -247,14 +247,14 @@ fn copies(map: &DirectMap, libpmem: Option<&Libpmem>) {
         let from = black_box(&source[..size]);
         let (mut ours, mut raw, mut theirs) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..TURNS {
-            ours.push(each(size, |at| map.copy_persist(at, from).unwrap()));
+            ours.push(each(size, |at| map.write_persist_at(from, at).unwrap()));
             raw.push(each(size, |at| {
-                map.write_at(at, from).unwrap();
+                map.write_all_at(from, at).unwrap();
                 raw_persist(map, at, size);
             }));
             if let Some(libpmem) = libpmem {
                 theirs.push(each(size, |at| {
-                    let to = map.as_ptr().wrapping_add(at).cast();
+                    let to = map.as_mut_ptr().wrapping_add(at).cast();
                     black_box((libpmem.memcpy_persist)(to, from.as_ptr().cast(), size));
                 }));
             }
@@ -278,15 +278,15 @@ fn groups(map: &DirectMap) {
         ours.push(each(64, |at| {
             for update in 0..UPDATES {
                 let at = place(at, update);
-                map.write_at(at, &[7; 8]).unwrap();
-                map.flush(at..at + 8).unwrap();
+                map.write_all_at(&[7; 8], at).unwrap();
+                map.flush_async_range(at..at + 8).unwrap();
             }
-            map.drain();
+            map.drain().unwrap();
         }));
         single.push(each(64, |at| {
             for update in 0..UPDATES {
                 let at = place(at, update);
-                map.write_at(at, &[7; 8]).unwrap();
+                map.write_all_at(&[7; 8], at).unwrap();
                 map.persist(at..at + 8).unwrap();
             }
         }));

@@ -58,10 +58,12 @@ pub enum Command {
     /// them together leave places for root. Whoever finds none is told so
     /// (EAGAIN).
     Guard(GuardArgs),
-    /// Pin a range of a file, without mapping it, and print its extents
+    /// Pin a range of files, without mapping it, and print its extents
     ///
     /// While the pin is held nobody can move, free, share or allocate the
-    /// blocks of the range: the extents printed stay true. It needs no DAX.
+    /// blocks of the range: the extents printed stay true. It needs no DAX. Of
+    /// several files all are pinned, or none; with --json there is a line for
+    /// each.
     ///
     /// Under the bpf gate the pin stays when the guard goes away: this says so,
     /// once, and once more when a guard is back. When the pin is lost (under
@@ -154,9 +156,11 @@ pub struct GuardArgs {
 Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
 Prints the extents, then holds the pin until COMMAND ends, or until SIGINT or SIGTERM.")]
 pub struct PinArgs {
-    /// The file
-    pub file: PathBuf,
-    /// Bytes to pin, as in 1M:2M; OFFSET: goes to the end [default: the whole file as it is now]
+    /// The files: all of them are pinned, or none
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end [default: the whole file as it is
+    /// now]
     #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
     pub range: Option<ByteRange>,
     /// Pin the range, or the whole file with its size

@@ -140,6 +140,17 @@ fn writable(list: &str) -> Vec<Listed> {
         .collect()
 }
 
+/// Reads a list, for a fuzzer.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(list: &str) {
+    let listed = writable(list);
+    assert!(listed.len() <= list.lines().count());
+    for one in listed {
+        // What is not below it is no place that it leads to.
+        assert!(!one.leads_to("relative"));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -9,9 +9,10 @@
 //!
 //! [`mapdirect_model::contract`] says what may be done, and [`ledger`] what is
 //! pinned; both are pure.
-//! A grant makes a promise only when it can be kept, the gate keeps it, the
-//! lifetime thread notices when the last mapping is gone, the audit thread
-//! tells who was refused.
+//! A grant makes a promise only when it can be kept, and the gate keeps it and
+//! notices when the last mapping is gone: by close events, which the lifetime
+//! thread of the fanotify gate hears, or told by the programs of the bpf gate.
+//! The audit thread tells who was refused.
 
 #![forbid(unsafe_code)]
 
@@ -20,10 +21,12 @@ mod audit;
 mod bounded;
 mod busy;
 mod exports;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod gate;
 mod grant;
 pub mod ledger;
-mod lifetime;
 mod listeners;
 mod needs;
 mod notice;
@@ -37,10 +40,12 @@ mod suspicion;
 mod table;
 mod thaw;
 mod tripwire;
+mod waiting;
 mod wake;
 
 use mapdirect_model::contract as policy;
 use mapdirect_sys::Errno;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
@@ -77,8 +82,7 @@ pub fn probe_needs(gate: mapdirect_proto::Gate) -> Vec<StartError> {
 /// Everything the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {
-    gate: gate::Gate,
-    lifetime: lifetime::Lifetime,
+    gate: Arc<dyn gate::Gate>,
     table: table::Table,
     own: table::OwnOpens,
     audit: audit::Audit,
@@ -87,15 +91,19 @@ pub(crate) struct Guard {
     exports: exports::Exports,
     scans: busy::Scans,
     pages: apart::Pages,
-    places: std::sync::Arc<places::Places>,
+    places: Arc<places::Places>,
     tripwire: tripwire::Tripwire,
+    /// Operations that wait for the outcome of a grant.
+    waiting: waiting::WaitingRoom,
     next: AtomicU64,
     started: Instant,
     stopping: AtomicBool,
+    /// Readable from when the guard stops.
+    stopped: wake::Waker,
 }
 
 impl Guard {
-    fn new(gate: gate::Gate, limits: places::Limits) -> Result<Self, Errno> {
+    fn new(gate: Arc<dyn gate::Gate>, limits: places::Limits) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.
         let mut random = [0; 8];
@@ -103,7 +111,6 @@ impl Guard {
         let first = u64::from_le_bytes(random) >> 16;
         Ok(Self {
             gate,
-            lifetime: lifetime::Lifetime::new()?,
             table: table::Table::new(),
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
@@ -114,9 +121,11 @@ impl Guard {
             pages: apart::Pages::new(server::descriptor_limit()),
             places: places::Places::new(limits),
             tripwire: tripwire::Tripwire::new()?,
+            waiting: waiting::WaitingRoom::new()?,
             next: AtomicU64::new(first),
             started: Instant::now(),
             stopping: AtomicBool::new(false),
+            stopped: wake::Waker::new()?,
         })
     }
 
@@ -141,8 +150,8 @@ impl Guard {
 
     fn stop(&self) {
         self.stopping.store(true, SeqCst);
-        self.gate.wake();
-        self.lifetime.wake();
+        self.stopped.wake();
+        self.waiting.wake();
         self.tripwire.wake();
         self.audit.stop();
     }

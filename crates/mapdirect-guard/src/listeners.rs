@@ -59,7 +59,11 @@ fn device_of(pid: i32, mount: u64) -> Option<u64> {
 
 /// Whether a group with these marks is asked for permission where an inode is
 /// used.
-fn may_be_asked(fdinfo: &str, id: InodeId, device_of: impl Fn(u64) -> Option<u64>) -> bool {
+pub(crate) fn may_be_asked(
+    fdinfo: &str,
+    id: InodeId,
+    device_of: impl Fn(u64) -> Option<u64>,
+) -> bool {
     fdinfo
         .lines()
         .filter_map(|line| line.strip_prefix("fanotify "))

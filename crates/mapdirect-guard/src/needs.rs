@@ -23,11 +23,14 @@ struct Need {
 
 /// Found by trying: with these a guard does all it should, and without any one
 /// of them something fails, on Linux 6.18 (fanotify) and 6.12 (bpf).
+///
+/// A guard with the bpf gate uses no fanotify: neither a kernel without it nor a
+/// sandbox that denies it is in its way.
 const NEEDS: [Need; 7] = [
     Need {
         capability: CAP_SYS_ADMIN,
         name: "CAP_SYS_ADMIN",
-        purpose: "to watch files, and to see what threads are inside of",
+        purpose: "to watch files or load programs, and to see what threads are inside of",
         fanotify: true,
         bpf: true,
     },

@@ -4,7 +4,7 @@ use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
 use crate::wake::Waker;
-use crate::{Errno, Guard, gate, lifetime, needs, tripwire};
+use crate::{Errno, Guard, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
@@ -141,6 +141,7 @@ impl StartError {
 #[derive(Debug)]
 pub struct Running {
     shared: Arc<Shared>,
+    opened: Opened,
     socket: PathBuf,
     identity: Option<(u64, u64)>,
 }
@@ -177,8 +178,12 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         errno,
     })?;
     let limits = Limits::of_process(raise_descriptor_limit());
-    let guard = Guard::new(open_gate(&config)?, limits).map_err(no_fanotify)?;
-    adopt(&guard);
+    let opened = open_gate(&config)?;
+    let guard = Guard::new(opened.gate(), limits).map_err(|errno| StartError::System {
+        call: "preparing to start",
+        errno,
+    })?;
+    opened.adopt(&guard);
     let shared = Arc::new(Shared {
         guard,
         failed: Waker::new().map_err(|errno| StartError::System {
@@ -202,33 +207,13 @@ pub fn start(config: Config) -> Result<Running, StartError> {
                 errno: Errno::from_io_error(&error).unwrap_or(Errno::AGAIN),
             })
     };
-    let tell_tampering = config.on_tampering;
-    spawn(
-        "gate",
-        Box::new(move |shared| {
-            let result = match &shared.guard.gate {
-                Gate::Fanotify(gate) => {
-                    // Nobody but the guard can reach its groups.
-                    let _ = &tell_tampering;
-                    gate::fanotify::run(&shared.guard, gate)
-                }
-                #[cfg(feature = "bpf")]
-                Gate::Bpf(gate) => gate::bpf::run(&shared.guard, gate, &*tell_tampering),
-            };
-            if let Err(errno) = result {
-                shared.fail("the gate cannot go on", errno);
+    for task in opened.gate().tasks(config.on_tampering) {
+        let serve = move |shared: &Shared| {
+            if let Err(errno) = (task.run)(&shared.guard) {
+                shared.fail(task.failure, errno);
             }
-        }),
-    )?;
-    if shared.guard.gate.fanotify().is_some() {
-        spawn(
-            "lifetime",
-            Box::new(|shared| {
-                if let Err(errno) = lifetime::run(&shared.guard) {
-                    shared.fail("ends of pins cannot be noticed any more", errno);
-                }
-            }),
-        )?;
+        };
+        spawn(task.name, Box::new(serve))?;
     }
     let looking = Arc::clone(&shared);
     spawn(
@@ -265,6 +250,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     )?;
     Ok(Running {
         shared,
+        opened,
         socket: config.socket,
         identity,
     })
@@ -315,13 +301,63 @@ impl Running {
             let _ = rustix::fs::unlink(&self.socket);
         }
         self.shared.guard.stop();
-        #[cfg(feature = "bpf")]
-        if let Gate::Bpf(gate) = &self.shared.guard.gate {
-            gate.spoil_all(&self.shared.guard);
-            if self.shared.guard.table.all().is_empty() {
-                // What cannot be removed now is taken over by the next guard.
-                let _ = gate.remove();
+        self.opened.forget_dormant(&self.shared.guard);
+        if self.shared.guard.table.all().is_empty() {
+            self.opened.remove();
+        }
+    }
+}
+
+/// The gate of a guard, by what it is.
+#[derive(Debug)]
+enum Opened {
+    Fanotify(Arc<gate::fanotify::Gate>),
+    #[cfg(feature = "bpf")]
+    Bpf(Arc<gate::bpf::Gate>),
+}
+
+impl Opened {
+    fn gate(&self) -> Arc<dyn Gate> {
+        match self {
+            Self::Fanotify(gate) => Arc::clone(gate) as Arc<dyn Gate>,
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => Arc::clone(gate) as Arc<dyn Gate>,
+        }
+    }
+
+    /// Takes over the pins that an earlier guard has left in the kernel, if the
+    /// gate was there before this guard.
+    fn adopt(&self, guard: &Guard) {
+        match self {
+            Self::Fanotify(_) => {
+                // Its pins went with the earlier guard.
+                let _ = guard;
             }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) if gate.is_adopted() => gate::bpf::adopt(guard, gate),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(_) => {}
+        }
+    }
+
+    /// Nobody takes up any more what is over.
+    fn forget_dormant(&self, guard: &Guard) {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = guard;
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.spoil_all(guard),
+        }
+    }
+
+    /// Takes the gate away if it would outlive its guard. What cannot be removed
+    /// now is taken over by the next guard.
+    fn remove(&self) {
+        match self {
+            Self::Fanotify(_) => {}
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => drop(gate.remove()),
         }
     }
 }
@@ -336,20 +372,20 @@ fn no_fanotify(errno: Errno) -> StartError {
     }
 }
 
-fn open_fanotify() -> Result<Gate, StartError> {
+fn open_fanotify() -> Result<Opened, StartError> {
     needs::require(mapdirect_proto::Gate::Fanotify)?;
     let gate = gate::fanotify::Gate::new().map_err(no_fanotify)?;
-    Ok(Gate::Fanotify(Box::new(gate)))
+    Ok(Opened::Fanotify(Arc::new(gate)))
 }
 
 #[cfg(feature = "bpf")]
-fn open_gate(config: &Config) -> Result<Gate, StartError> {
+fn open_gate(config: &Config) -> Result<Opened, StartError> {
     if config.gate == GateChoice::Fanotify {
         return open_fanotify();
     }
     needs::require(mapdirect_proto::Gate::Bpf)?;
     match gate::bpf::Gate::new(&config.bpf_directory) {
-        Ok(gate) => Ok(Gate::Bpf(Box::new(gate))),
+        Ok(gate) => Ok(Opened::Bpf(Arc::new(gate))),
         // Where it cannot be had for good there is another one.
         Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => open_fanotify(),
         Err(error) => Err(match error.help() {
@@ -363,25 +399,13 @@ fn open_gate(config: &Config) -> Result<Gate, StartError> {
 }
 
 #[cfg(not(feature = "bpf"))]
-fn open_gate(config: &Config) -> Result<Gate, StartError> {
+fn open_gate(config: &Config) -> Result<Opened, StartError> {
     if config.gate == GateChoice::Bpf {
         return Err(StartError::NoBpf(String::from(
             "this program was built without it; build it with its default features",
         )));
     }
     open_fanotify()
-}
-
-/// Takes over the pins that an earlier guard has left in the kernel.
-fn adopt(guard: &Guard) {
-    #[cfg(feature = "bpf")]
-    if let Gate::Bpf(gate) = &guard.gate
-        && gate.is_adopted()
-    {
-        crate::grant::adopt::adopt(guard, gate);
-    }
-    #[cfg(not(feature = "bpf"))]
-    let _ = guard;
 }
 
 /// Events and clients take descriptors; the soft limit is made for programs

@@ -184,18 +184,7 @@ impl<'guard> Session<'guard> {
         };
         let sender = said.sender;
         match (&request, said.handed) {
-            (Request::Hello { .. }, Handed::Nothing) => {
-                self.greeted = true;
-                Ok(self.send(
-                    &Reply::Welcome {
-                        version: VERSION,
-                        gate: self.guard.gate.kind(),
-                        pid: std::process::id().cast_signed(),
-                        challenge: self.challenge,
-                    },
-                    &[],
-                )?)
-            }
+            (Request::Hello { version }, Handed::Nothing) => self.greet(*version),
             (Request::Watch(pins), Handed::Nothing) if self.greeted => self.watch(pins, sender),
             _ if !self.greeted || self.watcher.is_some() => {
                 self.refuse(protocol(if self.greeted {
@@ -219,6 +208,7 @@ impl<'guard> Session<'guard> {
                 Handed::Useless,
             ) => self.refuse(not_capable()),
             (Request::Status, Handed::Nothing) => self.status(),
+            (Request::Barrier, Handed::Nothing) => Ok(self.send(&Reply::Done, &[])?),
             (Request::Ended(pin), Handed::Nothing) => self.ended(*pin),
             (Request::Swapped, Handed::Nothing) => {
                 self.refuse(protocol("nothing was to be swapped"))?;
@@ -237,6 +227,30 @@ impl<'guard> Session<'guard> {
 
     fn refuse(&self, refusal: Refusal) -> Result<(), End> {
         Ok(self.send(&Reply::Refused(refusal), &[])?)
+    }
+
+    /// Settles on a version of the protocol. Holders of version 1 say hello
+    /// again where later ones send a barrier.
+    fn greet(&mut self, version: u32) -> Result<(), End> {
+        if let Err(unknown) = mapdirect_proto::settle(version) {
+            self.refuse(refusal(
+                Reason::Protocol,
+                Errno::PROTONOSUPPORT,
+                unknown.to_string(),
+                OTHER_VERSION,
+            ))?;
+            return Err(End::Nonsense);
+        }
+        self.greeted = true;
+        Ok(self.send(
+            &Reply::Welcome {
+                version: VERSION,
+                gate: self.guard.gate.kind(),
+                pid: std::process::id().cast_signed(),
+                challenge: self.challenge,
+            },
+            &[],
+        )?)
     }
 
     /// A proof counts for the process that made it, and only here: whoever
@@ -330,17 +344,17 @@ impl<'guard> Session<'guard> {
                 granted,
                 file,
                 extents,
-                life,
+                lifeline,
             }) => {
                 let mut fds = vec![file.as_fd()];
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
-                fds.extend(life.as_ref().map(AsFd::as_fd));
+                fds.extend(lifeline.as_ref().map(AsFd::as_fd));
                 // If the client is gone the description goes with this
                 // message, and the pin with it.
                 let sent = self.send(&Reply::Granted(granted), &fds);
-                drop((file, life));
+                drop((file, lifeline));
                 pin.hand_over();
-                self.guard.gate.reconsider();
+                self.guard.waiting.decided();
                 Ok(sent?)
             }
             Err(refusal) => self.refuse(refusal),
@@ -370,7 +384,8 @@ impl<'guard> Session<'guard> {
                 let mut found = pins.iter().filter(|pin| pin.id == named.pin);
                 found.next().cloned()
             };
-            gate.dormant(inode, named.pin)
+            gate.sleeper(inode)
+                .filter(|pin| pin.id == named.pin)
                 .or_else(taken_up)
                 .ok_or_else(|| gate.fate_of(named))
         });
@@ -379,13 +394,18 @@ impl<'guard> Session<'guard> {
         Ok(self.send(&Reply::Watching, &fds)?)
     }
 
-    /// Nobody else's pin can be ended: it is over if the kernel says so.
+    /// A pin is over, its holder says. Nobody can end it: that is true if the
+    /// kernel says so. Then the answer comes when nothing is refused for it any
+    /// more.
     fn ended(&self, ended: WatchedPin) -> Result<(), End> {
-        let inode = InodeId {
-            dev: ended.device,
-            inode: ended.inode,
-        };
-        self.guard.gate.look_for_end(self.guard, inode, ended.pin);
+        let Guard { gate, table, .. } = self.guard;
+        if gate.refuses_for_ended(ended.pin) {
+            let inode = InodeId {
+                dev: ended.device,
+                inode: ended.inode,
+            };
+            table.wait_until_out(inode, ended.pin);
+        }
         Ok(self.send(&Reply::Done, &[])?)
     }
 
@@ -493,7 +513,7 @@ impl<'guard> Session<'guard> {
     fn status(&self) -> Result<(), End> {
         let privileged = self.proven.is_some() || self.peer.uid == 0;
         let status = status::gather(self.guard, (!privileged).then_some(self.peer.uid));
-        match memfd::sealed("mapdirect-status", &status.encode()) {
+        match memfd::sealed("mapdirect-status", &mapdirect_proto::encode_status(&status)) {
             Ok(file) => Ok(self.send(&Reply::Status, &[file.as_fd()])?),
             Err(errno) => self.refuse(refusal(
                 Reason::System,
@@ -569,12 +589,15 @@ fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
     }
 }
 
+/// What helps whoever speaks another language.
+const OTHER_VERSION: &str = "use the library of the same version as the guard";
+
 fn protocol(what: impl std::fmt::Display) -> Refusal {
     refusal(
         Reason::Protocol,
         Errno::PROTO,
         what.to_string(),
-        "use the library of the same version as the guard",
+        OTHER_VERSION,
     )
 }
 

@@ -1,7 +1,7 @@
 //! The state of the guard, for `mapdirect status`.
 
 use crate::Guard;
-use crate::openers::{Openers, Wanted, openers_of};
+use crate::openers::{Openers, Wanted, processes_of};
 use crate::table::Watched;
 use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
 use std::collections::BTreeMap;
@@ -28,7 +28,7 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         })
         .collect();
     if !wanted.is_empty() {
-        for (at, found) in told.iter().zip(openers_of(&wanted)) {
+        for (at, found) in told.iter().zip(processes_of(&wanted)) {
             files[*at].holders = holders(found);
         }
     }
@@ -50,7 +50,7 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         uptime: guard.started.elapsed().as_secs(),
         clients: u32::try_from(guard.places.count()).unwrap_or(u32::MAX),
         judged: guard.audit.total_judged(),
-        refused: guard.gate.refused().unwrap_or_else(|| guard.audit.counts()),
+        refused: guard.gate.refused(guard),
         files,
         recent,
         breached,

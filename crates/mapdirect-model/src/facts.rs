@@ -1,6 +1,7 @@
 //! Whether a file can be pinned or mapped `MAP_DIRECT` at all: facts about
 //! it, and what they mean.
 
+use crate::contract::Geometry;
 use crate::extent::DeviceId;
 use mapdirect_sys::inode_flags::{self, ExtendedFlags};
 use mapdirect_sys::{Errno, proc_mountinfo, xfs_geometry};
@@ -77,6 +78,13 @@ pub enum ObstacleKind {
     ExtentSizeHint,
     /// The range holds blocks that cannot be stored to as they are.
     FrozenBlocks,
+}
+
+/// The pieces in which the page cache of this machine handles files; `coarse`
+/// says whether the filesystem writes whole folios back.
+#[must_use]
+pub fn geometry(coarse: bool) -> Geometry {
+    Geometry::of_pages(mapdirect_sys::mmap::page_size()).coarse(coarse)
 }
 
 /// Something that stands in the way, for good.

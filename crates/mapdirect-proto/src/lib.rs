@@ -5,13 +5,15 @@
 //! integers, for some followed by texts and records whose lengths the fixed
 //! part gives. Records are extensible the way of `openat2(2)`: a receiver
 //! takes a longer record if the part it does not know is zero, and reads a
-//! shorter one as if zeros followed. No I/O happens here, and no bytes can
+//! shorter one as if zeros followed. Each side says the newest version it
+//! speaks, and both speak the older one of the two ([`settle`]). No I/O happens here, and no bytes can
 //! make a decoder panic, loop or allocate more than they fill.
 //!
 //! ```text
 //! holder                                   guard
-//!   Hello            ───────────────────▶
-//!                    ◀───────────────────  Welcome (challenge)
+//!   Hello (version)  ───────────────────▶
+//!                    ◀───────────────────  Welcome (version, challenge),
+//!                                          or Refused
 //!   Prove + memfd    ───────────────────▶         once per connection
 //!                    ◀───────────────────  Done
 //!   Pin + file       ───────────────────▶
@@ -20,6 +22,8 @@
 //!                                                           before the gate
 //!                                                           closed
 //!                    ◀───────────────────  Granted + file, or Refused
+//!   Barrier          ───────────────────▶         if the guard must have
+//!                    ◀───────────────────  Done   closed its copy by then
 //!   Allocate + file  ───────────────────▶
 //!                    ◀───────────────────  Granted, if anything changed
 //!                    ◀───────────────────  Done, or Refused
@@ -35,26 +39,31 @@
 
 #![forbid(unsafe_code)]
 
+mod envelope;
 pub mod extent;
-pub mod message;
 pub mod notice;
 pub mod reason;
+pub mod refusal;
+pub mod reply;
+pub mod request;
 pub mod status;
+mod status_wire;
+#[cfg(test)]
+mod tests;
+mod version;
 mod wire;
 
 pub use extent::{BlockMap, DeviceId, Extent, ExtentState};
-pub use message::{
-    AllocateRequest, Flags, Gate, Granted, Opener, PinRequest, PinnedRange, Refusal, Reply,
-    Request, WatchedPin,
-};
 pub use notice::{Breach, Cause, Notice};
 pub use reason::Reason;
+pub use refusal::{Opener, Refusal};
+pub use reply::{Gate, Granted, PinnedRange, Reply};
+pub use request::{AllocateRequest, Flags, PinRequest, Request, WatchedPin};
+pub use status_wire::{MAX_STATUS, decode_status, encode_status};
+pub use version::{OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, settle};
 pub use wire::DecodeError;
 
 use std::time::Duration;
-
-/// Version of the protocol spoken here.
-pub const VERSION: u32 = 1;
 
 /// Where programs in the kernel judge: the argument of `fcntl(F_GETFL)` that
 /// asks whether a file is a pin, whose number is in the bits below. It fails

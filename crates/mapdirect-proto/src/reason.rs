@@ -19,7 +19,7 @@ macro_rules! reasons {
         impl Reason {
             /// The number on the wire.
             #[must_use]
-            pub const fn number(self) -> u32 {
+            pub(crate) const fn number(self) -> u32 {
                 match self {
                     $(Self::$name => $number,)*
                     Self::Other(number) => number,
@@ -78,10 +78,6 @@ reasons! {
     ExtentSizeHint = 12, "extent-size-hint";
     /// The file lies below the upper directory of an overlay.
     OverlayUpper = 13, "overlay-upper";
-    /// The file backs a loop device.
-    LoopBacked = 14, "loop-backed";
-    /// The file is in use as swap space.
-    SwapFile = 15, "swap-file";
     /// The file is being executed.
     Executing = 16, "executing";
     /// No DAX for this file, and the page cache was not accepted.
@@ -107,8 +103,6 @@ reasons! {
     Protocol = 26, "protocol";
     /// A system call failed that should not have.
     System = 27, "system";
-    /// The guard is gone; the pin is not kept any more.
-    GuardGone = 28, "guard-gone";
     /// The filesystem or the caller's quota has too little space left.
     NoSpace = 29, "no-space";
     /// Blocks of the pin have changed, and the mapping was revoked.

@@ -124,23 +124,64 @@ pub fn fiemap(
         if count == 0 {
             return Ok(());
         }
-        for extent in request.extents.iter().take(count) {
-            each(RawExtent {
-                logical: extent.logical,
-                physical: extent.physical,
-                length: extent.length,
-                flags: extent.flags,
-            });
-            let reached = extent.logical.saturating_add(extent.length);
-            if reached <= at || extent.length == 0 {
-                return Err(Errno::PROTO);
-            }
-            at = reached;
-            if extent.flags & LAST != 0 || at >= end {
-                return Ok(());
-            }
+        let answer = &request.extents[..count.min(request.extents.len())];
+        match walk(answer, at..end, &mut each)? {
+            Some(reached) => at = reached,
+            None => return Ok(()),
         }
     }
+}
+
+/// Hands on what one call answered for a range; returns from where on to ask
+/// for more, or nothing at the end.
+fn walk(
+    answer: &[FiemapExtent],
+    range: std::ops::Range<u64>,
+    each: &mut impl FnMut(RawExtent),
+) -> Result<Option<u64>> {
+    let mut at = range.start;
+    for extent in answer {
+        each(RawExtent {
+            logical: extent.logical,
+            physical: extent.physical,
+            length: extent.length,
+            flags: extent.flags,
+        });
+        let reached = extent.logical.saturating_add(extent.length);
+        if reached <= at || extent.length == 0 {
+            return Err(Errno::PROTO);
+        }
+        at = reached;
+        if extent.flags & LAST != 0 || at >= range.end {
+            return Ok(None);
+        }
+    }
+    Ok(Some(at))
+}
+
+/// Hands on what a call answered with these bytes.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn walk_bytes(
+    bytes: &[u8],
+    range: std::ops::Range<u64>,
+    each: &mut impl FnMut(RawExtent),
+) -> Result<Option<u64>> {
+    let number = |bytes: &[u8], at: usize| {
+        let word = bytes.get(at..).and_then(<[u8]>::first_chunk);
+        word.map_or(0, |word| u64::from_ne_bytes(*word))
+    };
+    let extent = |bytes: &[u8]| FiemapExtent {
+        logical: number(bytes, 0),
+        physical: number(bytes, 8),
+        length: number(bytes, 16),
+        flags: u32::try_from(number(bytes, 40) & 0xffff_ffff).unwrap_or(0),
+        ..ZERO_EXTENT
+    };
+    let answer: Vec<_> = bytes
+        .chunks(size_of::<FiemapExtent>())
+        .map(extent)
+        .collect();
+    walk(&answer, range, each)
 }
 
 #[cfg(test)]

@@ -26,6 +26,9 @@ pub mod fcntl;
 pub mod fiemap;
 pub mod file_handle;
 pub mod fsync;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 pub mod getauxval;
 pub mod inode_flags;
 pub mod kcmp;

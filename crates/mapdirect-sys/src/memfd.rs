@@ -102,14 +102,14 @@ impl Prover {
     /// Bytes it takes behind the challenge.
     const LENGTH: usize = 4 + 8;
 
-    fn sign(self, challenge: &[u8]) -> Vec<u8> {
+    pub(crate) fn sign(self, challenge: &[u8]) -> Vec<u8> {
         let pid = self.pid.to_le_bytes();
         let start = self.start.to_le_bytes();
         [challenge, &pid, &start].concat()
     }
 
     /// Takes apart what [`sign`](Self::sign) put together.
-    fn signed(content: &[u8], challenge: &[u8]) -> Option<Self> {
+    pub(crate) fn signed(content: &[u8], challenge: &[u8]) -> Option<Self> {
         let signature = content.strip_prefix(challenge)?;
         let (pid, start) = signature.split_first_chunk()?;
         Some(Self {

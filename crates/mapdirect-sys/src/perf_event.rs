@@ -350,7 +350,7 @@ const LONGEST_RECORD: u64 = 1024;
 
 /// Takes records apart; says whether some tell that others were lost, or make
 /// no sense.
-fn parse(mut bytes: &[u8], each: &mut impl FnMut(Sample<'_>)) -> bool {
+pub(crate) fn parse(mut bytes: &[u8], each: &mut impl FnMut(Sample<'_>)) -> bool {
     let mut lost = false;
     while let Some(header) = bytes.first_chunk::<8>() {
         let [k0, k1, k2, k3, _, _, s0, s1] = *header;

@@ -128,7 +128,7 @@ pub fn runs(tid: i32) -> Result<Runs> {
     parse_runs(&read_task_file(tid, "schedstat")?).ok_or(Errno::INVAL)
 }
 
-fn parse_runs(text: &str) -> Option<Runs> {
+pub(crate) fn parse_runs(text: &str) -> Option<Runs> {
     let mut words = text.split_ascii_whitespace();
     let time = words.next()?.parse().ok()?;
     let times = words.nth(1)?.parse().ok()?;
@@ -279,13 +279,13 @@ pub fn own_start_time() -> Result<u64> {
 }
 
 /// Field 22 of `/proc/<id>/stat`.
-fn parse_start_time(stat: &str) -> Option<u64> {
+pub(crate) fn parse_start_time(stat: &str) -> Option<u64> {
     parse_stat_field(stat, 22)
 }
 
 /// A field of `/proc/<id>/stat`, the third or a later one, by the number it
 /// has in proc(5).
-fn parse_stat_field<T: std::str::FromStr>(stat: &str, number: usize) -> Option<T> {
+pub(crate) fn parse_stat_field<T: std::str::FromStr>(stat: &str, number: usize) -> Option<T> {
     // The command in parentheses may hold anything, parentheses too; field 3
     // is the first behind it.
     let (_, behind) = stat.rsplit_once(')')?;
@@ -333,7 +333,7 @@ pub fn unescape(text: &str) -> String {
     while let Some((first, tail)) = rest.split_first() {
         let octal = tail
             .get(..3)
-            .filter(|_| *first == b'\\')
+            .filter(|digits| *first == b'\\' && digits.iter().all(u8::is_ascii_digit))
             .and_then(|digits| std::str::from_utf8(digits).ok())
             .and_then(|digits| u8::from_str_radix(digits, 8).ok());
         if let Some(byte) = octal {

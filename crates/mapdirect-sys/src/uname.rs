@@ -8,7 +8,7 @@ pub fn version() -> (u32, u32) {
     version_of(&release.release().to_string_lossy()).unwrap_or((0, 0))
 }
 
-fn version_of(release: &str) -> Option<(u32, u32)> {
+pub(crate) fn version_of(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|c: char| !c.is_ascii_digit());
     let major = numbers.next()?.parse().ok()?;
     let minor = numbers.next()?.parse().ok()?;

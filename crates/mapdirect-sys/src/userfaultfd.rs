@@ -187,7 +187,7 @@ impl AsFd for Userfaultfd {
     }
 }
 
-fn parse(message: &[u8; MESSAGE]) -> Event {
+pub(crate) fn parse(message: &[u8; MESSAGE]) -> Event {
     let number = |at: usize| {
         let mut bytes = [0; 8];
         bytes.copy_from_slice(&message[8 + 8 * at..16 + 8 * at]);

@@ -50,17 +50,17 @@ pub fn updates(map: &DirectMap, file: &File) -> Result<Updates> {
     let mut turns = [const { Vec::new() }; 5];
     for _ in 0..TURNS {
         let persist = each(length, 4000, |at| {
-            map.write_at(at, &update)?;
+            map.write_all_at(&update, at)?;
             Ok(map.persist(at..at + UPDATE)?)
         })?;
-        let copied = each(length, 4000, |at| Ok(map.copy_persist(at, &update)?))?;
+        let copied = each(length, 4000, |at| Ok(map.write_persist_at(&update, at)?))?;
         let grouped = each(length, 250, |at| {
             for page in 0..GROUP {
                 let at = (at + page * PAGE) % length;
-                map.write_at(at, &update)?;
-                map.flush(at..at + UPDATE)?;
+                map.write_all_at(&update, at)?;
+                map.flush_async_range(at..at + UPDATE)?;
             }
-            map.drain();
+            map.drain()?;
             Ok(())
         })?;
         let synced = each(length, 100, |at| {
@@ -137,7 +137,7 @@ pub fn first_stores(
     file.write_all_at(&vec![7; pages * PAGE], 0)?;
     file.sync_all()?;
     let map = MapOptions::new().guard(guard.clone()).map(&file)?;
-    let pinned = measure(&mut |at| Ok(map.copy_persist(at, &[1; UPDATE])?))?;
+    let pinned = measure(&mut |at| Ok(map.write_persist_at(&[1; UPDATE], at)?))?;
     drop(map);
 
     let file = create(theirs)?;

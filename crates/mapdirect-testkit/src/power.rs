@@ -62,7 +62,7 @@ fn play_append(arguments: &[String]) -> Result<()> {
     let file = File::create_new(&path)?;
     file.set_len(LOG)?;
     let map = MapOptions::new()
-        .prepare(true)
+        .prepare_first(true)
         .guard(guard.client())
         .map(&file)?;
     ensure!(
@@ -83,9 +83,9 @@ fn play_append(arguments: &[String]) -> Result<()> {
     for number in 0.. {
         let at = usize::try_from(number % records)? * RECORD;
         if random.below(2) == 0 {
-            map.copy_persist(at, &record(number))?;
+            map.write_persist_at(&record(number), at)?;
         } else {
-            map.write_at(at, &record(number))?;
+            map.write_all_at(&record(number), at)?;
             map.persist(at..at + RECORD)?;
         }
         say(&format!("durable {number}"));

@@ -11,23 +11,20 @@
 //! the programs are asked whether the description that was mapped is the pin:
 //! only they know that question.
 
-use crate::durability::Durability;
-use crate::guard::{Connection, Guard};
-use crate::locks;
-use crate::mapping::require_read_write;
-use mapdirect_model::plan::Plan;
+use crate::descriptor::{locks, require_read_write};
+use crate::guard::Guard;
+use crate::holder::Held;
+use crate::map::{Durability, revoke, segments};
 use crate::raw::MAP_DIRECT;
-use crate::revoke;
-use crate::segments;
 use crate::state::OnBreach;
-use crate::watch::Hold;
-use mapdirect_proto::{BlockMap, IS_IT_PIN, PIN_NUMBER};
+use mapdirect_model::plan::Plan;
+use mapdirect_proto::{IS_IT_PIN, PIN_NUMBER};
 use mapdirect_sys::{Errno, fcntl, mmap, proc};
 use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// How long what is known of a mapping is kept: as long as the guard keeps its
@@ -50,11 +47,9 @@ pub(crate) struct Shape {
 #[derive(Debug)]
 pub(crate) struct Known {
     pub(crate) shape: Shape,
-    pub(crate) hold: Hold,
-    pub(crate) map: BlockMap,
+    pub(crate) held: Held,
     pub(crate) plan: Plan,
     pub(crate) durability: Durability,
-    pub(crate) connection: Arc<Connection>,
 }
 
 #[derive(Debug)]
@@ -75,7 +70,12 @@ pub(crate) fn keep(known: Known) {
         return;
     };
     let now = Instant::now();
-    let id = |known: &Known| (known.hold.named().device, known.hold.named().inode);
+    let id = |known: &Known| {
+        (
+            known.held.hold().named().device,
+            known.held.hold().named().inode,
+        )
+    };
     let mut gone: Vec<Kept> = kept
         .extract_if(.., |other| {
             now.duration_since(other.since) >= LINGER
@@ -100,9 +100,9 @@ fn take(file: BorrowedFd<'_>, shape: &Shape) -> Option<Known> {
     let stat = rustix::fs::fstat(file).ok()?;
     let mut kept = KEPT.try_lock().ok()?;
     let at = kept.iter().position(|kept| {
-        let named = kept.known.hold.named();
+        let named = kept.known.held.hold().named();
         (named.device, named.inode) == (stat.st_dev, stat.st_ino)
-            && kept.known.hold.is_own()
+            && kept.known.held.hold().is_own()
             && kept.known.shape == *shape
     })?;
     let found = kept.remove(at);
@@ -140,7 +140,7 @@ pub(crate) fn map(
         length,
         stable: Some(address),
     };
-    if is_pin(pinned.as_fd(), known.hold.id()) && known.hold.wake(memory, on_breach) {
+    if is_pin(pinned.as_fd(), known.held.hold().id()) && known.held.wake(memory, on_breach) {
         return Some((address, known));
     }
     // SAFETY: mapped above, and handed to nobody.

@@ -1,14 +1,13 @@
 //! Asking for a pin: the holder's part of a grant.
 
-use crate::error::{Error, Result};
-use crate::guard::{Connection, Guard, unexpected};
-use crate::watch::Hold;
-use crate::{guard, locks};
+use crate::descriptor::locks;
+use crate::error::{Error, Kind, Result};
+use crate::holder::{self, Connection, Hold, unexpected};
 use mapdirect_proto::{
-    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, VERSION,
-    WatchedPin, extent, extent::EXTENT_RECORD,
+    AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, WatchedPin,
+    extent, extent::EXTENT_RECORD,
 };
-use mapdirect_sys::{dup, memfd};
+use mapdirect_sys::{Errno, dup, memfd};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -16,12 +15,13 @@ use std::time::Duration;
 
 /// How much of a file a pin covers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum Scope {
-    /// The range, rounded out to blocks. The file may grow, and may be
-    /// changed elsewhere.
+    /// The range, extended to whole filesystem blocks. The file may grow, and
+    /// may be changed elsewhere.
     #[default]
     Range,
-    /// The whole file, its size included.
+    /// The whole file and its size.
     File,
 }
 
@@ -42,13 +42,13 @@ pub(crate) struct Established {
 pub(crate) const PATIENCE: Duration = Duration::from_millis(100);
 
 pub(crate) fn establish(
-    guard: &Guard,
+    connect: impl FnOnce() -> Result<Arc<Connection>>,
     file: BorrowedFd<'_>,
     range: (u64, u64),
     flags: Flags,
     patience: Duration,
 ) -> Result<Established> {
-    guard::require_capability()?;
+    holder::require_capability()?;
     locks::refuse_posix_locks(file)?;
     let request = Request::Pin(PinRequest {
         offset: range.0,
@@ -56,7 +56,7 @@ pub(crate) fn establish(
         flags,
         patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
     });
-    let connection = guard.connect()?;
+    let connection = connect()?;
     let mut held = None;
     let (granted, mut fds) = connection.converse(&request, file, |talk, reply, mut fds| {
         match reply {
@@ -65,10 +65,10 @@ pub(crate) fn establish(
                 // sent it. When it answers once more that is done, and the
                 // pin ends when we let go of it, and not a moment later.
                 held = Some((granted, fds));
-                talk.say(&Request::Hello { version: VERSION }, &[])?;
+                talk.say(&connection.barrier(), &[])?;
                 return Ok(None);
             }
-            Reply::Welcome { .. } => return Ok(held.take()),
+            Reply::Done | Reply::Welcome { .. } if held.is_some() => return Ok(held.take()),
             Reply::Granted(granted) => return Ok(Some((granted, fds))),
             Reply::Swap => {
                 let new = fds.pop().ok_or_else(unexpected)?;
@@ -103,16 +103,30 @@ pub(crate) fn establish(
 }
 
 /// Asks to have frozen blocks of a pin made stable; `pinned` is its
-/// description. `now` is the block map from then on, if anything has changed,
-/// also where it fails.
+/// description. Returns the block map from then on, if anything has changed,
+/// also when the rest fails.
 pub(crate) fn allocate(
     hold: &Hold,
     granted_by: &Arc<Connection>,
     range: (u64, u64),
     pinned: BorrowedFd<'_>,
-    now: &mut Option<BlockMap>,
+) -> (Option<BlockMap>, Result<()>) {
+    let mut now = None;
+    let result = ask_to_allocate(hold, granted_by, range, pinned, |granted, extents| {
+        now = Some(block_map(granted, extents)?);
+        Ok(())
+    });
+    (now, result)
+}
+
+fn ask_to_allocate(
+    hold: &Hold,
+    granted_by: &Arc<Connection>,
+    range: (u64, u64),
+    pinned: BorrowedFd<'_>,
+    mut changed: impl FnMut(Granted, Option<OwnedFd>) -> Result<()>,
 ) -> Result<()> {
-    guard::require_capability()?;
+    holder::require_capability()?;
     // The guard that has it now may be another than the one that granted it.
     // A child of the process that asked for it is a stranger to both.
     let connection = if hold.is_own() {
@@ -126,10 +140,7 @@ pub(crate) fn allocate(
         length: range.1,
     });
     connection.converse(&request, pinned, |_, reply, mut fds| match reply {
-        Reply::Granted(granted) => {
-            *now = Some(block_map(granted, fds.pop())?);
-            Ok(None)
-        }
+        Reply::Granted(granted) => changed(granted, fds.pop()).map(|()| None),
         Reply::Done => Ok(Some(())),
         _ => Err(unexpected()),
     })
@@ -163,7 +174,19 @@ fn block_map(granted: Granted, sealed: Option<OwnedFd>) -> Result<BlockMap> {
     Ok(BlockMap::new(device, block_size, file_size, range, extents))
 }
 
-/// The bytes of a range as a request has them.
-pub(crate) fn offset_and_length(range: Option<&Range<u64>>) -> (u64, u64) {
-    range.map_or((0, 0), |range| (range.start, range.end - range.start))
+/// The bytes of a range as a request has them; nothing stands for the whole
+/// file.
+pub(crate) fn offset_and_length(range: Option<&Range<u64>>) -> Result<(u64, u64)> {
+    let Some(range) = range else {
+        return Ok((0, 0));
+    };
+    match range.end.checked_sub(range.start) {
+        Some(length) if length > 0 => Ok((range.start, length)),
+        _ => Err(Error::new(
+            Kind::Arguments,
+            Errno::INVAL,
+            "the range is empty",
+            "give a range of at least one byte",
+        )),
+    }
 }

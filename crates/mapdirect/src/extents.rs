@@ -36,7 +36,7 @@ use std::os::fd::AsFd;
 /// # Ok(())
 /// # }
 /// ```
-pub fn block_map(file: &impl AsFd, range: Range<u64>) -> Result<BlockMap, Error> {
+pub fn block_map(file: impl AsFd, range: Range<u64>) -> Result<BlockMap, Error> {
     if range.is_empty() {
         return Err(Error::new(
             Kind::Arguments,

@@ -1,26 +1,24 @@
-//! Talking to the guard.
+//! The guard, as a holder knows it.
 
 use crate::error::{Error, Kind, Result};
-use mapdirect_proto::status::{MAX_STATUS, Status};
+use crate::holder::{Connection, ENDED, environment, unexpected};
+use crate::report::PinnedRange;
+use crate::status::Status;
+use mapdirect_proto::status as wire;
 use mapdirect_proto::{
-    DEFAULT_SOCKET, Gate, MAX_MESSAGE, PinnedRange, Reply, Request, SOCKET_VARIABLE, VERSION,
-    WatchedPin,
+    DEFAULT_SOCKET, Gate, MAX_STATUS, Reply, Request, SOCKET_VARIABLE, WatchedPin, decode_status,
 };
-use mapdirect_sys::unix::Socket;
-use mapdirect_sys::{Errno, capget, getauxval, memfd};
-use std::cell::Cell;
+use mapdirect_sys::{Errno, memfd};
 use std::collections::HashMap;
-use std::ffi::OsString;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::time::Duration;
 
-/// A guard to ask: where it listens.
+/// A guard to ask, named by the socket that it listens at.
 ///
-/// Connections are made when they are needed and kept for the process; a
-/// child of `fork(2)` makes its own.
+/// The process connects when it first asks something and keeps the connection.
+/// A child of `fork(2)` makes its own. When a guard has been replaced, the next
+/// question connects again.
 ///
 /// # Examples
 ///
@@ -35,26 +33,26 @@ pub struct Guard {
 }
 
 impl Default for Guard {
+    /// [`Guard::from_env`].
     fn default() -> Self {
         Self::from_env()
     }
 }
 
 impl Guard {
-    /// The guard that listens at `socket`.
+    /// The guard that listens at `socket`. Nothing is asked of it yet.
     pub fn at(socket: impl Into<PathBuf>) -> Self {
         Self {
             socket: socket.into(),
         }
     }
 
-    /// The guard the environment variable `MAPDIRECT_SOCKET` names, or the
+    /// The guard that the environment variable `MAPDIRECT_SOCKET` names, or the
     /// one at `/run/mapdirect/guard.sock`.
     ///
     /// A program that runs with more privilege than its caller (set-user-ID,
     /// set-group-ID, file capabilities: `AT_SECURE` of getauxval(3)) ignores
-    /// the variable: the caller could have it speak with a guard that is
-    /// none.
+    /// the variable: the caller could have it speak with an impostor.
     #[must_use]
     pub fn from_env() -> Self {
         let socket = environment(SOCKET_VARIABLE).filter(|value| !value.is_empty());
@@ -67,48 +65,91 @@ impl Guard {
         &self.socket
     }
 
-    /// What it is doing: pins, holders, refusals. Callers that are neither
-    /// root nor capable of pinning see details only of their own pins.
+    /// What it is doing: pins, holders, refusals, breaches. Callers that are
+    /// neither root nor capable of pinning see paths, processes and refusals
+    /// only of files that they themselves have pinned.
     ///
     /// # Errors
     ///
     /// `EOPNOTSUPP` when no guard answers.
     pub fn status(&self) -> Result<Status> {
-        let asked = |error: Error| error.asking("read the guard's status");
-        let connection = self.connect().map_err(asked)?;
-        let (reply, mut fds) = connection.call(&Request::Status, &[]).map_err(asked)?;
-        let (Reply::Status, Some(file)) = (reply, fds.pop()) else {
-            return Err(asked(unexpected()));
-        };
-        let bytes = memfd::read_sealed(file.as_fd(), MAX_STATUS)
-            .map_err(|errno| asked(Error::system("reading the status", errno)))?;
-        Status::decode(&bytes).map_err(|_| asked(unexpected()))
+        self.wire_status()
+            .map(Status::of)
+            .map_err(|error| error.asking("read the guard's status"))
     }
 
-    /// The ranges of `file` that are pinned.
+    fn wire_status(&self) -> Result<wire::Status> {
+        let connection = self.connect()?;
+        let (reply, mut fds) = connection.call(&Request::Status, &[])?;
+        let (Reply::Status, Some(file)) = (reply, fds.pop()) else {
+            return Err(unexpected());
+        };
+        let bytes = memfd::read_sealed(file.as_fd(), MAX_STATUS)
+            .map_err(|errno| Error::system("reading the status", errno))?;
+        decode_status(&bytes).map_err(|_| unexpected())
+    }
+
+    /// All ranges of `file` that are pinned, by whoever holds them, in the
+    /// order in which they were pinned. Anybody may ask who has the file open.
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` when no guard answers.
-    pub fn pinned_ranges(&self, file: &impl AsFd) -> Result<Vec<PinnedRange>> {
-        let asked = |error: Error| error.asking("ask which ranges are pinned");
-        let connection = self.connect().map_err(asked)?;
-        let (reply, _) = connection
-            .call(&Request::Query, &[file.as_fd()])
-            .map_err(asked)?;
-        match reply {
-            Reply::Pins(pins, _) => Ok(pins),
-            _ => Err(asked(unexpected())),
-        }
+    /// `EOPNOTSUPP` when no guard answers, `EBADF`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// let file = std::fs::File::open("image")?;
+    /// for pinned in mapdirect::Guard::from_env().pinned_ranges(&file)? {
+    ///     println!("bytes {:?} by process {}", pinned.range, pinned.pid);
+    /// }
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn pinned_ranges(&self, file: impl AsFd) -> Result<Vec<PinnedRange>> {
+        self.ask_pinned_ranges(file.as_fd())
+            .map_err(|error| error.asking("ask which ranges are pinned"))
     }
 
-    /// Which gate it keeps its promises with.
+    fn ask_pinned_ranges(&self, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>> {
+        let (reply, _) = self.connect()?.call(&Request::Query, &[file])?;
+        let Reply::Pins(pins, omitted) = reply else {
+            return Err(unexpected());
+        };
+        if omitted == 0 {
+            return Ok(pins.into_iter().map(PinnedRange::of).collect());
+        }
+        // A message has room for some hundreds. The status has them all, and
+        // hides ranges from nobody.
+        let stat = rustix::fs::fstat(file).map_err(|errno| Error::system("fstat", errno))?;
+        let (major, minor) = (
+            rustix::fs::major(stat.st_dev),
+            rustix::fs::minor(stat.st_dev),
+        );
+        let files = self.wire_status()?.files;
+        let found = files.into_iter().find(|file| {
+            (file.inode, file.device.major, file.device.minor) == (stat.st_ino, major, minor)
+        });
+        let pins = found.map(|file| file.pins).unwrap_or_default();
+        Ok(pins
+            .into_iter()
+            .map(|pin| {
+                PinnedRange::of(mapdirect_proto::PinnedRange {
+                    pin: pin.pin,
+                    range: pin.range,
+                    flags: pin.flags,
+                    pid: pin.pid,
+                })
+            })
+            .collect())
+    }
+
+    /// The gate that it keeps its promises with.
     ///
     /// # Errors
     ///
     /// `EOPNOTSUPP` when no guard answers.
     pub fn gate(&self) -> Result<Gate> {
-        Ok(self.connect()?.gate)
+        Ok(self.connect()?.gate())
     }
 
     /// The connection of this process, made if there is none that works.
@@ -133,14 +174,16 @@ impl Guard {
         connection.is_usable().then(|| Arc::clone(connection))
     }
 
-    /// Says that a pin has been let go of. Where programs in the kernel judge,
-    /// one of several pins of a file is over when the guard has heard so; this
-    /// waits for it, so that a program finds it over that has just let go.
-    /// Others may be asking something, or the guard may be stuck, or there may
-    /// be none: then it is over a little later.
-    pub(crate) fn ended(&self, gate: Gate, pin: WatchedPin) {
+    /// Says that a pin has been let go of, and waits until the guard confirms
+    /// that it is over; a second at most.
+    ///
+    /// When programs in the kernel judge, one of several pins of a file is over
+    /// only when the guard has heard so. A program that has just let go of a pin
+    /// shall find it over. When another thread is asking something, or the guard
+    /// is stuck or gone, the pin ends a little later, and this is an error.
+    pub(crate) fn ended(&self, gate: Gate, pin: WatchedPin) -> Result<()> {
         if gate != Gate::Bpf {
-            return;
+            return Ok(());
         }
         // A guard that has taken over has not been spoken to yet.
         let connection = self.connection().or_else(|| {
@@ -148,327 +191,17 @@ impl Guard {
                 .ok()
                 .map(Arc::new)
         });
-        if let Some(connection) = connection {
-            connection.ended(pin);
+        if connection.is_some_and(|connection| connection.ended(pin)) {
+            return Ok(());
         }
+        Err(Error::new(
+            Kind::NoGuard,
+            Errno::TIMEDOUT,
+            "this process has let go of the pin, but the guard has not confirmed that it is over",
+            "nothing needs to be done: a pin that nobody holds ends when a guard looks next",
+        ))
     }
 }
 
 /// The connections of this process, by where their guard listens.
 static OPEN: OnceLock<Mutex<HashMap<PathBuf, Arc<Connection>>>> = OnceLock::new();
-
-/// How long to wait for a guard that is told of an end.
-const ENDED: Duration = Duration::from_secs(1);
-
-/// A conversation with a guard.
-#[derive(Debug)]
-pub(crate) struct Connection {
-    socket: Socket,
-    /// The process that made it: the guard knows no other on it.
-    pid: u32,
-    gate: Gate,
-    /// Whoever is asking holds this until the answer is there.
-    turn: Mutex<Turn>,
-    challenge: [u8; 32],
-    /// A conversation was left in the middle: what comes next would be an
-    /// answer to something else.
-    broken: AtomicBool,
-}
-
-/// Where a conversation stands.
-#[derive(Debug, Default)]
-struct Turn {
-    /// The capability was proven.
-    proven: bool,
-    /// Answers still to come that nobody waits for.
-    owed: u32,
-}
-
-impl Connection {
-    /// Connects; waits for the guard's first answer for ever, or no longer
-    /// than `patience`.
-    fn open(path: &Path, patience: Option<Duration>) -> Result<Self> {
-        let socket = Socket::connect(path).map_err(|errno| no_guard(path, errno))?;
-        let limited = |limit| {
-            socket
-                .set_receive_timeout(limit)
-                .map_err(|errno| Error::system("SO_RCVTIMEO", errno))
-        };
-        if patience.is_some() {
-            limited(patience)?;
-        }
-        let talk = Talk {
-            socket: &socket,
-            refused: Cell::new(false),
-        };
-        talk.say(&Request::Hello { version: VERSION }, &[])?;
-        let (reply, _) = talk.hear()?;
-        let Reply::Welcome {
-            gate, challenge, ..
-        } = reply
-        else {
-            return Err(unexpected());
-        };
-        if patience.is_some() {
-            limited(None)?;
-        }
-        Ok(Self {
-            socket,
-            pid: std::process::id(),
-            gate,
-            turn: Mutex::default(),
-            challenge,
-            broken: AtomicBool::new(false),
-        })
-    }
-
-    fn is_usable(&self) -> bool {
-        self.pid == std::process::id() && !self.broken.load(Relaxed) && self.is_alive()
-    }
-
-    /// Which gate the guard has.
-    pub(crate) fn gate(&self) -> Gate {
-        self.gate
-    }
-
-    /// Whether the guard is still there.
-    pub(crate) fn is_alive(&self) -> bool {
-        self.socket.peer_is_gone() == Ok(false)
-    }
-
-    /// Asks once, and returns the answer, unless that is a refusal.
-    pub(crate) fn call(
-        &self,
-        request: &Request,
-        fds: &[BorrowedFd<'_>],
-    ) -> Result<(Reply, Vec<OwnedFd>)> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
-        self.whole(|talk| {
-            talk.say(request, fds)?;
-            talk.hear()
-        })
-    }
-
-    /// Hears what nobody has waited for. Nothing can be asked where a
-    /// conversation was left in the middle, nor by a child of the process
-    /// that began it.
-    fn catch_up(&self, turn: &mut Turn) -> Result<()> {
-        if self.pid != std::process::id() {
-            return Err(Error::new(
-                Kind::NoGuard,
-                Errno::OPNOTSUPP,
-                "this process is a child of the one that the guard knows",
-                "do it in the process that asked for the pin, or pin the file again",
-            ));
-        }
-        if self.broken.load(Relaxed) {
-            return Err(lost(&Errno::PIPE));
-        }
-        while turn.owed > 0 {
-            self.whole(|talk| talk.hear())?;
-            turn.owed -= 1;
-        }
-        Ok(())
-    }
-
-    /// Asks for something that needs the capability; `more` answers what the
-    /// guard asks back, until it returns something.
-    pub(crate) fn converse<T>(
-        &self,
-        request: &Request,
-        file: BorrowedFd<'_>,
-        mut more: impl FnMut(&Talk<'_>, Reply, Vec<OwnedFd>) -> Result<Option<T>>,
-    ) -> Result<T> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
-        if !turn.proven {
-            let proof = memfd::prove_immutable_capability(&self.challenge).map_err(not_capable)?;
-            self.whole(|talk| {
-                talk.say(&Request::Prove, &[proof.as_fd()])?;
-                talk.hear()
-            })?;
-            turn.proven = true;
-        }
-        self.whole(|talk| {
-            talk.say(request, &[file])?;
-            loop {
-                let (reply, fds) = talk.hear()?;
-                if let Some(result) = more(talk, reply, fds)? {
-                    return Ok(result);
-                }
-            }
-        })
-    }
-
-    /// See [`Guard::ended`].
-    fn ended(&self, pin: WatchedPin) {
-        let Ok(mut turn) = self.turn.try_lock() else {
-            return;
-        };
-        // A guard that owes an answer is stuck.
-        if turn.owed > 0
-            || self
-                .whole(|talk| talk.say(&Request::Ended(pin), &[]))
-                .is_err()
-        {
-            return;
-        }
-        if self.socket.wait_until_readable(ENDED) == Ok(true) {
-            let _ = self.whole(|talk| talk.hear());
-        } else {
-            turn.owed += 1;
-        }
-    }
-
-    /// Runs a conversation, and lets nobody continue one that did not come to
-    /// its end: with the answer asked for, or with a refusal.
-    fn whole<T>(&self, conversation: impl FnOnce(&Talk<'_>) -> Result<T>) -> Result<T> {
-        let talk = Talk {
-            socket: &self.socket,
-            refused: Cell::new(false),
-        };
-        let result = conversation(&talk);
-        if result.is_err() && !talk.refused.get() {
-            self.broken.store(true, Relaxed);
-        }
-        result
-    }
-}
-
-impl AsFd for Connection {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-/// One side of a conversation.
-pub(crate) struct Talk<'socket> {
-    socket: &'socket Socket,
-    /// The last thing heard was a refusal.
-    refused: Cell<bool>,
-}
-
-impl Talk<'_> {
-    pub(crate) fn say(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        match self.socket.send(&[&request.encode()], fds) {
-            Ok(()) => Ok(()),
-            // The guard has hung up; it may have said why.
-            Err(errno @ (Errno::PIPE | Errno::CONNRESET)) => match self.hear() {
-                Err(error) if self.refused.get() => Err(error),
-                _ => Err(lost(&errno)),
-            },
-            Err(errno) => Err(lost(&errno)),
-        }
-    }
-
-    fn hear(&self) -> Result<(Reply, Vec<OwnedFd>)> {
-        let mut buffer = [0; MAX_MESSAGE];
-        let received = match self.socket.receive(&mut buffer) {
-            // A guard that hangs up without having read everything resets the
-            // connection. The kernel says so once, and then delivers what the
-            // guard had said before.
-            Err(Errno::CONNRESET) => self.socket.receive(&mut buffer),
-            received => received,
-        };
-        let received = received.map_err(|errno| lost(&errno))?;
-        if received.length == 0 {
-            return Err(lost(&Errno::PIPE));
-        }
-        if received.truncated {
-            // No message fills the buffer: what was cut off are descriptors,
-            // for which this process had no number left.
-            return Err(if received.length < buffer.len() {
-                no_descriptor()
-            } else {
-                unexpected()
-            });
-        }
-        match Reply::decode(&buffer[..received.length]) {
-            Ok(Reply::Refused(refusal)) => {
-                self.refused.set(true);
-                Err(Error::refused(refusal))
-            }
-            Ok(reply) => Ok((reply, received.fds)),
-            Err(_) => Err(unexpected()),
-        }
-    }
-}
-
-/// A variable of the environment, unless the program runs with more privilege
-/// than its caller, whose word the environment is.
-pub(crate) fn environment(name: &str) -> Option<OsString> {
-    if getauxval::is_secure_execution() {
-        return None;
-    }
-    std::env::var_os(name)
-}
-
-fn no_guard(path: &Path, errno: Errno) -> Error {
-    Error::new(
-        Kind::NoGuard,
-        Errno::OPNOTSUPP,
-        format!("no guard answers at {}: {errno}", path.display()),
-        "start one as root: mapdirect guard (or name another socket in MAPDIRECT_SOCKET)",
-    )
-}
-
-fn lost(errno: &Errno) -> Error {
-    Error::new(
-        Kind::NoGuard,
-        Errno::OPNOTSUPP,
-        format!("the guard went away in the middle of the conversation: {errno}"),
-        "see whether it still runs: mapdirect status",
-    )
-}
-
-pub(crate) fn unexpected() -> Error {
-    Error::new(
-        Kind::Protocol,
-        Errno::PROTO,
-        "the guard said something that makes no sense here",
-        "use the library of the same version as the guard",
-    )
-}
-
-fn no_descriptor() -> Error {
-    Error::new(
-        Kind::System,
-        Errno::MFILE,
-        "this process has too many files open to take what the guard passed",
-        "raise its limit (RLIMIT_NOFILE), or close some: a pin needs a descriptor of its own",
-    )
-}
-
-fn not_capable(errno: Errno) -> Error {
-    match errno {
-        Errno::PERM => missing_capability(),
-        other => Error::new(
-            Kind::System,
-            Errno::OPNOTSUPP,
-            format!(
-                "the capability cannot be proven (memfd_create, FS_IOC_SETFLAGS, /proc/self/stat: \
-                 {other})"
-            ),
-            "the proof needs tmpfs with inode flags, Linux 6.0 or later, and proc(5)",
-        ),
-    }
-}
-
-fn missing_capability() -> Error {
-    Error::new(
-        Kind::NotCapable,
-        Errno::ACCESS,
-        "the caller lacks CAP_LINUX_IMMUTABLE in the initial user namespace",
-        "run it as root, or give it the capability: setcap cap_linux_immutable+ep PROGRAM",
-    )
-}
-
-/// The capability of the calling thread, which may have given it up since the
-/// connection was made.
-pub(crate) fn require_capability() -> Result<()> {
-    match capget::effective(0) {
-        Ok(effective) if capget::contains(effective, capget::CAP_LINUX_IMMUTABLE) => Ok(()),
-        _ => Err(missing_capability()),
-    }
-}

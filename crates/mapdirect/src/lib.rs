@@ -2,11 +2,15 @@
 //! under the mapping: the semantics of `MAP_DIRECT`, an mmap flag that Linux
 //! never merged, on the kernels people already run.
 //!
-//! A [`DirectMap`] is a shared mapping whose blocks stay where they are; a
-//! [`Pin`] holds a block map still without mapping anything. While either
-//! exists, an operation by anybody that would change the block map of the
-//! range fails with `ETXTBSY`. A guard keeps that promise: `mapdirect guard`,
-//! run by root. The caller needs `CAP_LINUX_IMMUTABLE`.
+//! * A [`DirectMap`] is a shared mapping whose blocks stay where they are.
+//! * A read-only one ([`MapOptions::read_only`]) is for readers who fear that
+//!   somebody truncates the file under them.
+//! * A [`Pin`] holds a block map still without mapping anything, for agents that
+//!   go to the blocks by themselves.
+//!
+//! While one of them exists, an operation by anybody that would change the block
+//! map of the range fails with `ETXTBSY`. A guard keeps that promise: `mapdirect
+//! guard`, run by root. The caller needs `CAP_LINUX_IMMUTABLE`.
 //!
 //! ```no_run
 //! use mapdirect::{MapOptions, PinOptions, State};
@@ -15,35 +19,82 @@
 //!
 //! // Stores go to the file's own blocks; no truncation can turn them into SIGBUS.
 //! let map = MapOptions::new().range(0..1 << 20).accept_page_cache(true).map(&file)?;
-//! map.write_at(0, b"hello")?;
-//! map.persist(0..5)?;
+//! map.write_all_at(b"hello", 0)?;
+//! map.flush_range(0..5)?;
 //!
-//! // Extents that stay true, for whoever goes to the blocks by itself.
+//! // Extents that stay true, for agents that go to the blocks by themselves.
 //! let pin = PinOptions::new().range(0..1 << 20).pin(&file)?;
 //! assert!(pin.block_map().is_stable());
 //! assert_eq!(pin.state(), State::Kept);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! Holes, unwritten and shared blocks are *frozen* under a pin: a store to
-//! them would have to change the block map, so it raises SIGBUS. Holes and
-//! unwritten blocks read as zeros. [`DirectMap::allocate`] makes them
-//! *stable* under a pin that holds, [`MapOptions::prepare`] before there is
-//! one.
+//! # Words
 //!
-//! A pin is `Kept`, `Unattended` or `Lost` ([`State`]). What no gate can refuse
-//! the guard notices: then [`Pin::integrity`] says which blocks have changed,
-//! and a mapping raises SIGBUS from then on, unless [`MapOptions::on_breach`]
-//! said otherwise. [`Pin::event_fd`] says when to look. For that a thread is
-//! started in each process with the first pin.
+//! * A block is **stable** if it is allocated, written and used by this file
+//!   alone: a store changes its bytes and nothing else.
+//! * Holes, unwritten and shared blocks are **frozen** under a pin. A store to
+//!   them would have to change the block map, so it raises SIGBUS; the safe calls
+//!   return an error. Holes and unwritten blocks read as zeros.
+//! * To **prepare** a file is to make all blocks of a range stable before there
+//!   is a pin: [`PrepareOptions`], [`MapOptions::prepare_first`]. To
+//!   [**allocate**](DirectMap::allocate) is to do so under a pin that holds.
+//! * A pin is **kept**, **unattended** or **lost** ([`State`]). What no gate can
+//!   refuse the guard notices: a **breach**. Then [`Pin::integrity`] says which
+//!   blocks have changed, and a mapping raises SIGBUS from then on, unless
+//!   [`MapOptions::on_breach`] said otherwise. [`Pin::event_fd`] says when to
+//!   look. For that, each process has a thread from its first pin on.
+//!
+//! Offsets in memory are bytes from the start of the mapping, as `usize`.
+//! Everything about blocks counts bytes of the file, as `u64`.
+//!
+//! # No Deref
+//!
+//! A [`DirectMap`] is no `&[u8]`, and does not deref to one. A reference promises
+//! the compiler that nobody else changes the bytes while it lives. A pin keeps
+//! others from truncating the file, not from storing to it: another process may
+//! do so at any moment, and the promise would be broken in safe code. So the safe
+//! calls copy, by atomic loads and stores, and [`DirectMap::as_slice`], which
+//! makes that promise, is `unsafe`.
+//!
+//! # Porting from memmap2
+//!
+//! | memmap2 | here |
+//! | --- | --- |
+//! | `unsafe { Mmap::map(&file)? }` | `MapOptions::new().read_only(true).map(&file)?`; no `unsafe`: nobody can truncate it |
+//! | `unsafe { MmapMut::map_mut(&file)? }` | `MapOptions::new().accept_page_cache(true).map(&file)?` |
+//! | `MmapOptions::offset(a).len(n)` | [`MapOptions::range(a..a + n)`](MapOptions::range) |
+//! | `&map[a..b]` | [`map.read_exact_at(&mut buf, a)`](DirectMap::read_exact_at), or [`map.slice(a..b)`](DirectMap::slice) to pass it on |
+//! | `map[a..b].copy_from_slice(buf)` | [`map.write_all_at(buf, a)`](DirectMap::write_all_at) |
+//! | `map[a..b].fill(0)` | [`map.fill(a..b, 0)`](DirectMap::fill) |
+//! | an atomic by pointer cast | [`map.load`](DirectMap::load), [`store`](DirectMap::store), [`fetch_add`](DirectMap::fetch_add), [`compare_exchange`](DirectMap::compare_exchange) |
+//! | `flush`, `flush_async` | [the same](DirectMap::flush); [`drain`](DirectMap::drain) waits for the second |
+//! | `flush_range(a, n)` | [`flush_range(a..a + n)`](DirectMap::flush_range) |
+//! | `advise`, `lock`, `unlock`, `as_ptr`, `as_mut_ptr` | [the same](DirectMap::advise) |
+//! | `unchecked_advise` | not here: what it adds takes away bytes or pages |
+//! | `remap` | not here, see below |
+//! | `Deref` | [`unsafe { map.as_slice() }`](DirectMap::as_slice), if you can promise it |
+//!
+//! **remap** would not be sound. Growing a mapping in place takes in bytes that
+//! nobody has pinned and blocks that may be holes, which an ordinary store would
+//! allocate; and moving it would invalidate every pointer that
+//! [`DirectMap::as_ptr`] has given out, and the address at which a breach revokes
+//! the mapping. Map the larger range, then drop the smaller mapping: pins of one
+//! file may overlap, so no block is unprotected for a moment.
+//!
+//! # Porting from vm-memory
+//!
+//! [`VolatileSlice`] is a part of a mapping as there, [`DirectMap::load`] and
+//! [`DirectMap::store`] take the same arguments, and [`DirectMap::as_mut_ptr`] is
+//! what a `MmapRegion` can be built from (`MmapRegion::build_raw`), for as long as
+//! the mapping lives.
 
 #![deny(unsafe_code)]
+#![warn(missing_docs, rustdoc::broken_intra_doc_links)]
 
-#[expect(unsafe_code, reason = "atomic access to mapped memory")]
-mod access;
 #[expect(unsafe_code, reason = "a mapping is made again here")]
 mod again;
-mod durability;
+mod descriptor;
 mod error;
 mod establish;
 mod extents;
@@ -53,12 +104,17 @@ mod extents;
 )]
 mod frozen;
 mod guard;
-mod locks;
 #[expect(
     unsafe_code,
-    reason = "mappings are made, handed out and unmapped here"
+    reason = "a child of fork(2) cannot wait for locks of its parent's threads; mappings are \
+              taken away"
 )]
-mod mapping;
+mod holder;
+#[expect(
+    unsafe_code,
+    reason = "mappings are made, accessed, handed out and unmapped here"
+)]
+mod map;
 mod open;
 mod pin;
 mod prepare;
@@ -67,33 +123,24 @@ mod prepare;
     reason = "the system call takes an address from its caller"
 )]
 pub mod raw;
-#[expect(unsafe_code, reason = "mappings are taken away here")]
-mod revoke;
-#[expect(unsafe_code, reason = "mappings are put together here")]
-mod segments;
+mod report;
 mod state;
-#[expect(
-    unsafe_code,
-    reason = "a child of fork(2) cannot wait for locks of its parent's threads; mappings are \
-              taken away"
-)]
-mod watch;
+pub mod status;
 
-pub use durability::Durability;
 pub use error::{Error, Kind, Result};
 pub use establish::Scope;
 pub use extents::block_map;
 pub use guard::Guard;
-pub use mapdirect_proto::status;
-pub use mapdirect_proto::{
-    BlockMap, Breach, Cause, DeviceId, Extent, ExtentState, Gate, Opener, PinnedRange,
-};
-pub use mapping::{DirectMap, MapOptions};
+pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};
+pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState};
+pub use mapdirect_proto::{Breach, Cause, Gate};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};
+pub use report::{Opener, PinFlags, PinnedRange};
 pub use state::{EventFd, Integrity, OnBreach, State};
 
-/// The old name of [`State`].
-#[deprecated(note = "use `State`; `Status` is what `Guard::status` returns")]
-pub type Status = State;
+/// The Rust of the README, which the tests compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct Readme;

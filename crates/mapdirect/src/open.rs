@@ -1,7 +1,8 @@
 //! Opening a file that is pinned already.
 
 use crate::error::{Error, Kind, Result};
-use crate::guard::{Guard, require_capability, unexpected};
+use crate::guard::Guard;
+use crate::holder::{require_capability, unexpected};
 use mapdirect_proto::{Reply, Request};
 use mapdirect_sys::{Errno, proc};
 use rustix::fs::{Mode, OFlags};

@@ -1,13 +1,14 @@
 //! Pinning without mapping.
 
-use crate::error::{Error, Kind, Result};
-use crate::establish::{self, Established, PATIENCE, Scope, establish, offset_and_length};
-use crate::guard::{Connection, Guard};
+mod all;
+
+use crate::error::Result;
+use crate::establish::{Established, PATIENCE, Scope, establish, offset_and_length};
+use crate::guard::Guard;
+use crate::holder::{Connection, Held, Hold};
 use crate::prepare;
 use crate::state::{EventFd, Integrity, OnBreach, State};
-use crate::watch::Hold;
 use mapdirect_proto::{BlockMap, Extent, Flags};
-use mapdirect_sys::Errno;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -23,7 +24,7 @@ use std::time::Duration;
 /// let file = std::fs::File::open("image")?;
 /// let pin = PinOptions::new().range(0..1 << 30).pin(&file)?;
 /// for extent in pin.extents() {
-///     println!("{:?} bytes at {:?}", extent.length, extent.physical);
+///     println!("{} bytes at {:?} of the device", extent.length, extent.physical);
 /// }
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
@@ -32,12 +33,13 @@ use std::time::Duration;
 pub struct PinOptions {
     range: Option<Range<u64>>,
     scope: Scope,
-    prepare: bool,
+    prepare_first: bool,
     patience: Duration,
     guard: Option<Guard>,
 }
 
 impl Default for PinOptions {
+    /// [`PinOptions::new`].
     fn default() -> Self {
         Self::new()
     }
@@ -49,14 +51,15 @@ impl PinOptions {
         Self {
             range: None,
             scope: Scope::Range,
-            prepare: false,
+            prepare_first: false,
             patience: PATIENCE,
             guard: None,
         }
     }
 
-    /// Pins this range of bytes, rounded out to blocks. It may reach beyond
-    /// the end of the file: nothing is allocated there then.
+    /// Pins this range of the file, in bytes. It is extended to whole
+    /// filesystem blocks. It may reach beyond the end of the file: then nothing
+    /// can be allocated there.
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = Some(range);
         self
@@ -68,12 +71,11 @@ impl PinOptions {
         self
     }
 
-    /// Prepares the range before it is pinned, as
-    /// [`PrepareOptions`](crate::PrepareOptions) does: then every block of it
-    /// that is in the file is stable. The file must be open for reading and
-    /// writing.
-    pub fn prepare(mut self, prepare: bool) -> Self {
-        self.prepare = prepare;
+    /// Prepares the range before it is pinned
+    /// ([`PrepareOptions`](crate::PrepareOptions)): then every block of it that
+    /// is in the file is stable. The file must be open for reading and writing.
+    pub fn prepare_first(mut self, prepare: bool) -> Self {
+        self.prepare_first = prepare;
         self
     }
 
@@ -91,195 +93,195 @@ impl PinOptions {
 
     /// Pins the range.
     ///
-    /// `file` must be open for reading, at least; it may be closed
-    /// afterwards. If it was opened before any pin on the file its descriptor
-    /// may get a new open file description, see
-    /// [`MapOptions::map`](crate::MapOptions::map).
+    /// `file` must be open for reading, at least; it may be closed afterwards.
+    /// If it was opened before any pin on the file its descriptor may get a new
+    /// open file description, see [`MapOptions::map`](crate::MapOptions::map).
     ///
     /// # Errors
     ///
-    /// `EACCES` without `CAP_LINUX_IMMUTABLE` in the initial user namespace;
-    /// `EOPNOTSUPP` where the file or its filesystem cannot keep the promise,
-    /// or no guard runs; `ETXTBSY` when the block map cannot be brought to
-    /// rest, with the list of who has the file open; `EINVAL`, `EOVERFLOW`,
-    /// `EBADF`, `ENODEV` as `mmap(2)`.
-    pub fn pin(&self, file: &impl AsFd) -> Result<Pin> {
-        let file = file.as_fd();
-        let range = offset_and_length(self.range.as_ref());
-        let flags = match self.scope {
-            Scope::Range => Flags::NONE,
-            Scope::File => Flags::WHOLE_FILE,
-        };
+    /// * `EACCES` without `CAP_LINUX_IMMUTABLE` in the initial user namespace;
+    /// * `EOPNOTSUPP` when the file or its filesystem cannot keep the promise,
+    ///   or no guard runs;
+    /// * `ETXTBSY` when the block map cannot be brought to rest, with the list
+    ///   of who has the file open;
+    /// * `EINVAL` for an empty range, or one that ends before it begins;
+    /// * `EOVERFLOW`, `EBADF`, `ENODEV` as `mmap(2)`.
+    pub fn pin(&self, file: impl AsFd) -> Result<Pin> {
         let guard = self.guard.clone().unwrap_or_default();
-        let empty = self.range.as_ref().is_some_and(Range::is_empty);
-        let established = if empty {
-            Err(Error::new(
-                Kind::Arguments,
-                Errno::INVAL,
-                "the range is empty",
-                "give a range of at least one byte",
-            ))
-        } else {
-            self.prepare_first(file)
-                .and_then(|()| establish(&guard, file, range, flags, self.patience))
-        };
-        let asked = |error: Error| {
+        self.pin_by(&guard, || guard.connect(), file.as_fd())
+    }
+
+    /// Pins the range by way of a connection to `guard`.
+    fn pin_by(
+        &self,
+        guard: &Guard,
+        connect: impl FnOnce() -> Result<Arc<Connection>>,
+        file: BorrowedFd<'_>,
+    ) -> Result<Pin> {
+        self.pin_range(guard, connect, file).map_err(|error| {
             let path = mapdirect_sys::proc::path_of(file);
             error.asking(match &self.range {
                 Some(range) => format!("pin bytes {} to {} of {path}", range.start, range.end),
                 None => format!("pin {path}"),
             })
+        })
+    }
+
+    fn pin_range(
+        &self,
+        guard: &Guard,
+        connect: impl FnOnce() -> Result<Arc<Connection>>,
+        file: BorrowedFd<'_>,
+    ) -> Result<Pin> {
+        let range = offset_and_length(self.range.as_ref())?;
+        let flags = match self.scope {
+            Scope::Range => Flags::NONE,
+            Scope::File => Flags::WHOLE_FILE,
         };
+        if self.prepare_first {
+            let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
+            prepare::before_pin(file, range)?;
+        }
         let Established {
             named,
             map,
             file: description,
             life,
             connection,
-        } = established.map_err(asked)?;
-        let hold =
-            Hold::new(named, &guard, connection.gate(), OnBreach::Tell, None).map_err(asked)?;
+        } = establish(connect, file, range, flags, self.patience)?;
+        let hold = Hold::new(named, guard, connection.gate(), OnBreach::Tell, None)?;
         let mut pin = Pin {
-            map,
-            _life: life,
+            life,
             description,
-            ending: Ending { hold, connection },
+            held: Held::new(hold, connection, map),
         };
-        if self.prepare {
+        if self.prepare_first {
             // Somebody may have changed it again before it was pinned.
             let range = pin.range();
-            let end = range.end.min(pin.map.file_size());
-            pin.allocate(range.start..end.max(range.start))
-                .map_err(asked)?;
+            let end = range.end.min(pin.block_map().file_size());
+            pin.allocate(range.start..end.max(range.start))?;
         }
         Ok(pin)
-    }
-
-    fn prepare_first(&self, file: BorrowedFd<'_>) -> Result<()> {
-        if !self.prepare {
-            return Ok(());
-        }
-        let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
-        prepare::before_pin(file, range)
     }
 }
 
 /// A block map held still: while it exists, nobody can move, free, share or
-/// allocate the blocks of the range, so its extents stay true. For agents
-/// that go to a file's blocks by themselves.
+/// allocate the blocks of the range, so its extents stay true. For agents that
+/// go to a file's blocks by themselves.
 ///
 /// Children of `fork(2)` share it; it ends when the last of them drops it or
 /// ends.
 ///
-/// Dropping it closes a descriptor of the file: POSIX record locks of this
-/// process on the file go with that, as with any `close(2)`.
+/// **Ending it.** [`unpin`](Self::unpin) ends it and reports errors; dropping it
+/// does the same without a word. Both close a descriptor of the file: POSIX
+/// record locks of this process on the file go with that, as with any
+/// `close(2)`. With the bpf gate both wait until the guard has confirmed the
+/// end, **up to a second** if the guard is stuck.
+///
+/// # Examples
+///
+/// ```no_run
+/// use mapdirect::Pin;
+///
+/// let file = std::fs::File::open("image")?;
+/// let pin = Pin::new(&file, 0..1 << 20)?;
+/// println!("on device {}: {:?}", pin.block_map().device(), pin.extents());
+/// pin.unpin()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug)]
 #[must_use = "the pin ends when it is dropped"]
 pub struct Pin {
-    map: BlockMap,
-    /// Dropped before the description: the guard looks when that is closed.
-    _life: Option<OwnedFd>,
+    /// What the pin lives by besides. Dropped before the description: the guard
+    /// looks when that is closed.
+    life: Option<OwnedFd>,
     /// The description whose life is the pin.
     description: OwnedFd,
-    /// Dropped after that.
-    ending: Ending,
-}
-
-/// Tells the guard of the end.
-#[derive(Debug)]
-struct Ending {
-    hold: Hold,
-    /// The one by which it was asked for.
-    connection: Arc<Connection>,
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        let _ = self.hold.let_go();
-        if self.hold.is_own() {
-            self.hold.guard().ended(self.hold.gate(), self.hold.named());
-        }
-    }
+    /// Dropped after that: it tells the guard of the end.
+    held: Held,
 }
 
 impl Pin {
-    /// Pins a range of `file`; short for [`PinOptions::pin`].
+    /// Pins a range of `file`, in bytes; short for [`PinOptions::pin`].
     ///
     /// # Errors
     ///
     /// As [`PinOptions::pin`].
-    pub fn new(file: &impl AsFd, range: Range<u64>) -> Result<Self> {
+    pub fn new(file: impl AsFd, range: Range<u64>) -> Result<Self> {
         PinOptions::new().range(range).pin(file)
     }
 
-    /// Prepares a range of `file`, so that every block of it that is in the
-    /// file is stable, and pins it; short for [`PinOptions::prepare`].
-    ///
-    /// # Errors
-    ///
-    /// As [`PinOptions::pin`] and [`PrepareOptions::prepare`].
-    ///
-    /// [`PrepareOptions::prepare`]: crate::PrepareOptions::prepare
-    pub fn prepare(file: &impl AsFd, range: Range<u64>) -> Result<Self> {
-        PinOptions::new().range(range).prepare(true).pin(file)
-    }
-
-    /// Makes frozen blocks of a range of the file stable, under the pin; see
-    /// [`DirectMap::allocate`](crate::DirectMap::allocate). Bytes are those of
-    /// the file, and must be pinned.
+    /// Makes frozen blocks of a range stable, under the pin; see
+    /// [`DirectMap::allocate`](crate::DirectMap::allocate). `range` counts bytes
+    /// of the file, and must be pinned. An empty range succeeds without doing
+    /// anything.
     ///
     /// # Errors
     ///
     /// As [`DirectMap::allocate`](crate::DirectMap::allocate), and `EACCES` if
     /// the file was not open for writing when it was pinned.
     pub fn allocate(&mut self, range: Range<u64>) -> Result<()> {
+        if range.start == range.end {
+            return Ok(());
+        }
         let is_frozen = self
-            .map
+            .block_map()
             .frozen()
             .any(|extent| extent.clipped(&range).is_some());
         let pinned = self.range();
         let inside = range.start >= pinned.start && range.end <= pinned.end;
-        if range.is_empty() || inside && !is_frozen {
+        if inside && !range.is_empty() && !is_frozen {
             return Ok(());
         }
-        let mut now = None;
-        let result = establish::allocate(
-            &self.ending.hold,
-            &self.ending.connection,
-            (range.start, range.end - range.start),
-            self.description.as_fd(),
-            &mut now,
-        );
-        if let Some(now) = now {
-            self.map = now;
-        }
-        result.map_err(|error| {
-            error.asking(format!("allocate bytes {} to {}", range.start, range.end))
-        })
+        offset_and_length(Some(&range))
+            .and_then(|_| self.held.allocate(&range, self.description.as_fd()))
+            .map_err(|error| {
+                error.asking(format!("allocate bytes {} to {}", range.start, range.end))
+            })
+    }
+
+    /// Ends this process's part in the pin, and says whether that worked, which
+    /// dropping cannot.
+    ///
+    /// # Errors
+    ///
+    /// `ETIMEDOUT` when the guard has not confirmed the end within a second
+    /// (bpf gate). This process has let go of the pin all the same then, and the
+    /// pin ends by itself.
+    pub fn unpin(self) -> Result<()> {
+        let Self {
+            life,
+            description,
+            mut held,
+        } = self;
+        drop(life);
+        drop(description);
+        held.end().map_err(|error| error.asking("unpin"))
     }
 
     /// The block map of the pinned range.
     #[must_use]
     pub fn block_map(&self) -> &BlockMap {
-        &self.map
+        self.held.block_map()
     }
 
     /// The extents of the pinned range; short for `block_map().extents()`.
     #[must_use]
     pub fn extents(&self) -> &[Extent] {
-        self.map.extents()
+        self.block_map().extents()
     }
 
-    /// The range pinned: the one asked for, rounded out to blocks.
+    /// The range pinned, in bytes of the file: the one asked for, extended to
+    /// whole filesystem blocks.
     #[must_use]
     pub fn range(&self) -> Range<u64> {
-        self.map.range()
+        self.block_map().range()
     }
 
     /// The number by which the guard knows the pin.
     #[must_use]
     pub fn pin_id(&self) -> u64 {
-        self.ending.hold.id()
+        self.held.hold().id()
     }
 
     /// Whether the pin is kept.
@@ -303,7 +305,7 @@ impl Pin {
     /// ```
     #[must_use]
     pub fn state(&self) -> State {
-        self.ending.hold.state()
+        self.held.hold().state()
     }
 
     /// Whether the blocks of the pin are what they were, as far as that has
@@ -311,7 +313,7 @@ impl Pin {
     /// where that is known.
     #[must_use]
     pub fn integrity(&self) -> Integrity {
-        self.ending.hold.integrity()
+        self.held.hold().integrity()
     }
 
     /// A descriptor that becomes readable when [`state`](Self::state) or
@@ -336,20 +338,21 @@ impl Pin {
     ///
     /// `EMFILE`, `ENFILE`, `ENOMEM`.
     pub fn event_fd(&self) -> Result<EventFd> {
-        self.ending.hold.event_fd()
+        self.held.hold().event_fd()
     }
 
-    /// The old name of [`state`](Self::state).
-    #[deprecated(note = "use `state`")]
-    #[must_use]
-    pub fn status(&self) -> State {
-        self.state()
-    }
-
-    /// See [`DirectMap::notice_fd`](crate::DirectMap::notice_fd).
-    #[deprecated(note = "use `event_fd`")]
-    #[must_use]
-    pub fn notice_fd(&self) -> BorrowedFd<'_> {
-        self.ending.connection.as_fd()
+    /// Connects to the guard again now, if none tends the pin
+    /// ([`State::Unattended`]), and returns the state afterwards.
+    ///
+    /// The library does so by itself, five times a second. This is for a
+    /// program that knows that a guard has just been started. It waits for the
+    /// guard's answer, up to ten seconds.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` and `EOPNOTSUPP` when the thread that hears of pins cannot be
+    /// started.
+    pub fn reconnect(&self) -> Result<State> {
+        self.held.hold().reconnect()
     }
 }

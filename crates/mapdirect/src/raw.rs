@@ -3,7 +3,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::establish::{PATIENCE, Scope};
 use crate::guard::Guard;
-use crate::mapping::{How, cached_by_environment};
+use crate::map::{How, cached_by_environment};
 use mapdirect_sys::mmap as sys;
 use mapdirect_sys::{Errno, mmap};
 use std::os::fd::BorrowedFd;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 /// | state | what it means | how it ends |
 /// | --- | --- | --- |
 /// | `Kept` | a guard is there, and the promise holds | |
-/// | `Unattended` | no guard can be heard, and whatever would break the promise is still refused | the library connects again by itself as soon as a guard answers: `Kept`, or `Lost` |
+/// | `Unattended` | no guard can be heard, and whatever would break the promise is still refused | the library connects again by itself as soon as a guard answers ([`reconnect`](crate::Pin::reconnect) does not wait for that): `Kept`, or `Lost` |
 /// | `Lost` | the promise has ended, or was broken | never: map or pin the file again |
 ///
 /// When a filesystem is shut down, every pin on it is lost: no block moves any
@@ -103,6 +103,7 @@ impl Integrity {
 
 /// What becomes of a mapping when blocks of its pin have changed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
 pub enum OnBreach {
     /// From then on any access to the mapping raises SIGBUS, and the calls of
     /// [`DirectMap`](crate::DirectMap) fail with `EIO`: what the file is now is
@@ -113,12 +114,14 @@ pub enum OnBreach {
     Tell,
 }
 
-/// Becomes readable when the state of a pin changes or a breach is found.
+/// A descriptor that becomes readable when the state of a pin changes or a
+/// breach is found. Hand it to poll(2), epoll(7) or an event loop.
 ///
-/// Look at [`state`](crate::Pin::state) and
-/// [`integrity`](crate::Pin::integrity) then, after [`clear`](Self::clear). If
-/// the pin is not kept, or was breached, when this is made, it is readable at
-/// once. It is an eventfd(2): a child of fork(2) that inherits it shares it.
+/// When it is readable, call [`clear`](Self::clear), and look at
+/// [`state`](crate::Pin::state) and [`integrity`](crate::Pin::integrity)
+/// afterwards. If the pin is not kept, or was breached, when this is made, it is
+/// readable at once. It is an eventfd(2): a child of fork(2) that inherits it
+/// shares it.
 #[derive(Clone, Debug)]
 pub struct EventFd {
     pub(crate) fd: Arc<OwnedFd>,

@@ -174,7 +174,7 @@ fn show_media(guard: &GuardProcess, disk: &Disk) -> Result<usize> {
         (524_280, "across a page's end"),
         (1_048_550, "without a system call"),
     ] {
-        map.write_at(offset, text.as_bytes())?;
+        map.write_all_at(text.as_bytes(), offset)?;
         let mut found = Vec::new();
         let mut first = None;
         for at in offset..offset + text.len() {

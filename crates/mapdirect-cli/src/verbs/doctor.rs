@@ -87,7 +87,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     findings.push(if has_bpf && by_events.outcome == Outcome::Bad {
         Finding {
             outcome: Outcome::Note,
-            mend: String::from("none is needed: the bpf gate serves here"),
+            mend: String::from("none is needed: the bpf gate serves here, and uses no fanotify"),
             ..by_events
         }
     } else {
@@ -130,7 +130,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
                 finding.text
             ));
             if !finding.mend.is_empty() {
-                output::line(&format!("      to mend it: {}", finding.mend));
+                output::line(&format!("      help: {}", finding.mend));
             }
         }
         output::line(&format!("what the {gate} gate cannot refuse:"));
@@ -383,7 +383,7 @@ fn running_guard() -> Finding {
                 gate.name()
             ),
         ),
-        Err(error) => Finding::new("guard", Outcome::Note, error.obstacle(), error.mend()),
+        Err(error) => Finding::new("guard", Outcome::Note, error.obstacle(), error.help()),
     }
 }
 

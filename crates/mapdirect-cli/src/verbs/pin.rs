@@ -1,4 +1,4 @@
-//! `mapdirect pin`: pin a range, print its extents, hold it.
+//! `mapdirect pin`: pin a range of files, print its extents, hold it.
 
 use crate::args::{PinArgs, ScopeChoice};
 use crate::{Exit, draw, exit, json, output};
@@ -10,7 +10,9 @@ use rustix::event::{PollFd, PollFlags, poll};
 use serde_json::json;
 use std::fs::File;
 use std::io::Read;
+use std::ops::Range;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Child, Command};
 use std::time::Duration;
 
@@ -34,36 +36,38 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
         Signal::HANGUP,
         Signal::CHILD,
     ])?;
-    let name = args.file.display();
-    let file = super::show::open(&args.file)?;
-    let size = file.metadata()?.len();
+    let files = args
+        .files
+        .iter()
+        .map(|path| super::show::open(path))
+        .collect::<Result<Vec<_>>>()?;
     let mut options = PinOptions::new()
         .patience(Duration::from_millis(args.patience.into()))
         .scope(match args.scope {
             ScopeChoice::Range => Scope::Range,
             ScopeChoice::File => Scope::File,
         });
-    if let Some(range) = &args.range {
-        let bytes = range.resolve(size);
-        anyhow::ensure!(
-            !bytes.is_empty(),
-            "{name} ends at byte {size}, before the range begins"
-        );
-        options = options.range(bytes);
+    if let Some(range) = common_range(args, &files)? {
+        options = options.range(range);
     }
-    let pin = match ask(options, file, &signals)? {
-        Asked::Answered(pin) => pin?,
+    let pins = match ask(options, files, &signals)? {
+        Asked::Answered(pins) => pins?,
         Asked::Interrupted(number) => return Ok(Exit::of_signal(number)),
     };
-    tell(args, &pin);
+    for (path, pin) in args.files.iter().zip(&pins) {
+        tell(args, path, pin);
+    }
+    if args.command.is_empty() && !args.json {
+        output::line("held until SIGINT or SIGTERM");
+    }
     match &args.command[..] {
-        [] => hold(&pin, &signals),
+        [] => hold(args, &pins, &signals),
         [program, arguments @ ..] => {
             let mut command = Command::new(program);
             command.args(arguments);
             signal::unblocked_in_child(&mut command);
             match command.spawn() {
-                Ok(child) => attend(&pin, &signals, child),
+                Ok(child) => attend(args, &pins, &signals, child),
                 Err(error) => {
                     output::complain(&format!("{}: {error}", program.display()));
                     Ok(if error.kind() == std::io::ErrorKind::NotFound {
@@ -77,25 +81,49 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
     }
 }
 
-/// What came of asking for a pin.
+/// The range that is pinned of every file, in bytes; nothing for the whole of
+/// each.
+fn common_range(args: &PinArgs, files: &[File]) -> Result<Option<Range<u64>>> {
+    let Some(range) = &args.range else {
+        return Ok(None);
+    };
+    let mut common = None;
+    for (path, file) in args.files.iter().zip(files) {
+        let (name, size) = (path.display(), file.metadata()?.len());
+        let bytes = range.resolve(size);
+        anyhow::ensure!(
+            !bytes.is_empty(),
+            "{name} ends at byte {size}, before the range begins"
+        );
+        anyhow::ensure!(
+            common.as_ref().is_none_or(|common| *common == bytes),
+            "a range without an end is another one in each file: {name} ends at byte {size}\n\
+             help: say how long the range is, or pin these files one by one"
+        );
+        common = Some(bytes);
+    }
+    Ok(common)
+}
+
+/// What came of asking for pins.
 enum Asked {
-    Answered(mapdirect::Result<Pin>),
+    Answered(mapdirect::Result<Vec<Pin>>),
     /// A signal came while others had to be waited for.
     Interrupted(i32),
 }
 
-/// Asks for the pin, and lets a signal end the waiting: signals are blocked
+/// Asks for the pins, and lets a signal end the waiting: signals are blocked
 /// here, so another thread has to wait for the guard. It ends with the process,
 /// which takes the connection along, and the guard forgets the request.
-fn ask(options: PinOptions, file: File, signals: &SignalFd) -> Result<Asked> {
+fn ask(options: PinOptions, files: Vec<File>, signals: &SignalFd) -> Result<Asked> {
     let (mut answered, answer) = std::io::pipe()?;
     let asking = std::thread::spawn(move || {
-        let pin = options.pin(&file);
-        // The pin does not need it, and a duplicate would be in its way.
-        drop(file);
+        let pins = options.pin_all(&files);
+        // The pins do not need them, and a duplicate would be in their way.
+        drop(files);
         // Closed here, however this ends.
         drop(answer);
-        pin
+        pins
     });
     loop {
         let signal_fd = signals.as_fd();
@@ -113,7 +141,7 @@ fn ask(options: PinOptions, file: File, signals: &SignalFd) -> Result<Asked> {
             // Nothing is ever written to it: it has ended.
             let _ = answered.read(&mut [0])?;
             return match asking.join() {
-                Ok(pin) => Ok(Asked::Answered(pin)),
+                Ok(pins) => Ok(Asked::Answered(pins)),
                 Err(_) => anyhow::bail!("asking for the pin failed"),
             };
         }
@@ -124,12 +152,12 @@ fn ask(options: PinOptions, file: File, signals: &SignalFd) -> Result<Asked> {
     }
 }
 
-fn tell(args: &PinArgs, pin: &Pin) {
+fn tell(args: &PinArgs, path: &Path, pin: &Pin) {
     let map = pin.block_map();
     let range = pin.range();
     if args.json {
         let value = json!({
-            "file": args.file.to_string_lossy(),
+            "file": path.to_string_lossy(),
             "pin": pin.pin_id(),
             "pid": std::process::id(),
             "range": json::range(&range),
@@ -150,52 +178,44 @@ fn tell(args: &PinArgs, pin: &Pin) {
         "pinned bytes {} to {} of {} (blocks of {} bytes on device {})",
         range.start,
         range.end,
-        args.file.display(),
+        path.display(),
         map.block_size(),
         map.device(),
     ));
     output::line(draw::extent_table(map).trim_end());
-    if args.command.is_empty() {
-        output::line("held until SIGINT or SIGTERM");
-    }
 }
 
-/// What a held pin waited for.
+/// What held pins waited for.
 enum Woken {
     Signal(signal::Received),
-    /// Something became of the pin.
+    /// Something became of a pin.
     Changed,
 }
 
-/// A pin, and what was said of it so far.
-struct Held<'a> {
-    pin: &'a Pin,
-    event: EventFd,
+/// Pins, and what was said of them so far.
+struct AllHeld<'a> {
+    pins: Vec<Held<'a>>,
     signals: &'a SignalFd,
-    /// It was said that no guard is there.
-    is_unattended: bool,
-    /// It was said that it is over.
-    ending: Option<Exit>,
 }
 
-impl<'a> Held<'a> {
-    fn new(pin: &'a Pin, signals: &'a SignalFd) -> Result<Self> {
-        Ok(Self {
-            pin,
-            event: pin.event_fd()?,
-            signals,
-            is_unattended: false,
-            ending: None,
-        })
+impl<'a> AllHeld<'a> {
+    fn new(args: &PinArgs, pins: &'a [Pin], signals: &'a SignalFd) -> Result<Self> {
+        let named = args.files.iter().zip(pins).map(|(path, pin)| {
+            // Of the only one there is nothing to tell apart.
+            let several = pins.len() > 1;
+            let name = several.then(|| format!("{}: ", printable(&path.to_string_lossy())));
+            Held::new(pin, name.unwrap_or_default())
+        });
+        let pins = named.collect::<Result<_>>()?;
+        Ok(Self { pins, signals })
     }
 
     fn wait(&self) -> Result<Woken> {
         loop {
             let signal_fd = self.signals.as_fd();
-            let mut fds = [
-                PollFd::new(&signal_fd, PollFlags::IN),
-                PollFd::new(&self.event, PollFlags::IN),
-            ];
+            let mut fds = vec![PollFd::new(&signal_fd, PollFlags::IN)];
+            let events = self.pins.iter().map(|held| &held.event);
+            fds.extend(events.map(|event| PollFd::new(event, PollFlags::IN)));
             match poll(&mut fds, None) {
                 Ok(_) => {}
                 Err(rustix::io::Errno::INTR) => continue,
@@ -204,29 +224,71 @@ impl<'a> Held<'a> {
             if !fds[0].revents().is_empty() {
                 return Ok(Woken::Signal(self.signals.wait()?));
             }
-            if self.event.clear() {
+            // All of them: one that stays set would be found again and again.
+            let changed = self.pins.iter().filter(|held| held.event.clear()).count();
+            if changed > 0 {
                 return Ok(Woken::Changed);
             }
         }
     }
 
+    /// Says what became of each pin, once; and how this must end, if a promise
+    /// is over. A breach is more than a loss.
+    fn tell(&mut self) -> Option<Exit> {
+        let endings: Vec<_> = self.pins.iter_mut().filter_map(Held::tell).collect();
+        let breached = endings.contains(&Exit::PIN_BREACHED);
+        if breached {
+            Some(Exit::PIN_BREACHED)
+        } else {
+            endings.first().copied()
+        }
+    }
+}
+
+/// A pin, and what was said of it so far.
+struct Held<'a> {
+    pin: &'a Pin,
+    /// Begins what is said of it: the file, if there are several.
+    name: String,
+    event: EventFd,
+    /// It was said that no guard is there.
+    is_unattended: bool,
+    /// It was said that it is over.
+    ending: Option<Exit>,
+}
+
+impl<'a> Held<'a> {
+    fn new(pin: &'a Pin, name: String) -> Result<Self> {
+        Ok(Self {
+            pin,
+            name,
+            event: pin.event_fd()?,
+            is_unattended: false,
+            ending: None,
+        })
+    }
+
     /// Says what became of the pin, once; and how this must end, if the promise
     /// is over. A breach is more than a loss.
     fn tell(&mut self) -> Option<Exit> {
+        let name = &self.name;
         match self.pin.state() {
             State::Kept if self.is_unattended => {
                 self.is_unattended = false;
-                output::complain("a guard is back, and has taken the pin over");
+                output::complain(&format!(
+                    "{name}a guard is back, and has taken the pin over"
+                ));
             }
             State::Unattended { why } if !self.is_unattended => {
                 self.is_unattended = true;
-                output::complain(&format!("the pin stays, unattended: {}", printable(&why)));
+                let why = printable(&why);
+                output::complain(&format!("{name}the pin stays, unattended: {why}"));
             }
             State::Lost { why } if self.ending.is_none() => {
                 self.ending = Some(Exit::PIN_LOST);
                 if self.pin.integrity().is_intact() {
                     let why = printable(&why);
-                    output::complain(&format!("the pin is not kept any more: {why}"));
+                    output::complain(&format!("{name}the pin is not kept any more: {why}"));
                 }
             }
             _ => {}
@@ -262,8 +324,8 @@ fn breach_line(breach: &Breach) -> String {
     )
 }
 
-fn hold(pin: &Pin, signals: &SignalFd) -> Result<Exit> {
-    let mut held = Held::new(pin, signals)?;
+fn hold(args: &PinArgs, pins: &[Pin], signals: &SignalFd) -> Result<Exit> {
+    let mut held = AllHeld::new(args, pins, signals)?;
     loop {
         match held.wait()? {
             Woken::Changed => {
@@ -277,10 +339,10 @@ fn hold(pin: &Pin, signals: &SignalFd) -> Result<Exit> {
     }
 }
 
-/// Holds the pin until the command ends.
-fn attend(pin: &Pin, signals: &SignalFd, mut child: Child) -> Result<Exit> {
+/// Holds the pins until the command ends.
+fn attend(args: &PinArgs, pins: &[Pin], signals: &SignalFd, mut child: Child) -> Result<Exit> {
     let pid = child.id().cast_signed();
-    let mut held = Held::new(pin, signals)?;
+    let mut held = AllHeld::new(args, pins, signals)?;
     loop {
         match held.wait()? {
             Woken::Changed => {

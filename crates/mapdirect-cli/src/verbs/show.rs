@@ -76,7 +76,7 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
             "pinned: bytes {} to {}{} by pid {}",
             pin.range.start,
             pin.range.end,
-            if pin.flags.contains(mapdirect_proto::Flags::WHOLE_FILE) {
+            if pin.flags.is_whole_file() {
                 ", the whole file and its size,"
             } else {
                 ""
@@ -132,7 +132,7 @@ fn tell_verdict(hindrances: &[Hindrance]) {
     for hindrance in hindrances {
         output::line(&format!("  - {}", hindrance.text));
         if !hindrance.mend.is_empty() {
-            output::line(&format!("    to mend it: {}", hindrance.mend));
+            output::line(&format!("    help: {}", hindrance.mend));
         }
     }
 }
@@ -175,7 +175,7 @@ fn hindrances(
         found.push(Hindrance {
             key: "no-guard",
             text: error.obstacle().to_owned(),
-            mend: error.mend().to_owned(),
+            mend: error.help().to_owned(),
             cured_by_cache: false,
         });
     }
@@ -208,7 +208,7 @@ fn as_json(
                 "offset": pin.range.start,
                 "length": pin.range.end - pin.range.start,
                 "pid": pin.pid,
-                "whole_file": pin.flags.contains(mapdirect_proto::Flags::WHOLE_FILE),
+                "whole_file": pin.flags.is_whole_file(),
             })
         })
         .collect();

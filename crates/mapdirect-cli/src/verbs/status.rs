@@ -6,7 +6,6 @@ use crate::{Exit, json, output};
 use anyhow::Result;
 use mapdirect::status::{FileStatus, RefusedOperation, Status};
 use mapdirect::{Breach, Guard};
-use mapdirect_proto::Flags;
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -64,13 +63,13 @@ fn tell_file(file: &FileStatus) {
     output::line(&format!("  {}", name_of(file)));
     for pin in &file.pins {
         let mut notes = Vec::new();
-        if pin.flags.contains(Flags::MAP) {
+        if pin.flags.is_mapped() {
             notes.push("mapped");
         }
-        if pin.flags.contains(Flags::CACHED) {
+        if pin.flags.is_cached() {
             notes.push("page cache");
         }
-        if pin.flags.contains(Flags::WHOLE_FILE) {
+        if pin.flags.is_whole_file() {
             notes.push("whole file");
         }
         if pin.frozen > 0 {
@@ -213,9 +212,9 @@ fn file_json(file: &FileStatus) -> Value {
                 "pin": pin.pin,
                 "offset": pin.range.start,
                 "length": pin.range.end - pin.range.start,
-                "mapped": pin.flags.contains(Flags::MAP),
-                "cached": pin.flags.contains(Flags::CACHED),
-                "whole_file": pin.flags.contains(Flags::WHOLE_FILE),
+                "mapped": pin.flags.is_mapped(),
+                "cached": pin.flags.is_cached(),
+                "whole_file": pin.flags.is_whole_file(),
                 "pid": pin.pid,
                 "uid": pin.uid,
                 "age": pin.age,

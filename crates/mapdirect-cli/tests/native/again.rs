@@ -66,9 +66,9 @@ fn taken_up(world: &World, kind: Kind) {
         assert_eq!((known[0].pin, known[0].pid), (id, own), "in round {round}");
         assert_eq!(known[0].range, RANGE);
         let mut word = [0; 8];
-        again.read_at(4096, &mut word).unwrap();
+        again.read_exact_at(&mut word, 4096).unwrap();
         assert_eq!(&word, b"harmless");
-        again.write_at(8192, b"stored").unwrap();
+        again.write_all_at(b"stored", 8192).unwrap();
         assert_eq!(punch(&file, 8192), Err(Errno::TXTBSY));
         assert_eq!(rustix::fs::ftruncate(&file, 4096), Err(Errno::TXTBSY));
         if round % 4 == 0 {

@@ -42,7 +42,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
     trials.extend(world.trials(
         "beside",
         &sharing,
-        &[("copied", copied), ("size-kept", size_kept)],
+        &[
+            ("copied", copied),
+            ("size-kept", size_kept),
+            ("same-size", same_size),
+        ],
     ));
     trials
 }
@@ -132,7 +136,7 @@ fn allocated(world: &World, kind: Kind) {
     let (path, file) = halves(world, kind, "allocated", State::Hole, State::Hole);
     let hole = map_all(&guard.client(), &file, HALF..HUGE);
     let mut first = map_all(&guard.client(), &file, 0..HALF);
-    first.allocate(0..first.len()).unwrap();
+    first.allocate(0..HALF).unwrap();
     for round in 1..4 {
         read_anew(&file, &path);
         assert_eq!(store(at(&first, 255), round), Access::Went(round));
@@ -351,9 +355,30 @@ fn size_kept(world: &World, kind: Kind) {
     let size = 3 * PAGE + 100;
     let file = make(&path, PAGE, &states, size);
     let mut map = map_all(&guard.client(), &file, 0..size);
-    map.allocate(0..map.len()).unwrap();
+    map.allocate(0..size).unwrap();
     assert_eq!(file.metadata().unwrap().len(), size);
     assert_eq!(map.block_map().total(ExtentState::Shared), 0);
     drop(map);
+    end(path, file);
+}
+
+/// A truncation to the size that the file has copies its last block, if others
+/// share that: it is zeroed behind the end.
+fn same_size(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let path = world.disk(kind).path("beside-same-size");
+    let size = 3 * PAGE + 100;
+    let file = make(&path, PAGE, &[State::Shared; 4], size);
+    let options = PinOptions::new().range(0..size).patience(PATIENCE);
+    let pin = options.guard(guard.client()).pin(&file).unwrap();
+    let by_descriptor = rustix::fs::ftruncate(&file, size);
+    assert_eq!(by_descriptor, Err(Errno::TXTBSY));
+    assert_still(&file, pin.block_map());
+    // It may grow by nothing either, and get shorter by nothing.
+    for other in [size - 1, size + 1] {
+        assert_eq!(rustix::fs::ftruncate(&file, other), Err(Errno::TXTBSY));
+    }
+    assert_still(&file, pin.block_map());
+    drop(pin);
     end(path, file);
 }

@@ -150,7 +150,7 @@ fn maps_directly(world: &World, kind: Kind) {
     let held = map(&guard.client(), &file, 0..1 << 20);
     assert_eq!(held.durability(), Durability::CacheFlush);
     assert!(is_pinned(&path));
-    held.copy_persist(5000, b"stored").unwrap();
+    held.write_persist_at(b"stored", 5000).unwrap();
     let mut read = [0; 6];
     file.read_exact_at(&mut read, 5000).unwrap();
     assert_eq!(&read, b"stored");
@@ -185,10 +185,10 @@ fn media(world: &World, kind: Kind) {
         let length = 1 + usize::try_from(random.below(299)).unwrap();
         let bytes: Vec<u8> = (0..length).map(|_| random.byte()).collect();
         match round % 3 {
-            0 => held.write_at(offset, &bytes).unwrap(),
-            1 => held.copy_persist(offset, &bytes).unwrap(),
+            0 => held.write_all_at(&bytes, offset).unwrap(),
+            1 => held.write_persist_at(&bytes, offset).unwrap(),
             _ => {
-                held.write_at(offset, &bytes).unwrap();
+                held.write_all_at(&bytes, offset).unwrap();
                 held.persist(offset..offset + length).unwrap();
             }
         }
@@ -223,9 +223,9 @@ fn no_page_cache(world: &World, kind: Kind) {
     let guard = world.guard();
     let (path, file) = file_of(world, kind, "no-cache", LENGTH);
     let held = map(&guard.client(), &file, 0..LENGTH as u64);
-    held.write_at(0, &vec![3; LENGTH]).unwrap();
+    held.write_all_at(&vec![3; LENGTH], 0).unwrap();
     let mut bytes = vec![0; LENGTH];
-    held.read_at(0, &mut bytes).unwrap();
+    held.read_exact_at(&mut bytes, 0).unwrap();
     file.read_exact_at(&mut bytes, 0).unwrap();
     assert_eq!(raw::cached_pages(file.as_fd(), LENGTH), Ok(0));
     let media = start_of_media(kind);
@@ -349,21 +349,23 @@ fn persist_everywhere(world: &World, kind: Kind) {
         ] {
             if start <= end && end <= length {
                 held.persist(start..end).unwrap();
-                held.flush(start..end).unwrap();
+                held.flush_async_range(start..end).unwrap();
             }
         }
     }
-    held.drain();
+    held.drain().unwrap();
     let inval = Errno::INVAL.raw_os_error();
     assert_eq!(held.persist(0..length + 1).unwrap_err().errno(), inval);
     assert_eq!(
-        held.copy_persist(length - 1, &[1, 2]).unwrap_err().errno(),
+        held.write_persist_at(&[1, 2], length - 1)
+            .unwrap_err()
+            .errno(),
         inval
     );
-    let frozen = held.copy_persist(PAGE - 8, &[1; 16]).unwrap_err();
+    let frozen = held.write_persist_at(&[1; 16], PAGE - 8).unwrap_err();
     assert_eq!(frozen.errno(), Errno::TXTBSY.raw_os_error());
-    held.copy_persist(PAGE - 8, &[2; 8]).unwrap();
-    held.copy_persist(0, &[]).unwrap();
+    held.write_persist_at(&[2; 8], PAGE - 8).unwrap();
+    held.write_persist_at(&[], 0).unwrap();
     let mut byte = [0];
     file.read_exact_at(&mut byte, PAGE as u64 - 1).unwrap();
     assert_eq!(byte, [2]);
@@ -403,7 +405,7 @@ fn huge_pages(world: &World, kind: Kind) {
     let pieces = prepared.huge_pieces();
     let before = raw::faults().unwrap();
     for page in 0..4 * HUGE / PAGE {
-        held.write_at(page * PAGE, &[1; 8]).unwrap();
+        held.write_all_at(&[1; 8], page * PAGE).unwrap();
     }
     let faults = raw::faults().unwrap() - before;
     println!(

@@ -610,16 +610,16 @@ fn bytes(world: &World, kind: Kind) {
     let file = open(&path);
     let held = map(&guard, &file, 4096..69_632);
     let text = b"these bytes do not move";
-    held.write_at(12_345, text).unwrap();
+    held.write_all_at(text, 12_345).unwrap();
     held.persist(12_345..12_345 + text.len()).unwrap();
     let mut read = vec![0; text.len()];
     file.read_exact_at(&mut read, 4096 + 12_345).unwrap();
     assert_eq!(read, text);
     file.write_all_at(b"and back", 4096).unwrap();
     let mut back = [0; 8];
-    held.read_at(0, &mut back).unwrap();
+    held.read_exact_at(&mut back, 0).unwrap();
     assert_eq!(&back, b"and back");
-    let error = held.read_at(65_530, &mut back).unwrap_err();
+    let error = held.read_exact_at(&mut back, 65_530).unwrap_err();
     assert_eq!(error.errno(), Errno::INVAL.raw_os_error());
     // The blocks on the device hold them, where the extents say.
     let extent = held.block_map().find(4096 + 12_345).unwrap();
@@ -675,7 +675,7 @@ fn copied_along(world: &World) {
     let write_beside = || rustix::io::pwrite(&file, &[8; 4096], 20 * 4096);
     let store_everywhere = |held: &DirectMap| {
         for block in 0..16 {
-            held.write_at(block * 4096, &[9; 100]).unwrap();
+            held.write_all_at(&[9; 100], block * 4096).unwrap();
         }
         held.persist(0..65536).unwrap();
         file.sync_all().unwrap();
@@ -742,7 +742,7 @@ fn collapsed_towards(world: &World) {
         let _ = collapse(NEAR);
     }
     for block in 0..16 {
-        held.write_at(block * 4096, &[9; 100]).unwrap();
+        held.write_all_at(&[9; 100], block * 4096).unwrap();
     }
     held.persist(0..65536).unwrap();
     file.sync_all().unwrap();

@@ -5,6 +5,7 @@ use crate::world::{BINARY, World, is_inside, is_pinned, kinds, map, open, pin, w
 use libtest_mimic::Trial;
 use mapdirect::{Gate, Kind as Reason, PinOptions};
 use mapdirect_sys::Errno;
+use mapdirect_sys::fanotify::Group;
 use mapdirect_testkit::attack::{Attack, Door, Row};
 use mapdirect_testkit::contract::{Gate as UnderTest, Place, Subject};
 use mapdirect_testkit::disk::{Frozen, run};
@@ -33,6 +34,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     trials.push(world.trial("in-kernel::one-guard", one_guard));
     trials.push(world.trial("in-kernel::refusals-are-told", refusals_are_told));
     trials.push(world.trial("in-kernel::rests", rests));
+    trials.push(world.trial("in-kernel::needs-no-fanotify", needs_no_fanotify));
     trials.extend(crate::neighbours::trials(world));
     for kind in kinds(&[Kind::XFS, Kind::EXT4]) {
         trials.extend(world.trials(
@@ -101,6 +103,45 @@ fn one_guard(_world: &World) {
         !directory.exists(),
         "a guard that ends without pins takes its gate along"
     );
+}
+
+/// How many fanotify groups a user may have; none until this is dropped.
+struct NoFanotify(String);
+
+impl NoFanotify {
+    const LIMIT: &str = "/proc/sys/fs/fanotify/max_user_groups";
+
+    fn begin() -> Self {
+        let before = std::fs::read_to_string(Self::LIMIT).unwrap();
+        std::fs::write(Self::LIMIT, "0").unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for NoFanotify {
+    fn drop(&mut self) {
+        std::fs::write(Self::LIMIT, &self.0).unwrap();
+    }
+}
+
+/// A guard with this gate opens no fanotify group: a kernel without fanotify,
+/// or a sandbox that denies it, is good enough.
+fn needs_no_fanotify(world: &World) {
+    let path = written(&world.disk(Kind::EXT4), "in-kernel-no-fanotify", 1 << 20);
+    let file = open(&path);
+    let limit = NoFanotify::begin();
+    for group in [Group::notification(), Group::pre_content()] {
+        assert_eq!(group.unwrap_err(), Errno::MFILE);
+    }
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let held = pin(&guard.client(), &file, 0..65536);
+    assert_eq!(punch(&file, 8192), Err(Errno::TXTBSY));
+    drop(held);
+    wait_until_unpinned(&path);
+    assert_eq!(punch(&file, 8192), Ok(()));
+    drop((guard, limit));
+    assert!(Group::notification().is_ok());
+    std::fs::remove_file(&path).unwrap();
 }
 
 fn refusals_are_told(world: &World) {
@@ -273,7 +314,7 @@ fn writers_stay(world: &World, kind: Kind) {
     assert_eq!(punch(&writer, 131_072), Ok(()));
     assert_eq!(punch(&writer, 126_976), Err(Errno::TXTBSY));
     let mut seen = [0; 6];
-    held.read_at(70_000 - 65_536, &mut seen).unwrap();
+    held.read_exact_at(&mut seen, 70_000 - 65_536).unwrap();
     assert_eq!(&seen, b"stable");
     drop((held, file, writer, appender));
     std::fs::remove_file(&path).unwrap();

@@ -91,7 +91,7 @@ fn opened_as_it_ends(world: &World, kind: Kind) {
 }
 
 /// Role: maps or pins a range and does as it is told. Arguments: socket,
-/// path, offset, length, `map` or `pin`.
+/// path, offset, length, `map`, `read` or `pin`.
 pub fn play_holder(arguments: &[String]) -> Result<()> {
     let [socket, path, offset, length, how] = arguments else {
         bail!("wrong arguments");
@@ -107,6 +107,9 @@ pub fn play_holder(arguments: &[String]) -> Result<()> {
     let patience = Duration::from_secs(2);
     if how == "map" {
         let options = MapOptions::new().range(range).accept_page_cache(true);
+        map = Some(options.patience(patience).guard(guard).map(opened)?);
+    } else if how == "read" {
+        let options = MapOptions::new().range(range).read_only(true);
         map = Some(options.patience(patience).guard(guard).map(opened)?);
     } else {
         let options = PinOptions::new().range(range).patience(patience);
@@ -160,7 +163,7 @@ pub fn play_holder(arguments: &[String]) -> Result<()> {
             }
             "store" => {
                 let map = map.as_ref().context("not mapped")?;
-                map.write_at(map.len() - 1, &[9])?;
+                map.write_all_at(&[9], map.len() - 1)?;
             }
             other => bail!("what is {other}?"),
         }
@@ -169,10 +172,17 @@ pub fn play_holder(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
-struct Holder(Helper);
+/// A process that holds a pin, and does as it is told.
+pub(crate) struct Holder(Helper);
 
 impl Holder {
-    fn start(guard: &GuardProcess, path: &Path, offset: u64, length: u64, how: &str) -> Self {
+    pub(crate) fn start(
+        guard: &GuardProcess,
+        path: &Path,
+        offset: u64,
+        length: u64,
+        how: &str,
+    ) -> Self {
         let mut helper = Helper::start(
             "hold",
             &[
@@ -188,7 +198,12 @@ impl Holder {
         Self(helper)
     }
 
-    fn order(&mut self, order: &str) -> String {
+    /// Ends it with SIGKILL.
+    pub(crate) fn kill(self) {
+        self.0.kill().unwrap();
+    }
+
+    pub(crate) fn order(&mut self, order: &str) -> String {
         self.0.tell(order).unwrap();
         self.0.hear().unwrap()
     }
@@ -201,7 +216,7 @@ fn subject(world: &World, kind: Kind, name: &str) -> (std::sync::Arc<Disk>, std:
 }
 
 /// How soon others see that a pin has ended, by the clock of the test.
-fn freed_at_once(path: &Path) {
+pub(crate) fn freed_at_once(path: &Path) {
     // Not even a retry: the refusal itself looks whether the pin still lives.
     assert!(!is_pinned(path), "{} is still pinned", path.display());
 }
@@ -240,11 +255,11 @@ fn close(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-fn fork(holder: &mut Holder) -> i32 {
+pub(crate) fn fork(holder: &mut Holder) -> i32 {
     holder.order("fork").parse().unwrap()
 }
 
-fn kill(pid: i32) {
+pub(crate) fn kill(pid: i32) {
     mapdirect_sys::signal::kill(pid, mapdirect_sys::signal::Signal::KILL).unwrap();
 }
 

@@ -2,8 +2,9 @@
 
 use crate::world::World;
 use mapdirect::{BlockMap, DeviceId, Extent, ExtentState};
-use mapdirect_model::contract::layers::{Layers, kinds as operation_kinds};
-use mapdirect_model::contract::{Apart, Beside, Operation, OperationKind, Pinned, judge};
+use mapdirect_model::contract::{
+    Apart, Beside, Geometry, Layers, Operation, OperationKind, Pinned, kinds,
+};
 use mapdirect_model::plan::Plan;
 use mapdirect_testkit::random::Random;
 
@@ -14,15 +15,16 @@ pub fn judges_as_the_policy(world: &World) {
     let seed = std::env::var("MAPDIRECT_SEED").map_or(7, |seed| seed.parse().unwrap());
     let mut random = Random::new(seed);
     let mut oracle = mapdirect_guard::Oracle::load().unwrap();
-    let every: Vec<OperationKind> = operation_kinds().collect();
+    let every: Vec<OperationKind> = kinds().collect();
     for round in 0..ROUNDS {
         let size = 1 + random.below(60 * BLOCK);
         // Many runs now and then: they are kept in a map of their own.
         let longest = if round % 10 == 0 { 200 } else { 12 };
-        let pins: Vec<Pinned> = (0..1 + random.below(3))
-            .map(|_| random_pin(&mut random, size, longest))
+        let file = random_file(&mut random);
+        let each: Vec<Layers> = (0..1 + random.below(3))
+            .map(|_| Layers::of(&random_pin(&mut random, &file, size, longest)))
             .collect();
-        let layers = Layers::new(&pins, random.below(4) == 0);
+        let layers = Layers::all(&each);
         if oracle.put(&layers, true).unwrap() {
             world.count("pins judged from a map of their own", 1);
         }
@@ -36,13 +38,11 @@ pub fn judges_as_the_policy(world: &World) {
             operation.direct = random.below(2) == 0;
             let now = 1 + random.below(70 * BLOCK);
             let told = oracle.refuses(&operation, now).unwrap();
-            let expected = layers.refuses(&operation, now);
+            let expected = layers.refuses(&operation, now, 0);
             assert_eq!(told, expected, "{operation:?} of {now} bytes, {layers:?}");
-            // And no less than the policy says pin by pin.
-            let minds =
-                |pin: &Pinned| !judge(&operation, pin, now) || pin.minds_beside(&operation, now, 0);
-            let expected = pins.iter().any(minds);
-            assert!(told || !expected, "{operation:?} of {now} bytes, {pins:?}");
+            // And no less than any of the pins alone.
+            let expected = each.iter().any(|pin| pin.refuses(&operation, now, 0));
+            assert!(told || !expected, "{operation:?} of {now} bytes, {each:?}");
             world.count("questions to programs and policy", 1);
         }
     }
@@ -50,10 +50,31 @@ pub fn judges_as_the_policy(world: &World) {
 
 const BLOCK: u64 = 4096;
 
-fn random_pin(random: &mut Random, size: u64, longest: u64) -> Pinned {
-    let first = random.below(40);
+/// How a file is cut into pieces. The programs know one size of pages.
+struct Pieces {
+    block: u64,
+    geometry: Geometry,
+}
+
+fn random_file(random: &mut Random) -> Pieces {
+    let block = [BLOCK / 4, BLOCK, 4 * BLOCK][usize::try_from(random.below(3)).unwrap()];
+    let geometry = Geometry::of_pages(BLOCK).coarse(random.below(4) == 0);
+    let folio = match random.below(3) {
+        0 => geometry.folio,
+        _ => BLOCK.max(block) << random.below(4),
+    };
+    Pieces {
+        block,
+        geometry: Geometry { folio, ..geometry },
+    }
+}
+
+fn random_pin(random: &mut Random, file: &Pieces, size: u64, longest: u64) -> Pinned {
+    let (block, geometry) = (file.block, file.geometry);
+    // A mapping begins where a page does.
+    let first = random.below(40) / 4 * 4;
     let count = 1 + random.below(longest);
-    let range = first * BLOCK..(first + count) * BLOCK;
+    let range = first * block..(first + count) * block;
     let extents = (0..count).map(|at| {
         let state = match random.below(6) {
             0 => ExtentState::Hole,
@@ -61,15 +82,20 @@ fn random_pin(random: &mut Random, size: u64, longest: u64) -> Pinned {
             2 => ExtentState::Shared,
             _ => ExtentState::Written,
         };
-        let offset = range.start + at * BLOCK;
+        let offset = range.start + at * block;
         let physical = (state != ExtentState::Hole).then_some((1 << 30) + 7 * offset);
-        Extent::new(offset, physical, BLOCK, state)
+        Extent::new(offset, physical, block, state)
     });
     let device = DeviceId { major: 7, minor: 0 };
     let extents: Vec<_> = extents.collect();
-    let block = u32::try_from(BLOCK).unwrap();
-    let map = BlockMap::new(device, block, size, range.clone(), extents);
-    let mut pinned = Pinned::new(&map, random.below(10) == 0);
+    let map = BlockMap::new(
+        device,
+        u32::try_from(block).unwrap(),
+        size,
+        range.clone(),
+        extents,
+    );
+    let mut pinned = Pinned::new(&map, random.below(10) == 0, geometry);
     if random.below(2) == 0 {
         let plan = Plan::new(&map, range.start, range.end - range.start, BLOCK);
         pinned = pinned.mapped(&plan, random.below(2) == 0);
@@ -77,16 +103,16 @@ fn random_pin(random: &mut Random, size: u64, longest: u64) -> Pinned {
     let beside = Beside {
         frozen: (0..random.below(3))
             .map(|_| {
-                let at = random.below(60) * BLOCK;
-                at..at + BLOCK * (1 + random.below(3))
+                let at = random.below(60) * block;
+                at..at + block * (1 + random.below(3))
             })
             .collect(),
         window: (random.below(2) == 0)
-            .then(|| range.start.saturating_sub(5 * BLOCK)..range.end + 5 * BLOCK),
+            .then(|| range.start.saturating_sub(5 * block)..range.end + 5 * block),
         grows_into: random.below(3) == 0,
         failing_frees: random.below(3) == 0,
         edges: (0..random.below(2))
-            .map(|_| range.end..range.end + BLOCK)
+            .map(|_| range.end..range.end + block)
             .collect(),
     };
     pinned.with_beside(beside).apart(match random.below(3) {

@@ -891,7 +891,7 @@ fn then_mapped(world: &World, kind: Kind) {
     let held = map(&guard, &file, 0..3 << 20);
     assert_eq!(held.block_map().extents(), prepared.block_map().extents());
     for at in (0..3 << 20).step_by(65536) {
-        held.write_at(at, b"here it stays").unwrap();
+        held.write_all_at(b"here it stays", at).unwrap();
     }
     held.persist(0..3 << 20).unwrap();
     let now = synced(&file);

@@ -275,7 +275,7 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
         match mapped {
             Ok(map) => {
                 // Some of it may be frozen, or beyond the end of the file.
-                if let Err(error) = map.write_at(0, &[random.byte(); 100]) {
+                if let Err(error) = map.write_all_at(&[random.byte(); 100], 0) {
                     use mapdirect::Kind as Reason;
                     let reason = error.kind();
                     let expected = matches!(reason, Reason::FrozenBlocks | Reason::Arguments);
@@ -307,7 +307,7 @@ fn store(map: &DirectMap, random: &mut Random) {
         let address = map.as_ptr() as usize + offset;
         // SAFETY: a byte of a test file, or SIGBUS.
         let stored = unsafe { fault::store(address, 3) };
-        let expected = match map.write_at(offset, &[3]) {
+        let expected = match map.write_all_at(&[3], offset) {
             Ok(()) => fault::Access::Went(3),
             Err(_) => fault::Access::BUS_ADRERR,
         };

@@ -279,9 +279,9 @@ fn probe(map: &DirectMap, file: &File, states: &[State], block: u64, what: &str)
             let offset = usize::try_from(at - offset).unwrap();
             if offset < map.len() {
                 let mut byte = [9];
-                let safe = map.read_at(offset, &mut byte);
+                let safe = map.read_exact_at(&mut byte, offset);
                 assert_eq!(safe.is_ok(), matches!(loaded, Access::Went(_)), "{context}");
-                let safe = map.write_at(offset, &[there]);
+                let safe = map.write_all_at(&[there], offset);
                 assert_eq!(safe.is_ok(), kind == Page::Stable, "{context}");
             }
         }
@@ -1216,7 +1216,7 @@ fn allocate(world: &World, kind: Kind) {
         let base = at(&map, 0);
         let stored: Vec<usize> = (0..map.len())
             .step_by(4096)
-            .filter(|offset| map.write_at(*offset, &[1]).is_ok())
+            .filter(|offset| map.write_all_at(&[1], *offset).is_ok())
             .collect();
         let done = AtomicBool::new(false);
         std::thread::scope(|scope| {
@@ -1237,13 +1237,13 @@ fn allocate(world: &World, kind: Kind) {
                 let length = 1 + random.below((size - start).min(40 * PAGE));
                 let range =
                     usize::try_from(start).unwrap()..usize::try_from(start + length).unwrap();
-                map.allocate(range.clone()).unwrap();
+                map.allocate(start..start + length).unwrap();
                 let now = map.block_map().clone();
                 let there = mapdirect::block_map(&file, now.range()).unwrap();
                 assert_eq!(now.extents(), there.extents(), "seed {seed}, {range:?}");
                 check_allocated(&before, &now, &range, kind);
                 let bytes = vec![filling(7); range.len()];
-                map.write_at(range.start, &bytes).unwrap();
+                map.write_all_at(&bytes, range.start).unwrap();
                 assert_eq!(
                     store(base + range.start, filling(7)),
                     Access::Went(filling(7))
@@ -1259,7 +1259,7 @@ fn allocate(world: &World, kind: Kind) {
                 );
             }
         });
-        map.allocate(0..map.len()).unwrap();
+        map.allocate(0..size).unwrap();
         assert!(map.block_map().is_stable());
         for offset in (0..map.len()).step_by(4096) {
             assert_eq!(store(base + offset, 9), Access::Went(9));
@@ -1456,7 +1456,7 @@ fn prepared(world: &World, kind: Kind) {
     let (path, file) = four(world, kind, "prepared");
     let map = MapOptions::new()
         .range(0..6 * PAGE)
-        .prepare(true)
+        .prepare_first(true)
         .accept_page_cache(true)
         .patience(PATIENCE)
         .guard(guard.client())
@@ -1482,7 +1482,7 @@ fn prepared(world: &World, kind: Kind) {
     // Wholly beyond the end there is nothing to prepare.
     let beyond = MapOptions::new()
         .range(8 * PAGE..9 * PAGE)
-        .prepare(true)
+        .prepare_first(true)
         .accept_page_cache(true)
         .patience(PATIENCE)
         .guard(guard.client())
@@ -1499,7 +1499,7 @@ fn prepared(world: &World, kind: Kind) {
         .unwrap();
     let refused = MapOptions::new()
         .range(4 * PAGE..8 * PAGE)
-        .prepare(true)
+        .prepare_first(true)
         .accept_page_cache(true)
         .guard(guard.client())
         .map(&file);
@@ -1524,7 +1524,7 @@ fn pin_allocates(world: &World, kind: Kind) {
         Errno::INVAL.raw_os_error()
     );
     drop(pin);
-    let pin = options().prepare(true).pin(&file).unwrap();
+    let pin = options().prepare_first(true).pin(&file).unwrap();
     assert!(pin.block_map().is_stable());
     drop(pin);
     // Whoever cannot write cannot have anything written.
@@ -1536,7 +1536,7 @@ fn pin_allocates(world: &World, kind: Kind) {
     let mut pin = options().pin(&reader).unwrap();
     let error = pin.allocate(PAGE..2 * PAGE).unwrap_err();
     assert_eq!(error.errno(), Errno::ACCESS.raw_os_error(), "{error:#}");
-    let error = options().prepare(true).pin(&reader).unwrap_err();
+    let error = options().prepare_first(true).pin(&reader).unwrap_err();
     assert_eq!(error.errno(), Errno::ACCESS.raw_os_error(), "{error:#}");
     drop(pin);
     drop(reader);

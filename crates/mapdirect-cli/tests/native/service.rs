@@ -696,7 +696,7 @@ pub fn play_crowd(arguments: &[String]) -> Result<()> {
         .status()
         .err()
         .context("it was served")?;
-    ensure!(!error.mend().is_empty(), "{error:#}");
+    ensure!(!error.help().is_empty(), "{error:#}");
     say(&format!("{:?} {}", error.kind(), error.errno()));
     listen()?;
     Ok(())
@@ -730,7 +730,10 @@ fn greeted(path: &Path) -> Result<Option<Socket>> {
     match Reply::decode(&buffer[..received.length])? {
         Reply::Welcome { .. } => Ok(Some(socket)),
         Reply::Refused(refusal) => {
-            ensure!(refusal.reason == Reason::Limit, "{refusal:?}");
+            ensure!(
+                refusal.reason == mapdirect_proto::Reason::Limit,
+                "{refusal:?}"
+            );
             ensure!(!refusal.mend.is_empty(), "{refusal:?}");
             Ok(None)
         }

@@ -88,7 +88,7 @@ fn lost_with_its_guard(world: &World, kind: Kind) {
     assert_eq!(held.integrity(), Integrity::Intact);
     // It is mapped all the same: the file is what it is.
     let mut byte = [0];
-    held.read_at(0, &mut byte).unwrap();
+    held.read_exact_at(&mut byte, 0).unwrap();
     assert_eq!(byte, [7]);
     // A new guard promises nothing about what it has not granted.
     guard.start_again(Path::new(BINARY)).unwrap();
@@ -152,7 +152,7 @@ pub fn play_forked(arguments: &[String]) -> Result<()> {
                 _ => String::from("0"),
             },
             "load" => format!("{:?}", load(map.as_ptr() as usize)),
-            "read" => format!("{:?}", map.read_at(0, &mut [0]).map_err(|e| e.kind())),
+            "read" => format!("{:?}", map.read_exact_at(&mut [0], 0).map_err(|e| e.kind())),
             _ => String::from("?"),
         };
         say("held");
@@ -237,10 +237,10 @@ fn broken(world: &World, kind: Kind) {
     // Calls say so.
     let mut byte = [0];
     for refused in [
-        held.read_at(0, &mut byte),
-        held.write_at(0, b"x"),
+        held.read_exact_at(&mut byte, 0),
+        held.write_all_at(b"x", 0),
         held.persist(0..1),
-        held.copy_persist(0, b"x"),
+        held.write_persist_at(b"x", 0),
         held.allocate(0..1),
     ] {
         let refused = refused.unwrap_err();
@@ -276,7 +276,7 @@ fn broken_and_told_only(world: &World, kind: Kind) {
     subject.move_blocks(kind, &file).unwrap();
     told(&event, || held.state().is_lost());
     assert!(!held.integrity().is_intact());
-    held.read_at(0, &mut [0; 64]).unwrap();
+    held.read_exact_at(&mut [0; 64], 0).unwrap();
     assert!(matches!(load(held.as_ptr() as usize), Access::Went(_)));
     drop((held, file));
     wait_until_free(&subject.path);
@@ -298,7 +298,7 @@ fn broken_in_a_child(world: &World, kind: Kind) {
         while !held.state().is_lost() && began.elapsed() < Duration::from_secs(5) {
             std::thread::sleep(Duration::from_millis(5));
         }
-        let asked = (load(address), held.read_at(0, &mut [0]).is_err());
+        let asked = (load(address), held.read_exact_at(&mut [0], 0).is_err());
         match (unasked, asked) {
             (Access::Went(_), (Access::BUS_ADRERR, true)) => 0,
             (Access::Went(_), _) => 1,
@@ -428,7 +428,8 @@ fn unattended_and_taken_over(world: &World, kind: Kind) {
         assert!(said.contains("a guard is back"), "{said}");
         // It is asked as the first one was.
         held.allocate(page..page + 4096).unwrap();
-        held.write_at(page, b"stored").unwrap();
+        held.write_all_at(b"stored", usize::try_from(page).unwrap())
+            .unwrap();
     }
     assert!(held.integrity().is_intact());
     assert!(shown.child.try_wait().unwrap().is_none());

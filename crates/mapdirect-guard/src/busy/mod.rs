@@ -7,10 +7,11 @@
 //! the gate let in for what began behind it. [`suspicion`] says when a thread
 //! is a suspect; whoever does anything else is none, however long it takes.
 //!
-//! A thread is looked at in two steps. The function it sleeps in
-//! (`/proc/<tid>/wchan`) is exact, and mostly settles it. Otherwise its stack
-//! does, and that only counts if the thread did not run while it was
-//! read. A thread on a processor has no stack that could be read: where it
+//! A thread is looked at in up to three steps. Where truncations are looked
+//! for, the number of the system call that it sleeps in mostly settles it.
+//! Otherwise the function that it sleeps in (`/proc/<tid>/wchan`) does, which
+//! is exact. Otherwise its stack does, and that only counts if the thread did
+//! not run while it was read. A thread on a processor has no stack that could be read: where it
 //! matters whoever looks goes to that processor, and so takes it away from the
 //! thread for a moment.
 //!
@@ -20,7 +21,7 @@ mod look;
 mod scans;
 mod sweep;
 
-pub(crate) use self::scans::Scans;
+pub(crate) use self::scans::{Census, Scans};
 
 use self::look::look;
 use self::sweep::{Item, everybody, sweep};
@@ -169,6 +170,7 @@ impl Suspect {
 /// process need not be looked at: it takes one look at each to know that, and
 /// its stack many more. Whoever has a table of its own is looked at; and so is
 /// the first thread, if it is alone with its.
+#[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
 pub(crate) fn is_at_rest(pid: i32) -> bool {
     let subject = Subject {
         id: InodeId { dev: 0, inode: 0 },
@@ -220,9 +222,14 @@ impl Quiet<'_> {
     /// either finished or is counted by the inode; ask for a lease then.
     /// Tells who may still be at it when the time is over.
     pub(crate) fn wait_for_truncations(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
-        // This does not depend on the file: all grants share it.
-        let found = scans.truncations.sweep(self.subject(), self.deadline)?;
-        self.wait_for(LookFor::Truncations, found)
+        let census = scans.truncations(self.deadline)?;
+        self.wait_for_those_of(&census)
+    }
+
+    /// The same by a census that began after the gate of this file was closed:
+    /// one serves any number of files.
+    pub(crate) fn wait_for_those_of(&self, census: &Census) -> Result<Vec<Busy>, Stuck> {
+        self.wait_for(LookFor::Truncations, census.found.clone())
     }
 
     /// The same where a lease will be asked for that lets readers be.
@@ -241,6 +248,7 @@ impl Quiet<'_> {
     }
 
     /// The same where it is known that nobody else can write to it.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn wait_for_readers(&self) -> Result<Vec<Busy>, Stuck> {
         self.wait_for_everybody(LookFor::ChangesByReaders)
     }

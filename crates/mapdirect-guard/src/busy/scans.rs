@@ -3,7 +3,8 @@
 use super::sweep::{everybody, sweep};
 use super::{Subject, Suspect};
 use crate::bounded::{self, Stuck};
-use crate::suspicion::LookFor;
+use crate::suspicion::{LookFor, Prefix};
+use crate::table::InodeId;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
@@ -11,7 +12,29 @@ use std::time::Instant;
 /// those that close their gate before a sweep begins share what it finds.
 #[derive(Debug)]
 pub(crate) struct Scans {
-    pub(super) truncations: Scan,
+    truncations: Scan,
+}
+
+/// Everybody who may have been in the middle of a truncation by path when the
+/// census was begun. No truncation depends on which file is asked about, so it
+/// answers for every file whose gate was closed before that.
+#[derive(Clone, Debug)]
+pub(crate) struct Census {
+    pub(super) found: Vec<Suspect>,
+}
+
+impl Scans {
+    /// Looks for truncations by path that began before this call, or shares a
+    /// look that somebody else begins after it.
+    pub(crate) fn truncations(&self, deadline: Instant) -> Result<Census, Stuck> {
+        // Nothing of it is asked where truncations are looked for.
+        let subject = Subject {
+            id: InodeId { dev: 0, inode: 0 },
+            prefix: Prefix(""),
+        };
+        let found = self.truncations.sweep(subject, deadline)?;
+        Ok(Census { found })
+    }
 }
 
 impl Default for Scans {
@@ -24,7 +47,7 @@ impl Default for Scans {
 
 /// Sweeps for one thing.
 #[derive(Debug)]
-pub(super) struct Scan {
+struct Scan {
     look_for: LookFor,
     state: Mutex<ScanState>,
     changed: Condvar,
@@ -62,7 +85,7 @@ impl Scan {
 
     /// Everybody who may be at it and began before this call. One that was
     /// given up by who began it is no answer for others: they begin anew.
-    pub(super) fn sweep(&self, subject: Subject, deadline: Instant) -> Result<Vec<Suspect>, Stuck> {
+    fn sweep(&self, subject: Subject, deadline: Instant) -> Result<Vec<Suspect>, Stuck> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         // A sweep that is running now may have passed a thread before it went
         // into the kernel: the next one counts.
@@ -101,8 +124,6 @@ impl Scan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::suspicion::Prefix;
-    use crate::table::InodeId;
     use std::time::Duration;
 
     fn subject() -> Subject {

@@ -5,19 +5,19 @@
 //! settled anew its blocks count as frozen for everybody else, and the holder
 //! goes on to see zeros there, which is what the new blocks hold.
 
-use super::{Attempt, Conversation, Judged, judge, lock, refusal, system, write_back};
-use crate::policy::{self, Operation, OperationKind as K};
+use super::pending::lock;
+use super::survey::write_back;
+use super::{Granting, Judged, Survey, gone, hand_out, judge, refusal, system};
+use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Pin};
 use crate::{Errno, Guard};
 use mapdirect_proto::{
     AllocateRequest, BlockMap, Extent, ExtentState, Granted, PinRequest, Reason, Refusal,
 };
-use mapdirect_sys::fcntl::conflicting_lock;
 use mapdirect_sys::mmap::page_size;
 use mapdirect_sys::unix::Sender;
 use mapdirect_sys::{inode_flags, setfsuid};
 use rustix::fs::{FallocateFlags, OFlags};
-use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -33,20 +33,6 @@ pub(crate) struct Allocated {
 
 /// How long others may take to finish with the same file.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// A grant under way has a holder to talk to; this has not.
-struct Silent;
-
-impl Conversation for Silent {
-    fn swap(&mut self, _replacement: BorrowedFd<'_>) -> Result<(), Refusal> {
-        Err(refusal(
-            Reason::Protocol,
-            Errno::PROTO,
-            "nothing is swapped",
-            "",
-        ))
-    }
-}
 
 /// Makes the blocks of a range stable. `file` is the description that the pin
 /// lives in: whoever has it holds the pin.
@@ -84,7 +70,7 @@ fn prepare(
     let Some(watched) = guard.table.get(id) else {
         return Err(no_pin());
     };
-    let mut state = lock(&watched, PATIENCE)?;
+    let state = lock(&watched, PATIENCE)?;
     let pins = watched.pins.load_full();
     let pin = pins
         .iter()
@@ -93,34 +79,31 @@ fn prepare(
         .filter(|_| !state.retired)
         .ok_or_else(no_pin)?;
     let judged = judge_again(guard, &pin, file.as_fd())?;
-    let attempt = Attempt {
-        guard,
-        judged: &judged,
-        watched: &watched,
-        state: &mut state,
-        pin: &pin,
-        patience: PATIENCE,
-        mark: 0,
-        marked: Cell::new(false),
-        talk: &mut Silent,
-        file,
-        life: None,
-        turn: None,
+    let allocation = Allocation {
+        granting: Granting {
+            guard,
+            judged: &judged,
+            watched: &watched,
+            pin: &pin,
+            patience: PATIENCE,
+        },
+        file: file.as_fd(),
     };
-    if !attempt.holds_the_pin()? {
+    if !guard.gate.is_the_pin(&allocation.granting, file.as_fd())? {
         return Err(no_pin());
     }
-    let range = attempt.pages_of(&request)?;
-    let before = attempt.read()?;
+    let range = allocation.pages_of(&request)?;
+    let before = allocation.read()?;
     let work = Work::find(&before, &range);
     if work.is_empty() {
         // It may have been made before, and not come to be promised.
-        return attempt.settle_anew(&before);
+        return allocation.settle_anew(&before);
     }
-    attempt.nobody_minds(&work, &range)?;
-    attempt.has_space(&work, owner.uid)?;
+    allocation.nobody_minds(&work, &range)?;
+    allocation.has_space(&work, owner.uid)?;
     let filling = Filling {
-        attempt: &attempt,
+        file: file.as_fd(),
+        size: judged.facts.size,
         is_wanted,
     };
     pin.changes_or_is_done();
@@ -129,7 +112,7 @@ fn prepare(
         .for_long(|| filling.fill(&work, owner.uid, before.block_size()));
     // Whatever came of it, this is what is there now. If it cannot be read,
     // nothing is known of frozen blocks any more: the change is never done.
-    let settled = attempt.settle_anew(&before)?;
+    let settled = allocation.settle_anew(&before)?;
     pin.changes_or_is_done();
     Ok(Allocated {
         now: settled.now,
@@ -228,30 +211,21 @@ fn no_space(missing: Option<u64>) -> Refusal {
     )
 }
 
-impl Attempt<'_> {
-    /// The byte that the pin's description holds a lock on conflicts with
-    /// nobody's if it is asked for by way of that description, and with it
-    /// otherwise.
-    fn holds_the_pin(&self) -> Result<bool, Refusal> {
-        if self.guard.gate.is_in_kernel() {
-            let pin = self.guard.gate.pin_of(self.file.as_fd());
-            return Ok(pin.map_err(|errno| system("asking the gate", errno))? == Some(self.pin.id));
-        }
-        let byte = self.pin.lock_byte();
-        let failed = |errno| system("F_OFD_GETLK", errno);
-        let by_holder = conflicting_lock(self.file.as_fd(), byte, 1).map_err(failed)?;
-        let other = self.reopen(OFlags::RDONLY)?;
-        let by_others = conflicting_lock(other.as_fd(), byte, 1).map_err(failed)?;
-        Ok(by_holder.is_none() && by_others.is_some())
-    }
+/// An allocation under way.
+struct Allocation<'a> {
+    granting: Granting<'a>,
+    /// The description that is the pin.
+    file: BorrowedFd<'a>,
+}
 
+impl Allocation<'_> {
     /// The range asked for, rounded out to what memory and blocks can do,
     /// inside the pin and the file.
     fn pages_of(&self, request: &AllocateRequest) -> Result<Range<u64>, Refusal> {
-        let facts = &self.judged.facts;
+        let facts = &self.granting.judged.facts;
         let block = u64::from(facts.block_size).max(1);
         let unit = page_size().max(block);
-        let pinned = &self.pin.shown;
+        let pinned = &self.granting.pin.shown;
         let end = request
             .offset
             .checked_add(request.length)
@@ -280,24 +254,21 @@ impl Attempt<'_> {
     }
 
     fn read(&self) -> Result<BlockMap, Refusal> {
-        mapdirect_model::block_map::read(self.file.as_fd(), self.pin.shown.clone())
+        mapdirect_model::block_map::read(self.file, self.granting.pin.shown.clone())
             .map_err(|errno| system("FIEMAP", errno))
     }
 
     /// To others the same blocks are frozen as well, and stay what they are;
     /// and the holder will map what can be stored to then.
     fn nobody_minds(&self, work: &Work, range: &Range<u64>) -> Result<(), Refusal> {
-        let size = self.judged.facts.size;
-        let pins = self.watched.pins.load();
-        let moved = self.watched.notes.moved();
-        for other in pins.iter().filter(|other| other.id != self.pin.id) {
+        let size = self.granting.judged.facts.size;
+        let pins = self.granting.watched.pins.load();
+        let moved = self.granting.watched.notes.moved();
+        for other in pins.iter().filter(|other| other.id != self.granting.pin.id) {
             let Some(settled) = other.settled().filter(|_| !other.is_dead()) else {
                 continue;
             };
-            let minds = |operation: &Operation| {
-                !policy::judge(operation, &settled.pinned, size)
-                    || settled.pinned.minds_beside(operation, size, moved)
-            };
+            let minds = |operation: &Operation| settled.layers.refuses(operation, size, moved);
             // Nothing is written behind the end of the file.
             let writes = work.zeros.iter().chain(&work.shared).map(|run| {
                 let mut write = Operation::new(K::Write, run.start..run.end.min(size));
@@ -309,6 +280,7 @@ impl Attempt<'_> {
                 .iter()
                 .map(|run| Operation::new(K::AllocateKeepSize, run.clone()));
             let maps = self
+                .granting
                 .pin
                 .mapped
                 .iter()
@@ -317,10 +289,10 @@ impl Attempt<'_> {
                 .chain(fills)
                 .chain(maps)
                 .any(|operation| minds(&operation));
-            if minds && self.guard.gate.is_over(other, self.file.as_fd()) {
+            let gate = &self.granting.guard.gate;
+            if minds && gate.has_ended(other, self.file) {
                 // Its last mapping is gone, only the notice is not here yet.
-                other.end();
-                self.guard.lifetime.kick(self.watched.id);
+                gate.end(self.granting.watched, other);
                 continue;
             }
             if minds {
@@ -340,7 +312,7 @@ impl Attempt<'_> {
 
     /// Better to know before than halfway.
     fn has_space(&self, work: &Work, uid: u32) -> Result<(), Refusal> {
-        let stat = rustix::fs::fstatvfs(&self.file).map_err(|errno| system("statvfs", errno))?;
+        let stat = rustix::fs::fstatvfs(self.file).map_err(|errno| system("statvfs", errno))?;
         // Some of it is set aside for root.
         let blocks = if uid == 0 {
             stat.f_bfree
@@ -356,12 +328,25 @@ impl Attempt<'_> {
 
     /// Reads what there is now, and promises that from now on.
     fn settle_anew(&self, before: &BlockMap) -> Result<Allocated, Refusal> {
-        let rest = self.come_to_rest(false);
-        let (map, result) = match rest {
-            Ok((map, pinned, held)) => {
-                self.pin.settle(&map, pinned, held);
+        let Granting {
+            guard,
+            watched,
+            pin,
+            ..
+        } = self.granting;
+        let survey = Survey {
+            granting: &self.granting,
+            file: self.file,
+            others_can_store: &|frozen| {
+                let gate = &guard.gate;
+                gate.others_can_store(&self.granting, self.file, frozen)
+            },
+        };
+        let (map, result) = match survey.until_at_rest(false) {
+            Ok((map, found)) => {
+                pin.settle(&map, &found.pinned, found.kept_pages);
                 // If it fails, others go on to be refused what was frozen.
-                let _ = self.guard.gate.publish(self.watched);
+                let _ = guard.gate.publish(guard, watched);
                 let result = match moved(before, &map) {
                     None => Ok(()),
                     Some(extent) => Err(refusal(
@@ -379,12 +364,12 @@ impl Attempt<'_> {
             // The holder must know in any case.
             Err(refusal) => {
                 let map = self.read()?;
-                self.pin.record(&map);
+                pin.record(&map);
                 (map, Err(refusal))
             }
         };
         Ok(Allocated {
-            now: Some(self.hand_out(&map)?),
+            now: Some(hand_out(pin, &map)?),
             result,
         })
     }
@@ -392,7 +377,9 @@ impl Attempt<'_> {
 
 /// Filling blocks, and whether somebody waits for it.
 struct Filling<'a> {
-    attempt: &'a Attempt<'a>,
+    file: BorrowedFd<'a>,
+    /// Where the file ends.
+    size: u64,
     is_wanted: &'a dyn Fn() -> bool,
 }
 
@@ -403,7 +390,7 @@ impl Filling<'_> {
         // along, shared or not: unless it is told to copy no more than needed.
         // It chooses when it writes back, so until that is done.
         let hint = (!work.shared.is_empty())
-            .then(|| inode_flags::copy_single_blocks(self.attempt.file.as_fd(), block))
+            .then(|| inode_flags::copy_single_blocks(self.file, block))
             .transpose()
             .map_err(|errno| system("FS_IOC_FSSETXATTR", errno))?;
         let behalf = setfsuid::on_behalf_of(uid).map_err(|errno| system("setfsuid", errno))?;
@@ -412,7 +399,7 @@ impl Filling<'_> {
             .and_then(|()| self.unshare(&work.shared))
             .and_then(|()| self.write_zeros(&work.zeros));
         drop(behalf);
-        let written = write_back(self.attempt.file.as_fd());
+        let written = write_back(self.file);
         drop(hint);
         filled.and(written)
     }
@@ -443,17 +430,12 @@ impl Filling<'_> {
         if (self.is_wanted)() {
             return Ok(());
         }
-        Err(refusal(
-            Reason::Protocol,
-            Errno::PIPE,
-            "the client is gone",
-            "",
-        ))
+        Err(gone())
     }
 
     fn fallocate(&self, mode: FallocateFlags, run: &Range<u64>) -> Result<(), Errno> {
         loop {
-            match rustix::fs::fallocate(&self.attempt.file, mode, run.start, run.end - run.start) {
+            match rustix::fs::fallocate(self.file, mode, run.start, run.end - run.start) {
                 Err(Errno::INTR) => {}
                 other => return other,
             }
@@ -474,14 +456,14 @@ impl Filling<'_> {
     fn write_zeros(&self, runs: &[Range<u64>]) -> Result<(), Refusal> {
         const CHUNK: usize = 256 << 10;
         let zeros = vec![0; CHUNK];
-        let size = self.attempt.judged.facts.size;
+        let size = self.size;
         for run in runs {
             let mut at = run.start;
             let end = run.end.min(size);
             while at < end {
                 self.still_wanted()?;
                 let length = usize::try_from(end - at).unwrap_or(CHUNK).min(CHUNK);
-                match rustix::io::pwrite(&self.attempt.file, &zeros[..length], at) {
+                match rustix::io::pwrite(self.file, &zeros[..length], at) {
                     Ok(0) => return Err(system("pwrite", Errno::IO)),
                     Ok(written) => at += written as u64,
                     Err(Errno::INTR) => {}

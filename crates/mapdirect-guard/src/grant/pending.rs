@@ -8,8 +8,8 @@
 //! is there, which a lease cannot tell any more: that is concluded from
 //! `/proc`, as it is beside readers of a filesystem without reflink.
 
-use super::{Conversation, Judged, KEPT_FLAGS, refusal, system};
-use crate::table::Watched;
+use super::{Conversation, Judged, KEPT_FLAGS, MOST_PATIENCE, refusal, system};
+use crate::table::{GrantState, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect_proto::{Opener, Reason, Refusal};
@@ -17,11 +17,48 @@ use mapdirect_sys::{kcmp, proc};
 use rustix::fs::SeekFrom;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long those who wait may take to come behind the gate.
 const PATIENCE: Duration = Duration::from_secs(1);
+
+/// The right to grant pins of an inode, once nobody else has it.
+pub(crate) fn lock(
+    watched: &Watched,
+    patience: Duration,
+) -> Result<MutexGuard<'_, GrantState>, Refusal> {
+    lock_meanwhile(watched, patience, || Ok(()))
+}
+
+/// The same; `meanwhile` is done again and again while others have it.
+pub(super) fn lock_meanwhile(
+    watched: &Watched,
+    patience: Duration,
+    mut meanwhile: impl FnMut() -> Result<(), Refusal>,
+) -> Result<MutexGuard<'_, GrantState>, Refusal> {
+    // Another grant on the inode may rightly take as long as its patience.
+    let mut backoff = Backoff::until(
+        Instant::now() + patience + MOST_PATIENCE,
+        Duration::from_micros(50),
+        Duration::from_millis(5),
+    );
+    loop {
+        if let Some(state) = watched.try_grant() {
+            return Ok(state);
+        }
+        if backoff.is_over() {
+            return Err(refusal(
+                Reason::StillChanging,
+                Errno::TXTBSY,
+                "another request for this file has not been decided yet",
+                "try again later",
+            ));
+        }
+        meanwhile()?;
+        backoff.pause();
+    }
+}
 
 /// Everybody who waits for a grant of an inode.
 #[derive(Debug, Default)]

@@ -3,8 +3,13 @@
 use crate::Errno;
 use crate::bounded::Stuck;
 use crate::busy::Busy;
+use crate::openers::Openers;
+use crate::table::LOCK_BASE;
 use mapdirect_model::facts::Obstacle;
 use mapdirect_proto::{Reason, Refusal};
+use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::proc;
+use std::os::fd::BorrowedFd;
 
 pub(crate) fn refusal(
     reason: Reason,
@@ -21,11 +26,11 @@ pub(crate) fn refusal(
     }
 }
 
-pub(super) fn system(call: &str, errno: Errno) -> Refusal {
+pub(crate) fn system(call: &str, errno: Errno) -> Refusal {
     refusal(Reason::System, errno, format!("{call} failed: {errno}"), "")
 }
 
-pub(super) fn obstructed(obstacle: Obstacle) -> Refusal {
+pub(crate) fn obstructed(obstacle: Obstacle) -> Refusal {
     refusal(
         obstacle.kind.into(),
         obstacle.errno,
@@ -34,7 +39,7 @@ pub(super) fn obstructed(obstacle: Obstacle) -> Refusal {
     )
 }
 
-pub(super) fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
+pub(crate) fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
     if busy.is_empty() {
         return Ok(());
     }
@@ -55,11 +60,53 @@ pub(super) fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
     ))
 }
 
-pub(super) fn stuck(stuck: Stuck) -> Refusal {
+pub(crate) fn stuck(stuck: Stuck) -> Refusal {
     refusal(
         Reason::StillChanging,
         Errno::TXTBSY,
         stuck.obstacle(),
         "try again when that is over; if it hangs, end it, or what it waits for",
     )
+}
+
+/// A lock on a byte of a file could not be had.
+pub(crate) fn lock_refused(file: BorrowedFd<'_>, errno: Errno, byte: u64) -> Refusal {
+    if errno != Errno::AGAIN {
+        return system("F_OFD_SETLK", errno);
+    }
+    let holder = conflicting_lock(file, byte, 1)
+        .ok()
+        .flatten()
+        .and_then(|lock| lock.pid);
+    let who = holder.map_or_else(
+        || String::from("somebody"),
+        |pid| format!("pid {pid} ({})", proc::command(pid)),
+    );
+    refusal(
+        Reason::Locked,
+        Errno::TXTBSY,
+        format!("{who} holds an exclusive record lock to the end of all offsets"),
+        format!("lock no further than byte {LOCK_BASE} (2^62), where pins are marked"),
+    )
+}
+
+/// A gate switches the kernel's own protection of running programs off.
+pub(crate) fn refuse_executed(found: &Openers) -> Result<(), Refusal> {
+    let Some(opener) = &found.executing else {
+        return Ok(());
+    };
+    Err(Refusal {
+        openers: vec![opener.clone()],
+        ..refusal(
+            Reason::Executing,
+            Errno::TXTBSY,
+            format!("pid {} ({}) is executing it", opener.pid, opener.command),
+            "end that program first",
+        )
+    })
+}
+
+/// Nobody waits for the answer any more.
+pub(crate) fn gone() -> Refusal {
+    refusal(Reason::Protocol, Errno::PIPE, "the client is gone", "")
 }

@@ -1,42 +1,42 @@
 //! What a request and its file say by themselves.
 
-use super::refusal::*;
-use crate::policy::{self};
-use crate::table::InodeId;
+use super::refusal::{obstructed, refusal, system};
+use crate::table::{Abilities, InodeId, Pin, Watched};
 use crate::{Errno, Guard};
-use mapdirect_model::facts::{FileFacts, ObstacleKind};
+use mapdirect_model::facts::{FileFacts, Filesystem, ObstacleKind, geometry};
 use mapdirect_proto::{Flags, PinRequest, Reason, Refusal};
-use mapdirect_sys::proc;
+use mapdirect_sys::unix::Sender;
+use mapdirect_sys::{proc, uname};
 use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
 /// What the request and the file say by themselves.
-pub(super) struct Judged {
-    pub(super) id: InodeId,
-    pub(super) facts: FileFacts,
-    pub(super) path: Arc<str>,
+pub(crate) struct Judged {
+    pub(crate) id: InodeId,
+    pub(crate) facts: FileFacts,
+    pub(crate) path: Arc<str>,
     /// The range to pin: the one asked for, rounded out to blocks.
-    pub(super) range: Range<u64>,
+    pub(crate) range: Range<u64>,
     /// The range that will be mapped.
-    pub(super) mapped: Option<Range<u64>>,
+    pub(crate) mapped: Option<Range<u64>>,
     /// Nothing of the file will be mapped where it is frozen.
-    pub(super) in_segments: bool,
+    pub(crate) in_segments: bool,
     /// Open flags of the holder's description.
-    pub(super) open_flags: OFlags,
+    pub(crate) open_flags: OFlags,
 }
 
 impl Judged {
     /// Where somebody could be writing to and take blocks of the range along:
     /// see [`Beside`].
-    pub(super) fn reach(&self) -> Range<u64> {
+    pub(crate) fn reach(&self) -> Range<u64> {
         if self.range.end > self.facts.size {
             return 0..u64::MAX;
         }
         if let Some(window) = self.window() {
             // Somebody may store to a folio that holds blocks of the range.
-            let folios = policy::folios(&self.range);
+            let folios = geometry(false).folios(&self.range);
             return window.start.min(folios.start)..window.end.max(folios.end);
         }
         // One extent of ext4 (EXT_INIT_MAX_LEN, fs/ext4/ext4_extents.h).
@@ -48,16 +48,40 @@ impl Judged {
     /// The bytes around the range that XFS may copy together with it, when they
     /// are shared and written to. That a folio is larger does not matter: what
     /// is neither shared nor copied with it is written back where it lies.
-    pub(super) fn window(&self) -> Option<Range<u64>> {
+    pub(crate) fn window(&self) -> Option<Range<u64>> {
         self.facts.copies_around(&self.range)
     }
 
-    pub(super) fn is_writable(&self) -> bool {
+    /// The entry of the file's inode, made if there is none.
+    pub(crate) fn watched(&self, guard: &Guard) -> Arc<Watched> {
+        guard.table.get_or_insert(self.id, || {
+            let abilities = Abilities {
+                reflink: self.facts.reflink,
+                exchange: self.facts.exchange,
+                coarse: writes_whole_folios(&self.facts),
+            };
+            Watched::new(self.id, abilities, Arc::clone(&self.path))
+        })
+    }
+
+    /// The pin that is asked for, as long as nothing is known of its blocks.
+    pub(crate) fn unsettled(&self, id: u64, flags: Flags, owner: Sender) -> Pin {
+        Pin::unsettled(
+            id,
+            self.range.clone(),
+            self.mapped.clone(),
+            self.reach(),
+            flags,
+            owner,
+        )
+    }
+
+    pub(crate) fn is_writable(&self) -> bool {
         self.open_flags & OFlags::ACCMODE != OFlags::RDONLY
     }
 }
 
-pub(super) fn judge(
+pub(crate) fn judge(
     guard: &Guard,
     request: &PinRequest,
     file: BorrowedFd<'_>,
@@ -133,7 +157,7 @@ pub(super) fn judge(
             "unmount the overlay, or move the file out of its upper directory",
         ));
     }
-    if !guard.gate.is_in_kernel()
+    if !guard.gate.sees_nfs_clients()
         && let Some(directory) = guard.exports.of(id.dev)
     {
         return Err(refusal(
@@ -190,4 +214,11 @@ fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refus
         return Err(overflow());
     }
     Ok(start - start % block..end)
+}
+
+/// Whether a write to a part of a folio makes all of it dirty, so that
+/// unwritten blocks in it are converted: XFS through the page cache before
+/// Linux 6.6, where iomap came to know dirty blocks.
+fn writes_whole_folios(facts: &FileFacts) -> bool {
+    facts.filesystem == Filesystem::Xfs && !facts.dax && uname::version() < (6, 6)
 }

@@ -1,61 +1,91 @@
 //! What a pin promises, read from the disk.
+//!
+//! A survey asks nothing of the gate: whether anybody else can store to the
+//! file, it is told.
 
-use super::Attempt;
-use super::refusal::*;
+use super::Granting;
+use super::refusal::{obstructed, refusal, system};
 use crate::Errno;
 use crate::apart::{self, Held};
-use crate::policy::{self, Apart, Beside, Pinned};
-use mapdirect_model::facts::Filesystem;
+use crate::policy::{Apart, Beside, Pinned, pages_between};
+use mapdirect_model::facts::{Filesystem, geometry};
 use mapdirect_model::plan::Plan;
-use mapdirect_proto::MAX_INLINE_EXTENTS;
-use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags, Granted, Reason, Refusal, extent};
-use mapdirect_sys::mmap::page_size;
-use mapdirect_sys::{fsync, memfd, xfs_eofblocks};
+use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags, Reason, Refusal};
+use mapdirect_sys::{fsync, xfs_eofblocks};
 use rustix::fs::OFlags;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-/// Writes a file back. It also fails for what went wrong before, in whatever
-/// anybody wrote: whoever does fsync(2) first is told, and only they
-/// (`file_check_and_advance_wb_err`, mm/filemap.c). That includes a direct
-/// write that met somebody's pages in use (`dio_warn_stale_pagecache`, there).
-pub(super) fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
-    fsync::fsync(file).map_err(|errno| Refusal {
-        mend: String::from(
-            "something written to the file before may not be on the disk, or be what is there: \
-             if that does not matter, or was written again, try again",
-        ),
-        ..system("fsync", errno)
-    })
+/// Whether anybody else may come to store to a file by a mapping; an error if
+/// it may be to these blocks, which must not change.
+pub(crate) type OthersCanStore<'a> = dyn Fn(&[Range<u64>]) -> Result<bool, Refusal> + 'a;
+
+/// Reads the blocks of a file that is being pinned.
+pub(crate) struct Survey<'a> {
+    pub(crate) granting: &'a Granting<'a>,
+    /// A description of the file.
+    pub(crate) file: BorrowedFd<'a>,
+    pub(crate) others_can_store: &'a OthersCanStore<'a>,
 }
 
-/// What a pin promises, and what it takes to keep that.
-pub(super) struct Still {
-    pub(super) pinned: Pinned,
-    pub(super) held: Option<Held>,
+/// What a pin promises, and what it takes to keep that promise.
+pub(crate) struct Findings {
+    pub(crate) pinned: Pinned,
+    /// Pages kept in the page cache, so that stores beside frozen blocks do not
+    /// take them along.
+    pub(crate) kept_pages: Option<Held>,
     /// Pages that nobody may have mapped to store to.
-    pub(super) frozen: Vec<Range<u64>>,
-    pub(super) beside: Beside,
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) frozen: Vec<Range<u64>>,
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) beside: Beside,
 }
 
-impl Attempt<'_> {
+impl Survey<'_> {
+    /// The block map once it stays the same, and what the pin promises of it.
+    /// Until frozen blocks are kept apart from those that others store to, a
+    /// store may still change them: so it is read again afterwards.
+    pub(crate) fn until_at_rest(&self, at_rest: bool) -> Result<(BlockMap, Findings), Refusal> {
+        const TRIES: u32 = 10;
+        let mut map = self.read(at_rest)?;
+        for _ in 0..TRIES {
+            self.require_pinnable(&map)?;
+            let found = self.examine(&map)?;
+            if found.kept_pages.is_none() && !found.pinned.has_frozen() {
+                return Ok((map, found));
+            }
+            let again = self.read(false)?;
+            if again == map {
+                return Ok((map, found));
+            }
+            map = again;
+        }
+        Err(refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            "its block map keeps changing by stores through somebody's mapping",
+            "have it unmapped there, or make the range stable first (mapdirect prepare)",
+        ))
+    }
+
     /// Reads the block map; unless nothing was let in since it was last at
     /// rest, after writing everything back, and until it stays the same.
-    pub(super) fn read_map(&self, settled: bool) -> Result<BlockMap, Refusal> {
+    pub(crate) fn read(&self, at_rest: bool) -> Result<BlockMap, Refusal> {
         let read = || {
-            mapdirect_model::block_map::read(self.file.as_fd(), self.judged.range.clone())
+            mapdirect_model::block_map::read(self.file, self.granting.judged.range.clone())
                 .map_err(|errno| system("FIEMAP", errno))
         };
-        if !settled {
-            write_back(self.file.as_fd())?;
+        if !at_rest {
+            write_back(self.file)?;
         }
         let mut map = read()?;
-        if !self.judged.facts.keeps_blocks_beyond_the_end() && reaches_beyond_the_end(&map) {
+        if !self.granting.judged.facts.keeps_blocks_beyond_the_end() && reaches_beyond_the_end(&map)
+        {
             // They would go by themselves, or become part of the file when
             // it grows.
-            let (owner, size) = (self.judged.facts.owner, map.file_size());
-            xfs_eofblocks::free(self.file.as_fd(), owner, size)
+            let (owner, size) = (self.granting.judged.facts.owner, map.file_size());
+            xfs_eofblocks::free(self.file, owner, size)
                 .map_err(|errno| system("XFS_IOC_FREE_EOFBLOCKS", errno))?;
             map = read()?;
             if reaches_beyond_the_end(&map) {
@@ -67,11 +97,11 @@ impl Attempt<'_> {
                 ));
             }
         }
-        if settled && !is_moving(&map) {
+        if at_rest && !is_moving(&map) {
             return Ok(map);
         }
         self.free_copy_blocks()?;
-        let deadline = Instant::now() + self.patience;
+        let deadline = Instant::now() + self.granting.patience;
         loop {
             let again = read()?;
             if again == map && !is_moving(&again) {
@@ -86,7 +116,7 @@ impl Attempt<'_> {
                 ));
             }
             std::thread::sleep(Duration::from_millis(1));
-            write_back(self.file.as_fd())?;
+            write_back(self.file)?;
             map = again;
         }
     }
@@ -96,68 +126,21 @@ impl Attempt<'_> {
     /// first (`xfs_map_blocks`, fs/xfs/xfs_aops.c). It does not show them to
     /// anybody (only debug kernels do), so they are taken back unseen; it
     /// does so for inodes without dirty pages (`xfs_can_free_cowblocks`).
-    pub(super) fn free_copy_blocks(&self) -> Result<(), Refusal> {
+    fn free_copy_blocks(&self) -> Result<(), Refusal> {
         // Writing back a whole filesystem takes as long as others have written
         // to it: only where there is something to free.
-        if self.judged.window().is_none()
-            || !self.guard.gate.may_have_copy_blocks(self.file.as_fd())
+        let gate = &self.granting.guard.gate;
+        if self.granting.judged.window().is_none() || !gate.may_have_copy_blocks(self.file.as_fd())
         {
             return Ok(());
         }
         // fsync(2) leaves the inode marked as having dirty pages.
-        rustix::fs::syncfs(&self.file).map_err(|errno| system("syncfs", errno))?;
-        xfs_eofblocks::free(self.file.as_fd(), self.judged.facts.owner, 0)
+        rustix::fs::syncfs(self.file).map_err(|errno| system("syncfs", errno))?;
+        xfs_eofblocks::free(self.file, self.granting.judged.facts.owner, 0)
             .map_err(|errno| system("XFS_IOC_FREE_EOFBLOCKS", errno))
     }
 
-    /// What beside the range would take blocks of it along when written to.
-    pub(super) fn look_beside(&self, map: &BlockMap) -> Result<Beside, Refusal> {
-        let range = map.range();
-        let is_ext4 = self.judged.facts.filesystem == Filesystem::Ext4;
-        let block = u64::from(map.block_size()).max(1);
-        let mut beside = Beside {
-            window: self.judged.window(),
-            failing_frees: is_ext4 && reaches_beyond_the_end(map),
-            grows_into: self.judged.facts.allocates_ahead()
-                && range.end > map.file_size().next_multiple_of(block),
-            ..Beside::default()
-        };
-        let failed = |errno| system("FIEMAP", errno);
-        if let Some(window) = &beside.window {
-            let around = mapdirect_model::block_map::read(self.file.as_fd(), window.clone());
-            let around = around.map_err(failed)?;
-            beside.frozen.extend(
-                around
-                    .frozen()
-                    .filter(|extent| extent.state == ExtentState::Shared)
-                    .map(|extent| extent.offset..extent.end()),
-            );
-        } else {
-            // FIEMAP cuts extents to what is asked for: ask for more.
-            for edge in [range.start, range.end - 1] {
-                let unwritten = |extent: &&Extent| extent.state == ExtentState::Unwritten;
-                if map.find(edge).filter(unwritten).is_none() {
-                    continue;
-                }
-                let around =
-                    mapdirect_model::block_map::read(self.file.as_fd(), self.judged.reach());
-                let around = around.map_err(failed)?;
-                if let Some(extent) = around.find(edge).filter(unwritten) {
-                    let run = extent.offset..extent.end();
-                    if is_ext4 {
-                        beside.edges.extend([
-                            run.start.saturating_sub(block)..run.start,
-                            run.end..run.end.saturating_add(block),
-                        ]);
-                    }
-                    beside.frozen.push(run);
-                }
-            }
-        }
-        Ok(beside)
-    }
-
-    pub(super) fn check_map(&self, map: &BlockMap) -> Result<(), Refusal> {
+    pub(crate) fn require_pinnable(&self, map: &BlockMap) -> Result<(), Refusal> {
         for (state, reason, text) in [
             (
                 ExtentState::Inline,
@@ -182,8 +165,8 @@ impl Attempt<'_> {
         if map.is_stable() {
             return Ok(());
         }
-        if let Some(mapped) = &self.judged.mapped
-            && !self.judged.in_segments
+        if let Some(mapped) = &self.granting.judged.mapped
+            && !self.granting.judged.in_segments
         {
             let under: Vec<_> = map
                 .frozen()
@@ -204,67 +187,87 @@ impl Attempt<'_> {
                 ));
             }
         }
-        if let Some(obstacle) = self.judged.facts.obstacle_to_frozen() {
+        if let Some(obstacle) = self.granting.judged.facts.obstacle_to_frozen() {
             return Err(obstructed(obstacle));
         }
         Ok(())
     }
 
-    /// The block map, what the pin promises of it, and what it takes to keep
-    /// that. Until frozen blocks are kept apart from those that others store
-    /// to, a store may still change them: so it is read again afterwards.
-    pub(super) fn come_to_rest(
-        &self,
-        settled: bool,
-    ) -> Result<(BlockMap, Pinned, Option<Held>), Refusal> {
-        const TRIES: u32 = 10;
-        let mut map = self.read_map(settled)?;
-        for _ in 0..TRIES {
-            self.check_map(&map)?;
-            let Still { pinned, held, .. } = self.keep_still(&map)?;
-            if held.is_none() && !pinned.has_frozen() {
-                return Ok((map, pinned, held));
+    /// What beside the range would take blocks of it along when written to.
+    pub(crate) fn look_beside(&self, map: &BlockMap) -> Result<Beside, Refusal> {
+        let range = map.range();
+        let is_ext4 = self.granting.judged.facts.filesystem == Filesystem::Ext4;
+        let block = u64::from(map.block_size()).max(1);
+        let mut beside = Beside {
+            window: self.granting.judged.window(),
+            failing_frees: is_ext4 && reaches_beyond_the_end(map),
+            grows_into: self.granting.judged.facts.allocates_ahead()
+                && range.end > map.file_size().next_multiple_of(block),
+            ..Beside::default()
+        };
+        let failed = |errno| system("FIEMAP", errno);
+        if let Some(window) = &beside.window {
+            let around = mapdirect_model::block_map::read(self.file, window.clone());
+            let around = around.map_err(failed)?;
+            beside.frozen.extend(
+                around
+                    .frozen()
+                    .filter(|extent| extent.state == ExtentState::Shared)
+                    .map(|extent| extent.offset..extent.end()),
+            );
+        } else {
+            // FIEMAP cuts extents to what is asked for: ask for more.
+            for edge in [range.start, range.end - 1] {
+                let unwritten = |extent: &&Extent| extent.state == ExtentState::Unwritten;
+                if map.find(edge).filter(unwritten).is_none() {
+                    continue;
+                }
+                let around =
+                    mapdirect_model::block_map::read(self.file, self.granting.judged.reach());
+                let around = around.map_err(failed)?;
+                if let Some(extent) = around.find(edge).filter(unwritten) {
+                    let run = extent.offset..extent.end();
+                    if is_ext4 {
+                        beside.edges.extend([
+                            run.start.saturating_sub(block)..run.start,
+                            run.end..run.end.saturating_add(block),
+                        ]);
+                    }
+                    beside.frozen.push(run);
+                }
             }
-            let again = self.read_map(false)?;
-            if again == map {
-                return Ok((map, pinned, held));
-            }
-            map = again;
         }
-        Err(refusal(
-            Reason::StillChanging,
-            Errno::TXTBSY,
-            "its block map keeps changing by stores through somebody's mapping",
-            "have it unmapped there, or make the range stable first (mapdirect prepare)",
-        ))
+        Ok(beside)
     }
 
     /// What the pin promises, and what it takes to keep that where somebody
     /// stores beside frozen blocks.
-    pub(super) fn keep_still(&self, map: &BlockMap) -> Result<Still, Refusal> {
+    pub(crate) fn examine(&self, map: &BlockMap) -> Result<Findings, Refusal> {
         let beside = self.look_beside(map)?;
-        let mut pinned = Pinned::new(map, self.pin.flags.contains(Flags::WHOLE_FILE));
-        let dax = self.judged.facts.dax;
-        let mapped = self.judged.mapped.as_ref();
+        let geometry = geometry(self.granting.watched.abilities.coarse);
+        let whole_file = self.granting.pin.flags.contains(Flags::WHOLE_FILE);
+        let mut pinned = Pinned::new(map, whole_file, geometry);
+        let dax = self.granting.judged.facts.dax;
+        let mapped = self.granting.judged.mapped.as_ref();
         if let Some(mapped) = mapped {
             let length = mapped.end - mapped.start;
-            let plan = Plan::new(map, mapped.start, length, page_size());
+            let plan = Plan::new(map, mapped.start, length, geometry.page);
             pinned = pinned.mapped(&plan, !dax);
         }
-        let frozen = pinned.frozen_pages(&beside, page_size());
-        let stored_to = self.nobody_stores_to(&frozen)?;
-        let (apart, held) = if dax {
+        let frozen = pinned.frozen_pages(&beside);
+        let stored_to = (self.others_can_store)(&frozen)?;
+        let (apart, kept_pages) = if dax {
             (Apart::Without, None)
         } else if mapped.is_some() || stored_to {
-            let (pages, held) = self.keep_apart(&frozen, map.file_size())?;
-            (Apart::Held(pages.into()), held)
+            let (pages, kept_pages) = self.keep_apart(&frozen, map.file_size())?;
+            (Apart::Held(pages.into()), kept_pages)
         } else {
             // Nobody stores near it, and nobody will be let.
             (Apart::No, None)
         };
-        Ok(Still {
+        Ok(Findings {
             pinned: pinned.with_beside(beside.clone()).apart(apart),
-            held,
+            kept_pages,
             frozen,
             beside,
         })
@@ -272,15 +275,15 @@ impl Attempt<'_> {
 
     /// Sees to it that no store takes frozen blocks along; returns the pages
     /// that must stay for that.
-    pub(super) fn keep_apart(
+    fn keep_apart(
         &self,
         frozen: &[Range<u64>],
         size: u64,
     ) -> Result<(Vec<u64>, Option<Held>), Refusal> {
         /// A quarter of a gigabyte of page cache.
         const MOST: usize = 1 << 16;
-        let folio = policy::folio_size();
-        let pages = apart::pages_between(frozen, size, page_size(), folio);
+        let geometry = geometry(self.granting.watched.abilities.coarse);
+        let pages = pages_between(frozen, size, &geometry);
         if pages.is_empty() {
             return Ok((pages, None));
         }
@@ -299,21 +302,22 @@ impl Attempt<'_> {
                 pages.len()
             )));
         }
-        let Some(budget) = self.guard.pages.take(pages.len()) else {
+        let Some(budget) = self.granting.guard.pages.take(pages.len()) else {
             return Err(too_many(String::from(
                 "others have so many ranges with frozen blocks mapped that the guard keeps no \
                  more pages of page cache apart",
             )));
         };
-        let file = self.reopen(OFlags::RDONLY)?;
+        let file = self.granting.reopen(self.file, OFlags::RDONLY)?;
         // Its mapping of the file comes to the gate, too.
-        let held = self
+        let kept = self
+            .granting
             .guard
             .own
-            .for_long(|| apart::hold(file.as_fd(), &pages, folio, budget));
-        let held = held.map_err(|failed| match failed {
+            .for_long(|| apart::hold(file.as_fd(), &pages, geometry.folio, budget));
+        let kept = kept.map_err(|failed| match failed {
             apart::Failed::InUse(offset) => {
-                let mut openers = self.openers(None).others;
+                let mut openers = self.granting.openers(None).others;
                 openers.retain(|opener| opener.mapped);
                 Refusal {
                     openers,
@@ -345,27 +349,22 @@ impl Attempt<'_> {
                 "make the range stable first (mapdirect prepare), or use DAX",
             ),
         })?;
-        Ok((pages, Some(held)))
+        Ok((pages, Some(kept)))
     }
+}
 
-    pub(super) fn hand_out(&self, map: &BlockMap) -> Result<(Granted, Option<OwnedFd>), Refusal> {
-        let extents = map.extents();
-        let inline = extents.len() <= MAX_INLINE_EXTENTS;
-        let sealed = (!inline)
-            .then(|| memfd::sealed("mapdirect-extents", &extent::encode_extents(extents)))
-            .transpose()
-            .map_err(|errno| system("memfd_create", errno))?;
-        let granted = Granted {
-            pin: self.pin.id,
-            range: map.range(),
-            file_size: map.file_size(),
-            block_size: map.block_size(),
-            device: map.device(),
-            extent_count: extents.len() as u64,
-            extents: if inline { extents.to_vec() } else { Vec::new() },
-        };
-        Ok((granted, sealed))
-    }
+/// Writes a file back. It also fails for what went wrong before, in whatever
+/// anybody wrote: whoever does fsync(2) first is told, and only they
+/// (`file_check_and_advance_wb_err`, mm/filemap.c). That includes a direct
+/// write that met somebody's pages in use (`dio_warn_stale_pagecache`, there).
+pub(super) fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
+    fsync::fsync(file).map_err(|errno| Refusal {
+        mend: String::from(
+            "something written to the file before may not be on the disk, or be what is there: \
+             if that does not matter, or was written again, try again",
+        ),
+        ..system("fsync", errno)
+    })
 }
 
 /// Blocks behind the one that holds the end of the file are allocated.

@@ -3,7 +3,6 @@
 
 use super::*;
 use crate::gate::{Gate, fanotify};
-use crate::lifetime;
 use crate::table::LOCK_BASE;
 use mapdirect_proto::Flags;
 use mapdirect_sys::fcntl::conflicting_lock;
@@ -13,19 +12,19 @@ use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
 use std::path::Path;
 
-/// A guard without a socket, and its threads.
-fn with_guard(run: impl FnOnce(&Guard)) {
+/// A guard without a socket, its gate, and its threads.
+fn with_guard(run: impl FnOnce(&Guard, &fanotify::Gate)) {
     // Leases taken for a moment raise it.
     mapdirect_sys::signal::ignore(libc::SIGIO).unwrap();
-    let guard = Guard::new(
-        Gate::Fanotify(Box::new(fanotify::Gate::new().unwrap())),
-        crate::places::Limits::of_process(Some(1024)),
-    )
-    .unwrap();
+    let gate = Arc::new(fanotify::Gate::new().unwrap());
+    let limits = crate::places::Limits::of_process(Some(1024));
+    let guard = Guard::new(Arc::clone(&gate) as Arc<dyn Gate>, limits).unwrap();
     std::thread::scope(|scope| {
-        scope.spawn(|| fanotify::run(&guard, guard.gate.fanotify().unwrap()).unwrap());
-        scope.spawn(|| lifetime::run(&guard).unwrap());
-        run(&guard);
+        for task in Arc::clone(&gate).tasks(Box::new(|_| {})) {
+            let guard = &guard;
+            scope.spawn(move || (task.run)(guard).unwrap());
+        }
+        run(&guard, &gate);
         guard.stop();
     });
 }
@@ -70,11 +69,11 @@ fn ask(guard: &Guard, file: &File, flags: Flags, refuses: bool) -> Result<Grant,
 }
 
 /// The inode is as if nobody had ever asked for a pin.
-fn assert_untouched(guard: &Guard, path: &Path, what: &str) {
+fn assert_untouched(guard: &Guard, gate: &fanotify::Gate, path: &Path, what: &str) {
     assert_eq!(guard.table.all().len(), 0, "{what}: still in the table");
     let file = open(path);
     assert_eq!(
-        guard.gate.fanotify().unwrap().group.has_mark(file.as_fd()),
+        gate.group.has_mark(file.as_fd()),
         Ok(false),
         "{what}: still marked"
     );
@@ -100,7 +99,7 @@ fn each_step_fails(kind: Kind, flags: Flags) {
     let disk = Disk::new(kind, 320).unwrap();
     let path = disk.path("file");
     std::fs::write(&path, vec![7; 65536 * 2]).unwrap();
-    with_guard(|guard| {
+    with_guard(|guard, gate| {
         let mut failed = 0;
         for call in Call::ALL {
             for skip in 0..8 {
@@ -119,7 +118,7 @@ fn each_step_fails(kind: Kind, flags: Flags) {
                     failed += 1;
                     drop(file);
                 }
-                assert_untouched(guard, &path, &what);
+                assert_untouched(guard, gate, &path, &what);
             }
         }
         assert!(failed >= 8, "only {failed} steps failed");
@@ -151,11 +150,11 @@ fn a_holder_that_leaves_in_the_middle_leaves_nothing() {
     let disk = Disk::new(Kind::EXT4, 64).unwrap();
     let path = disk.path("file");
     std::fs::write(&path, vec![7; 65536 * 2]).unwrap();
-    with_guard(|guard| {
+    with_guard(|guard, gate| {
         let file = open(&path);
         let refused = ask(guard, &file, Flags::NONE, true).unwrap_err();
         assert_eq!(refused.reason, Reason::Protocol);
         drop(file);
-        assert_untouched(guard, &path, "a holder that left");
+        assert_untouched(guard, gate, &path, "a holder that left");
     });
 }

@@ -48,6 +48,7 @@ pub(crate) enum LookFor {
     Changes,
     /// The part of that for which reading is enough: sharing blocks, and
     /// truncation by path.
+    #[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "for the bpf gate"))]
     ChangesByReaders,
     /// Making mappings.
     Mappings,

@@ -1,12 +1,13 @@
 //! An inode behind the gate.
 
 use super::announcement::{Announcement, MAX_ANNOUNCED};
+use super::layered::Layered;
 use super::notes::{Notes, Opens, Passing};
 use super::publish::{Machine, Published};
 use super::{InodeId, Pin};
 use crate::grant::pending::Queue;
 use crate::ledger::PinSet;
-use crate::policy::RULES;
+use crate::policy::{Operation, RULES};
 use arc_swap::ArcSwap;
 use mapdirect_sys::fanotify::Object;
 use mapdirect_sys::{Errno, open_tree, proc};
@@ -24,7 +25,6 @@ pub(crate) struct Abilities {
     /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
     pub(crate) exchange: bool,
     /// Writing to a part of a folio makes all of it dirty.
-    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) coarse: bool,
 }
 
@@ -48,6 +48,8 @@ pub(crate) struct Watched {
     pub(crate) path: Arc<str>,
     /// What is pinned of it.
     pub(crate) pins: Pins,
+    /// The same in one, for the fanotify gate.
+    layered: Layered,
     /// What the gate has let through, for grants to hear of.
     pub(crate) notes: Notes,
     /// What a grant under way asks of opens.
@@ -91,6 +93,7 @@ impl Watched {
             abilities,
             path,
             pins: ArcSwap::default(),
+            layered: Layered::default(),
             notes: Notes::default(),
             opens: Opens::default(),
             announced: ArcSwap::default(),
@@ -145,7 +148,7 @@ impl Watched {
 
     /// Nobody looks while this lives, so that no description is there but those
     /// of others. A look that takes longer is not waited for.
-    pub(crate) fn hold_looks(&self) -> Option<MutexGuard<'_, ()>> {
+    pub(crate) fn pause_looks(&self) -> Option<MutexGuard<'_, ()>> {
         for _ in 0..200 {
             match self.looking.try_lock() {
                 Ok(held) => return Some(held),
@@ -206,6 +209,26 @@ impl Watched {
 
     pub(crate) fn remove(&self, gone: impl Fn(&Pin) -> bool) {
         self.pins.rcu(|pins| pins.without(&gone));
+        if self.layered.is_kept() {
+            self.layered.renew(&self.pins);
+        }
+    }
+
+    /// Has the fanotify gate judge by what is known of its pins now.
+    pub(crate) fn renew_layers(&self) {
+        self.layered.renew(&self.pins);
+    }
+
+    /// Whether none of `pins`, which are those of this inode, minds an
+    /// operation on a file of `size` bytes; no if each of them must be asked.
+    pub(crate) fn lets_pass(
+        &self,
+        pins: &PinSet<Pin>,
+        operation: &Operation,
+        size: u64,
+        moved: u64,
+    ) -> bool {
+        self.layered.let_pass(pins, operation, size, moved)
     }
 
     /// Lets a thread open it for writing, once. Says no when too many have

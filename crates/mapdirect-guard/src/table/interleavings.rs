@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 /// Atomics whose every order is tried.
 #[derive(Debug)]
-struct Loom;
+pub(crate) struct Loom;
 
 impl Atomics for Loom {
     type Count = AtomicU64;
@@ -23,7 +23,7 @@ impl Atomics for Loom {
 
 /// The same without what the protocol rests on.
 #[derive(Debug)]
-struct WithoutFences;
+pub(crate) struct WithoutFences;
 
 impl Atomics for WithoutFences {
     type Count = AtomicU64;

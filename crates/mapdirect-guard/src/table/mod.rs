@@ -7,15 +7,18 @@
 mod announcement;
 mod inode;
 #[cfg(test)]
-mod interleavings;
+pub(crate) mod interleavings;
+mod layered;
 mod life;
 mod notes;
 mod own_opens;
 mod pin;
-mod publish;
+pub(crate) mod publish;
 
 pub(crate) use self::announcement::Announcement;
 pub(crate) use self::inode::{Abilities, GrantState, Watched};
+#[cfg(feature = "bpf")]
+pub(crate) use self::layered::together;
 pub(crate) use self::notes::{Notes, Passing};
 pub(crate) use self::own_opens::OwnOpens;
 #[cfg(feature = "bpf")]
@@ -23,9 +26,11 @@ pub(crate) use self::pin::Settled;
 pub(crate) use self::pin::{Opinion, Pin};
 pub(crate) use self::publish::Published;
 
+use crate::wake::Backoff;
 use arc_swap::ArcSwap;
 use mapdirect_proto::DeviceId;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Names an inode as long as it is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -107,6 +112,24 @@ impl Table {
         let mut entries = Vec::clone(&shard.load());
         entries.retain(|entry| !Arc::ptr_eq(entry, watched));
         shard.store(Arc::new(entries));
+    }
+
+    /// Waits until a pin that is over has been taken out, for a while. That
+    /// comes in the order in which it is told: somebody may have joined the pin
+    /// before.
+    pub(crate) fn wait_until_out(&self, id: InodeId, pin: u64) {
+        let is_there = || {
+            let watched = self.get(id);
+            watched.is_some_and(|watched| watched.pins.load().iter().any(|other| other.id == pin))
+        };
+        let mut backoff = Backoff::until(
+            Instant::now() + Duration::from_millis(500),
+            Duration::from_micros(20),
+            Duration::from_millis(2),
+        );
+        while is_there() && !backoff.is_over() {
+            backoff.pause();
+        }
     }
 
     /// Every entry there is right now.

@@ -5,7 +5,7 @@ use super::life::{Life, Stage};
 use crate::apart::Held;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
-use crate::policy::{Operation, Pinned, judge};
+use crate::policy::{Layers, Operation, Pinned};
 use arc_swap::ArcSwapOption;
 use mapdirect_proto::{BlockMap, Flags};
 use mapdirect_sys::fcntl::conflicting_lock;
@@ -49,10 +49,11 @@ pub(crate) struct Pin {
 /// What is known of a pin once its block map is at rest.
 #[derive(Debug)]
 pub(crate) struct Settled {
-    pub(crate) pinned: Pinned,
+    /// What it keeps still.
+    pub(crate) layers: Arc<Layers>,
     /// Pages kept in the page cache, so that stores beside frozen blocks do
     /// not take them along.
-    _held: Option<Held>,
+    _kept_pages: Option<Held>,
     pub(crate) stable: u64,
     pub(crate) frozen: u64,
 }
@@ -155,13 +156,13 @@ impl Pin {
     /// Tells what is known of its blocks, so that operations are judged by
     /// that. This is repeated when its holder has some of them allocated, and
     /// when the block map was found to have changed during the grant.
-    pub(crate) fn settle(&self, map: &BlockMap, pinned: Pinned, held: Option<Held>) {
+    pub(crate) fn settle(&self, map: &BlockMap, pinned: &Pinned, kept_pages: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
         self.record(map);
         self.settled.store(Some(Arc::new(Settled {
-            pinned,
-            _held: held,
+            layers: Arc::new(Layers::of(pinned)),
+            _kept_pages: kept_pages,
             stable: range.end - range.start - frozen,
             frozen,
         })));
@@ -256,12 +257,7 @@ impl Pin {
             return Opinion::Allow;
         }
         match &*self.settled.load() {
-            Some(settled)
-                if judge(operation, &settled.pinned, size)
-                    && !settled.pinned.minds_beside(operation, size, moved) =>
-            {
-                Opinion::Allow
-            }
+            Some(settled) if !settled.layers.refuses(operation, size, moved) => Opinion::Allow,
             Some(_) if stage == Stage::HandedOver => Opinion::Refuse,
             Some(_) => Opinion::Wait,
             // Its blocks are not known yet: any of them may be frozen.

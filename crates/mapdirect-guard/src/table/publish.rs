@@ -83,14 +83,14 @@ pub(crate) struct Published<'a, T>(&'a T);
 
 impl<'a, T> Published<'a, T> {
     /// Publishes, and gives leave to look at what the other side publishes.
-    pub(super) fn after<A: Atomics>(other: &'a T, publish: impl FnOnce()) -> Self {
+    pub(crate) fn after<A: Atomics>(other: &'a T, publish: impl FnOnce()) -> Self {
         publish();
         A::fence();
         Self(other)
     }
 
     /// What the other side has published.
-    pub(super) fn other(&self) -> &'a T {
+    pub(crate) fn other(&self) -> &'a T {
         self.0
     }
 }

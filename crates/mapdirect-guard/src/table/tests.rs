@@ -1,11 +1,10 @@
 use super::*;
 use crate::Errno;
 use crate::policy::OperationKind;
-use crate::policy::{Operation, Pinned};
+use crate::policy::{Geometry, Operation, Pinned};
 use mapdirect_proto::{BlockMap, Extent, ExtentState, Flags};
 use mapdirect_sys::unix::Sender;
 use std::os::fd::OwnedFd;
-use std::time::Instant;
 
 const OWNER: Sender = Sender { pid: 1, uid: 0 };
 
@@ -41,7 +40,11 @@ fn an_unsettled_pin_makes_others_wait_and_a_dead_one_does_not() {
     let device = DeviceId { major: 7, minor: 0 };
     let written = Extent::new(0, Some(0), 4096, ExtentState::Written);
     let map = BlockMap::new(device, 4096, 4096, 0..4096, [written]);
-    pin.settle(&map, Pinned::new(&map, false), None);
+    pin.settle(
+        &map,
+        &Pinned::new(&map, false, Geometry::of_pages(4096)),
+        None,
+    );
     assert_eq!(pin.opinion(&write, 4096, 0), Opinion::Allow);
     let punch = Operation::new(OperationKind::PunchHole, 0..10);
     assert_eq!(pin.opinion(&punch, 4096, 0), Opinion::Wait);

@@ -220,7 +220,7 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         // One that is over is not taken up any more.
         guard.gate.spoil(guard, order.watched.id);
         // If it lives now, it did when the blocks were changed.
-        if has_ended(guard, &order.watched, pin, file) {
+        if has_ended(guard, pin, file) {
             return Outcome::Done;
         }
         let hit = who(&order.hits, &map, &found.range);
@@ -241,10 +241,8 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
     outcome
 }
 
-fn has_ended(guard: &Guard, watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    pin.is_dead()
-        || guard.gate.is_over(pin, file)
-        || !guard.gate.is_in_kernel() && crate::lifetime::has_ended(watched, pin, file)
+fn has_ended(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    pin.is_dead() || guard.gate.has_ended(pin, file)
 }
 
 /// The first who came by since all was well, or, if an event told of something

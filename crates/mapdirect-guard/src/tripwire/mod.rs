@@ -18,6 +18,8 @@
 mod compare;
 mod filter;
 mod format;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod look;
 mod points;
 mod tracefs;
@@ -585,7 +587,7 @@ fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
     let is_pinned = |id| {
         let watched = guard.table.get(id);
         watched.is_some_and(|watched| watched.pins.load().iter().any(|pin| !pin.is_dead()))
-            || guard.gate.is_dormant(id)
+            || guard.gate.sleeper(id).is_some()
     };
     let closed = lock(wires).tidy(is_pinned);
     if closed.is_empty() {

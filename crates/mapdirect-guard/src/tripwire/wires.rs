@@ -338,7 +338,7 @@ fn user_device(device: u32) -> u64 {
 }
 
 /// Reads a list like `0-3,5`.
-fn listed(text: &str) -> Option<BTreeSet<u32>> {
+pub(super) fn listed(text: &str) -> Option<BTreeSet<u32>> {
     /// More than any kernel has.
     const MOST: u32 = 1 << 16;
     let mut numbers = BTreeSet::new();

@@ -1,16 +1,33 @@
-//! All pins of an inode in one: what an operation may not meet, as sorted
-//! runs, one list for each reason. Pure.
+//! The evaluator of the contract: what may not be met, as sorted runs, one list
+//! for each reason. Pure.
 //!
 //! The bpf gate judges in the kernel, where there is no room to ask pin after
-//! pin: it looks whether a range meets a list. [`Layers::refuses`] is that
-//! judgement in Rust; `gate/bpf/prog/judge.h` is the same in C, and a test
-//! asks both the same questions. It refuses what [`judge`](super::judge) and
-//! [`Pinned::minds_beside`] refuse for any of the pins.
+//! pin: it looks whether a range meets a list. The fanotify gate judges by the
+//! same lists, and asks pin after pin only to name the one that refuses.
+//!
+//! Layers refuse what would change a block of a pin. They refuse more than that
+//! only where this is cheaper to know, or cannot be known exactly:
+//!
+//! * What brings shared blocks near a pin is judged by pieces of
+//!   [`LARGEST_BLOCK`](super::LARGEST_BLOCK) bytes.
+//! * The block that holds the end of a file is zeroed when the file grows. If an
+//!   untorn write does this, it counts as untorn there, too.
+//! * A pin that lies wholly behind the end of the file keeps the file from
+//!   getting shorter all the same.
+//! * A mapping that reaches behind the end of the file is refused for every
+//!   frozen block between there and the end of its last folio, wherever it
+//!   begins.
+//! * When several pins are put together, a growing write that fails counts for
+//!   the largest of their size floors ([`Beside::failing_frees`]), and an
+//!   insertion moves what lies beside any of them ([`Beside::window`]).
+//!
+//! [`Beside::failing_frees`]: super::Beside::failing_frees
+//! [`Beside::window`]: super::Beside::window
 
-use super::{
-    Apart, LARGEST_BLOCK, Mapped, Meets, Operation, OperationKind, Pinned, RULES, Reach, Rule,
-    Traits, folio_page, folio_size, rounded_out,
-};
+use super::geometry::{intersects, rounded_out};
+use super::operation::Operation;
+use super::pinned::{Apart, Pinned, join};
+use super::rules::{Meets, OperationKind, Reach, Traits};
 use crate::extent::ExtentState;
 use std::ops::Range;
 
@@ -21,7 +38,8 @@ pub enum List {
     Pinned,
     /// It is pinned and frozen.
     Frozen,
-    /// It lies beside a pin, and writing to it takes blocks of the pin along.
+    /// Writing to it, or zeroing a part of it, takes blocks of a pin along: it
+    /// lies beside the pin, or is a shared block of it.
     Beside,
     /// It is pinned, and zeroing a part of it copies it.
     Shared,
@@ -44,7 +62,10 @@ pub enum List {
 /// How many lists there are.
 pub const LISTS: usize = 10;
 
-/// What the pins of an inode keep still.
+/// The fixed size of pins that do not agree on one: no file has it.
+const NO_SIZE: u64 = u64::MAX - 1;
+
+/// What pins of one inode keep still.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layers {
     lists: [Vec<Range<u64>>; LISTS],
@@ -60,90 +81,129 @@ pub struct Layers {
     pub failing_frees: bool,
     /// Bytes in a block.
     pub block: u64,
+    /// Bytes in a page.
+    page: u64,
 }
 
 impl Layers {
-    /// Those of all pins of an inode. Where a
-    /// write to a part of a folio makes all of it dirty (`coarse`: XFS before
-    /// Linux 6.6 without DAX), unwritten blocks that share one with it are
-    /// converted, too, so they keep the whole folio from being written to, and
-    /// from being zeroed in.
-    #[must_use]
-    pub fn new<'a>(pins: impl IntoIterator<Item = &'a Pinned>, coarse: bool) -> Self {
-        let mut layers = Self {
-            lists: Default::default(),
+    /// The layers of no pin.
+    const fn none() -> Self {
+        Self {
+            lists: [const { Vec::new() }; LISTS],
             size_floor: 0,
             fixed_size: None,
             largest_size: None,
             failing_frees: false,
             block: 1,
+            page: 1,
+        }
+    }
+
+    /// The layers of one pin.
+    #[must_use]
+    pub fn of(pin: &Pinned) -> Self {
+        let mut layers = Self {
+            size_floor: pin.size_floor,
+            fixed_size: pin.fixed_size,
+            largest_size: pin.holds_tail.then_some(pin.file_size),
+            failing_frees: pin.beside.failing_frees,
+            block: pin.block,
+            page: pin.geometry.page,
+            ..Self::none()
         };
-        for pin in pins {
-            layers.add(pin, coarse);
+        layers.push(List::Pinned, pin.range.clone());
+        layers.push(List::Ahead, pin.ahead());
+        layers.add_beside(pin);
+        layers.add_frozen(pin);
+        layers.add_mapped(pin);
+        if let Apart::Held(held) = &pin.apart {
+            for offset in held {
+                layers.push(
+                    List::Held,
+                    *offset..offset.saturating_add(pin.geometry.page),
+                );
+            }
         }
-        for list in &mut layers.lists {
-            join(list);
-        }
+        layers.join();
         layers
     }
 
-    fn add(&mut self, pin: &Pinned, coarse: bool) {
-        self.block = pin.block;
-        self.size_floor = self.size_floor.max(pin.size_floor);
-        self.fixed_size = self.fixed_size.or(pin.size);
-        if matches!(&pin.mapped, Some(Mapped { tail: Some(_) })) {
-            let largest = self.largest_size.unwrap_or(u64::MAX);
-            self.largest_size = Some(largest.min(pin.file_size));
+    /// The layers of all pins of an inode, put together from those of each. An
+    /// operation that any of them refuses is refused.
+    #[must_use]
+    pub fn all<'a>(pins: impl IntoIterator<Item = &'a Self>) -> Self {
+        let mut all = Self::none();
+        for pin in pins {
+            // Blocks and pages are the same for all pins of an inode.
+            (all.block, all.page) = (pin.block, pin.page);
+            all.size_floor = all.size_floor.max(pin.size_floor);
+            all.fixed_size = match (all.fixed_size, pin.fixed_size) {
+                (Some(one), Some(other)) if one != other => Some(NO_SIZE),
+                (one, other) => one.or(other),
+            };
+            let largest = all.largest_size.into_iter().chain(pin.largest_size);
+            all.largest_size = largest.min();
+            all.failing_frees |= pin.failing_frees;
+            for (list, runs) in all.lists.iter_mut().zip(&pin.lists) {
+                list.extend_from_slice(runs);
+            }
         }
-        self.push(List::Ahead, pin.ahead());
-        self.failing_frees |= pin.beside.failing_frees;
+        all.join();
+        all
+    }
+
+    fn add_beside(&mut self, pin: &Pinned) {
         for edge in &pin.beside.edges {
             self.push(List::Edges, edge.clone());
         }
-        self.push(List::Pinned, pin.range.clone());
-        for (run, state) in &pin.frozen {
-            self.push(List::Frozen, run.clone());
-            if matches!(state, ExtentState::Shared | ExtentState::Unknown) {
-                self.push(List::Shared, run.clone());
-            }
-            if coarse && *state == ExtentState::Unwritten {
-                self.push(List::Coarse, super::folios(run));
-            }
-        }
         for run in &pin.beside.frozen {
-            // What of it lies inside is frozen.
-            self.push(List::Beside, run.clone());
+            // What lies inside is judged by its own state.
+            self.push_outside(List::Beside, run, &pin.range);
         }
         if let Some(window) = &pin.beside.window {
             self.push(List::Window, window.clone());
         }
-        if let Apart::Held(held) = &pin.apart {
-            let page = mapdirect_sys::mmap::page_size();
-            for offset in held {
-                self.push(List::Held, *offset..offset.saturating_add(page));
-            }
-        }
-        self.add_mapped(pin);
     }
 
-    /// What [`Pinned::may_store_to`] and [`Pinned::shares_folios`] say no to.
-    fn add_mapped(&mut self, pin: &Pinned) {
-        let end = pin.file_size.next_multiple_of(pin.block);
-        let held = pin.size.is_some() || matches!(&pin.mapped, Some(Mapped { tail: Some(_) }));
-        let ignored = if held { end..folio_page(end) } else { end..end };
-        for (run, _) in &pin.frozen {
-            match &pin.apart {
-                Apart::No => self.push(List::Mapped, super::folios(run)),
-                Apart::Without => {}
-                Apart::Held(_) if run.end > end => {
-                    let folio = folio_size();
-                    let start = run.start.max(end);
-                    let from = (start - start % folio).max(folio_page(end));
-                    self.push(List::Mapped, from..u64::MAX);
+    fn add_frozen(&mut self, pin: &Pinned) {
+        for (run, state) in &pin.frozen {
+            self.push(List::Frozen, run.clone());
+            match state {
+                ExtentState::Shared => {
+                    self.push(List::Shared, run.clone());
+                    self.push(List::Beside, run.clone());
                 }
-                Apart::Held(_) => {}
+                // The holder has a copy of it, which must stay true.
+                ExtentState::Unknown => self.push(List::Shared, run.clone()),
+                // Other blocks that are dirty with it are written back, and
+                // these with them.
+                ExtentState::Unwritten if pin.geometry.coarse => {
+                    self.push(List::Coarse, pin.geometry.folios(run));
+                }
+                _ => {}
             }
-            self.push_outside(List::Mapped, run, &ignored);
+        }
+    }
+
+    /// Where a store to a mapping could change frozen blocks: those in the
+    /// mapping itself, and those that share a folio with it.
+    fn add_mapped(&mut self, pin: &Pinned) {
+        let tail = pin.idle_tail();
+        for (run, _) in &pin.frozen {
+            self.push_outside(List::Mapped, run, &tail);
+            match &pin.apart {
+                Apart::No => self.push(List::Mapped, pin.geometry.folios(run)),
+                // No folio before the end of the file has both. Behind it there
+                // is nothing to keep anything apart, but nothing to store to
+                // either, until the file grows.
+                Apart::Held(_) if run.end > pin.file_end() => {
+                    let first = run.start.max(pin.file_end());
+                    let folio = first - first % pin.geometry.folio;
+                    let end = pin.geometry.page_end(pin.file_end());
+                    self.push(List::Mapped, folio.max(end)..u64::MAX);
+                }
+                Apart::Held(_) | Apart::Without => {}
+            }
         }
     }
 
@@ -156,6 +216,12 @@ impl Layers {
     fn push_outside(&mut self, list: List, run: &Range<u64>, inside: &Range<u64>) {
         self.push(list, run.start..run.end.min(inside.start));
         self.push(list, run.start.max(inside.end)..run.end);
+    }
+
+    fn join(&mut self) {
+        for list in &mut self.lists {
+            join(list);
+        }
     }
 
     /// A list: sorted, disjoint.
@@ -197,291 +263,151 @@ impl Layers {
             && !self.failing_frees
     }
 
-    fn meets(&self, list: List, range: &Range<u64>) -> bool {
-        let runs = self.list(list);
-        let first = runs.partition_point(|run| run.end <= range.start);
-        range.start < range.end && runs.get(first).is_some_and(|run| run.start < range.end)
-    }
-
-    /// Whether an operation on a file of `size` bytes is refused.
+    /// The end of the bytes where nothing may come to be shared, if there are
+    /// any.
     #[must_use]
-    pub fn refuses(&self, operation: &Operation, size: u64) -> bool {
-        let kind = operation.kind;
-        let rule = kind.rule();
-        let traits = Traits::of(kind);
-        let ranges = || std::iter::once(&operation.range).chain(&operation.or);
-        let largest = ranges().map(|range| range.end).max().unwrap_or(0);
-        if ranges().any(|range| self.refuses_range(rule, range, size)) {
-            return true;
-        }
-        if rule.grows && self.largest_size.is_some_and(|most| largest > most) {
-            return true;
-        }
-        let lets_go = |range| traits.lets_go.pages(range, operation.direct, self.block);
-        if ranges()
-            .filter_map(lets_go)
-            .any(|pages| self.meets(List::Held, &pages))
-        {
-            return true;
-        }
-        if traits.brings_shared && self.meets(List::Window, &brings_to(rule, operation, size)) {
-            return true;
-        }
-        if kind.writes_data() && ranges().any(|range| self.meets(List::Ahead, range)) {
-            return true;
-        }
-        if self.failing_frees && kind.writes_data() && size < self.size_floor && largest > size {
-            return true;
-        }
-        if kind.leaves_unwritten() && ranges().any(|range| self.refuses_edge(rule, range)) {
-            return true;
-        }
-        let moved = operation.range.start..u64::MAX;
-        if kind == OperationKind::InsertRange
-            && !self.list(List::Window).is_empty()
-            && self.meets(List::Beside, &moved)
-        {
-            return true;
-        }
-        let untorn = kind == OperationKind::WriteUntorn;
-        if traits.touches && ranges().any(|range| self.minds_range(range, untorn)) {
-            return true;
-        }
-        if traits.touches && ranges().any(|range| self.dirties_folios(kind, range)) {
-            return true;
-        }
-        let last = size - size % self.block..size;
-        rule.grows
-            && largest > size
-            && !last.is_empty()
-            && (self.minds_range(&last, untorn) || self.meets(List::Coarse, &last))
+    pub fn unshared_until(&self) -> Option<u64> {
+        self.list(List::Window).last().map(|window| window.end)
     }
 
-    fn refuses_range(&self, rule: &Rule, range: &Range<u64>, size: u64) -> bool {
+    /// Whether an operation on a file of `size` bytes is refused. By `moved`
+    /// bytes blocks from behind may have come nearer since the layers were made.
+    #[must_use]
+    pub fn refuses(&self, operation: &Operation, size: u64, moved: u64) -> bool {
+        operation
+            .ranges()
+            .any(|range| self.refuses_at(operation, range, size))
+            || self.refuses_growth(operation, size)
+            || operation.brings_shared && self.refuses_sharing(&operation.reach(size), moved)
+    }
+
+    /// Whether what an operation does at one of its ranges is refused.
+    fn refuses_at(&self, operation: &Operation, range: &Range<u64>, size: u64) -> bool {
+        let kind = operation.kind;
+        let traits = Traits::of(kind);
+        let pages = traits.lets_go.bytes(range, operation.direct, self.block);
+        self.refuses_reach(kind, range, size)
+            || pages.is_some_and(|pages| self.meets(List::Held, &pages))
+            || kind.writes_data() && self.meets(List::Ahead, range)
+            || kind.leaves_unwritten() && self.refuses_edge(kind, range)
+            || kind == OperationKind::InsertRange && self.refuses_insertion(range)
+            || traits.touches
+                && (self.refuses_touch(range, kind == OperationKind::WriteUntorn)
+                    || self.refuses_dirt(kind, range))
+    }
+
+    /// Whether the blocks that an operation reaches are ones it may not meet.
+    fn refuses_reach(&self, kind: OperationKind, range: &Range<u64>, size: u64) -> bool {
+        let rule = kind.rule();
         let reach = match rule.reach {
             Reach::Nothing => return false,
             Reach::Everything => return true,
-            Reach::Range => super::reach_of(rule.kind, range, size),
+            Reach::Range => range.start..self.end_of(kind, range, size),
             Reach::ToTheEnd => range.start..u64::MAX,
             Reach::BeyondSize => {
                 let resized = self.fixed_size.is_some_and(|size| *range != (size..size));
-                if range.start < self.size_floor || resized {
-                    return true;
-                }
-                0..0
+                return range.start < self.size_floor || resized;
             }
         };
         let list = match rule.refused_on {
             Meets::Any => List::Pinned,
-            Meets::Frozen if rule.kind == OperationKind::MapWrite => List::Mapped,
+            Meets::Frozen if kind == OperationKind::MapWrite => List::Mapped,
             Meets::Frozen => List::Frozen,
         };
-        let last = size - size % self.block..size;
-        let grows = rule.grows && range.end > size;
-        self.meets(list, &reach) || grows && self.meets(List::Shared, &last)
+        self.meets(list, &reach)
     }
 
-    /// Whole blocks are not zeroed by way of the page cache; and mappings are
-    /// judged by folios as it is.
-    fn dirties_folios(&self, kind: OperationKind, range: &Range<u64>) -> bool {
-        let blocks = rounded_out(range, self.block);
-        if kind.writes_data() || kind == OperationKind::UnshareRange {
-            return self.meets(List::Coarse, &blocks);
+    /// The end of the bytes that an operation at `range` reaches. A hole that
+    /// ends behind the end of the file may be punched to the end of the page
+    /// that is in then (ext4 with blocks smaller than pages: `ext4_punch_hole`,
+    /// fs/ext4/inode.c, 6.12).
+    fn end_of(&self, kind: OperationKind, range: &Range<u64>, size: u64) -> u64 {
+        if kind == OperationKind::PunchHole && range.end > size {
+            range
+                .end
+                .checked_next_multiple_of(self.page)
+                .unwrap_or(u64::MAX)
+        } else {
+            range.end
         }
-        kind != OperationKind::MapWrite
-            && (blocks.start != range.start
-                && self.meets(List::Coarse, &(blocks.start..range.start))
-                || blocks.end != range.end && self.meets(List::Coarse, &(range.end..blocks.end)))
     }
 
-    fn refuses_edge(&self, rule: &Rule, range: &Range<u64>) -> bool {
-        let end = match rule.reach {
+    /// Whether what comes to be unwritten at `range` becomes one extent with
+    /// blocks of a pin.
+    fn refuses_edge(&self, kind: OperationKind, range: &Range<u64>) -> bool {
+        let end = match kind.rule().reach {
             Reach::ToTheEnd => u64::MAX,
             _ => range.end,
         };
         self.meets(List::Edges, &(range.start..end))
     }
 
-    fn minds_range(&self, range: &Range<u64>, untorn: bool) -> bool {
+    /// Whether an insertion moves shared blocks that lie beside a pin: nobody
+    /// would know where they are then.
+    fn refuses_insertion(&self, range: &Range<u64>) -> bool {
+        !self.list(List::Window).is_empty() && self.meets(List::Beside, &(range.start..u64::MAX))
+    }
+
+    /// Whether the blocks of `range` take blocks of a pin along when they are
+    /// written to, or zeroed in part. An untorn write goes to new blocks, and
+    /// XFS sets more of those aside than it needs
+    /// (`xfs_atomic_write_cow_iomap_begin`, fs/xfs/xfs_iomap.c, 6.16), whether
+    /// anything is shared or not.
+    fn refuses_touch(&self, range: &Range<u64>, untorn: bool) -> bool {
         let blocks = rounded_out(range, self.block);
         self.meets(List::Beside, &blocks) || untorn && self.meets(List::Window, &blocks)
     }
-}
 
-/// [`Operation::reach`], for an operation that brings shared blocks.
-fn brings_to(rule: &Rule, operation: &Operation, size: u64) -> Range<u64> {
-    let range = &operation.range;
-    let mut reach = match rule.reach {
-        Reach::Everything => 0..u64::MAX,
-        Reach::ToTheEnd => range.start.saturating_sub(LARGEST_BLOCK)..u64::MAX,
-        _ => range.clone(),
-    };
-    if rule.grows && reach.end > size {
-        reach.start = reach.start.min(size.saturating_sub(1));
-    }
-    rounded_out(&reach, LARGEST_BLOCK)
-}
-
-/// Sorts runs, and joins those that touch.
-fn join(runs: &mut Vec<Range<u64>>) {
-    runs.sort_by_key(|run| run.start);
-    runs.dedup_by(|next, last| {
-        let joins = next.start <= last.end;
-        if joins {
-            last.end = last.end.max(next.end);
+    /// Whether an operation makes bytes dirty that share a folio with unwritten
+    /// blocks of a pin. Whole blocks are not zeroed by way of the page cache;
+    /// and mappings are judged by folios as it is.
+    fn refuses_dirt(&self, kind: OperationKind, range: &Range<u64>) -> bool {
+        let blocks = rounded_out(range, self.block);
+        if kind.writes_data() || kind == OperationKind::UnshareRange {
+            return self.meets(List::Coarse, &blocks);
         }
-        joins
-    });
-}
-
-/// Every kind, for tables that others keep.
-pub fn kinds() -> impl Iterator<Item = OperationKind> {
-    RULES.iter().map(|rule| rule.kind)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::{Beside, judge};
-    use super::*;
-    use crate::extent::{BlockMap, DeviceId, Extent};
-    use crate::plan::Plan;
-    use proptest::prelude::*;
-
-    const BLOCK: u64 = 4096;
-
-    #[derive(Clone, Debug)]
-    struct Model {
-        first: u64,
-        states: Vec<ExtentState>,
-        whole_file: bool,
-        beside: Vec<Range<u64>>,
-        window: bool,
-        grows_into: bool,
-        failing_frees: bool,
-        edges: bool,
-        /// 0 none, 1 through the page cache, 2 DAX.
-        mapped: u8,
-        apart: u8,
+        kind != OperationKind::MapWrite
+            && (self.meets(List::Coarse, &(blocks.start..range.start))
+                || self.meets(List::Coarse, &(range.end..blocks.end)))
     }
 
-    impl Model {
-        fn pinned(&self, size: u64) -> Pinned {
-            let range = self.first * BLOCK..(self.first + self.states.len() as u64) * BLOCK;
-            let extents = self.states.iter().enumerate().map(|(at, state)| {
-                let offset = range.start + at as u64 * BLOCK;
-                let physical = (*state != ExtentState::Hole).then_some((1 << 30) + 7 * offset);
-                Extent::new(offset, physical, BLOCK, *state)
-            });
-            let device = DeviceId { major: 7, minor: 0 };
-            let block = u32::try_from(BLOCK).unwrap();
-            let map = BlockMap::new(device, block, size, range.clone(), extents);
-            let mut pinned = Pinned::new(&map, self.whole_file);
-            if self.mapped > 0 {
-                let length = range.end - range.start;
-                let plan = Plan::new(&map, range.start, length, BLOCK);
-                pinned = pinned.mapped(&plan, self.mapped == 1);
-            }
-            let around = range.start.saturating_sub(4 * BLOCK)..range.end + 4 * BLOCK;
-            pinned
-                .with_beside(Beside {
-                    frozen: self.beside.clone(),
-                    window: self.window.then_some(around),
-                    grows_into: self.grows_into,
-                    failing_frees: self.failing_frees,
-                    edges: self
-                        .edges
-                        .then_some(range.end..range.end + BLOCK)
-                        .into_iter()
-                        .collect(),
-                })
-                .apart(match self.apart {
-                    0 => Apart::No,
-                    1 => Apart::Without,
-                    _ => Apart::Held(vec![range.start, range.start + 2 * BLOCK].into()),
-                })
+    /// Whether an operation is refused for making the file grow. The rest of
+    /// the block that holds the old end of the file is zeroed then: in place if
+    /// that is written, not at all if it is a hole or unwritten; a shared one is
+    /// copied.
+    fn refuses_growth(&self, operation: &Operation, size: u64) -> bool {
+        let kind = operation.kind;
+        let end = operation.end();
+        if !kind.rule().grows {
+            return false;
         }
-    }
-
-    fn model() -> impl Strategy<Value = Model> {
-        let state = prop_oneof![
-            3 => Just(ExtentState::Written),
-            1 => Just(ExtentState::Unwritten),
-            1 => Just(ExtentState::Hole),
-            1 => Just(ExtentState::Shared),
-        ];
-        let beside = (0u64..40, 1u64..4).prop_map(|(at, length)| at * BLOCK..(at + length) * BLOCK);
-        (
-            0u64..30,
-            proptest::collection::vec(state, 1..10),
-            prop_oneof![9 => Just(false), 1 => Just(true)],
-            proptest::collection::vec(beside, 0..3),
-            proptest::array::uniform4(any::<bool>()),
-            0u8..3,
-            0u8..3,
-        )
-            .prop_map(
-                |(first, states, whole_file, beside, flags, mapped, apart)| {
-                    let [window, grows_into, failing_frees, edges] = flags;
-                    Model {
-                        first,
-                        states,
-                        whole_file,
-                        beside,
-                        window,
-                        grows_into,
-                        failing_frees,
-                        edges,
-                        mapped,
-                        apart,
-                    }
-                },
-            )
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(4000))]
-
-        /// All pins at once say what each of them says.
-        #[test]
-        fn layers_refuse_what_any_pin_refuses(
-            models in proptest::collection::vec(model(), 1..4),
-            size in 1u64..50 * BLOCK,
-            later in 1u64..50 * BLOCK,
-            start in 0u64..50 * BLOCK,
-            length in 1u64..6 * BLOCK,
-            append in any::<bool>(),
-            direct in any::<bool>(),
-            kind in proptest::sample::select(RULES.map(|rule| rule.kind).to_vec()),
-        ) {
-            // The size when they were pinned, and what it is now.
-            let pins: Vec<Pinned> = models.iter().map(|model| model.pinned(size)).collect();
-            let mut operation = Operation::new(kind, start..start + length);
-            if kind == OperationKind::Truncate {
-                operation.range = start..start;
-            }
-            operation.direct = direct;
-            // Only writes go to another place than they say.
-            let appends = append && kind == OperationKind::Write;
-            operation.or = appends.then_some(later..later + length);
-            let expected = pins.iter().any(|pin| {
-                !judge(&operation, pin, later) || pin.minds_beside(&operation, later, 0)
-            });
-            let layers = Layers::new(&pins, false);
-            let refuses = layers.refuses(&operation, later);
-            prop_assert!(refuses || !expected, "{:?} {:?}", operation, layers);
-            // Which pins a range lies wholly inside of is not known any more:
-            // it may be refused for one that it cannot harm.
-            let sure = pins.len() == 1
-                && operation.or.is_none()
-                && models[0].beside.is_empty();
-            prop_assert!(!refuses || expected || !sure, "{:?} {:?}", operation, layers);
+        if self.largest_size.is_some_and(|largest| end > largest) {
+            return true;
         }
+        if end <= size {
+            return false;
+        }
+        let last = size - size % self.block..size;
+        let fails = self.failing_frees && kind.writes_data() && size < self.size_floor;
+        let untorn = kind == OperationKind::WriteUntorn;
+        fails
+            || !last.is_empty()
+                && (self.meets(List::Shared, &last)
+                    || self.refuses_touch(&last, untorn)
+                    || self.meets(List::Coarse, &last))
     }
 
-    #[test]
-    fn lists_are_sorted_and_disjoint() {
-        let mut runs = vec![8..12, 0..2, 11..20, 2..4, 30..31];
-        join(&mut runs);
-        assert_eq!(runs, [0..4, 8..20, 30..31]);
+    /// Whether blocks that come to be shared within `reach` may come to lie
+    /// beside a pin. What lies up to `moved` bytes behind a window may be in it
+    /// by now.
+    fn refuses_sharing(&self, reach: &Range<u64>, moved: u64) -> bool {
+        let nearer = reach.start.saturating_sub(moved)..reach.end;
+        !reach.is_empty() && self.meets(List::Window, &nearer)
+    }
+
+    fn meets(&self, list: List, range: &Range<u64>) -> bool {
+        let runs = self.list(list);
+        let first = runs.partition_point(|run| run.end <= range.start);
+        runs.get(first).is_some_and(|run| intersects(run, range))
     }
 }

@@ -1,7 +1,7 @@
 //! What a block map lacks to be stable, and in which pieces to bring that
 //! about. Pure.
 
-use mapdirect_proto::{BlockMap, ExtentState};
+use mapdirect_model::{BlockMap, ExtentState};
 use std::ops::Range;
 
 /// Size and alignment of the pieces a processor maps with one entry of the

@@ -1,7 +1,11 @@
 //! Preparing real files, each step of it made to fail: no byte may change,
 //! and what was allocated must go again. They need root and a loop device.
 
+use super::job::WINDOW;
 use super::*;
+use crate::extents;
+use mapdirect_proto::ExtentState;
+use mapdirect_sys::fallocate;
 use mapdirect_sys::seam::{self, Call};
 use mapdirect_testkit::{Disk, Kind as On};
 use std::fs::File;

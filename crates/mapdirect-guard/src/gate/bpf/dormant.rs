@@ -263,7 +263,7 @@ impl Gate {
 
     /// What blocks of an inode may have changed: a pin that sleeps is
     /// forgotten.
-    pub(crate) fn spoil(&self, guard: &Guard, id: InodeId) {
+    pub(super) fn forget_dormant(&self, guard: &Guard, id: InodeId) {
         let Some(sleeper) = self.dormant.get(id) else {
             return;
         };
@@ -292,33 +292,22 @@ impl Gate {
     /// The same of all of them.
     pub(crate) fn spoil_all(&self, guard: &Guard) {
         for sleeper in self.dormant.all() {
-            self.spoil(guard, sleeper.watched.id);
+            self.forget_dormant(guard, sleeper.watched.id);
         }
     }
 
     /// Blocks of a pin have changed: nobody takes it up again.
-    pub(crate) fn breached(&self, id: InodeId) {
+    pub(super) fn disturb_inode(&self, id: InodeId) {
         let _ = self.disturb(Key::new(id), 0);
     }
 
-    /// Whether a pin of an inode sleeps: it is to be listened to.
-    pub(crate) fn is_dormant(&self, id: InodeId) -> bool {
-        self.dormant.lock().contains_key(&id)
-    }
-
     /// The pin that sleeps.
-    pub(crate) fn sleeper(&self, id: InodeId) -> Option<Arc<Pin>> {
+    pub(super) fn dormant_pin(&self, id: InodeId) -> Option<Arc<Pin>> {
         self.dormant.get(id).map(|sleeper| sleeper.pin)
     }
 
-    /// The pin that sleeps, by its number.
-    pub(crate) fn dormant(&self, id: InodeId, pin: u64) -> Option<Arc<Pin>> {
-        let sleeper = self.dormant.get(id)?;
-        (sleeper.pin.id == pin).then_some(sleeper.pin)
-    }
-
     /// Takes note of every pin that was taken up since.
-    pub(crate) fn catch_up(&self) {
+    pub(super) fn take_note(&self) {
         let stirred = self.loaded.maps.filter.words()[STIRRED].load(SeqCst);
         if self.dormant.seen.load(SeqCst) == stirred {
             return;
@@ -333,16 +322,16 @@ impl Gate {
 
     /// The same, and forgets those whose time is over.
     pub(super) fn tend_dormant(&self, guard: &Guard) {
-        self.catch_up();
+        self.take_note();
         for id in self.dormant.due() {
-            self.spoil(guard, id);
+            self.forget_dormant(guard, id);
         }
         // Root may have taken away what they are refused by.
         let words = self.loaded.maps.filter.words();
         for sleeper in self.dormant.all() {
             let key = Key::new(sleeper.watched.id);
             if words[key.word()].load(SeqCst) & 1 << (key.slot() % 64) == 0 {
-                self.spoil(guard, sleeper.watched.id);
+                self.forget_dormant(guard, sleeper.watched.id);
             }
         }
     }

@@ -4,13 +4,12 @@ use super::abi::{self, Event};
 use super::{Gate, Proof};
 use crate::audit::Refused;
 use crate::policy::RULES;
-use crate::table::{InodeId, Watched};
-use crate::wake::Backoff;
+use crate::table::Watched;
 use crate::{Errno, Guard};
 use libbpf_rs::RingBufferBuilder;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::{Arc, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use zerocopy::FromBytes;
 
 /// Hears of refusals and ends, and watches the gate, until the guard stops;
@@ -54,26 +53,6 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
     Ok(())
 }
 
-/// Waits until a pin that is over has been taken out. That must come in the
-/// order in which it is told: somebody may have joined it before.
-pub(crate) fn look_for_end(guard: &Guard, gate: &Gate, inode: InodeId, pin: u64) {
-    if !gate.is_over(pin) {
-        return;
-    }
-    let is_there = || {
-        let watched = guard.table.get(inode);
-        watched.is_some_and(|watched| watched.pins.load().iter().any(|other| other.id == pin))
-    };
-    let mut backoff = Backoff::until(
-        Instant::now() + Duration::from_millis(500),
-        Duration::from_micros(20),
-        Duration::from_millis(2),
-    );
-    while is_there() && !backoff.is_over() {
-        backoff.pause();
-    }
-}
-
 /// Ends the pins whose end could not be told.
 fn end_untold(guard: &Guard, gate: &Gate) {
     for watched in guard.table.all() {
@@ -106,6 +85,13 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
     }
 }
 
+/// The name of the command, fit for a terminal: any process chooses its own.
+pub(super) fn command_of(event: &Event) -> String {
+    let length = event.command.iter().position(|byte| *byte == 0);
+    let command = &event.command[..length.unwrap_or(event.command.len())];
+    mapdirect_sys::proc::printable(&String::from_utf8_lossy(command))
+}
+
 fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     let kind = usize::try_from(event.kind).unwrap_or(usize::MAX);
     let Some(rule) = RULES.get(kind) else {
@@ -115,11 +101,9 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     if let Some(watched) = watched {
         watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
     }
-    let length = event.command.iter().position(|byte| *byte == 0);
-    let command = &event.command[..length.unwrap_or(event.command.len())];
     guard.audit.refused(Refused {
         tid: event.tid.cast_signed(),
-        command: String::from_utf8_lossy(command).into_owned(),
+        command: command_of(event),
         kind: rule.kind,
         id: event.key.inode(),
         path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),

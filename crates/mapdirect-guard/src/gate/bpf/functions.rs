@@ -95,7 +95,7 @@ impl Kernel {
 
     /// Understands `/proc/kallsyms`: lines of an address, a type, a name, and a
     /// module, if it is of one. What makes no sense is left out.
-    fn parse(symbols: &[u8]) -> Self {
+    pub(super) fn parse(symbols: &[u8]) -> Self {
         let wanted: HashMap<&[u8], Doing> = NAMES
             .iter()
             .map(|(name, doing)| (name.as_bytes(), *doing))

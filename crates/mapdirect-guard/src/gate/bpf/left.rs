@@ -24,7 +24,7 @@ pub(crate) struct Found {
     pub(crate) handle: FileHandle,
 }
 
-fn found(facts: &PinFacts) -> Found {
+pub(super) fn found(facts: &PinFacts) -> Found {
     let slice = |bytes: &[u8], length: u32| {
         let length = usize::try_from(length).unwrap_or(0).min(bytes.len());
         bytes[..length].to_vec()

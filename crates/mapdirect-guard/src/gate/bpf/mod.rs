@@ -8,14 +8,19 @@
 //! struct file is freed that was the pin.
 
 mod abi;
-pub(crate) mod census;
+mod adopt;
+mod census;
 mod constants;
+mod contract;
 mod costly;
 mod counts;
 mod directory;
 mod dormant;
 mod events;
+mod exclude;
 mod functions;
+#[cfg(feature = "fuzzing")]
+pub(crate) mod fuzz;
 mod identity;
 mod left;
 mod load;
@@ -24,13 +29,12 @@ mod watch;
 
 use crate::Errno;
 use crate::policy::RULES;
-use crate::policy::layers::Layers;
-use crate::table::{InodeId, Pin, Settled, Watched};
+use crate::table::{InodeId, Pin, Settled, Watched, together};
 use crate::wake::Backoff;
 use abi::{Entry, Facts, Identity, Key, PinFacts, Run, Settings};
+pub(crate) use adopt::adopt;
 use counts::Counts;
-pub(crate) use events::{look_for_end, run};
-pub(crate) use left::Found;
+use left::Found;
 use libbpf_rs::libbpf_sys::bpf_map_create_opts;
 use libbpf_rs::{MapCore, MapFlags, MapHandle, MapType};
 pub use load::LoadError;
@@ -229,10 +233,7 @@ impl Gate {
             }
             return Ok(());
         }
-        let layers = Layers::new(
-            settled.iter().map(|settled| &settled.pinned),
-            watched.abilities.coarse,
-        );
+        let layers = together(&settled);
         let facts = Facts {
             reflink: watched.abilities.reflink,
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),

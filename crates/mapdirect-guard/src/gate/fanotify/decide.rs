@@ -3,6 +3,7 @@
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
 use crate::audit::Refused;
+use crate::gate::Gate as _;
 use crate::ledger::PinSet;
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::{InodeId, Opinion, Passing, Pin, Watched};
@@ -25,6 +26,8 @@ pub(super) enum Verdict {
     Hold,
     /// Look again: the file has changed meanwhile.
     Again,
+    /// To be refused, once the name of the thread is known for the record.
+    Name,
 }
 
 impl Server<'_> {
@@ -56,9 +59,13 @@ impl Server<'_> {
         }
         let verdict = judge_announced(&watched, event.tid, doing, late)
             .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
-        if verdict == Verdict::Refuse {
-            self.note(&watched, event, doing);
+        if verdict != Verdict::Refuse {
+            return verdict;
         }
+        if doing.command.is_none() && !waiting.question.named {
+            return Verdict::Name;
+        }
+        self.note(&watched, event, doing);
         verdict
     }
 
@@ -107,6 +114,9 @@ impl Server<'_> {
         // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
         // new ones.
         let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
+        if !exclusive && watched.lets_pass(pins, operation, size, moved) {
+            return Verdict::Allow;
+        }
         let mut reach = if exclusive {
             0..u64::MAX
         } else {
@@ -128,8 +138,7 @@ impl Server<'_> {
                 Opinion::Refuse => {
                     // Its last mapping is gone, only the notice is not here
                     // yet.
-                    pin.end();
-                    self.guard.lifetime.kick(watched.id);
+                    self.gate.end(watched, pin);
                 }
             }
         }
@@ -191,11 +200,10 @@ impl<'a> Moving<'a> {
         if pins.iter().any(|pin| pin.id >= next_pin) {
             return true;
         }
-        let windows = pins.iter().filter_map(|pin| {
-            let settled = pin.settled()?;
-            settled.pinned.unshared_window(moved)
-        });
-        let Some(end) = windows.map(|window| window.end).max() else {
+        let windows = pins
+            .iter()
+            .filter_map(|pin| pin.settled()?.layers.unshared_until());
+        let Some(end) = windows.max().map(|end| end.saturating_add(moved)) else {
             return false;
         };
         self.watched.notes.may_be_shared()

@@ -58,6 +58,8 @@ pub(crate) struct Question {
     pub(crate) reflink: bool,
     /// The thread may have been announced: tell when it began.
     pub(crate) announced: bool,
+    /// Tell its name, whatever it does.
+    pub(crate) named: bool,
     /// How long it has been waiting.
     pub(crate) late: Duration,
     /// How often to look at it if it does not sleep yet.
@@ -79,7 +81,7 @@ pub(crate) enum Seen {
 #[derive(Debug, PartialEq)]
 pub(crate) struct Doing {
     pub(crate) operation: Operation,
-    /// Its name, if it may be refused.
+    /// Its name, if it is likely to be refused, or that was asked.
     pub(crate) command: Option<String>,
     /// When it began, if that was asked.
     pub(crate) began: Option<u64>,
@@ -317,7 +319,8 @@ struct Stack<'text> {
 
 impl<'text> Stack<'text> {
     fn of(text: &'text str) -> Self {
-        let functions: Vec<&str> = proc::stack_functions(text).collect();
+        let mut functions = Vec::with_capacity(32);
+        functions.extend(proc::stack_functions(text));
         let is_whole = classify::is_whole(&functions);
         Self {
             functions,
@@ -377,9 +380,14 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
         }
         _ => 0,
     };
-    let may_be_refused = !operation.kind.is_harmless();
+    // Holders write and map all the time, and are mostly let in: their names
+    // are asked for only if they are refused.
+    let is_refused = match operation.kind {
+        K::Write | K::MapWrite => question.named,
+        kind => !kind.is_harmless(),
+    };
     Doing {
-        command: may_be_refused.then(|| proc::command(question.tid)),
+        command: is_refused.then(|| proc::command(question.tid)),
         began: question
             .announced
             .then(|| proc::start_time(question.tid).ok())
@@ -481,6 +489,7 @@ mod tests {
             size: 4096,
             reflink: true,
             announced: true,
+            named: false,
             late,
             tries: 2,
         }

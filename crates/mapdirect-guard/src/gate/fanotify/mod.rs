@@ -8,38 +8,32 @@
 //! * `turns`: who is looked at next.
 
 pub(crate) mod classify;
+mod contract;
 mod decide;
+mod exclude;
+mod lifetime;
 mod look;
 mod lookers;
 mod server;
 mod turns;
 
-pub(crate) use self::server::run;
-
+use self::lifetime::Lifetime;
 use crate::Errno;
-use crate::wake::Waker;
-use arc_swap::ArcSwap;
 use mapdirect_sys::fanotify::{Group, Mask};
 use mapdirect_sys::memfd;
 use std::os::fd::AsFd;
-use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::{AtomicUsize, fence};
 
 /// What is asked for on an inode behind the gate.
 pub(crate) const MASK: Mask = Mask::from_bits(Mask::OPEN_PERM.bits() | Mask::PRE_ACCESS.bits());
 
-/// The group, and how to reach the thread that serves it.
+/// The groups that a guard with this gate has. They go with it, and so does the
+/// gate.
 #[derive(Debug)]
 pub(crate) struct Gate {
+    /// Asks before an operation goes on.
     pub(crate) group: Group,
-    waker: Waker,
-    /// How often something changed that events may have been held back for.
-    changes: AtomicUsize,
-    /// Events held back until a grant is finished.
-    waiting: AtomicUsize,
-    /// The threads they belong to.
-    held: ArcSwap<Vec<i32>>,
+    /// Hears of the ends of pins.
+    lifetime: Lifetime,
 }
 
 impl Gate {
@@ -54,32 +48,8 @@ impl Gate {
         require_pre_content(&group)?;
         Ok(Self {
             group,
-            waker: Waker::new()?,
-            changes: AtomicUsize::new(0),
-            waiting: AtomicUsize::new(0),
-            held: ArcSwap::default(),
+            lifetime: Lifetime::new()?,
         })
-    }
-
-    /// Has the thread look again at the events it holds back, if any.
-    pub(crate) fn reconsider(&self) {
-        self.changes.fetch_add(1, SeqCst);
-        // Pairs with the fence in `Server::run`: either the thread sees the
-        // change, or we see that it waits.
-        fence(SeqCst);
-        if self.waiting.load(SeqCst) > 0 {
-            self.waker.wake();
-        }
-    }
-
-    /// The threads whose operations are held back at the gate.
-    pub(crate) fn held(&self) -> Arc<Vec<i32>> {
-        self.held.load_full()
-    }
-
-    /// Ends the thread once nothing is waiting any more.
-    pub(crate) fn wake(&self) {
-        self.waker.wake();
     }
 }
 

@@ -35,9 +35,6 @@ use mapdirect_sys::{dup, pidfd, proc};
 use rustix::fs::OFlags;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::sync::Arc;
-use std::sync::atomic::Ordering::SeqCst;
-use std::sync::atomic::fence;
 use std::time::{Duration, Instant};
 
 /// How often one that waits for a grant is looked at if nobody says that the
@@ -67,8 +64,8 @@ pub(super) struct Waiting {
     /// When to look again if it is held, should nobody say that the grant is
     /// over.
     due: Instant,
-    /// [`Gate::changes`] when it was last looked at.
-    changes: usize,
+    /// How many decisions were made when it was last looked at.
+    decisions: u64,
     /// Then, too: pins from this number on came later.
     pub(super) next_pin: u64,
     pub(super) question: Question,
@@ -105,7 +102,7 @@ fn user_of(tid: i32) -> Option<u32> {
 /// The thread's own state.
 pub(super) struct Server<'guard> {
     pub(super) guard: &'guard Guard,
-    gate: &'guard Gate,
+    pub(super) gate: &'guard Gate,
     lookers: Lookers<Waiting>,
     /// Waiting to be looked at.
     line: Turns<Waiting>,
@@ -134,7 +131,7 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     let mut server = Server {
         guard,
         gate,
-        lookers: Lookers::new(gate.waker.clone()),
+        lookers: Lookers::new(guard.waiting.waker().clone()),
         line: Turns::default(),
         soon: BTreeMap::new(),
         put_off: 0,
@@ -171,7 +168,6 @@ impl Server<'_> {
             self.look_again();
             self.ask();
             self.publish_waiting();
-            fence(SeqCst);
             self.flush()?;
         }
         Ok(())
@@ -184,11 +180,8 @@ impl Server<'_> {
 
     /// Lets grants know who waits for them.
     fn publish_waiting(&mut self) {
-        let before = self.gate.waiting.swap(self.held.len(), SeqCst);
-        if before > 0 || !self.held.is_empty() {
-            let tids = self.held.iter().map(|waiting| waiting.event.tid);
-            self.gate.held.store(Arc::new(tids.collect()));
-        }
+        let tids = self.held.iter().map(|waiting| waiting.event.tid);
+        self.guard.waiting.now_waiting(tids);
     }
 
     /// Waits for an event, for what a looker sees, or until something must be
@@ -209,24 +202,24 @@ impl Server<'_> {
         } else {
             Some(Duration::ZERO)
         };
-        let waker = self.gate.waker.as_fd();
+        let waker = self.guard.waiting.waker();
         let (events, woken) = if self.unanswered() < self.most {
-            let [events, woken] = wait_any(&[self.gate.group.as_fd(), waker], timeout)?;
+            let [events, woken] = wait_any(&[self.gate.group.as_fd(), waker.as_fd()], timeout)?;
             (events, woken)
         } else {
-            let [woken] = wait_any(&[waker], timeout)?;
+            let [woken] = wait_any(&[waker.as_fd()], timeout)?;
             (false, woken)
         };
         self.lookers.awake();
         if woken {
-            self.gate.waker.clear();
+            waker.clear();
         }
         Ok(events)
     }
 
     /// How long until something held back is looked at again.
     fn due_in(&self, waiting: &Waiting, now: Instant) -> Duration {
-        if waiting.changes != self.gate.changes.load(SeqCst) {
+        if waiting.decisions != self.guard.waiting.decisions() {
             return Duration::ZERO;
         }
         waiting.due.saturating_duration_since(now)
@@ -266,7 +259,7 @@ impl Server<'_> {
             since: now,
             looks: 0,
             due: now,
-            changes: self.gate.changes.load(SeqCst),
+            decisions: self.guard.waiting.decisions(),
             next_pin: self.guard.next_pin_number(),
             question,
         });
@@ -303,6 +296,7 @@ impl Server<'_> {
             size: stat.map_or(0, |stat| u64::try_from(stat.st_size).unwrap_or(u64::MAX)),
             reflink: watched.as_ref().is_none_or(|it| it.abilities.reflink),
             announced: watched.is_some_and(|it| it.may_be_announced(tid)),
+            named: false,
             late: Duration::ZERO,
             tries: TRIES,
         })
@@ -378,12 +372,14 @@ impl Server<'_> {
     }
 
     /// Nobody could look in time: it may be doing the worst there is.
-    fn refuse_unseen(&mut self, waiting: Waiting) {
+    fn refuse_unseen(&mut self, mut waiting: Waiting) {
+        // Nobody can tell its name.
+        waiting.question.named = true;
         let doing = Doing::the_worst(waiting.event.mask);
         let verdict = match self.decide(&waiting, &doing) {
             // Only where nothing is pinned.
             Verdict::Allow => Verdict::Allow,
-            Verdict::Refuse | Verdict::Hold | Verdict::Again => Verdict::Refuse,
+            Verdict::Refuse | Verdict::Hold | Verdict::Again | Verdict::Name => Verdict::Refuse,
         };
         self.answer(waiting.file, verdict);
     }
@@ -406,10 +402,11 @@ impl Server<'_> {
                 self.answer(waiting.file, Verdict::Allow);
                 continue;
             };
-            waiting.changes = self.gate.changes.load(SeqCst);
+            waiting.decisions = self.guard.waiting.decisions();
             waiting.next_pin = self.guard.next_pin_number();
             waiting.question = Question {
                 late: waiting.since.elapsed(),
+                named: question.named,
                 ..asked
             };
             self.line_up(waiting);
@@ -421,8 +418,15 @@ impl Server<'_> {
         match self.decide(&waiting, doing) {
             Verdict::Hold => self.hold(waiting),
             Verdict::Again => self.put_off(waiting),
+            Verdict::Name => self.ask_name(waiting),
             verdict => self.answer(waiting.file, verdict),
         }
+    }
+
+    /// Has a thread looked at once more that is going to be refused.
+    fn ask_name(&mut self, mut waiting: Waiting) {
+        waiting.question.named = true;
+        self.line_up(waiting);
     }
 
     /// Keeps an event whose thread was just about to sleep.
@@ -454,7 +458,9 @@ impl Server<'_> {
         let fd = file.as_raw_fd();
         let answer = match verdict {
             Verdict::Allow => Response::allow(fd),
-            Verdict::Refuse | Verdict::Hold | Verdict::Again => Response::deny(fd, Errno::TXTBSY),
+            Verdict::Refuse | Verdict::Hold | Verdict::Again | Verdict::Name => {
+                Response::deny(fd, Errno::TXTBSY)
+            }
         };
         self.answers.push((Some(file), answer));
     }

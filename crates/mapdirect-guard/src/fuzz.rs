@@ -1,0 +1,75 @@
+//! What fuzzers call: every parser of this crate, with what must be true of
+//! what it returns. The seeds are such bytes as the kernel and others write.
+
+use crate::tripwire::fuzz as tripwire;
+use crate::{exports, listeners};
+use mapdirect_sys::fuzz::Target;
+
+/// The parsers of this crate.
+#[must_use]
+pub fn targets() -> Vec<Target> {
+    #[cfg_attr(
+        not(feature = "bpf"),
+        expect(unused_mut, reason = "there are more with the bpf gate")
+    )]
+    let mut targets = vec![
+        Target {
+            name: "exports",
+            run: exports,
+            seeds: &[
+                b"# Version 1.1\n/srv/a\\040b\t*(rw,no_root_squash,crossmnt,fsid=0) # 10.0.0.1\n",
+                b"/srv\thost(ro,sync)\n/srv\tother(rw,sync,sec=sys)\n/all\n",
+            ],
+        },
+        Target {
+            name: "fanotify-marks",
+            run: fanotify_marks,
+            seeds: &[
+                b"fanotify flags:10 event-flags:8000\nfanotify mnt_id:1d mflags:0 mask:30000 \
+                  ignored_mask:0\nfanotify ino:83 sdev:700000 mflags:0 mask:10000 ignored_mask:0\n",
+            ],
+        },
+        Target {
+            name: "tracefs-format",
+            run: tripwire::format,
+            seeds: &[tripwire::SEED],
+        },
+        Target {
+            name: "processors",
+            run: tripwire::processors,
+            seeds: &[b"0-3,5\n"],
+        },
+    ];
+    #[cfg(feature = "bpf")]
+    targets.extend(crate::gate::bpf::fuzz::TARGETS);
+    targets
+}
+
+fn exports(bytes: &[u8]) {
+    exports::fuzz(&String::from_utf8_lossy(bytes));
+}
+
+fn fanotify_marks(bytes: &[u8]) {
+    let id = crate::table::InodeId {
+        dev: 0x700,
+        inode: 131,
+    };
+    let text = String::from_utf8_lossy(bytes);
+    let asked = listeners::may_be_asked(&text, id, |_| Some(id.dev));
+    // Only what has the mark of a permission event is asked.
+    assert!(!asked || text.contains("fanotify "));
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn seeds_make_sense() {
+        for target in super::targets() {
+            for seed in target.seeds {
+                for end in 0..=seed.len() {
+                    (target.run)(&seed[..end]);
+                }
+            }
+        }
+    }
+}

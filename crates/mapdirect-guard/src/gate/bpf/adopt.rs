@@ -1,0 +1,143 @@
+//! Taking over pins that an earlier guard has left in the kernel.
+//!
+//! The gate has kept them all the while. What it needs to be told of them
+//! when something changes is read anew: their block maps are what they were.
+
+use super::exclude::others_can_store;
+use super::{Found, Gate};
+use crate::Guard;
+use crate::grant::pending::lock;
+use crate::grant::{Granting, Judged, Survey, arm, judge, system};
+use crate::table::{InodeId, Pin, Watched};
+use crate::tripwire::Armed;
+use mapdirect_proto::{PinRequest, Refusal};
+use mapdirect_sys::file_handle::FileHandle;
+use mapdirect_sys::unix::Sender;
+use mapdirect_sys::{Errno, file_handle, proc_mountinfo};
+use rustix::fs::{Mode, OFlags};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Takes over every pin that lives. One that cannot be read stays in the
+/// kernel as it is, and ends when its description does.
+pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
+    let all = gate.left_behind();
+    let mut untold = Vec::new();
+    let mut known = Vec::new();
+    for found in &all {
+        match recognise(guard, found) {
+            Ok(one) => known.push((found, one)),
+            Err(_) => untold.push(found),
+        }
+    }
+    // Once all are known: who maps a file may be the holder of another.
+    for (found, one) in known {
+        if one.settle(guard, found).is_err() {
+            untold.push(found);
+        }
+    }
+    for found in &untold {
+        // Its entry in the kernel knows pins that are not known here: it must
+        // not be written over by fewer.
+        if let Some(watched) = guard.table.get(found.inode) {
+            guard.table.remove(&watched);
+        }
+        gate.keep(found);
+    }
+    for watched in guard.table.all() {
+        // It was full of pins before, and is so again.
+        let _ = gate.publish(&watched);
+    }
+    let inodes: Vec<_> = all.iter().map(|found| found.inode).collect();
+    gate.take_over(&inodes);
+}
+
+/// Opens the inode of a pin by whatever mount there is of its filesystem.
+pub(crate) fn open(id: InodeId, handle: &FileHandle) -> Result<OwnedFd, Errno> {
+    let device = id.device();
+    let mounts = proc_mountinfo::read(None).map_err(|_| Errno::IO)?;
+    let mut last = Errno::NODEV;
+    for mount in mounts
+        .iter()
+        .filter(|mount| (mount.major, mount.minor) == (device.major, device.minor))
+    {
+        let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+        let Ok(place) = rustix::fs::open(mount.mount_point.as_str(), flags, Mode::empty()) else {
+            continue;
+        };
+        match file_handle::open(place.as_fd(), handle, OFlags::RDWR) {
+            Ok(file) => {
+                let stat = rustix::fs::fstat(&file)?;
+                if (stat.st_dev, stat.st_ino) == (id.dev, id.inode) {
+                    return Ok(file);
+                }
+            }
+            Err(errno) => last = errno,
+        }
+    }
+    Err(last)
+}
+
+/// A pin that is known again, and not yet what it keeps still.
+struct Recognised {
+    judged: Judged,
+    watched: Arc<Watched>,
+    pin: Arc<Pin>,
+    _armed: Armed,
+}
+
+fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
+    let file = open(found.inode, &found.handle)
+        .map_err(|errno| system("opening it by its handle", errno))?;
+    let request = PinRequest {
+        offset: found.range.start,
+        length: found.range.end - found.range.start,
+        flags: found.flags,
+        patience_ms: 0,
+    };
+    let mut judged: Judged = judge(guard, &request, file.as_fd())?;
+    judged.range = found.range.clone();
+    judged.mapped.clone_from(&found.mapped);
+    let armed = arm(guard, &judged, file.as_fd())?;
+    let watched = judged.watched(guard);
+    let owner = Sender {
+        pid: found.pid,
+        uid: found.uid,
+    };
+    let pin = Arc::new(judged.unsettled(found.id, found.flags, owner));
+    watched.add(&pin);
+    Ok(Recognised {
+        judged,
+        watched,
+        pin,
+        _armed: armed,
+    })
+}
+
+impl Recognised {
+    /// Reads its block map again: it is what it was.
+    fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
+        // Once more: there may be more pins than descriptors.
+        let file = open(found.inode, &found.handle)
+            .map_err(|errno| system("opening it by its handle", errno))?;
+        let patience = Duration::from_secs(1);
+        let _state = lock(&self.watched, patience)?;
+        let granting = Granting {
+            guard,
+            judged: &self.judged,
+            watched: &self.watched,
+            pin: &self.pin,
+            patience,
+        };
+        let survey = Survey {
+            granting: &granting,
+            file: file.as_fd(),
+            others_can_store: &|frozen| others_can_store(&granting, frozen),
+        };
+        let (map, found) = survey.until_at_rest(true)?;
+        self.pin.settle(&map, &found.pinned, found.kept_pages);
+        self.pin.hand_over();
+        Ok(())
+    }
+}

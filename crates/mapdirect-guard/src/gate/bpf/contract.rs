@@ -1,0 +1,120 @@
+//! What this gate is to the rest of the guard.
+
+use super::exclude::{self, Exclusion};
+use super::{Gate, events};
+use crate::gate::{self, Task};
+use crate::grant::{Granting, Holder, Secured, system};
+use crate::server::OnTampering;
+use crate::table::{GrantState, InodeId, Pin, Watched};
+use crate::{Errno, Guard};
+use mapdirect_proto::{Notice, Refusal, WatchedPin};
+use std::ops::Range;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::Arc;
+
+impl gate::Gate for Gate {
+    fn kind(&self) -> mapdirect_proto::Gate {
+        mapdirect_proto::Gate::Bpf
+    }
+
+    fn tasks(self: Arc<Self>, on_tampering: Box<OnTampering>) -> Vec<Task> {
+        vec![Task {
+            name: "gate",
+            failure: "the gate cannot go on",
+            run: Box::new(move |guard| events::run(guard, &self, &*on_tampering)),
+        }]
+    }
+
+    fn sees_nfs_clients(&self) -> bool {
+        true
+    }
+
+    fn exclude(
+        &self,
+        granting: &Granting<'_>,
+        _state: &mut GrantState,
+        holder: &mut Holder<'_>,
+    ) -> Result<Secured, Refusal> {
+        Exclusion::begin(self, granting, holder)?.run()
+    }
+
+    fn others_can_store(
+        &self,
+        granting: &Granting<'_>,
+        _file: BorrowedFd<'_>,
+        frozen: &[Range<u64>],
+    ) -> Result<bool, Refusal> {
+        exclude::others_can_store(granting, frozen)
+    }
+
+    fn publish(&self, _guard: &Guard, watched: &Watched) -> Result<(), Errno> {
+        self.publish(watched)
+    }
+
+    fn withdraw(&self, watched: &Watched, _file: BorrowedFd<'_>, _was_last: bool) {
+        // It can only fail to make less of it.
+        let _ = self.publish(watched);
+    }
+
+    fn is_the_pin(&self, granting: &Granting<'_>, file: BorrowedFd<'_>) -> Result<bool, Refusal> {
+        let pin = self.pin_of(file);
+        Ok(pin.map_err(|errno| system("asking the gate", errno))? == Some(granting.pin.id))
+    }
+
+    fn has_ended(&self, pin: &Pin, _file: BorrowedFd<'_>) -> bool {
+        self.is_over(pin.id)
+    }
+
+    /// The programs tell that it is over, and it is taken out then.
+    fn end(&self, _watched: &Watched, pin: &Pin) {
+        pin.end();
+    }
+
+    /// Of several pins of an inode the guard takes one out that is over.
+    fn refuses_for_ended(&self, pin: u64) -> bool {
+        self.is_over(pin)
+    }
+
+    fn catch_up(&self) {
+        self.take_note();
+    }
+
+    fn spoil(&self, guard: &Guard, inode: InodeId) {
+        self.forget_dormant(guard, inode);
+    }
+
+    fn breached(&self, inode: InodeId) {
+        self.disturb_inode(inode);
+    }
+
+    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
+        self.dormant_pin(inode)
+    }
+
+    fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
+        self.has_copy_blocks(file).unwrap_or(true)
+    }
+
+    fn fate_of(&self, named: &WatchedPin) -> Notice {
+        let pin = named.pin;
+        if !self.keeps(pin) {
+            return gate::unknown(pin);
+        }
+        Notice::Unattended {
+            pin,
+            why: String::from(
+                "the guard could not take it over: the kernel refuses, and ends it with its last \
+                 mapping",
+            ),
+        }
+    }
+
+    fn directory(&self) -> Option<OwnedFd> {
+        self.directory()
+    }
+
+    /// The kernel counts those too that no guard was there to hear of.
+    fn refused(&self, _guard: &Guard) -> Vec<(String, u64)> {
+        self.refused()
+    }
+}

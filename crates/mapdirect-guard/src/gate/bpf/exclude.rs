@@ -1,0 +1,339 @@
+//! Securing a pin under this gate, which has to exclude nobody.
+//!
+//! This gate judges an operation whoever makes it, by whatever descriptor. So a
+//! grant tells the gate first what would be pinned, as far as that can be seen;
+//! then it waits until everybody is out of what they may have begun before; then
+//! it looks whether what is there is what the gate was told. If so, it is the
+//! pin; if not, it begins anew.
+
+use super::Gate;
+use super::census::Writers;
+use crate::Errno;
+use crate::bounded::Stuck;
+use crate::busy::{self, Busy, Quiet};
+use crate::grant::{Findings, Granting, Holder, Secured, Survey, refusal, system};
+use crate::openers::{Openers, kernel_users};
+use crate::thaw;
+use crate::wake::Backoff;
+use mapdirect_proto::{BlockMap, Opener, Reason, Refusal};
+use mapdirect_sys::proc;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// One attempt to exclude others.
+pub(super) struct Exclusion<'a, 'h> {
+    gate: &'a Gate,
+    granting: &'a Granting<'a>,
+    /// Its file is the pin's description already.
+    holder: &'a mut Holder<'h>,
+    /// The description that the pin was asked for with.
+    of_holder: OwnedFd,
+    /// When to give up if the block map keeps changing.
+    deadline: Instant,
+}
+
+impl<'a, 'h> Exclusion<'a, 'h> {
+    /// Publishes the pin, and begins its life. That comes first: should every
+    /// other pin of the inode end now, the gate stays closed.
+    pub(super) fn begin(
+        gate: &'a Gate,
+        granting: &'a Granting<'a>,
+        holder: &'a mut Holder<'h>,
+    ) -> Result<Self, Refusal> {
+        let deadline = Instant::now() + granting.patience + Duration::from_secs(1);
+        gate.rouse().map_err(|obstacle| {
+            let mend = "see what `mapdirect doctor` says of the bpf gate";
+            refusal(Reason::System, Errno::NOEXEC, obstacle, mend)
+        })?;
+        granting.watched.add(granting.pin);
+        let for_pin = granting.open_for_pin(holder.file.as_fd())?;
+        let of_holder = std::mem::replace(&mut holder.file, for_pin);
+        gate.hold(granting.watched, granting.pin, holder.file.as_fd())
+            .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
+        Ok(Self {
+            gate,
+            granting,
+            holder,
+            of_holder,
+            deadline,
+        })
+    }
+
+    /// Tells the gate what seems to be pinned until that is what is there.
+    pub(super) fn run(self) -> Result<Secured, Refusal> {
+        let granting = self.granting;
+        let survey = Survey {
+            granting,
+            file: self.holder.file.as_fd(),
+            others_can_store: &|frozen| others_can_store(granting, frozen),
+        };
+        self.wait_for_thaw()?;
+        // As it seems, for now: what is written back is seen when the gate is
+        // closed.
+        let mut map = survey.read(true)?;
+        loop {
+            survey.require_pinnable(&map)?;
+            let Findings {
+                pinned,
+                kept_pages,
+                frozen,
+                beside,
+            } = survey.examine(&map)?;
+            granting.pin.settle(&map, &pinned, kept_pages);
+            self.publish()?;
+            // From here on nothing new comes to pass that the gate was not
+            // asked about.
+            if !self.is_alone() {
+                self.wait_for_others(!frozen.is_empty())?;
+            }
+            others_can_store(granting, &frozen)?;
+            let again = survey.read(false)?;
+            if again == map && survey.look_beside(&again)? == beside {
+                self.hints_are_as_they_were()?;
+                return Ok(self.secured(map));
+            }
+            if Instant::now() >= self.deadline {
+                return Err(refusal(
+                    Reason::StillChanging,
+                    Errno::TXTBSY,
+                    "its block map keeps changing",
+                    "try again later",
+                ));
+            }
+            map = again;
+        }
+    }
+
+    /// The kernel itself tells when the description is gone.
+    fn secured(&self, map: BlockMap) -> Secured {
+        Secured {
+            map,
+            lifeline: None,
+        }
+    }
+
+    /// Reading the block map waits for a thaw on XFS: better to say who does so
+    /// already.
+    fn wait_for_thaw(&self) -> Result<(), Refusal> {
+        let soon = Instant::now() + self.granting.patience.max(Duration::from_millis(50));
+        if !self.is_alone() && !thaw::is_thawed(self.holder.file.as_fd(), soon) {
+            self.wait_for_others(false)?;
+        }
+        Ok(())
+    }
+
+    fn quietly(
+        &self,
+        wait: impl FnOnce(&Quiet<'_>) -> Result<Vec<Busy>, Stuck>,
+    ) -> Result<(), Refusal> {
+        self.granting.quietly(self.holder.file.as_fd(), wait)
+    }
+
+    /// Whether there is nobody to wait for: by far the most frequent case, and
+    /// the cheapest to prove.
+    fn is_alone(&self) -> bool {
+        let alone = self
+            .gate
+            .is_alone(self.of_holder.as_fd(), self.holder.file.as_fd());
+        alone == Ok(true) && busy::is_at_rest(self.granting.pin.pid)
+    }
+
+    /// From here on the gate lets nobody change how XFS allocates and copies;
+    /// what the pin was judged by was read before.
+    fn hints_are_as_they_were(&self) -> Result<(), Refusal> {
+        if self
+            .granting
+            .judged
+            .facts
+            .still_allocates_so(self.holder.file.as_fd())
+            .map_err(|errno| system("FS_IOC_FSGETXATTR", errno))?
+        {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            "its flags and hints for allocation have just been changed",
+            "try again",
+        ))
+    }
+
+    fn publish(&self) -> Result<(), Refusal> {
+        self.gate
+            .publish(self.granting.watched)
+            .map_err(|errno| match errno {
+                Errno::NOMEM | Errno::TOOBIG => refusal(
+                    Reason::Limit,
+                    Errno::NOMEM,
+                    "the gate has no room for what would be pinned",
+                    "pin less, or let go of other pins",
+                ),
+                other => system("telling the gate", other),
+            })
+    }
+
+    /// Nobody may be in the middle of something that the gate let pass
+    /// before it knew of the pin.
+    fn wait_for_others(&self, mappings: bool) -> Result<(), Refusal> {
+        self.no_kernel_users()?;
+        if self.others_may_write()? {
+            self.no_hidden_writers()?;
+            self.quietly(|quiet| quiet.wait_for_changes())?;
+            if mappings {
+                self.quietly(|quiet| quiet.wait_for_mappings())?;
+            }
+        } else {
+            self.quietly(|quiet| quiet.wait_for_readers())?;
+            self.quietly(|quiet| {
+                let own = proc::numbers_in(&format!("/proc/{}/task", self.granting.pin.pid));
+                let own = own.unwrap_or_default();
+                let busy = quiet.wait_for_changes_by(&own)?;
+                if !busy.is_empty() || !mappings {
+                    return Ok(busy);
+                }
+                quiet.wait_for_mappings_by(&own)
+            })?;
+        }
+        // Asynchronous direct writes have no thread that could be looked at.
+        let mut backoff = Backoff::until(
+            Instant::now() + self.granting.patience.max(Duration::from_secs(1)),
+            Duration::from_micros(50),
+            Duration::from_millis(5),
+        );
+        loop {
+            let under_way = self
+                .gate
+                .direct_under_way(self.holder.file.as_fd())
+                .map_err(|errno| system("asking the gate about direct I/O", errno))?;
+            if under_way == 0 {
+                return Ok(());
+            }
+            if backoff.is_over() {
+                return Err(refusal(
+                    Reason::StillChanging,
+                    Errno::TXTBSY,
+                    format!("{under_way} direct reads or writes of it do not come to their end"),
+                    "try again when they are over, or ask with more patience",
+                ));
+            }
+            backoff.pause();
+        }
+    }
+
+    /// Whoever writes without asking counts as a writer all the same, and is in
+    /// nobody's table: an overlay, process accounting, a storage target. They
+    /// cannot open a pinned file, but may have done so before.
+    fn no_hidden_writers(&self) -> Result<(), Refusal> {
+        // A truncation by path counts for as long as it takes, and what is on
+        // its way through a socket arrives.
+        let mut backoff = Backoff::until(
+            Instant::now() + self.granting.patience.max(Duration::from_millis(200)),
+            Duration::from_millis(1),
+            Duration::from_millis(20),
+        );
+        loop {
+            let hidden = self
+                .gate
+                .writers(self.holder.file.as_fd())
+                .map(Writers::hidden)
+                .map_err(|errno| system("counting who can write to it", errno))?;
+            if hidden == 0 {
+                return Ok(());
+            }
+            if backoff.is_over() {
+                return Err(refusal(
+                    Reason::OpenElsewhere,
+                    Errno::TXTBSY,
+                    format!(
+                        "it is open for writing {hidden} times more than processes have it open: \
+                         by an overlay, process accounting, a storage target, a ring of io_uring, \
+                         or in a descriptor on its way through a socket"
+                    ),
+                    "unmount the overlay, or stop what else has it open",
+                ));
+            }
+            backoff.pause();
+        }
+    }
+
+    /// Whether anybody but the holder itself can be in the middle of writing
+    /// to it, by what the kernel counts: whoever writes, or truncates, or maps
+    /// it to store, does so by a description that is counted as a writer.
+    fn others_may_write(&self) -> Result<bool, Refusal> {
+        let alone = self
+            .gate
+            .is_sole_writer(self.of_holder.as_fd(), self.holder.file.as_fd());
+        alone
+            .map(|alone| !alone)
+            .map_err(|errno| system("asking the gate who writes", errno))
+    }
+
+    /// Some parts of the kernel write to files without asking anybody.
+    fn no_kernel_users(&self) -> Result<(), Refusal> {
+        let users = kernel_users(self.granting.judged.id, &self.granting.judged.path);
+        if users.is_empty() {
+            return Ok(());
+        }
+        Err(self.granting.open_elsewhere(Openers {
+            others: users,
+            ..Openers::default()
+        }))
+    }
+}
+
+/// With frozen blocks nobody may have a mapping to store by, wherever in
+/// the file: `mremap(2)` could grow it over them, and no hook sees that.
+/// Holders of pins are trusted not to. Says whether any of them has one.
+pub(super) fn others_can_store(
+    granting: &Granting<'_>,
+    frozen: &[Range<u64>],
+) -> Result<bool, Refusal> {
+    if frozen.is_empty() {
+        return Ok(false);
+    }
+    let found = granting.openers(None);
+    // Descriptors are judged when they are used, wherever they hide.
+    if found.unseen {
+        return Err(granting.open_elsewhere(Openers {
+            hidden: found.hidden,
+            ..Openers::default()
+        }));
+    }
+    let pins = granting.watched.pins.load();
+    let is_holder = |opener: &Opener| {
+        pins.iter()
+            .any(|pin| pin.pid == opener.pid && pin.mapped.is_some())
+    };
+    for (opener, mapped) in &found.writable_mappings {
+        let over = frozen
+            .iter()
+            .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end));
+        if is_holder(opener) && !over {
+            continue;
+        }
+        let obstacle = if over {
+            format!(
+                "a writable mapping of bytes {} to {} covers blocks that cannot be stored to \
+                 as they are",
+                mapped.start, mapped.end
+            )
+        } else {
+            format!(
+                "a writable mapping of bytes {} to {} could be grown over blocks that cannot \
+                 be stored to as they are",
+                mapped.start, mapped.end
+            )
+        };
+        return Err(Refusal {
+            openers: vec![opener.clone()],
+            ..refusal(
+                Reason::OpenElsewhere,
+                Errno::TXTBSY,
+                obstacle,
+                "unmap it first, or fill and unshare the range",
+            )
+        });
+    }
+    Ok(!found.writable_mappings.is_empty())
+}

@@ -1,0 +1,567 @@
+//! Excluding everybody who could break a pin unseen.
+//!
+//! This gate is asked only about what is done by way of descriptions that were
+//! opened behind it. So it closes first (inode marks). Then it is proven that
+//! nobody holds a description from before, and that nobody is still in the
+//! middle of something that passed before; the holder's own description is
+//! replaced by one from behind the gate.
+//!
+//! On an inode that is behind the gate already, and where nothing was let in
+//! since the last proof, all of that holds, and what remains is to open a
+//! description, lock its byte and read the block map.
+
+use super::{Gate, MASK};
+use crate::Errno;
+use crate::bounded::Stuck;
+use crate::busy::{Busy, Quiet};
+use crate::grant::{
+    Findings, Granting, Holder, KEPT_FLAGS, Secured, Survey, gone, lock_refused, refusal,
+    refuse_executed, system,
+};
+use crate::openers::Openers;
+use crate::table::{GrantState, Notes, Published};
+use crate::wake::Backoff;
+use mapdirect_proto::{BlockMap, Opener, Reason, Refusal};
+use mapdirect_sys::fcntl::{
+    Lease, LockKind, LockOwner, conflicting_lock, lease_holds, lock_byte_shared, set_lock,
+};
+use rustix::fs::SeekFrom;
+use rustix::pipe::PipeFlags;
+use std::cell::Cell;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+/// How often to ask for a lease at least, however little patience there is: a
+/// truncation that changes nothing is over at once, and is counted all the
+/// same.
+const LEAST_TRIES: u32 = 5;
+
+/// How long a replaced description may take to go away: an operation of
+/// another thread may be using it.
+const LETTING_GO: Duration = Duration::from_millis(200);
+
+/// One attempt to exclude others.
+pub(super) struct Exclusion<'a, 'h> {
+    gate: &'a Gate,
+    granting: &'a Granting<'a>,
+    /// What was let through before the pin could be seen.
+    notes: Published<'a, Notes>,
+    holder: &'a mut Holder<'h>,
+    mark: Mark,
+}
+
+/// A lock by which the holder's own description is told apart from others.
+struct Mark {
+    byte: u64,
+    is_set: Cell<bool>,
+}
+
+impl<'a, 'h> Exclusion<'a, 'h> {
+    pub(super) fn begin(
+        gate: &'a Gate,
+        granting: &'a Granting<'a>,
+        state: &mut GrantState,
+        holder: &'a mut Holder<'h>,
+    ) -> Self {
+        // Marks go with their inode, on unmount for one: what was proven then
+        // is worth nothing now.
+        state.closed = state.closed && gate.group.has_mark(holder.file.as_fd()) == Ok(true);
+        if !state.closed {
+            granting.watched.notes.forget();
+        }
+        Self {
+            gate,
+            granting,
+            notes: granting.watched.publish(granting.pin),
+            holder,
+            mark: Mark {
+                byte: granting.guard.next_lock_byte(),
+                is_set: Cell::new(false),
+            },
+        }
+    }
+
+    /// Excludes others, surveys the blocks and settles the pin.
+    pub(super) fn run(mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
+        let secured = self.secure(state);
+        self.unmark();
+        self.granting.watched.opens.reset();
+        secured
+    }
+
+    fn secure(&mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
+        let at_rest = self.exclude(state.closed)?;
+        let lifeline = self.begin_life()?;
+        state.closed = true;
+        let (map, found) = self.survey(at_rest)?;
+        self.check_marks()?;
+        let Granting { pin, watched, .. } = self.granting;
+        pin.settle(&map, &found.pinned, found.kept_pages);
+        watched.renew_layers();
+        Ok(Secured { map, lifeline })
+    }
+
+    /// Sees to it that every description which matters is behind the gate, and
+    /// that nobody is in the middle of anything from before. Says whether
+    /// nothing was let through since that was last so.
+    ///
+    /// If the gate was closed already, only what it has let through since needs
+    /// a proof.
+    fn exclude(&mut self, was_closed: bool) -> Result<bool, Refusal> {
+        let at_rest = if was_closed {
+            self.prove_again()?
+        } else {
+            self.close_the_gate()?;
+            self.prove_from_scratch()?;
+            false
+        };
+        let judged = self.granting.judged;
+        if !was_closed && (judged.is_writable() || judged.facts.reflink) {
+            self.replace_description()?;
+        } else {
+            let for_pin = self.granting.open_for_pin(self.holder.file.as_fd())?;
+            self.unmark();
+            self.holder.file = for_pin;
+        }
+        Ok(at_rest)
+    }
+
+    fn survey(&self, at_rest: bool) -> Result<(BlockMap, Findings), Refusal> {
+        let file = self.holder.file.as_fd();
+        let survey = Survey {
+            granting: self.granting,
+            file,
+            others_can_store: &|frozen| others_can_store(self.granting, &self.notes, file, frozen),
+        };
+        survey.until_at_rest(at_rest)
+    }
+
+    /// Nothing else removes marks of an inode with a grant under way; if they
+    /// are gone all the same there is no gate.
+    fn check_marks(&self) -> Result<(), Refusal> {
+        let file = self.holder.file.as_fd();
+        let gate = self.gate.group.has_mark(file);
+        let closes = self.gate.lifetime.watches(file);
+        if gate == Ok(true) && closes == Ok(true) {
+            return Ok(());
+        }
+        Err(refusal(
+            Reason::StillChanging,
+            Errno::TXTBSY,
+            "the watch on the file went away while the pin was granted",
+            "try again",
+        ))
+    }
+
+    fn close_the_gate(&self) -> Result<(), Refusal> {
+        let file = self.holder.file.as_fd();
+        let closed = self.gate.group.add(MASK, file);
+        closed
+            .and_then(|()| self.gate.lifetime.watch(self.granting.watched, file))
+            .map_err(|errno| {
+                refusal(
+                    Reason::NoGate,
+                    Errno::OPNOTSUPP,
+                    format!("the kernel cannot watch this file (fanotify_mark: {errno})"),
+                    "run `mapdirect doctor` to see what this kernel offers",
+                )
+            })
+    }
+
+    /// Whoever has left is waited for no longer: others wait for the outcome.
+    fn require_wanted(&self) -> Result<(), Refusal> {
+        if self.holder.talk.is_wanted() {
+            return Ok(());
+        }
+        Err(gone())
+    }
+
+    fn quietly(
+        &self,
+        wait: impl FnOnce(&Quiet<'_>) -> Result<Vec<Busy>, Stuck>,
+    ) -> Result<(), Refusal> {
+        self.granting.quietly(self.holder.file.as_fd(), wait)
+    }
+
+    /// Has the holder's description told apart from others by a lock.
+    fn mark_own_description(&self) -> Result<(), Refusal> {
+        let (file, byte) = (self.holder.file.as_fd(), self.mark.byte);
+        lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
+        self.mark.is_set.set(true);
+        Ok(())
+    }
+
+    /// Takes the mark off a description that stays.
+    fn unmark(&self) {
+        if self.mark.is_set.take() {
+            // A mark that stays tells nobody anything.
+            let _ = set_lock(
+                self.holder.file.as_fd(),
+                LockOwner::Description,
+                LockKind::Unlock,
+                self.mark.byte,
+                1,
+            );
+        }
+    }
+
+    /// Nothing that was let in since the last proof may still matter. Says
+    /// whether there was nothing at all.
+    fn prove_again(&self) -> Result<bool, Refusal> {
+        let writers = self.notes.writers(|| self.no_other_writer())?;
+        // It is known which threads these are: nobody else can be at it.
+        let changes = self.notes.changes(|threads| {
+            self.quietly(|quiet| {
+                if threads.and_others {
+                    quiet.wait_for_changes()
+                } else {
+                    quiet.wait_for_changes_by(&threads.tids)
+                }
+            })
+        })?;
+        Ok(!writers && !changes)
+    }
+
+    /// Ties the life of the pin to something that only its holders have. A
+    /// description that can write is one: nobody else has such while the file
+    /// is pinned, and its lock tells when it goes. Every reader could hold the
+    /// same lock as one that cannot, so that comes with a pipe, whose other end
+    /// goes to the holder.
+    fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
+        let pin = self.granting.pin;
+        if !self.granting.judged.is_writable() {
+            let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+            let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
+            pin.lives_by(ours);
+            return Ok(Some(theirs));
+        }
+        let (file, byte) = (self.holder.file.as_fd(), pin.lock_byte());
+        lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
+        Ok(None)
+    }
+}
+
+impl Exclusion<'_, '_> {
+    /// Nobody may hold a description from before the gate closed, and nobody
+    /// may be in the middle of a truncation from before.
+    fn prove_from_scratch(&self) -> Result<(), Refusal> {
+        self.quietly(|quiet| quiet.wait_for_truncations(&self.granting.guard.scans))?;
+        let mut backoff = self.granting.patiently();
+        let mut tries = 0;
+        loop {
+            // It counts writers and truncations alike, those under way too.
+            if self.lease_proves()? {
+                return Ok(());
+            }
+            if self.turn_openers_away()? {
+                continue;
+            }
+            if self.only_those_who_wait()? {
+                return Ok(());
+            }
+            tries += 1;
+            let over = backoff.is_over() && tries >= LEAST_TRIES;
+            if !self.granting.judged.facts.reflink || over {
+                let found = self.look_around()?;
+                let Some(found) = found else {
+                    return Ok(());
+                };
+                if over {
+                    return Err(self.granting.open_elsewhere(found));
+                }
+            }
+            self.require_wanted()?;
+            backoff.pause();
+        }
+    }
+
+    /// Whoever comes to open the file for writing in the middle of a grant
+    /// waits at the gate, and the lease counts it. If nobody else stands in
+    /// the way, it gets the answer it would get a moment later. Says whether
+    /// that is worth another try.
+    fn turn_openers_away(&self) -> Result<bool, Refusal> {
+        if !self.granting.watched.opens.any_waits() {
+            return Ok(false);
+        }
+        self.mark_own_description()?;
+        let found = self.granting.openers(Some(self.mark.byte));
+        if !found.others.is_empty() || !found.hidden.is_empty() {
+            return Ok(false);
+        }
+        self.granting.watched.opens.refuse();
+        self.granting.guard.waiting.decided();
+        Ok(true)
+    }
+
+    /// Whether everybody who has the file open asks for a pin of it, too, and
+    /// has come behind the gate for that.
+    fn only_those_who_wait(&self) -> Result<bool, Refusal> {
+        let turn = &self.holder.turn;
+        if !turn.bring_others() {
+            return Ok(false);
+        }
+        self.mark_own_description()?;
+        let harmless = |found: &Openers| {
+            found.hidden.is_empty()
+                && found.others.iter().all(|opener| {
+                    turn.queue().knows(opener)
+                        || !self.granting.judged.facts.reflink
+                            && !opener.writable
+                            && opener.pid != 0
+                })
+        };
+        if !harmless(&self.granting.openers(Some(self.mark.byte))) {
+            return Ok(false);
+        }
+        // As beside readers: see `look_around`.
+        self.quietly(|quiet| quiet.wait_for_opens())?;
+        let again = self.granting.openers(Some(self.mark.byte));
+        if !harmless(&again) {
+            return Ok(false);
+        }
+        refuse_executed(&again)?;
+        self.quietly(|quiet| quiet.wait_for_changes())?;
+        Ok(true)
+    }
+
+    /// Without reflink a reader from before the gate can do no harm, but a
+    /// lease cannot tell readers beside the holder's own descriptor from
+    /// writers: look who they are. Returns who stands in the way, or nothing
+    /// if nobody does.
+    fn look_around(&self) -> Result<Option<Openers>, Refusal> {
+        self.mark_own_description()?;
+        let harmless = |found: &Openers| {
+            // Somebody must be there: the lease says so. What is not seen
+            // may be anything.
+            let explained = !found.others.is_empty() && found.hidden.is_empty();
+            !self.granting.judged.facts.reflink && explained && !found.has_writer()
+        };
+        let found = self.granting.openers(Some(self.mark.byte));
+        if !harmless(&found) {
+            return Ok(Some(found));
+        }
+        refuse_executed(&found)?;
+        // A descriptor may have been on its way into a table while we looked:
+        // from an open, or to a child. Those opens are over now, and a child
+        // is seen beside its parent.
+        self.quietly(|quiet| quiet.wait_for_opens())?;
+        let again = self.granting.openers(Some(self.mark.byte));
+        if !harmless(&again) {
+            return Ok(Some(again));
+        }
+        self.quietly(|quiet| quiet.wait_for_changes())?;
+        Ok(None)
+    }
+
+    fn lease_proves(&self) -> Result<bool, Refusal> {
+        let file = self.holder.file.as_fd();
+        let _no_looks = self.granting.watched.pause_looks();
+        let proven = match lease_holds(file, Lease::Sole) {
+            Ok(false)
+                if !self.granting.judged.is_writable() && !self.granting.judged.facts.reflink =>
+            {
+                let no_writer = lease_holds(file, Lease::NoWriter);
+                if no_writer == Ok(true) {
+                    let found = self.granting.openers(None);
+                    refuse_executed(&found)?;
+                    // Whoever opens it to truncate it counts as a reader so
+                    // far.
+                    self.quietly(|quiet| quiet.wait_for_all_truncations())?;
+                    lease_holds(file, Lease::NoWriter)
+                } else {
+                    no_writer
+                }
+            }
+            proven => proven,
+        };
+        match proven {
+            Ok(proven) => Ok(proven),
+            // No leases here: only looking around is left.
+            Err(Errno::INVAL) => Ok(false),
+            Err(other) => Err(system("F_SETLEASE", other)),
+        }
+    }
+
+    /// Nobody else may have it open for writing. All descriptions are behind
+    /// the gate here, but some things the gate cannot see.
+    fn no_other_writer(&self) -> Result<(), Refusal> {
+        let pins = self.granting.watched.pins.load();
+        let mut backoff = self.granting.patiently();
+        loop {
+            if self.lease_proves()? {
+                return Ok(());
+            }
+            self.mark_own_description()?;
+            let mut found = self.granting.openers(Some(self.mark.byte));
+            // Holders of pins may have theirs, and have been asked; so may
+            // those who ask now.
+            let is_holder = |opener: &Opener| {
+                pins.iter().any(|pin| pin.pid == opener.pid)
+                    || self
+                        .granting
+                        .watched
+                        .queue
+                        .has(opener.pid, self.granting.pin.pid)
+            };
+            found.others.retain(|opener| opener.writable);
+            let explained = self.granting.judged.is_writable()
+                || pins.iter().any(|pin| pin.id != self.granting.pin.id)
+                || found.others.iter().any(is_holder);
+            found.others.retain(|opener| !is_holder(opener));
+            if found.others.is_empty() && found.hidden.is_empty() {
+                // The kernel's own writers (a storage target, an overlay that
+                // is mounted nowhere) are in no process. They count as
+                // writers of the inode, and where nobody else may, it shows.
+                let file = self.holder.file.as_fd();
+                if explained || lease_holds(file, Lease::NoWriter) != Ok(false) {
+                    return Ok(());
+                }
+            }
+            if backoff.is_over() {
+                return Err(self.granting.open_elsewhere(found));
+            }
+            self.require_wanted()?;
+            backoff.pause();
+        }
+    }
+
+    /// Puts a description from behind the gate in the place of the holder's,
+    /// and makes sure the old one is gone.
+    fn replace_description(&mut self) -> Result<(), Refusal> {
+        // The old description is marked by a lock that goes when it does.
+        self.mark_own_description()?;
+        let flags = self.granting.judged.open_flags & KEPT_FLAGS;
+        let replacement = self.granting.reopen(self.holder.file.as_fd(), flags)?;
+        let position = rustix::fs::seek(&self.holder.file, SeekFrom::Current(0))
+            .and_then(|at| rustix::fs::seek(&replacement, SeekFrom::Start(at)));
+        position.map_err(|errno| system("lseek", errno))?;
+        let for_pin = self.granting.open_for_pin(self.holder.file.as_fd())?;
+        let _held = HoldOpens::new(self.granting);
+        self.holder.talk.swap(replacement.as_fd())?;
+        // Our own copy goes with this; from now on the pin's description
+        // stands for the inode.
+        self.holder.file = for_pin;
+        self.mark.is_set.set(false);
+        if self.is_gone()? {
+            return Ok(());
+        }
+        let mut found = self.granting.openers(Some(self.mark.byte));
+        found.marked.extend(
+            found
+                .others
+                .drain(..)
+                .filter(|opener| opener.mapped || opener.pid == 0),
+        );
+        Err(Refusal {
+            openers: found.marked,
+            ..refusal(
+                Reason::OpenHere,
+                Errno::TXTBSY,
+                "the descriptor given has a duplicate, a mapping made through it, or an \
+                 operation under way that the gate cannot watch",
+                "close duplicates in other processes, unmap it, let operations finish; \
+                 then try again",
+            )
+        })
+    }
+
+    /// Whether the marked description is gone.
+    fn is_gone(&self) -> Result<bool, Refusal> {
+        let mut backoff = Backoff::until(
+            Instant::now() + LETTING_GO,
+            Duration::from_micros(20),
+            Duration::from_millis(10),
+        );
+        loop {
+            let found = conflicting_lock(self.holder.file.as_fd(), self.mark.byte, 1)
+                .map_err(|errno| system("F_OFD_GETLK", errno))?;
+            if found.is_none() {
+                return Ok(true);
+            }
+            if backoff.is_over() {
+                return Ok(false);
+            }
+            backoff.pause();
+        }
+    }
+}
+
+/// Whether anybody else may have a mapping to store by of the file: refuses if
+/// it is one of what is to be frozen, from before the pin.
+pub(super) fn others_can_store(
+    granting: &Granting<'_>,
+    notes: &Published<'_, Notes>,
+    file: BorrowedFd<'_>,
+    frozen: &[Range<u64>],
+) -> Result<bool, Refusal> {
+    if frozen.is_empty() {
+        return Ok(false);
+    }
+    // What the gate has let in may not show yet.
+    let mapped = notes.mappings(|threads| {
+        granting.quietly(file, |quiet| {
+            if threads.and_others {
+                quiet.wait_for_mappings()
+            } else {
+                quiet.wait_for_mappings_by(&threads.tids)
+            }
+        })
+    })?;
+    if !mapped {
+        return Ok(false);
+    }
+    let mut backoff = granting.patiently();
+    let found = loop {
+        let found = granting.openers(None);
+        if found.hidden.is_empty() {
+            break found;
+        }
+        if backoff.is_over() {
+            return Err(granting.open_elsewhere(Openers {
+                hidden: found.hidden,
+                ..Openers::default()
+            }));
+        }
+        backoff.pause();
+    };
+    let mappings = found.writable_mappings;
+    let over = mappings.iter().find(|(_, mapped)| {
+        frozen
+            .iter()
+            .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end))
+    });
+    let Some((opener, mapped)) = over else {
+        return Ok(!mappings.is_empty());
+    };
+    Err(Refusal {
+        openers: vec![opener.clone()],
+        ..refusal(
+            Reason::OpenElsewhere,
+            Errno::TXTBSY,
+            format!(
+                "a writable mapping of bytes {} to {} covers blocks that cannot be \
+                 stored to as they are",
+                mapped.start, mapped.end
+            ),
+            "unmap it first, or fill and unshare the range",
+        )
+    })
+}
+
+/// Holds back every open of an inode while it exists.
+struct HoldOpens<'a>(&'a Granting<'a>);
+
+impl<'a> HoldOpens<'a> {
+    fn new(granting: &'a Granting<'a>) -> Self {
+        granting.watched.opens.hold(true);
+        Self(granting)
+    }
+}
+
+impl Drop for HoldOpens<'_> {
+    fn drop(&mut self) {
+        self.0.watched.opens.hold(false);
+        self.0.guard.waiting.decided();
+    }
+}

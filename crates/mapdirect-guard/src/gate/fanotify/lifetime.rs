@@ -1,0 +1,604 @@
+//! When a pin ends, and what is done then.
+//!
+//! A pin lives as long as its description does: until the last mapping made
+//! from it is gone, in whichever process. A close event on the inode says when
+//! to look whether it is still there. The event comes a moment before locks go
+//! (`__fput`, fs/file_table.c), so what still stands is looked at once more.
+//!
+//! Whether it is there is told by something that no reader of the file can
+//! have, or every reader could keep a pin alive:
+//!
+//! * A description that can write holds a lock on a byte of its own. It is a
+//!   shared one, since readers lock whole files and an exclusive one would keep
+//!   them out, so readers can lock the same byte; but they cannot write. While
+//!   the lock of one of them may hide that a pin has ended, the lease that is
+//!   given only where nobody can write tells ([`Lease::NoWriter`]). An open
+//!   that waits to be refused counts as one who can, so it is asked for several
+//!   times; if it is never given, a search for descriptors and mappings that
+//!   can write tells.
+//! * A description that cannot write comes with the end of a pipe, and the pin
+//!   ends when that is closed everywhere. It goes where the description goes:
+//!   to children, and away on `execve(2)`.
+//!
+//! An inode whose last pin ended stays behind the gate for a while if
+//! somebody still has it open: a pin that comes back finds it closed and
+//! proven. Nothing is held open for that, and no mount that somebody could
+//! want to unmount is kept busy ([`Watched::cast_anchor`]); if nobody else has
+//! the file open, the gate lets go of it at once, and of its filesystem.
+//!
+//! Nobody else hears of all this looking: close events name the file without a
+//! descriptor, and it is looked at through descriptions that raise no events
+//! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
+
+use super::{Gate, MASK, is_final};
+use crate::openers::{Wanted, openers};
+use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
+use crate::wake::{Waker, wait_any};
+use crate::{Errno, Guard};
+use crossbeam_queue::SegQueue;
+use mapdirect_sys::fanotify::{Group, Mask, Object};
+use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
+use mapdirect_sys::{proc, proc_locks};
+use rustix::fs::{Mode, OFlags};
+use std::collections::hash_map::Entry;
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Which closes are heard of.
+const CLOSES: Mask = Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
+
+/// How long an inode without pins stays behind the gate while others have it
+/// open.
+const LINGER: Duration = Duration::from_millis(250);
+/// Between two rounds, so that many closes are looked at together.
+const ROUND: Duration = Duration::from_micros(300);
+/// When to look once more at pins whose lock still stood after a close.
+const SECOND_LOOK: Duration = Duration::from_millis(20);
+/// The longest pause before a further look, each after twice the time.
+const LAST_LOOK: Duration = Duration::from_millis(320);
+/// When to look for pins whose end nobody told of, after the notice of a close
+/// was lost; the lock may stand a moment longer.
+const SWEEPS: [Duration; 4] = [
+    SECOND_LOOK,
+    Duration::from_millis(100),
+    Duration::from_millis(500),
+    Duration::from_secs(2),
+];
+/// When to do so without a reason, while anything is pinned: the kernel says
+/// nothing of a notice that is lost behind others (`fanotify_read`).
+const SWEEP: Duration = Duration::from_secs(5);
+
+/// The group that hears of closes, and how to reach the thread that reads it.
+#[derive(Debug)]
+pub(crate) struct Lifetime {
+    closes: Group,
+    waker: Waker,
+    /// Inodes with pins that were found dead.
+    with_dead: SegQueue<InodeId>,
+    /// The inodes that close events may be about. Two filesystems that are
+    /// copies of each other give theirs the same names.
+    objects: Mutex<HashMap<Object, Vec<InodeId>>>,
+}
+
+impl Lifetime {
+    pub(super) fn new() -> Result<Self, Errno> {
+        Ok(Self {
+            closes: Group::notification()?,
+            waker: Waker::new()?,
+            with_dead: SegQueue::new(),
+            objects: Mutex::default(),
+        })
+    }
+
+    /// Hears of the closes of a file from now on.
+    pub(super) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        let object = watched.cast_anchor(file)?;
+        let mut objects = self.objects();
+        let ids = objects.entry(object).or_default();
+        if !ids.contains(&watched.id) {
+            ids.push(watched.id);
+        }
+        drop(objects);
+        self.closes.add(CLOSES, file)
+    }
+
+    /// Forgets a file whose closes are not heard of any more.
+    fn forget(&self, watched: &Watched) {
+        let Some(object) = watched.weigh_anchor() else {
+            return;
+        };
+        let mut objects = self.objects();
+        if let Entry::Occupied(mut ids) = objects.entry(object) {
+            ids.get_mut().retain(|id| *id != watched.id);
+            if ids.get().is_empty() {
+                ids.remove();
+            }
+        }
+    }
+
+    fn objects(&self) -> MutexGuard<'_, HashMap<Object, Vec<InodeId>>> {
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the thread take the dead pins of an inode out of the table.
+    pub(super) fn take_out_dead(&self, id: InodeId) {
+        self.with_dead.push(id);
+        self.waker.wake();
+    }
+
+    /// Whether the closes of a file are heard of.
+    pub(super) fn watches(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+        self.closes.has_mark(file)
+    }
+
+    /// Hears no more of a file: its mark goes first. A mark that is gone is as
+    /// good as one that is removed.
+    pub(super) fn let_go(&self, watched: &Watched, file: BorrowedFd<'_>) {
+        let _ = self.closes.remove(CLOSES, file);
+        self.forget(watched);
+    }
+}
+
+/// An inode that stays behind the gate without pins.
+struct Lingering {
+    watched: Arc<Watched>,
+    until: Instant,
+}
+
+struct Keeper<'guard> {
+    guard: &'guard Guard,
+    gate: &'guard Gate,
+    lingering: HashMap<InodeId, Lingering>,
+    second_looks: HashMap<InodeId, SecondLook>,
+    sweep: Sweep,
+}
+
+/// When to look at pins that no close was told of.
+struct Sweep {
+    at: Instant,
+    /// How many of [`SWEEPS`] are over.
+    done: usize,
+}
+
+impl Sweep {
+    fn new() -> Self {
+        Self {
+            at: Instant::now() + SWEEP,
+            done: SWEEPS.len(),
+        }
+    }
+
+    fn soon(&mut self) {
+        self.done = 0;
+        self.at = Instant::now() + SWEEPS[0];
+    }
+
+    fn next(&mut self) {
+        self.done += 1;
+        self.at = Instant::now() + SWEEPS.get(self.done).copied().unwrap_or(SWEEP);
+    }
+}
+
+/// When to look at an inode once more.
+struct SecondLook {
+    /// What was closed could be written to.
+    could_write: bool,
+    at: Instant,
+    /// How long it was waited for.
+    after: Duration,
+}
+
+/// Serves the close events until the guard stops.
+///
+/// # Errors
+///
+/// When events cannot be read any more.
+pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
+    let mut keeper = Keeper {
+        guard,
+        gate,
+        lingering: HashMap::new(),
+        second_looks: HashMap::new(),
+        sweep: Sweep::new(),
+    };
+    let mut buffer = vec![0; 64 * 1024];
+    let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
+    while !guard.is_stopping() {
+        let lifetime = &gate.lifetime;
+        let timeout = if undecided.is_empty() {
+            keeper.next_deadline()
+        } else {
+            Duration::ZERO
+        };
+        let fds = [
+            lifetime.closes.as_fd(),
+            lifetime.waker.as_fd(),
+            guard.stopped.as_fd(),
+        ];
+        let [_, woken, _] = wait_any(&fds, Some(timeout))?;
+        if woken {
+            lifetime.waker.clear();
+        }
+        for (id, file, could_write) in std::mem::take(&mut undecided) {
+            if !keeper.tend(id, file.as_fd()) {
+                keeper.look_again(id, could_write);
+            }
+        }
+        let mut closed: HashMap<InodeId, bool> = HashMap::new();
+        let read = lifetime.closes.read(&mut buffer, |event| {
+            let objects = lifetime.objects();
+            let ids = event.object.and_then(|object| objects.get(&object));
+            let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
+            for id in ids.into_iter().flatten() {
+                *closed.entry(*id).or_insert(false) |= could_write;
+            }
+        });
+        match read {
+            Ok(_) => {}
+            Err(errno) if is_final(errno) => return Err(errno),
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            // The notice of one close is lost: its filesystem is dead, or
+            // descriptors are short. The gate asks for itself whether a pin
+            // lives before it refuses.
+            Err(_) => {
+                keeper.sweep.soon();
+                std::thread::sleep(ROUND);
+            }
+        }
+        let busy = !closed.is_empty();
+        for (id, could_write) in closed {
+            if let Some(file) = keeper.open(id)
+                && !keeper.tend(id, file.as_fd())
+            {
+                undecided.push((id, file, could_write));
+            }
+        }
+        while let Some(id) = lifetime.with_dead.pop() {
+            // The gate found pins dead. The close event that came with their
+            // end has a description to let the inode go with.
+            if let Some(watched) = guard.table.get(id) {
+                watched.remove(Pin::is_dead);
+            }
+        }
+        keeper.look_at_what_is_due();
+        if busy {
+            std::thread::sleep(ROUND);
+        }
+    }
+    Ok(())
+}
+
+impl Gate {
+    /// Takes the marks off a file that only a path leads to.
+    fn unmark_at(&self, path: BorrowedFd<'_>) {
+        let _ = self.group.remove_at(MASK, path);
+        let _ = self.lifetime.closes.remove_at(CLOSES, path);
+    }
+}
+
+impl Keeper<'_> {
+    fn next_deadline(&self) -> Duration {
+        let lingering = self.lingering.values().map(|entry| entry.until);
+        let looks = self.second_looks.values().map(|look| look.at);
+        let due = lingering.chain(looks).fold(self.sweep.at, Instant::min);
+        due.saturating_duration_since(Instant::now())
+    }
+
+    /// Opens an inode behind the gate, unheard.
+    fn open(&self, id: InodeId) -> Option<OwnedFd> {
+        let path = self.guard.table.get(id)?.anchor()?;
+        let open = || proc::reopen(path.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK);
+        self.guard.own.quietly(open).ok()
+    }
+
+    fn look_again(&mut self, id: InodeId, could_write: bool) {
+        let look = self.second_looks.entry(id).or_insert_with(|| SecondLook {
+            could_write,
+            at: Instant::now() + SECOND_LOOK,
+            after: SECOND_LOOK,
+        });
+        look.could_write |= could_write;
+    }
+
+    fn look_at_what_is_due(&mut self) {
+        let now = Instant::now();
+        let due: Vec<_> = self
+            .second_looks
+            .extract_if(|_, look| look.at <= now)
+            .collect();
+        for (id, mut look) in due {
+            let Some(file) = self.open(id) else {
+                continue;
+            };
+            let is_last = look.after >= LAST_LOOK;
+            let settled = self.tend_with(id, file.as_fd(), |watched, pin, file| {
+                has_ended_for_sure(watched, pin, file, look.could_write, is_last)
+            });
+            // Nothing may tell of the end again.
+            if !settled && !is_last && (look.could_write || self.has_foreign_locks(id)) {
+                look.after *= 2;
+                look.at = now + look.after;
+                self.second_looks.entry(id).or_insert(look);
+            }
+        }
+        let over: Vec<_> = self
+            .lingering
+            .extract_if(|_, entry| entry.until <= now)
+            .map(|(_, entry)| entry)
+            .collect();
+        for entry in over {
+            self.stop_lingering(entry);
+        }
+        if self.sweep.at <= now {
+            self.sweep();
+            self.sweep.next();
+        }
+    }
+
+    /// Ends pins whose description is gone without a notice that reached us.
+    /// Their files cannot be opened, or they would have been looked at: all
+    /// that tells is the list of locks, together with `/proc`.
+    fn sweep(&mut self) {
+        let pinned: Vec<_> = self
+            .guard
+            .table
+            .all()
+            .into_iter()
+            .filter(|watched| {
+                watched
+                    .pins
+                    .load()
+                    .iter()
+                    .any(|pin| !pin.is_being_granted())
+            })
+            .collect();
+        if pinned.is_empty() {
+            return;
+        }
+        let mut listed = HashSet::new();
+        // The list may leave out some while it changes.
+        for look in 0..3 {
+            if look > 0 {
+                std::thread::sleep(ROUND);
+            }
+            match proc_locks::read_all() {
+                Ok(locks) => listed.extend(
+                    locks
+                        .iter()
+                        .filter(|lock| lock.start >= LOCK_BASE)
+                        .map(|lock| ((lock.major, lock.minor), lock.inode, lock.start)),
+                ),
+                Err(_) => return,
+            }
+        }
+        for watched in pinned {
+            let device = watched.id.device();
+            let pins = watched.pins.load_full();
+            let is_listed = |pin: &Pin| {
+                let key = (
+                    (device.major, device.minor),
+                    watched.id.inode,
+                    pin.lock_byte(),
+                );
+                listed.contains(&key)
+            };
+            let has_ended = |pin: &Pin| match pin.is_let_go() {
+                Some(let_go) => let_go,
+                None => !is_listed(pin) && !can_be_found(&watched, pin),
+            };
+            let ended: HashSet<u64> = pins
+                .iter()
+                .filter(|pin| pin.is_dead() || pin.is_handed_over() && has_ended(pin))
+                .map(|pin| pin.id)
+                .collect();
+            if ended.is_empty() {
+                continue;
+            }
+            watched.remove(|pin| ended.contains(&pin.id));
+            if watched.pins.load().is_empty() {
+                self.forget(&watched);
+            }
+        }
+    }
+
+    /// Lets an inode without pins go that cannot be opened any more.
+    fn forget(&mut self, watched: &Arc<Watched>) {
+        let Some(mut state) = watched.try_grant() else {
+            return;
+        };
+        if state.retired || !watched.pins.load().is_empty() {
+            return;
+        }
+        state.retired = true;
+        self.lingering.remove(&watched.id);
+        self.second_looks.remove(&watched.id);
+        // Marks that stay are of an inode that nobody is refused anything on.
+        if let Some(path) = path_to(watched) {
+            self.gate.unmark_at(path.as_fd());
+        }
+        self.guard.table.remove(watched);
+    }
+
+    /// Ends the pins of an inode whose lock is gone; `file` is a description
+    /// of it that is closed soon. Says whether that settles the matter: no
+    /// when pins are left, any of which may have been meant.
+    fn tend(&mut self, id: InodeId, file: BorrowedFd<'_>) -> bool {
+        self.tend_with(id, file, has_ended)
+    }
+
+    fn has_foreign_locks(&self, id: InodeId) -> bool {
+        self.guard.table.get(id).is_some_and(|watched| {
+            let pins = watched.pins.load();
+            pins.iter().any(|pin| may_be_foreign(&watched, pin))
+        })
+    }
+
+    fn tend_with(
+        &mut self,
+        id: InodeId,
+        file: BorrowedFd<'_>,
+        has_ended: impl Fn(&Watched, &Pin, BorrowedFd<'_>) -> bool,
+    ) -> bool {
+        let Some(watched) = self.guard.table.get(id) else {
+            return true;
+        };
+        let pins = watched.pins.load_full();
+        let ended: HashSet<u64> = pins
+            .iter()
+            .filter(|pin| pin.is_dead() || pin.is_handed_over() && has_ended(&watched, pin, file))
+            .map(|pin| pin.id)
+            .collect();
+        if !ended.is_empty() {
+            watched.remove(|pin| ended.contains(&pin.id));
+        }
+        if watched.pins.load().is_empty() {
+            self.let_go(&watched, file);
+            return true;
+        }
+        !ended.is_empty()
+    }
+
+    /// An inode without pins: open the gate for it, now or a little later.
+    fn let_go(&mut self, watched: &Arc<Watched>, file: BorrowedFd<'_>) {
+        let Some(mut state) = watched.try_grant() else {
+            // A grant is under way: it will have a pin, or let go itself.
+            return;
+        };
+        if state.retired || !watched.pins.load().is_empty() {
+            return;
+        }
+        let alone = lease_holds(file, Lease::Sole).unwrap_or(true);
+        if !alone {
+            let watched = Arc::clone(watched);
+            let until = Instant::now() + LINGER;
+            let lingering = Lingering { watched, until };
+            self.lingering.insert(lingering.watched.id, lingering);
+            return;
+        }
+        self.lingering.remove(&watched.id);
+        self.second_looks.remove(&watched.id);
+        state.retired = true;
+        // Marks first: once the entry is gone another grant may set its own,
+        // which must not be the ones removed here. Gone marks are as good as
+        // removed ones.
+        let _ = self.gate.group.remove(MASK, file);
+        self.gate.lifetime.let_go(watched, file);
+        self.guard.table.remove(watched);
+    }
+
+    fn stop_lingering(&mut self, mut entry: Lingering) {
+        let Some(mut state) = entry.watched.try_grant() else {
+            entry.until = Instant::now() + LINGER;
+            let watched = Arc::clone(&entry.watched);
+            self.lingering.insert(watched.id, entry);
+            return;
+        };
+        if state.retired || !entry.watched.pins.load().is_empty() {
+            return;
+        }
+        state.retired = true;
+        // In this order, see above.
+        if let Some(path) = entry.watched.anchor() {
+            self.gate.unmark_at(path.as_fd());
+        }
+        self.gate.lifetime.forget(&entry.watched);
+        self.guard.table.remove(&entry.watched);
+        drop(state);
+    }
+}
+
+/// Whether nothing holds a pin any more, as far as that can be told at once;
+/// `file` is another description of the same inode.
+fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
+    match pin.is_let_go() {
+        Some(let_go) => let_go,
+        None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),
+    }
+}
+
+/// The same where a lock that stands may not be the pin's: after somebody who
+/// `could_write` is gone, or where somebody else's lock is seen. The
+/// description can write, so while it is there somebody can. To search for it
+/// takes long, and is done where somebody else's lock is seen, or at the last
+/// look: the lock that is left may look just like the pin's.
+fn has_ended_for_sure(
+    watched: &Watched,
+    pin: &Pin,
+    file: BorrowedFd<'_>,
+    could_write: bool,
+    is_last: bool,
+) -> bool {
+    if has_ended(watched, pin, file) {
+        return true;
+    }
+    if pin.is_let_go().is_some() {
+        return false;
+    }
+    let nobody_writes = || lease_holds(file, Lease::NoWriter) == Ok(true);
+    let is_gone = || !can_be_found(watched, pin);
+    if could_write {
+        nobody_writes() || (is_last || may_be_foreign(watched, pin)) && is_gone()
+    } else {
+        may_be_foreign(watched, pin) && (nobody_writes() || is_gone())
+    }
+}
+
+/// Whether the description of a pin, which can write, may be in some process.
+fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
+    let found = openers(Wanted {
+        id: watched.id,
+        path: &watched.path,
+        mark: Some(pin.lock_byte()),
+    });
+    // Descriptors of readers are none, nor are their mappings.
+    let is_mapped = |bytes: &Range<u64>| {
+        pin.mapped
+            .as_ref()
+            .is_some_and(|mapped| mapped.start.max(bytes.start) < mapped.end.min(bytes.end))
+    };
+    // The holder may not have received it yet.
+    found.unseen
+        || found.in_flight.contains(&pin.pid)
+        || found.marked.iter().any(|opener| opener.writable)
+        || found
+            .writable_mappings
+            .iter()
+            .any(|(_, bytes)| is_mapped(bytes))
+}
+
+/// Whether the lock on a pin's byte may be somebody else's: its holder is gone,
+/// or there is more than one, or one that is not of this byte alone.
+fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
+    if pin.is_let_go().is_some() {
+        return false;
+    }
+    let (device, byte) = (watched.id.device(), pin.lock_byte());
+    let Ok(locks) = proc_locks::read_all() else {
+        return true;
+    };
+    let mut there = locks.iter().filter(|lock| {
+        lock.inode == watched.id.inode
+            && (lock.major, lock.minor) == (device.major, device.minor)
+            && lock.start <= byte
+            && lock.last.is_none_or(|last| last >= byte)
+            && matches!(
+                lock.kind,
+                proc_locks::Kind::Description | proc_locks::Kind::Posix
+            )
+    });
+    let is_own = |lock: &proc_locks::Lock| (lock.start, lock.last) == (byte, Some(byte));
+    let only = there.next().is_none_or(is_own) && there.next().is_none();
+    !only || proc::start_time(pin.pid).is_err()
+}
+
+/// A file by the path it had, if that still leads to it; opening it so asks
+/// nothing of its filesystem.
+fn path_to(watched: &Watched) -> Option<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let path = rustix::fs::open(&*watched.path, flags, Mode::empty()).ok()?;
+    let stat = rustix::fs::fstat(&path).ok()?;
+    ((stat.st_dev, stat.st_ino) == (watched.id.dev, watched.id.inode)).then_some(path)
+}

@@ -1,0 +1,598 @@
+//! Who has a file open, as far as `/proc` shows.
+//!
+//! It shows what processes have, but not everything a kernel can hold: what
+//! is found here decides only where the exact proof (a lease) cannot be had,
+//! and explains refusals.
+
+mod kernel;
+mod process;
+
+#[cfg(feature = "bpf")]
+pub(crate) use self::kernel::kernel_users;
+
+use self::kernel::all_kernel_users;
+use self::process::{Process, Socket, device_behind, never_writable};
+use crate::bounded::{self, Looking, Retries, within};
+use crate::table::{InodeId, LOCK_BASE};
+use mapdirect_proto::Opener;
+use mapdirect_sys::proc::{self, FdInfo};
+use mapdirect_sys::proc_locks;
+use rustix::event::EventfdFlags;
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
+use std::collections::HashMap;
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// A file whose openers are looked for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Wanted<'a> {
+    pub(crate) id: InodeId,
+    /// Where it was last seen.
+    pub(crate) path: &'a str,
+    /// Descriptors whose description holds a lock on this byte are told
+    /// apart.
+    pub(crate) mark: Option<u64>,
+}
+
+/// What is known about who has a file open.
+#[derive(Debug, Default)]
+pub(crate) struct Openers {
+    /// Everybody found, except through the marked description.
+    pub(crate) others: Vec<Opener>,
+    /// Descriptors of the marked description.
+    pub(crate) marked: Vec<Opener>,
+    /// Bytes of the file that are mapped so that they can be stored to.
+    pub(crate) writable_mappings: Vec<(Opener, Range<u64>)>,
+    /// The file is mapped executable as somebody's program.
+    pub(crate) executing: Option<Opener>,
+    /// Places a description could hide in that cannot be looked into.
+    pub(crate) hidden: Vec<String>,
+    /// Processes with descriptors in flight through their sockets.
+    pub(crate) in_flight: Vec<i32>,
+    /// Some process could not be looked at, nor what it maps.
+    pub(crate) unseen: bool,
+}
+
+impl Openers {
+    /// Somebody other than the marked description can write. Whoever sets up
+    /// a device of the kernel can make it writable later on, whatever it is
+    /// now.
+    pub(crate) fn has_writer(&self) -> bool {
+        self.others
+            .iter()
+            .any(|opener| opener.writable || opener.pid == 0)
+    }
+}
+
+/// How long to look where nobody's patience says.
+const LIMIT: Duration = Duration::from_secs(2);
+/// How often to ask again what a busy io_uring has registered, and to wait for
+/// what is on its way through sockets.
+const TRIES: u32 = 10;
+
+/// Looks for everybody who has a file open.
+pub(crate) fn openers(wanted: Wanted<'_>) -> Openers {
+    openers_before(wanted, Instant::now() + LIMIT)
+}
+
+/// The same for somebody who is patient until `deadline`.
+pub(crate) fn openers_before(wanted: Wanted<'_>, deadline: Instant) -> Openers {
+    look_for(&[wanted], bounded::limit(deadline))
+        .pop()
+        .unwrap_or_default()
+}
+
+/// Which processes have files open or mapped, for somebody to read: with one
+/// look at every process, and nothing about what hides elsewhere. The answers
+/// stand in the order of the questions.
+pub(crate) fn processes_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
+    search_for(Search::of(wanted, Depth::Processes), LIMIT)
+}
+
+fn look_for(wanted: &[Wanted<'_>], limit: Duration) -> Vec<Openers> {
+    search_for(Search::of(wanted, Depth::Everything), limit)
+}
+
+fn search_for(search: Search, limit: Duration) -> Vec<Openers> {
+    let search = Arc::new(search);
+    let deadline = Instant::now() + limit;
+    let retries = Retries::until(deadline);
+    let looked = loop {
+        let shared = Arc::clone(&search);
+        let left = deadline.saturating_duration_since(Instant::now());
+        match within(left, move |looking| shared.run(looking)) {
+            Ok(()) => break Ok(()),
+            Err(stuck) if stuck.pid > 0 && stuck.is_in_execve() && search.is_news(stuck.pid) => {}
+            Err(stuck) => match retries.once_more(stuck) {
+                Ok(()) => {}
+                Err(stuck) => break Err(stuck),
+            },
+        }
+    };
+    let mut found = std::mem::take(&mut *search.found());
+    if let Err(stuck) = looked {
+        // What was found until then is true, but not all.
+        for found in &mut found {
+            found.hidden.push(stuck.obstacle());
+            found.unseen = true;
+        }
+    }
+    found
+}
+
+/// How closely to look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Depth {
+    /// At whatever could hold a file open, and how.
+    Everything,
+    /// At descriptors and mappings of processes.
+    Processes,
+}
+
+/// What a search owns: it may outlive who asked for it.
+struct Search {
+    depth: Depth,
+    wanted: Vec<Sought>,
+    by_inode: HashMap<u64, Vec<usize>>,
+    /// Taken away from a search that took too long.
+    found: Mutex<Vec<Openers>>,
+    /// Processes still to be looked at.
+    left: Mutex<Vec<i32>>,
+    /// The last one that was found in the middle of `execve(2)`.
+    in_execve: AtomicI32,
+}
+
+/// [`Wanted`], owned.
+struct Sought {
+    id: InodeId,
+    path: String,
+    mark: Option<u64>,
+}
+
+impl Search {
+    fn of(wanted: &[Wanted<'_>], depth: Depth) -> Self {
+        let mut by_inode: HashMap<u64, Vec<usize>> = HashMap::new();
+        for (at, file) in wanted.iter().enumerate() {
+            by_inode.entry(file.id.inode).or_default().push(at);
+        }
+        let found = wanted.iter().map(|_| Openers::default()).collect();
+        let sought = wanted.iter().map(|file| Sought {
+            id: file.id,
+            path: file.path.to_owned(),
+            mark: file.mark,
+        });
+        let own = std::process::id().cast_signed();
+        let mut left = proc::numbers_in("/proc").unwrap_or_default();
+        left.retain(|pid| *pid != own);
+        Self {
+            depth,
+            wanted: sought.collect(),
+            by_inode,
+            found: Mutex::new(found),
+            left: Mutex::new(left),
+            in_execve: AtomicI32::new(0),
+        }
+    }
+
+    fn found(&self) -> MutexGuard<'_, Vec<Openers>> {
+        self.found.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn left(&self) -> MutexGuard<'_, Vec<i32>> {
+        self.left.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run(&self, looking: &Looking) {
+        loop {
+            let Some(pid) = self.left().last().copied() else {
+                break;
+            };
+            let in_execve = looking.at(pid).is_err();
+            self.look_at_process(pid, in_execve);
+            if looking.is_given_up() {
+                return;
+            }
+            self.pass(pid);
+        }
+        if self.depth == Depth::Everything {
+            self.look_into_the_kernel();
+        }
+    }
+
+    fn pass(&self, pid: i32) {
+        self.left().pop_if(|last| *last == pid);
+    }
+
+    /// A look hung at a process in the middle of `execve(2)`. The next one is
+    /// content with what can be read of it all the same: its descriptors. What
+    /// it had mapped is on its way out, and nothing can be stored by it any
+    /// more. Says whether that is worth a try: once.
+    fn is_news(&self, pid: i32) -> bool {
+        self.in_execve.swap(pid, SeqCst) != pid
+    }
+
+    /// Notes something about a file; nothing here waits for a process.
+    fn note(&self, at: usize, add: impl FnOnce(&mut Openers)) {
+        if let Some(found) = self.found().get_mut(at) {
+            add(found);
+        }
+    }
+
+    /// Any of the files may hide in `place`.
+    fn hide(&self, place: &str) {
+        for at in 0..self.wanted.len() {
+            self.note(at, |found| found.hidden.push(place.to_owned()));
+        }
+    }
+
+    fn look_at_process(&self, pid: i32, in_execve: bool) {
+        let mut process = Process {
+            pid,
+            threads: proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default(),
+            command: None,
+        };
+        let mut sockets = self.look_at_descriptors(&mut process, in_execve);
+        // What is on its way through a socket is received in a moment, and
+        // then it is in a table that was looked at before: look again. Only
+        // sockets tell whether it was, so a large table is read twice at most.
+        let mut tries = 1;
+        let in_flight = loop {
+            let in_flight: u64 = sockets.iter().map(Socket::in_flight).sum();
+            if in_flight == 0 || tries >= TRIES {
+                break in_flight;
+            }
+            tries += 1;
+            std::thread::sleep(Duration::from_millis(2));
+        };
+        if tries > 1 {
+            self.forget(pid);
+            sockets = self.look_at_descriptors(&mut process, in_execve);
+        }
+        let in_flight = in_flight.max(sockets.iter().map(Socket::in_flight).sum());
+        if in_flight > 0 {
+            for at in 0..self.wanted.len() {
+                self.note(at, |found| found.in_flight.push(pid));
+            }
+            self.hide(&format!(
+                "{in_flight} descriptors in flight through sockets of pid {pid} ({})",
+                process.command()
+            ));
+        }
+        if !in_execve {
+            self.look_at_mappings(&mut process);
+        }
+    }
+
+    /// Returns the sockets among them.
+    fn look_at_descriptors(&self, process: &mut Process, in_execve: bool) -> Vec<Socket> {
+        let mut sockets = Vec::new();
+        for table in process.descriptor_tables() {
+            let path = format!("/proc/{table}/fd");
+            let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let Ok(links) = rustix::fs::open(&path, flags, Mode::empty()) else {
+                continue;
+            };
+            for fd in proc::numbers_in(&path).unwrap_or_default() {
+                let is_socket = if in_execve {
+                    self.look_at_descriptor_in_execve(process, table, fd)
+                } else {
+                    self.look_at_descriptor(process, table, links.as_fd(), fd)
+                };
+                if is_socket {
+                    sockets.push(Socket { table, fd });
+                }
+            }
+        }
+        if self.depth == Depth::Processes {
+            sockets.clear();
+        }
+        sockets
+    }
+
+    /// Forgets the descriptors of a process.
+    fn forget(&self, pid: i32) {
+        for at in 0..self.wanted.len() {
+            self.note(at, |found| {
+                found.others.retain(|opener| opener.pid != pid);
+                found.marked.retain(|opener| opener.pid != pid);
+                found
+                    .writable_mappings
+                    .retain(|(opener, _)| opener.pid != pid);
+            });
+        }
+    }
+
+    /// Says whether it is a socket.
+    fn look_at_descriptor(
+        &self,
+        process: &mut Process,
+        table: i32,
+        links: BorrowedFd<'_>,
+        fd: i32,
+    ) -> bool {
+        // Most are of other files: that is told much sooner than the rest.
+        let name = fd.to_string();
+        let Some((id, kind)) = glance(links, &name) else {
+            return false;
+        };
+        if kind == FileType::Socket {
+            return true;
+        }
+        let same = self.by_inode.get(&id.inode).into_iter().flatten();
+        let mut wanted = same.copied().filter(|at| self.wanted[*at].id == id);
+        if self.depth == Depth::Processes {
+            wanted.for_each(|at| self.note_holder(process, at, links, &name));
+            return false;
+        }
+        let is_ring = is_anonymous(id, kind)
+            && rustix::fs::readlinkat(links, &name, Vec::new())
+                .is_ok_and(|to| to.as_bytes().starts_with(b"anon_inode:[io_uring]"));
+        if !is_ring && wanted.next().is_none() {
+            return false;
+        }
+        let link = format!("/proc/{table}/fd/{fd}");
+        let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
+            return false;
+        };
+        let info = proc::parse_fdinfo(&text);
+        if is_ring {
+            self.look_into_ring(process, table, fd, info);
+        } else {
+            self.note_descriptor(process, &link, fd, &info);
+        }
+        false
+    }
+
+    /// The same where links cannot be read: `fdinfo` can (seen on 6.18, where
+    /// `proc_pid_readlink` waits for the end of execve(2)).
+    fn look_at_descriptor_in_execve(&self, process: &mut Process, table: i32, fd: i32) -> bool {
+        let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
+            return false;
+        };
+        let info = proc::parse_fdinfo(&text);
+        if text.contains("\nSqMask:") {
+            self.look_into_ring(process, table, fd, info);
+        } else {
+            self.note_descriptor(process, &format!("/proc/{table}/fd/{fd}"), fd, &info);
+        }
+        text.contains("\nscm_fds:")
+    }
+
+    /// Notes that a process has a file open, if by more than a path: the link
+    /// of a mere path has no rights.
+    fn note_holder(&self, process: &mut Process, at: usize, links: BorrowedFd<'_>, name: &str) {
+        let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
+        let link = rustix::fs::statx(links, name, flags, StatxFlags::MODE);
+        let Some(mode) = link.ok().map(|link| link.stx_mode & 0o600) else {
+            return;
+        };
+        if mode == 0 {
+            return;
+        }
+        let opener = Opener {
+            pid: process.pid,
+            fd: name.parse().ok(),
+            writable: mode & 0o200 != 0,
+            mapped: false,
+            command: process.command(),
+        };
+        self.note(at, |found| found.others.push(opener));
+    }
+
+    fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
+        if info.is_path() {
+            return;
+        }
+        for &at in self.by_inode.get(&info.inode).into_iter().flatten() {
+            let wanted = &self.wanted[at];
+            if !is_inode(link, wanted.id) {
+                continue;
+            }
+            let opener = Opener {
+                pid: process.pid,
+                fd: Some(fd),
+                writable: info.is_writable(),
+                mapped: false,
+                command: process.command(),
+            };
+            let is_marked = wanted.mark.is_some_and(|byte| {
+                // Neighbouring locks of one description are one.
+                info.locks.iter().any(|lock| {
+                    lock.kind == proc_locks::Kind::Description
+                        && (LOCK_BASE..=byte).contains(&lock.start)
+                        && lock.last.is_none_or(|last| last >= byte)
+                })
+            });
+            self.note(at, |found| {
+                if is_marked {
+                    found.marked.push(opener);
+                } else {
+                    found.others.push(opener);
+                }
+            });
+        }
+    }
+
+    /// What an io_uring has registered is told by name only. A name proves
+    /// nothing about a file of the same filesystem: it may be another link, or
+    /// one that somebody else has by now.
+    fn look_into_ring(&self, process: &mut Process, table: i32, fd: i32, mut info: FdInfo) {
+        // While somebody submits, the kernel leaves the files out.
+        for _ in 1..TRIES {
+            if info.tells_registered() {
+                break;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+            let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
+                // It is gone.
+                return;
+            };
+            info = proc::parse_fdinfo(&text);
+        }
+        let pid = process.pid;
+        let ring = format!("io_uring {fd} of pid {pid} ({})", process.command());
+        if !info.tells_registered() {
+            self.hide(&format!("{ring}, which does not tell what it has open"));
+            return;
+        }
+        // What is no file of a mounted filesystem has a name without a slash.
+        for path in info.registered.iter().filter(|path| path.starts_with('/')) {
+            let device = device_behind(pid, path);
+            for (at, wanted) in self.wanted.iter().enumerate() {
+                if device.is_none_or(|device| device == wanted.id.dev) || *path == wanted.path {
+                    self.note(at, |found| {
+                        found.hidden.push(format!(
+                            "a file registered with {ring}, last seen at {}",
+                            proc::printable(path)
+                        ));
+                    });
+                }
+            }
+        }
+    }
+
+    fn look_at_mappings(&self, process: &mut Process) {
+        let pid = process.pid;
+        let Some((tid, maps)) = process.maps() else {
+            return;
+        };
+        let mut mapped: HashMap<usize, Opener> = HashMap::new();
+        // Long to read: once at most.
+        let mut fixed = None;
+        for entry in maps.lines().filter_map(proc::parse_maps_line) {
+            for &at in self.by_inode.get(&entry.inode).into_iter().flatten() {
+                let id = self.wanted[at].id;
+                let device = id.device();
+                if (entry.major, entry.minor) != (device.major, device.minor) {
+                    continue;
+                }
+                // A shared mapping that may not be written through now may
+                // become so, if its description allows it: VmFlags tell.
+                let writable = entry.shared
+                    && (entry.writable
+                        || !fixed
+                            .get_or_insert_with(|| never_writable(tid))
+                            .contains(&entry.start));
+                let opener = mapped.entry(at).or_insert_with(|| Opener {
+                    pid,
+                    fd: None,
+                    writable: false,
+                    mapped: true,
+                    command: process.command(),
+                });
+                opener.writable |= writable;
+                if writable {
+                    let bytes = entry.offset..entry.offset.saturating_add(entry.end - entry.start);
+                    let one = (opener.clone(), bytes);
+                    self.note(at, |found| found.writable_mappings.push(one));
+                }
+                if entry.executable && is_inode(&format!("/proc/{tid}/exe"), id) {
+                    self.note(at, |found| {
+                        found.executing.get_or_insert_with(|| opener.clone());
+                    });
+                }
+            }
+        }
+        for (at, opener) in mapped {
+            self.note(at, |found| found.others.push(opener));
+        }
+    }
+
+    /// Users of the files inside the kernel that can be found.
+    fn look_into_the_kernel(&self) {
+        for user in all_kernel_users() {
+            for (at, wanted) in self.wanted.iter().enumerate() {
+                if user.path == wanted.path || is_inode(&user.path, wanted.id) {
+                    self.note(at, |found| found.others.push(user.opener()));
+                }
+            }
+        }
+    }
+}
+
+/// Whether `link` leads to the inode, without asking a server behind a
+/// network filesystem.
+fn is_inode(link: &str, id: InodeId) -> bool {
+    identify(link) == Some(id)
+}
+
+/// The inode that a link leads to, without asking a server behind a network
+/// filesystem.
+pub(crate) fn identify(link: &str) -> Option<InodeId> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let stat = rustix::fs::statx(rustix::fs::CWD, link, flags, StatxFlags::INO).ok()?;
+    Some(InodeId {
+        dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
+    })
+}
+
+/// The inode that a link of `/proc/<pid>/fd` leads to, and its type, without
+/// asking a server behind a network filesystem. Files that the kernel made
+/// without a filesystem are of no type.
+fn glance(links: BorrowedFd<'_>, name: &str) -> Option<(InodeId, FileType)> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
+    let asked = StatxFlags::INO | StatxFlags::TYPE;
+    let stat = rustix::fs::statx(links, name, flags, asked).ok()?;
+    let id = InodeId {
+        dev: rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor),
+        inode: stat.stx_ino,
+    };
+    Some((id, FileType::from_raw_mode(stat.stx_mode.into())))
+}
+
+/// Whether a file may be one that the kernel made without a filesystem: it has
+/// no type (seen on 6.18), or is where an eventfd is.
+fn is_anonymous(id: InodeId, kind: FileType) -> bool {
+    static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
+    let device = DEVICE.get_or_init(|| {
+        let file = rustix::event::eventfd(0, EventfdFlags::CLOEXEC).ok()?;
+        rustix::fs::fstat(&file).ok().map(|stat| stat.st_dev)
+    });
+    kind == FileType::Unknown || device.is_none_or(|device| device == id.dev)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn find(file: &std::fs::File) -> Openers {
+        let stat = rustix::fs::fstat(file).unwrap();
+        let id = InodeId {
+            dev: stat.st_dev,
+            inode: stat.st_ino,
+        };
+        openers(Wanted {
+            id,
+            path: &proc::path_of(file.as_fd()),
+            mark: None,
+        })
+    }
+
+    #[test]
+    fn this_process_is_not_its_own_opener() {
+        let found = find(&tempfile::tempfile().unwrap());
+        assert!(found.others.is_empty(), "{found:?}");
+    }
+
+    #[test]
+    fn a_child_with_the_file_open_is_found() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut child = std::process::Command::new("sleep")
+            .arg("60")
+            .stdin(file.reopen().unwrap())
+            .spawn()
+            .unwrap();
+        let found = find(file.as_file());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let [opener] = &found.others[..] else {
+            panic!("{found:?}");
+        };
+        assert_eq!(opener.pid, child.id().cast_signed());
+        assert_eq!((opener.fd, opener.writable), (Some(0), true));
+    }
+}

@@ -1,0 +1,98 @@
+//! What is read about one process.
+
+use mapdirect_sys::{kcmp, proc};
+use rustix::fs::{AtFlags, StatxFlags};
+use std::collections::HashSet;
+
+/// A socket of a process.
+pub(super) struct Socket {
+    pub(super) table: i32,
+    pub(super) fd: i32,
+}
+
+impl Socket {
+    /// How many descriptors are in flight through it.
+    pub(super) fn in_flight(&self) -> u64 {
+        proc::read_task_file(self.table, &format!("fdinfo/{}", self.fd))
+            .map_or(0, |text| proc::parse_fdinfo(&text).in_flight)
+    }
+}
+
+/// A process, and its name once somebody wants to know.
+pub(super) struct Process {
+    pub(super) pid: i32,
+    pub(super) threads: Vec<i32>,
+    pub(super) command: Option<String>,
+}
+
+impl Process {
+    pub(super) fn command(&mut self) -> String {
+        let pid = self.pid;
+        self.command
+            .get_or_insert_with(|| proc::command(pid))
+            .clone()
+    }
+
+    /// Threads whose tables of descriptors are all there are: they may have
+    /// some of their own (`CLONE_FILES` left out). The first thread may have
+    /// ended before the others, and has none then.
+    pub(super) fn descriptor_tables(&self) -> Vec<i32> {
+        let mut tables = vec![self.pid];
+        let mut last = self.pid;
+        for &tid in self.threads.iter().filter(|tid| **tid != self.pid) {
+            let is_known = [self.pid, last]
+                .into_iter()
+                .any(|known| kcmp::same_descriptors(known, tid));
+            if !is_known {
+                tables.push(tid);
+                last = tid;
+            }
+        }
+        tables
+    }
+
+    /// What is mapped, and a thread it can be read of. All threads of a
+    /// process have one memory, but those that have ended, the first one
+    /// perhaps, show none.
+    pub(super) fn maps(&self) -> Option<(i32, String)> {
+        let others = self.threads.iter().copied().filter(|tid| *tid != self.pid);
+        std::iter::once(self.pid).chain(others).find_map(|tid| {
+            let maps = proc::read_task_file(tid, "maps").ok()?;
+            (!maps.is_empty()).then_some((tid, maps))
+        })
+    }
+}
+
+/// The device of the file that a path of the kernel leads to, from here and
+/// from where a process stands; nothing if that cannot be told, or differs.
+pub(super) fn device_behind(pid: i32, path: &str) -> Option<u64> {
+    let path = proc::unescape(path);
+    let here = device_of(&path)?;
+    let there = device_of(&format!("/proc/{pid}/root{path}"))?;
+    (here == there).then_some(here)
+}
+
+fn device_of(path: &str) -> Option<u64> {
+    let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT | AtFlags::SYMLINK_NOFOLLOW;
+    let stat = rustix::fs::statx(rustix::fs::CWD, path, flags, StatxFlags::INO).ok()?;
+    Some(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
+}
+
+/// Where the mappings begin that `mprotect(2)` cannot make writable: without
+/// `mw` in VmFlags. None, if that cannot be told.
+pub(super) fn never_writable(tid: i32) -> HashSet<u64> {
+    let smaps = proc::read_task_file(tid, "smaps").unwrap_or_default();
+    let mut fixed = HashSet::new();
+    let mut start = None;
+    for line in smaps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            if !flags.split_ascii_whitespace().any(|flag| flag == "mw") {
+                fixed.extend(start);
+            }
+            start = None;
+        } else if let Some(entry) = proc::parse_maps_line(line) {
+            start = Some(entry.start);
+        }
+    }
+    fixed
+}

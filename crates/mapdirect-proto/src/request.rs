@@ -1,0 +1,386 @@
+//! What a holder says, and its bytes.
+
+use crate::MAGIC;
+use crate::envelope::{Body, Empty, HEADER, kind, message};
+use crate::wire::{DecodeError, wire_len};
+use std::ops::BitOr;
+use zerocopy::little_endian::{I32, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
+
+/// What a pin is asked to be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Flags(u32);
+
+impl Flags {
+    /// Nothing special: pin a range and hand out its extents.
+    pub const NONE: Self = Self(0);
+    /// The range will be mapped `MAP_DIRECT`: the file must be open for
+    /// reading and writing, and keep the promise without the page cache
+    /// unless [`Flags::CACHED`] is given.
+    pub const MAP: Self = Self(1);
+    /// The page cache is accepted.
+    pub const CACHED: Self = Self(2);
+    /// Pin the whole file and its size.
+    pub const WHOLE_FILE: Self = Self(4);
+    /// With [`Flags::MAP`]: the holder maps nothing of the file where its
+    /// blocks cannot be stored to as they are.
+    pub const SEGMENTS: Self = Self(8);
+
+    /// Whether all bits of `other` are set.
+    #[must_use]
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// The raw bits.
+    #[must_use]
+    pub const fn bits(self) -> u32 {
+        self.0
+    }
+
+    const KNOWN: u32 = Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0;
+
+    /// All bits this version knows.
+    #[cfg(test)]
+    pub(crate) const ALL: u32 = Self::KNOWN;
+
+    /// The bits this version knows, of a report about a pin that exists.
+    #[must_use]
+    pub const fn from_known_bits(bits: u32) -> Self {
+        Self(bits & Self::KNOWN)
+    }
+
+    fn from_bits(bits: u32) -> Result<Self, DecodeError> {
+        if bits & !Self::KNOWN == 0 {
+            Ok(Self(bits))
+        } else {
+            Err(DecodeError::Newer)
+        }
+    }
+}
+
+impl BitOr for Flags {
+    type Output = Self;
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// Asks for a pin; the file comes with the message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PinRequest {
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes; 0 means to the end of the file.
+    pub length: u64,
+    /// What it shall be.
+    pub flags: Flags,
+    /// How many milliseconds to wait for others to let go of the file.
+    pub patience_ms: u32,
+}
+
+/// What a holder says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Request {
+    /// Opens a conversation.
+    Hello {
+        /// The newest protocol version of the holder.
+        version: u32,
+    },
+    /// Proves the capability; a memory file comes with it.
+    Prove,
+    /// Asks for a pin.
+    Pin(PinRequest),
+    /// The old description has been replaced in this process.
+    Swapped,
+    /// Asks which ranges of a file are pinned; the file comes with it.
+    Query,
+    /// Asks for the state of the guard.
+    Status,
+    /// Asks for a [`Reply::Done`] when the guard is through with all that was
+    /// said before, and has closed what it had sent.
+    Barrier,
+    /// Announces that thread `tid` will open a pinned file for writing, as a
+    /// holder may; an `O_PATH` descriptor of the file comes with it. Good for
+    /// one open, for [`ANNOUNCEMENT_LIFE`](crate::ANNOUNCEMENT_LIFE), and not
+    /// beyond this conversation.
+    Announce {
+        /// The thread that will open it.
+        tid: i32,
+    },
+    /// Asks to make blocks of a pin stable that are frozen, while it holds;
+    /// the description whose life is the pin comes with it. The answer is a
+    /// [`Reply::Granted`] without that description, if the block map changed,
+    /// and then a [`Reply::Done`] or [`Reply::Refused`].
+    Allocate(AllocateRequest),
+    /// This process has let go of a pin. [`Reply::Done`] comes when the gate
+    /// judges as if it had never been, if nobody else keeps it.
+    Ended(WatchedPin),
+    /// Asks to be told what happens to pins of this user from now on. The
+    /// answer is what has happened to each of them already, and then
+    /// [`Reply::Watching`]. From the first such request on the connection is for
+    /// this alone: more of them may follow, and the guard says
+    /// [`Reply::Notice`] at any time. It never waits for a reader: when
+    /// notices cannot be delivered it closes the connection.
+    Watch(Vec<WatchedPin>),
+}
+
+/// A pin, and where the guard finds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct WatchedPin {
+    /// Names the pin.
+    pub pin: u64,
+    /// `st_dev` of the file.
+    pub device: u64,
+    /// `st_ino` of the file.
+    pub inode: u64,
+}
+
+/// Which blocks of a pin to make stable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AllocateRequest {
+    /// Names the pin.
+    pub pin: u64,
+    /// First byte.
+    pub offset: u64,
+    /// Length in bytes.
+    pub length: u64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct HelloRecord {
+    magic: U64,
+    version: U32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct PinRecord {
+    offset: U64,
+    length: U64,
+    flags: U32,
+    patience_ms: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct AnnounceRecord {
+    tid: I32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct WatchRecord {
+    count: U32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct WatchedPinRecord {
+    pin: U64,
+    device: U64,
+    inode: U64,
+}
+
+impl WatchedPin {
+    fn to_wire(self) -> WatchedPinRecord {
+        WatchedPinRecord {
+            pin: self.pin.into(),
+            device: self.device.into(),
+            inode: self.inode.into(),
+        }
+    }
+}
+
+impl From<WatchedPinRecord> for WatchedPin {
+    fn from(record: WatchedPinRecord) -> Self {
+        Self {
+            pin: record.pin.get(),
+            device: record.device.get(),
+            inode: record.inode.get(),
+        }
+    }
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct AllocateRecord {
+    pin: U64,
+    offset: U64,
+    length: U64,
+}
+
+/// Most pins that one request names to be told about.
+pub const MAX_WATCHED: usize = 1024;
+
+const _: () = {
+    let watched = size_of::<WatchRecord>() + MAX_WATCHED * size_of::<WatchedPinRecord>();
+    assert!(HEADER + watched <= crate::MAX_MESSAGE);
+};
+
+impl Request {
+    /// How many descriptors must come with it.
+    #[must_use]
+    pub const fn descriptors(&self) -> usize {
+        match self {
+            Self::Prove
+            | Self::Pin(_)
+            | Self::Query
+            | Self::Announce { .. }
+            | Self::Allocate(_) => 1,
+            Self::Hello { .. }
+            | Self::Swapped
+            | Self::Status
+            | Self::Barrier
+            | Self::Ended(_)
+            | Self::Watch(_) => 0,
+        }
+    }
+
+    /// The bytes of the message.
+    #[must_use]
+    pub fn encode(&self) -> Vec<u8> {
+        match self {
+            Self::Hello { version } => {
+                let record = HelloRecord {
+                    magic: MAGIC.into(),
+                    version: (*version).into(),
+                    reserved: 0.into(),
+                };
+                message(kind::HELLO, &record, &[])
+            }
+            Self::Prove => message(kind::PROVE, &Empty {}, &[]),
+            Self::Pin(pin) => {
+                let record = PinRecord {
+                    offset: pin.offset.into(),
+                    length: pin.length.into(),
+                    flags: pin.flags.bits().into(),
+                    patience_ms: pin.patience_ms.into(),
+                };
+                message(kind::PIN, &record, &[])
+            }
+            Self::Swapped => message(kind::SWAPPED, &Empty {}, &[]),
+            Self::Query => message(kind::QUERY, &Empty {}, &[]),
+            Self::Status => message(kind::STATUS, &Empty {}, &[]),
+            Self::Barrier => message(kind::BARRIER, &Empty {}, &[]),
+            Self::Announce { tid } => {
+                let record = AnnounceRecord {
+                    tid: (*tid).into(),
+                    reserved: 0.into(),
+                };
+                message(kind::ANNOUNCE, &record, &[])
+            }
+            Self::Ended(pin) => message(kind::ENDED, &pin.to_wire(), &[]),
+            Self::Allocate(request) => {
+                let record = AllocateRecord {
+                    pin: request.pin.into(),
+                    offset: request.offset.into(),
+                    length: request.length.into(),
+                };
+                message(kind::ALLOCATE, &record, &[])
+            }
+            Self::Watch(pins) => encode_watch(pins),
+        }
+    }
+
+    /// Reads a request.
+    ///
+    /// # Errors
+    ///
+    /// [`DecodeError`] for anything that is none.
+    pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+        let body = Body::open(bytes)?;
+        Ok(match body.kind {
+            kind::HELLO => {
+                let record: HelloRecord = body.only()?;
+                if record.magic.get() != MAGIC {
+                    return Err(DecodeError::Value("magic"));
+                }
+                Self::Hello {
+                    version: record.version.get(),
+                }
+            }
+            kind::PROVE => {
+                let Empty {} = body.only()?;
+                Self::Prove
+            }
+            kind::PIN => {
+                let record: PinRecord = body.only()?;
+                Self::Pin(PinRequest {
+                    offset: record.offset.get(),
+                    length: record.length.get(),
+                    flags: Flags::from_bits(record.flags.get())?,
+                    patience_ms: record.patience_ms.get(),
+                })
+            }
+            kind::SWAPPED => {
+                let Empty {} = body.only()?;
+                Self::Swapped
+            }
+            kind::QUERY => {
+                let Empty {} = body.only()?;
+                Self::Query
+            }
+            kind::STATUS => {
+                let Empty {} = body.only()?;
+                Self::Status
+            }
+            kind::BARRIER => {
+                let Empty {} = body.only()?;
+                Self::Barrier
+            }
+            kind::ANNOUNCE => {
+                let record: AnnounceRecord = body.only()?;
+                Self::Announce {
+                    tid: record.tid.get(),
+                }
+            }
+            kind::ENDED => {
+                let record: WatchedPinRecord = body.only()?;
+                Self::Ended(record.into())
+            }
+            kind::ALLOCATE => {
+                let record: AllocateRecord = body.only()?;
+                Self::Allocate(AllocateRequest {
+                    pin: record.pin.get(),
+                    offset: record.offset.get(),
+                    length: record.length.get(),
+                })
+            }
+            kind::WATCH => Self::Watch(decode_watch(body)?),
+            other => return Err(DecodeError::Kind(other)),
+        })
+    }
+}
+
+fn encode_watch(pins: &[WatchedPin]) -> Vec<u8> {
+    let named = &pins[..pins.len().min(MAX_WATCHED)];
+    let record = WatchRecord {
+        count: wire_len(named.len()),
+        reserved: 0.into(),
+    };
+    let mut tail = Vec::new();
+    for pin in named {
+        tail.extend_from_slice(pin.to_wire().as_bytes());
+    }
+    message(kind::WATCH, &record, &tail)
+}
+
+fn decode_watch(body: Body<'_>) -> Result<Vec<WatchedPin>, DecodeError> {
+    let (record, mut rest): (WatchRecord, _) = body.first()?;
+    let mut pins = Vec::new();
+    for _ in 0..record.count.get() {
+        let record: WatchedPinRecord = rest.record()?;
+        pins.push(record.into());
+    }
+    if rest.is_empty() {
+        Ok(pins)
+    } else {
+        Err(DecodeError::Length)
+    }
+}
