@@ -9,7 +9,8 @@
 //! in the same boot: machines differ more than that. With `cargo xtask vm
 //! --count-instructions` a nanosecond is an instruction. `MAPDIRECT_PINS` and
 //! `MAPDIRECT_EXTENTS` say how many files are pinned, and in how many pieces
-//! the largest file lies; none, and that is left out.
+//! the largest file lies; none, and that is left out. `MAPDIRECT_BENCH=calls`
+//! or `=again` measures that alone.
 
 #![expect(
     clippy::unwrap_used,
@@ -18,14 +19,17 @@
     reason = "a benchmark says what it measured, or fails"
 )]
 
-use mapdirect::{Guard, Pin, PinOptions};
+use mapdirect::{Guard, MapOptions, Pin, PinOptions};
 use mapdirect_testkit::contract::GATE_VARIABLE;
 use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::raw::PlainMap;
 use mapdirect_testkit::{Disk, Kind, raw};
 use std::fs::File;
+use std::hint::black_box;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::{Arc, Barrier};
 use std::time::{Duration, Instant};
 
 const BINARY: &str = env!("CARGO_BIN_EXE_mapdirect");
@@ -44,7 +48,16 @@ fn main() {
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).unwrap();
     let disk = Disk::new(Kind::XFS, 6000).unwrap();
-    system_calls(&disk);
+    let wanted = std::env::var("MAPDIRECT_BENCH").unwrap_or_default();
+    if wanted.is_empty() || wanted == "again" {
+        again(&disk);
+    }
+    if wanted.is_empty() || wanted == "calls" {
+        system_calls(&disk);
+    }
+    if wanted == "again" || wanted == "calls" {
+        return;
+    }
     many_pins(&disk);
     many_extents(&disk);
 }
@@ -95,6 +108,110 @@ fn each(mut call: impl FnMut(u64)) -> f64 {
 fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
     times[times.len() / 2]
+}
+
+/// Bytes that are pinned again and again.
+const RANGE: usize = 2 << 20;
+const MAP_DIRECT: i32 = 0x200_0000;
+
+/// Nanoseconds of one run, as [`each`] has them; for what takes longer.
+fn each_of_few(mut run: impl FnMut()) -> f64 {
+    const BATCHES: usize = 40;
+    const RUNS: u32 = 20;
+    let mut times: Vec<f64> = (0..BATCHES)
+        .map(|_| {
+            let started = Instant::now();
+            for _ in 0..RUNS {
+                run();
+            }
+            started.elapsed().as_nanos() as f64 / f64::from(RUNS)
+        })
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[BATCHES / 2]
+}
+
+/// Threads of this process that sleep until this is dropped.
+struct Idle(Arc<Barrier>, Vec<std::thread::JoinHandle<()>>);
+
+impl Idle {
+    fn new(count: usize) -> Self {
+        let barrier = Arc::new(Barrier::new(count + 1));
+        let threads = (0..count)
+            .map(|_| {
+                let barrier = Arc::clone(&barrier);
+                std::thread::spawn(move || drop(barrier.wait()))
+            })
+            .collect();
+        Self(barrier, threads)
+    }
+}
+
+impl Drop for Idle {
+    fn drop(&mut self) {
+        self.0.wait();
+        for thread in self.1.drain(..) {
+            thread.join().unwrap();
+        }
+    }
+}
+
+/// Pinning a stable range again, against mmap and munmap: by mmap(2) with
+/// `MAP_DIRECT`, through the library, and by the guard.
+fn again(disk: &Disk) {
+    let plain = written(disk, "again-plain", RANGE);
+    let pinned = written(disk, "again-pinned", RANGE);
+    let (plain_path, path) = (disk.path("again-plain"), disk.path("again-pinned"));
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let options = MapOptions::new()
+        .range(0..RANGE as u64)
+        .accept_page_cache(true)
+        .patience(Duration::from_secs(20))
+        .guard(guard.client());
+    let both = libc::PROT_READ | libc::PROT_WRITE;
+    let map = |file: &File, flags: i32| {
+        black_box(PlainMap::new(file.as_fd(), both, flags, 0, RANGE).unwrap());
+    };
+    for threads in [1, 11, 101] {
+        let _idle = Idle::new(threads - 1);
+        let peer = each_of_few(|| map(&plain, libc::MAP_SHARED));
+        let print = |name: &str, ours: f64, peer: f64, goal: Option<f64>| {
+            let ratio = ours / peer;
+            let verdict = goal.map_or_else(String::new, |goal| {
+                let verdict = if ratio <= goal { "met" } else { "MISSED" };
+                format!("; goal {goal}x: {verdict}")
+            });
+            println!("  {name}: {ours:.0} ns / {peer:.0} ns, {ratio:.2}x{verdict}");
+        };
+        println!("pinned again, {threads} threads:");
+        // Somebody has to have pinned it; then each is the last to let go.
+        drop(options.map(&pinned).unwrap());
+        let ours = each_of_few(|| map(&open(&path), libc::MAP_SHARED | MAP_DIRECT));
+        let with_open = each_of_few(|| map(&open(&plain_path), libc::MAP_SHARED));
+        print(
+            "open + mmap(MAP_DIRECT) + close + munmap",
+            ours,
+            with_open,
+            Some(1.3),
+        );
+        let first = options.map(&pinned).unwrap();
+        let id = first.pin_id();
+        drop(first);
+        let mut taken_up = 0u32;
+        let ours = each_of_few(|| {
+            let held = options.map(&pinned).unwrap();
+            taken_up += u32::from(held.pin_id() == id);
+        });
+        print("the library, map + drop", ours, peer, Some(3.0));
+        println!("    {taken_up} of 800 without the guard");
+        let ours = each_of_few(|| {
+            drop(options.map(&pinned).unwrap());
+            // It fails, but whoever asks that could have moved blocks.
+            let collapse = rustix::fs::FallocateFlags::COLLAPSE_RANGE;
+            rustix::fs::fallocate(&pinned, collapse, 0, 1).unwrap_err();
+        });
+        print("by the guard, map + drop", ours, peer, None);
+    }
 }
 
 /// pread and pwrite of 4 KiB: without the gate, with it and nothing pinned, on

@@ -236,14 +236,14 @@ impl Notices {
     }
 
     /// From now on `watcher` hears what happens to these pins; what has
-    /// happened before it hears at once. `fate` says what becomes of a pin that
-    /// is not in the table.
+    /// happened before it hears at once. `absent` says what becomes of a pin that
+    /// is not in the table, if it is none that may come back.
     pub(crate) fn watch(
         &self,
         table: &Table,
         watcher: &Arc<Watcher>,
         pins: &[WatchedPin],
-        fate: impl Fn(&WatchedPin) -> Notice,
+        absent: impl Fn(&WatchedPin) -> Result<Arc<Pin>, Notice>,
     ) {
         for named in pins {
             let id = InodeId {
@@ -255,15 +255,15 @@ impl Notices {
                 let mut alive = pins.iter().filter(|pin| !pin.is_dead());
                 alive.find(|pin| pin.id == named.pin).cloned()
             });
-            match found {
-                Some(pin) if watcher.may_hear_of(&pin) => self.watch_one(watcher, &pin),
-                Some(pin) => watcher.answer(&Notice::Unattended {
+            match found.map_or_else(|| absent(named), Ok) {
+                Ok(pin) if watcher.may_hear_of(&pin) => self.watch_one(watcher, &pin),
+                Ok(pin) => watcher.answer(&Notice::Unattended {
                     pin: pin.id,
                     why: String::from(
                         "the guard keeps the pin, and does not know this process as its holder",
                     ),
                 }),
-                None => watcher.answer(&fate(named)),
+                Err(notice) => watcher.answer(&notice),
             }
         }
     }
@@ -380,9 +380,11 @@ mod tests {
                 inode: ID.inode,
             };
             self.notices
-                .watch(&self.table, &self.watcher, &[named], |named| Notice::Lost {
-                    pin: named.pin,
-                    why: String::from("unknown"),
+                .watch(&self.table, &self.watcher, &[named], |named| {
+                    Err(Notice::Lost {
+                        pin: named.pin,
+                        why: String::from("unknown"),
+                    })
                 });
         }
 

@@ -301,6 +301,7 @@ impl Running {
             let _ = rustix::fs::unlink(&self.socket);
         }
         self.shared.guard.stop();
+        self.opened.forget_dormant(&self.shared.guard);
         if self.shared.guard.table.all().is_empty() {
             self.opened.remove();
         }
@@ -336,6 +337,17 @@ impl Opened {
             Self::Bpf(gate) if gate.is_adopted() => gate::bpf::adopt(guard, gate),
             #[cfg(feature = "bpf")]
             Self::Bpf(_) => {}
+        }
+    }
+
+    /// Nobody takes up any more what is over.
+    fn forget_dormant(&self, guard: &Guard) {
+        match self {
+            Self::Fanotify(_) => {
+                let _ = guard;
+            }
+            #[cfg(feature = "bpf")]
+            Self::Bpf(gate) => gate.spoil_all(guard),
         }
     }
 

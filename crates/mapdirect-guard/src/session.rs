@@ -150,6 +150,7 @@ impl<'guard> Session<'guard> {
     /// closed again, and so is any that is not to `keep`.
     fn hear(&self, buffer: &mut [u8], keep: bool) -> Result<Option<Said>, Errno> {
         let mut received = self.socket.receive(buffer)?;
+        self.guard.gate.catch_up();
         if received.length == 0 {
             return Ok(None);
         }
@@ -370,7 +371,24 @@ impl<'guard> Session<'guard> {
             .watcher
             .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
         let Guard { notices, table, .. } = self.guard;
-        notices.watch(table, watcher, pins, |named| self.guard.gate.fate_of(named));
+        notices.watch(table, watcher, pins, |named| {
+            let inode = InodeId {
+                dev: named.device,
+                inode: named.inode,
+            };
+            let Guard { gate, table, .. } = self.guard;
+            // It may be taken up just now.
+            let taken_up = || {
+                let watched = table.get(inode)?;
+                let pins = watched.pins.load();
+                let mut found = pins.iter().filter(|pin| pin.id == named.pin);
+                found.next().cloned()
+            };
+            gate.sleeper(inode)
+                .filter(|pin| pin.id == named.pin)
+                .or_else(taken_up)
+                .ok_or_else(|| gate.fate_of(named))
+        });
         let directory = self.guard.gate.directory();
         let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();
         Ok(self.send(&Reply::Watching, &fds)?)

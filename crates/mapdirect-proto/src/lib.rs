@@ -65,6 +65,13 @@ pub use wire::DecodeError;
 
 use std::time::Duration;
 
+/// Where programs in the kernel judge: the argument of `fcntl(F_GETFL)` that
+/// asks whether a file is a pin, whose number is in the bits below. It fails
+/// with `EALREADY` if so; whoever does not know the question answers with flags.
+pub const IS_IT_PIN: u64 = 0x6d64 << 48;
+/// Those bits.
+pub const PIN_NUMBER: u64 = (1 << 48) - 1;
+
 /// First field of a hello: "MAPDIRCT".
 pub const MAGIC: u64 = u64::from_be_bytes(*b"MAPDIRCT");
 

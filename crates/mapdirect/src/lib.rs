@@ -92,6 +92,8 @@
 #![deny(unsafe_code)]
 #![warn(missing_docs, rustdoc::broken_intra_doc_links)]
 
+#[expect(unsafe_code, reason = "a mapping is made again here")]
+mod again;
 mod descriptor;
 mod error;
 mod establish;

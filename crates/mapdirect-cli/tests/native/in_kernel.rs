@@ -52,6 +52,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 ("raw-mapping", raw_mapping),
             ],
         ));
+        trials.extend(world.trials("in-kernel", &[kind], &crate::again::TESTS));
         if kind.is_dax() {
             // They need a filesystem of their own, and there is one of these.
             continue;
@@ -202,12 +203,12 @@ fn rests(world: &World) {
     std::fs::remove_file(&path).unwrap();
 }
 
-fn punch(file: &File, offset: u64) -> Result<(), Errno> {
+pub fn punch(file: &File, offset: u64) -> Result<(), Errno> {
     raw::fallocate(file.as_fd(), 3, offset, 4096)
 }
 
 /// Waits until nothing is refused any more; a second at most.
-fn wait_until_unpinned(path: &Path) {
+pub fn wait_until_unpinned(path: &Path) {
     wait_for(Duration::from_secs(5), || {
         Ok((!is_pinned(path)).then_some(()))
     })
@@ -626,7 +627,7 @@ fn race(world: &World, kind: Kind, attack: &'static Attack) {
 }
 
 /// The program without a library, compiled once.
-fn raw_mmap() -> &'static Path {
+pub fn raw_mmap() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/native/raw_mmap.c");
@@ -641,10 +642,10 @@ fn raw_mmap() -> &'static Path {
     })
 }
 
-const MAP_DIRECT: i32 = 0x200_0000;
-const BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
+pub const MAP_DIRECT: i32 = 0x200_0000;
+pub const BOTH: i32 = libc::PROT_READ | libc::PROT_WRITE;
 
-fn raw_command(path: &Path, mode: &str, prot: i32, flags: i32, range: Range<u64>) -> Command {
+pub fn raw_command(path: &Path, mode: &str, prot: i32, flags: i32, range: Range<u64>) -> Command {
     let mut command = Command::new(raw_mmap());
     command
         .arg(path)
@@ -657,7 +658,7 @@ fn raw_command(path: &Path, mode: &str, prot: i32, flags: i32, range: Range<u64>
 }
 
 /// What mmap(2) says, if it does not map.
-fn raw_errno(mut command: Command) -> Option<Errno> {
+pub fn raw_errno(mut command: Command) -> Option<Errno> {
     let output = command.stdin(std::process::Stdio::null()).output().unwrap();
     let said = String::from_utf8(output.stdout).unwrap();
     let errno = said.trim().strip_prefix("errno ")?.parse().unwrap();

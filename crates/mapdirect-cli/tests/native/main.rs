@@ -10,6 +10,7 @@
 )]
 
 mod abuse;
+mod again;
 mod api;
 mod beside;
 mod cli;

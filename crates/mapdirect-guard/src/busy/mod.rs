@@ -31,7 +31,7 @@ use crate::suspicion::{Finding, LookFor, Prefix};
 use crate::table::InodeId;
 use crate::thaw;
 use crate::wake::Backoff;
-use mapdirect_sys::{proc, proc_locks};
+use mapdirect_sys::{kcmp, proc, proc_locks};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -162,7 +162,14 @@ impl Suspect {
     }
 }
 
-/// Whether every thread of a process sleeps, none of them changing a file.
+/// Whether no thread of a process is in the middle of changing a file, without
+/// a reference to it that the kernel would count.
+///
+/// A call takes no such reference if its thread has its table of descriptors
+/// for itself (`__fget_light`, fs/file.c). So those that share the table of the
+/// process need not be looked at: it takes one look at each to know that, and
+/// its stack many more. Whoever has a table of its own is looked at; and so is
+/// the first thread, if it is alone with its.
 #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
 pub(crate) fn is_at_rest(pid: i32) -> bool {
     let subject = Subject {
@@ -171,9 +178,16 @@ pub(crate) fn is_at_rest(pid: i32) -> bool {
         prefix: Prefix(""),
     };
     let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
+    let apart: Vec<i32> = threads
+        .iter()
+        .copied()
+        .filter(|tid| *tid != pid && !kcmp::same_descriptors(pid, *tid))
+        .collect();
+    let is_alone = threads.len() == apart.len() + 1;
     !threads.is_empty()
-        && threads
+        && apart
             .into_iter()
+            .chain(is_alone.then_some(pid))
             .all(|tid| matches!(look(LookFor::Changes, subject, tid, 0), Seen::Innocent))
 }
 

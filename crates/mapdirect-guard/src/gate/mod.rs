@@ -14,7 +14,7 @@ pub(crate) mod fanotify;
 
 use crate::grant::{Granting, Holder, Secured};
 use crate::server::OnTampering;
-use crate::table::{GrantState, Pin, Watched};
+use crate::table::{GrantState, InodeId, Pin, Watched};
 use crate::{Errno, Guard};
 use mapdirect_proto::{Notice, Refusal, WatchedPin};
 use std::ops::Range;
@@ -54,6 +54,34 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
         state: &mut GrantState,
         holder: &mut Holder<'_>,
     ) -> Result<Secured, Refusal>;
+
+    /// Takes note of every pin that was taken up again without a word.
+    fn catch_up(&self) {}
+
+    /// Blocks of a file may have changed, and nothing refused it: a pin of it
+    /// that is over cannot be taken up again.
+    fn spoil(&self, guard: &Guard, inode: InodeId) {
+        let _ = (guard, inode);
+    }
+
+    /// Blocks of a pin have changed.
+    fn breached(&self, inode: InodeId) {
+        let _ = inode;
+    }
+
+    /// A pin that is over and may be taken up again: the tripwire listens as if
+    /// it lived.
+    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
+        let _ = inode;
+        None
+    }
+
+    /// Whether XFS may have set blocks aside for copies of shared ones of a
+    /// file.
+    fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
+        let _ = file;
+        true
+    }
 
     /// Whether anybody else may come to store to a pinned file by a mapping.
     ///

@@ -154,7 +154,12 @@ const DEAD: &str = "its filesystem was shut down: nothing is written to the bloc
 pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let watched = &order.watched;
     let pins = watched.pins.load_full();
-    let alive: Vec<&Arc<Pin>> = pins.iter().filter(|pin| !pin.is_dead()).collect();
+    let dormant = guard.gate.sleeper(watched.id);
+    let alive: Vec<&Arc<Pin>> = pins
+        .iter()
+        .chain(&dormant)
+        .filter(|pin| !pin.is_dead())
+        .collect();
     if alive.is_empty() {
         return Outcome::Done;
     }
@@ -163,11 +168,15 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let file = match guard.own.during(|| open(&order.file, &holders)) {
         Ok(file) => file,
         // The inode is gone, and every pin of it.
-        Err(Errno::STALE) => return Outcome::Done,
+        Err(Errno::STALE) => {
+            guard.gate.spoil(guard, watched.id);
+            return Outcome::Done;
+        }
         Err(_) if order.may_be_dead && is_shut_down(&order.file, &holders) => {
             for pin in alive {
                 guard.notices.lost(pin, DEAD);
             }
+            guard.gate.spoil(guard, watched.id);
             return Outcome::Done;
         }
         Err(_) => return Outcome::Failed,
@@ -208,6 +217,8 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
                 None => continue,
             }
         }
+        // One that is over is not taken up any more.
+        guard.gate.spoil(guard, order.watched.id);
         // If it lives now, it did when the blocks were changed.
         if has_ended(guard, pin, file) {
             return Outcome::Done;
@@ -225,6 +236,7 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         // It is told once: from now on this is what there is.
         pin.renew(&map, compare::renewed(&map, &now, &found.range));
         guard.notices.breach(&order.watched, pin, breach);
+        guard.gate.breached(order.watched.id);
     }
     outcome
 }

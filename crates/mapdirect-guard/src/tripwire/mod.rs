@@ -531,7 +531,12 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
             continue;
         };
         let pins = watched.pins.load();
-        if !pins.iter().any(|pin| look::concerns(pin, told.blocks)) {
+        let dormant = guard.gate.sleeper(id);
+        let is_concerned = pins
+            .iter()
+            .chain(&dormant)
+            .any(|pin| look::concerns(pin, told.blocks));
+        if !is_concerned {
             continue;
         }
         drop(pins);
@@ -582,6 +587,7 @@ fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
     let is_pinned = |id| {
         let watched = guard.table.get(id);
         watched.is_some_and(|watched| watched.pins.load().iter().any(|pin| !pin.is_dead()))
+            || guard.gate.sleeper(id).is_some()
     };
     let closed = lock(wires).tidy(is_pinned);
     if closed.is_empty() {

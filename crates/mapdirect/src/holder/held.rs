@@ -4,7 +4,8 @@
 use super::{Connection, Hold};
 use crate::error::Result;
 use crate::establish;
-use crate::map::revoke::Keeper;
+use crate::map::revoke::{Keeper, Memory};
+use crate::state::OnBreach;
 use mapdirect_proto::BlockMap;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -32,6 +33,29 @@ impl Held {
 
     pub(crate) fn hold(&self) -> &Hold {
         &self.hold
+    }
+
+    /// The pin, its block map and its conversation, for a mapping that goes on
+    /// from this one, if one may.
+    pub(crate) fn fall_asleep(&mut self) -> Option<Self> {
+        let hold = self.hold.fall_asleep()?;
+        let connection = Arc::clone(&self.connection);
+        let mut asleep = Self::new(hold, connection, self.map.clone());
+        // Nobody has it, until it wakes.
+        asleep.has_ended = true;
+        Some(asleep)
+    }
+
+    /// See [`Hold::wake`].
+    pub(crate) fn wake(&mut self, memory: Memory, on_breach: OnBreach) -> bool {
+        self.has_ended = false;
+        self.hold.wake(memory, on_breach)
+    }
+
+    /// The kernel itself has ended what was taken up by itself, unless there
+    /// are other pins of the file.
+    pub(crate) fn ends_by_itself(&mut self) {
+        self.has_ended |= self.hold.was_asleep() && !self.hold.has_neighbours();
     }
 
     pub(crate) fn block_map(&self) -> &BlockMap {

@@ -28,6 +28,10 @@ pub(crate) struct Hold {
     memory: Option<Memory>,
     /// It was taken away.
     revoked: Arc<AtomicBool>,
+    /// The pin has ended before, and was taken up again.
+    was_asleep: bool,
+    /// Somebody else holds the pin from here on.
+    passed_on: bool,
 }
 
 impl Hold {
@@ -47,6 +51,8 @@ impl Hold {
             on_breach,
             memory,
             revoked: Arc::default(),
+            was_asleep: false,
+            passed_on: false,
         };
         hold.register()?;
         Ok(hold)
@@ -198,8 +204,75 @@ impl Hold {
     /// more. What it returns keeps the pin, if the mapping was revoked.
     pub(crate) fn let_go(&mut self) -> Option<Keeper> {
         self.memory = None;
+        if self.passed_on {
+            return None;
+        }
         let entry = watching().lock().pins.remove(&self.named.pin);
         entry.and_then(|entry| entry.keeper)
+    }
+
+    /// Forgets the memory, and goes on watching the pin, which may be taken up
+    /// again: by what this returns. Nothing if it was not kept.
+    pub(crate) fn fall_asleep(&mut self) -> Option<Self> {
+        if self.gate != Gate::Bpf || !self.is_own() || self.passed_on {
+            return None;
+        }
+        let mut shared = watching().lock();
+        let entry = shared.pins.get_mut(&self.named.pin)?;
+        if !entry.state.is_kept() || entry.count > 0 {
+            return None;
+        }
+        (entry.memory, entry.asleep) = (None, true);
+        drop(shared);
+        self.memory = None;
+        self.passed_on = true;
+        Some(Self {
+            named: self.named,
+            guard: self.guard.clone(),
+            gate: self.gate,
+            process: self.process,
+            on_breach: self.on_breach,
+            memory: None,
+            revoked: Arc::clone(&self.revoked),
+            was_asleep: self.was_asleep,
+            passed_on: false,
+        })
+    }
+
+    /// The pin was taken up again: this is its memory. Says no if it is known
+    /// by now that the pin cannot be relied on.
+    pub(crate) fn wake(&mut self, memory: Memory, on_breach: OnBreach) -> bool {
+        let mut shared = watching().lock();
+        let Some(entry) = shared.pins.get_mut(&self.named.pin) else {
+            return false;
+        };
+        if !entry.state.is_kept() || entry.count > 0 {
+            return false;
+        }
+        entry.memory = Some(memory);
+        entry.on_breach = on_breach;
+        entry.asleep = false;
+        drop(shared);
+        self.memory = Some(memory);
+        self.on_breach = on_breach;
+        self.was_asleep = true;
+        true
+    }
+
+    /// Whether the pin has ended before, and was taken up again.
+    pub(crate) fn was_asleep(&self) -> bool {
+        self.was_asleep
+    }
+
+    /// Whether this process has another pin of the same file.
+    pub(crate) fn has_neighbours(&self) -> bool {
+        let is_neighbour = |entry: &Entry| {
+            let (named, own) = (&entry.named, &self.named);
+            !entry.asleep
+                && named.pin != own.pin
+                && (named.device, named.inode) == (own.device, own.inode)
+        };
+        watching().lock().pins.values().any(is_neighbour)
     }
 
     /// Reads what is known of the pin in this process.
@@ -281,6 +354,7 @@ impl Hold {
             count: 0,
             breaches: Vec::new(),
             event: Weak::new(),
+            asleep: false,
         };
         let entry = shared.pins.entry(self.named.pin).or_insert(fresh);
         if entry.thread != thread {

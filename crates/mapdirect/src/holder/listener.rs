@@ -260,7 +260,7 @@ impl Listener {
             .pins
             .values()
             .filter(|entry| entry.thread == self.number);
-        own.any(|entry| !entry.state.is_lost())
+        own.any(|entry| !entry.state.is_lost() && !entry.asleep)
     }
 
     /// Something to be told to the program by, or a word that there are new

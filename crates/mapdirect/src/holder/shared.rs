@@ -47,6 +47,8 @@ pub(super) struct Entry {
     pub(super) count: u64,
     pub(super) breaches: Vec<Breach>,
     pub(super) event: Weak<OwnedFd>,
+    /// The pin is over, and may be taken up again.
+    pub(super) asleep: bool,
 }
 
 impl Entry {

@@ -9,7 +9,7 @@ mod memory;
 mod options;
 mod place;
 pub(crate) mod revoke;
-mod segments;
+pub(crate) mod segments;
 mod slice;
 
 pub use advise::Advice;
@@ -20,6 +20,7 @@ pub(crate) use options::cached_by_environment;
 pub(crate) use place::How;
 pub use slice::VolatileSlice;
 
+use crate::again;
 use crate::error::{Error, Result};
 use crate::frozen::Frozen;
 use crate::holder::Held;
@@ -71,6 +72,8 @@ pub struct DirectMap {
     unsynced: Unsynced,
     is_read_only: bool,
     life: Life,
+    /// What another mapping must have in common with it to go on from it.
+    shape: Option<again::Shape>,
     released: bool,
 }
 
@@ -244,6 +247,7 @@ impl DirectMap {
         }
         let base = self.memory.base().as_ptr().expose_provenance();
         // From here on nobody else does anything to the memory.
+        let asleep = self.fall_asleep();
         let keeper = self.held.let_go();
         // The guard looks when the last mapping is gone.
         drop(self.life.pipe.take());
@@ -256,9 +260,28 @@ impl DirectMap {
         }
         drop(keeper);
         self.life = Life::default();
+        if asleep.is_some() {
+            self.held.ends_by_itself();
+        }
         let ended = self.held.end();
+        if let (Some(held), Some(shape), Ok(())) = (asleep, self.shape.take(), &result) {
+            again::keep(again::Known {
+                shape,
+                held,
+                plan: self.plan.clone(),
+                durability: self.durability,
+            });
+        }
         result.map_err(|errno| Error::system("munmap", errno))?;
         ended
+    }
+
+    /// The pin, for a mapping that goes on from this one, if one may.
+    fn fall_asleep(&mut self) -> Option<Held> {
+        if self.shape.is_none() || self.frozen.is_some() || !self.plan.is_stable() {
+            return None;
+        }
+        self.held.fall_asleep()
     }
 }
 

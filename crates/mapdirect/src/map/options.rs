@@ -2,8 +2,9 @@
 
 use super::durable::Unsynced;
 use super::memory::Memory;
-use super::place::{How, Placed, too_large};
+use super::place::{How, Life, Placed, too_large};
 use super::{DirectMap, durability, revoke};
+use crate::again;
 use crate::descriptor::size_of_file;
 use crate::error::{Error, Result};
 use crate::establish::{PATIENCE, Scope};
@@ -210,8 +211,11 @@ impl MapOptions {
     fn map_range(&self, file: BorrowedFd<'_>, range: &Range<u64>) -> Result<DirectMap> {
         let length = range.end.saturating_sub(range.start);
         let length = usize::try_from(length).map_err(|_| too_large())?;
-        let durability = durability::of(file).map_err(|errno| Error::system("statx", errno))?;
         let how = self.how();
+        if let Some(map) = self.map_again(file, range, &how) {
+            return Ok(map);
+        }
+        let durability = durability::of(file).map_err(|errno| Error::system("statx", errno))?;
         if self.prepare_first {
             prepare::before_pin(file, Some(range))?;
         }
@@ -241,6 +245,7 @@ impl MapOptions {
             unsynced: Unsynced::default(),
             is_read_only: self.read_only,
             life: placed.life,
+            shape: self.shape(range, &how),
             released: false,
         };
         if self.prepare_first && !self.read_only {
@@ -248,6 +253,41 @@ impl MapOptions {
             map.allocate_in_file()?;
         }
         Ok(map)
+    }
+
+    /// What a mapping has in common with an earlier one that it may go on
+    /// from; only those to store to, of ranges, can.
+    fn shape(&self, range: &Range<u64>, how: &How) -> Option<again::Shape> {
+        (self.scope == Scope::Range && !self.read_only).then(|| again::Shape {
+            guard: how.guard.clone(),
+            range: range.clone(),
+            flags: how.flags,
+            cached: how.cached,
+        })
+    }
+
+    /// Maps what was mapped a moment ago, without asking the guard.
+    fn map_again(&self, file: BorrowedFd<'_>, range: &Range<u64>, how: &How) -> Option<DirectMap> {
+        let shape = self.shape(range, how)?;
+        let (address, known) = again::map(file, &shape, self.on_breach)?;
+        let base = NonNull::new(std::ptr::with_exposed_provenance_mut(address))?;
+        let length = usize::try_from(range.end - range.start).ok()?;
+        // SAFETY: as in `map_range`.
+        let memory = unsafe { Memory::new(base, length) };
+        Some(DirectMap {
+            memory,
+            offset: range.start,
+            held: known.held,
+            plan: known.plan,
+            frozen: None,
+            flags: mmap::MAP_SHARED | how.flags,
+            durability: known.durability,
+            unsynced: Unsynced::default(),
+            is_read_only: false,
+            life: Life::default(),
+            shape: Some(shape),
+            released: false,
+        })
     }
 
     fn how(&self) -> How {

@@ -28,7 +28,7 @@ pub(super) struct Settings {
     preempts: u32,
     preemption: u64,
     functions_known: u32,
-    pad: u32,
+    revives: u32,
     functions: [Function; FUNCTIONS],
 }
 
@@ -45,7 +45,12 @@ pub(super) struct Function {
 impl Settings {
     /// For the process of this number. The programs fill in when it began, the
     /// first time it asks them something.
-    pub(super) fn new(tgid: u32, kernel: &super::functions::Kernel, preempts: bool) -> Self {
+    pub(super) fn new(
+        tgid: u32,
+        kernel: &super::functions::Kernel,
+        preempts: bool,
+        revives: bool,
+    ) -> Self {
         // What is not in the table is refused.
         let unknown = row(OperationKind::Unknown);
         let mut rules = [unknown; KINDS];
@@ -62,7 +67,7 @@ impl Settings {
             preempts: preempts.into(),
             preemption: kernel.preemption,
             functions_known: u32::try_from(known).unwrap_or(0),
-            pad: 0,
+            revives: revives.into(),
             functions,
         }
     }
@@ -95,6 +100,13 @@ fn row(kind: OperationKind) -> Row {
         pad: [0; 2],
     }
 }
+
+/// Words of the filter behind those: how often a pin was taken up again, or
+/// ended without a word to the guard; and what may have changed the blocks of
+/// any file.
+pub(super) const STIRRED: usize = 3 * FILTER_WORDS;
+pub(super) const UPHEAVALS: usize = STIRRED + 1;
+pub(super) const SHARED_WORDS: usize = UPHEAVALS + 1;
 
 /// An inode as the kernel names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -191,7 +203,8 @@ impl Entry {
                 | flag(CACHED, facts.cached)
                 | flag(FAILING_FREES, layers.failing_frees)
                 | flag(WRITES_PASS, layers.lets_writes_pass())
-                | flag(WINDOWED, !layers.list(List::Window).is_empty()),
+                | flag(WINDOWED, !layers.list(List::Window).is_empty())
+                | flag(STABLE, is_stable(layers)),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
@@ -203,10 +216,24 @@ impl Entry {
         (entry, spilled.then_some(runs))
     }
 
+    /// When all of its pins are over one of them may be taken up again.
+    pub(super) fn is_stable(&self) -> bool {
+        self.flags & STABLE != 0
+    }
+
     /// No write is refused, wherever it goes, unless it is untorn.
     pub(super) fn lets_writes_pass(&self) -> bool {
         self.flags & WRITES_PASS != 0
     }
+}
+
+/// Whether nothing is frozen, nor has to be held so: what was proven for such
+/// pins stays true for as long as nobody does what they refuse.
+fn is_stable(layers: &Layers) -> bool {
+    layers.lets_writes_pass()
+        && !layers.has_frozen()
+        && layers.list(List::Mapped).is_empty()
+        && layers.fixed_size.is_none()
 }
 
 /// A struct file that is a pin.
@@ -235,6 +262,8 @@ pub(super) struct Identity {
     pub(super) end: u64,
     /// It is.
     pub(super) held: u64,
+    /// What had been noted of its inode by then.
+    pub(super) stamp: u64,
     /// References to the struct file, the one of this very question included.
     pub(super) references: i64,
     /// Descriptions of the inode that can write, and truncations by path.
@@ -243,7 +272,32 @@ pub(super) struct Identity {
     pub(super) readers: i32,
     /// `preempt_dynamic_mode` (kernel/sched/core.c), if there is such a thing.
     pub(super) preemption: i32,
-    pad: u32,
+    /// XFS has set blocks aside for copies, or that cannot be told.
+    pub(super) copies: u32,
+}
+
+/// How many struct files are pins of an inode.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Life {
+    pub(super) lives: u64,
+    pub(super) disturbed: u64,
+    pub(super) last: u64,
+}
+
+/// What is asked about an inode, and about a pin of it, or the last one.
+#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Tending {
+    pub(super) key: Key,
+    pub(super) pin: u64,
+    pub(super) what: u32,
+    pub(super) pid: i32,
+    pub(super) lives: u64,
+    pub(super) stamp: u64,
+    /// The struct file whose life the pin is, or 0 if it is over.
+    pub(super) file: u64,
+    pub(super) revived: u64,
 }
 
 /// Something that happened at the gate.
@@ -262,32 +316,37 @@ pub(super) struct Event {
     pub(super) command: [u8; 16],
 }
 
-/// Most bytes of a file handle of XFS and ext4 with its parent's, and of any
-/// other that is kept.
-pub(super) const HANDLE: usize = 128;
-
 /// What a guard that comes later must know of a pin.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct PinFacts {
     pub(super) key: Key,
     pub(super) id: u64,
-    /// The struct file whose life it is.
+    /// The struct file whose life it is, or 0 if it is over.
     pub(super) file: u64,
+    /// The guard looks by itself, and need not be told of its end.
+    pub(super) quiet: u64,
+    /// How often it was taken up again.
+    pub(super) revived: u64,
+    /// What had been noted of its inode when it was granted.
+    pub(super) stamp: u64,
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) mapped_start: u64,
     /// 0 if nothing is mapped.
     pub(super) mapped_end: u64,
+    /// Of the inode.
+    pub(super) generation: u32,
     pub(super) flags: u32,
     pub(super) pid: i32,
     pub(super) uid: u32,
     pub(super) handle_type: i32,
     pub(super) handle_length: u32,
-    pub(super) path_length: u32,
+    pub(super) pad: u64,
     pub(super) handle: [u8; HANDLE],
-    pub(super) path: [u8; PIN_FACTS - 88 - HANDLE],
 }
+
+const _: () = assert!(size_of::<PinFacts>() == PIN_FACTS);
 
 /// A question to the programs, for tests.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -348,7 +407,7 @@ mod tests {
         same!(
             Settings,
             "settings",
-            rules guard_start guard_tgid preempts preemption functions_known pad functions
+            rules guard_start guard_tgid preempts preemption functions_known revives functions
         );
         same!(Key, "key", dev pad ino);
         same!(Run, "run", start end);
@@ -366,18 +425,35 @@ mod tests {
         same!(
             Identity,
             "identity",
-            key file generation direct pin start end held references writers readers preemption pad
+            key file generation direct pin start end held stamp references writers readers preemption copies
         );
         same!(
             Event,
             "event",
             kind_of_event kind tid tgid key start end pin file command
         );
-        let (facts, _) = members(&btf, "pin_facts");
-        assert_eq!(facts, size_of::<PinFacts>());
-        assert_eq!(facts, PIN_FACTS);
+        same!(
+            PinFacts,
+            "pin_facts",
+            key id file quiet revived stamp start end mapped_start mapped_end generation flags pid
+            uid handle_type handle_length pad handle
+        );
+        same!(Life, "life", lives disturbed last);
+        same!(
+            Tending,
+            "tending",
+            key pin what pid lives stamp file revived
+        );
         let (filter, places) = members(&btf, "filter");
-        assert_eq!(filter, 3 * FILTER_WORDS * size_of::<u64>());
+        assert_eq!(filter, SHARED_WORDS * size_of::<u64>());
+        assert_eq!(
+            places[2],
+            (String::from("stirred"), STIRRED * size_of::<u64>())
+        );
+        assert_eq!(
+            places[3],
+            (String::from("upheavals"), UPHEAVALS * size_of::<u64>())
+        );
         assert_eq!(
             places[1],
             (String::from("easy"), FILTER_WORDS * size_of::<u64>())

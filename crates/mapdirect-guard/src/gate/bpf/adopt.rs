@@ -99,7 +99,6 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     let mut judged: Judged = judge(guard, &request, file.as_fd())?;
     judged.range = found.range.clone();
     judged.mapped.clone_from(&found.mapped);
-    judged.path = Arc::from(found.path.as_str());
     let armed = arm(guard, &judged, file.as_fd())?;
     let watched = judged.watched(guard);
     let owner = Sender {

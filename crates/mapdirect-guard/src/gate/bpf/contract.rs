@@ -5,7 +5,7 @@ use super::{Gate, events};
 use crate::gate::{self, Task};
 use crate::grant::{Granting, Holder, Secured, system};
 use crate::server::OnTampering;
-use crate::table::{GrantState, Pin, Watched};
+use crate::table::{GrantState, InodeId, Pin, Watched};
 use crate::{Errno, Guard};
 use mapdirect_proto::{Notice, Refusal, WatchedPin};
 use std::ops::Range;
@@ -73,6 +73,26 @@ impl gate::Gate for Gate {
     /// Of several pins of an inode the guard takes one out that is over.
     fn refuses_for_ended(&self, pin: u64) -> bool {
         self.is_over(pin)
+    }
+
+    fn catch_up(&self) {
+        self.take_note();
+    }
+
+    fn spoil(&self, guard: &Guard, inode: InodeId) {
+        self.forget_dormant(guard, inode);
+    }
+
+    fn breached(&self, inode: InodeId) {
+        self.disturb_inode(inode);
+    }
+
+    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
+        self.dormant_pin(inode)
+    }
+
+    fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
+        self.has_copy_blocks(file).unwrap_or(true)
     }
 
     fn fate_of(&self, named: &WatchedPin) -> Notice {

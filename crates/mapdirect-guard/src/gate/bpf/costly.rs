@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 /// Programs that every read, write, open and close of any file pays for. They
 /// are attached while something is pinned, and for a while after that, in this
 /// order.
-pub(super) const COSTLY: [&str; 3] = ["file_free", "file_open", "file_permission"];
+pub(super) const COSTLY: [&str; 4] = ["inode_free", "file_free", "file_open", "file_permission"];
 
 /// Programs that note where each write goes, for what registers do not say.
 /// They are attached while something is pinned for which that matters.

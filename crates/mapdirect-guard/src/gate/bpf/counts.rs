@@ -1,11 +1,10 @@
-//! What several inodes have in common: places of the filter, filesystems, and
-//! the programs that are attached only while somebody needs them.
+//! What several inodes have in common: places of the filter, and the programs
+//! that are attached only while somebody needs them.
 
 use super::abi::{self, FILTER_WORDS, Key};
-use super::{Gate, costly, errno};
+use super::{Gate, costly};
 use crate::Errno;
 use crate::table::InodeId;
-use libbpf_rs::{MapCore, MapFlags};
 use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{MutexGuard, PoisonError};
@@ -15,8 +14,6 @@ use std::sync::{MutexGuard, PoisonError};
 pub(super) struct Counts {
     /// Inodes in each place of the filter that has any.
     pub(super) filter: HashMap<u32, u32>,
-    /// Pins on each filesystem.
-    pub(super) devices: HashMap<u32, u64>,
     /// Inodes to which it matters where a write goes.
     pub(super) noted: HashSet<InodeId>,
     /// The inode that each word of the filter tells of, that writes to it pass.
@@ -65,38 +62,31 @@ impl Gate {
         (&words[at], &words[at + 1])
     }
 
-    /// Counts the pins of an inode instead of those it had.
-    pub(super) fn count(
-        &self,
-        key: Key,
-        before: Option<u64>,
-        now: Option<u64>,
-    ) -> Result<(), Errno> {
+    /// One more inode is behind the gate: programs look at it from now on.
+    pub(super) fn mark(&self, key: Key) {
         let mut counts = self.counts();
-        let maps = &self.loaded.maps;
-        let device = counts.devices.entry(key.dev).or_default();
-        *device = (*device + now.unwrap_or(0)).saturating_sub(before.unwrap_or(0));
-        let device = *device;
-        let told =
-            maps.devices
-                .update(&key.dev.to_ne_bytes(), &device.to_ne_bytes(), MapFlags::ANY);
         let slot = key.slot();
-        let mut filter = counts.filter.get(&slot).copied().unwrap_or(0);
-        match (before, now) {
-            (None, Some(_)) => filter += 1,
-            (Some(_), None) => filter = filter.saturating_sub(1),
-            _ => {}
+        *counts.filter.entry(slot).or_default() += 1;
+        self.loaded.maps.filter.words()[key.word()].fetch_or(1 << (slot % 64), SeqCst);
+    }
+
+    /// The same of one that is; root may have taken the mark away.
+    pub(super) fn mark_again(&self, key: Key) {
+        let _counts = self.counts();
+        self.loaded.maps.filter.words()[key.word()].fetch_or(1 << (key.slot() % 64), SeqCst);
+    }
+
+    /// One inode is not behind the gate any more.
+    pub(super) fn unmark(&self, key: Key) {
+        let mut counts = self.counts();
+        let slot = key.slot();
+        let left = counts.filter.get(&slot).map_or(0, |count| count - 1);
+        if left > 0 {
+            counts.filter.insert(slot, left);
+            return;
         }
-        let bit = 1 << (slot % 64);
-        let word = &maps.filter.words()[key.word()];
-        if filter == 0 {
-            counts.filter.remove(&slot);
-            word.fetch_and(!bit, SeqCst);
-        } else {
-            counts.filter.insert(slot, filter);
-            word.fetch_or(bit, SeqCst);
-        }
-        told.map_err(|error| errno(&error))
+        counts.filter.remove(&slot);
+        self.loaded.maps.filter.words()[key.word()].fetch_and(!(1 << (slot % 64)), SeqCst);
     }
 
     /// Lets other files off what is there for those that are pinned, when

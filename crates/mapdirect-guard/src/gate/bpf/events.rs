@@ -1,7 +1,7 @@
 //! What the programs tell: refusals, and beginnings and ends of pins.
 
-use super::Gate;
 use super::abi::{self, Event};
+use super::{Gate, Proof};
 use crate::audit::Refused;
 use crate::policy::RULES;
 use crate::table::Watched;
@@ -34,6 +34,8 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
     }
     let ring = builder.build().map_err(|error| super::errno(&error))?;
     let mut untold = gate.counted(abi::UNTOLD);
+    // Before anybody listened.
+    end_untold(guard, gate);
     while !guard.is_stopping() {
         // A signal is none of our business here.
         let _ = ring.poll(Duration::from_millis(100));
@@ -42,6 +44,7 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
             untold = now;
             end_untold(guard, gate);
         }
+        gate.tend_dormant(guard);
         gate.rest();
         if !guard.is_stopping() {
             gate.watch(guard, say);
@@ -68,7 +71,7 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
     match event.kind_of_event {
         abi::EVENT_ENDED => match watched {
             Some(watched) => end(guard, gate, &watched, event.pin),
-            None => gate.clean(id),
+            None => gate.clean(id, event.pin),
         },
         abi::EVENT_RAW => {
             if let Some(watched) = watched {
@@ -111,10 +114,12 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
 /// Somebody has mapped what is pinned, by mmap(2) alone: it stays pinned as
 /// it is for as long as that file lives.
 fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
+    let sleeping = gate.sleeping(watched.id);
     let pins = watched.pins.load_full();
     let pid = event.tgid.cast_signed();
     for pin in pins
         .iter()
+        .chain(&sleeping)
         .filter(|pin| pin.id != event.pin && pin.meets(&(event.start..event.end)))
     {
         let joined = Arc::new(pin.joined(event.pin, pid));
@@ -127,7 +132,7 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
         };
         if let Some(handle) = handle {
             // Only a guard that comes later misses it.
-            let _ = gate.remember(watched, &joined, event.file, &handle);
+            let _ = gate.remember(watched, &joined, event.file, &handle, Proof::NONE);
         }
         watched.add(&joined);
     }
@@ -136,6 +141,9 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
 
 /// A pin is over.
 fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
+    if gate.is_kept_after_end(watched, pin) {
+        return;
+    }
     for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
         ended.end();
     }
@@ -143,6 +151,7 @@ fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     let _ = gate.publish(watched);
     // Whoever finds it gone is judged without it.
     watched.remove(|other| other.id == pin);
+    gate.drop_facts(pin);
     let_go(guard, watched);
 }
 

@@ -27,9 +27,8 @@ pub(super) fn ask_about(
             .map_err(|error| errno(&error))?;
     }
     fcntl::get_flags_with(file, WHO_IS_IT)?;
-    let found = identities.lookup(&key, MapFlags::ANY);
-    let _ = identities.delete(&key);
-    found
+    identities
+        .lookup_and_delete(&key)
         .ok()
         .flatten()
         .and_then(|bytes| Identity::read_from_bytes(&bytes).ok())
@@ -105,6 +104,11 @@ impl Gate {
             .map_err(|error| errno(&error))?;
         let holder = holder.and_then(|bytes| Holder::read_from_bytes(&bytes).ok());
         Ok(holder.map(|holder| holder.pin))
+    }
+
+    /// Whether XFS has set blocks aside for copies of shared ones of this file.
+    pub(crate) fn has_copy_blocks(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
+        Ok(self.identify(file)?.copies != 0)
     }
 
     /// How many direct reads and writes of a file are under way.

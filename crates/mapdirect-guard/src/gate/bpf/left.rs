@@ -22,7 +22,6 @@ pub(crate) struct Found {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) handle: FileHandle,
-    pub(crate) path: String,
 }
 
 pub(super) fn found(facts: &PinFacts) -> Found {
@@ -43,7 +42,6 @@ pub(super) fn found(facts: &PinFacts) -> Found {
             kind: facts.handle_type,
             bytes: slice(&facts.handle, facts.handle_length),
         },
-        path: String::from_utf8_lossy(&slice(&facts.path, facts.path_length)).into_owned(),
     }
 }
 
@@ -67,13 +65,14 @@ impl Gate {
             .ok()
             .flatten()
             .and_then(|bytes| Entry::read_from_bytes(&bytes).ok());
-        let _ = self.count(key, None, Some(1));
+        self.mark(key);
         let kept = Published {
             version: entry.map_or(0, |entry| entry.version),
             spilled: entry.is_some_and(|entry| entry.spilled != 0),
             pins: 1,
             handle: Some(found.handle.clone()),
             kept: true,
+            stable: false,
         };
         published.insert(found.inode, kept);
     }
@@ -81,6 +80,8 @@ impl Gate {
     /// The pins that live, as an earlier guard has left them. Those whose
     /// description is gone have been taken out by the kernel.
     pub(crate) fn left_behind(&self) -> Vec<Found> {
+        // Nothing may come to life that this does not find.
+        self.disturb_all();
         let maps = &self.loaded.maps;
         maps.pins
             .keys()
@@ -109,15 +110,16 @@ impl Gate {
                 let _ = maps.entries.delete(&key);
             }
         }
-        let counts = self.counts();
-        let devices: Vec<Vec<u8>> = maps.devices.keys().collect();
-        for key in devices {
-            let is_known = u32::read_from_bytes(&key)
-                .is_ok_and(|device| counts.devices.get(&device).is_some_and(|pins| *pins > 0));
-            if !is_known {
-                let _ = maps.devices.delete(&key);
+        let lives: Vec<Vec<u8>> = maps.lives.keys().collect();
+        for key in lives {
+            let is_gone = Key::read_from_bytes(&key)
+                .is_ok_and(|key| !known.contains(&key.inode()) && self.lay_to_rest(key));
+            if is_gone {
+                let _ = maps.lives.delete(&key);
             }
         }
+        self.hear_of_pins();
+        let counts = self.counts();
         // What the filter has beside what was counted again goes, too.
         let mut bits = vec![0u64; FILTER_WORDS];
         for slot in counts.filter.keys() {
@@ -144,6 +146,22 @@ impl Gate {
         for key in spilled {
             if u64::read_from_bytes(&key).is_ok_and(|version| !used.contains(&version)) {
                 let _ = maps.spill.delete(&key);
+            }
+        }
+    }
+
+    /// From now on the ends of all pins are told; what is kept of those that
+    /// are over goes.
+    fn hear_of_pins(&self) {
+        let pins: Vec<Vec<u8>> = self.loaded.maps.pins.keys().collect();
+        for pin in pins {
+            let Ok(pin) = u64::read_from_bytes(&pin) else {
+                continue;
+            };
+            match self.facts(pin) {
+                Ok(Some(facts)) if facts.file != 0 => self.listen_for_end(facts.key, pin),
+                Ok(Some(_)) => self.drop_facts(pin),
+                _ => {}
             }
         }
     }

@@ -2,7 +2,7 @@
 //! and maps are pinned in a directory of the bpf filesystem, where they
 //! outlive the guard.
 
-use super::abi::{DEAD, FILTER_WORDS, PAGE, Settings};
+use super::abi::{DEAD, PAGE, SHARED_WORDS, Settings};
 use super::costly::{COSTLY, Costly, NOTES};
 use super::directory::{ENDING, empty, empty_but, enter, has_marker, remove};
 use super::functions::Kernel;
@@ -150,7 +150,7 @@ impl Maps {
         };
         Ok(Self {
             settings: map("settings")?,
-            filter: SharedWords::new(map("filter")?.as_fd(), 3 * FILTER_WORDS)
+            filter: SharedWords::new(map("filter")?.as_fd(), SHARED_WORDS)
                 .map_err(|errno| failed("mapping the filter", errno))?,
             entries: map("entries")?,
             spill: map("spill")?,
@@ -179,6 +179,8 @@ pub(super) struct Loaded {
     /// The kernel's security hooks call the programs; else they are attached
     /// to functions.
     pub(super) hooked: bool,
+    /// They are told when an inode leaves memory.
+    pub(super) hears_of_inodes: bool,
 }
 
 impl Loaded {
@@ -192,7 +194,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     require_page_size(page_size())?;
     let (claim, mounted) = enter(directory)?;
     let complete = directory.join(marker());
-    let in_use = has_marker(directory) && keeps_pins(directory);
+    let in_use = has_marker(directory) && keeps_pins(directory, complete.exists());
     if in_use && !complete.exists() {
         return Err(LoadError::OtherVersion(directory.display().to_string()));
     }
@@ -228,6 +230,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
         claim,
         adopted: in_use,
         hooked: has_lsm(),
+        hears_of_inodes: hears_of_inodes(),
     })
 }
 
@@ -260,14 +263,27 @@ fn replace(directory: &Path) -> Result<Object, LoadError> {
 
 /// Whether a gate that is there keeps any pin; it does as long as that cannot
 /// be told. Whoever takes a gate away begins with its links.
-fn keeps_pins(directory: &Path) -> bool {
-    if !directory.join(link_name(COSTLY[0])).exists() {
+fn keeps_pins(directory: &Path, same_version: bool) -> bool {
+    if !directory.join(link_name("file_free")).exists() {
         return false;
     }
     let Ok(lives) = MapHandle::from_pinned_path(directory.join("lives")) else {
         return true;
     };
-    lives.keys().any(|key| has_pins(&lives, &key))
+    let is_any_kept = || lives.keys().any(|key| has_pins(&lives, &key));
+    let Ok(pins) = MapHandle::from_pinned_path(directory.join("pins")) else {
+        return true;
+    };
+    // One that is over may be taken up at any moment. The same programs can be
+    // told that none may; those of another version find nothing to take up.
+    let over: Vec<Vec<u8>> = pins.keys().collect();
+    if same_version && !over.is_empty() || is_any_kept() {
+        return true;
+    }
+    for pin in over {
+        let _ = pins.delete(&pin);
+    }
+    is_any_kept()
 }
 
 /// Whether the programs count pins of an inode, or somebody is just leaving or
@@ -275,7 +291,9 @@ fn keeps_pins(directory: &Path) -> bool {
 pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
     match lives.lookup(key, MapFlags::ANY) {
         Ok(None) => false,
-        Ok(Some(bytes)) => u64::read_from_bytes(&bytes).map_or(true, |lives| lives & DEAD == 0),
+        Ok(Some(bytes)) => {
+            u64::read_from_prefix(&bytes).map_or(true, |(lives, _)| lives & DEAD == 0)
+        }
         Err(_) => true,
     }
 }
@@ -303,6 +321,7 @@ impl Offers<'_> {
         match name {
             _ if self.lsm => format!("bpf_lsm_{name}"),
             "file_free_security" => String::from("security_file_free"),
+            "inode_free_security" => String::from("security_inode_free"),
             _ => format!("security_{name}"),
         }
     }
@@ -334,6 +353,11 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
     match name {
         "inode_setattr" => when(three, needed(&offers.hook("inode_setattr"))),
         "inode_setattr_2" => when(!three, needed(&offers.hook("inode_setattr"))),
+        // Without it nothing is taken up again.
+        "inode_free" => when(
+            offers.has(&offers.hook("inode_free_security")),
+            Choice::Load,
+        ),
         "mmap_file" => when(offers.lsm, needed("bpf_lsm_mmap_file")),
         "mmap_file_3" => when(!offers.lsm, needed("security_mmap_file")),
         "note_remap" => when(!inlined, Choice::Load),
@@ -362,6 +386,15 @@ fn security_modules() -> String {
 fn has_lsm() -> bool {
     let modules = security_modules();
     modules.trim().split(',').any(|name| name == "bpf")
+}
+
+/// Whether the hooks that call programs have one for inodes that leave memory.
+fn hears_of_inodes() -> bool {
+    let is_there = |btf: Btf<'static>| {
+        let function: Option<Func<'_>> = btf.type_by_name("bpf_lsm_inode_free_security");
+        function.is_some()
+    };
+    has_lsm() && Btf::from_vmlinux().is_ok_and(is_there)
 }
 
 /// What libbpf said last: reasons are long, and come line by line.
@@ -441,6 +474,10 @@ pub(super) fn attach(object: &Object, directory: &Path, names: &[&str]) -> Resul
         }
         let program = object.progs_mut().find(|program| program.name() == *wanted);
         let program = program.ok_or_else(|| failed("attaching", wanted))?;
+        if !program.autoload() {
+            // This kernel has no place for it, and does without.
+            continue;
+        }
         let mut link = attach_one(&program)
             .with_context(|| format!("attaching {wanted}"))
             .map_err(|error| told("attaching", &error))?;
@@ -531,6 +568,7 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
             // they ask nothing they can be watched.
             let (attach_type, function) = match hook {
                 "file_free_security" => (ProgramAttachType::TraceFentry, "security_file_free"),
+                "inode_free_security" => (ProgramAttachType::TraceFentry, "security_inode_free"),
                 _ => (
                     ProgramAttachType::ModifyReturn,
                     &*format!("security_{hook}"),
@@ -587,7 +625,7 @@ fn preemption_mode(object: &Object, kernel: &Kernel) -> Result<i32, LoadError> {
         let found = found.ok_or_else(|| failed("finding a map", name))?;
         MapHandle::try_from(&found).map_err(|error| failed(name, error))
     };
-    let settings = Settings::new(std::process::id(), kernel, true);
+    let settings = Settings::new(std::process::id(), kernel, true, false);
     map("settings")?
         .update(&0u32.to_ne_bytes(), settings.as_bytes(), MapFlags::ANY)
         .map_err(|error| failed("writing the rules", error))?;

@@ -15,6 +15,7 @@ mod contract;
 mod costly;
 mod counts;
 mod directory;
+mod dormant;
 mod events;
 mod exclude;
 mod functions;
@@ -29,7 +30,8 @@ mod watch;
 use crate::Errno;
 use crate::policy::RULES;
 use crate::table::{InodeId, Pin, Settled, Watched, together};
-use abi::{Entry, Facts, Key, PinFacts, Run, Settings};
+use crate::wake::Backoff;
+use abi::{Entry, Facts, Identity, Key, PinFacts, Run, Settings};
 pub(crate) use adopt::adopt;
 use counts::Counts;
 use left::Found;
@@ -46,6 +48,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Where the gate is pinned by default.
@@ -65,6 +68,9 @@ pub(crate) struct Gate {
     counts: Mutex<Counts>,
     rules: Mutex<Settings>,
     watch: watch::Watch,
+    dormant: dormant::Dormant,
+    /// Pins that are over may be taken up again.
+    revives: bool,
     /// A file of the guard's own, to ask the programs about.
     probe: OwnedFd,
 }
@@ -78,6 +84,23 @@ struct Published {
     /// Its entry is of a guard before this one, which could not be read: it
     /// stays as it is.
     kept: bool,
+    /// Its last pin may be taken up again.
+    stable: bool,
+}
+
+/// What shows later that all is as it was when a pin was granted.
+#[derive(Clone, Copy, Debug)]
+struct Proof {
+    stamp: u64,
+    generation: u32,
+}
+
+impl Proof {
+    /// Nothing shows it.
+    const NONE: Self = Self {
+        stamp: u64::MAX,
+        generation: 0,
+    };
 }
 
 /// Whether the kernel may take the processor from a program that is not attached
@@ -113,14 +136,17 @@ impl Gate {
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())
             .map_err(|errno| LoadError::Failed(format!("getrandom: {errno}")))?;
+        let revives = loaded.hears_of_inodes;
         let gate = Self {
             loaded,
             directory: directory.to_owned(),
             versions: AtomicU64::new(u64::from_ne_bytes(random)),
             published: std::array::from_fn(|_| Mutex::default()),
             counts: Mutex::default(),
-            rules: Mutex::new(Settings::new(0, &functions::Kernel::default(), true)),
+            rules: Mutex::new(Settings::new(0, &functions::Kernel::default(), true, false)),
             watch: watch::Watch::default(),
+            dormant: dormant::Dormant::default(),
+            revives,
             probe,
         };
         gate.introduce(&functions::Kernel::read()?)?;
@@ -135,7 +161,7 @@ impl Gate {
     /// Tells the programs the rules, who the guard is, and what kernel this is.
     fn introduce(&self, kernel: &functions::Kernel) -> Result<(), LoadError> {
         let tell = |preempts| {
-            let settings = Settings::new(std::process::id(), kernel, preempts);
+            let settings = Settings::new(std::process::id(), kernel, preempts, self.revives);
             *self.rules() = settings;
             self.loaded
                 .maps
@@ -185,10 +211,15 @@ impl Gate {
         &self.published[usize::try_from(mixed >> 58).unwrap_or(0) % SHARDS]
     }
 
+    fn lock_shard(&self, id: InodeId) -> MutexGuard<'_, HashMap<InodeId, Published>> {
+        let shard = self.shard(id);
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Has the programs judge by the pins that the inode has now.
     pub(crate) fn publish(&self, watched: &Watched) -> Result<(), Errno> {
-        let shard = self.shard(watched.id);
-        let mut published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut published = self.lock_shard(watched.id);
+        self.end_sleep(watched.id)?;
         let pins = watched.pins.load();
         let live: Vec<&Arc<Pin>> = pins.iter().filter(|pin| !pin.is_dead()).collect();
         let settled: Vec<Arc<Settled>> = live.iter().filter_map(|pin| pin.settled()).collect();
@@ -210,9 +241,11 @@ impl Gate {
         let version = self.versions.fetch_add(1, Relaxed);
         let (entry, runs) = Entry::new(version, &layers, facts);
         self.settle_ways(watched.id, &entry)?;
-        let count = live.len() as u64;
-        let counted = before.as_ref().map(|before| before.pins);
-        self.count(key, counted, Some(count))?;
+        if before.is_none() {
+            self.mark(key);
+        } else {
+            self.mark_again(key);
+        }
         let maps = &self.loaded.maps;
         let put = || -> Result<(), libbpf_rs::Error> {
             if let Some(runs) = &runs {
@@ -224,7 +257,9 @@ impl Gate {
         if let Err(error) = put() {
             let _ = maps.spill.delete(&version.to_ne_bytes());
             // What was there stays.
-            let _ = self.count(key, Some(count), counted);
+            if before.is_none() {
+                self.unmark(key);
+            }
             return Err(errno(&error));
         }
         if let Some(before) = before.as_ref().filter(|before| before.spilled) {
@@ -233,9 +268,10 @@ impl Gate {
         let now = Published {
             version,
             spilled: runs.is_some(),
-            pins: count,
+            pins: live.len() as u64,
             handle: before.and_then(|before| before.handle),
             kept: false,
+            stable: entry.is_stable(),
         };
         published.insert(watched.id, now);
         if entry.lets_writes_pass() {
@@ -254,15 +290,10 @@ impl Gate {
         self.note_writes(id)
     }
 
-    /// Whether the kernel knows of pins of an inode.
-    fn lives(&self, key: Key) -> bool {
-        load::has_pins(&self.loaded.maps.lives, key.as_bytes())
-    }
-
     /// Takes an inode out of the maps; says no if the kernel knows of pins
     /// that have not been heard of.
     fn forget(&self, key: Key, before: &Published) -> bool {
-        if self.lives(key) {
+        if !self.lay_to_rest(key) {
             return false;
         }
         let maps = &self.loaded.maps;
@@ -273,7 +304,7 @@ impl Gate {
         if before.spilled {
             let _ = maps.spill.delete(&before.version.to_ne_bytes());
         }
-        let _ = self.count(key, Some(before.pins), None);
+        self.unmark(key);
         true
     }
 
@@ -297,19 +328,40 @@ impl Gate {
         let _attached = attached.map_err(|_| Errno::NOEXEC)?;
         let identity = {
             // Nobody may forget the inode before the programs count this pin.
-            let shard = self.shard(watched.id);
-            let mut published = shard.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut published = self.lock_shard(watched.id);
             self.prepare(&mut published, watched.id, &handle)?;
-            if !self.lives(key) {
+            self.end_sleep(watched.id)?;
+            if self.lay_to_rest(key) {
                 // That of pins which are gone would count again.
                 let _ = self.loaded.maps.entries.delete(key.as_bytes());
             }
-            self.ask_about(file, Some(pin))?
+            self.begin_life(file, pin)?
         };
         if identity.key != key || identity.held == 0 {
             return Err(Errno::STALE);
         }
-        self.remember(watched, pin, identity.file, &handle)
+        let proof = Proof {
+            stamp: identity.stamp,
+            generation: identity.generation,
+        };
+        self.remember(watched, pin, identity.file, &handle, proof)
+    }
+
+    /// Makes a description a pin. Somebody may be finding out just now that
+    /// there is nothing to take up again.
+    fn begin_life(&self, file: BorrowedFd<'_>, pin: &Pin) -> Result<Identity, Errno> {
+        let mut backoff = Backoff::until(
+            Instant::now() + Duration::from_millis(500),
+            Duration::from_micros(20),
+            Duration::from_millis(1),
+        );
+        loop {
+            let identity = self.ask_about(file, Some(pin))?;
+            if identity.held != 0 || backoff.is_over() {
+                return Ok(identity);
+            }
+            backoff.pause();
+        }
     }
 
     /// Keeps what a guard that comes later must know.
@@ -319,29 +371,33 @@ impl Gate {
         pin: &Pin,
         file: u64,
         handle: &FileHandle,
+        proof: Proof,
     ) -> Result<(), Errno> {
         let mut facts = PinFacts {
             key: Key::new(watched.id),
             id: pin.id,
             file,
+            quiet: 0,
+            revived: 0,
+            stamp: proof.stamp,
             start: pin.shown.start,
             end: pin.shown.end,
             mapped_start: pin.mapped.as_ref().map_or(0, |mapped| mapped.start),
             mapped_end: pin.mapped.as_ref().map_or(0, |mapped| mapped.end),
+            generation: proof.generation,
             flags: pin.flags.bits(),
             pid: pin.pid,
             uid: pin.uid,
             handle_type: handle.kind,
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
-            path_length: 0,
+            pad: 0,
             handle: [0; abi::HANDLE],
-            path: [0; abi::PIN_FACTS - 88 - abi::HANDLE],
         };
-        facts.handle[..handle.bytes.len()].copy_from_slice(&handle.bytes);
-        let path = watched.path.as_bytes();
-        let length = path.len().min(facts.path.len());
-        facts.path[..length].copy_from_slice(&path[..length]);
-        facts.path_length = u32::try_from(length).unwrap_or(0);
+        facts
+            .handle
+            .get_mut(..handle.bytes.len())
+            .ok_or(Errno::TOOBIG)?
+            .copy_from_slice(&handle.bytes);
         self.loaded
             .maps
             .pins
@@ -361,7 +417,7 @@ impl Gate {
             return Err(Errno::BUSY);
         }
         if !published.contains_key(&id) {
-            self.count(Key::new(id), None, Some(0))?;
+            self.mark(Key::new(id));
         }
         published.entry(id).or_default().handle = Some(handle.clone());
         Ok(())
@@ -369,18 +425,31 @@ impl Gate {
 
     /// Whether the description is gone whose life a pin was.
     pub(crate) fn is_over(&self, pin: u64) -> bool {
-        let pins = &self.loaded.maps.pins;
-        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(None))
+        match self.facts(pin) {
+            Ok(facts) => facts.is_none_or(|facts| facts.file == 0),
+            Err(_) => false,
+        }
     }
 
     /// Whether the kernel keeps a pin.
     pub(crate) fn keeps(&self, pin: u64) -> bool {
+        matches!(self.facts(pin), Ok(Some(facts)) if facts.file != 0)
+    }
+
+    /// What is kept of a pin.
+    fn facts(&self, pin: u64) -> Result<Option<PinFacts>, Errno> {
         let pins = &self.loaded.maps.pins;
-        matches!(pins.lookup(&pin.to_ne_bytes(), MapFlags::ANY), Ok(Some(_)))
+        let bytes = pins
+            .lookup(&pin.to_ne_bytes(), MapFlags::ANY)
+            .map_err(|error| errno(&error))?;
+        Ok(bytes.and_then(|bytes| PinFacts::read_from_bytes(&bytes).ok()))
     }
 
     /// Takes out what is left of an inode that nobody pins.
-    fn clean(&self, id: InodeId) {
+    fn clean(&self, id: InodeId, pin: u64) {
+        if self.is_over(pin) {
+            self.drop_facts(pin);
+        }
         let mut published = self
             .shard(id)
             .lock()

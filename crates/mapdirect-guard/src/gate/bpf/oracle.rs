@@ -45,7 +45,7 @@ impl Oracle {
         settings
             .update(
                 &0u32.to_ne_bytes(),
-                Settings::new(0, &Kernel::default(), true).as_bytes(),
+                Settings::new(0, &Kernel::default(), true, false).as_bytes(),
                 MapFlags::ANY,
             )
             .map_err(failed)?;

@@ -14,7 +14,7 @@
 //! of all pins are read and compared then: what was changed in that time is
 //! told as a breach.
 
-use super::abi::{Entry, Holder, Key, Settings};
+use super::abi::{Entry, Holder, Key, Life, Settings};
 use super::directory::{claim, mount_bpffs};
 use super::load::{BPF_MAPS, LINKS};
 use super::{Gate, Published};
@@ -27,7 +27,7 @@ use rustix::fs::Mode;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering::SeqCst;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
@@ -263,7 +263,12 @@ impl Gate {
                 None
             } else {
                 last.at = Some(Instant::now());
+                let said = texts.len();
                 let broken = self.look(guard, &mut texts);
+                if broken.is_some() || texts.len() > said {
+                    // Anything may have passed meanwhile.
+                    self.spoil_all(guard);
+                }
                 let before = std::mem::replace(&mut last.broken, broken.clone());
                 is_due = true;
                 broken.filter(|_| before.is_none())
@@ -423,7 +428,7 @@ impl Gate {
             return Content::Mended("the mark in the filter");
         }
         let device = maps.devices.lookup(&key.dev.to_ne_bytes(), MapFlags::ANY);
-        if matches!(device, Ok(None)) {
+        if matches!(device, Ok(None)) && self.count_on(key.dev) {
             return Content::Mended("the count of its filesystem's pins");
         }
         Content::Whole
@@ -455,19 +460,42 @@ impl Gate {
     /// that cannot be told any more.
     fn count_lives(&self, key: Key) -> bool {
         let maps = &self.loaded.maps;
-        let count = maps
-            .holders
-            .keys()
-            .filter_map(|holder| maps.holders.lookup(&holder, MapFlags::ANY).ok().flatten())
-            .filter_map(|bytes| Holder::read_from_bytes(&bytes).ok())
-            .filter(|holder| holder.key == key)
-            .count() as u64;
+        let lives = self.count_holders(|holder| holder.key == key);
+        let life = Life {
+            lives,
+            // No stamp of before fits.
+            disturbed: self.versions.fetch_add(1, Relaxed),
+            last: 0,
+        };
         // Unless a program has begun to count anew.
-        count > 0
+        lives > 0
             && maps
                 .lives
-                .update(key.as_bytes(), &count.to_ne_bytes(), MapFlags::NO_EXIST)
+                .update(key.as_bytes(), life.as_bytes(), MapFlags::NO_EXIST)
                 .is_ok()
+    }
+
+    /// The same on a filesystem.
+    fn count_on(&self, device: u32) -> bool {
+        let count = self.count_holders(|holder| holder.key.dev == device);
+        let devices = &self.loaded.maps.devices;
+        devices
+            .update(
+                &device.to_ne_bytes(),
+                &count.to_ne_bytes(),
+                MapFlags::NO_EXIST,
+            )
+            .is_ok()
+    }
+
+    fn count_holders(&self, which: impl Fn(&Holder) -> bool) -> u64 {
+        let holders = &self.loaded.maps.holders;
+        holders
+            .keys()
+            .filter_map(|holder| holders.lookup(&holder, MapFlags::ANY).ok().flatten())
+            .filter_map(|bytes| Holder::read_from_bytes(&bytes).ok())
+            .filter(which)
+            .count() as u64
     }
 }
 

@@ -52,6 +52,8 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 #define FSSETXATTR 0x5820
 #define SETFLAGS 0x6602
 #define ENABLE_VERITY 0x6685
+#define FS_SETVERSION 0x7602
+#define EXT4_SETVERSION 0x6604
 #define EXT4_MIGRATE 0x6609
 #define EXT4_MOVE_EXT 0x660f
 #define EXT4_SWAP_BOOT 0x6611
@@ -112,7 +114,7 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 	if (exchanges) {
 		u32 dev = inode->i_sb->s_dev;
 		u64 *count = bpf_map_lookup_elem(&devices, &dev);
-		if (!count || !*count)
+		if (!count)
 			return 0;
 		// Only a look, without XFS_SCRUB_IFLAG_REPAIR?
 		u32 flags[2] = {};
@@ -120,8 +122,17 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		    !bpf_probe_read_user(flags, sizeof(flags), (void *)argument) &&
 		    !(flags[1] & 1))
 			return 0;
+		if (!*(volatile u64 *)count) {
+			// As in is_refused: first the note, then one more look.
+			__sync_fetch_and_add(&filter.upheavals, 1);
+			if (!*(volatile u64 *)count)
+				return 0;
+		}
 		return refuse_exchange(inode, EXCHANGE);
 	}
+	// By its generation an inode is told from one that had its number before.
+	if (magic == EXT4_MAGIC && (number == EXT4_SETVERSION || number == FS_SETVERSION))
+		__sync_fetch_and_add(&filter.upheavals, 1);
 	// It writes its tree behind the end of the file, and frees what is there.
 	if (number == ENABLE_VERITY && behind(inode))
 		return refuse_pinned(inode, UNKNOWN);

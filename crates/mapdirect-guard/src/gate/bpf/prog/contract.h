@@ -34,7 +34,7 @@ struct settings {
 	u32 preempts;
 	u64 preemption;		// address of preempt_dynamic_mode, or 0
 	u32 functions_known;
-	u32 pad;
+	u32 revives;		// a pin that has ended may be taken up again by mmap(2)
 	struct function functions[FUNCTIONS];
 };
 
@@ -95,6 +95,49 @@ struct record {
 	struct note write;
 };
 
+// What is kept of a pin. The guard writes it, for one that comes later; of what
+// programs change no two are in one word.
+struct pin_facts {
+	struct key key;
+	u64 id;
+	u64 file;	// the struct file whose life it is; 0 when it is over
+	u64 quiet;	// the guard looks by itself, and need not be told
+	u64 revived;	// how often it was taken up again
+	u64 stamp;	// of its inode when it was granted
+	u64 start;
+	u64 end;
+	u64 mapped_start;
+	u64 mapped_end;
+	u32 generation;	// of the inode
+	u32 flags;
+	int pid;
+	u32 uid;
+	int handle_type;
+	u32 handle_length;
+	u64 pad;
+	u8 handle[HANDLE];
+};
+
+// How many struct files are pins of an inode, and what became of it when there
+// were none. Only programs change it.
+struct life {
+	u64 lives;
+	u64 disturbed;	// grows with everything that its entry would have refused
+	u64 last;	// the pin that ended last
+};
+
+// What the guard asks about an inode, and about a pin of it or the last one.
+struct tending {
+	struct key key;
+	u64 pin;
+	u32 what;
+	int pid;
+	u64 lives;
+	u64 stamp;
+	u64 file;
+	u64 revived;
+};
+
 struct holder {
 	struct key key;
 	u64 pin;
@@ -129,9 +172,10 @@ struct identity {
 	u64 start;
 	u64 end;
 	u64 held;	// it is
+	u64 stamp;	// of its inode by then
 	s64 references;	// to the struct file
 	int writers;	// descriptions of the inode that can write
 	int readers;	// those that can only read
 	int preemption;	// preempt_dynamic_mode, kernel/sched/core.c
-	u32 pad;
+	u32 copies;	// XFS has set blocks aside for copies, or that cannot be told
 };

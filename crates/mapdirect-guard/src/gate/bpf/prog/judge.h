@@ -341,13 +341,18 @@ __noinline int is_refused(struct question *q)
 {
 	if (!q)
 		return 1;
-	if (is_guard())
-		return 0;
-	// The entry may be one that the guard has written for pins that were
-	// gone by then.
 	struct key key = q->key;
-	u64 *lives_of = bpf_map_lookup_elem(&lives, &key);
-	if (!lives_of || (*lives_of & DEAD))
+	struct life *life = bpf_map_lookup_elem(&lives, &key);
+	if (!life)
+		return 0;
+	if (*(volatile u64 *)&life->lives & DEAD) {
+		// The entry counts for nothing. But it is let pass only after a note
+		// that it came, and one more look: see dormant.h.
+		__sync_fetch_and_add(&life->disturbed, 1);
+		if (*(volatile u64 *)&life->lives & DEAD)
+			return 0;
+	}
+	if (is_guard())
 		return 0;
 	tell(q);
 	return 1;

@@ -32,6 +32,8 @@
 #include "notes.h"
 #include "access.h"
 #include "change.h"
+#include "life.h"
+#include "dormant.h"
 #include "mapping.h"
 #include "census.h"
 

@@ -1,57 +1,6 @@
 // SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0
 //
-// Hooks of mappings, and the life of a pin: from the mapping or the question
-// that makes a struct file one to the end of that.
-
-// One more struct file is a pin of the inode. Only the guard begins anew where
-// all were gone.
-static __noinline int join(struct key *key, int anew)
-{
-	struct key name = *key;
-	u64 *lives_of = bpf_map_lookup_elem(&lives, &name);
-
-	if (!lives_of && anew) {
-		u64 dead = DEAD;
-		bpf_map_update_elem(&lives, &name, &dead, BPF_NOEXIST);
-		lives_of = bpf_map_lookup_elem(&lives, &name);
-	}
-	if (!lives_of)
-		return 0;
-	for (int try = 0; try < 64; try++) {
-		u64 now = *(volatile u64 *)lives_of;
-		u64 then = now + 1;
-		if (now & DEAD) {
-			if (!anew)
-				return 0;
-			then = 1;
-		}
-		if (__sync_val_compare_and_swap(lives_of, now, then) == now)
-			return 1;
-	}
-	return 0;
-}
-
-static __always_inline void leave(struct key *key)
-{
-	u64 *lives_of = bpf_map_lookup_elem(&lives, key);
-
-	if (!lives_of)
-		return;
-	// Somebody may join meanwhile: then it lives. The entry is left for the
-	// guard to take away, who may have written one for the next pin already.
-	if (__sync_fetch_and_add(lives_of, -1) == 1)
-		__sync_val_compare_and_swap(lives_of, 0, DEAD);
-}
-
-// Whether one run of a list holds all of [start, end).
-__noinline int covers(struct entry *e, u32 list, u64 start, u64 end)
-{
-	struct run run = {};
-
-	if (!e || list >= LISTS || start >= end)
-		return 0;
-	return find(e, list, start, &run) > 0 && run.start <= start && run.end >= end;
-}
+// Hooks of mappings, and of the questions that are asked about files.
 
 // include/uapi/linux/capability.h, include/linux/proc_ns.h
 #define CAP_LINUX_IMMUTABLE 9
@@ -110,27 +59,34 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	if (type == MAP_SHARED_VALIDATE)
 		return -EOPNOTSUPP;
 	u64 pointer = (u64)file;
+	struct holder *known = bpf_map_lookup_elem(&holders, &pointer);
+	if (known)
+		// What else is pinned need not stay so for as long as this file.
+		return start >= known->start && end <= known->end ? 0 : -EOPNOTSUPP;
+	struct life *life = bpf_map_lookup_elem(&lives, &key);
+	if (life && (*(volatile u64 *)&life->lives & DEAD))
+		return take_up(file, &key, at);
 	struct holder holder = { .key = key, .start = start, .end = end };
 	holder.pin = bpf_ktime_get_ns() | DEAD;
-	if (bpf_map_lookup_elem(&holders, &pointer))
-		return 0;
-	if (!join(&key, 0))
-		return -EOPNOTSUPP;
-	if (bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
-		leave(&key);
+	if (!become_pin(pointer, &holder, 0))
+		return -ETXTBSY;
+	// Those it was judged by may have ended before it joined, and another pin
+	// have begun: then it has joined one that knows nothing of it.
+	now = bpf_map_lookup_elem(&entries, &key);
+	if (!now || *(volatile u64 *)&now->version != version) {
+		bpf_map_delete_elem(&holders, &pointer);
+		leave(&key, holder.pin);
+		uncount_pin(key.dev);
 		return -ETXTBSY;
 	}
 	// The guard must hear of it, or it would think too little pinned.
 	struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
 	if (!event) {
 		bpf_map_delete_elem(&holders, &pointer);
-		leave(&key);
+		leave(&key, holder.pin);
+		uncount_pin(key.dev);
 		return -ETXTBSY;
 	}
-	u32 dev = key.dev;
-	u64 *count = bpf_map_lookup_elem(&devices, &dev);
-	if (count)
-		__sync_fetch_and_add(count, 1);
 	u64 ids = bpf_get_current_pid_tgid();
 	event->kind_of_event = EVENT_RAW;
 	event->kind = 0;
@@ -156,6 +112,22 @@ static __noinline int mapped_by_call(struct file *file, struct run *at)
 	return 1;
 }
 
+// Whether somebody may store to a range of a file by a mapping of it.
+static __noinline int may_store(struct file *file, u64 start, u64 end)
+{
+	struct inode *inode = file->f_inode;
+	struct question q = {};
+
+	name(&q.key, inode);
+	q.size = inode->i_size;
+	q.kind = MAP_WRITE;
+	q.at.start = start;
+	q.at.end = end;
+	u64 pointer = (u64)file;
+	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
+	return decide(&q);
+}
+
 static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 {
 	u32 type = flags & MAP_TYPE;
@@ -169,19 +141,11 @@ static __always_inline int judge_mapping(struct file *file, u32 prot, u32 flags)
 		return 0;
 	if (!(prot & PROT_WRITE) || !(file->f_mode & FMODE_WRITE))
 		return 0;
-	struct inode *inode = file->f_inode;
-	if (!behind(inode))
+	if (!behind(file->f_inode))
 		return 0;
-	struct question q = {};
-	name(&q.key, inode);
-	q.size = inode->i_size;
-	q.kind = MAP_WRITE;
-	q.at.end = END;
-	if (mapped_by_call(file, &at))
-		q.at = at;
-	u64 pointer = (u64)file;
-	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
-	return decide(&q);
+	if (!mapped_by_call(file, &at))
+		at.end = END;
+	return may_store(file, at.start, at.end);
 }
 
 SEC("lsm/mmap_file")
@@ -210,58 +174,27 @@ int BPF_PROG(file_mprotect, struct vm_area_struct *area, unsigned long asked, un
 	unsigned long flags = area->vm_flags;
 	if ((flags & (VM_SHARED | VM_MAYWRITE)) != (VM_SHARED | VM_MAYWRITE))
 		return 0;
-	struct inode *inode = file->f_inode;
-	if (!behind(inode))
+	if (!behind(file->f_inode))
 		return 0;
-	struct question q = {};
-	name(&q.key, inode);
-	q.size = inode->i_size;
-	q.kind = MAP_WRITE;
-	q.at.start = area->vm_pgoff * PAGE;
-	q.at.end = q.at.start + (area->vm_end - area->vm_start);
-	u64 pointer = (u64)file;
-	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
-	return decide(&q);
-}
-
-// The last mapping of a pin is gone, or somebody else's file, mostly.
-// A hook where hooks call programs: those are never left out.
-SEC("lsm/file_free_security")
-int BPF_PROG(file_free, struct file *file)
-{
-	// Its inode may be gone.
-	u64 pointer = (u64)file;
-	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
-	if (!holder)
-		return 0;
-	struct key key = holder->key;
-	u64 pin = holder->pin;
-	bpf_map_delete_elem(&holders, &pointer);
-	bpf_map_delete_elem(&pins, &pin);
-	leave(&key);
-	u32 dev = key.dev;
-	u64 *count = bpf_map_lookup_elem(&devices, &dev);
-	if (count && *count)
-		__sync_fetch_and_add(count, -1);
-	struct event *event = bpf_ringbuf_reserve(&changes, sizeof(*event), 0);
-	if (!event) {
-		u32 untold = UNTOLD;
-		count = bpf_map_lookup_elem(&refused, &untold);
-		if (count)
-			__sync_fetch_and_add(count, 1);
-		return 0;
-	}
-	__builtin_memset(event, 0, sizeof(*event));
-	event->kind_of_event = EVENT_ENDED;
-	event->key = key;
-	event->pin = pin;
-	bpf_ringbuf_submit(event, 0);
-	return 0;
+	u64 start = area->vm_pgoff * PAGE;
+	return may_store(file, start, start + (area->vm_end - area->vm_start));
 }
 
 // fcntl(fd, F_GETFL, WHO_IS_IT) by the guard: what is this file to the kernel?
 #define F_GETFL 3
 #define F_SETFL 4
+// fcntl(fd, F_GETFL, IS_IT_PIN | number) by anybody: EALREADY if this file is
+// that pin. The guard's own numbers have so many bits.
+
+static __noinline int says_pin(struct file *file, u64 value)
+{
+	u64 pointer = (u64)file;
+	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
+
+	if (!holder || (holder->pin & DEAD))
+		return 0;
+	return (holder->pin & PIN_NUMBER) == (value & PIN_NUMBER) ? -EALREADY : 0;
+}
 
 // A write that has been judged takes its flags from the file afterwards: so
 // where it matters where it goes, or how it is made, these do not change.
@@ -283,6 +216,20 @@ static __noinline int sets_flags(struct file *file, u64 value)
 	return refuse_pinned(inode, UNKNOWN);
 }
 
+// Whether XFS has set blocks aside for copies of shared blocks of a file
+// (xfs_inode_has_cow_data); it shows them to nobody.
+static __noinline int has_copies(struct inode *inode)
+{
+	if (inode->i_sb->s_magic != XFS_MAGIC)
+		return 0;
+	if (!bpf_core_field_exists(struct xfs_inode, i_cowfp) ||
+	    !bpf_core_field_exists(struct xfs_ifork, if_bytes))
+		return 1;
+	struct xfs_inode *xfs = (void *)inode - bpf_core_field_offset(struct xfs_inode, i_vnode);
+	struct xfs_ifork *fork = BPF_CORE_READ(xfs, i_cowfp);
+	return fork && BPF_CORE_READ(fork, if_bytes);
+}
+
 SEC("lsm/file_fcntl")
 int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long value,
 	     int before)
@@ -291,6 +238,8 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 		return before;
 	if (command == F_SETFL)
 		return sets_flags(file, value);
+	if (command == F_GETFL && (value & ~PIN_NUMBER) == IS_IT_PIN)
+		return says_pin(file, value);
 	if (command != F_GETFL || value != WHO_IS_IT)
 		return 0;
 	struct settings *s = the_settings();
@@ -316,6 +265,7 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	identity.direct = inode->i_dio_count.counter;
 	identity.writers = inode->i_writecount.counter;
 	identity.readers = inode->i_readcount.counter;
+	identity.copies = has_copies(inode);
 	if (s && s->preemption)
 		bpf_probe_read_kernel(&identity.preemption, sizeof(identity.preemption),
 				      (void *)s->preemption);
@@ -335,14 +285,11 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 			.start = identity.start,
 			.end = identity.end,
 		};
-		u64 pointer = identity.file;
+		identity.held = become_pin(identity.file, &holder, 1);
 		struct key key = identity.key;
-		if (!bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
-			if (join(&key, 1))
-				identity.held = 1;
-			else
-				bpf_map_delete_elem(&holders, &pointer);
-		}
+		struct life *life = bpf_map_lookup_elem(&lives, &key);
+		if (life)
+			identity.stamp = stamp_of(life);
 	}
 	bpf_map_update_elem(&identities, &tid, &identity, BPF_ANY);
 	return 0;

@@ -22,6 +22,11 @@ struct easy {
 struct filter {
 	u64 bits[FILTER_WORDS];
 	struct easy easy[FILTER_WORDS];	// one for each of those words
+	// Grows when a pin is taken up again, or one ends of which the guard is
+	// not told.
+	u64 stirred;
+	// Grows with everything that may change the blocks of any file.
+	u64 upheavals;
 } filter SEC(".bss.filter");
 
 struct {
@@ -59,18 +64,20 @@ struct {
 	__type(value, struct holder);
 } holders SEC(".maps");
 
-// How many struct files are pins of an inode. Only programs change it. At its
-// end the inode is DEAD until the guard pins it again: then its entry counts
-// for nothing, and nobody else can join.
+// How many struct files are pins of an inode. At its end the inode is DEAD:
+// then its entry counts for nothing, and nobody else can join, until the guard
+// pins it again, or mmap(2) takes it up (dormant.h). That makes it WAKING
+// first: its entry counts, and nobody can join.
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1 << 20);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct key);
-	__type(value, u64);
+	__type(value, struct life);
 } lives SEC(".maps");
 
-// How many pins there are on a filesystem.
+// How many pins there are on a filesystem. Only programs change it.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1024);
@@ -106,12 +113,7 @@ struct {
 	__type(value, struct identity);
 } identities SEC(".maps");
 
-// What is kept of a pin for a guard that comes later. Only user space reads
-// it; it is declared here to be made and pinned with the others.
-struct pin_facts {
-	u8 bytes[PIN_FACTS];
-};
-
+// What is kept of each pin.
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 1 << 22);

@@ -92,6 +92,16 @@ struct vm_area_struct {
 	struct file *vm_file;
 } CORE;
 
+// fs/xfs/xfs_inode.h, fs/xfs/libxfs/xfs_inode_fork.h
+struct xfs_ifork {
+	s64 if_bytes;
+} CORE;
+
+struct xfs_inode {
+	struct xfs_ifork *i_cowfp;
+	struct inode i_vnode;
+} CORE;
+
 struct kiocb {
 	struct file *ki_filp;
 	s64 ki_pos;
@@ -180,6 +190,7 @@ struct mnt_idmap;
 #define EINVAL 22
 #define EACCES 13
 #define EOPNOTSUPP 95
+#define EALREADY 114
 
 #define END (~0ULL)
 
