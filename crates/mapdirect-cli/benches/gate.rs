@@ -140,7 +140,9 @@ impl Idle {
         let threads = (0..count)
             .map(|_| {
                 let barrier = Arc::clone(&barrier);
-                std::thread::spawn(move || drop(barrier.wait()))
+                std::thread::spawn(move || {
+                    barrier.wait();
+                })
             })
             .collect();
         Self(barrier, threads)

@@ -150,6 +150,14 @@ pub(crate) struct Notices {
     printer: OnceLock<Thread>,
 }
 
+/// What the guard knows of a pin that somebody names.
+pub(crate) enum Whereabouts {
+    /// The pin, which is held or may come back.
+    Known(Arc<Pin>),
+    /// What became of it.
+    Told(Box<Notice>),
+}
+
 impl Notices {
     pub(crate) fn new() -> Self {
         Self {
@@ -243,7 +251,7 @@ impl Notices {
         table: &Table,
         watcher: &Arc<Watcher>,
         pins: &[WatchedPin],
-        absent: impl Fn(&WatchedPin) -> Result<Arc<Pin>, Notice>,
+        absent: impl Fn(&WatchedPin) -> Whereabouts,
     ) {
         for named in pins {
             let id = InodeId {
@@ -255,15 +263,17 @@ impl Notices {
                 let mut alive = pins.iter().filter(|pin| !pin.is_dead());
                 alive.find(|pin| pin.id == named.pin).cloned()
             });
-            match found.map_or_else(|| absent(named), Ok) {
-                Ok(pin) if watcher.may_hear_of(&pin) => self.watch_one(watcher, &pin),
-                Ok(pin) => watcher.answer(&Notice::Unattended {
+            match found.map_or_else(|| absent(named), Whereabouts::Known) {
+                Whereabouts::Known(pin) if watcher.may_hear_of(&pin) => {
+                    self.watch_one(watcher, &pin)
+                }
+                Whereabouts::Known(pin) => watcher.answer(&Notice::Unattended {
                     pin: pin.id,
                     why: String::from(
                         "the guard keeps the pin, and does not know this process as its holder",
                     ),
                 }),
-                Err(notice) => watcher.answer(&notice),
+                Whereabouts::Told(notice) => watcher.answer(&notice),
             }
         }
     }
@@ -381,10 +391,10 @@ mod tests {
             };
             self.notices
                 .watch(&self.table, &self.watcher, &[named], |named| {
-                    Err(Notice::Lost {
+                    Whereabouts::Told(Box::new(Notice::Lost {
                         pin: named.pin,
                         why: String::from("unknown"),
-                    })
+                    }))
                 });
         }
 

@@ -11,7 +11,7 @@
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
-use crate::notice::Watcher;
+use crate::notice::{Watcher, Whereabouts};
 use crate::places::Place;
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
@@ -387,7 +387,10 @@ impl<'guard> Session<'guard> {
             gate.sleeper(inode)
                 .filter(|pin| pin.id == named.pin)
                 .or_else(taken_up)
-                .ok_or_else(|| gate.fate_of(named))
+                .map_or_else(
+                    || Whereabouts::Told(Box::new(gate.fate_of(named))),
+                    Whereabouts::Known,
+                )
         });
         let directory = self.guard.gate.directory();
         let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();

@@ -447,14 +447,12 @@ fn search(design: Design, roles: &[Role]) -> Result<usize, Fault> {
     let mut open = vec![first];
     while let Some(state) = open.pop() {
         for number in 0..state.actors.len() {
-            match step(design, &state, number) {
-                None => {}
-                Some(Err(fault)) => return Err(fault),
-                Some(Ok(next)) => {
-                    if known.insert(next.clone()) {
-                        open.push(next);
-                    }
-                }
+            let Some(next) = step(design, &state, number) else {
+                continue;
+            };
+            let next = next?;
+            if known.insert(next.clone()) {
+                open.push(next);
             }
         }
     }
