@@ -98,7 +98,7 @@ pub enum Request {
     Query,
     /// Asks for the state of the guard.
     Status,
-    /// Asks for a [`Reply::Done`] when the guard is through with all that was
+    /// Asks for a [`Reply::Done`](crate::Reply::Done) when the guard is through with all that was
     /// said before, and has closed what it had sent.
     Barrier,
     /// Announces that thread `tid` will open a pinned file for writing, as a
@@ -111,17 +111,17 @@ pub enum Request {
     },
     /// Asks to make blocks of a pin stable that are frozen, while it holds;
     /// the description whose life is the pin comes with it. The answer is a
-    /// [`Reply::Granted`] without that description, if the block map changed,
-    /// and then a [`Reply::Done`] or [`Reply::Refused`].
+    /// [`Reply::Granted`](crate::Reply::Granted) without that description, if the block map changed,
+    /// and then a [`Reply::Done`](crate::Reply::Done) or [`Reply::Refused`](crate::Reply::Refused).
     Allocate(AllocateRequest),
-    /// This process has let go of a pin. [`Reply::Done`] comes when the gate
+    /// This process has let go of a pin. [`Reply::Done`](crate::Reply::Done) comes when the gate
     /// judges as if it had never been, if nobody else keeps it.
     Ended(WatchedPin),
     /// Asks to be told what happens to pins of this user from now on. The
     /// answer is what has happened to each of them already, and then
-    /// [`Reply::Watching`]. From the first such request on the connection is for
+    /// [`Reply::Watching`](crate::Reply::Watching). From the first such request on the connection is for
     /// this alone: more of them may follow, and the guard says
-    /// [`Reply::Notice`] at any time. It never waits for a reader: when
+    /// [`Reply::Notice`](crate::Reply::Notice) at any time. It never waits for a reader: when
     /// notices cannot be delivered it closes the connection.
     Watch(Vec<WatchedPin>),
 }
