@@ -66,6 +66,9 @@ fn main() -> ExitCode {
     if wanted("neighbours") {
         neighbours(&xfs);
     }
+    if wanted("together") {
+        together(&xfs);
+    }
     if wanted("many") {
         many_files(&xfs);
     }
@@ -383,6 +386,48 @@ fn neighbours(disk: &Disk) {
 }
 
 /// Ten thousand files at once.
+/// Files that are pinned for the first time: with one request, against one after
+/// the other.
+fn together(disk: &Disk) {
+    const FILES: usize = 250;
+    let directory = disk.path("together");
+    std::fs::create_dir(&directory).unwrap();
+    let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+    let options = PinOptions::new()
+        .guard(guard.client())
+        .patience(Duration::from_secs(2));
+    let mut paired = Paired::default();
+    for turn in 0..10 {
+        let fresh = |side: &str| -> Vec<File> {
+            let path = |number| directory.join(format!("{side}-{turn}-{number}"));
+            (0..FILES)
+                .map(|number| written(&path(number), 65536))
+                .collect()
+        };
+        let (ours, peer) = (fresh("ours"), fresh("peer"));
+        let started = Instant::now();
+        let all = options.pin_all(&ours).unwrap();
+        let at_once = started.elapsed();
+        drop((all, ours));
+        let started = Instant::now();
+        let each: Vec<Pin> = peer.iter().map(|file| options.pin(file).unwrap()).collect();
+        let one_by_one = started.elapsed();
+        drop((each, peer));
+        let per_file = |time: Duration| time.as_secs_f64() * 1e6 / FILES as f64;
+        paired.add(per_file(at_once), per_file(one_by_one));
+    }
+    paired.print(
+        "first pins of 250 files with one request, against one by one",
+        None,
+    );
+    print_goal(
+        "for each of them",
+        percentile(&paired.ours, 50),
+        500.0,
+        "µs",
+    );
+}
+
 fn many_files(disk: &Disk) {
     const FILES: u32 = 10_000;
     let directory = disk.path("many");
@@ -442,6 +487,8 @@ fn many_files(disk: &Disk) {
 fn raise_descriptor_limit() {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
+    // A guard needs two for each pin of a file that is open for reading alone.
+    limit.maximum = limit.maximum.map(|most| most.max(100_000));
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).unwrap();
 }
