@@ -103,6 +103,22 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
+    /// The pins of an inode, and the one that sleeps. A pin that falls asleep or
+    /// is taken up is at both places for a moment, so it is never missed: it goes
+    /// to the sleepers before it leaves the table, and back the other way round.
+    fn pins_awake_or_asleep(&self, watched: &table::Watched) -> Vec<Arc<table::Pin>> {
+        let before = watched.pins.load_full();
+        let asleep = self.gate.sleeper(watched.id);
+        let after = watched.pins.load_full();
+        let mut all: Vec<Arc<table::Pin>> = Vec::new();
+        for pin in after.iter().chain(&asleep).chain(before.iter()) {
+            if !all.iter().any(|known| known.id == pin.id) {
+                all.push(Arc::clone(pin));
+            }
+        }
+        all
+    }
+
     fn new(gate: Arc<dyn gate::Gate>, limits: places::Limits) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks
         // on bytes of their own: begin somewhere else.

@@ -158,11 +158,12 @@ pub(crate) fn grant(
         if granted.is_err() {
             watched.remove(|other| other.id == pin.id);
             let was_last = watched.pins.load().is_empty();
-            state.retired = was_last;
             // The gate first: once the entry is gone another grant may have its
             // own in the gate.
             guard.gate.withdraw(&watched, file.as_fd(), was_last);
-            if was_last {
+            // Somebody may have taken up a pin that slept.
+            if was_last && watched.pins.load().is_empty() {
+                state.retired = true;
                 guard.table.remove(&watched);
             }
         }

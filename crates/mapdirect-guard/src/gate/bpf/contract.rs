@@ -80,6 +80,8 @@ impl gate::Gate for Gate {
     }
 
     fn spoil(&self, guard: &Guard, inode: InodeId) {
+        // The pin may have ended, and not be known to sleep yet.
+        self.disturb_inode(inode);
         self.forget_dormant(guard, inode);
     }
 

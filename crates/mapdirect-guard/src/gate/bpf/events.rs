@@ -134,6 +134,14 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
             // Only a guard that comes later misses it.
             let _ = gate.remember(watched, &joined, event.file, &handle, Proof::NONE);
         }
+        // It may be over by now, and its end be told next. If it ended before it
+        // was remembered, nobody has noted that with what is remembered. Whoever
+        // frees the struct file takes it out of `holders` first and notes the
+        // end then; here it is remembered first, and looked for then.
+        if matches!(gate.pin_at(event.file), Ok(pin) if pin != Some(event.pin)) {
+            gate.drop_facts(event.pin);
+            continue;
+        }
         watched.add(&joined);
     }
     let _ = gate.publish(watched);

@@ -6,8 +6,8 @@
 //! it looks whether what is there is what the gate was told. If so, it is the
 //! pin; if not, it begins anew.
 
-use super::Gate;
 use super::census::Writers;
+use super::{Gate, Proof};
 use crate::Errno;
 use crate::bounded::Stuck;
 use crate::busy::{self, Busy, Quiet};
@@ -29,6 +29,8 @@ pub(super) struct Exclusion<'a, 'h> {
     holder: &'a mut Holder<'h>,
     /// The description that the pin was asked for with.
     of_holder: OwnedFd,
+    /// What shows later that nothing has happened since the pin was published.
+    proof: Proof,
     /// When to give up if the block map keeps changing.
     deadline: Instant,
 }
@@ -49,13 +51,15 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         granting.watched.add(granting.pin);
         let for_pin = granting.open_for_pin(holder.file.as_fd())?;
         let of_holder = std::mem::replace(&mut holder.file, for_pin);
-        gate.hold(granting.watched, granting.pin, holder.file.as_fd())
+        let proof = gate
+            .hold(granting.watched, granting.pin, holder.file.as_fd())
             .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
         Ok(Self {
             gate,
             granting,
             holder,
             of_holder,
+            proof,
             deadline,
         })
     }
@@ -107,6 +111,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     /// The kernel itself tells when the description is gone.
     fn secured(&self, map: BlockMap) -> Secured {
+        self.gate.prove(self.granting.pin.id, self.proof);
         Secured {
             map,
             lifeline: None,

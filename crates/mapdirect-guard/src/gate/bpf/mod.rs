@@ -315,13 +315,10 @@ impl Gate {
         attached.map(drop).map_err(|error| error.to_string())
     }
 
-    /// From now on the pin lives as long as this description does.
-    pub(crate) fn hold(
-        &self,
-        watched: &Watched,
-        pin: &Pin,
-        file: BorrowedFd<'_>,
-    ) -> Result<(), Errno> {
+    /// From now on the pin lives as long as this description does. What this
+    /// returns shows later that nothing has happened since: it is for
+    /// [`Gate::prove`].
+    fn hold(&self, watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> Result<Proof, Errno> {
         let key = Key::new(watched.id);
         let handle = file_handle::of(file)?;
         let attached = self.loaded.costly.attached();
@@ -344,7 +341,22 @@ impl Gate {
             stamp: identity.stamp,
             generation: identity.generation,
         };
-        self.remember(watched, pin, identity.file, &handle, proof)
+        // Nothing is proven yet. Should the guard end now, and the pin with it,
+        // nobody may take it up.
+        self.remember(watched, pin, identity.file, &handle, Proof::NONE)?;
+        Ok(proof)
+    }
+
+    /// The pin is granted: it may be taken up again when it has ended, if nothing
+    /// has happened since `proof`. Its description is still here, so nobody else
+    /// writes to what is kept of it.
+    fn prove(&self, pin: u64, proof: Proof) {
+        if let Ok(Some(mut facts)) = self.facts(pin) {
+            (facts.stamp, facts.generation) = (proof.stamp, proof.generation);
+            let pins = &self.loaded.maps.pins;
+            // Without it the guard is asked for the next pin.
+            let _ = pins.update(&pin.to_ne_bytes(), facts.as_bytes(), MapFlags::EXIST);
+        }
     }
 
     /// Makes a description a pin. Somebody may be finding out just now that
