@@ -415,6 +415,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg_attr(miri, ignore = "it asks the kernel about files")]
     fn files_that_are_none_and_filesystems_that_cannot() {
         let device = facts("/dev/null").obstacles();
         assert_eq!(device[0].kind, ObstacleKind::FileType);
