@@ -104,6 +104,23 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
+    /// The pins of an inode, including the dormant one. A pin that becomes
+    /// dormant or is taken up is in both places for a moment, so it is never
+    /// missed: it joins the dormant pins before it leaves the table, and returns
+    /// in the opposite order.
+    fn pins_awake_or_asleep(&self, watched: &table::Watched) -> Vec<Arc<table::Pin>> {
+        let before = watched.pins.load_full();
+        let asleep = self.gate.sleeper(watched.id);
+        let after = watched.pins.load_full();
+        let mut all: Vec<Arc<table::Pin>> = Vec::new();
+        for pin in after.iter().chain(&asleep).chain(before.iter()) {
+            if !all.iter().any(|known| known.id == pin.id) {
+                all.push(Arc::clone(pin));
+            }
+        }
+        all
+    }
+
     fn new(gate: Arc<dyn gate::Gate>, limits: places::Limits) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks on
         // their bytes. So begin with other numbers.

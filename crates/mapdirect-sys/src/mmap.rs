@@ -117,6 +117,7 @@ pub unsafe fn map_anonymous(address: usize, length: usize, prot: i32, flags: i32
 
 /// Makes memory that was mapped `PROT_NONE` readable and writable, and unlocks
 /// it. With `mlockall(2)` every mapping is locked, but is not filled before it
+/// can be read.
 ///
 /// # Errors
 ///

@@ -158,11 +158,12 @@ pub(crate) fn grant(
         if granted.is_err() {
             watched.remove(|other| other.id == pin.id);
             let was_last = watched.pins.load().is_empty();
-            state.retired = was_last;
             // Withdraw from the gate first: once the entry is out of the table,
             // another grant may publish its own entry in the gate.
             guard.gate.withdraw(&watched, file.as_fd(), was_last);
-            if was_last {
+            // Somebody may have taken up a dormant pin.
+            if was_last && watched.pins.load().is_empty() {
+                state.retired = true;
                 guard.table.remove(&watched);
             }
         }

@@ -152,13 +152,8 @@ const DEAD: &str = "its filesystem was shut down: nothing is written to the bloc
 /// Takes a look.
 pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let watched = &order.watched;
-    let pins = watched.pins.load_full();
-    let dormant = guard.gate.sleeper(watched.id);
-    let alive: Vec<&Arc<Pin>> = pins
-        .iter()
-        .chain(&dormant)
-        .filter(|pin| !pin.is_dead())
-        .collect();
+    let pins = guard.pins_awake_or_asleep(watched);
+    let alive: Vec<&Arc<Pin>> = pins.iter().filter(|pin| !pin.is_dead()).collect();
     if alive.is_empty() {
         return Outcome::Done;
     }

@@ -534,16 +534,10 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
         let Some(watched) = guard.table.get(id) else {
             continue;
         };
-        let pins = watched.pins.load();
-        let dormant = guard.gate.sleeper(id);
-        let is_concerned = pins
-            .iter()
-            .chain(&dormant)
-            .any(|pin| look::concerns(pin, told.blocks));
-        if !is_concerned {
+        let pins = guard.pins_awake_or_asleep(&watched);
+        if !pins.iter().any(|pin| look::concerns(pin, told.blocks)) {
             continue;
         }
-        drop(pins);
         if let Some(file) = wired.listened(id) {
             let case = case_of(cases, watched, file);
             if told.inode.is_some() {
@@ -592,8 +586,10 @@ fn case_of(
 fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
     let is_pinned = |id| {
         let watched = guard.table.get(id);
-        watched.is_some_and(|watched| watched.pins.load().iter().any(|pin| !pin.is_dead()))
-            || guard.gate.sleeper(id).is_some()
+        watched.is_some_and(|watched| {
+            let pins = guard.pins_awake_or_asleep(&watched);
+            pins.iter().any(|pin| !pin.is_dead())
+        })
     };
     let closed = lock(wires).tidy(is_pinned);
     if closed.is_empty() {

@@ -249,9 +249,23 @@ impl Listener {
         if told {
             self.listen();
         }
-        if self.link.is_none() && self.has_live_pins() {
-            self.connect_or_tell();
+        if self.link.is_none() {
+            self.leave_asleep();
+            if self.has_live_pins() {
+                self.connect_or_tell();
+            }
         }
+    }
+
+    /// No guard is heard any more. A pin that sleeps is not taken up again before
+    /// one is: nobody would tell what becomes of it.
+    fn leave_asleep(&self) {
+        self.bring(|entry| {
+            let may_be_taken_up = entry.asleep && entry.state.is_kept();
+            may_be_taken_up.then(|| State::Unattended {
+                why: String::from("the guard went away while the pin was over"),
+            })
+        });
     }
 
     fn has_live_pins(&self) -> bool {

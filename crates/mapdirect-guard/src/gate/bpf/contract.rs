@@ -82,6 +82,8 @@ impl gate::Gate for Gate {
     }
 
     fn spoil(&self, guard: &Guard, inode: InodeId) {
+        // The pin may have ended without being known as dormant yet.
+        self.disturb_inode(inode);
         self.forget_dormant(guard, inode);
     }
 

@@ -136,6 +136,15 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
             // If this fails, only a later guard misses the pin.
             let _ = gate.remember(watched, &joined, event.file, &handle, Proof::NONE);
         }
+        // The pin may have ended by now, and its end may be the next event. If
+        // it ended before it was remembered here, nobody has noted the end in
+        // what is remembered. The programs remove a freed struct file from
+        // `holders` and then note the end; this code remembers the pin and then
+        // looks for it in `holders`, so that one side sees the other.
+        if matches!(gate.pin_at(event.file), Ok(pin) if pin != Some(event.pin)) {
+            gate.drop_facts(event.pin);
+            continue;
+        }
         watched.add(&joined);
     }
     let _ = gate.publish(watched);

@@ -6,8 +6,8 @@
 //! have begun before. Then it checks whether the blocks are what the gate was
 //! told. If so, they are pinned; if not, the grant begins anew.
 
-use super::Gate;
 use super::census::Writers;
+use super::{Gate, Proof};
 use crate::Errno;
 use crate::bounded::Stuck;
 use crate::busy::{self, Busy, Quiet};
@@ -29,6 +29,8 @@ pub(super) struct Exclusion<'a, 'h> {
     holder: &'a mut Holder<'h>,
     /// The description with which the pin was requested.
     of_holder: OwnedFd,
+    /// Shows later that nothing has happened since the pin was published.
+    proof: Proof,
     /// When to give up if the block map keeps changing.
     deadline: Instant,
 }
@@ -49,13 +51,15 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         granting.watched.add(granting.pin);
         let for_pin = granting.open_for_pin(holder.file.as_fd())?;
         let of_holder = std::mem::replace(&mut holder.file, for_pin);
-        gate.hold(granting.watched, granting.pin, holder.file.as_fd())
+        let proof = gate
+            .hold(granting.watched, granting.pin, holder.file.as_fd())
             .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
         Ok(Self {
             gate,
             granting,
             holder,
             of_holder,
+            proof,
             deadline,
         })
     }
@@ -106,6 +110,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     /// The pin needs no lifeline: the kernel itself reports when the
     /// description is gone.
     fn secured(&self, map: BlockMap) -> Secured {
+        self.gate.prove(self.granting.pin.id, self.proof);
         Secured {
             map,
             lifeline: None,

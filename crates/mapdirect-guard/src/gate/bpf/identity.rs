@@ -96,12 +96,15 @@ impl Gate {
 
     /// The pin whose life this description is, if it is one.
     pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
-        let identity = self.identify(file)?;
-        let holder = self
-            .loaded
-            .maps
-            .holders
-            .lookup(&identity.file.to_ne_bytes(), MapFlags::ANY)
+        self.pin_at(self.identify(file)?.file)
+    }
+
+    /// The pin whose life a struct file is, if any. The struct file may have been
+    /// freed by now.
+    pub(super) fn pin_at(&self, file: u64) -> Result<Option<u64>, Errno> {
+        let holders = &self.loaded.maps.holders;
+        let holder = holders
+            .lookup(&file.to_ne_bytes(), MapFlags::ANY)
             .map_err(|error| errno(&error))?;
         let holder = holder.and_then(|bytes| Holder::read_from_bytes(&bytes).ok());
         Ok(holder.map(|holder| holder.pin))

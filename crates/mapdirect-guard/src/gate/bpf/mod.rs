@@ -319,13 +319,10 @@ impl Gate {
         attached.map(drop).map_err(|error| error.to_string())
     }
 
-    /// Makes the pin live as long as this description from now on.
-    pub(crate) fn hold(
-        &self,
-        watched: &Watched,
-        pin: &Pin,
-        file: BorrowedFd<'_>,
-    ) -> Result<(), Errno> {
+    /// Makes the pin live as long as this description from now on. The returned
+    /// proof is for [`Gate::prove`]: it shows later that nothing has happened
+    /// since.
+    fn hold(&self, watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> Result<Proof, Errno> {
         let key = Key::new(watched.id);
         let handle = file_handle::of(file)?;
         let attached = self.loaded.costly.attached();
@@ -348,7 +345,22 @@ impl Gate {
             stamp: identity.stamp,
             generation: identity.generation,
         };
-        self.remember(watched, pin, identity.file, &handle, proof)
+        // Nothing is proven yet. If the guard and the pin ended now, nobody may
+        // take the pin up.
+        self.remember(watched, pin, identity.file, &handle, Proof::NONE)?;
+        Ok(proof)
+    }
+
+    /// Marks a pin as granted: when it has ended it may be taken up again, if
+    /// nothing has happened since `proof`. The guard still has the pin's
+    /// description, so nobody else writes to what the maps keep of the pin.
+    fn prove(&self, pin: u64, proof: Proof) {
+        if let Ok(Some(mut facts)) = self.facts(pin) {
+            (facts.stamp, facts.generation) = (proof.stamp, proof.generation);
+            let pins = &self.loaded.maps.pins;
+            // If this fails, the guard is asked for the next pin.
+            let _ = pins.update(&pin.to_ne_bytes(), facts.as_bytes(), MapFlags::EXIST);
+        }
     }
 
     /// Makes a description a pin. This may have to wait for somebody who is
