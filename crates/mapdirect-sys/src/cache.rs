@@ -6,8 +6,8 @@
 //! `clflush`, the first of these that the processor has (CPUID leaf 7, EBX bits
 //! 24 and 23, Intel SDM volume 2), and the fence is `sfence`; `clwb` may keep
 //! the line in the cache. On arm64 the instruction is `dc cvap` if the
-//! processor has it (`HWCAP_DCPOP`), otherwise `dc cvac`, and the fence is `dsb
-//! ish`.
+//! processor has it (`HWCAP_DCPOP`), and otherwise `dc cvac`. The fence there
+//! is `dsb ish`.
 
 #[cfg(target_arch = "aarch64")]
 #[path = "cache/aarch64.rs"]

@@ -142,7 +142,8 @@ impl<'file> HeldLease<'file> {
         }
     }
 
-    /// Whether nobody has tried to open the file since the lease was taken.
+    /// Whether nobody is waiting for the lease to go, and nobody was let in
+    /// since.
     #[must_use]
     pub fn is_undisturbed(&self) -> bool {
         // A lease that is being broken is told as what will become of it

@@ -289,8 +289,8 @@ impl Opens {
         self.waiting.load(SeqCst) && !self.refused.load(SeqCst)
     }
 
-    /// Has opens for writing refused at once. The caller must tell the gate to
-    /// look again at the opens that wait.
+    /// Makes the gate refuse opens for writing at once. The caller must tell
+    /// the gate to look again at the opens that wait.
     pub(crate) fn refuse(&self) {
         self.refused.store(true, SeqCst);
     }

@@ -144,8 +144,8 @@ impl Tripwire {
         lock(&self.missing).clone()
     }
 
-    /// Has the block maps of all pins read and compared soon, because the gate
-    /// was open for a moment and is closed again.
+    /// Makes the tripwire read and compare the block maps of all pins soon,
+    /// because the gate was open for a moment and is closed again.
     #[cfg_attr(
         not(feature = "bpf"),
         expect(dead_code, reason = "nobody can open the other gate")
@@ -555,8 +555,8 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
     }
 }
 
-/// Has all files looked at, because events may have been lost and nobody knows
-/// of which file.
+/// Orders a look at every file, because events may have been lost and nobody
+/// knows of which file.
 fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     for file in lock(wires).all() {
         if let Some(watched) = guard.table.get(file.id) {

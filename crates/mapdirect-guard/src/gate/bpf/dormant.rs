@@ -354,7 +354,7 @@ impl Gate {
         }
     }
 
-    /// Has the end of a pin reported from now on that an earlier guard had
+    /// Makes the programs report the end of a pin that an earlier guard had
     /// dormant.
     pub(super) fn listen_for_end(&self, key: Key, pin: u64) {
         let _ = self.tend(key, pin, TEND_TELL);

@@ -151,8 +151,8 @@ impl Gate {
         }
     }
 
-    /// Has the ends of all pins reported from now on, and deletes what is kept
-    /// of those that have ended.
+    /// Makes the programs report the ends of all pins from now on, and deletes
+    /// what is kept of pins that have ended.
     fn hear_of_pins(&self) {
         let pins: Vec<Vec<u8>> = self.loaded.maps.pins.keys().collect();
         for pin in pins {

@@ -309,7 +309,7 @@ impl Server<'_> {
         })
     }
 
-    /// Has an event looked at, now or when it is its turn.
+    /// Gives an event to a looker, now or when it is its turn.
     fn line_up(&mut self, mut waiting: Waiting) {
         let in_peace = self.line.is_empty() && !self.lookers.any_hangs();
         if in_peace && self.lookers.has_room() {
@@ -329,8 +329,8 @@ impl Server<'_> {
         }
     }
 
-    /// Has the events looked at whose turn it is, and refuses those that nobody
-    /// will look at in time.
+    /// Gives the events whose turn it is to lookers, and refuses events that
+    /// nobody will look at in time.
     fn ask(&mut self) {
         let Self { lookers, line, .. } = self;
         let (mut again, mut late) = (Vec::new(), Vec::new());
@@ -432,8 +432,8 @@ impl Server<'_> {
         }
     }
 
-    /// Has a thread looked at once more to learn its name, because it is going
-    /// to be refused.
+    /// Makes a looker look once more at a thread that is going to be refused,
+    /// to learn its name.
     fn ask_name(&mut self, mut waiting: Waiting) {
         waiting.question.named = true;
         self.line_up(waiting);
