@@ -1,9 +1,9 @@
-//! Holding pages in the page cache, each for itself.
+//! Holds single pages in the page cache.
 //!
-//! They keep frozen blocks and others apart:
-//! [`pages_between`](crate::policy::pages_between) says why, and which. They are
-//! brought in one by one, and held for as long as the pin lives. Operations that
-//! would throw them out again are refused: see
+//! These pages keep frozen blocks apart from others:
+//! [`pages_between`](crate::policy::pages_between) says why, and which pages.
+//! They are brought in one by one, and held for as long as the pin lives.
+//! Operations that would throw them out again are refused: see
 //! [`Apart::Held`](crate::policy::Apart::Held).
 
 use crate::Errno;
@@ -15,15 +15,16 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-/// Pages held for one pin; they go back when it is dropped.
+/// Pages held for one pin. Dropping this value gives them back.
 #[derive(Debug)]
 pub(crate) struct Held {
     _pages: vmsplice::Held,
     _budget: Budget,
 }
 
-/// How many pages are held for all pins together, and in how many pipes:
-/// page cache that nobody gets back, and descriptors that the gate needs.
+/// Counts the pages held for all pins together, and the pipes that hold them.
+/// Held pages are page cache that nobody gets back, and pipes are descriptors
+/// that the gate needs.
 #[derive(Debug)]
 pub(crate) struct Pages {
     held: Arc<AtomicUsize>,
@@ -31,17 +32,17 @@ pub(crate) struct Pages {
     most_pipes: usize,
 }
 
-/// Four gigabytes' worth.
+/// The most pages held: four gigabytes.
 const MOST_PAGES: usize = 1 << 20;
 
-/// Leave to hold some of them.
+/// Permission to hold some pages.
 #[derive(Debug)]
 pub(crate) struct Budget {
     of: [(Arc<AtomicUsize>, usize); 2],
 }
 
 impl Pages {
-    /// With so many descriptors at hand a quarter of them may be pipes.
+    /// Of this many descriptors, a quarter may be pipes.
     pub(crate) fn new(descriptors: usize) -> Self {
         Self {
             held: Arc::default(),
@@ -50,7 +51,7 @@ impl Pages {
         }
     }
 
-    /// Leave to hold `count` more, if so many may be.
+    /// Permission to hold `count` more pages, if the limit permits that.
     pub(crate) fn take(&self, count: usize) -> Option<Budget> {
         let pipes = vmsplice::pipes_for(count);
         let take = |of: &Arc<AtomicUsize>, count: usize, most: usize| {
@@ -81,17 +82,17 @@ impl Drop for Budget {
 pub(crate) enum Failed {
     /// This page is part of a larger folio that somebody maps.
     InUse(u64),
-    /// The kernel refused something.
+    /// A system call failed.
     System(&'static str, Errno),
 }
 
-/// How often to try to get a page out of a larger folio: readers bring it
-/// back.
+/// How often to try to get a page out of a larger folio: readers may bring the
+/// folio back.
 const TRIES: u32 = 20;
 
-/// Brings the pages at `offsets`, in file order, into the page cache one by
-/// one and holds them there. `file` is open for reading and has no other user
-/// than this thread.
+/// Brings the pages at `offsets`, which must be in file order, into the page
+/// cache one by one and holds them there. `file` must be open for reading and
+/// be used by this thread alone.
 pub(crate) fn hold(
     file: BorrowedFd<'_>,
     offsets: &[u64],
@@ -108,13 +109,15 @@ pub(crate) fn hold(
         for offset in offsets {
             view.populate(*offset).map_err(system("reading a page"))?;
         }
-        // Held first, looked at then: what is held does not change any more.
+        // First hold the pages, then check them: a held page does not change
+        // any more.
         let held = vmsplice::Held::new(&view, offsets).map_err(system("vmsplice"))?;
         let mut large = None;
         for offset in offsets {
             match flags.is_single(&view, *offset) {
                 Ok(true) => {}
-                // Not there any more is as good as not alone.
+                // A page that is not there any more is no better than one in a
+                // larger folio.
                 Ok(false) | Err(Errno::NOENT) => {
                     large = Some(*offset);
                     break;
@@ -135,10 +138,10 @@ pub(crate) fn hold(
     Err(Failed::InUse(*first))
 }
 
-/// Throws the folios around the pages out of the page cache, from the first
-/// that is too large on.
+/// Throws the folios around the pages out of the page cache, beginning with the
+/// first that is too large.
 fn throw_out(file: BorrowedFd<'_>, offsets: &[u64], large: u64, folio: u64) -> Result<(), Errno> {
-    // Stores of other holders may have made some of them dirty.
+    // Stores of other holders may have made some pages dirty.
     rustix::fs::fdatasync(file)?;
     let mut done = 0;
     for offset in offsets.iter().filter(|offset| **offset >= large) {

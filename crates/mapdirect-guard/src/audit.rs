@@ -1,9 +1,8 @@
-//! Who was refused what: counted, kept for a while, and told to whoever runs
-//! the guard.
+//! Records refusals: counts them, keeps them for a while, and reports them to
+//! the operator of the guard.
 //!
-//! The gate thread only drops a record into a ring and wakes the audit
-//! thread. It never logs: a logger may need the very file somebody waits
-//! for.
+//! The gate thread only puts a record into a ring and wakes the audit thread.
+//! It never logs: a logger may need the very file that somebody waits for.
 
 use crate::policy::{OperationKind, RULES};
 use crate::table::InodeId;
@@ -30,7 +29,7 @@ pub(crate) struct Refused {
     pub(crate) range: Option<Range<u64>>,
 }
 
-/// Counters and the ring.
+/// The counters, and the ring between the gate thread and the audit thread.
 #[derive(Debug)]
 pub(crate) struct Audit {
     ring: ArrayQueue<Refused>,
@@ -59,7 +58,7 @@ impl Audit {
         self.judged.fetch_add(1, Relaxed);
     }
 
-    /// Notes a refusal. Neither blocks nor fails.
+    /// Records a refusal. Neither blocks nor fails.
     pub(crate) fn refused(&self, refused: Refused) {
         self.refused[refused.kind as usize].fetch_add(1, Relaxed);
         if self.ring.push(refused).is_err() {
@@ -74,7 +73,7 @@ impl Audit {
         self.judged.load(Relaxed)
     }
 
-    /// Counts by name of operation, those that are not zero.
+    /// The counts that are not zero, by name of operation.
     pub(crate) fn counts(&self) -> Vec<(String, u64)> {
         RULES
             .iter()
@@ -97,8 +96,9 @@ impl Audit {
         }
     }
 
-    /// The audit thread: hands every refusal to `tell`, and how many could
-    /// not be kept; and has `others` do whatever else there is when it wakes.
+    /// The work of the audit thread: calls `tell` with every refusal and the
+    /// number of refusals that could not be kept, and calls `others` each time
+    /// the thread wakes.
     pub(crate) fn run(&self, tell: &dyn Fn(&RefusedOperation, u64), others: &dyn Fn()) {
         let _ = self.thread.set(std::thread::current());
         loop {

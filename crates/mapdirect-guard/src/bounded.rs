@@ -1,26 +1,28 @@
-//! Looking around in `/proc`, for a limited time.
+//! Looks around in `/proc`, for a limited time.
 //!
-//! Most of what `/proc` tells about a process cannot be read while that
-//! process is in the middle of `execve(2)`: the kernel holds its
-//! `exec_update_lock` from the exchange of the memory until the descriptors
-//! marked close-on-exec are closed (`begin_new_exec`, fs/exec.c). If what one
-//! of these steps waits for never comes, say an answer of a FUSE server, then
-//! whoever reads waits for ever, and cannot be called back. So every look is
-//! taken by a thread of its own, which is left alone when it takes too long.
+//! Most of what `/proc` tells about a process cannot be read while that process
+//! is in the middle of `execve(2)`. The kernel holds the `exec_update_lock` of
+//! the process from the exchange of its memory until the descriptors marked
+//! close-on-exec are closed (`begin_new_exec`, fs/exec.c). If one of these
+//! steps waits for something that never comes, such as an answer of a FUSE
+//! server, then a reader waits for ever, and cannot be interrupted. So every
+//! look runs in a thread of its own, which is abandoned when it takes too long.
 //!
-//! A look that hangs says something all the same. Whoever waits for
+//! Even a look that hangs says something. A thread that waits for
 //! `exec_update_lock` (`lock_trace`, fs/proc/base.c; `mm_access`,
-//! kernel/fork.c) waits for a process that is past `de_thread`: its one thread
-//! is in the middle of `execve(2)` and of nothing else. So
-//! [`Stuck::is_in_execve`] looks at what the hanging thread of *ours* sleeps in,
-//! and how many threads the process has. (Landlock takes
-//! the same lock in a process with other threads, from Linux 7.0: they count.)
+//! kernel/fork.c) waits for a process that is past `de_thread`: the only thread
+//! of that process is in the middle of `execve(2)` and of nothing else. So
+//! [`Stuck::is_in_execve`] checks in which function the hanging thread of
+//! *this* process sleeps, and how many threads the other process has. (From
+//! Linux 7.0 Landlock takes the same lock in a process with other threads; the
+//! thread count tells.)
 //!
-//! Counting them can hang, too: `/proc/<pid>` and `/proc/<pid>/task` are locked
-//! for as long as somebody likes who lists them into a page of a FUSE file while
-//! somebody else waits to mount there. So each look that takes long gets a
-//! second thread ([`Look::answer`]) that says whether it hangs, and where that
-//! does not answer, it does not.
+//! Counting the threads can hang, too. `/proc/<pid>` and `/proc/<pid>/task` can
+//! be locked for any length of time: by somebody who lists them into a page of
+//! a FUSE file while somebody else waits to mount there. So each look that
+//! takes long gets a second thread ([`Look::answer`]) that says whether the
+//! look hangs. If the second thread does not answer, the look counts as not
+//! hanging.
 
 use mapdirect_sys::descriptors::spawn_apart;
 use mapdirect_sys::proc;
@@ -28,14 +30,14 @@ use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
-/// Looks under way at any time, those that hang included.
+/// The most looks under way at any time, including those that hang.
 const MOST: usize = 512;
 
-/// How much longer than somebody's patience a look may take, so that a busy
-/// processor is not taken for a process that cannot be looked at.
+/// How much longer than the given patience a look may take, so that a busy
+/// processor is not mistaken for a process that cannot be looked at.
 const GRACE: Duration = Duration::from_millis(200);
 
-/// How often to see whether a look hangs; what was found is seen the next time.
+/// How often to check whether a look hangs. The result is used the next time.
 const A_WHILE: Duration = Duration::from_millis(10);
 
 static LOOKS: Looks = Looks::new(MOST, hangs_for_execve);
@@ -43,12 +45,12 @@ static LOOKS: Looks = Looks::new(MOST, hangs_for_execve);
 /// A process could not be looked at in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stuck {
-    /// Which; 0 if it was not even begun with any.
+    /// The process, or 0 if no look was even begun.
     pub(crate) pid: i32,
 }
 
 impl Stuck {
-    /// What could not be done, for a person.
+    /// Says for a person what could not be done.
     pub(crate) fn obstacle(self) -> String {
         if self.pid == 0 {
             return String::from("there was no time to look at the processes of the system");
@@ -57,31 +59,32 @@ impl Stuck {
             "process {} ({}) cannot be looked at: it has been in the middle of execve(2), or \
              the system too busy, for all that time",
             self.pid,
-            // This can be read then, unless its directory in /proc is locked.
+            // The command can be read even then, unless the directory in /proc
+            // is locked.
             within(GRACE, move |_| proc::command(self.pid)).unwrap_or_else(|_| String::from("?"))
         )
     }
 
-    /// Whether a look still hangs there because the process is in the middle
-    /// of `execve(2)`.
+    /// Whether a look still hangs at the process because the process is in the
+    /// middle of `execve(2)`.
     pub(crate) fn is_in_execve(self) -> bool {
         LOOKS.hangs_for_execve(self.pid)
     }
 }
 
-/// Whether thread `tid` of this process waits for process `pid` to be done
-/// with `execve(2)`. This may hang.
+/// Whether thread `tid` of this process waits for process `pid` to finish
+/// `execve(2)`. This may hang.
 fn hangs_for_execve(tid: i32, pid: i32) -> bool {
-    // In this order: a process that has one thread while a look waits has had
-    // one ever since that began to wait, unless it got further.
+    // The order matters: if the process has one thread while the look waits, it
+    // has had one since the look began to wait, unless the look went on.
     let alone =
         || proc::numbers_in(&format!("/proc/{pid}/task")).is_ok_and(|threads| threads.len() == 1);
     let waits = || {
         proc::sleeps_in(tid).is_ok_and(|function| {
             function.is_some_and(|function| {
-                // Inlined here and there: what reads a file of `/proc` or the
-                // name of a namespace, takes a look at memory, or compares
-                // descriptors.
+                // The lock is taken in functions that may be inlined: those
+                // that read a file of `/proc` or the name of a namespace, look
+                // at memory, or compare descriptors.
                 let waits_in = [
                     "lock_trace",
                     "proc_pid_",
@@ -103,42 +106,43 @@ fn hangs_for_execve(tid: i32, pid: i32) -> bool {
 /// A look under way.
 #[derive(Debug, Default)]
 struct Look {
-    /// The process it is at.
+    /// The process that is being looked at.
     pid: AtomicI32,
     /// The thread that looks.
     tid: AtomicI32,
-    /// Nobody waits for it any more.
+    /// Whether nobody waits for this look any more.
     is_given_up: AtomicBool,
     examination: Mutex<Examination>,
-    /// Something of the examination has changed.
+    /// Signalled when something in the examination has changed.
     changed: Condvar,
 }
 
-/// Whether a look hangs, as its second thread finds out.
+/// What the second thread of a look finds out about the look.
 #[derive(Debug, Default)]
 struct Examination {
-    /// There is such a thread.
+    /// Whether there is such a thread.
     is_under_way: bool,
-    /// How often that was asked, and up to which of these it is answered.
+    /// How often the question was asked, and how many of these questions have
+    /// been answered.
     asked: u64,
     answered: u64,
-    /// The process that it hung at then, or 0.
+    /// The process at which the look hung at the last answer, or 0.
     at: i32,
-    /// The look has ended.
+    /// Whether the look has ended.
     is_over: bool,
 }
 
 impl Examination {
-    /// Unless it has gone on meanwhile.
+    /// Whether the look hangs, unless it has gone on since.
     fn hangs_at(&self, look: &Look) -> bool {
         self.at > 0 && self.at == look.pid.load(SeqCst)
     }
 }
 
-/// Second threads, those that hang included.
+/// The number of second threads, including those that hang.
 static EXAMINERS: AtomicUsize = AtomicUsize::new(0);
 
-/// Counted for as long as it lives.
+/// Counts one second thread as long as this value lives.
 struct Examiner;
 
 impl Examiner {
@@ -162,7 +166,8 @@ impl Look {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has it found out once more whether it hangs; nothing if nobody can.
+    /// Asks once more whether the look hangs. Returns `None` if no second
+    /// thread can be had.
     fn ask(
         self: &Arc<Self>,
         is_in_execve: fn(i32, i32) -> bool,
@@ -186,15 +191,15 @@ impl Look {
         Some(examination)
     }
 
-    /// Whether it hung when that was found out last; asks for the next time,
-    /// and waits for nothing.
+    /// Whether the look hung at the last answer. Also asks for the next answer,
+    /// but does not wait for it.
     fn hung_lately(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool) -> bool {
         self.ask(is_in_execve)
             .is_some_and(|examination| examination.hangs_at(self))
     }
 
-    /// Whether it hangs, looked at after this was called; no if that cannot be
-    /// told in so long a time.
+    /// Whether the look hangs, checked after this call. `false` if that cannot
+    /// be found out within `limit`.
     fn hangs(self: &Arc<Self>, is_in_execve: fn(i32, i32) -> bool, limit: Duration) -> bool {
         let Some(examination) = self.ask(is_in_execve) else {
             return false;
@@ -209,7 +214,8 @@ impl Look {
         examination.answered >= asked && examination.hangs_at(self)
     }
 
-    /// Says whether it hangs, as often as that is asked, until it has ended.
+    /// Answers the question whether the look hangs, as often as it is asked,
+    /// until the look has ended.
     fn answer(&self, is_in_execve: fn(i32, i32) -> bool) {
         let mut examination = self.examination();
         loop {
@@ -231,14 +237,14 @@ impl Look {
         }
     }
 
-    /// It has ended.
+    /// Marks that the look has ended.
     fn end(&self) {
         self.examination().is_over = true;
         self.changed.notify_all();
     }
 }
 
-/// Tells what a look is at.
+/// Records which process a look is at.
 #[derive(Debug)]
 pub(crate) struct Looking {
     looks: &'static Looks,
@@ -251,9 +257,9 @@ impl Looking {
     /// # Errors
     ///
     /// The process is in the middle of `execve(2)`, and an earlier look hangs
-    /// there: this one would as well.
+    /// there. This look would hang as well.
     pub(crate) fn at(&self, pid: i32) -> Result<(), Stuck> {
-        // Noted even so: whoever takes this look all the same may hang there.
+        // Noted in any case, because the caller may look all the same and hang.
         self.look.pid.store(pid, SeqCst);
         if self.looks.hangs_for_execve(pid) {
             return Err(Stuck { pid });
@@ -261,15 +267,15 @@ impl Looking {
         Ok(())
     }
 
-    /// Whether nobody waits any more for what is seen.
+    /// Whether nobody waits for the result any more.
     pub(crate) fn is_given_up(&self) -> bool {
         self.look.is_given_up.load(SeqCst)
     }
 }
 
-/// Takes a look in a thread of its own and waits for what it sees, but not
-/// for longer than `limit`, nor for a process in the middle of `execve(2)`.
-/// What it sees later is dropped.
+/// Runs `look` in a thread of its own and waits for the result, but not for
+/// longer than `limit`, and not for a process in the middle of `execve(2)`. A
+/// later result is dropped.
 pub(crate) fn within<T: Send + 'static>(
     limit: Duration,
     look: impl FnOnce(&Looking) -> T + Send + 'static,
@@ -277,10 +283,12 @@ pub(crate) fn within<T: Send + 'static>(
     LOOKS.within(limit, look)
 }
 
-/// Looks taken again when one was given up for an `execve(2)` that went on.
+/// Limits how often a look is repeated that was given up for an `execve(2)`
+/// that has since gone on.
 ///
-/// A program that is only just starting can make a look wait for a moment, too;
-/// when whoever gave it up asks again ([`Stuck::is_in_execve`]) that may be over.
+/// A program that is only just starting can make a look wait for a moment, too.
+/// That moment may be over when the caller asks again
+/// ([`Stuck::is_in_execve`]).
 #[derive(Debug)]
 pub(crate) struct Retries(Instant);
 
@@ -293,7 +301,7 @@ impl Retries {
     ///
     /// # Errors
     ///
-    /// `stuck`, if there is no time for another.
+    /// `stuck`, if there is no time for another look.
     pub(crate) fn once_more(&self, stuck: Stuck) -> Result<(), Stuck> {
         if Instant::now() >= self.0 || stuck.pid <= 0 {
             return Err(stuck);
@@ -303,12 +311,13 @@ impl Retries {
     }
 }
 
-/// The limit of a look for somebody who is patient until `deadline`.
+/// The time limit of a look for a caller whose patience ends at `deadline`.
 pub(crate) fn limit(deadline: Instant) -> Duration {
     deadline.saturating_duration_since(Instant::now()) + GRACE
 }
 
-/// Where the oldest look under way is: what those who share it wait for.
+/// The process at which the oldest look is. Callers that share that look wait
+/// for it.
 pub(crate) fn oldest() -> Stuck {
     let looks = LOOKS.lock();
     Stuck {
@@ -316,13 +325,14 @@ pub(crate) fn oldest() -> Stuck {
     }
 }
 
-/// Every look under way.
+/// All looks under way.
 #[derive(Debug)]
 struct Looks {
     under_way: Mutex<Vec<Arc<Look>>>,
     ended: Condvar,
     most: usize,
-    /// Whether a thread of ours hangs at a process for its `execve(2)`.
+    /// Whether a thread of this process hangs at another process for its
+    /// `execve(2)`.
     is_in_execve: fn(i32, i32) -> bool,
 }
 
@@ -370,15 +380,15 @@ impl Looks {
         let builder = std::thread::Builder::new()
             .name(String::from("look"))
             .stack_size(256 * 1024);
-        // What hangs may not even be ended by SIGKILL: nobody may have to
-        // wait for the descriptors it has, least of all for those of a gate.
+        // A thread that hangs may be deaf even to SIGKILL. Nobody must have to
+        // wait for its descriptors, least of all for those of a gate.
         let spawned = spawn_apart(builder, None, move || {
-            // It counts as under way until it is told.
+            // The look counts as under way until the result is sent.
             let _under_way = under_way;
             let tid = rustix::thread::gettid().as_raw_nonzero().get();
             looking.look.tid.store(tid, SeqCst);
             let seen = look(&looking);
-            // Nobody listens any more if it took too long.
+            // Nobody receives the result any more if it took too long.
             let _ = tell.send(seen);
         });
         if spawned.is_err() {
@@ -418,7 +428,7 @@ impl Looks {
     }
 }
 
-/// Makes room for another look when it is dropped.
+/// Makes room for another look when this value is dropped.
 struct UnderWay {
     looks: &'static Looks,
     look: Arc<Look>,

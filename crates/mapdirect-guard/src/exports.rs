@@ -1,14 +1,15 @@
-//! Filesystems that clients of an NFS server may write to.
+//! Finds filesystems that clients of an NFS server may write to.
 //!
 //! The server sets the size of a file for a client without asking any listener
 //! (`nfsd_setattr`, fs/nfsd/vfs.c, calls `notify_change`), and without a
-//! description that a lease would count. So under a gate of permission events
-//! nothing on such a filesystem can be pinned: a file handle reaches all of
-//! it, whichever directory is exported. (`bpf` judges it where it happens.)
+//! description that a lease would count. So with the fanotify gate nothing on
+//! such a filesystem can be pinned: a file handle reaches all of the
+//! filesystem, whichever directory is exported. (The bpf gate judges the change
+//! where it happens.)
 //!
-//! What the kernel exports just now is in its own list; what it would export
-//! when a client asks for it is in that of `exportfs(8)`. With `crossmnt` that
-//! is also whatever is mounted below a directory, which no list names before a
+//! The kernel lists what it exports now. `exportfs(8)` lists what the kernel
+//! would export when a client asks for it. With `crossmnt` that includes
+//! everything that is mounted below a directory, which no list names before a
 //! client has walked into it.
 
 use crate::bounded::within;
@@ -18,17 +19,17 @@ use rustix::fs::{AtFlags, StatxFlags};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Where such lists are.
+/// The files with such lists.
 const LISTS: [&str; 3] = [
     "/proc/fs/nfsd/exports",
     "/proc/fs/nfs/exports",
     "/var/lib/nfs/etab",
 ];
 const FRESH: Duration = Duration::from_secs(1);
-/// A directory may lie on a filesystem that does not answer.
+/// How long to wait for a directory, because its filesystem may not answer.
 const LIMIT: Duration = Duration::from_millis(500);
 
-/// What is exported for writing, looked up at most once a second.
+/// The directories exported for writing, looked up at most once a second.
 #[derive(Debug, Default)]
 pub(crate) struct Exports {
     known: ArcSwapOption<Known>,
@@ -43,7 +44,8 @@ struct Known {
 #[derive(Debug)]
 struct Exported {
     path: String,
-    /// Its device; nothing if it does not tell in time.
+    /// The device of the directory, or `None` if it cannot be found out in
+    /// time.
     device: Option<u64>,
 }
 
@@ -99,24 +101,24 @@ fn device_of(path: &str) -> Option<u64> {
     Some(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
 }
 
-/// A directory that somebody may write to.
+/// A directory that some client may write to.
 #[derive(Debug, PartialEq, Eq)]
 struct Listed {
     path: String,
-    /// And to what is mounted below it.
+    /// Whether clients may also write to what is mounted below the directory.
     with_mounts: bool,
 }
 
 impl Listed {
-    /// Whether a client gets to a place where something is mounted.
+    /// Whether a client can reach a mount at `place`.
     fn leads_to(&self, place: &str) -> bool {
         let rest = place.strip_prefix(self.path.trim_end_matches('/'));
         self.with_mounts && rest.is_some_and(|rest| rest.starts_with('/'))
     }
 }
 
-/// The directories of a list that somebody may write to: each line has a path
-/// and clients with options, `/srv *(rw,sync) host(ro)`.
+/// The directories of a list that some client may write to. Each line has a
+/// path and clients with options, like `/srv *(rw,sync) host(ro)`.
 fn writable(list: &str) -> Vec<Listed> {
     let lines = list.lines().filter(|line| line.starts_with('/'));
     let has = |client: &str, wanted: &str| {
@@ -130,7 +132,7 @@ fn writable(list: &str) -> Vec<Listed> {
             let path = proc::unescape(words.next()?);
             let clients: Vec<_> = words.take_while(|word| !word.starts_with('#')).collect();
             let writers: Vec<_> = clients.iter().filter(|client| has(client, "rw")).collect();
-            // Without a word about clients it may be anybody, in any way.
+            // If a line names no clients, anybody may have any access.
             let anybody = clients.is_empty();
             (anybody || !writers.is_empty()).then(|| Listed {
                 path,
@@ -140,13 +142,13 @@ fn writable(list: &str) -> Vec<Listed> {
         .collect()
 }
 
-/// Reads a list, for a fuzzer.
+/// Parses a list, for a fuzzer.
 #[cfg(feature = "fuzzing")]
 pub(crate) fn fuzz(list: &str) {
     let listed = writable(list);
     assert!(listed.len() <= list.lines().count());
     for one in listed {
-        // What is not below it is no place that it leads to.
+        // A relative path is never below a listed directory.
         assert!(!one.leads_to("relative"));
     }
 }

@@ -1,5 +1,5 @@
-//! What fuzzers call: every parser of this crate, with what must be true of
-//! what it returns. The seeds are such bytes as the kernel and others write.
+//! The fuzz targets: every parser of this crate, with checks of what it
+//! returns. The seeds are bytes such as the kernel and other programs write.
 
 use crate::tripwire::fuzz as tripwire;
 use crate::{exports, listeners};
@@ -56,7 +56,7 @@ fn fanotify_marks(bytes: &[u8]) {
     };
     let text = String::from_utf8_lossy(bytes);
     let asked = listeners::may_be_asked(&text, id, |_| Some(id.dev));
-    // Only what has the mark of a permission event is asked.
+    // Only a group with the mark of a permission event is asked.
     assert!(!asked || text.contains("fanotify "));
 }
 

@@ -1,7 +1,7 @@
-//! Which ranges of one inode are pinned. Pure.
+//! The ranges of one inode that are pinned. Pure.
 //!
-//! A [`PinSet`] is a value: gates read the current one while a grant makes
-//! the next, so that nobody waits for anybody.
+//! A [`PinSet`] is a value: gates read the current one while a grant makes the
+//! next, so that nobody waits.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,16 +10,16 @@ use std::sync::Arc;
 pub trait Ranged {
     /// The bytes covered; never empty.
     fn range(&self) -> Range<u64>;
-    /// Distinguishes it from every other.
+    /// A number that distinguishes this from all others.
     fn id(&self) -> u64;
 }
 
-/// Pins of one inode, ordered by where they start. They may overlap.
+/// The pins of one inode, ordered by their starts. They may overlap.
 #[derive(Debug)]
 pub struct PinSet<P> {
     pins: Vec<Arc<P>>,
-    /// Length of the longest: how far before a range one that meets it can
-    /// start.
+    /// The length of the longest pin. It limits how far before a range a pin
+    /// can start that meets the range.
     longest: u64,
 }
 
@@ -39,7 +39,7 @@ impl<P: Ranged> PinSet<P> {
         Self { pins, longest }
     }
 
-    /// This set and one more pin.
+    /// This set with one more pin.
     #[must_use]
     pub fn with(&self, pin: Arc<P>) -> Self {
         let at = self
@@ -52,7 +52,7 @@ impl<P: Ranged> PinSet<P> {
         Self::new(pins)
     }
 
-    /// This set without the pins `gone` says yes to.
+    /// This set without the pins for which `gone` says yes.
     #[must_use]
     pub fn without(&self, gone: impl Fn(&P) -> bool) -> Self {
         Self::new(self.pins.iter().filter(|pin| !gone(pin)).cloned().collect())
@@ -76,7 +76,7 @@ impl<P: Ranged> PinSet<P> {
         self.pins.iter()
     }
 
-    /// How many pins there are.
+    /// The number of pins.
     #[must_use]
     pub fn len(&self) -> usize {
         self.pins.len()

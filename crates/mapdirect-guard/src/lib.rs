@@ -9,10 +9,11 @@
 //!
 //! [`mapdirect_model::contract`] says what may be done, and [`ledger`] what is
 //! pinned; both are pure.
-//! A grant makes a promise only when it can be kept, and the gate keeps it and
-//! notices when the last mapping is gone: by close events, which the lifetime
-//! thread of the fanotify gate hears, or told by the programs of the bpf gate.
-//! The audit thread tells who was refused.
+//!
+//! A grant makes a promise only when the guard can keep it. The gate keeps the
+//! promise, and notices when the last mapping is gone. The fanotify gate learns
+//! that from close events, which its lifetime thread reads; the bpf gate learns
+//! it from its programs. The audit thread reports who was refused.
 
 #![forbid(unsafe_code)]
 
@@ -57,12 +58,12 @@ pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 
-/// Whether this kernel lets a guard notice what its gate cannot refuse, and
-/// why not.
+/// Checks whether this kernel lets a guard notice what its gate cannot refuse,
+/// and says why not.
 ///
 /// # Errors
 ///
-/// What is missing, for a person; also for lack of privilege.
+/// What is missing, for a person. Missing privileges are reported, too.
 pub fn probe_tripwire() -> Result<(), String> {
     tripwire::probe()
 }
@@ -73,13 +74,13 @@ pub fn needed_capabilities(gate: mapdirect_proto::Gate) -> String {
     needs::names(gate)
 }
 
-/// All that this process lacks to be a guard with a gate.
+/// Everything that this process lacks to be a guard with this gate.
 #[must_use]
 pub fn probe_needs(gate: mapdirect_proto::Gate) -> Vec<StartError> {
     needs::missing(gate)
 }
 
-/// Everything the threads of a guard share.
+/// Everything that the threads of a guard share.
 #[derive(Debug)]
 pub(crate) struct Guard {
     gate: Arc<dyn gate::Gate>,
@@ -98,14 +99,15 @@ pub(crate) struct Guard {
     next: AtomicU64,
     started: Instant,
     stopping: AtomicBool,
-    /// Readable from when the guard stops.
+    /// Becomes readable when the guard stops.
     stopped: wake::Waker,
 }
 
 impl Guard {
-    /// The pins of an inode, and the one that sleeps. A pin that falls asleep or
-    /// is taken up is at both places for a moment, so it is never missed: it goes
-    /// to the sleepers before it leaves the table, and back the other way round.
+    /// The pins of an inode, including the dormant one. A pin that becomes
+    /// dormant or is taken up is in both places for a moment, so it is never
+    /// missed: it joins the dormant pins before it leaves the table, and returns
+    /// in the opposite order.
     fn pins_awake_or_asleep(&self, watched: &table::Watched) -> Vec<Arc<table::Pin>> {
         let before = watched.pins.load_full();
         let asleep = self.gate.sleeper(watched.id);
@@ -120,8 +122,8 @@ impl Guard {
     }
 
     fn new(gate: Arc<dyn gate::Gate>, limits: places::Limits) -> Result<Self, Errno> {
-        // Pins of a guard that died may live on in their holders, with locks
-        // on bytes of their own: begin somewhere else.
+        // Pins of a guard that died may live on in their holders, with locks on
+        // their bytes. So begin with other numbers.
         let mut random = [0; 8];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let first = u64::from_le_bytes(random) >> 16;
@@ -145,17 +147,17 @@ impl Guard {
         })
     }
 
-    /// A number nobody else has: for a pin.
+    /// A new number for a pin, which nothing else has.
     fn next_id(&self) -> u64 {
         self.next.fetch_add(1, SeqCst)
     }
 
-    /// The next number that [`next_id`](Self::next_id) gives.
+    /// The number that [`next_id`](Self::next_id) gives next.
     fn next_pin_number(&self) -> u64 {
         self.next.load(SeqCst)
     }
 
-    /// A byte that nobody else locks.
+    /// A byte to lock that nobody else locks.
     fn next_lock_byte(&self) -> u64 {
         table::LOCK_BASE + self.next_id()
     }

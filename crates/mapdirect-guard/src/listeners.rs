@@ -1,10 +1,10 @@
-//! Other programs that are asked before a file is used.
+//! Finds other programs that are asked before a file is used.
 //!
-//! Whoever truncates or opens a file waits for every listener with permission
-//! events on it, and is past ours while it waits for another one's. Whether
-//! any other can be asked about a file is told by the marks that `/proc`
-//! shows: a thread that waits for a listener which cannot waits for another
-//! file's sake.
+//! A thread that truncates or opens a file waits for every listener with
+//! permission events on it. It has passed this guard while it waits for another
+//! listener. The marks in `/proc` show whether any other listener can be asked
+//! about a file. If a listener cannot be, then a thread that waits for it does
+//! so because of another file.
 
 use crate::bounded::{self, Looking, Retries, within};
 use crate::table::InodeId;
@@ -17,8 +17,8 @@ const PERMISSIONS: u64 = 0x0001_0000 | 0x0002_0000 | 0x0004_0000 | 0x0010_0000;
 /// `FAN_EVENT_ON_CHILD`.
 const ON_CHILD: u64 = 0x0800_0000;
 
-/// Whether a listener of another process may be asked about an inode. Yes, if
-/// that cannot be told before `deadline`.
+/// Whether a listener of another process may be asked about an inode. `true` if
+/// that cannot be found out before `deadline`.
 pub(crate) fn others_may_watch(id: InodeId, deadline: Instant) -> bool {
     let retries = Retries::until(deadline);
     loop {
@@ -34,8 +34,8 @@ fn search(id: InodeId, looking: &Looking) -> bool {
     let own = std::process::id().cast_signed();
     let pids = proc::numbers_in("/proc").unwrap_or_default();
     pids.into_iter().filter(|pid| *pid != own).any(|pid| {
-        // One in the middle of execve(2) does not say what its descriptors are
-        // of, but shows everything else about them.
+        // A process in the middle of execve(2) does not show which files its
+        // descriptors are of, but shows everything else about them.
         let in_execve = looking.at(pid).is_err();
         let fds = proc::numbers_in(&format!("/proc/{pid}/fd")).unwrap_or_default();
         fds.into_iter().any(|fd| {
@@ -50,14 +50,14 @@ fn search(id: InodeId, looking: &Looking) -> bool {
     })
 }
 
-/// The device of a mount that a process sees, by its number.
+/// The device of a mount that a process sees, by the mount's number.
 fn device_of(pid: i32, mount: u64) -> Option<u64> {
     let mounts = proc_mountinfo::read(Some(pid)).ok()?;
     let found = mounts.iter().find(|found| found.id == mount)?;
     Some(rustix::fs::makedev(found.major, found.minor))
 }
 
-/// Whether a group with these marks is asked for permission where an inode is
+/// Whether a group with these marks is asked for permission when an inode is
 /// used.
 pub(crate) fn may_be_asked(
     fdinfo: &str,
@@ -77,8 +77,8 @@ pub(crate) fn may_be_asked(
                 return false;
             }
             let is_here = |sdev: u64| kernel_device(id.dev) == sdev;
-            // A mark on the directory above counts as well, and which that is
-            // nobody knows.
+            // A mark on the directory above counts as well, and nobody knows
+            // which directory that is.
             let is_of_children = field("mask").is_some_and(|mask| mask & ON_CHILD != 0);
             match (field("ino"), field("sdev"), field("mnt_id")) {
                 (Some(inode), Some(sdev), _) => {
@@ -91,7 +91,7 @@ pub(crate) fn may_be_asked(
         })
 }
 
-/// A device number as the kernel has it.
+/// A device number in the kernel's form.
 fn kernel_device(device: u64) -> u64 {
     u64::from(rustix::fs::major(device)) << 20 | u64::from(rustix::fs::minor(device))
 }

@@ -1,7 +1,8 @@
-//! What a guard cannot do without, looked at before it says that it is ready.
+//! Checks what a guard needs before it says that it is ready.
 //!
-//! A guard that lacks something would find out with the first pin, and blame
-//! whoever asked for it. So it ends at once, and says what it lacks.
+//! Without this check a guard that lacks something would find that out with the
+//! first pin, and refuse it to a holder who can do nothing about it. So the
+//! guard ends at once, and says what it lacks.
 
 use crate::StartError;
 use mapdirect_proto::Gate;
@@ -15,17 +16,18 @@ use mapdirect_sys::proc;
 struct Need {
     capability: u32,
     name: &'static str,
-    /// What it is needed for.
+    /// What the capability is needed for.
     purpose: &'static str,
     fanotify: bool,
     bpf: bool,
 }
 
-/// Found by trying: with these a guard does all it should, and without any one
-/// of them something fails, on Linux 6.18 (fanotify) and 6.12 (bpf).
+/// Found by trying, on Linux 6.18 (fanotify) and 6.12 (bpf): a guard with these
+/// capabilities does everything it should, and without any one of them
+/// something fails.
 ///
-/// A guard with the bpf gate uses no fanotify: neither a kernel without it nor a
-/// sandbox that denies it is in its way.
+/// A guard with the bpf gate uses no fanotify. It also runs on a kernel without
+/// fanotify, and in a sandbox that denies it.
 const NEEDS: [Need; 7] = [
     Need {
         capability: CAP_SYS_ADMIN,
@@ -87,7 +89,7 @@ impl Need {
     }
 }
 
-/// The capabilities that a gate needs, by name.
+/// The names of the capabilities that a gate needs.
 pub(crate) fn names(gate: Gate) -> String {
     let names: Vec<_> = NEEDS
         .iter()
@@ -106,7 +108,7 @@ pub(crate) fn require(gate: Gate) -> Result<(), StartError> {
     missing(gate).into_iter().next().map_or(Ok(()), Err)
 }
 
-/// All that a guard with this gate would lack if this process were to be it.
+/// Everything that this process lacks to be a guard with this gate.
 pub(crate) fn missing(gate: Gate) -> Vec<StartError> {
     let has = match effective(0) {
         Ok(has) => has,
@@ -118,7 +120,7 @@ pub(crate) fn missing(gate: Gate) -> Vec<StartError> {
         }
     };
     let mut lacks: Vec<_> = require_capabilities(gate, has).err().into_iter().collect();
-    // In another one they count for nothing outside.
+    // In another user namespace the capabilities count for nothing outside.
     let own = std::process::id().cast_signed();
     if proc::in_initial_user_namespace(own) != Ok(true) {
         lacks.push(StartError::NotPrivileged {
@@ -138,7 +140,8 @@ pub(crate) fn missing(gate: Gate) -> Vec<StartError> {
         ("/proc/self/syscall", "CONFIG_HAVE_ARCH_TRACEHOOK"),
         ("/proc/self/schedstat", "CONFIG_SCHED_INFO"),
     ] {
-        // Who lacks privilege may not be allowed to read what is there.
+        // A process without privileges may not be allowed to read a file that
+        // exists.
         if let Err(error) = std::fs::read(path)
             && (is_privileged || error.kind() == std::io::ErrorKind::NotFound)
         {
@@ -160,7 +163,8 @@ pub(crate) fn missing(gate: Gate) -> Vec<StartError> {
     lacks
 }
 
-/// `/proc/<tid>` of every process that comes to the gate must be there.
+/// Whether this is the initial PID namespace. `/proc/<tid>` must exist for
+/// every process that comes to the gate.
 fn is_initial_pid_namespace() -> bool {
     // PROC_PID_INIT_INO of include/linux/proc_ns.h.
     const INITIAL: &str = "pid:[4026531836]";

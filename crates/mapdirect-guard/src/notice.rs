@@ -1,10 +1,11 @@
-//! What holders are told unasked: that blocks of a pin have changed, or that
-//! nothing keeps it any more.
+//! Notices to holders: that blocks of a pin have changed, or that nothing keeps
+//! a pin any more.
 //!
-//! A holder has a connection for that (`Request::Watch`). Nobody here ever
-//! waits for one that does not read: what the socket does not take closes the
-//! connection. The library connects again then, and hears what has happened to
-//! each of its pins so far. So a pin keeps that itself, in its [`Fate`].
+//! A holder has a connection for notices (`Request::Watch`). The guard never
+//! waits for a holder that does not read: if the socket does not take a notice,
+//! the guard closes the connection. The library then connects again, and is
+//! told what has happened to each of its pins so far. So each pin records that
+//! in its own [`Fate`].
 
 use crate::table::{InodeId, Pin, Table, Watched};
 use crossbeam_queue::ArrayQueue;
@@ -16,20 +17,21 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::thread::Thread;
 
-/// Breaches kept for `mapdirect status`.
+/// The number of breaches kept for `mapdirect status`.
 const RECENT: usize = 64;
-/// Breaches kept with each pin, for a holder that asks later: the first ones,
-/// since it is the first that ends the promise.
+/// The number of breaches kept with each pin, for a holder that asks later. The
+/// first ones are kept, since the first breach ends the promise.
 const OF_A_PIN: usize = 4;
-/// Notices kept for whoever runs the guard, until they are printed.
+/// The number of notices kept for the operator of the guard until they are
+/// printed.
 const UNTOLD: usize = 1024;
 
-/// What a pin has come to. Changed and read by [`Notices`] alone, under its
-/// lock.
+/// What has happened to a pin. Only [`Notices`] changes and reads this, under
+/// its lock.
 #[derive(Debug, Default)]
 pub(crate) struct Fate {
     inner: Mutex<Inner>,
-    /// When the process began that asked for the pin.
+    /// The start time of the process that asked for the pin.
     holder: OnceLock<u64>,
 }
 
@@ -45,13 +47,13 @@ impl Fate {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says when the process began that asked for the pin: process ids are
-    /// used again.
+    /// Records the start time of the process that asked for the pin, because
+    /// process ids are used again.
     pub(crate) fn belongs_to(&self, start: u64) {
         let _ = self.holder.set(start);
     }
 
-    /// What a holder is told that asks now.
+    /// The notices for a holder that asks now.
     fn notices(&self, pin: u64) -> Vec<Notice> {
         let inner = self.lock();
         let lost = inner.lost.clone().map(|why| Notice::Lost { pin, why });
@@ -59,20 +61,20 @@ impl Fate {
         breaches.chain(lost).collect()
     }
 
-    /// How many breaches there were, and why it is lost, if it is.
+    /// The number of breaches, and why the pin is lost, if it is.
     pub(crate) fn summary(&self) -> (u64, Option<String>) {
         let inner = self.lock();
         (inner.count, inner.lost.clone())
     }
 }
 
-/// A connection that is told what happens to pins.
+/// A connection that gets notices about pins.
 #[derive(Debug)]
 pub(crate) struct Watcher {
     socket: Arc<Socket>,
-    /// Process and user at the other end.
+    /// The process and the user at the other end.
     peer: Sender,
-    /// What it asked about; some of them may be over.
+    /// The pins that the connection asked about. Some of them may have ended.
     pins: Mutex<Vec<u64>>,
 }
 
@@ -89,17 +91,17 @@ impl Watcher {
         self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Says something, or closes the connection: never waits.
+    /// Sends a notice, or closes the connection. Never waits.
     fn tell(&self, notice: &Notice) {
         let bytes = Reply::Notice(notice.clone()).encode();
         if self.socket.send_now(&[&bytes], &[]).is_err() {
-            // Its session sees the end of the connection, and ends.
+            // The session of the connection sees its end, and ends, too.
             let _ = self.socket.shut_down();
         }
     }
 
-    /// Answers a request, in the thread of the connection, which may wait a
-    /// little for its client.
+    /// Answers a request, in the thread of the connection. This thread may wait
+    /// a little for its client.
     fn answer(&self, notice: &Notice) {
         let bytes = Reply::Notice(notice.clone()).encode();
         if self.socket.send(&[&bytes], &[]).is_err() {
@@ -107,7 +109,8 @@ impl Watcher {
         }
     }
 
-    /// Whether it may hear of a pin: its holder, the same user, or root.
+    /// Whether the other end may get notices about a pin: it is the pin's
+    /// holder, the same user, or root.
     fn may_hear_of(&self, pin: &Pin) -> bool {
         self.peer.uid == 0
             || self.peer.uid == pin.uid
@@ -120,41 +123,41 @@ impl Watcher {
     }
 }
 
-/// Who wants to hear of one pin.
+/// The watchers of one pin.
 #[derive(Debug)]
 struct Audience {
     pin: Weak<Pin>,
     watchers: Vec<Arc<Watcher>>,
 }
 
-/// By pin.
+/// The audiences, by pin number.
 #[derive(Debug, Default)]
 struct Audiences {
     of: HashMap<u64, Audience>,
-    /// When there are so many, those of pins that are over are thrown out.
+    /// At this number of audiences, those of ended pins are removed.
     enough: usize,
 }
 
 /// Records what happens to pins, and tells their holders.
 #[derive(Debug)]
 pub(crate) struct Notices {
-    /// Held while something is recorded and told, or while somebody starts to
-    /// watch and hears what was recorded before: nothing is told twice, and
-    /// nothing is missed.
+    /// Locked while an event is recorded and told, and while a connection
+    /// starts to watch and is told what was recorded before. So nothing is told
+    /// twice, and nothing is missed.
     audiences: Mutex<Audiences>,
     recent: Mutex<VecDeque<Breach>>,
     breached: AtomicU64,
-    /// For whoever runs the guard.
+    /// Notices for the operator of the guard.
     untold: ArrayQueue<Notice>,
-    /// Prints them.
+    /// The thread that prints these notices.
     printer: OnceLock<Thread>,
 }
 
-/// What the guard knows of a pin that somebody names.
+/// What the guard knows of a pin that a holder names.
 pub(crate) enum Whereabouts {
-    /// The pin, which is held or may come back.
+    /// The pin, which is alive or may be taken up again.
     Known(Arc<Pin>),
-    /// What became of it.
+    /// What became of the pin.
     Told(Box<Notice>),
 }
 
@@ -175,9 +178,9 @@ impl Notices {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records that blocks of a pin are not what they were, and tells its
-    /// holder. The inode, the pin and the path are filled in here, the path
-    /// only if `breach` has none.
+    /// Records that blocks of a pin have changed, and tells its holder. The
+    /// inode and the pin are filled in here; so is the path, if `breach` has
+    /// none.
     pub(crate) fn breach(&self, watched: &Watched, pin: &Pin, mut breach: Breach) {
         breach.pin = pin.id;
         (breach.device, breach.inode) = (watched.id.device(), watched.id.inode);
@@ -203,7 +206,7 @@ impl Notices {
         self.tell(&audiences, Notice::Breach(breach));
     }
 
-    /// Records that nothing keeps a pin any more, and tells its holder; once.
+    /// Records that nothing keeps a pin any more, and tells its holder once.
     pub(crate) fn lost(&self, pin: &Pin, why: &str) {
         let audiences = self.lock();
         {
@@ -217,7 +220,7 @@ impl Notices {
         self.tell(&audiences, Notice::Lost { pin: pin.id, why });
     }
 
-    /// The same of every pin there is.
+    /// The same for every pin in the table.
     #[cfg_attr(
         all(not(feature = "bpf"), not(test)),
         expect(dead_code, reason = "for the bpf gate")
@@ -236,16 +239,16 @@ impl Notices {
                 watcher.tell(&notice);
             }
         }
-        // More than can be printed are in the status.
+        // The status shows those that are too many to print.
         let _ = self.untold.push(notice);
         if let Some(printer) = self.printer.get() {
             printer.unpark();
         }
     }
 
-    /// From now on `watcher` hears what happens to these pins; what has
-    /// happened before it hears at once. `absent` says what becomes of a pin that
-    /// is not in the table, if it is none that may come back.
+    /// Makes `watcher` get the notices about these pins from now on, and tells
+    /// it at once what has happened before. `absent` says what became of a pin
+    /// that is not in the table, unless the pin may be taken up again.
     pub(crate) fn watch(
         &self,
         table: &Table,
@@ -311,7 +314,7 @@ impl Notices {
         before.iter().for_each(|notice| watcher.answer(notice));
     }
 
-    /// A connection is gone.
+    /// Forgets a connection that is gone.
     pub(crate) fn forget(&self, watcher: &Arc<Watcher>) {
         let mut audiences = self.lock();
         for pin in watcher.pins().drain(..) {
@@ -326,14 +329,15 @@ impl Notices {
         }
     }
 
-    /// How many breaches there were, and the latest of them, oldest first.
+    /// The number of breaches, and the latest of them, oldest first.
     pub(crate) fn breaches(&self) -> (u64, Vec<Breach>) {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         let recent = recent.iter().cloned().collect();
         (self.breached.load(Relaxed), recent)
     }
 
-    /// The calling thread will print notices, and is woken when there are any.
+    /// Makes the calling thread the one that prints notices. It is woken when
+    /// there are any.
     pub(crate) fn printed_here(&self) {
         let _ = self.printer.set(std::thread::current());
     }

@@ -1,8 +1,8 @@
-//! Files below the upper directory of an overlay.
+//! Finds files below the upper directory of an overlay.
 //!
-//! overlayfs truncates a file of its upper layer by path without asking
-//! anybody (seen on 6.18: not even an open event), so such a file cannot be
-//! kept still by a gate of permission events.
+//! overlayfs truncates a file of its upper layer by path without asking anybody
+//! (seen on 6.18: not even an open event). So the fanotify gate cannot protect
+//! such a file.
 
 use crate::bounded::{Looking, Stuck, within};
 use crate::table::InodeId;
@@ -16,9 +16,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// Upper directories of every overlay in every mount namespace that a process
-/// lives in, looked up at most once a second, and again before a word is said
-/// of one.
+/// The upper directories of every overlay in every mount namespace that a
+/// process lives in. They are looked up at most once a second, and again before
+/// a refusal names one.
 #[derive(Debug, Default)]
 pub(crate) struct Overlays {
     known: Arc<ArcSwapOption<Known>>,
@@ -26,25 +26,25 @@ pub(crate) struct Overlays {
 
 #[derive(Debug)]
 struct Known {
-    /// When it was begun to look.
+    /// When the look began.
     since: Instant,
     uppers: Vec<Upper>,
 }
 
 impl Known {
-    /// The mount point of an overlay that writes above a file; see
-    /// [`Overlays::above`].
+    /// The mount point of an overlay that writes to a directory above a file;
+    /// see [`Overlays::above`].
     fn above(&self, file: BorrowedFd<'_>, path: &str, id: InodeId, links: u64) -> Option<&str> {
         let mut here = self.uppers.iter().filter(|upper| upper.id.dev == id.dev);
-        // Most systems have none: look no further.
+        // Most systems have no overlay here, so this ends the search.
         let first = here.next()?;
         let ancestors = ancestors(Path::new(path), file);
         std::iter::once(first)
             .chain(here)
             .find(|upper| match &ancestors {
                 Some(ancestors) if links <= 1 => ancestors.contains(&upper.id),
-                // With other links, or without a path that leads to the
-                // file, it may be anywhere on this filesystem.
+                // A file with other links, or without a path that leads to it,
+                // may be anywhere on this filesystem.
                 _ => links > 0,
             })
             .map(|upper| &*upper.mount_point)
@@ -58,14 +58,14 @@ struct Upper {
 }
 
 const FRESH: Duration = Duration::from_secs(1);
-/// How long to look for them.
+/// How long to look for upper directories.
 const LIMIT: Duration = Duration::from_secs(2);
-/// How many processes may be found impossible to look at in one go.
+/// How many processes may turn out to be impossible to look at in one search.
 const TRIES: usize = 4;
 
 impl Overlays {
-    /// The mount point of an overlay that writes to the directory `file` is
-    /// in, or to one above it. `path` is where the file was last seen.
+    /// The mount point of an overlay that writes to the directory that `file`
+    /// is in, or to one above that. `path` is where the file was last seen.
     pub(crate) fn above(
         &self,
         file: BorrowedFd<'_>,
@@ -79,14 +79,14 @@ impl Overlays {
         if known.since >= now {
             return Some(above.to_owned());
         }
-        // It may be gone, its filesystem with it, and another be there under
-        // the same numbers.
+        // That overlay may be gone together with its filesystem, and another
+        // filesystem may have the same numbers now.
         let known = self.look_up(now);
         known.above(file, path, id, links).map(str::to_owned)
     }
 
-    /// What there is, or was after `since`. Nobody waits for anybody else here:
-    /// a look may hang.
+    /// The overlays as they are now, or were after `since`. Callers do not wait
+    /// for each other's looks, because a look may hang.
     fn look_up(&self, since: Instant) -> Arc<Known> {
         if let Some(known) = self.known.load_full()
             && known.since >= since
@@ -97,13 +97,15 @@ impl Overlays {
         for _ in 0..TRIES {
             let known = Arc::clone(&self.known);
             found = within(LIMIT, move |looking| {
-                // Somebody else may have looked while this waited for room.
+                // Another caller may have looked while this one waited for
+                // room.
                 let published = known.load_full().filter(|known| known.since >= since);
                 published.unwrap_or_else(|| Arc::new(find_uppers(looking)))
             });
-            // Where it hung is passed over the next time. Whatever namespace
-            // is seen through that process alone is missed: but as long as
-            // it cannot be looked at, no proof from scratch succeeds.
+            // The process at which the look hung is passed over the next time.
+            // A namespace that is seen only through that process is missed. But
+            // as long as that process cannot be looked at, no proof from
+            // scratch succeeds.
             if found.is_ok() {
                 break;
             }
@@ -112,7 +114,7 @@ impl Overlays {
             self.known.store(Some(Arc::clone(&known)));
             return known;
         }
-        // What was known is better than nothing.
+        // The earlier result is better than none.
         self.known.load_full().unwrap_or_else(|| {
             Arc::new(Known {
                 since: Instant::now(),
@@ -163,7 +165,7 @@ fn upper_of(pid: i32, mount: &Mount) -> Option<Upper> {
     })
 }
 
-/// The directories above a file, if `path` leads to it.
+/// The directories above a file, if `path` leads to the file.
 fn ancestors(path: &Path, file: BorrowedFd<'_>) -> Option<Vec<InodeId>> {
     let wanted = identity(file)?;
     let found = rustix::fs::stat(path).ok()?;

@@ -1,11 +1,12 @@
-//! Places for clients: who may connect while there is a crowd.
+//! Places for clients: who may connect when there is a crowd.
 //!
 //! Anybody may connect, and every client costs a thread, descriptors and
 //! memory. So there are three kinds of clients, and each leaves room for the
-//! kinds above it: root may take every place; a process of another user that
-//! has `CAP_LINUX_IMMUTABLE` leaves a quarter of all places to root; a process
-//! without it finds a place only in the quarter that is for strangers, however
-//! many users join forces, and a small part of that for each user.
+//! kinds above it. Root may take every place. A process of another user that
+//! has `CAP_LINUX_IMMUTABLE` leaves a quarter of all places to root. A process
+//! without the capability gets a place only in the quarter that is for
+//! strangers, and each user gets only a small part of that quarter. So no
+//! number of users can take more than the quarter together.
 
 use mapdirect_proto::{Reason, Refusal};
 use mapdirect_sys::unix::Sender;
@@ -15,27 +16,28 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-/// What a client is to the guard when it connects.
+/// The kind of a client when it connects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Standing {
     /// User 0 of the guard's user namespace.
     Root,
-    /// A process of another user that may pin.
+    /// A process of another user that has the capability to pin.
     Capable,
-    /// Anybody else.
+    /// Any other process.
     Stranger,
 }
 
 impl Standing {
-    /// What the process is that connected. It may have become another program
-    /// since: this decides only who waits for whom, never who may pin.
+    /// The kind of the process that connected. The process may run another
+    /// program since, so this decides only who waits for whom, never who may
+    /// pin.
     pub(crate) fn of(peer: Sender) -> Self {
         if peer.uid == 0 {
             return Self::Root;
         }
         let capable = capget::effective(peer.pid)
             .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
-        // In a user namespace of its own everybody has all capabilities.
+        // In a user namespace of its own, every process has all capabilities.
         if capable && proc::in_initial_user_namespace(peer.pid) == Ok(true) {
             Self::Capable
         } else {
@@ -47,33 +49,34 @@ impl Standing {
 /// How many clients are served at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Limits {
-    /// All of them.
+    /// All clients.
     all: usize,
-    /// Those of users other than root.
+    /// Clients of users other than root.
     others: usize,
-    /// Those of one user other than root, all of them capable.
+    /// Capable clients of one user other than root.
     of_capable_user: usize,
-    /// Those without the capability.
+    /// Clients without the capability.
     strangers: usize,
-    /// Those of one user without the capability.
+    /// Clients of one user without the capability.
     of_stranger: usize,
 }
 
 impl Limits {
-    /// More are no use to anybody: a guard with this many clients serves
+    /// More places are no use to anybody: a guard with this many clients serves
     /// programs that do not share their connections.
     const MOST: usize = 4096;
 
-    /// What this process has room for.
+    /// The limits that fit the resources of this process.
     pub(crate) fn of_process(descriptors: Option<u64>) -> Self {
         Self::new(descriptors, thread_limit())
     }
 
-    /// A client keeps its socket, and can have the guard busy with a few
-    /// descriptors that it sent. With a quarter as many clients as there are
-    /// descriptors, and a quarter of these strangers, at least half of the
-    /// descriptors are left to the gate and to grants. A client has a thread,
-    /// too: half of the threads are left.
+    /// The limits for this many descriptors and threads. A client keeps its
+    /// socket, and can occupy the guard with a few descriptors that it has
+    /// sent. There are a quarter as many clients as descriptors, and a quarter
+    /// of the clients are strangers. So at least half of the descriptors are
+    /// left to the gate and to grants. A client has a thread, too: half of the
+    /// threads are left.
     fn new(descriptors: Option<u64>, threads: Option<u64>) -> Self {
         let count = |limit: Option<u64>| {
             limit.map_or(usize::MAX, |limit| {
@@ -94,8 +97,9 @@ impl Limits {
     }
 }
 
-/// How many threads this process may have: the smallest limit of its control
-/// group and of those above it, or `None` where there is none to be found.
+/// The number of threads that this process may have: the smallest limit of its
+/// control group and of the groups above it, or `None` if there is no limit to
+/// be found.
 fn thread_limit() -> Option<u64> {
     let groups = std::fs::read_to_string("/proc/self/cgroup").ok()?;
     groups
@@ -127,7 +131,7 @@ fn thread_limit() -> Option<u64> {
 pub(crate) struct Places {
     limits: Limits,
     taken: Mutex<Taken>,
-    /// How many strangers there are, for whoever only looks.
+    /// The number of strangers, to be read without the lock.
     strangers: AtomicUsize,
 }
 
@@ -136,7 +140,7 @@ struct Taken {
     all: usize,
     others: usize,
     strangers: usize,
-    /// Those of each user other than root.
+    /// The number of clients of each user other than root.
     users: HashMap<u32, usize>,
 }
 
@@ -153,11 +157,11 @@ impl Places {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a client of this kind.
+    /// Takes a place for a client of this kind.
     ///
     /// # Errors
     ///
-    /// What the client is told when there is none.
+    /// What the client is told when there is no place.
     pub(crate) fn take(self: &Arc<Self>, uid: u32, standing: Standing) -> Result<Place, Refusal> {
         let limits = self.limits;
         let mut taken = self.taken();
@@ -196,13 +200,14 @@ impl Places {
         })
     }
 
-    /// How many clients there are.
+    /// The number of clients.
     pub(crate) fn count(&self) -> usize {
         self.taken().all
     }
 }
 
-/// A client's place among those served; given back when dropped.
+/// A client's place among those that are served. Dropping this value gives the
+/// place back.
 #[derive(Debug)]
 pub(crate) struct Place {
     places: Arc<Places>,
@@ -211,13 +216,13 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// What the client was when it connected.
+    /// The kind of the client when it connected.
     pub(crate) fn standing(&self) -> Standing {
         self.standing
     }
 
-    /// Whether others wait for the places that strangers have: one who asks
-    /// for nothing should leave then.
+    /// Whether others wait for the places of strangers. A stranger that asks
+    /// for nothing should then leave.
     pub(crate) fn is_wanted(&self) -> bool {
         self.standing == Standing::Stranger
             && self.places.strangers.load(Relaxed) > self.places.limits.strangers / 2
@@ -268,7 +273,7 @@ fn too_many_of(uid: u32, count: usize) -> Refusal {
     )
 }
 
-/// What a client is told when there is a place for it but no thread.
+/// The refusal for a client when there is a place for it but no thread.
 pub(crate) fn no_thread() -> Refusal {
     limit(
         String::from("the guard could not start a thread for one more client"),

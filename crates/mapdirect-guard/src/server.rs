@@ -1,4 +1,4 @@
-//! Starting and stopping a guard, and letting clients in.
+//! Starts and stops a guard, and accepts clients.
 
 use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
@@ -15,110 +15,110 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// What a guard is told.
+/// The configuration of a guard.
 pub struct Config {
-    /// Where to listen.
+    /// The path of the socket to listen at.
     pub socket: PathBuf,
-    /// What refuses operations that would break a pin.
+    /// The gate that refuses operations which would break a pin.
     pub gate: GateChoice,
-    /// Where the bpf gate is pinned.
+    /// The directory in which the bpf gate is pinned.
     pub bpf_directory: PathBuf,
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
     pub on_refusal: Box<OnRefusal>,
-    /// Called for every breach and every pin that is lost, by the same thread.
+    /// Called for every breach and for every lost pin, by the same thread.
     pub on_notice: Box<OnNotice>,
-    /// Called when somebody has tampered with the gate, with what came of it.
+    /// Called when somebody has tampered with the gate, with the result.
     pub on_tampering: Box<OnTampering>,
 }
 
 /// Which gate to use.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GateChoice {
-    /// The bpf gate where it loads, else the other.
+    /// The bpf gate if it loads, otherwise the fanotify gate.
     Auto,
-    /// Permission events.
+    /// The fanotify gate: permission events.
     Fanotify,
-    /// Programs in the kernel.
+    /// The bpf gate: programs in the kernel.
     Bpf,
 }
 
-/// Is told of a refusal.
+/// The type of [`Config::on_refusal`].
 pub type OnRefusal = dyn Fn(&RefusedOperation, u64) + Send;
 
-/// Is told what happens to pins.
+/// The type of [`Config::on_notice`].
 pub type OnNotice = dyn Fn(&Notice) + Send;
 
-/// Is told that somebody has tampered with the gate.
+/// The type of [`Config::on_tampering`].
 pub type OnTampering = dyn Fn(&str) + Send;
 
 /// Why a guard did not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
-    /// It lacks capabilities.
+    /// The process lacks capabilities.
     #[error(
         "the guard lacks {missing}; with the {gate} gate it needs {needed}\n  \
          help: run it as root, or give its unit all of them"
     )]
     NotPrivileged {
-        /// Names of what it lacks, and what for.
+        /// The missing capabilities, and what each is needed for.
         missing: String,
-        /// The gate that it was to have.
+        /// The gate that the guard was to have.
         gate: mapdirect_proto::Gate,
-        /// Names of all that this gate needs.
+        /// All capabilities that this gate needs.
         needed: String,
     },
-    /// Something else is not there that it cannot do without.
+    /// Something else is missing that the guard needs.
     #[error("{what}\n  help: {help}")]
     Missing {
-        /// What, and what follows.
+        /// What is missing, and what follows from that.
         what: String,
-        /// What to do.
+        /// What to do about it.
         help: String,
     },
-    /// It would not see who does what.
+    /// The guard could not see every process.
     #[error(
         "the guard must run in the initial PID namespace, where it can see every process\n  \
          help: run it on the host, not in a container"
     )]
     PidNamespace,
-    /// The kernel cannot do it.
+    /// The kernel lacks the events of the fanotify gate.
     #[error(
         "this kernel has no pre-content permission events to watch files with ({0})\n  \
          help: boot Linux 6.14 or later with CONFIG_FANOTIFY_ACCESS_PERMISSIONS, or use the bpf \
          gate; see `mapdirect doctor`"
     )]
     NoGate(Errno),
-    /// The bpf gate cannot be had.
+    /// The bpf gate could not be loaded.
     #[error("the bpf gate cannot be had: {0}")]
     NoBpf(String),
-    /// Another guard is there already.
+    /// Another guard is running already.
     #[error("another guard listens at {0}; end it first, or give another --socket")]
     AlreadyRunning(PathBuf),
-    /// The socket could not be made.
+    /// The socket could not be created.
     #[error("cannot listen at {path}: {errno}")]
     Socket {
-        /// Where.
+        /// The path of the socket.
         path: PathBuf,
-        /// Why not.
+        /// The error.
         errno: Errno,
     },
-    /// Something else.
+    /// A system call failed.
     #[error("{call} failed: {errno}")]
     System {
-        /// What.
+        /// The call, or what it was for.
         call: &'static str,
-        /// Why.
+        /// The error.
         errno: Errno,
     },
 }
 
-/// Parts what is displayed from the help that it ends with.
+/// Separates the obstacle from the help at the end of a displayed error.
 const HELP: &str = "\n  help: ";
 
 impl StartError {
-    /// What is wrong.
+    /// What is wrong, without the help.
     #[must_use]
     pub fn obstacle(&self) -> String {
         let said = self.to_string();
@@ -128,7 +128,7 @@ impl StartError {
         }
     }
 
-    /// What to do about it; empty if nothing is known.
+    /// What to do about it. Empty if nothing is known.
     #[must_use]
     pub fn help(&self) -> String {
         let said = self.to_string();
@@ -160,19 +160,20 @@ impl Shared {
     }
 }
 
-/// Stack of a client's thread: a grant needs some 40 KiB.
+/// The stack size of a client's thread: a grant needs some 40 KiB.
 const SESSION_STACK: usize = 256 * 1024;
 
-/// Starts a guard: when this returns, it listens.
+/// Starts a guard. When this returns, the guard listens.
 ///
-/// The calling process must not fork for as long as the guard runs, and must
-/// block or ignore the signals it does not want to die of beforehand.
+/// The calling process must not fork for as long as the guard runs. Before the
+/// call it must block or ignore the signals by which it does not want to die.
 ///
 /// # Errors
 ///
-/// [`StartError`]; nothing is left behind then.
+/// [`StartError`]. Nothing is left behind then.
 pub fn start(config: Config) -> Result<Running, StartError> {
-    // A lease taken for a moment raises it, and its default is to die.
+    // Taking a lease for a moment may raise SIGIO, whose default is to end the
+    // process.
     mapdirect_sys::signal::ignore(libc::SIGIO).map_err(|errno| StartError::System {
         call: "ignoring SIGIO",
         errno,
@@ -258,45 +259,46 @@ pub fn start(config: Config) -> Result<Running, StartError> {
 
 impl Running {
     /// Becomes readable when the guard cannot go on; [`failure`](Self::failure)
-    /// says why. The process must end then, so that holders are told.
+    /// says why. The process must then end, so that holders are told.
     #[must_use]
     pub fn failed(&self) -> BorrowedFd<'_> {
         self.shared.failed.as_fd()
     }
 
-    /// Why the guard cannot go on.
+    /// Why the guard cannot go on, or `None` if it can.
     #[must_use]
     pub fn failure(&self) -> Option<&str> {
         self.shared.failure.get().map(String::as_str)
     }
 
-    /// How many pins there are.
+    /// The number of pins.
     #[must_use]
     pub fn pins(&self) -> usize {
         let files = self.shared.guard.table.all();
         files.iter().map(|file| file.pins.load().len()).sum()
     }
 
-    /// Why it does not notice what the gate cannot refuse, if so.
+    /// Why the guard does not notice what the gate cannot refuse, or `None` if
+    /// it does.
     #[must_use]
     pub fn without_tripwire(&self) -> Option<String> {
         self.shared.guard.tripwire.missing()
     }
 
-    /// Which gate it has.
+    /// The gate that the guard has.
     #[must_use]
     pub fn gate(&self) -> mapdirect_proto::Gate {
         self.shared.guard.gate.kind()
     }
 
-    /// Stops letting clients in and takes the socket away. Pins by permission
-    /// events end when the process does, which tells their holders; the bpf
-    /// gate stays in the kernel, unless nothing is pinned.
+    /// Stops accepting clients and removes the socket. The pins of the fanotify
+    /// gate end with the process, which tells their holders. The bpf gate stays
+    /// in the kernel, unless nothing is pinned.
     pub fn stop(self) {
         let there = rustix::fs::lstat(&self.socket)
             .ok()
             .map(|stat| (stat.st_dev, stat.st_ino));
-        // Somebody may have put another one in its place.
+        // Another guard may have put its own socket there.
         if there.is_some() && there == self.identity {
             let _ = rustix::fs::unlink(&self.socket);
         }
@@ -308,7 +310,7 @@ impl Running {
     }
 }
 
-/// The gate of a guard, by what it is.
+/// The gate of a guard, by its kind.
 #[derive(Debug)]
 enum Opened {
     Fanotify(Arc<gate::fanotify::Gate>),
@@ -330,7 +332,7 @@ impl Opened {
     fn adopt(&self, guard: &Guard) {
         match self {
             Self::Fanotify(_) => {
-                // Its pins went with the earlier guard.
+                // The pins of an earlier guard ended with that guard.
                 let _ = guard;
             }
             #[cfg(feature = "bpf")]
@@ -340,7 +342,7 @@ impl Opened {
         }
     }
 
-    /// Nobody takes up any more what is over.
+    /// Forgets dormant pins, so that nobody takes them up any more.
     fn forget_dormant(&self, guard: &Guard) {
         match self {
             Self::Fanotify(_) => {
@@ -351,8 +353,8 @@ impl Opened {
         }
     }
 
-    /// Takes the gate away if it would outlive its guard. What cannot be removed
-    /// now is taken over by the next guard.
+    /// Removes the gate if it would outlive its guard. The next guard takes
+    /// over what cannot be removed now.
     fn remove(&self) {
         match self {
             Self::Fanotify(_) => {}
@@ -386,7 +388,7 @@ fn open_gate(config: &Config) -> Result<Opened, StartError> {
     needs::require(mapdirect_proto::Gate::Bpf)?;
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Opened::Bpf(Arc::new(gate))),
-        // Where it cannot be had for good there is another one.
+        // If the kernel can never load the bpf gate, use the fanotify gate.
         Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => open_fanotify(),
         Err(error) => Err(match error.help() {
             Some(help) => StartError::Missing {
@@ -408,18 +410,19 @@ fn open_gate(config: &Config) -> Result<Opened, StartError> {
     open_fanotify()
 }
 
-/// Events and clients take descriptors; the soft limit is made for programs
-/// that use select(2). Returns how many there are now, if they are limited.
+/// Raises the soft limit of descriptors to the hard limit, because events and
+/// clients need descriptors. The soft limit is made for programs that use
+/// select(2). Returns the number of descriptors, if it is limited.
 fn raise_descriptor_limit() -> Option<u64> {
     use rustix::process::{Resource, getrlimit, setrlimit};
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    // Fewer clients fit if it fails.
+    // If this fails, fewer clients fit.
     let _ = setrlimit(Resource::Nofile, limit);
     getrlimit(Resource::Nofile).current
 }
 
-/// How many descriptors the guard may have.
+/// The number of descriptors that the guard may have.
 pub(crate) fn descriptor_limit() -> usize {
     use rustix::process::{Resource, getrlimit};
     getrlimit(Resource::Nofile)
@@ -441,7 +444,7 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     if !directory.exists() {
         std::fs::create_dir_all(directory)
             .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-        // Clients must get through, whatever the umask says.
+        // Clients must be able to enter the directory, whatever the umask says.
         rustix::fs::chmod(directory, Mode::from_raw_mode(0o755)).map_err(failed)?;
     }
     // Two guards that start at once must not take each other's socket for a
@@ -452,8 +455,8 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     let socket = match Socket::listen(path, 1024) {
         Err(Errno::ADDRINUSE) => {
             match Socket::connect(path) {
-                // Only a socket that nobody listens at is in the way; a file
-                // of any other kind stays.
+                // Only a socket at which nobody listens is removed; a file of
+                // any other kind stays.
                 Err(Errno::CONNREFUSED) if is_socket(path) => {}
                 Err(Errno::CONNREFUSED) => return Err(failed(Errno::EXIST)),
                 _ => return Err(StartError::AlreadyRunning(path.to_owned())),
@@ -463,7 +466,7 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
         }
         listening => listening.map_err(failed)?,
     };
-    // Anyone may connect; each request is judged by who makes it.
+    // Any process may connect; each request is judged by its sender.
     rustix::fs::chmod(path, Mode::from_raw_mode(0o666)).map_err(failed)?;
     Ok(socket)
 }
@@ -477,7 +480,7 @@ fn is_socket(path: &Path) -> bool {
 fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>) {
     while !shared.guard.is_stopping() {
         let Ok(socket) = listener.accept() else {
-            // Out of descriptors or memory: others must let go of some first.
+            // Descriptors or memory are short: others must free some first.
             thread::sleep(Duration::from_millis(50));
             continue;
         };
@@ -492,8 +495,8 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
             }
         };
         let serve = Arc::clone(shared);
-        // The client must be told if there is no thread for it, and the
-        // closure is gone then.
+        // If no thread can be started, the client must be told. The closure is
+        // gone by then, so the socket must be reachable outside of it.
         let handed_over = Arc::new(Mutex::new(Some(socket)));
         let client = Arc::clone(&handed_over);
         let started = thread::Builder::new()
@@ -502,7 +505,7 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
             .spawn(move || {
                 if place.standing() == Standing::Stranger {
                     let own = rustix::thread::gettid();
-                    // It is served all the same if this fails.
+                    // If this fails, the client is served all the same.
                     let _ = rustix::process::setpriority_process(Some(own), LEAST_URGENT);
                 }
                 let socket = client.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -524,12 +527,12 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
     }
 }
 
-/// The nice value of threads that serve strangers: a crowd of them must not
-/// keep the processors from those who pin.
+/// The nice value of threads that serve strangers: a crowd of strangers must
+/// not keep the processors from clients that pin.
 const LEAST_URGENT: i32 = 19;
 
-/// Tells a client that it is not served. It may have said hello already, and
-/// then finds its connection reset before it finds this.
+/// Tells a client that it is not served. A client that has already said hello
+/// may find its connection reset before it reads this.
 fn refuse(socket: &Socket, refusal: Refusal) {
     let _ = socket.send_now(&[&Reply::Refused(refusal).encode()], &[]);
 }

@@ -1,13 +1,16 @@
-//! One client: what it says, whether it may, what it is told.
+//! The conversation with one client: reads its requests, checks its rights and
+//! answers.
 //!
-//! Every client has a thread of its own, since whatever it sends may make the
-//! thread wait: a descriptor of a filesystem whose server never answers, a
-//! file with gigabytes to write back. Only that client waits then.
+//! Every client has a thread of its own, because anything that a client sends
+//! may make the thread wait: a descriptor of a filesystem whose server never
+//! answers, or a file with gigabytes to write back. Only that client waits
+//! then.
 //!
-//! What hangs in the close of such a descriptor is deaf to SIGKILL, and would
-//! keep all the descriptors of a killed guard, and so its gate, where nobody
-//! answers any more. So what a client without the capability hands in is
-//! received, looked at and closed by a thread that has nothing else.
+//! A thread that hangs in the close of such a descriptor is deaf to SIGKILL. It
+//! would keep all descriptors of a killed guard open, and so its gate, at which
+//! nobody answers any more. So the descriptors of a client without the
+//! capability are received, looked at and closed by a thread that has no other
+//! descriptors.
 
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
@@ -29,45 +32,46 @@ use std::time::{Duration, Instant};
 
 /// How long a client may take to read a reply.
 const SEND_PATIENCE: Duration = Duration::from_secs(2);
-/// How long it may take to replace a descriptor.
+/// How long a client may take to replace a descriptor.
 const SWAP_PATIENCE: Duration = Duration::from_secs(2);
 
-/// How long a client may say nothing before it is asked whether it needs its
-/// place: one that has not said hello, and a stranger when there is a crowd,
-/// must leave then.
+/// How long a client may be silent before the guard checks whether it needs its
+/// place. A client that has not said hello must then leave, and so must a
+/// stranger when there is a crowd.
 const IDLE: Duration = Duration::from_secs(10);
 
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
     socket: Arc<Socket>,
-    /// Process that connected, and its user then.
+    /// The process that connected, and its user at that time.
     peer: Sender,
     challenge: [u8; 32],
     greeted: bool,
-    /// The process that has proven the capability on this connection: the one
-    /// that connected.
+    /// The process that has proven the capability on this connection. It is the
+    /// one that connected.
     proven: Option<Prover>,
-    /// What it announced and may still come to pass.
+    /// Announcements of this client that may still be used.
     announced: Vec<Arc<Announcement>>,
-    /// The connection is for notices alone.
+    /// Set if this connection is for notices only.
     watcher: Option<Arc<Watcher>>,
 }
 
-/// What a client says.
+/// A message from a client.
 struct Said {
-    /// What it asks for, or why that cannot be understood.
+    /// The request, or why the message cannot be understood.
     request: Result<Request, Refusal>,
     sender: Option<Sender>,
     handed: Handed,
 }
 
-/// What came with a request, or what was seen of it.
+/// What came with a request, or what was learned from it.
 enum Handed {
     Nothing,
     File(OwnedFd),
     Proof(Option<Prover>),
     Pins(Result<Vec<PinnedRange>, Refusal>),
-    /// It is of no use without the capability, and closed.
+    /// A descriptor that is of no use without the capability, and that is
+    /// closed already.
     Useless,
 }
 
@@ -75,7 +79,7 @@ enum Handed {
 enum End {
     /// The client left, or does not read.
     Gone,
-    /// It said something that makes no sense.
+    /// The client sent something that makes no sense.
     Nonsense,
 }
 
@@ -86,7 +90,7 @@ impl From<Errno> for End {
 }
 
 impl<'guard> Session<'guard> {
-    /// Prepares to talk to whoever is at the other end of `socket`.
+    /// Prepares to talk to the client at the other end of `socket`.
     pub(crate) fn new(guard: &'guard Guard, socket: Socket) -> Result<Self, Errno> {
         socket.tell_senders()?;
         socket.set_send_timeout(SEND_PATIENCE)?;
@@ -106,7 +110,7 @@ impl<'guard> Session<'guard> {
         })
     }
 
-    /// Talks until the client leaves or talks nonsense, or asks for nothing
+    /// Talks until the client leaves or sends nonsense, or until it is silent
     /// while others wait for its place.
     pub(crate) fn run(mut self, place: &Place) {
         let mut buffer = vec![0; MAX_MESSAGE + 1];
@@ -126,15 +130,16 @@ impl<'guard> Session<'guard> {
                 Ok(()) => {}
                 Err(End::Gone) => return,
                 Err(End::Nonsense) => {
-                    // The reply is on its way. Whoever speaks another
-                    // language gets no second chance to confuse us.
+                    // The reply is on its way. A client that speaks another
+                    // protocol gets no second chance to confuse the guard.
                     return;
                 }
             }
         }
     }
 
-    /// Waits for the client to say something; nothing when it is gone.
+    /// Waits for a message of the client. Returns `None` when the client is
+    /// gone.
     fn listen(&self, buffer: &mut [u8]) -> Result<Option<Said>, Errno> {
         if self.proven.is_none() && self.socket.next_has_descriptors()? {
             let builder = std::thread::Builder::new()
@@ -146,8 +151,8 @@ impl<'guard> Session<'guard> {
         self.hear(buffer, true)
     }
 
-    /// Hears the client out. A descriptor that tells all it can at once is
-    /// closed again, and so is any that is not to `keep`.
+    /// Receives a message. A descriptor is closed again if it has told
+    /// everything at once, or if it is not to be kept (`keep`).
     fn hear(&self, buffer: &mut [u8], keep: bool) -> Result<Option<Said>, Errno> {
         let mut received = self.socket.receive(buffer)?;
         self.guard.gate.catch_up();
@@ -229,8 +234,8 @@ impl<'guard> Session<'guard> {
         Ok(self.send(&Reply::Refused(refusal), &[])?)
     }
 
-    /// Settles on a version of the protocol. Holders of version 1 say hello
-    /// again where later ones send a barrier.
+    /// Agrees on a version of the protocol. Holders of version 1 say hello
+    /// again at points at which later ones send a barrier.
     fn greet(&mut self, version: u32) -> Result<(), End> {
         if let Err(unknown) = mapdirect_proto::settle(version) {
             self.refuse(refusal(
@@ -253,8 +258,9 @@ impl<'guard> Session<'guard> {
         )?)
     }
 
-    /// A proof counts for the process that made it, and only here: whoever
-    /// had it made by a privileged program hands in one that names another.
+    /// Checks a proof. A proof counts only for the process that made it, and
+    /// only on this connection: if somebody makes a privileged program produce
+    /// the proof, it names that other process.
     fn prove(&mut self, prover: Option<Prover>, sender: Option<Sender>) -> Result<(), End> {
         let proven = match prover {
             Some(prover) => self.require_prover(prover, sender).map(|()| prover),
@@ -285,8 +291,8 @@ impl<'guard> Session<'guard> {
         ))
     }
 
-    /// The sender of a request, if it is the process that connected and the
-    /// kernel says so.
+    /// The sender of a request, if the kernel says that it is the process that
+    /// connected.
     fn require_peer(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
         match sender {
             Some(sender) if sender.pid > 0 && sender.pid == self.peer.pid => Ok(sender),
@@ -308,20 +314,20 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// Whether the sender of a request may pin: the capability was proven on
-    /// this connection, by the very process that speaks now, and it has not
-    /// been given up since.
+    /// Checks whether the sender of a request may pin: the capability was
+    /// proven on this connection by the very process that speaks now, and that
+    /// process has not given it up since.
     fn authorise(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
         let Some(prover) = self.proven else {
             return Err(not_capable());
         };
         let sender = self.require_peer(sender)?;
-        // In a user namespace of its own everybody has all capabilities.
+        // In a user namespace of its own, every process has all capabilities.
         let initial = proc::in_initial_user_namespace(sender.pid) == Ok(true);
         let capable = capget::effective(sender.pid)
             .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
-        // Last: if its number still names the process that proved, it did so
-        // before, too.
+        // This check comes last: if the process number still names the process
+        // that made the proof, it also did during the checks before.
         let same = proc::start_time(sender.pid) == Ok(prover.start);
         if initial && capable && same {
             Ok(sender)
@@ -349,8 +355,8 @@ impl<'guard> Session<'guard> {
                 let mut fds = vec![file.as_fd()];
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
                 fds.extend(lifeline.as_ref().map(AsFd::as_fd));
-                // If the client is gone the description goes with this
-                // message, and the pin with it.
+                // If the client is gone, the description goes with this
+                // message, and so does the pin.
                 let sent = self.send(&Reply::Granted(granted), &fds);
                 drop((file, lifeline));
                 pin.hand_over();
@@ -361,7 +367,7 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// What happens to pins is told on this connection from now on.
+    /// Sends notices about pins on this connection from now on.
     fn watch(&mut self, pins: &[WatchedPin], sender: Option<Sender>) -> Result<(), End> {
         let peer = match self.require_peer(sender) {
             Ok(peer) => peer,
@@ -377,7 +383,7 @@ impl<'guard> Session<'guard> {
                 inode: named.inode,
             };
             let Guard { gate, table, .. } = self.guard;
-            // It may be taken up just now.
+            // A dormant pin may be taken up right now.
             let taken_up = || {
                 let watched = table.get(inode)?;
                 let pins = watched.pins.load();
@@ -397,9 +403,9 @@ impl<'guard> Session<'guard> {
         Ok(self.send(&Reply::Watching, &fds)?)
     }
 
-    /// A pin is over, its holder says. Nobody can end it: that is true if the
-    /// kernel says so. Then the answer comes when nothing is refused for it any
-    /// more.
+    /// Handles a holder's message that a pin has ended. A holder cannot end a
+    /// pin; the pin has ended only if the kernel says so. The answer then comes
+    /// once nothing is refused for the pin any more.
     fn ended(&self, ended: WatchedPin) -> Result<(), End> {
         let Guard { gate, table, .. } = self.guard;
         if gate.refuses_for_ended(ended.pin) {
@@ -435,7 +441,7 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// What `mmap(2)` itself would say.
+    /// Makes the checks that `mmap(2)` itself would make.
     fn check_mapping(&self, pin: &PinRequest) -> Result<(), Refusal> {
         if !pin.flags.contains(Flags::MAP) {
             return Ok(());
@@ -472,8 +478,8 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// Lets a thread of the sender open a file; nothing is needed for one
-    /// that is not behind the gate.
+    /// Lets a thread of the sender open a file. A file that is not behind the
+    /// gate needs nothing.
     fn let_in(
         &self,
         tid: i32,
@@ -569,14 +575,14 @@ impl Drop for Session<'_> {
         if let Some(watcher) = &self.watcher {
             self.guard.notices.forget(watcher);
         }
-        // Whoever it spoke for is perhaps no more.
+        // The processes that these announcements are for may be gone.
         for announcement in &self.announced {
             announcement.take();
         }
     }
 }
 
-/// Reads a request and counts its descriptors.
+/// Parses a request and checks the number of its descriptors.
 fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
     if received.truncated {
         return Err(protocol("the message is too long"));
@@ -592,7 +598,7 @@ fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
     }
 }
 
-/// What helps whoever speaks another language.
+/// The help for a client that speaks another version of the protocol.
 const OTHER_VERSION: &str = "use the library of the same version as the guard";
 
 fn protocol(what: impl std::fmt::Display) -> Refusal {

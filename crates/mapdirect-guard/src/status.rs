@@ -1,4 +1,4 @@
-//! The state of the guard, for `mapdirect status`.
+//! Gathers the state of the guard, for `mapdirect status`.
 
 use crate::Guard;
 use crate::openers::{Openers, Wanted, processes_of};
@@ -6,16 +6,16 @@ use crate::table::Watched;
 use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
 use std::collections::BTreeMap;
 
-/// Gathers the state. Whoever is not privileged sees names, processes and
-/// refusals only of files that `only_uid` itself has pinned.
+/// Gathers the state. For a caller without privileges, names, processes and
+/// refusals are included only for files that `only_uid` itself has pinned.
 pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
     let watched = guard.table.all();
     let (mut files, known): (Vec<_>, Vec<_>) = watched
         .iter()
         .filter_map(|watched| Some((file_status(watched, only_uid)?, watched)))
         .unzip();
-    // One look at every process for all files, and only for those whose
-    // details are told.
+    // One look at every process serves all files, but only the files whose
+    // details are shown.
     let told: Vec<usize> = (0..files.len())
         .filter(|at| !files[*at].path.is_empty())
         .collect();

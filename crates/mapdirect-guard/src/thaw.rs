@@ -1,4 +1,5 @@
-//! Whether a filesystem is frozen. Nothing tells; one has to try.
+//! Finds out whether a filesystem is frozen. The kernel does not tell, so the
+//! only way is to try.
 
 use rustix::io::Errno;
 use std::os::fd::BorrowedFd;
@@ -6,11 +7,13 @@ use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// Tries that wait for a thaw. Each is a thread that cannot be ended.
+/// The number of tries that wait for a thaw. Each is a thread that cannot be
+/// ended.
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 const MOST: usize = 32;
 
-/// Waits until one more may try; says no if all of them hang for too long.
+/// Waits until one more try is permitted. Returns `false` if all tries hang for
+/// too long.
 fn begin(deadline: Instant) -> bool {
     let one_more = |waiting| (waiting < MOST).then_some(waiting + 1);
     while WAITING.fetch_update(SeqCst, SeqCst, one_more).is_err() {
@@ -24,9 +27,10 @@ fn begin(deadline: Instant) -> bool {
 
 /// Whether the filesystem of `file` lets a writer in before `deadline`.
 ///
-/// Taking away an attribute that is not there changes nothing, not even a
-/// time, but waits for a thaw like every change (`mnt_want_write_file` in
-/// `vfs_removexattr`'s callers, seen on 6.18 for XFS and ext4).
+/// The try removes an extended attribute that does not exist. That changes
+/// nothing, not even a time, but waits for a thaw like every change
+/// (`mnt_want_write_file` in `vfs_removexattr`'s callers, seen on 6.18 for XFS
+/// and ext4).
 pub(crate) fn is_thawed(file: BorrowedFd<'_>, deadline: Instant) -> bool {
     if !begin(deadline) {
         return false;
@@ -46,7 +50,7 @@ pub(crate) fn is_thawed(file: BorrowedFd<'_>, deadline: Instant) -> bool {
             let result = rustix::fs::fremovexattr(&file, c"user.mapdirect.absent");
             drop(file);
             ended();
-            // Nobody listens any more if it took too long.
+            // Nobody receives the result any more if it took too long.
             let _ = tell.send(result);
         });
     if trying.is_err() {
@@ -54,7 +58,7 @@ pub(crate) fn is_thawed(file: BorrowedFd<'_>, deadline: Instant) -> bool {
         return false;
     }
     match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-        // Without attributes nothing was tried.
+        // Without extended attributes nothing was tried.
         Ok(Err(Errno::OPNOTSUPP | Errno::NOSYS)) | Err(_) => false,
         Ok(_) => true,
     }

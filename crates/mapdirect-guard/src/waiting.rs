@@ -1,8 +1,8 @@
 //! Operations that wait at the gate for the outcome of a grant.
 //!
-//! The fanotify gate holds an operation back that a pin under way may mind, and
-//! looks at it again when the grant is decided. A gate in the kernel holds
-//! nothing back: nobody waits here then.
+//! The fanotify gate holds back an operation that a pending pin may forbid, and
+//! looks at the operation again when the grant is decided. The bpf gate holds
+//! nothing back, so nothing waits here then.
 
 use crate::Errno;
 use crate::table::publish::{Atomics, Count, Machine, Published};
@@ -10,10 +10,11 @@ use crate::wake::Waker;
 use arc_swap::ArcSwap;
 use std::sync::Arc;
 
-/// Decisions, and who waits for one. Neither side waits for the other: the gate
-/// says how many operations it holds back and then looks for decisions; who
-/// decides says so and then looks whether anybody waits. So a decision is seen
-/// by the gate before it sleeps, or the gate is woken.
+/// Counts decisions, and the operations that wait for one. Neither side waits
+/// for the other. The gate says how many operations it holds back, and then
+/// looks for decisions; a grant says that it has decided, and then looks
+/// whether anything waits. So either the gate sees a decision before it sleeps,
+/// or it is woken.
 #[derive(Debug)]
 pub(crate) struct Decisions<A: Atomics = Machine> {
     made: A::Count,
@@ -30,7 +31,7 @@ impl<A: Atomics> Default for Decisions<A> {
 }
 
 impl<A: Atomics> Decisions<A> {
-    /// Makes a decision; says whether the gate must be woken for it.
+    /// Makes a decision, and says whether the gate must be woken for it.
     fn make(&self) -> bool {
         let waiting = Published::after::<A>(&self.waiting, || {
             self.made.add(1);
@@ -38,13 +39,14 @@ impl<A: Atomics> Decisions<A> {
         waiting.other().load() > 0
     }
 
-    /// How many were made so far.
+    /// The number of decisions made so far.
     fn made(&self) -> u64 {
         self.made.load()
     }
 
-    /// So many operations wait now. Returns how many did before, and leave to
-    /// look for decisions: to sleep without a look could be to sleep for long.
+    /// Records the number of operations that wait now. Returns the number that
+    /// waited before, and permission to look for decisions: without such a look
+    /// the gate could sleep for long.
     fn wait(&self, count: u64) -> (u64, Published<'_, A::Count>) {
         let mut before = 0;
         let made = Published::after::<A>(&self.made, || before = self.waiting.swap(count));
@@ -52,7 +54,7 @@ impl<A: Atomics> Decisions<A> {
     }
 }
 
-/// Where operations wait for the outcome of a grant.
+/// The place where operations wait for the outcome of a grant.
 #[derive(Debug)]
 pub(crate) struct WaitingRoom {
     decisions: Decisions,
@@ -70,36 +72,37 @@ impl WaitingRoom {
         })
     }
 
-    /// Has the gate look again at whoever waits: something was decided.
+    /// Makes the gate look again at the waiting operations, because something
+    /// was decided.
     pub(crate) fn decided(&self) {
         if self.decisions.make() {
             self.waker.wake();
         }
     }
 
-    /// The threads that wait: they have not passed the gate.
+    /// The threads that wait, and so have not passed the gate.
     pub(crate) fn threads(&self) -> Arc<Vec<i32>> {
         self.threads.load_full()
     }
 
-    /// Wakes the gate's thread, to notice that the guard stops.
+    /// Wakes the gate's thread, so that it notices that the guard stops.
     pub(crate) fn wake(&self) {
         self.waker.wake();
     }
 
-    /// By what the gate's thread is woken.
+    /// The waker of the gate's thread.
     pub(crate) fn waker(&self) -> &Waker {
         &self.waker
     }
 
-    /// How many decisions were made so far. Whoever finds more of them later
-    /// must look again.
+    /// The number of decisions made so far. A caller that later finds a larger
+    /// number must look again.
     pub(crate) fn decisions(&self) -> u64 {
         self.decisions.made()
     }
 
-    /// Says which threads the gate holds back now. It must look for new
-    /// [decisions](Self::decisions) after that and before it sleeps.
+    /// Records which threads the gate holds back now. The gate must look for
+    /// new [decisions](Self::decisions) after this call and before it sleeps.
     pub(crate) fn now_waiting(&self, tids: impl ExactSizeIterator<Item = i32>) {
         let count = tids.len();
         let (before, _decisions) = self.decisions.wait(count as u64);

@@ -1,4 +1,4 @@
-//! Waiting: for a descriptor, for somebody to wake us, for a while.
+//! Ways to wait: for a descriptor, for a wake-up, for a while.
 
 use crate::Errno;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec};
@@ -16,19 +16,19 @@ impl Waker {
         Ok(Self(Arc::new(rustix::event::eventfd(0, flags)?)))
     }
 
-    /// Its descriptor, for a thread with a table of its own.
+    /// The descriptor, for a thread with a descriptor table of its own.
     pub(crate) fn shared(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.0)
     }
 
     pub(crate) fn wake(&self) {
-        // It fails only when the counter is full: then the owner is woken
+        // This fails only when the counter is full, and then the owner is woken
         // already.
         let _ = rustix::io::write(&*self.0, &1u64.to_ne_bytes());
     }
 
     pub(crate) fn clear(&self) {
-        // Nothing to read means nothing to clear.
+        // If there is nothing to read, there is nothing to clear.
         let _ = rustix::io::read(&*self.0, &mut [0u8; 8]);
     }
 }
@@ -39,8 +39,8 @@ impl AsFd for Waker {
     }
 }
 
-/// Waits until one of `fds` is readable or the time is over, and tells which
-/// are.
+/// Waits until one of `fds` is readable or the time is over, and says which are
+/// readable.
 pub(crate) fn wait_any<const N: usize>(
     fds: &[BorrowedFd<'_>; N],
     timeout: Option<Duration>,
@@ -68,8 +68,8 @@ pub(crate) fn has_hung_up(pipe: BorrowedFd<'_>) -> bool {
         && polled[0].revents().contains(PollFlags::HUP)
 }
 
-/// Waits again and again for something that nobody tells of, each time for
-/// twice as long, until the time is over.
+/// Waits repeatedly for something that nobody signals, each time for twice as
+/// long, until the time is over.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     pause: Duration,
@@ -78,7 +78,7 @@ pub(crate) struct Backoff {
 }
 
 impl Backoff {
-    /// Pauses of `first` to `longest`, until `deadline`.
+    /// Waits with pauses from `first` to `longest`, until `deadline`.
     pub(crate) fn until(deadline: Instant, first: Duration, longest: Duration) -> Self {
         Self {
             pause: first,

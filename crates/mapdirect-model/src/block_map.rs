@@ -1,4 +1,4 @@
-//! Reading block maps from the kernel.
+//! Reads block maps from the kernel.
 
 use crate::extent::{BlockMap, DeviceId, Extent, ExtentState};
 use mapdirect_sys::fiemap::{self, RawExtent};
@@ -7,13 +7,13 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 /// Reads the block map of a range of `file`, in bytes, without flushing
-/// anything first: what is written but not yet allocated shows as
-/// [`ExtentState::Delalloc`]. The range is not empty.
+/// anything first: data that is written but not yet allocated shows as
+/// [`ExtentState::Delalloc`]. The range must not be empty.
 ///
 /// # Errors
 ///
-/// `EOPNOTSUPP` when the filesystem does not tell (FIEMAP), and what the calls
-/// answer otherwise.
+/// `EOPNOTSUPP` when the filesystem has no FIEMAP, and any other error of the
+/// system calls.
 pub fn read(file: BorrowedFd<'_>, range: Range<u64>) -> Result<BlockMap, Errno> {
     let stat = rustix::fs::fstat(file)?;
     let device = DeviceId {
@@ -21,7 +21,7 @@ pub fn read(file: BorrowedFd<'_>, range: Range<u64>) -> Result<BlockMap, Errno> 
         minor: rustix::fs::minor(stat.st_dev),
     };
     let size = u64::try_from(stat.st_size).map_err(|_| Errno::OVERFLOW)?;
-    // For XFS and ext4 this is the size of a block.
+    // For XFS and ext4 `f_bsize` is the size of a block.
     let block_size = u32::try_from(rustix::fs::fstatfs(file)?.f_bsize).unwrap_or(4096);
     let mut reported = Vec::new();
     fiemap(file, range.start, range.end - range.start, |extent| {

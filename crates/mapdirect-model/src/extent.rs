@@ -4,30 +4,31 @@
 use std::fmt;
 use std::ops::Range;
 
-/// What a block of a file is.
+/// The state of a block of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
 pub enum ExtentState {
-    /// Allocated, written, used by this file alone: stable under a pin.
+    /// Allocated, written, and used by this file alone: stable under a pin.
     Written,
-    /// Allocated, never written: reads as zeros.
+    /// Allocated but never written: reads as zeros.
     Unwritten,
-    /// Not allocated: reads as zeros. Also everything beyond the end of file.
+    /// Not allocated: reads as zeros. Everything beyond the end of the file is
+    /// a hole, too.
     Hole,
     /// Written, but other files or ranges use the same blocks.
     Shared,
-    /// Written in memory, no block chosen yet.
+    /// Written in memory, but no block is chosen yet.
     Delalloc,
     /// Inside the inode or another metadata block.
     Inline,
     /// Compressed, encrypted, or otherwise not the file's own bytes.
     Encoded,
-    /// The filesystem does not tell.
+    /// The filesystem does not say.
     Unknown,
 }
 
 impl ExtentState {
-    /// Every state, in the order of their numbers.
+    /// Every state, in the order of its number.
     pub const ALL: [Self; 8] = [
         Self::Written,
         Self::Unwritten,
@@ -46,14 +47,14 @@ impl ExtentState {
         matches!(self, Self::Written)
     }
 
-    /// Hole, unwritten or shared: a pin keeps it as it is, so a store cannot
-    /// be allowed.
+    /// Whether the state is hole, unwritten or shared. A pin keeps such a block
+    /// as it is, so stores to it cannot be allowed.
     #[must_use]
     pub const fn is_frozen(self) -> bool {
         matches!(self, Self::Unwritten | Self::Hole | Self::Shared)
     }
 
-    /// The name used in output and documentation.
+    /// The name of the state in output and documentation.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -68,14 +69,14 @@ impl ExtentState {
         }
     }
 
-    /// The number that stands for it where states are written down, which
-    /// never changes.
+    /// The number of the state in stored and transmitted data, which never
+    /// changes.
     #[must_use]
     pub const fn number(self) -> u32 {
         self as u32
     }
 
-    /// The state of a number.
+    /// The state with this number.
     #[must_use]
     pub fn from_number(number: u32) -> Option<Self> {
         Self::ALL.get(usize::try_from(number).ok()?).copied()
@@ -88,22 +89,22 @@ impl fmt::Display for ExtentState {
     }
 }
 
-/// A run of bytes of a file that lies in one piece and one state.
+/// A run of bytes of a file that lie in one piece and are in one state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Extent {
     /// Offset in the file, in bytes.
     pub offset: u64,
-    /// Offset on the block device, in bytes, where there is one.
+    /// Offset on the block device, in bytes, if there is one.
     pub physical: Option<u64>,
     /// Length in bytes.
     pub length: u64,
-    /// What it is.
+    /// The state of the blocks.
     pub state: ExtentState,
 }
 
 impl Extent {
-    /// An extent.
+    /// Makes an extent.
     #[must_use]
     pub const fn new(offset: u64, physical: Option<u64>, length: u64, state: ExtentState) -> Self {
         Self {
@@ -114,13 +115,13 @@ impl Extent {
         }
     }
 
-    /// Offset in the file of the first byte behind it.
+    /// Offset in the file of the first byte behind the extent.
     #[must_use]
     pub const fn end(&self) -> u64 {
         self.offset.saturating_add(self.length)
     }
 
-    /// The part of it inside `range`.
+    /// The part of the extent inside `range`.
     #[must_use]
     pub fn clipped(&self, range: &Range<u64>) -> Option<Self> {
         let start = self.offset.max(range.start);
@@ -160,10 +161,10 @@ impl fmt::Display for DeviceId {
 }
 
 /// The block map of a range of a file: extents in file order that cover the
-/// range without gaps or overlaps, holes included.
+/// range without gaps or overlaps, including holes.
 ///
 /// Two block maps of one range are equal exactly when every byte lies at the
-/// same place in the same state, however the filesystem cuts its records.
+/// same place in the same state, however the filesystem divides its records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BlockMap {
     device: DeviceId,
@@ -174,9 +175,10 @@ pub struct BlockMap {
 }
 
 impl BlockMap {
-    /// Makes a block map of `range` from extents as a filesystem reports
-    /// them: in file order, reaching over the ends of the range or not, holes
-    /// left out or not. What overlaps an earlier extent is cut off.
+    /// Makes a block map of `range` from extents as a filesystem reports them.
+    /// They must be in file order, but may reach over the ends of the range,
+    /// and holes may be left out. An extent that overlaps an earlier one is
+    /// cut.
     #[must_use]
     pub fn new(
         device: DeviceId,
@@ -218,8 +220,8 @@ impl BlockMap {
         }
     }
 
-    /// The device that physical offsets count on: the one the filesystem is
-    /// on, as `st_dev` has it.
+    /// The device that physical offsets refer to: the one of the filesystem, as
+    /// in `st_dev`.
     #[must_use]
     pub const fn device(&self) -> DeviceId {
         self.device
@@ -237,7 +239,7 @@ impl BlockMap {
         self.file_size
     }
 
-    /// The range of the file covered, in bytes.
+    /// The range of the file that the map covers, in bytes.
     #[must_use]
     pub fn range(&self) -> Range<u64> {
         self.range.clone()
@@ -249,7 +251,7 @@ impl BlockMap {
         &self.extents
     }
 
-    /// The extents that a pin cannot let anybody store to.
+    /// The extents that a pin lets nobody store to.
     pub fn frozen(&self) -> impl Iterator<Item = &Extent> {
         self.extents
             .iter()
@@ -273,7 +275,7 @@ impl BlockMap {
             .filter(|extent| extent.offset <= offset)
     }
 
-    /// Bytes in `state`.
+    /// The number of bytes in `state`.
     #[must_use]
     pub fn total(&self, state: ExtentState) -> u64 {
         self.extents

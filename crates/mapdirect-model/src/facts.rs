@@ -1,5 +1,5 @@
-//! Whether a file can be pinned or mapped `MAP_DIRECT` at all: facts about
-//! it, and what they mean.
+//! Facts about a file that decide whether the file can be pinned or mapped
+//! `MAP_DIRECT` at all, and what they mean.
 
 use crate::contract::Geometry;
 use crate::extent::DeviceId;
@@ -9,18 +9,18 @@ use rustix::fs::{AtFlags, FileType, StatxFlags};
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
-/// Filesystems told apart here.
+/// The filesystems that are distinguished here.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Filesystem {
     /// XFS.
     Xfs,
     /// ext4, or ext2 and ext3 through its driver.
     Ext4,
-    /// Another one, by name or magic number.
+    /// Another filesystem, by name or magic number.
     Other(String),
 }
 
-/// What the kernel tells about a file that matters to a pin.
+/// The facts about a file that matter to a pin.
 #[derive(Clone, Debug)]
 pub struct FileFacts {
     /// Device of the filesystem.
@@ -35,27 +35,27 @@ pub struct FileFacts {
     pub block_size: u32,
     /// The filesystem.
     pub filesystem: Filesystem,
-    /// Files can share blocks.
+    /// Whether files can share blocks.
     pub reflink: bool,
-    /// Files of it can exchange blocks (XFS).
+    /// Whether files of the filesystem can exchange blocks (XFS).
     pub exchange: bool,
-    /// Loads and stores reach the media without the page cache.
+    /// Whether loads and stores reach the media without the page cache.
     pub dax: bool,
-    /// What kind of file.
+    /// The type of the file.
     file_type: FileType,
-    /// Links to it.
+    /// The number of links to the file.
     pub links: u64,
-    /// Its owner.
+    /// The owner of the file.
     pub owner: u32,
-    /// All writes go to new places (zoned XFS).
+    /// Whether all writes go to new places (zoned XFS).
     out_of_place: bool,
-    /// Data goes through the journal.
+    /// Whether data goes through the journal.
     journalled: bool,
     inode_flags: u32,
     extended: ExtendedFlags,
 }
 
-/// What kind of obstacle it is.
+/// The kind of an obstacle.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum ObstacleKind {
     /// Not a regular file.
@@ -76,27 +76,27 @@ pub enum ObstacleKind {
     OutOfPlace,
     /// An extent size hint would allocate blocks beside the ones written.
     ExtentSizeHint,
-    /// The range holds blocks that cannot be stored to as they are.
+    /// The range contains blocks that cannot be stored to as they are.
     FrozenBlocks,
 }
 
-/// The pieces in which the page cache of this machine handles files; `coarse`
-/// says whether the filesystem writes whole folios back.
+/// The pieces in which the page cache of this machine handles files. `coarse`
+/// says whether the filesystem writes back whole folios.
 #[must_use]
 pub fn geometry(coarse: bool) -> Geometry {
     Geometry::of_pages(mapdirect_sys::mmap::page_size()).coarse(coarse)
 }
 
-/// Something that stands in the way, for good.
+/// A permanent obstacle to a pin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Obstacle {
-    /// What kind.
+    /// The kind of the obstacle.
     pub kind: ObstacleKind,
-    /// The errno of it.
+    /// The errno that goes with it.
     pub errno: Errno,
-    /// In words.
+    /// A description for a person.
     pub text: String,
-    /// How to mend it; empty if there is no way.
+    /// What to do about it. Empty if nothing helps.
     pub mend: String,
 }
 
@@ -145,17 +145,17 @@ fn filesystem(magic: u64) -> Filesystem {
 }
 
 impl FileFacts {
-    /// Asks the kernel.
+    /// Reads the facts from the kernel.
     ///
     /// # Errors
     ///
-    /// `EBADF` for a descriptor that is only a path, and what the calls
-    /// answer.
+    /// `EBADF` for an `O_PATH` descriptor, and any other error of the system
+    /// calls.
     pub fn read(file: BorrowedFd<'_>) -> Result<Self, Errno> {
         let stat = rustix::fs::fstat(file)?;
         let statfs = rustix::fs::fstatfs(file)?;
-        // f_type is a signed long that some magic numbers do not fit: compare
-        // the lower half.
+        // f_type is a signed long, and some magic numbers do not fit into it.
+        // So only the lower half is compared.
         let magic = u64::from_ne_bytes(statfs.f_type.to_ne_bytes()) & 0xffff_ffff;
         let filesystem = filesystem(magic);
         let file_type = FileType::from_raw_mode(stat.st_mode);
@@ -215,12 +215,12 @@ impl FileFacts {
         Ok(facts)
     }
 
-    /// What stands in the way of any pin on this file, worst first.
+    /// The obstacles to any pin on this file, worst first.
     #[must_use]
     pub fn obstacles(&self) -> Vec<Obstacle> {
         let mut found = Vec::new();
         if self.file_type != FileType::RegularFile {
-            // mmap(2) itself has no way to map a directory, pipe or socket.
+            // mmap(2) itself cannot map a directory, pipe or socket.
             let errno = match self.file_type {
                 FileType::BlockDevice | FileType::CharacterDevice => Errno::OPNOTSUPP,
                 _ => Errno::NODEV,
@@ -286,19 +286,19 @@ impl FileFacts {
         found
     }
 
-    /// Blocks beyond the end of the file were asked for, and are not an
-    /// allocation ahead of need that XFS takes back some minutes later.
+    /// Whether blocks beyond the end of the file were requested, and are not
+    /// preallocated by XFS, which frees such blocks some minutes later.
     #[must_use]
     pub fn keeps_blocks_beyond_the_end(&self) -> bool {
         self.filesystem != Filesystem::Xfs || self.extended.flags & inode_flags::XFLAG_PREALLOC != 0
     }
 
-    /// Whether the flags and hints by which the filesystem allocates blocks of
-    /// the file are still those. (That blocks were asked for is none of them.)
+    /// Whether the filesystem still allocates blocks of the file by the same
+    /// flags and hints. (The flag for requested blocks does not count.)
     ///
     /// # Errors
     ///
-    /// What `FS_IOC_FSGETXATTR` answers.
+    /// Any error of `FS_IOC_FSGETXATTR`.
     pub fn still_allocates_so(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
         if self.filesystem != Filesystem::Xfs {
             return Ok(true);
@@ -311,8 +311,8 @@ impl FileFacts {
         Ok(hints(now) == hints(self.extended))
     }
 
-    /// A write that makes the file grow may take more blocks behind it than it
-    /// needs, whoever asked for those that are there (XFS:
+    /// Whether a write that makes the file grow may take more blocks behind the
+    /// end than it needs, even blocks that somebody requested (XFS:
     /// `xfs_iomap_prealloc_size`, and `xfs_iomap_eof_align_last_fsb` for direct
     /// writes, fs/xfs/xfs_iomap.c).
     #[must_use]
@@ -320,15 +320,17 @@ impl FileFacts {
         self.filesystem == Filesystem::Xfs
     }
 
-    /// The bytes around a range that XFS may set blocks aside for when shared
-    /// blocks among them are written to; if it copies blocks. What has such a
-    /// block goes there the next time it is written, shared or not.
+    /// The bytes around a range for which XFS may set blocks aside when shared
+    /// blocks among them are written to, or `None` if the filesystem does not
+    /// copy blocks. A block for which XFS has set another one aside moves there
+    /// the next time it is written, whether it is shared or not.
     ///
-    /// XFS allocates in pieces of the size and alignment of a hint. To fit one
-    /// between others it moves it, by less than its size
-    /// (`xfs_bmap_extsize_align`, fs/xfs/libxfs/xfs_bmap.c): so a range is
-    /// reached from the pieces that it lies in and from one more on each side.
-    /// The default counts as well as a hint that is set, which may go.
+    /// XFS allocates in pieces that have the size and the alignment of a hint.
+    /// To fit a piece between others, XFS moves the piece by less than its size
+    /// (`xfs_bmap_extsize_align`, fs/xfs/libxfs/xfs_bmap.c). So XFS can reach a
+    /// range from the pieces that the range lies in, and from one more on each
+    /// side. The default size counts as well as a hint that is set, because the
+    /// hint may be removed.
     #[must_use]
     pub fn copies_around(&self, range: &Range<u64>) -> Option<Range<u64>> {
         // XFS_DEFAULT_COWEXTSZ_HINT, fs/xfs/xfs_inode.h
@@ -351,10 +353,10 @@ impl FileFacts {
         Some(default.start.min(hinted.start)..default.end.max(hinted.end))
     }
 
-    /// The obstacle of a range with frozen blocks: with an extent size hint,
-    /// writing beside them would allocate them; and ext4 that allocates
-    /// blocks as they are written joins what it allocates beside an unwritten
-    /// extent to that, and converts both.
+    /// The obstacle to pinning a range with frozen blocks, if there is one.
+    /// With an extent size hint, a write beside frozen blocks would allocate
+    /// them. If ext4 allocates blocks as they are written, it joins new blocks
+    /// to an unwritten extent beside them, and converts both.
     #[must_use]
     pub fn obstacle_to_frozen(&self) -> Option<Obstacle> {
         let hint = self.extended;
@@ -372,8 +374,8 @@ impl FileFacts {
         if self.filesystem != Filesystem::Ext4 {
             return None;
         }
-        // The last is how kernels spell the one before it
-        // (`_ext4_show_options`, fs/ext4/super.c: the first name there is).
+        // Kernels show the second option under the name of the third
+        // (`_ext4_show_options`, fs/ext4/super.c: the first name that matches).
         let option = ["nodelalloc", "dioread_lock", "nodioread_nolock"]
             .into_iter()
             .find(|option| is_mounted_with(self.device, |mount| mount.option(option).is_some()))?;

@@ -1,10 +1,11 @@
 //! Where the blocks of a file lie, and what may be done to them while they are
-//! pinned. The library and the guard stand on this crate: what they agree on
-//! is here, and nothing that talks to anybody but the kernel.
+//! pinned. The library and the guard both build on this crate: it contains what
+//! they agree on, and communicates with nothing but the kernel.
 //!
-//! [`facts`] and [`block_map`] read facts about a file. All else is pure:
-//! [`extent`] says what a block map is, [`plan`] which part of it is mapped
-//! how, [`contract`] what may be done to a file while ranges of it are pinned.
+//! [`facts`] and [`block_map`] read facts about a file. Everything else is
+//! pure. [`extent`] defines block maps, [`plan`] says which part of one is
+//! mapped how, and [`contract`] says what may be done to a file while ranges of
+//! it are pinned.
 
 #![forbid(unsafe_code)]
 

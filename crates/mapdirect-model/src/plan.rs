@@ -1,10 +1,10 @@
-//! Which part of a range is mapped how. Pure.
+//! Plans how each part of a range is mapped. Pure.
 //!
-//! A page is the least that can be mapped, and the least that a store takes:
-//! a file whose blocks are smaller than pages has pages that hold blocks of
-//! several states. What counts of a page are its blocks inside the pinned
-//! range that lie before the end of the file; behind the end there is nothing
-//! to store to, and the gate keeps it so.
+//! A page is the smallest unit of a mapping, and of what a store affects. So
+//! when blocks are smaller than pages, a page may contain blocks in several
+//! states. Only those blocks of a page count that are inside the pinned range
+//! and before the end of the file. Behind the end there is nothing to store to,
+//! and the gate keeps it so.
 
 use crate::extent::{BlockMap, ExtentState};
 use std::ops::Range;
@@ -12,31 +12,31 @@ use std::ops::Range;
 /// How a run of pages is mapped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pages {
-    /// The file itself: every block is written and used by it alone.
+    /// The file itself: every block is written, and used by this file alone.
     Stable,
-    /// Memory that reads as zeros and raises SIGBUS when it is stored to:
-    /// holes and unwritten blocks.
+    /// Memory that reads as zeros and raises SIGBUS on a store: holes and
+    /// unwritten blocks.
     Zeros,
-    /// Memory with a copy of the bytes, which raises SIGBUS when it is stored
-    /// to: pages that hold blocks of several states. Nobody may write to them
+    /// Memory with a copy of the bytes, which raises SIGBUS on a store: pages
+    /// that contain blocks in several states. Nobody may write to such pages
     /// while they are pinned, so the copy stays true.
     Copied,
-    /// Memory that raises SIGBUS whatever is done: shared blocks, and pages
+    /// Memory that raises SIGBUS on every access: shared blocks, and pages
     /// wholly beyond the end of the file.
     Faulting,
 }
 
-/// A run of pages mapped alike, in bytes of the file.
+/// A run of pages that are mapped alike, in bytes of the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
-    /// Which bytes, whole pages.
+    /// The bytes, as whole pages.
     pub range: Range<u64>,
     /// How they are mapped.
     pub pages: Pages,
 }
 
-/// How a range is mapped: segments in file order, without gaps, neighbours
-/// different.
+/// How a range is mapped: segments in file order, without gaps. Neighbours are
+/// mapped differently.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
     segments: Vec<Segment>,
@@ -44,15 +44,15 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// Plans to map `length` bytes from `offset`, a page boundary, of a file
-    /// with the block map `map`, which covers those bytes.
+    /// Plans the mapping of `length` bytes from `offset`, which must be at a
+    /// page boundary. The block map `map` must cover those bytes.
     pub fn new(map: &BlockMap, offset: u64, length: u64, page: u64) -> Self {
         let mut plan = Self {
             segments: Vec::new(),
             page,
         };
         let end = offset + length.next_multiple_of(page);
-        // Nothing of what lies in pages behind this can be reached.
+        // Pages behind this offset cannot be accessed.
         let file_end = map.file_size().next_multiple_of(page).clamp(offset, end);
         let extents = map.extents();
         let mut at = offset;
@@ -65,7 +65,7 @@ impl Plan {
                 next += 1;
                 continue;
             }
-            // Whole pages of one extent at once, then the page that it shares
+            // First the whole pages of one extent, then the page that it shares
             // with others.
             let whole = extent.end() - extent.end() % page;
             if whole > at && extent.offset <= at {
@@ -78,8 +78,8 @@ impl Plan {
                 at = until;
             }
         }
-        // Nothing there for an empty file, and nothing for a map that ends
-        // before the file does, which none does.
+        // An empty file has nothing here. A map that ends before the file would
+        // have nothing here either, but no map does.
         plan.push(at..end, Pages::Faulting);
         plan
     }
@@ -94,8 +94,8 @@ impl Plan {
         }
     }
 
-    /// The same with all that `now`, a plan of the same range, takes for the
-    /// file itself, and that as segments.
+    /// This plan, with everything stable that is stable in `now`, a plan of the
+    /// same range. Also returns that as segments.
     pub fn with_stable_of(&self, now: &Self) -> (Self, Vec<Segment>) {
         let mut plan = Self {
             segments: Vec::new(),
@@ -140,12 +140,12 @@ impl Plan {
         &self.segments
     }
 
-    /// Bytes in a page.
+    /// The number of bytes in a page.
     pub fn page(&self) -> u64 {
         self.page
     }
 
-    /// Whether all of it is the file itself.
+    /// Whether the whole plan is the file itself.
     #[inline]
     pub fn is_stable(&self) -> bool {
         matches!(
@@ -157,7 +157,7 @@ impl Plan {
         )
     }
 
-    /// Where in the file the first page is that is the file itself.
+    /// The offset in the file of the first page that is the file itself.
     pub fn first_stable(&self) -> Option<u64> {
         let mut segments = self.segments.iter();
         segments
@@ -165,8 +165,9 @@ impl Plan {
             .map(|segment| segment.range.start)
     }
 
-    /// Memory mappings it takes: neighbours that are not the file itself
-    /// become one, but for copies, which are a mapping of their own.
+    /// The number of memory mappings that the plan needs. Neighbours that are
+    /// not the file itself become one mapping, except for copies, which are
+    /// separate.
     pub fn mappings(&self) -> usize {
         let kind = |segment: &Segment| match segment.pages {
             Pages::Stable => 0,
@@ -178,14 +179,14 @@ impl Plan {
             .count()
     }
 
-    /// The same with `range` taken for the file itself, whatever it is.
+    /// This plan, with `range` stable, whatever it was.
     pub fn assuming_stable(&self, range: &Range<u64>) -> Self {
         let start = range.start - range.start % self.page;
         let end = range.end.next_multiple_of(self.page);
         self.with(&(start..end), Pages::Stable)
     }
 
-    /// The same with other pages in a range.
+    /// This plan, with `range` mapped as `pages`.
     pub fn with(&self, range: &Range<u64>, pages: Pages) -> Self {
         let mut plan = Self {
             segments: Vec::new(),
@@ -224,8 +225,8 @@ impl Plan {
             .map(|segment| (segment.range.start.max(range.start), segment.pages))
     }
 
-    /// Whether huge pages of `huge` bytes fit into a part of it that is the
-    /// file itself.
+    /// Whether huge pages of `huge` bytes fit into a part that is the file
+    /// itself.
     pub fn has_room_for(&self, huge: u64) -> bool {
         self.segments.iter().any(|segment| {
             segment.pages == Pages::Stable
@@ -244,17 +245,17 @@ impl Plan {
     }
 }
 
-/// What is done to memory.
+/// A kind of memory access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// It is read.
+    /// A read.
     Load,
-    /// It is written to.
+    /// A write.
     Store,
 }
 
 impl Pages {
-    /// How whole pages of blocks in one state are mapped.
+    /// The mapping of whole pages whose blocks are all in one state.
     fn of(state: ExtentState) -> Self {
         match state {
             ExtentState::Written => Self::Stable,
@@ -264,8 +265,8 @@ impl Pages {
     }
 }
 
-/// How a page is mapped that several extents meet in, or the end of the
-/// pinned range.
+/// The mapping of a page in which several extents meet, or which contains the
+/// end of the pinned range.
 fn mixed(map: &BlockMap, page: Range<u64>) -> Pages {
     let block = u64::from(map.block_size()).max(1);
     let file_end = map.file_size().next_multiple_of(block);

@@ -1,5 +1,5 @@
-//! What every message has: a header that says how long it is and of what
-//! kind, and a fixed record.
+//! The form of every message: a header with its length and kind, and a fixed
+//! record.
 
 use crate::MAX_MESSAGE;
 use crate::wire::{DecodeError, Reader, wire_len};
@@ -54,7 +54,7 @@ pub(crate) fn message(kind: u16, record: &(impl IntoBytes + Immutable), tail: &[
     let header = Header {
         length: wire_len(length),
         kind: kind.into(),
-        // Records are structures of this file, far below 64 KiB.
+        // Records are structures of this crate, far below 64 KiB.
         record: u16::try_from(record.len()).unwrap_or(u16::MAX).into(),
     };
     let mut bytes = Vec::with_capacity(length);
@@ -84,7 +84,7 @@ impl<'bytes> Body<'bytes> {
         })
     }
 
-    /// The fixed record of a message that consists of nothing else.
+    /// The fixed record of a message without anything behind it.
     pub(crate) fn only<T: FromBytes + IntoBytes + KnownLayout>(mut self) -> Result<T, DecodeError> {
         let record = self.reader.extensible(self.record)?;
         if self.reader.is_empty() {
@@ -94,7 +94,7 @@ impl<'bytes> Body<'bytes> {
         }
     }
 
-    /// The fixed record, and what follows it.
+    /// The fixed record, and a reader of what follows it.
     pub(crate) fn first<T: FromBytes + IntoBytes + KnownLayout>(
         mut self,
     ) -> Result<(T, Reader<'bytes>), DecodeError> {

@@ -1,4 +1,4 @@
-//! Extents on the wire. What an extent is says [`mapdirect_model`].
+//! Extents on the wire. [`mapdirect_model`] defines what an extent is.
 
 pub use mapdirect_model::extent::{BlockMap, DeviceId, Extent, ExtentState};
 use zerocopy::little_endian::{U32, U64};
@@ -16,7 +16,7 @@ pub(crate) struct ExtentRecord {
     reserved: U32,
 }
 
-/// Bytes one extent takes on the wire.
+/// The number of bytes of one extent on the wire.
 pub const EXTENT_RECORD: usize = size_of::<ExtentRecord>();
 
 impl From<&Extent> for ExtentRecord {
@@ -31,7 +31,7 @@ impl From<&Extent> for ExtentRecord {
     }
 }
 
-/// Writes extents as records, one behind the other.
+/// Writes extents as records, one after the other.
 #[must_use]
 pub fn encode_extents(extents: &[Extent]) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(extents.len() * EXTENT_RECORD);
@@ -45,8 +45,8 @@ pub fn encode_extents(extents: &[Extent]) -> Vec<u8> {
 ///
 /// # Errors
 ///
-/// [`DecodeError`](crate::DecodeError) for anything else. The extents are
-/// taken as they are: [`BlockMap::new`] puts any list in order.
+/// [`DecodeError`](crate::DecodeError) for anything else. The extents are taken
+/// as they are: [`BlockMap::new`] brings any list into order.
 pub fn decode_extents(bytes: &[u8]) -> Result<Vec<Extent>, crate::DecodeError> {
     let (records, rest) = bytes.as_chunks::<EXTENT_RECORD>();
     if !rest.is_empty() {

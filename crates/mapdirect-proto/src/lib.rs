@@ -1,13 +1,14 @@
 //! What a holder and the guard say to each other.
 //!
-//! Messages travel whole over a `SOCK_SEQPACKET` socket, one request and its
-//! reply at a time. Each is a header and one fixed record of little-endian
-//! integers, for some followed by texts and records whose lengths the fixed
-//! part gives. Records are extensible the way of `openat2(2)`: a receiver
-//! takes a longer record if the part it does not know is zero, and reads a
-//! shorter one as if zeros followed. Each side says the newest version it
-//! speaks, and both speak the older one of the two ([`settle`]). No I/O happens here, and no bytes can
-//! make a decoder panic, loop or allocate more than they fill.
+//! Messages travel as a whole over a `SOCK_SEQPACKET` socket, one request and
+//! its reply at a time. Each is a header and one fixed record of little-endian
+//! integers. Some are followed by texts and records whose lengths the fixed
+//! part gives. Records are extensible like those of `openat2(2)`: a receiver
+//! takes a longer record if the part that it does not know is zero, and reads a
+//! shorter one as if zeros followed. Each side states the newest version that
+//! it speaks, and both speak the older of the two ([`settle`]). This crate does
+//! no I/O, and no bytes can make a decoder panic, loop or allocate more than
+//! they fill.
 //!
 //! ```text
 //! holder                                   guard
@@ -65,27 +66,29 @@ pub use wire::DecodeError;
 
 use std::time::Duration;
 
-/// Where programs in the kernel judge: the argument of `fcntl(F_GETFL)` that
-/// asks whether a file is a pin, whose number is in the bits below. It fails
-/// with `EALREADY` if so; whoever does not know the question answers with flags.
+/// The argument of `fcntl(F_GETFL)` that asks the programs of the bpf gate
+/// whether a file is a pin; the pin's number is in the bits below. The call
+/// fails with `EALREADY` if the file is that pin. Without the programs the call
+/// returns flags.
 pub const IS_IT_PIN: u64 = 0x6d64 << 48;
-/// Those bits.
+/// The bits of the pin's number.
 pub const PIN_NUMBER: u64 = (1 << 48) - 1;
 
 /// First field of a hello: "MAPDIRCT".
 pub const MAGIC: u64 = u64::from_be_bytes(*b"MAPDIRCT");
 
-/// Longest message in bytes; what is longer travels in a sealed memory file.
+/// The length of the longest message in bytes. Longer data travels in a sealed
+/// memory file.
 pub const MAX_MESSAGE: usize = 32 * 1024;
 
-/// Most extents sent inside a message.
+/// The most extents inside a message.
 pub const MAX_INLINE_EXTENTS: usize = 512;
 
 /// How long an announced thread may take to open the file.
 pub const ANNOUNCEMENT_LIFE: Duration = Duration::from_secs(1);
 
-/// Where the guard listens unless told otherwise.
+/// The default path of the guard's socket.
 pub const DEFAULT_SOCKET: &str = "/run/mapdirect/guard.sock";
 
-/// Environment variable that names another socket, for every client.
+/// The environment variable that names another socket, for every client.
 pub const SOCKET_VARIABLE: &str = "MAPDIRECT_SOCKET";

@@ -1,4 +1,4 @@
-//! What the guard says of a pin without being asked.
+//! Notices that the guard sends about a pin without being asked.
 
 use crate::extent::{DeviceId, EXTENT_RECORD, Extent, decode_extents, encode_extents};
 use crate::wire::{DecodeError, Reader, clipped, wire_len};
@@ -7,72 +7,72 @@ use std::ops::Range;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Most extents that a breach lists as they were, and as they are.
+/// The most extents that a breach lists, both before and after.
 pub const MAX_BREACH_EXTENTS: usize = 32;
 
-/// A difference between what a pin keeps and what the file has: something that
-/// no gate refuses has changed its block map.
+/// A difference between what a pin promises and what the file has: something
+/// that no gate refuses has changed the block map.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Breach {
-    /// Names the pin.
+    /// The number of the pin.
     pub pin: u64,
     /// Device of the filesystem.
     pub device: DeviceId,
     /// Inode number of the file.
     pub inode: u64,
-    /// Where the file is, as far as the guard knows; empty for whoever may not
-    /// know.
+    /// The path of the file, as far as the guard knows it. Empty for a receiver
+    /// that may not know it.
     pub path: String,
-    /// When it was noticed, in nanoseconds since the epoch.
+    /// When the breach was noticed, in nanoseconds since the epoch.
     pub time: u64,
     /// The bytes that differ, from the first to the last.
     pub range: Range<u64>,
-    /// The extents of those bytes as they were pinned; the first
-    /// [`MAX_BREACH_EXTENTS`] of them.
+    /// The extents of those bytes as they were pinned, but only the first
+    /// [`MAX_BREACH_EXTENTS`].
     pub before: Vec<Extent>,
-    /// The same as they are now.
+    /// The same extents as they are now.
     pub after: Vec<Extent>,
-    /// Who did it, where that can be known.
+    /// The process that caused the breach, if it is known.
     pub cause: Option<Cause>,
 }
 
-/// Who changed a pinned block.
+/// The process that changed a pinned block.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Cause {
     /// Process id, as the guard sees it.
     pub pid: i32,
-    /// Name of its command.
+    /// The name of its command.
     pub command: String,
     /// What it did, as far as that is known.
     pub what: String,
 }
 
-/// Something that happened to a pin.
+/// An event in the life of a pin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Notice {
-    /// Its blocks are not what they were.
+    /// Blocks of the pin have changed.
     Breach(Breach),
-    /// Nothing refuses any more what would change them.
+    /// Nothing refuses any more what would change the pin's blocks.
     Lost {
-        /// Names the pin.
+        /// The number of the pin.
         pin: u64,
-        /// Why, for a person.
+        /// The reason, for a person.
         why: String,
     },
-    /// The kernel refuses, but no guard tends the pin.
+    /// The kernel still refuses, but no guard tends the pin.
     Unattended {
-        /// Names the pin.
+        /// The number of the pin.
         pin: u64,
-        /// Why, for a person.
+        /// The reason, for a person.
         why: String,
     },
 }
 
 impl Notice {
-    /// The pin that it is about.
+    /// The pin that the notice is about.
     #[must_use]
     pub const fn pin(&self) -> u64 {
         match self {
@@ -105,8 +105,8 @@ impl fmt::Display for Cause {
 }
 
 impl Breach {
-    /// A breach of which nobody knows the cause. Extents beyond
-    /// [`MAX_BREACH_EXTENTS`] are left out.
+    /// A breach of unknown cause. Extents beyond [`MAX_BREACH_EXTENTS`] are
+    /// left out.
     #[must_use]
     pub fn new(
         pin: u64,
@@ -130,7 +130,7 @@ impl Breach {
         }
     }
 
-    /// Says who did it.
+    /// This breach, with its cause.
     #[must_use]
     pub fn caused_by(mut self, cause: Option<Cause>) -> Self {
         self.cause = cause;
@@ -138,7 +138,7 @@ impl Breach {
     }
 }
 
-/// A breach on the wire: this, the texts, and the extents.
+/// A breach on the wire: this record, the texts, and the extents.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct BreachRecord {
@@ -152,7 +152,7 @@ pub(crate) struct BreachRecord {
     path: U32,
     before: U32,
     after: U32,
-    /// 0 if there is no cause, else 1.
+    /// 1 if there is a cause, otherwise 0.
     caused: U32,
     pid: I32,
     command: U32,
@@ -160,19 +160,19 @@ pub(crate) struct BreachRecord {
     reserved: U32,
 }
 
-/// What one pin has come to, on the wire: this and the reason.
+/// The fate of one pin on the wire: this record and the reason.
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct FateRecord {
     pub(crate) pin: U64,
 }
 
-/// Longest texts.
+/// The lengths of the longest texts.
 pub(crate) const MAX_PATH: usize = 4096;
 pub(crate) const MAX_WHY: usize = 1024;
 const MAX_WORD: usize = 256;
 
-/// Bytes of the longest breach.
+/// The number of bytes of the longest breach.
 pub(crate) const LONGEST: usize =
     size_of::<BreachRecord>() + MAX_PATH + 2 * MAX_WORD + 2 * MAX_BREACH_EXTENTS * EXTENT_RECORD;
 

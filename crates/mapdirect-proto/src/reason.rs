@@ -5,9 +5,9 @@ use std::fmt;
 
 macro_rules! reasons {
     ($($(#[$doc:meta])* $name:ident = $number:literal, $key:literal;)*) => {
-        /// Why a request was not granted. The errno says what kind of failure
-        /// it is to a program that knows `mmap(2)`; this says what stood in
-        /// the way.
+        /// Why a request was not granted. The errno tells a program that knows
+        /// `mmap(2)` what kind of failure this is; the reason tells what the
+        /// obstacle was.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         #[non_exhaustive]
         pub enum Reason {
@@ -17,7 +17,7 @@ macro_rules! reasons {
         }
 
         impl Reason {
-            /// The number on the wire.
+            /// The number of the reason on the wire.
             #[must_use]
             pub(crate) const fn number(self) -> u32 {
                 match self {
@@ -26,7 +26,7 @@ macro_rules! reasons {
                 }
             }
 
-            /// The reason of a number on the wire.
+            /// The reason with this number on the wire.
             #[must_use]
             pub const fn from_number(number: u32) -> Self {
                 match number {
@@ -53,14 +53,14 @@ macro_rules! reasons {
 reasons! {
     /// The arguments contradict `mmap(2)` or each other.
     Arguments = 1, "arguments";
-    /// The descriptor is not open for reading and writing, or writing was not
-    /// asked for.
+    /// The descriptor is not open for reading and writing, or the request did
+    /// not ask for writing.
     NotReadWrite = 2, "not-read-write";
     /// The caller lacks `CAP_LINUX_IMMUTABLE` in the initial user namespace.
     NotCapable = 3, "not-capable";
-    /// Not a regular file.
+    /// The file is not a regular file.
     FileType = 4, "file-type";
-    /// A filesystem that cannot keep the promise.
+    /// The filesystem cannot keep the promise.
     Filesystem = 5, "filesystem";
     /// The file's data lies inside its inode.
     InlineData = 6, "inline-data";
@@ -80,28 +80,29 @@ reasons! {
     OverlayUpper = 13, "overlay-upper";
     /// The file is being executed.
     Executing = 16, "executing";
-    /// No DAX for this file, and the page cache was not accepted.
+    /// The file has no DAX, and the page cache was not accepted.
     NoDax = 17, "no-dax";
-    /// The range holds blocks that cannot be stored to as they are.
+    /// The range contains blocks that cannot be stored to as they are.
     FrozenBlocks = 18, "frozen-blocks";
     /// No guard answers.
     NoGuard = 19, "no-guard";
     /// The guard has no gate on this kernel or for this file.
     NoGate = 20, "no-gate";
-    /// Somebody else has the file open in a way the gate cannot watch.
+    /// Somebody else has the file open in a way that the gate cannot watch.
     OpenElsewhere = 21, "open-elsewhere";
     /// The caller itself has the file open or mapped through a descriptor
     /// that the gate cannot watch.
     OpenHere = 22, "open-here";
     /// The block map keeps changing.
     StillChanging = 23, "still-changing";
-    /// A record lock of somebody covers the bytes the guard marks its pins by.
+    /// Somebody's record lock covers the bytes by which the guard marks its
+    /// pins.
     Locked = 24, "locked";
-    /// Too many clients, pins, mappings or descriptors.
+    /// There are too many clients, pins, mappings or descriptors.
     Limit = 25, "limit";
     /// The guard does not understand the request.
     Protocol = 26, "protocol";
-    /// A system call failed that should not have.
+    /// A system call failed that should not fail.
     System = 27, "system";
     /// The filesystem or the caller's quota has too little space left.
     NoSpace = 29, "no-space";

@@ -1,4 +1,5 @@
-//! Why there is no pin, and who stands in the way, and their bytes.
+//! Refusals: why there is no pin, and who has the file open. Also their wire
+//! format.
 
 use crate::MAX_MESSAGE;
 use crate::envelope::{Body, HEADER, kind, message};
@@ -7,33 +8,33 @@ use crate::wire::{DecodeError, clipped, wire_len};
 use zerocopy::little_endian::{I32, U32};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Somebody who has the file open.
+/// A user of the file that has it open.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Opener {
     /// Process id, as the guard sees it.
     pub pid: i32,
     /// Descriptor number, or `None` for a memory mapping or a kernel user.
     pub fd: Option<i32>,
-    /// It can write.
+    /// Whether this opener can write.
     pub writable: bool,
-    /// It is a memory mapping.
+    /// Whether this opener is a memory mapping.
     pub mapped: bool,
-    /// Name of the command, or what else it is.
+    /// The name of the command, or a description of another user.
     pub command: String,
 }
 
 /// Why there is no pin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// The errno `mmap(2)` would give.
+    /// The errno that `mmap(2)` would give.
     pub errno: i32,
-    /// What kind of obstacle.
+    /// The kind of the obstacle.
     pub reason: Reason,
-    /// What stood in the way, for a person.
+    /// The obstacle, for a person.
     pub obstacle: String,
-    /// How to mend it, for a person; empty if there is no way.
+    /// What to do about it, for a person. Empty if nothing helps.
     pub mend: String,
-    /// Who has the file open, where that is the obstacle.
+    /// The processes that have the file open, if that is the obstacle.
     pub openers: Vec<Opener>,
 }
 
@@ -59,10 +60,10 @@ struct OpenerRecord {
     command: U32,
 }
 
-/// Longest text in a refusal, and most openers: a refusal always fits.
+/// The longest texts in a refusal: a refusal always fits into a message.
 const MAX_TEXT: usize = 4096;
 const MAX_COMMAND: usize = 64;
-/// Most openers a refusal carries.
+/// The most openers that a refusal carries.
 pub const MAX_OPENERS: usize = 64;
 
 const _: () = {
@@ -108,7 +109,7 @@ pub(crate) fn decode_refusal(body: Body<'_>) -> Result<Refusal, DecodeError> {
         mend: rest.text(record.mend.get() as usize)?,
         openers: Vec::new(),
     };
-    // Every opener takes bytes, so a lie about their number ends as Short.
+    // Every opener takes bytes, so a false count ends as Short.
     for _ in 0..record.openers.get() {
         let record: OpenerRecord = rest.record()?;
         refusal.openers.push(Opener {

@@ -1,4 +1,4 @@
-//! What the guard says, and its bytes.
+//! The replies of the guard, and their wire format.
 
 use crate::envelope::{Body, Empty, HEADER, kind, message};
 use crate::extent::{DeviceId, EXTENT_RECORD, Extent, decode_extents, encode_extents};
@@ -11,7 +11,7 @@ use std::ops::Range;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Which mechanism refuses what would break a pin.
+/// The mechanism that refuses what would break a pin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Gate {
@@ -19,7 +19,7 @@ pub enum Gate {
     Fanotify,
     /// BPF LSM programs: operations are judged in the kernel.
     Bpf,
-    /// One newer than this version.
+    /// A gate that is newer than this version.
     Other(u32),
 }
 
@@ -50,7 +50,7 @@ impl Gate {
         }
     }
 
-    /// The name used on the command line and in output.
+    /// The name of the gate on the command line and in output.
     #[must_use]
     pub const fn name(self) -> &'static str {
         match self {
@@ -61,14 +61,14 @@ impl Gate {
     }
 }
 
-/// A pin as granted. The description whose life is the pin comes with it, and
-/// a sealed memory file with the extents when there are more than
+/// A granted pin. The description whose life is the pin comes with it, and a
+/// sealed memory file with the extents if there are more than
 /// [`MAX_INLINE_EXTENTS`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Granted {
-    /// Names the pin to this guard.
+    /// The number of the pin on this guard.
     pub pin: u64,
-    /// The range pinned: the one asked for, rounded out to blocks.
+    /// The pinned range: the requested range, extended to whole blocks.
     pub range: Range<u64>,
     /// Size of the file in bytes.
     pub file_size: u64,
@@ -76,26 +76,26 @@ pub struct Granted {
     pub block_size: u32,
     /// Device of the filesystem.
     pub device: DeviceId,
-    /// How many extents there are.
+    /// The number of extents.
     pub extent_count: u64,
     /// The extents, unless they come in a memory file.
     pub extents: Vec<Extent>,
 }
 
-/// A pinned range, for whoever may read the file.
+/// A pinned range, as shown to anybody who may read the file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinnedRange {
-    /// Names the pin.
+    /// The number of the pin.
     pub pin: u64,
-    /// Bytes, rounded out to blocks.
+    /// The bytes, extended to whole blocks.
     pub range: Range<u64>,
-    /// What was asked for.
+    /// The flags of the request.
     pub flags: Flags,
-    /// Process that asked for it.
+    /// The process that asked for the pin.
     pub pid: i32,
 }
 
-/// What the guard says.
+/// A reply of the guard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Reply {
@@ -107,15 +107,15 @@ pub enum Reply {
         gate: Gate,
         /// Process id of the guard.
         pid: i32,
-        /// What the proof must contain.
+        /// The challenge that the proof must contain.
         challenge: [u8; 32],
     },
-    /// Done.
+    /// The request is done.
     Done,
-    /// The description that came with the request predates the gate: put the
-    /// one that comes with this in its place.
+    /// The description that came with the request is older than the gate:
+    /// replace it by the one that comes with this reply.
     Swap,
-    /// The pin holds.
+    /// The pin is granted.
     Granted(Granted),
     /// There is no pin.
     Refused(Refusal),
@@ -123,11 +123,12 @@ pub enum Reply {
     Pins(Vec<PinnedRange>, u64),
     /// Answers a status request; a sealed memory file comes with it.
     Status,
-    /// Answers a request to watch, after what has happened already. Where a
-    /// gate stays in the kernel without its guard, its directory comes along
-    /// (`O_PATH`): it has no links any more when the gate has been taken away.
+    /// Answers a request to watch, after the notices of earlier events. If the
+    /// gate stays in the kernel without its guard, the gate's directory comes
+    /// along as an `O_PATH` descriptor. The directory has no links any more
+    /// when the gate has been removed.
     Watching,
-    /// Something happened to a pin that is watched.
+    /// Something happened to a watched pin.
     Notice(Notice),
 }
 
@@ -173,7 +174,7 @@ struct PinnedRangeRecord {
     pid: I32,
 }
 
-/// Most pinned ranges a reply carries.
+/// The most pinned ranges that a reply carries.
 pub const MAX_PINS: usize = 512;
 
 const _: () = {
@@ -216,11 +217,11 @@ impl Reply {
         }
     }
 
-    /// Reads a reply.
+    /// Decodes a reply.
     ///
     /// # Errors
     ///
-    /// [`DecodeError`] for anything that is none.
+    /// [`DecodeError`] for anything that is not a reply.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let body = Body::open(bytes)?;
         Ok(match body.kind {

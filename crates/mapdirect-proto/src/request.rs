@@ -1,4 +1,4 @@
-//! What a holder says, and its bytes.
+//! The requests of a holder, and their wire format.
 
 use crate::MAGIC;
 use crate::envelope::{Body, Empty, HEADER, kind, message};
@@ -7,23 +7,23 @@ use std::ops::BitOr;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// What a pin is asked to be.
+/// The properties that a pin is requested to have.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Flags(u32);
 
 impl Flags {
-    /// Nothing special: pin a range and hand out its extents.
+    /// Nothing special: pins a range and returns its extents.
     pub const NONE: Self = Self(0);
-    /// The range will be mapped `MAP_DIRECT`: the file must be open for
-    /// reading and writing, and keep the promise without the page cache
-    /// unless [`Flags::CACHED`] is given.
+    /// The range will be mapped `MAP_DIRECT`. The file must be open for reading
+    /// and writing, and must keep the promise without the page cache unless
+    /// [`Flags::CACHED`] is given.
     pub const MAP: Self = Self(1);
     /// The page cache is accepted.
     pub const CACHED: Self = Self(2);
     /// Pin the whole file and its size.
     pub const WHOLE_FILE: Self = Self(4);
-    /// With [`Flags::MAP`]: the holder maps nothing of the file where its
-    /// blocks cannot be stored to as they are.
+    /// With [`Flags::MAP`]: the holder does not map the file at blocks that
+    /// cannot be stored to as they are.
     pub const SEGMENTS: Self = Self(8);
 
     /// Whether all bits of `other` are set.
@@ -40,11 +40,12 @@ impl Flags {
 
     const KNOWN: u32 = Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0;
 
-    /// All bits this version knows.
+    /// All bits that this version knows.
     #[cfg(test)]
     pub(crate) const ALL: u32 = Self::KNOWN;
 
-    /// The bits this version knows, of a report about a pin that exists.
+    /// The flags of an existing pin, limited to the bits that this version
+    /// knows.
     #[must_use]
     pub const fn from_known_bits(bits: u32) -> Self {
         Self(bits & Self::KNOWN)
@@ -69,17 +70,17 @@ impl BitOr for Flags {
 /// Asks for a pin; the file comes with the message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PinRequest {
-    /// First byte.
+    /// The first byte.
     pub offset: u64,
     /// Length in bytes; 0 means to the end of the file.
     pub length: u64,
-    /// What it shall be.
+    /// The properties of the pin.
     pub flags: Flags,
-    /// How many milliseconds to wait for others to let go of the file.
+    /// How many milliseconds to wait for others to close the file.
     pub patience_ms: u32,
 }
 
-/// What a holder says.
+/// A request of a holder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Request {
@@ -88,48 +89,52 @@ pub enum Request {
         /// The newest protocol version of the holder.
         version: u32,
     },
-    /// Proves the capability; a memory file comes with it.
+    /// Proves the capability. A memory file comes with it.
     Prove,
     /// Asks for a pin.
     Pin(PinRequest),
-    /// The old description has been replaced in this process.
+    /// Says that the old description has been replaced in this process.
     Swapped,
-    /// Asks which ranges of a file are pinned; the file comes with it.
+    /// Asks which ranges of a file are pinned. The file comes with it.
     Query,
     /// Asks for the state of the guard.
     Status,
-    /// Asks for a [`Reply::Done`](crate::Reply::Done) when the guard is through with all that was
-    /// said before, and has closed what it had sent.
+    /// Asks for a [`Reply::Done`](crate::Reply::Done) when the guard has
+    /// handled all earlier requests, and has closed what it had sent.
     Barrier,
     /// Announces that thread `tid` will open a pinned file for writing, as a
-    /// holder may; an `O_PATH` descriptor of the file comes with it. Good for
-    /// one open, for [`ANNOUNCEMENT_LIFE`](crate::ANNOUNCEMENT_LIFE), and not
-    /// beyond this conversation.
+    /// holder may. An `O_PATH` descriptor of the file comes with it. The
+    /// announcement is valid for one open, for
+    /// [`ANNOUNCEMENT_LIFE`](crate::ANNOUNCEMENT_LIFE), and ends with this
+    /// connection.
     Announce {
-        /// The thread that will open it.
+        /// The thread that will open the file.
         tid: i32,
     },
-    /// Asks to make blocks of a pin stable that are frozen, while it holds;
-    /// the description whose life is the pin comes with it. The answer is a
-    /// [`Reply::Granted`](crate::Reply::Granted) without that description, if the block map changed,
-    /// and then a [`Reply::Done`](crate::Reply::Done) or [`Reply::Refused`](crate::Reply::Refused).
+    /// Asks to make frozen blocks of a pin stable while the pin lives. The
+    /// description whose life is the pin comes with it. The answer is a
+    /// [`Reply::Granted`](crate::Reply::Granted) without that description, if
+    /// the block map changed, and then a [`Reply::Done`](crate::Reply::Done) or
+    /// [`Reply::Refused`](crate::Reply::Refused).
     Allocate(AllocateRequest),
-    /// This process has let go of a pin. [`Reply::Done`](crate::Reply::Done) comes when the gate
-    /// judges as if it had never been, if nobody else keeps it.
+    /// Says that this process has let go of a pin. If nobody else keeps the
+    /// pin, [`Reply::Done`](crate::Reply::Done) comes when the gate judges as
+    /// if the pin had never existed.
     Ended(WatchedPin),
-    /// Asks to be told what happens to pins of this user from now on. The
-    /// answer is what has happened to each of them already, and then
-    /// [`Reply::Watching`](crate::Reply::Watching). From the first such request on the connection is for
-    /// this alone: more of them may follow, and the guard says
-    /// [`Reply::Notice`](crate::Reply::Notice) at any time. It never waits for a reader: when
-    /// notices cannot be delivered it closes the connection.
+    /// Asks for notices about pins of this user from now on. The answer is a
+    /// notice of what has happened to each pin already, and then
+    /// [`Reply::Watching`](crate::Reply::Watching). From the first such
+    /// request, the connection is for notices only: more of these requests may
+    /// follow, and the guard may send [`Reply::Notice`](crate::Reply::Notice)
+    /// at any time. The guard never waits for a reader: if it cannot deliver a
+    /// notice, it closes the connection.
     Watch(Vec<WatchedPin>),
 }
 
-/// A pin, and where the guard finds it.
+/// A pin, and the file by which the guard finds it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct WatchedPin {
-    /// Names the pin.
+    /// The number of the pin.
     pub pin: u64,
     /// `st_dev` of the file.
     pub device: u64,
@@ -137,12 +142,12 @@ pub struct WatchedPin {
     pub inode: u64,
 }
 
-/// Which blocks of a pin to make stable.
+/// The blocks of a pin to make stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocateRequest {
-    /// Names the pin.
+    /// The number of the pin.
     pub pin: u64,
-    /// First byte.
+    /// The first byte.
     pub offset: u64,
     /// Length in bytes.
     pub length: u64,
@@ -215,7 +220,7 @@ struct AllocateRecord {
     length: U64,
 }
 
-/// Most pins that one request names to be told about.
+/// The most pins that one request to watch can name.
 pub const MAX_WATCHED: usize = 1024;
 
 const _: () = {
@@ -224,7 +229,7 @@ const _: () = {
 };
 
 impl Request {
-    /// How many descriptors must come with it.
+    /// The number of descriptors that must come with the request.
     #[must_use]
     pub const fn descriptors(&self) -> usize {
         match self {
@@ -288,11 +293,11 @@ impl Request {
         }
     }
 
-    /// Reads a request.
+    /// Decodes a request.
     ///
     /// # Errors
     ///
-    /// [`DecodeError`] for anything that is none.
+    /// [`DecodeError`] for anything that is not a request.
     pub fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
         let body = Body::open(bytes)?;
         Ok(match body.kind {

@@ -1,4 +1,5 @@
-//! The state of a guard. How it travels says [`encode_status`](crate::encode_status).
+//! The state of a guard. [`encode_status`](crate::encode_status) defines how it
+//! travels.
 
 use crate::extent::DeviceId;
 use crate::notice::Breach;
@@ -6,31 +7,31 @@ use crate::reply::Gate;
 use crate::request::Flags;
 use std::ops::Range;
 
-/// How a process holds a pin.
+/// A process that uses a pinned file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Holder {
     /// Process id, as the guard sees it.
     pub pid: i32,
     /// Name of the command.
     pub command: String,
-    /// Bytes of the pinned file it maps.
+    /// The bytes of the pinned file that it maps.
     pub mapped: u64,
-    /// Descriptors it has of the file.
+    /// The number of its descriptors of the file.
     pub descriptors: u32,
 }
 
 /// One pin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PinStatus {
-    /// Names the pin.
+    /// The number of the pin.
     pub pin: u64,
-    /// Bytes, rounded out to blocks.
+    /// The bytes, extended to whole blocks.
     pub range: Range<u64>,
-    /// What was asked for.
+    /// The flags of the request.
     pub flags: Flags,
-    /// Process that asked for it.
+    /// The process that asked for the pin.
     pub pid: i32,
-    /// Its user.
+    /// The user of that process.
     pub uid: u32,
     /// Seconds since it was granted.
     pub age: u64,
@@ -40,7 +41,7 @@ pub struct PinStatus {
     pub frozen: u64,
     /// How often its blocks were found changed.
     pub breaches: u64,
-    /// Why it is kept no longer; empty while it is.
+    /// Why the pin is kept no longer. Empty as long as it is kept.
     pub lost: String,
 }
 
@@ -51,7 +52,8 @@ pub struct FileStatus {
     pub device: DeviceId,
     /// Inode number.
     pub inode: u64,
-    /// Path when the first pin was granted; empty for whoever may not know.
+    /// The path when the first pin was granted. Empty for a receiver that may
+    /// not know it.
     pub path: String,
     /// Its pins.
     pub pins: Vec<PinStatus>,
@@ -59,39 +61,39 @@ pub struct FileStatus {
     pub holders: Vec<Holder>,
 }
 
-/// A refusal that happened.
+/// An operation that was refused.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RefusedOperation {
     /// Seconds since the epoch.
     pub time: u64,
-    /// Thread that was refused.
+    /// The thread that was refused.
     pub tid: i32,
     /// Name of its command.
     pub command: String,
-    /// What it tried.
+    /// The operation that it tried.
     pub operation: String,
     /// Device of the file.
     pub device: DeviceId,
     /// Inode number of the file.
     pub inode: u64,
-    /// Where the file was when it was first pinned.
+    /// The path of the file when it was first pinned.
     pub path: String,
-    /// Byte range of the attempt, if it had one.
+    /// The byte range of the attempt, if it had one.
     pub range: Option<Range<u64>>,
 }
 
-/// The whole state.
+/// The whole state of a guard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Status {
     /// The gate in force.
     pub gate: Gate,
     /// Process id of the guard.
     pub pid: i32,
-    /// Seconds it has been running.
+    /// How many seconds the guard has been running.
     pub uptime: u64,
-    /// Clients connected.
+    /// The number of connected clients.
     pub clients: u32,
-    /// Events judged.
+    /// The number of events judged.
     pub judged: u64,
     /// Refusals by operation.
     pub refused: Vec<(String, u64)>,
@@ -99,8 +101,8 @@ pub struct Status {
     pub files: Vec<FileStatus>,
     /// The latest refusals, oldest first.
     pub recent: Vec<RefusedOperation>,
-    /// How many breaches there were.
+    /// The number of breaches.
     pub breached: u64,
-    /// The latest of them, oldest first.
+    /// The latest breaches, oldest first.
     pub breaches: Vec<Breach>,
 }

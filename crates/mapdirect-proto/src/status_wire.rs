@@ -1,6 +1,6 @@
 //! How the state of a guard travels in a sealed memory file: as a sequence of
-//! records, each with its own length and kind in front, so that a reader skips
-//! what it does not know.
+//! records. Each record begins with its length and kind, so a reader can skip
+//! records that it does not know.
 
 use crate::extent::DeviceId;
 use crate::notice::{Breach, BreachRecord};
@@ -11,16 +11,16 @@ use crate::wire::{DecodeError, Reader, clipped, wire_len};
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
-/// Most bytes of a status that a reader takes.
+/// The most bytes of a status that a reader accepts.
 pub const MAX_STATUS: usize = 64 << 20;
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
 struct RecordHeader {
-    /// Length of the record with this header and its text.
+    /// The length of the record, including this header and the text.
     length: U32,
     kind: U16,
-    /// Length of the fixed part.
+    /// The length of the fixed part.
     fixed: U16,
 }
 
@@ -89,15 +89,15 @@ struct HolderRecord {
 struct RecentRecord {
     time: U64,
     tid: I32,
-    /// Length of the command, the first of the texts.
+    /// The length of the command, which is the first text.
     command: U32,
     major: U32,
     minor: U32,
     inode: U64,
-    /// `u64::MAX` for no range.
+    /// `u64::MAX` if there is no range.
     start: U64,
     end: U64,
-    /// Length of the operation; the path is the rest of the text.
+    /// The length of the operation; the path is the rest of the text.
     operation: U32,
 }
 
@@ -119,14 +119,13 @@ fn put(bytes: &mut Vec<u8>, kind: u16, fixed: &(impl IntoBytes + Immutable), tex
     }
 }
 
-/// Writes the state of a guard as records, one behind the other.
+/// Writes the state of a guard as records, one after the other.
 #[must_use]
 pub fn encode_status(status: &Status) -> Vec<u8> {
     status.encode()
 }
 
-/// Reads what [`encode_status`] wrote, skipping records of kinds it does not
-/// know.
+/// Reads what [`encode_status`] wrote, and skips records of unknown kinds.
 ///
 /// # Errors
 ///
@@ -136,7 +135,7 @@ pub fn decode_status(bytes: &[u8]) -> Result<Status, DecodeError> {
 }
 
 impl Status {
-    /// The bytes of it.
+    /// The state as bytes.
     #[must_use]
     fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
@@ -217,8 +216,8 @@ impl Status {
         bytes
     }
 
-    /// Reads what [`encode`](Self::encode) wrote, skipping records of kinds
-    /// it does not know.
+    /// Reads what [`encode`](Self::encode) wrote, and skips records of unknown
+    /// kinds.
     ///
     /// # Errors
     ///

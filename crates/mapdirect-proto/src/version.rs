@@ -1,27 +1,27 @@
-//! Which version of the protocol two sides speak.
+//! Settles the version of the protocol that two sides speak.
 
 use std::fmt;
 
-/// The newest version spoken here.
+/// The newest version that this crate speaks.
 ///
-/// 1 is what mapdirect spoke first. 2 has [`Request::Barrier`], for which a
-/// holder of version 1 says hello once more.
+/// 1 is the first version of mapdirect. 2 has [`Request::Barrier`]; a holder of
+/// version 1 says hello once more instead.
 ///
 /// [`Request::Barrier`]: crate::Request::Barrier
 pub const VERSION: u32 = 2;
 
-/// The oldest version spoken here.
+/// The oldest version that this crate speaks.
 pub const OLDEST_VERSION: u32 = 1;
 
-/// The version that has [`Request::Barrier`](crate::Request::Barrier).
+/// The first version with [`Request::Barrier`](crate::Request::Barrier).
 pub const VERSION_WITH_BARRIER: u32 = 2;
 
-/// The version to speak with somebody whose newest is `theirs`: the lower one
-/// of the two newest, which both sides work out for themselves.
+/// The version to speak with a side whose newest version is `theirs`: the lower
+/// of the two newest versions. Both sides compute it for themselves.
 ///
 /// # Errors
 ///
-/// [`UnknownVersion`] if it is older than the oldest one spoken here.
+/// [`UnknownVersion`] if `theirs` is older than [`OLDEST_VERSION`].
 pub const fn settle(theirs: u32) -> Result<u32, UnknownVersion> {
     let lower = if theirs < VERSION { theirs } else { VERSION };
     if lower < OLDEST_VERSION {
@@ -31,7 +31,7 @@ pub const fn settle(theirs: u32) -> Result<u32, UnknownVersion> {
     }
 }
 
-/// The other side speaks no version that is spoken here.
+/// The other side speaks no version that this crate speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownVersion {
     /// The newest version of the other side.

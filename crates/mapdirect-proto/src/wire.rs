@@ -1,22 +1,22 @@
-//! Reading and writing records.
+//! Reads and writes records.
 
 use std::fmt;
 use zerocopy::{FromBytes, IntoBytes, KnownLayout};
 
-/// Why bytes are no message.
+/// Why bytes are not a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DecodeError {
-    /// They end too early.
+    /// The bytes end too early.
     Short,
-    /// The length in them does not fit the bytes.
+    /// The length in the bytes does not match their number.
     Length,
-    /// A record is longer than this version knows and the rest is not zero:
-    /// the sender asks for something that cannot be given.
+    /// A record is longer than this version knows, and the rest is not zero:
+    /// the sender asks for something that this version cannot do.
     Newer,
-    /// A kind of message nobody has defined.
+    /// The kind of message is not defined.
     Kind(u16),
-    /// A field holds a value that means nothing.
+    /// A field has a value without a meaning.
     Value(&'static str),
 }
 
@@ -54,7 +54,7 @@ impl<'bytes> Reader<'bytes> {
         Ok(taken)
     }
 
-    /// A record of exactly this version's length.
+    /// A record of exactly the length of this version.
     pub(crate) fn record<T: FromBytes>(&mut self) -> Result<T, DecodeError> {
         T::read_from_bytes(self.take(size_of::<T>())?).map_err(|_| DecodeError::Short)
     }
@@ -74,7 +74,7 @@ impl<'bytes> Reader<'bytes> {
         Ok(record)
     }
 
-    /// A text of `length` bytes; what is not UTF-8 is replaced.
+    /// A text of `length` bytes. Bytes that are not UTF-8 are replaced.
     pub(crate) fn text(&mut self, length: usize) -> Result<String, DecodeError> {
         Ok(String::from_utf8_lossy(self.take(length)?).into_owned())
     }
@@ -88,7 +88,7 @@ impl<'bytes> Reader<'bytes> {
     }
 }
 
-/// `text` cut to at most `limit` bytes, at a character.
+/// `text`, cut to at most `limit` bytes at a character boundary.
 pub(crate) fn clipped(text: &str, limit: usize) -> &str {
     // `str::floor_char_boundary` is newer than the oldest compiler supported.
     let mut end = limit.min(text.len());
@@ -98,7 +98,7 @@ pub(crate) fn clipped(text: &str, limit: usize) -> &str {
     &text[..end]
 }
 
-/// A length that is known to be small, as the wire has it.
+/// A length that is known to be small, in its wire format.
 pub(crate) fn wire_len(length: usize) -> zerocopy::little_endian::U32 {
     u32::try_from(length).unwrap_or(u32::MAX).into()
 }

@@ -1,9 +1,9 @@
-//! fallocate(2) in a child process, so that it can be given up.
+//! fallocate(2) in a child process, so that the call can be given up.
 //!
-//! On DAX the filesystem waits, inside the call, until nobody's I/O uses a
-//! page of the file any more, for ever if need be (`dax_break_layout`,
-//! fs/dax.c). Only a signal that ends the thread ends that wait; so a child
-//! makes the call, which can be killed without harm to anybody.
+//! On DAX the filesystem waits, inside the call, until no I/O uses a page of
+//! the file any more, for ever if need be (`dax_break_layout`, fs/dax.c). Only
+//! a signal that ends the thread ends that wait. So a child process makes the
+//! call: it can be killed without harm to anybody.
 
 use crate::fallocate::Change;
 use crate::seam::{self, Call};
@@ -13,22 +13,22 @@ use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How often to look what the child is doing.
+/// How often to check what the child is doing.
 const LOOK: Duration = Duration::from_millis(50);
-/// How long a child that was killed may take to end.
+/// How long a killed child may take to end.
 const ENDING: Duration = Duration::from_secs(2);
 
-/// How often to try again when the child is killed.
+/// How often to try again when somebody kills the child.
 const TRIES: u32 = 3;
 
-/// Makes a change to the blocks of a file, and gives up when it has waited for
-/// others, doing nothing, for as long as `patience`. Tells `waiting`, again and
-/// again, how long it has waited so far.
+/// Makes a change to the blocks of a file, and gives up when the call has
+/// waited for others, doing nothing, for as long as `patience`. Calls `waiting`
+/// repeatedly with the time that it has waited so far.
 ///
 /// # Errors
 ///
-/// `ETIMEDOUT` when it was given up, with a part of the change made, perhaps;
-/// else what fallocate(2) answers.
+/// `ETIMEDOUT` when the call was given up; a part of the change may have been
+/// made. Otherwise any error of fallocate(2).
 pub fn change(
     file: BorrowedFd<'_>,
     change: Change,
@@ -40,20 +40,20 @@ pub fn change(
     for _ in 0..TRIES {
         let child = match Child::start(file, change, range) {
             Ok(child) => child,
-            // There is no room for a child; then without one.
+            // No child can be created, so make the call without one.
             Err(Errno::NOMEM | Errno::AGAIN | Errno::NOSYS | Errno::INVAL) => {
                 return crate::fallocate::change(file, change, range);
             }
             Err(errno) => return Err(errno),
         };
         match child.attend(patience, waiting)? {
-            // Somebody killed it, a key on the terminal perhaps.
+            // Somebody killed the child, perhaps by a key on the terminal.
             None => {}
             Some(0) => return Ok(()),
             Some(errno) => return Err(Errno::from_raw_os_error(errno)),
         }
     }
-    // It dies of what it does (`SIGXFSZ`): that is for the caller to see.
+    // The child dies of what it does (`SIGXFSZ`), so let the caller see that.
     crate::fallocate::change(file, change, range)
 }
 
@@ -72,9 +72,9 @@ impl Child {
         let fd = libc::c_long::from(file.as_raw_fd());
         let parent = rustix::process::getpid().as_raw_nonzero().get();
         let mut pidfd: libc::c_int = -1;
-        // Without a signal at its end (the low byte of the flags): the program
-        // that we are part of hears nothing of the child. By the bare call, so
-        // that no handler of pthread_atfork runs.
+        // Without a signal at the child's end (the low byte of the flags), the
+        // program that this code is part of does not notice the child. The bare
+        // call is used so that no handler of pthread_atfork runs.
         let flags = libc::c_long::from(libc::CLONE_PIDFD);
         // SAFETY: a stack of 0 has the child go on with a copy of this one, as
         // fork(2) does. The third argument is where the descriptor goes, on
@@ -98,7 +98,8 @@ impl Child {
             // SAFETY: takes nothing.
             let is_orphan =
                 unsafe { libc::syscall(libc::SYS_getppid) } != libc::c_long::from(parent);
-            // It may have been one before it asked to be killed then.
+            // The parent may have died before the child asked to be killed
+            // then.
             let status = if is_orphan {
                 libc::EINTR
             // SAFETY: takes numbers, computed before.
@@ -119,7 +120,7 @@ impl Child {
         })
     }
 
-    /// Waits for its end: returns the errno it got, 0 for none, or `None` if a
+    /// Waits for the child's end. Returns its errno, 0 for none, or `None` if a
     /// signal killed it.
     fn attend(&self, patience: Duration, waiting: &mut dyn FnMut(Duration)) -> Result<Option<i32>> {
         let mut idle_since: Option<Instant> = None;
@@ -140,7 +141,7 @@ impl Child {
                 self.kill()?;
                 if self.has_ended_within(ENDING)? {
                     return match self.status()? {
-                        // It was done at the last moment.
+                        // The call finished at the last moment.
                         Some(0) => Ok(Some(0)),
                         _ => Err(Errno::TIMEDOUT),
                     };
@@ -164,8 +165,8 @@ impl Child {
         }
     }
 
-    /// Whether it sleeps so that a signal could wake it. Whoever waits for a
-    /// device, for memory or for a lock of the filesystem does not.
+    /// Whether the child sleeps so that a signal could wake it. A process that
+    /// waits for a device, for memory or for a lock of the filesystem does not.
     fn is_idle(&self) -> bool {
         let Ok(stat) = proc::read_task_file(self.pid, "stat") else {
             return false;
@@ -188,7 +189,7 @@ impl Child {
         checked(if ret < 0 { -1 } else { 0 }).map(drop)
     }
 
-    /// How it ended, which it has.
+    /// How the child ended. It must have ended.
     fn status(&self) -> Result<Option<i32>> {
         let id = self.pidfd.as_raw_fd().try_into().map_err(|_| Errno::BADF)?;
         loop {
@@ -213,7 +214,8 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // Nothing to kill, and nothing to wait for, if it has been waited for.
+        // If the child has been waited for, there is nothing to kill or to wait
+        // for.
         let _ = self.kill();
     }
 }

@@ -1,5 +1,5 @@
-//! bpf(2), as far as objects that exist already are concerned: finding them by
-//! their names in the bpf filesystem, and giving them names there.
+//! bpf(2) for existing objects: finding them by their names in the bpf
+//! filesystem, and giving them names there.
 
 use crate::{Errno, Result, checked};
 use rustix::path::Arg;
@@ -25,7 +25,7 @@ struct InfoAttributes {
     info: u64,
 }
 
-/// How `bpf_link_info` and `bpf_map_info` begin.
+/// The beginning of `bpf_link_info` and `bpf_map_info`.
 #[repr(C)]
 #[derive(Default)]
 struct Info {
@@ -43,12 +43,12 @@ fn call<T>(command: libc::c_int, attributes: &mut T) -> Result<libc::c_int> {
     checked(i32::try_from(ret).map_err(|_| Errno::OVERFLOW)?)
 }
 
-/// The object that has a name in the bpf filesystem.
+/// Opens the object with this name in the bpf filesystem.
 ///
 /// # Errors
 ///
-/// `ENOENT`, `EPERM` without privilege, `EINVAL` or `EACCES` for what is no
-/// object.
+/// `ENOENT`, `EPERM` without privilege, `EINVAL` or `EACCES` for a file that is
+/// not an object.
 pub fn get(path: impl Arg) -> Result<OwnedFd> {
     path.into_with_c_str(|path| {
         let mut attributes = ObjectAttributes {
@@ -56,18 +56,19 @@ pub fn get(path: impl Arg) -> Result<OwnedFd> {
             fd: 0,
             flags: 0,
         };
-        // The string lives until the call is over, which only reads it.
+        // The string lives until the call is over, and the call only reads it.
         let fd = call(BPF_OBJ_GET, &mut attributes)?;
         // SAFETY: the kernel just gave us this descriptor.
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     })
 }
 
-/// Gives an object a name in the bpf filesystem, where nothing may be yet.
+/// Gives an object a name in the bpf filesystem. Nothing may have this name
+/// yet.
 ///
 /// # Errors
 ///
-/// `EEXIST`; `EPERM` where there is no bpf filesystem; `ENOENT` without the
+/// `EEXIST`; `EPERM` when there is no bpf filesystem; `ENOENT` without the
 /// directory.
 pub fn pin(object: BorrowedFd<'_>, path: impl Arg) -> Result<()> {
     path.into_with_c_str(|path| {
@@ -81,7 +82,7 @@ pub fn pin(object: BorrowedFd<'_>, path: impl Arg) -> Result<()> {
     })
 }
 
-/// The number that names a link or a map for as long as it exists.
+/// The number that identifies a link or a map as long as it exists.
 ///
 /// # Errors
 ///
@@ -93,8 +94,8 @@ pub fn id(object: impl AsFd) -> Result<u32> {
         length: u32::try_from(size_of::<Info>()).map_err(|_| Errno::INVAL)?,
         info: (&raw mut info).expose_provenance() as u64,
     };
-    // The kernel writes no more than `length` bytes, to `info`, which lives
-    // until then.
+    // The kernel writes no more than `length` bytes to `info`, which outlives
+    // the call.
     call(BPF_OBJ_GET_INFO_BY_FD, &mut attributes)?;
     Ok(info.id)
 }

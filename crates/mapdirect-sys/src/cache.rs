@@ -1,12 +1,13 @@
-//! CPU caches and what lies behind them: stores that reach persistent memory
-//! without a system call.
+//! CPU caches and persistent memory: making stores durable without a system
+//! call.
 //!
 //! A store is durable once its cache line was written back and a fence has
-//! waited for that. On x86-64 that is `clwb`, `clflushopt` or `clflush`,
-//! whichever comes first among those the processor has (CPUID leaf 7, EBX
-//! bits 24 and 23, Intel SDM volume 2), and `sfence`; `clwb` may keep the line
-//! in the cache. On arm64 it is `dc cvap` where the processor has it
-//! (`HWCAP_DCPOP`), `dc cvac` otherwise, and `dsb ish`.
+//! waited for that. On x86-64 the instruction is `clwb`, `clflushopt` or
+//! `clflush`, the first of these that the processor has (CPUID leaf 7, EBX bits
+//! 24 and 23, Intel SDM volume 2), and the fence is `sfence`; `clwb` may keep
+//! the line in the cache. On arm64 the instruction is `dc cvap` if the
+//! processor has it (`HWCAP_DCPOP`), and otherwise `dc cvac`. The fence there
+//! is `dsb ish`.
 
 #[cfg(target_arch = "aarch64")]
 #[path = "cache/aarch64.rs"]
@@ -18,14 +19,14 @@ mod arch;
 #[path = "cache/x86_64.rs"]
 mod arch;
 
-/// The instruction that writes cache lines back here.
+/// The instruction that writes back cache lines on this processor.
 #[must_use]
 pub fn instruction() -> &'static str {
     arch::instruction()
 }
 
-/// Starts to write back the cache lines that hold `length` bytes at
-/// `address`; [`drain`] waits for it.
+/// Starts to write back the cache lines that hold `length` bytes at `address`.
+/// [`drain`] waits for the end of that.
 ///
 /// # Safety
 ///
@@ -36,16 +37,16 @@ pub unsafe fn write_back(address: usize, length: usize) {
     unsafe { arch::write_back(address, length) }
 }
 
-/// Waits until everything written back or [`stream`]ed before is where it
-/// stays.
+/// Waits until everything that was written back or [`stream`]ed before is
+/// durable.
 #[inline]
 pub fn drain() {
     arch::drain();
 }
 
-/// Stores bytes past the cache where that is possible, otherwise stores them
-/// and starts to write them back; [`drain`] waits for either. Eight aligned
-/// bytes are never torn.
+/// Stores bytes past the cache if that is possible. Otherwise stores them and
+/// starts to write them back. [`drain`] waits for either. Eight aligned bytes
+/// are never torn.
 ///
 /// # Safety
 ///
@@ -54,7 +55,7 @@ pub fn drain() {
 ///
 /// # Panics
 ///
-/// If either is no multiple of 8.
+/// If either is not a multiple of 8.
 #[inline]
 pub unsafe fn stream(address: usize, bytes: &[u8]) {
     assert!(

@@ -6,21 +6,22 @@ const VERSION_3: u32 = 0x2008_0522;
 
 /// `CAP_LINUX_IMMUTABLE`, the capability that allows pinning.
 pub const CAP_LINUX_IMMUTABLE: u32 = 9;
-/// `CAP_DAC_OVERRIDE`: every file can be opened.
+/// `CAP_DAC_OVERRIDE`: permits opening every file.
 pub const CAP_DAC_OVERRIDE: u32 = 1;
-/// `CAP_SYSLOG`: addresses of the kernel's functions are told.
+/// `CAP_SYSLOG`: permits reading the addresses of kernel functions.
 pub const CAP_SYSLOG: u32 = 34;
-/// `CAP_DAC_READ_SEARCH`: every file can be read, and opened by its handle.
+/// `CAP_DAC_READ_SEARCH`: permits reading every file, and opening it by its
+/// handle.
 pub const CAP_DAC_READ_SEARCH: u32 = 2;
-/// `CAP_SETUID`: acting on behalf of another user.
+/// `CAP_SETUID`: permits acting on behalf of another user.
 pub const CAP_SETUID: u32 = 7;
-/// `CAP_SYS_PTRACE`: looking at processes of other users.
+/// `CAP_SYS_PTRACE`: permits looking at processes of other users.
 pub const CAP_SYS_PTRACE: u32 = 19;
 /// `CAP_SYS_ADMIN`, which the guard needs.
 pub const CAP_SYS_ADMIN: u32 = 21;
-/// `CAP_LEASE`: leases on files of other users.
+/// `CAP_LEASE`: permits leases on files of other users.
 pub const CAP_LEASE: u32 = 28;
-/// `CAP_SYS_RESOURCE`: space set aside for root, and no quota.
+/// `CAP_SYS_RESOURCE`: permits using space reserved for root, without quota.
 pub const CAP_SYS_RESOURCE: u32 = 24;
 
 #[repr(C)]
@@ -37,9 +38,9 @@ struct Data {
     inheritable: u32,
 }
 
-/// The effective capabilities of process `pid` (0: the calling thread), one
-/// bit each. They count in *its* user namespace, which this call does not
-/// tell.
+/// The effective capabilities of process `pid` (0: the calling thread), one bit
+/// each. They are valid in *that process's* user namespace, which this call
+/// does not show.
 ///
 /// # Errors
 ///
@@ -61,7 +62,7 @@ pub fn effective(pid: i32) -> Result<u64> {
 ///
 /// # Errors
 ///
-/// `EPERM` for one that it is not permitted.
+/// `EPERM` for a capability that the thread may not have.
 pub fn set_effective(capabilities: u64) -> Result<()> {
     let mut header = Header {
         version: VERSION_3,

@@ -1,4 +1,4 @@
-//! close_range(2): a table of descriptors for one thread alone.
+//! close_range(2): a descriptor table for one thread alone.
 
 use crate::{Result, checked};
 use std::io;
@@ -6,13 +6,13 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
-/// `CLOSE_RANGE_UNSHARE`: in a table that belongs to the caller alone from
-/// then on.
+/// `CLOSE_RANGE_UNSHARE`: first gives the caller a table that belongs to it
+/// alone.
 const UNSHARE: libc::c_uint = 1 << 1;
 
-/// Gives the calling thread a table of descriptors of its own, with a copy of
-/// `keep` under its old number and nothing else: what other threads of the
-/// process close stays open here, and children of fork(2) do not get it.
+/// Gives the calling thread a descriptor table of its own. The table contains a
+/// copy of `keep` under its old number and nothing else. What other threads of
+/// the process close stays open here, and children of fork(2) do not get it.
 ///
 /// # Errors
 ///
@@ -20,11 +20,11 @@ const UNSHARE: libc::c_uint = 1 << 1;
 ///
 /// # Safety
 ///
-/// From then on the thread may use no descriptor but `keep` and those it
-/// opens itself, and no other thread may use or close the latter.
+/// After this the thread may use no descriptors but `keep` and those that it
+/// opens itself. No other thread may use or close the latter.
 pub unsafe fn unshare(keep: BorrowedFd<'_>) -> Result<()> {
     let keep = keep.as_raw_fd().cast_unsigned();
-    // This first: of what is closed here nothing is copied.
+    // This call comes first: descriptors that it closes are not even copied.
     close_range(keep.saturating_add(1), libc::c_uint::MAX, UNSHARE)?;
     match keep.checked_sub(1) {
         Some(last) => close_range(0, last, 0),
@@ -32,23 +32,23 @@ pub unsafe fn unshare(keep: BorrowedFd<'_>) -> Result<()> {
     }
 }
 
-/// Starts a thread that keeps no descriptor of the process open: its table has
-/// nothing but `keep`, under the same number.
+/// Starts a thread that keeps no descriptor of the process open: its table
+/// contains nothing but `keep`, under the same number.
 ///
-/// A thread that may come to wait in the kernel for ever, deaf to SIGKILL,
-/// must be started like this. When the process is killed all its other threads
-/// end, and with the last of them go the descriptors they share; those that a
-/// thread has for itself stay until it can end.
+/// A thread that may wait in the kernel for ever, deaf to SIGKILL, must be
+/// started like this. When the process is killed, all its other threads end,
+/// and the descriptors that they share go with the last of them. Descriptors in
+/// a thread's own table stay until that thread can end.
 ///
-/// `run` sees none of the descriptors that the rest of the process has: to use
-/// one fails with `EBADF`, or reaches a file that the thread has opened
-/// itself; to drop the last owner of one leaves it open in the other table. So
-/// it is for code that opens by name what it needs. The thread ends at once,
-/// with `None`, if no table can be made.
+/// `run` cannot use any other descriptor of the process: using one fails with
+/// `EBADF`, or reaches a file that the thread has opened itself, and dropping
+/// the last owner of one leaves it open in the other table. So `run` should
+/// open by name what it needs. The thread ends at once, with `None`, if its
+/// table cannot be created.
 ///
 /// # Errors
 ///
-/// When there can be no thread.
+/// When no thread can be started.
 pub fn spawn_apart<T: Send + 'static>(
     builder: Builder,
     keep: Option<Arc<OwnedFd>>,
@@ -67,13 +67,13 @@ pub fn spawn_apart<T: Send + 'static>(
     })
 }
 
-/// Runs something that may come to wait in the kernel for ever, deaf to
-/// SIGKILL, and waits for it: in a thread as [`spawn_apart`] makes it, so that
-/// the descriptors of the process go when it is killed all the same.
+/// Runs something that may wait in the kernel for ever, deaf to SIGKILL, and
+/// waits for it. It runs in a thread as [`spawn_apart`] makes it, so that the
+/// descriptors of the process still go when the process is killed.
 ///
 /// # Errors
 ///
-/// When there can be no such thread.
+/// When no such thread can be started.
 pub fn apart<T: Send>(
     builder: Builder,
     keep: BorrowedFd<'_>,
@@ -93,7 +93,7 @@ pub fn apart<T: Send>(
     })
 }
 
-/// Closes descriptors of a table that only the caller has, or will have with
+/// Closes descriptors of a table that belongs to the caller alone, or will with
 /// [`UNSHARE`]; see [`unshare`].
 fn close_range(first: libc::c_uint, last: libc::c_uint, flags: libc::c_uint) -> Result<()> {
     // SAFETY: by the promise made to `unshare` nobody uses them here.

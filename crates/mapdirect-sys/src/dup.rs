@@ -3,9 +3,9 @@
 use crate::{Result, checked};
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Puts `new`'s description in the place of `old`'s: descriptor `old` stays
-/// open and keeps its number and its close-on-exec flag, and refers to
-/// another description from then on, for the whole process at once.
+/// Replaces the description of `old` by that of `new`. Descriptor `old` stays
+/// open and keeps its number and its close-on-exec flag. From then on it refers
+/// to the other description, for the whole process at once.
 ///
 /// # Errors
 ///

@@ -38,49 +38,50 @@ impl Change {
 ///
 /// # Errors
 ///
-/// As the function that makes it.
+/// As the function for this change.
 pub fn change(file: BorrowedFd<'_>, change: Change, range: &Range<u64>) -> Result<()> {
     seam::check(Call::Fallocate)?;
-    // A signal may interrupt it half-way; each of these can be done twice.
+    // A signal may interrupt the call half-way. Each of these changes can be
+    // made twice.
     rustix::io::retry_on_intr(|| {
         rustix::fs::fallocate(file, change.flags(), range.start, range.end - range.start)
     })
 }
 
-/// Allocates blocks for `range` where there are none; they read as zeros, and
-/// what is there already stays. The file keeps its size.
+/// Allocates blocks in the holes of `range`. The new blocks read as zeros, and
+/// existing blocks stay. The file keeps its size.
 ///
 /// # Errors
 ///
-/// `ENOSPC` and `EDQUOT` (part of the range may be allocated then), `EFBIG`,
+/// `ENOSPC` and `EDQUOT` (a part of the range may then be allocated), `EFBIG`,
 /// `EPERM` for immutable and append-only files, `ETXTBSY` for swap files and
 /// from a gate, `EOPNOTSUPP`.
 pub fn allocate(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     change(file, Change::Allocate, range)
 }
 
-/// The same, and the file ends behind `range` unless it is longer: it never
-/// gets shorter, whoever else sets its size at the same time.
+/// The same, and the file grows to the end of `range` unless it is longer. It
+/// never gets shorter, even if somebody else sets its size at the same time.
 ///
 /// # Errors
 ///
-/// As [`allocate`]. Beyond `RLIMIT_FSIZE` it is `EFBIG`, and `SIGXFSZ` for
-/// the calling thread.
+/// As [`allocate`]. Beyond `RLIMIT_FSIZE`, the call fails with `EFBIG` and the
+/// calling thread gets `SIGXFSZ`.
 pub fn allocate_and_grow(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     change(file, Change::AllocateAndGrow, range)
 }
 
-/// Gives the file blocks of its own for what it shares in `range`, with the
-/// same bytes in them, and waits until they are written.
+/// Gives the file blocks of its own for those that it shares in `range`, with
+/// the same bytes in them, and waits until they are written.
 ///
 /// # Errors
 ///
-/// As [`allocate`]; `EOPNOTSUPP` where files cannot share blocks.
+/// As [`allocate`], and `EOPNOTSUPP` when files cannot share blocks.
 pub fn unshare(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     change(file, Change::Unshare, range)
 }
 
-/// Frees the blocks of `range`, whatever is in them.
+/// Frees the blocks of `range`, whatever they contain.
 ///
 /// # Errors
 ///
@@ -89,14 +90,14 @@ pub fn punch(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     change(file, Change::Punch, range)
 }
 
-/// Has the device fill `range` with zeros, without sending them, and makes
-/// what was unwritten or a hole written by that. What was there before is
-/// lost. The file grows if the range reaches beyond its end.
+/// Makes the device fill `range` with zeros, without sending them, so that
+/// unwritten blocks and holes become written ones. The old content is lost. The
+/// file grows if the range reaches beyond its end.
 ///
 /// # Errors
 ///
-/// As [`allocate`]; `EOPNOTSUPP` before Linux 6.17, where the filesystem does
-/// not have it, and where the device would have to be sent the zeros
+/// As [`allocate`]. `EOPNOTSUPP` before Linux 6.17, when the filesystem does
+/// not have this, and when the zeros would have to be sent to the device
 /// (`ext4_fallocate`, fs/ext4/extents.c).
 pub fn write_zeroes(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     change(file, Change::WriteZeroes, range)

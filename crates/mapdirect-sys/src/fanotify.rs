@@ -1,32 +1,33 @@
-//! fanotify(7): being asked before other processes open or touch a file.
+//! fanotify(7): permission events, which ask before other processes open or
+//! touch a file.
 //!
-//! Only what a gate needs: pre-content permission events with their byte
-//! range, refusals with an errno, and close events. Constants are from
-//! `include/uapi/linux/fanotify.h` of Linux 6.14, where pre-content events
-//! appeared; libc and distribution headers do not have them all yet.
+//! This module has only what a gate needs: pre-content permission events with
+//! their byte range, refusals with an errno, and close events. Constants are
+//! from `include/uapi/linux/fanotify.h` of Linux 6.14, in which pre-content
+//! events appeared; libc and distribution headers do not have them all yet.
 //!
 //! Two rules that callers must know, both seen on 6.18:
 //!
 //! * Whether a description raises pre-content events is decided when it is
-//!   opened (`fsnotify_open_perm_and_set_mode`, called by `do_dentry_open`).
-//!   A description older than the mark stays silent for ever, except that
-//!   truncation is judged by path and always asks.
-//! * The range of an event is rounded out to whole pages, and it is the range
-//!   of the *call*, not of what the filesystem will change.
+//!   opened (`fsnotify_open_perm_and_set_mode`, called by `do_dentry_open`). A
+//!   description older than the mark stays silent for ever. The exception is
+//!   truncation, which is judged by path and always asks.
+//! * The range of an event is extended to whole pages. It is the range of the
+//!   *call*, not of what the filesystem will change.
 
 use crate::fcntl::no_lease;
 use crate::seam::{self, Call};
 use crate::{Errno, Result, last_errno};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Which events a mark asks for, and what an event was.
+/// The events that a mark asks for, or the kind of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Mask(u64);
 
 impl Mask {
-    /// Nothing.
+    /// No events.
     pub const NONE: Self = Self(0);
-    /// `FAN_ACCESS`; never asked for here, only used to probe for a mark.
+    /// `FAN_ACCESS`. Never asked for; only used to probe for a mark.
     const ACCESS: Self = Self(0x0000_0001);
     /// `FAN_CLOSE_WRITE`: a description open for writing was closed for good.
     pub const CLOSE_WRITE: Self = Self(0x0000_0008);
@@ -51,7 +52,7 @@ impl Mask {
         self.0
     }
 
-    /// A mask of raw bits.
+    /// A mask with these raw bits.
     #[must_use]
     pub const fn from_bits(bits: u64) -> Self {
         Self(bits)
@@ -97,19 +98,19 @@ const INFO_TYPE_FID: u8 = 1;
 
 /// A fanotify group: a queue of events and the marks that feed it.
 ///
-/// The last descriptor of a group that goes away answers every waiting event
-/// with "go on" and ends the watch (`fanotify_release`). The descriptor is
-/// close-on-exec, and a process holding one must never fork: a child would
-/// keep third parties waiting for an answer nobody will give.
+/// When the last descriptor of a group is closed, the kernel answers every
+/// waiting event with "go on" and ends the watch (`fanotify_release`). The
+/// descriptor is close-on-exec, and a process that has one must never fork: a
+/// child would keep third parties waiting for an answer that nobody gives.
 #[derive(Debug)]
 pub struct Group {
     fd: OwnedFd,
 }
 
 impl Group {
-    /// A group for permission events, which block their caller until
-    /// [`respond`](Self::respond). Reads never block. Events name the thread
-    /// that waits, not its process.
+    /// Creates a group for permission events, which block their caller until
+    /// [`respond`](Self::respond). Reads never block. Events name the waiting
+    /// thread, not its process.
     ///
     /// The queue is unlimited on purpose: the kernel *allows* a permission
     /// event that does not fit (`fsnotify_insert_event` returning 2 in
@@ -118,16 +119,16 @@ impl Group {
     /// # Errors
     ///
     /// `EPERM` without `CAP_SYS_ADMIN` in the initial user namespace,
-    /// `EMFILE` beyond 128 groups of one user, `EINVAL` or `ENOSYS` where the
+    /// `EMFILE` beyond 128 groups of one user, `EINVAL` or `ENOSYS` when the
     /// kernel has no permission events.
     pub fn pre_content() -> Result<Self> {
         Self::init(FAN_CLASS_PRE_CONTENT)
     }
 
-    /// A group for notifications (close events), which block nobody. They name
-    /// their file by an [`Object`] and have no descriptor: one that had would
-    /// keep the mount busy that the file was closed on, from the close until
-    /// the event is read.
+    /// Creates a group for notifications (close events), which block nobody.
+    /// They name their file by an [`Object`] and have no descriptor. A
+    /// descriptor would keep the mount busy on which the file was closed, from
+    /// the close until the event is read.
     ///
     /// # Errors
     ///
@@ -143,9 +144,9 @@ impl Group {
             | FAN_UNLIMITED_QUEUE
             | FAN_UNLIMITED_MARKS
             | FAN_REPORT_TID;
-        // Without O_NONBLOCK a descriptor for an event would wait for a lease
-        // on the file to go (`break_lease` in `do_dentry_open`), for 45 s,
-        // and everybody else for us.
+        // Without O_NONBLOCK, opening a descriptor for an event would wait up
+        // to 45 s for a lease on the file to go (`break_lease` in
+        // `do_dentry_open`), and everybody else would wait for this process.
         let event_flags = libc::O_RDONLY
             | libc::O_CLOEXEC
             | libc::O_LARGEFILE
@@ -163,20 +164,20 @@ impl Group {
         Ok(Self { fd })
     }
 
-    /// Adds `mask` to the mark on the inode behind `file`, making the mark if
-    /// there is none.
+    /// Adds `mask` to the mark on the inode behind `file`, and creates the mark
+    /// if there is none.
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` where the filesystem has no pre-content events (only
-    /// ext4, XFS and btrfs set `SB_I_ALLOW_HSM` as of 6.18), `ENOMEM`.
+    /// `EOPNOTSUPP` when the filesystem has no pre-content events (only ext4,
+    /// XFS and btrfs set `SB_I_ALLOW_HSM` as of 6.18), `ENOMEM`.
     pub fn add(&self, mask: Mask, file: BorrowedFd<'_>) -> Result<()> {
         seam::check(Call::FanotifyMark)?;
         self.mark(FAN_MARK_ADD, mask, file)
     }
 
-    /// Takes `mask` out of the mark on the inode behind `file`; a mark left
-    /// empty is gone.
+    /// Removes `mask` from the mark on the inode behind `file`. An empty mark
+    /// is deleted.
     ///
     /// # Errors
     ///
@@ -185,12 +186,12 @@ impl Group {
         self.mark(FAN_MARK_REMOVE, mask, file)
     }
 
-    /// Whether the inode behind `file` carries a mark of this group. Marks
-    /// vanish by themselves when their inode does: on unmount, for one.
+    /// Whether the inode behind `file` has a mark of this group. Marks vanish
+    /// by themselves when their inode does, for example on unmount.
     ///
     /// # Errors
     ///
-    /// Whatever `fanotify_mark(2)` answers other than "no such mark".
+    /// Any error of `fanotify_mark(2)` other than "no such mark".
     pub fn has_mark(&self, file: BorrowedFd<'_>) -> Result<bool> {
         // Removing a bit that is not set changes nothing and succeeds exactly
         // when there is a mark (fanotify_remove_mark, 6.18).
@@ -201,8 +202,8 @@ impl Group {
         }
     }
 
-    /// [`remove`](Self::remove) for a descriptor that is only a path
-    /// (`O_PATH`), which `fanotify_mark(2)` does not take itself.
+    /// [`remove`](Self::remove) for an `O_PATH` descriptor, which
+    /// `fanotify_mark(2)` itself does not accept.
     ///
     /// # Errors
     ///
@@ -238,14 +239,14 @@ impl Group {
         crate::checked(ret).map(drop)
     }
 
-    /// Reads the events that are waiting and hands each to `each`, which owns
-    /// the event's descriptor from then on. Returns how many there were.
+    /// Reads the waiting events and hands each to `each`, which then owns the
+    /// event's descriptor. Returns the number of events.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` when none is waiting. `EPROTO` when the kernel speaks a
-    /// format this parser does not know: the rest of the batch is lost then,
-    /// so a gate must not go on.
+    /// `EAGAIN` when no event is waiting. `EPROTO` when the kernel uses a
+    /// format that this parser does not know: the rest of the batch is then
+    /// lost, so a gate must not go on.
     pub fn read(&self, buffer: &mut [u8], mut each: impl FnMut(Event)) -> Result<usize> {
         let length = {
             let _no_lease = no_lease();
@@ -275,14 +276,14 @@ impl Group {
     /// Answers events, many with one system call: `writev(2)` hands each
     /// response to the kernel as a write of its own.
     ///
-    /// A response names its event by descriptor *number*; the descriptor may
-    /// be closed by then, and is best closed: the waiting thread still holds
-    /// the file, so ours is never the last reference, and closing it does no
+    /// A response names its event by descriptor *number*. The descriptor may be
+    /// closed by then, and should be: the waiting thread still holds the file,
+    /// so this descriptor is never the last reference, and closing it causes no
     /// work of the filesystem.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for an errno the kernel does not deliver. A response whose
+    /// `EINVAL` for an errno that the kernel does not deliver. A response whose
     /// event has vanished (the waiting thread was killed) is skipped.
     pub fn respond(&self, responses: &[Response]) -> Result<()> {
         let mut rest = responses;
@@ -295,7 +296,7 @@ impl Group {
             }
             match rustix::io::writev(&self.fd, &vectors[..many]) {
                 Ok(written) => rest = &rest[(written / RESPONSE_LEN).max(1)..],
-                // ENOENT: the first of these is no longer waiting.
+                // ENOENT: the first of these threads is no longer waiting.
                 Err(Errno::NOENT) => rest = &rest[1..],
                 Err(Errno::INTR) => {}
                 Err(other) => return Err(other),
@@ -314,32 +315,33 @@ impl AsFd for Group {
 /// One event as read from a group.
 #[derive(Debug)]
 pub struct Event {
-    /// What happened or is about to.
+    /// What happened or is about to happen.
     pub mask: Mask,
-    /// The file, opened by the kernel with `FMODE_NONOTIFY`: what is done
+    /// The file, opened by the kernel with `FMODE_NONOTIFY`, so that its use
     /// through this descriptor raises no events. `None` on overflow, and in
     /// notifications.
     pub file: Option<OwnedFd>,
-    /// The waiting thread, in the reader's PID namespace; 0 if outside it.
+    /// The waiting thread, in the reader's PID namespace; 0 if it is outside of
+    /// that.
     pub tid: i32,
-    /// Byte range `(offset, count)` of a pre-content event, rounded out to
-    /// pages; a count of 0 goes with truncation and means no range.
+    /// The byte range `(offset, count)` of a pre-content event, extended to
+    /// whole pages. A count of 0 occurs with truncation and means no range.
     pub range: Option<(u64, u64)>,
     /// The file of a notification.
     pub object: Option<Object>,
 }
 
-/// Names an inode of one of all mounted filesystems, as notifications do: the
-/// id of the filesystem, and a `struct file_handle` without its padding.
+/// Identifies an inode among all mounted filesystems, as notifications do: by
+/// the id of the filesystem, and a `struct file_handle` without its padding.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Object(Vec<u8>);
 
 impl Object {
-    /// What notifications will call an open file.
+    /// The name that notifications will have for an open file.
     ///
     /// # Errors
     ///
-    /// `EOPNOTSUPP` where the filesystem has no file handles.
+    /// `EOPNOTSUPP` when the filesystem has no file handles.
     pub fn of(file: BorrowedFd<'_>) -> Result<Self> {
         let mut stat = std::mem::MaybeUninit::<libc::statfs>::zeroed();
         // SAFETY: `stat` is ours for the call, and as large as the kernel
@@ -365,14 +367,14 @@ const RESPONSE_LEN: usize = 8;
 pub struct Response([u8; RESPONSE_LEN]);
 
 impl Response {
-    /// Go on.
+    /// Lets the operation go on.
     #[must_use]
     pub fn allow(event_fd: RawFd) -> Self {
         Self::new(event_fd, FAN_ALLOW)
     }
 
-    /// Refuse with `errno`; the kernel delivers `EPERM`, `EIO`, `EBUSY`,
-    /// `ETXTBSY`, `EAGAIN`, `ENOSPC` and `EDQUOT` only.
+    /// Refuses with `errno`. The kernel delivers only `EPERM`, `EIO`, `EBUSY`,
+    /// `ETXTBSY`, `EAGAIN`, `ENOSPC` and `EDQUOT`.
     #[must_use]
     pub fn deny(event_fd: RawFd, errno: Errno) -> Self {
         let errno = errno.raw_os_error().cast_unsigned() & 0xff;
@@ -387,12 +389,12 @@ impl Response {
     }
 }
 
-/// An event as it lies in the buffer, its descriptor still a number.
+/// An event as it lies in the buffer, with its descriptor still a number.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RawEvent {
     /// See [`Event::mask`].
     pub mask: Mask,
-    /// Descriptor number, or negative.
+    /// The descriptor number, or a negative number.
     pub fd: i32,
     /// See [`Event::tid`].
     pub tid: i32,
@@ -402,7 +404,7 @@ pub struct RawEvent {
     pub object: Option<Object>,
 }
 
-/// The buffer does not hold what `fanotify(7)` says it holds.
+/// The buffer is not in the format of `fanotify(7)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Malformed;
 

@@ -1,4 +1,4 @@
-//! fcntl(2): leases and open-file-description locks, the two ways to learn
+//! fcntl(2): leases and open-file-description locks, the two ways to find out
 //! who else has a file open.
 
 use crate::seam::{self, Call};
@@ -13,60 +13,60 @@ pub enum Lease {
     /// writing. The description itself must be read-only.
     NoWriter,
     /// `F_WRLCK`: granted only if this description is the only one of the
-    /// inode, memory mappings and kernel users (loop devices, swap files)
-    /// included; `O_PATH` descriptors do not count.
+    /// inode. Memory mappings and kernel users (loop devices, swap files)
+    /// count; `O_PATH` descriptors do not.
     Sole,
 }
 
-/// `F_GETFL` with an argument the kernel does not look at; a security module
-/// that watches fcntl(2) may.
+/// `F_GETFL` with an argument that the kernel ignores. A security module that
+/// watches fcntl(2) may look at it.
 ///
 /// # Errors
 ///
-/// What such a module says.
+/// Any error of such a module.
 pub fn get_flags_with(file: BorrowedFd<'_>, word: u64) -> Result<i32> {
     // SAFETY: F_GETFL takes no argument, so any is ignored.
     checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL, word) })
 }
 
-/// Kept by whoever takes a lease for a moment, shared by whoever reads events
-/// of fanotify. To make the descriptor of an event the kernel opens the file:
-/// if there is a lease on it, that fails ([`fanotify`](crate::fanotify) says
-/// why it may not wait), and the event is answered with `EPERM`.
+/// Excludes short leases and reading fanotify events from each other: taking a
+/// lease locks this exclusively, reading events shares it. The kernel opens the
+/// file to make the descriptor of an event. If there is a lease on the file,
+/// that open fails ([`fanotify`](crate::fanotify) says why it may not wait),
+/// and the event is answered with `EPERM`.
 static LEASE_OR_EVENTS: RwLock<()> = RwLock::new(());
 
-/// Keeps this process from taking a lease for a moment until it is dropped.
+/// Keeps this process from taking short leases until the result is dropped.
 pub(crate) fn no_lease() -> RwLockReadGuard<'static, ()> {
     LEASE_OR_EVENTS
         .read()
         .unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Asks the kernel whether the condition of `lease` holds right now, by
-/// taking the lease and giving it back at once.
+/// Checks whether the condition of `lease` holds right now, by taking the lease
+/// and giving it back at once.
 ///
 /// This is a proof, not a guess: `check_conflicting_open` (fs/locks.c, 6.1 to
-/// 7.3) compares the inode's counts of writable and read-only descriptions
-/// with this one's share. An `open(2)` under way counts from before its
-/// permission check, so an open that escaped a fanotify mark made earlier is
-/// seen here.
+/// 7.3) compares the inode's counts of writable and read-only descriptions with
+/// this one's share. An `open(2)` under way counts from before its permission
+/// check. So an open that escaped an earlier fanotify mark is seen here.
 ///
-/// A lease left for a moment can be broken by an open; the signal of that
-/// (`SIGIO`) must be ignored by the calling process.
+/// An open can break the lease in the short time that it exists. The calling
+/// process must ignore the signal of that (`SIGIO`).
 ///
 /// # Errors
 ///
-/// `EACCES` for a file of another user without `CAP_LEASE`, `EINVAL` where
-/// leases do not exist (`/proc/sys/fs/leases-enable` is 0, or the filesystem
-/// has none).
+/// `EACCES` for a file of another user without `CAP_LEASE`. `EINVAL` when there
+/// are no leases (`/proc/sys/fs/leases-enable` is 0, or the filesystem has
+/// none).
 pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     seam::check(Call::SetLease)?;
     let kind = match lease {
         Lease::NoWriter => libc::F_RDLCK,
         Lease::Sole => libc::F_WRLCK,
     };
-    // F_SETLEASE makes the caller the owner of the description's signals;
-    // whoever was must get them back.
+    // F_SETLEASE makes the caller the owner of the description's signals, so
+    // the former owner must be restored.
     let owner = signal_owner(file)?;
     let no_events = LEASE_OR_EVENTS
         .write()
@@ -84,19 +84,20 @@ pub fn lease_holds(file: BorrowedFd<'_>, lease: Lease) -> Result<bool> {
     }
     drop(no_events);
     if holds {
-        // The old owner may have died since (ESRCH): then there is nobody to
-        // give them back to.
+        // The old owner may have died since (ESRCH). Then there is nobody to
+        // restore.
         let _ = set_signal_owner(file, owner);
     }
     Ok(holds)
 }
 
-/// The lease [`Lease::Sole`], held until it is dropped: whoever opens the file
-/// meanwhile waits, for `/proc/sys/fs/lease-break-time` (45 s) at most.
+/// The lease [`Lease::Sole`], held until this value is dropped. Anybody who
+/// opens the file meanwhile waits, for `/proc/sys/fs/lease-break-time` (45 s)
+/// at most.
 ///
-/// That keeps other descriptions away. Whoever has *this* one (other threads,
-/// children that inherited it, mappings made from it, rings) is not kept from
-/// anything.
+/// The lease keeps other descriptions away. It does not restrict users of
+/// *this* description: other threads, children that inherited it, mappings made
+/// from it, rings.
 #[derive(Debug)]
 pub struct HeldLease<'file> {
     file: BorrowedFd<'file>,
@@ -104,18 +105,18 @@ pub struct HeldLease<'file> {
 }
 
 impl<'file> HeldLease<'file> {
-    /// Takes the lease; nothing if somebody else has the file open, or if
-    /// there is a lease of the caller's own on the description.
+    /// Takes the lease. Returns `None` if somebody else has the file open, or
+    /// if the caller already has a lease on the description.
     ///
     /// An open that waits for the lease is announced by a signal (`SIGIO`),
-    /// whose default action ends the process. So it goes to a thread that has
-    /// ended: F_SETLEASE leaves the owner alone if there is one
-    /// (`f_modown` without force, fs/fcntl.c), and a thread that was is as
-    /// good as any. [`is_undisturbed`](Self::is_undisturbed) tells the same.
+    /// whose default action ends the process. So the signal goes to a thread
+    /// that has ended: F_SETLEASE keeps an existing owner (`f_modown` without
+    /// force, fs/fcntl.c), and a former thread is as good as any.
+    /// [`is_undisturbed`](Self::is_undisturbed) gives the same information.
     ///
     /// # Errors
     ///
-    /// As [`lease_holds`], and `EAGAIN` if no thread can be made.
+    /// As [`lease_holds`], and `EAGAIN` if no thread can be started.
     pub fn take(file: BorrowedFd<'file>) -> Result<Option<Self>> {
         seam::check(Call::SetLease)?;
         // SAFETY: F_GETLEASE takes nothing; `file` is open for the call.
@@ -141,7 +142,8 @@ impl<'file> HeldLease<'file> {
         }
     }
 
-    /// Whether nobody is waiting for the lease to go, or was let in since.
+    /// Whether nobody is waiting for the lease to go, and nobody was let in
+    /// since.
     #[must_use]
     pub fn is_undisturbed(&self) -> bool {
         // A lease that is being broken is told as what will become of it
@@ -156,7 +158,8 @@ impl Drop for HeldLease<'_> {
     fn drop(&mut self) {
         // SAFETY: F_SETLEASE takes an integer.
         let _ = unsafe { libc::fcntl(self.file.as_raw_fd(), libc::F_SETLEASE, libc::F_UNLCK) };
-        // The old owner may have died since: then a dead one is there anyway.
+        // The old owner may have died since: then the owner is a dead one
+        // anyway.
         let _ = set_signal_owner(self.file, self.owner);
     }
 }
@@ -164,9 +167,9 @@ impl Drop for HeldLease<'_> {
 /// `F_OWNER_TID`.
 const OWNER_THREAD: libc::c_int = 0;
 
-/// Makes a thread that has ended the owner of the description's signals. Until
-/// it is gone for good they reach nobody else: a signal to one thread is never
-/// handed to another (`complete_signal`, kernel/signal.c).
+/// Makes a thread that has ended the owner of the description's signals. They
+/// then reach nobody: a signal to one thread is never handed to another
+/// (`complete_signal`, kernel/signal.c).
 fn give_signals_to_nobody(file: BorrowedFd<'_>) -> Result<()> {
     std::thread::scope(|scope| {
         let thread = std::thread::Builder::new()
@@ -210,20 +213,20 @@ fn set_signal_owner(file: BorrowedFd<'_>, owner: FOwnerEx) -> Result<()> {
 pub struct FoundLock {
     /// First byte of the lock.
     pub start: u64,
-    /// Length in bytes; 0 means to the end of all offsets.
+    /// Length in bytes; 0 means up to the largest offset.
     pub length: u64,
-    /// The process that holds it, or `None` for a lock that belongs to an
+    /// The process that holds the lock, or `None` if the lock belongs to an
     /// open file description.
     pub pid: Option<i32>,
 }
 
 /// Takes a shared lock on one byte through `file`'s open file description
 /// (`F_OFD_SETLK`). The lock lives exactly as long as the description: through
-/// fork, descriptor passing and `close`, until the last mapping made from it
-/// is gone.
+/// fork, descriptor passing and `close`, until the last mapping made from the
+/// description is gone.
 ///
-/// Shared rather than exclusive, so that other programs' shared locks "to the
-/// end of the file" do not collide with it.
+/// The lock is shared, so that it does not conflict with other programs' shared
+/// locks "to the end of the file".
 ///
 /// # Errors
 ///
@@ -235,8 +238,8 @@ pub fn lock_byte_shared(file: BorrowedFd<'_>, byte: u64) -> Result<()> {
     checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) }).map(drop)
 }
 
-/// A lock that an exclusive lock of `length` bytes at `start` (0: to the end)
-/// through `file`'s description would collide with; `file`'s own locks never
+/// A lock with which an exclusive lock of `length` bytes at `start` (0: to the
+/// end) through `file`'s description would conflict. `file`'s own locks never
 /// count.
 ///
 /// # Errors
@@ -270,7 +273,7 @@ pub enum LockOwner {
     Description,
 }
 
-/// What to do with a byte range of record locks.
+/// What to do with the record locks of a byte range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockKind {
     /// Lock shared.

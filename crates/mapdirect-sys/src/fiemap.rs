@@ -29,8 +29,8 @@ pub const UNWRITTEN: u32 = 0x0000_0800;
 /// Other files, or other ranges of this one, use the same blocks.
 pub const SHARED: u32 = 0x0000_2000;
 
-/// One extent as the filesystem reports it: possibly reaching over the ends
-/// of the range asked for.
+/// One extent as the filesystem reports it, which may reach over the ends of
+/// the requested range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawExtent {
     /// Offset in the file.
@@ -63,9 +63,10 @@ const ZERO_EXTENT: FiemapExtent = FiemapExtent {
     reserved: [0; 3],
 };
 
-/// Extents fetched per call: 14 KiB, on the stack of a thread that maps a
-/// small range, and few enough calls for a large one (a file of a million
-/// extents takes 0.7 s to dump on 6.18, next to none of it per call).
+/// The number of extents per call: 14 KiB, which fit on the stack of a thread
+/// that maps a small range. For a large range the number of calls stays small
+/// (a file of a million extents takes 0.7 s to dump on 6.18, next to none of it
+/// per call).
 const BATCH: u32 = 256;
 
 #[repr(C)]
@@ -85,15 +86,15 @@ const _: () = assert!(size_of::<Fiemap>() == 32 + 56 * BATCH as usize);
 /// `_IOWR('f', 11, struct fiemap)`; the size is that of the header alone.
 const FS_IOC_FIEMAP: libc::c_ulong = 0xC020_660B;
 
-/// Calls `each` for every extent that meets `start .. start + length`, in
-/// file order; what no extent covers is a hole. Nothing is flushed first.
+/// Calls `each` for every extent that meets `start .. start + length`, in file
+/// order. A range without an extent is a hole. Nothing is flushed first.
 ///
 /// # Errors
 ///
-/// `EOPNOTSUPP` where the filesystem has no FIEMAP, `EBADF`, `EIO`,
-/// `EINVAL` for a `length` of 0, `EFBIG` for a `start` beyond the largest
-/// file. `EPROTO` if a filesystem goes backwards, so that a broken one cannot
-/// make the caller loop for ever.
+/// `EOPNOTSUPP` when the filesystem has no FIEMAP, `EBADF`, `EIO`, `EINVAL` for
+/// a `length` of 0, `EFBIG` for a `start` beyond the largest file. `EPROTO` if
+/// a filesystem goes backwards, so that a broken one cannot make the caller
+/// loop for ever.
 pub fn fiemap(
     file: BorrowedFd<'_>,
     start: u64,
@@ -132,8 +133,8 @@ pub fn fiemap(
     }
 }
 
-/// Hands on what one call answered for a range; returns from where on to ask
-/// for more, or nothing at the end.
+/// Hands on the extents of one answer for a range. Returns the offset from
+/// which to ask for more, or `None` at the end.
 fn walk(
     answer: &[FiemapExtent],
     range: std::ops::Range<u64>,
@@ -159,7 +160,7 @@ fn walk(
     Ok(Some(at))
 }
 
-/// Hands on what a call answered with these bytes.
+/// Hands on the extents of an answer that consists of these bytes.
 #[cfg(feature = "fuzzing")]
 pub(crate) fn walk_bytes(
     bytes: &[u8],

@@ -1,22 +1,22 @@
-//! open_by_handle_at(2): finding an inode again, whatever its name is by now.
+//! open_by_handle_at(2): finding an inode again, whatever its current name is.
 
 use crate::{Errno, Result, checked};
 use rustix::fs::OFlags;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-/// Most bytes of a handle (`MAX_HANDLE_SZ`, include/linux/exportfs.h).
+/// The most bytes of a handle (`MAX_HANDLE_SZ`, include/linux/exportfs.h).
 pub const MAX_HANDLE: usize = 128;
 
-/// What names an inode within its filesystem until it is gone.
+/// Identifies an inode within its filesystem until the inode is deleted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileHandle {
-    /// What kind of handle, as the filesystem numbers them.
+    /// The kind of the handle, as the filesystem numbers kinds.
     pub kind: i32,
     /// The handle itself.
     pub bytes: Vec<u8>,
 }
 
-/// struct file_handle (include/linux/fs.h) with room for any.
+/// struct file_handle (include/linux/fs.h) with room for any handle.
 #[repr(C)]
 struct Raw {
     bytes: u32,
@@ -28,7 +28,7 @@ struct Raw {
 ///
 /// # Errors
 ///
-/// `EOPNOTSUPP` where the filesystem has none.
+/// `EOPNOTSUPP` when the filesystem has no handles.
 pub fn of(file: BorrowedFd<'_>) -> Result<FileHandle> {
     let mut raw = Raw {
         bytes: 128,
@@ -56,11 +56,11 @@ pub fn of(file: BorrowedFd<'_>) -> Result<FileHandle> {
     })
 }
 
-/// Opens the inode of a handle; `mount` is anything on its filesystem.
+/// Opens the inode of a handle. `mount` is any file on its filesystem.
 ///
 /// # Errors
 ///
-/// `ESTALE` when it is gone; needs `CAP_DAC_READ_SEARCH`.
+/// `ESTALE` when the inode is gone. Needs `CAP_DAC_READ_SEARCH`.
 pub fn open(mount: BorrowedFd<'_>, handle: &FileHandle, flags: OFlags) -> Result<OwnedFd> {
     let length = handle.bytes.len();
     if length > MAX_HANDLE {

@@ -4,7 +4,7 @@ use crate::Result;
 use crate::seam::{self, Call};
 use std::os::fd::BorrowedFd;
 
-/// Writes back the file's data and block map and has the device flush.
+/// Writes back the file's data and block map, and makes the device flush.
 ///
 /// # Errors
 ///

@@ -1,17 +1,17 @@
-//! What fuzzers call: every parser of this crate, with what must be true of
-//! what it returns. The seeds are such bytes as the kernel writes.
+//! The fuzz targets: every parser of this crate, with checks of what it
+//! returns. The seeds are bytes such as the kernel writes.
 
 use crate::{fanotify, fiemap, memfd, perf_event, proc, proc_locks, proc_mountinfo};
 use crate::{uname, userfaultfd};
 
-/// A parser of bytes that nobody vouches for.
+/// A parser of untrusted bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Target {
-    /// Its name, also on the command line of `cargo fuzz`.
+    /// The name of the target, also on the command line of `cargo fuzz`.
     pub name: &'static str,
-    /// Parses bytes; panics if what comes of it cannot be true.
+    /// Parses bytes, and panics if the result cannot be true.
     pub run: fn(&[u8]),
-    /// Bytes that make sense to it.
+    /// Bytes that are valid for the parser.
     pub seeds: &'static [&'static [u8]],
 }
 
@@ -133,7 +133,7 @@ const FANOTIFY_FID: [u8; 52] = {
     event
 };
 
-/// A sample and a record that says that some were lost.
+/// A sample, and a record that says that some were lost.
 const PERF: [u8; 56] = {
     let mut records = [0; 56];
     (records[0], records[6], records[24]) = (9, 40, 12);
@@ -147,7 +147,7 @@ fn text(bytes: &[u8]) -> String {
 
 fn fanotify_events(bytes: &[u8]) {
     let events: Vec<_> = fanotify::parse(bytes).collect();
-    // Every event takes bytes, and nothing is read behind one without sense.
+    // Every event takes bytes, and nothing is read behind a malformed one.
     assert!(events.len() <= bytes.len() / 24 + 1);
     let malformed = events.iter().position(Result::is_err);
     assert!(malformed.is_none_or(|at| at + 1 == events.len()));
@@ -247,7 +247,7 @@ fn proc_locks_lines(bytes: &[u8]) {
     }
 }
 
-/// A name survives being escaped as the kernel escapes names.
+/// Checks that a name survives the kernel's escaping.
 fn names(bytes: &[u8]) {
     let text = text(bytes);
     assert!(!proc::printable(&text).contains(char::is_control));
@@ -260,7 +260,7 @@ fn names(bytes: &[u8]) {
         })
         .collect();
     assert_eq!(proc::unescape(&escaped), text);
-    // What is no escape stays as it is.
+    // Text that is not an escape stays as it is.
     for other in ["\\+12", "\\-12", "\\9", "\\400"] {
         assert_eq!(proc::unescape(other), other);
     }

@@ -1,8 +1,8 @@
-//! getauxval(3): what the kernel told this program when it started.
+//! getauxval(3): what the kernel told this program at its start.
 
-/// Whether the program was started with privilege its caller does not have: a
-/// set-user-ID, set-group-ID or set-capability program (`AT_SECURE`). Its
-/// environment is the caller's word then, and nothing to rely on.
+/// Whether the program was started with privileges that its caller does not
+/// have: a set-user-ID, set-group-ID or set-capability program (`AT_SECURE`).
+/// The caller controls its environment, so the environment cannot be trusted.
 #[must_use]
 pub fn is_secure_execution() -> bool {
     // SAFETY: takes a number and returns a number.

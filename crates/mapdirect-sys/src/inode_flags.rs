@@ -1,4 +1,4 @@
-//! ioctl_iflags(2) and ioctl_xfs_fsgetxattr(2): what kind of inode this is.
+//! ioctl_iflags(2) and ioctl_xfs_fsgetxattr(2): the flags of an inode.
 
 use crate::{Result, checked};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -16,18 +16,18 @@ pub const EXTENTS: u32 = 0x0008_0000;
 /// `FS_INLINE_DATA_FL`: the data lies in the inode.
 pub const INLINE_DATA: u32 = 0x1000_0000;
 
-/// `_IOR('f', 1, long)`; the kernel reads and writes an `int` all the same.
+/// `_IOR('f', 1, long)`; but the kernel reads and writes an `int`.
 const FS_IOC_GETFLAGS: libc::c_ulong = 0x8008_6601;
 /// `_IOW('f', 2, long)`.
 const FS_IOC_SETFLAGS: libc::c_ulong = 0x4008_6602;
 /// `_IOR('X', 31, struct fsxattr)`.
 const FS_IOC_FSGETXATTR: libc::c_ulong = 0x801C_581F;
 
-/// The flags `lsattr(1)` shows.
+/// The flags that `lsattr(1)` shows.
 ///
 /// # Errors
 ///
-/// `ENOTTY` or `EOPNOTSUPP` where the filesystem has none.
+/// `ENOTTY` or `EOPNOTSUPP` when the filesystem has no flags.
 pub fn flags(file: BorrowedFd<'_>) -> Result<u32> {
     let mut flags: libc::c_uint = 0;
     // SAFETY: despite its number the ioctl writes one `unsigned int`
@@ -48,7 +48,7 @@ pub fn set_flags(file: BorrowedFd<'_>, flags: u32) -> Result<()> {
     checked(unsafe { libc::ioctl(file.as_raw_fd(), FS_IOC_SETFLAGS, &raw const flags) }).map(drop)
 }
 
-/// Part of `struct fsxattr` (include/uapi/linux/fs.h).
+/// A part of `struct fsxattr` (include/uapi/linux/fs.h).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ExtendedFlags {
     /// `fsx_xflags`.
@@ -62,8 +62,7 @@ pub struct ExtendedFlags {
 
 /// `FS_XFLAG_REALTIME`: the data lies on the realtime device (XFS).
 pub const XFLAG_REALTIME: u32 = 0x0000_0001;
-/// `FS_XFLAG_PREALLOC`: blocks beyond the end of the file were asked for
-/// (XFS).
+/// `FS_XFLAG_PREALLOC`: blocks beyond the end of the file were requested (XFS).
 pub const XFLAG_PREALLOC: u32 = 0x0000_0002;
 /// `FS_XFLAG_EXTSIZE`: [`ExtendedFlags::extent_size`] is in force.
 pub const XFLAG_EXTSIZE: u32 = 0x0000_0800;
@@ -86,7 +85,8 @@ const FS_IOC_FSSETXATTR: libc::c_ulong = 0x401C_5820;
 /// `FS_XFLAG_COWEXTSIZE`: [`ExtendedFlags::copy_extent_size`] is in force.
 const XFLAG_COWEXTSIZE: u32 = 0x0001_0000;
 
-/// The size hint for copies of shared blocks as it was; put back when dropped.
+/// The former size hint for copies of shared blocks. Dropping this value
+/// restores the hint.
 #[derive(Debug)]
 pub struct CopyHint<'file> {
     file: BorrowedFd<'file>,
@@ -94,12 +94,12 @@ pub struct CopyHint<'file> {
     is_set: bool,
 }
 
-/// Has XFS copy no more than the block that is written to when it is shared,
-/// for a while.
+/// Makes XFS copy only the block that is written to when it is shared, as long
+/// as the result lives.
 ///
 /// # Errors
 ///
-/// `EPERM` for a file of somebody else without `CAP_FOWNER`, `EINVAL` where
+/// `EPERM` for a file of another user without `CAP_FOWNER`, `EINVAL` when
 /// blocks cannot be shared, `ENOTTY` on other filesystems.
 pub fn copy_single_blocks(file: BorrowedFd<'_>, block_size: u32) -> Result<CopyHint<'_>> {
     let before = get_extended(file)?;
@@ -116,8 +116,8 @@ pub fn copy_single_blocks(file: BorrowedFd<'_>, block_size: u32) -> Result<CopyH
 
 impl Drop for CopyHint<'_> {
     fn drop(&mut self) {
-        // Everything else is what somebody has made of it meanwhile. What
-        // stays if this fails is a hint that makes copies smaller.
+        // Other flags may have been changed meanwhile, so they are kept as they
+        // are now. If this fails, a hint stays that makes copies smaller.
         if let Ok(mut now) = get_extended(self.file) {
             now.cowextsize = self.size;
             now.xflags &= !XFLAG_COWEXTSIZE;
@@ -152,7 +152,7 @@ fn set_extended(file: BorrowedFd<'_>, value: &FsXattr) -> Result<()> {
 ///
 /// # Errors
 ///
-/// `ENOTTY` or `EOPNOTSUPP` where the filesystem has none.
+/// `ENOTTY` or `EOPNOTSUPP` when the filesystem has no flags.
 pub fn extended(file: BorrowedFd<'_>) -> Result<ExtendedFlags> {
     let found = get_extended(file)?;
     Ok(ExtendedFlags {

@@ -6,8 +6,8 @@ const KCMP_FILES: libc::c_long = 2;
 /// `KCMP_FILE`.
 const KCMP_FILE: libc::c_long = 0;
 
-/// Whether two descriptors, each a process and a number, are of one open file
-/// description. No, if that cannot be told.
+/// Whether two descriptors, each given by a process and a number, refer to one
+/// open file description. `false` if that cannot be found out.
 #[must_use]
 pub fn same_description(one: (i32, i32), other: (i32, i32)) -> bool {
     // SAFETY: five integers; the kernel reads and writes no memory of ours.
@@ -15,8 +15,8 @@ pub fn same_description(one: (i32, i32), other: (i32, i32)) -> bool {
     order == 0
 }
 
-/// Whether two threads share one table of descriptors. No, if that cannot be
-/// told: then both tables must be looked at.
+/// Whether two threads share one descriptor table. `false` if that cannot be
+/// found out: then both tables must be looked at.
 #[must_use]
 pub fn same_descriptors(one: i32, other: i32) -> bool {
     // SAFETY: five integers; the kernel reads and writes no memory of ours.

@@ -1,13 +1,13 @@
 //! How mapdirect talks to the kernel.
 //!
-//! One file per kernel interface, named after its man page. This crate is the
-//! only home of raw system calls and of the constants that distribution
-//! headers do not have yet; everything it exports is safe to call unless it
-//! says otherwise, takes and returns owned or borrowed descriptors, and fails
-//! with the exact errno.
+//! There is one file for each kernel interface, named after its manual page.
+//! This crate is the only home of raw system calls and of constants that
+//! distribution headers do not have yet. Everything that it exports is safe to
+//! call unless its documentation says otherwise, takes and returns owned or
+//! borrowed descriptors, and fails with the exact errno.
 //!
-//! What `rustix` already wraps well (sockets, `statx`, `mmap`, ...) is used
-//! directly by the other crates and not wrapped a second time.
+//! Interfaces that `rustix` already wraps well (sockets, `statx`, `mmap`, ...)
+//! are used directly by the other crates, and not wrapped a second time.
 
 #[cfg(not(target_os = "linux"))]
 compile_error!("mapdirect speaks to Linux interfaces only");
@@ -55,10 +55,10 @@ pub mod vmsplice;
 pub mod xfs_eofblocks;
 pub mod xfs_geometry;
 
-/// The error of every call in this crate: exactly what the kernel answered.
+/// The error of every call in this crate: exactly what the kernel returned.
 pub use rustix::io::Errno;
 
-/// Result of a system call.
+/// The result of a system call.
 pub type Result<T> = std::result::Result<T, Errno>;
 
 /// Turns the `-1, errno` convention of libc into a `Result`.

@@ -1,4 +1,5 @@
-//! madvise(2): making pages of a mapping writable before anybody writes.
+//! madvise(2): making pages of a mapping writable before anybody writes to
+//! them.
 
 use crate::mmap::{self, MAP_SHARED, PROT_READ, PROT_WRITE};
 use crate::seam::{self, Call};
@@ -10,8 +11,8 @@ use std::os::fd::BorrowedFd;
 /// Linux 5.14.
 const MADV_POPULATE_WRITE: libc::c_int = 23;
 
-/// A stretch of a file mapped shared and writable, and never accessed: the
-/// address is known to nobody, so that no store can raise SIGBUS.
+/// A part of a file, mapped shared and writable but never accessed. Nobody
+/// knows the address, so no store can raise SIGBUS.
 #[derive(Debug)]
 pub struct Window {
     address: usize,
@@ -19,7 +20,7 @@ pub struct Window {
 }
 
 impl Window {
-    /// Maps `bytes` of a file; they begin on a page boundary.
+    /// Maps `bytes` of a file, which must begin on a page boundary.
     ///
     /// # Errors
     ///
@@ -33,15 +34,16 @@ impl Window {
         Ok(Self { address, bytes })
     }
 
-    /// Makes the pages of `bytes` (of the file; what lies outside of the
-    /// window is left out) dirty without changing a byte: the filesystem
-    /// allocates what they lack, and copies what they share, as for a store.
+    /// Makes the pages of `bytes` dirty without changing a byte: the filesystem
+    /// allocates the blocks that they lack, and copies the blocks that they
+    /// share, as for a store. `bytes` are offsets in the file; the part outside
+    /// of the window is ignored.
     ///
     /// # Errors
     ///
-    /// `EFAULT` where a store would raise SIGBUS (beyond the end of the file,
-    /// no space, a failing device), `EINVAL` before Linux 5.14, `ENOMEM`,
-    /// `EHWPOISON`. Pages before the one that failed are dirty then.
+    /// `EFAULT` when a store would raise SIGBUS (beyond the end of the file, no
+    /// space, a failing device), `EINVAL` before Linux 5.14, `ENOMEM`,
+    /// `EHWPOISON`. Pages before the one that failed are then dirty.
     pub fn populate_write(&self, bytes: &Range<u64>) -> Result<()> {
         seam::check(Call::PopulateWrite)?;
         let page = mmap::page_size();

@@ -11,7 +11,7 @@ const ALL_SEALS: SealFlags = SealFlags::SEAL
     .union(SealFlags::GROW)
     .union(SealFlags::WRITE);
 
-/// A memory file that holds `bytes` and can never change again.
+/// A memory file that contains `bytes` and can never change again.
 ///
 /// # Errors
 ///
@@ -30,16 +30,16 @@ pub fn sealed(name: &str, bytes: &[u8]) -> Result<OwnedFd> {
     Ok(file)
 }
 
-/// The bytes of a memory file that somebody else made and sealed; at most
+/// The bytes of a memory file that somebody else created and sealed, at most
 /// `limit` of them.
 ///
 /// # Errors
 ///
-/// `EINVAL` if it is no sealed memory file, `EFBIG` beyond `limit`: nothing
-/// is read then.
+/// `EINVAL` if the file is not a sealed memory file, `EFBIG` if it is longer
+/// than `limit`. Nothing is read then.
 pub fn read_sealed(file: BorrowedFd<'_>, limit: usize) -> Result<Vec<u8>> {
-    // Only memfd and hugetlbfs answer F_GET_SEALS; everything else, FUSE
-    // files that could hang a read included, is refused here.
+    // Only memfd and hugetlbfs answer F_GET_SEALS. All other files are refused
+    // here, including FUSE files that could hang a read.
     if !rustix::fs::fcntl_get_seals(file)?.contains(ALL_SEALS) {
         return Err(Errno::INVAL);
     }
@@ -61,23 +61,23 @@ pub fn read_sealed(file: BorrowedFd<'_>, limit: usize) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Proves `CAP_LINUX_IMMUTABLE` in the initial user namespace by an act: a
-/// memory file with `challenge` in it is made immutable, which the kernel
-/// allows to nobody else (`fileattr_set_prepare`, fs/ioctl.c, 5.13 to 6.16,
-/// fs/file_attr.c since: `capable(CAP_LINUX_IMMUTABLE)`; tmpfs has the flag
-/// since 6.0).
+/// Proves `CAP_LINUX_IMMUTABLE` in the initial user namespace by an act: making
+/// a memory file with `challenge` in it immutable. The kernel permits this to
+/// nobody without the capability (`fileattr_set_prepare`, fs/ioctl.c, 5.13 to
+/// 6.16, fs/file_attr.c since: `capable(CAP_LINUX_IMMUTABLE)`; tmpfs has the
+/// flag since 6.0).
 ///
-/// What a daemon reads in `/proc` about a client can be stale or about
-/// another program by the time it is read: a client may send its request and
-/// then run a set-user-ID program. An act cannot be backdated.
+/// What a daemon reads in `/proc` about a client may be outdated by then, or be
+/// about another program: a client may send its request and then run a
+/// set-user-ID program. An act cannot be backdated.
 ///
-/// The act can be passed on, though: whoever makes a privileged program
-/// believe that it speaks with the daemon gets a proof for a challenge of
-/// somebody else. So the content names the process that made it, too.
+/// The act can be passed on, though. Somebody who makes a privileged program
+/// believe that it speaks with the daemon gets a proof for a challenge of their
+/// choice. So the content also names the process that made the proof.
 ///
 /// # Errors
 ///
-/// `EPERM` without the capability, `ENOTTY` or `EOPNOTSUPP` where tmpfs lacks
+/// `EPERM` without the capability, `ENOTTY` or `EOPNOTSUPP` when tmpfs lacks
 /// the flag, `ENOENT` without proc(5).
 pub fn prove_immutable_capability(challenge: &[u8]) -> Result<OwnedFd> {
     let prover = Prover {
@@ -89,17 +89,17 @@ pub fn prove_immutable_capability(challenge: &[u8]) -> Result<OwnedFd> {
     Ok(file)
 }
 
-/// The process that made a proof, as it knows itself.
+/// The process that made a proof, according to itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prover {
-    /// Its process id.
+    /// The process id.
     pub pid: i32,
-    /// When it began, see [`proc::start_time`].
+    /// The start time, see [`proc::start_time`].
     pub start: u64,
 }
 
 impl Prover {
-    /// Bytes it takes behind the challenge.
+    /// The number of bytes behind the challenge.
     const LENGTH: usize = 4 + 8;
 
     pub(crate) fn sign(self, challenge: &[u8]) -> Vec<u8> {
@@ -108,7 +108,7 @@ impl Prover {
         [challenge, &pid, &start].concat()
     }
 
-    /// Takes apart what [`sign`](Self::sign) put together.
+    /// Takes apart what [`sign`](Self::sign) has put together.
     pub(crate) fn signed(content: &[u8], challenge: &[u8]) -> Option<Self> {
         let signature = content.strip_prefix(challenge)?;
         let (pid, start) = signature.split_first_chunk()?;
@@ -119,9 +119,10 @@ impl Prover {
     }
 }
 
-/// If `file` is what [`prove_immutable_capability`] makes of `challenge`, the
-/// process that it says made it. That was a capable one; whether it is the
-/// one that hands it in is for the caller to see.
+/// If `file` is what [`prove_immutable_capability`] makes of `challenge`,
+/// returns the process that the file names as its maker. That process had the
+/// capability. The caller must check whether it is the process that hands the
+/// file in.
 ///
 /// # Errors
 ///

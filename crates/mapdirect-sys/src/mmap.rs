@@ -29,9 +29,9 @@ pub const MAP_NORESERVE: i32 = libc::MAP_NORESERVE;
 /// `MAP_SYNC`.
 pub const MAP_SYNC: i32 = 0x80000;
 
-/// The flags `MAP_SHARED_VALIDATE` lets through, besides the type:
+/// The flags that `MAP_SHARED_VALIDATE` lets through, besides the type:
 /// `LEGACY_MAP_MASK` of include/linux/mman.h (6.18), `MAP_SYNC`, and
-/// `MAP_FIXED_NOREPLACE`, which the kernel itself forgot in that mask.
+/// `MAP_FIXED_NOREPLACE`, which is missing in the kernel's own mask.
 pub const MAP_VALIDATED: i32 = MAP_FIXED
     | MAP_FIXED_NOREPLACE
     | MAP_ANONYMOUS
@@ -49,10 +49,10 @@ pub const MAP_VALIDATED: i32 = MAP_FIXED
     | MAP_32BIT
     | (0x1f << 26); // MAP_HUGE_2MB | MAP_HUGE_1GB
 
-/// `MAP_32BIT` and `MAP_ABOVE4G`: where in memory, on x86-64.
+/// `MAP_32BIT` and `MAP_ABOVE4G`: they choose a place in memory, on x86-64.
 #[cfg(target_arch = "x86_64")]
 pub const MAP_32BIT: i32 = libc::MAP_32BIT | 0x80;
-/// `MAP_32BIT` is for x86-64.
+/// `MAP_32BIT` exists only on x86-64.
 #[cfg(not(target_arch = "x86_64"))]
 pub const MAP_32BIT: i32 = 0;
 
@@ -67,13 +67,13 @@ pub const PROT_WRITE: i32 = libc::PROT_WRITE;
 ///
 /// # Errors
 ///
-/// As the man page has them.
+/// As in the manual page.
 ///
 /// # Safety
 ///
-/// With `MAP_FIXED` whatever was mapped at `address` is gone: nothing may
-/// refer to it any more. Without it the call is safe; what is done with the
-/// address afterwards may not be.
+/// With `MAP_FIXED` the earlier mapping at `address` is gone, so nothing may
+/// refer to it any more. Without it the call is safe, but later use of the
+/// address may not be.
 pub unsafe fn map(
     address: usize,
     length: usize,
@@ -98,7 +98,7 @@ pub unsafe fn map(
 ///
 /// # Errors
 ///
-/// As the man page has them.
+/// As in the manual page.
 ///
 /// # Safety
 ///
@@ -115,8 +115,8 @@ pub unsafe fn map_anonymous(address: usize, length: usize, prot: i32, flags: i32
     Ok(mapped.expose_provenance())
 }
 
-/// Has memory that was mapped `PROT_NONE` be readable and writable, and not
-/// locked: with `mlockall(2)` whatever is mapped is, but not filled before it
+/// Makes memory that was mapped `PROT_NONE` readable and writable, and unlocks
+/// it. With `mlockall(2)` every mapping is locked, but is not filled before it
 /// can be read.
 ///
 /// # Errors
@@ -149,8 +149,8 @@ pub unsafe fn unmap(address: usize, length: usize) -> Result<()> {
     checked(unsafe { libc::munmap(address, length) }).map(drop)
 }
 
-/// `msync(2)` with `MS_SYNC`: the pages that meet the range are written back
-/// and the device told to flush.
+/// `msync(2)` with `MS_SYNC`: writes back the pages that meet the range, and
+/// makes the device flush.
 ///
 /// # Errors
 ///
@@ -162,28 +162,28 @@ pub fn sync(address: usize, length: usize) -> Result<()> {
     checked(unsafe { libc::msync(address, length, libc::MS_SYNC) }).map(drop)
 }
 
-/// The size of a page in bytes.
+/// The number of bytes in a page.
 #[must_use]
 pub fn page_size() -> u64 {
     rustix::param::page_size() as u64
 }
 
-/// A mapping of a file for looking at what the page cache has of it, page by
-/// page. Nothing of it can be read or written here.
+/// A mapping of a file, made to look page by page at what the page cache has of
+/// the file. Nothing of the file can be read or written through it.
 #[derive(Debug)]
 pub struct View {
     address: usize,
-    /// Bytes of the file: whole pages.
+    /// The bytes of the file, as whole pages.
     range: Range<u64>,
 }
 
 impl View {
-    /// Maps `range`, whole pages, of a file open for reading. Nothing is read
-    /// ahead through it.
+    /// Maps `range`, which must be whole pages, of a file open for reading. The
+    /// mapping causes no readahead.
     ///
     /// # Errors
     ///
-    /// As `mmap(2)`; `EINVAL` for anything but whole pages.
+    /// As `mmap(2)`; `EINVAL` unless the range is whole pages.
     pub fn new(file: BorrowedFd<'_>, range: Range<u64>) -> Result<Self> {
         let page = page_size();
         if range.is_empty() || !range.start.is_multiple_of(page) || !range.end.is_multiple_of(page)
@@ -198,18 +198,18 @@ impl View {
         Ok(view)
     }
 
-    /// Brings the page at `offset` of the file into the page cache, a single
-    /// one if it is not there yet, and maps it.
+    /// Brings the page at `offset` of the file into the page cache, as a single
+    /// page if it is not there yet, and maps it.
     ///
     /// # Errors
     ///
-    /// `EFAULT` beyond the end of the file and where it cannot be read,
+    /// `EFAULT` beyond the end of the file and when the page cannot be read,
     /// `ENOMEM`.
     pub fn populate(&self, offset: u64) -> Result<()> {
         self.advise(&(offset..offset + page_size()), Advice::LinuxPopulateRead)
     }
 
-    /// Unmaps everything, but keeps the place.
+    /// Unmaps all pages, but keeps the address range.
     ///
     /// # Errors
     ///
@@ -218,11 +218,11 @@ impl View {
         self.advise(&self.range, Advice::LinuxDontNeed)
     }
 
-    /// Where the page at `offset` of the file is in memory.
+    /// The address of the page at `offset` of the file.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for anything but a page of the range.
+    /// `EINVAL` unless `offset` is a page of the range.
     pub(crate) fn address_of(&self, offset: u64) -> Result<usize> {
         if !self.range.contains(&offset) || !offset.is_multiple_of(page_size()) {
             return Err(crate::Errno::INVAL);

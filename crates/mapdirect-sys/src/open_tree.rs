@@ -6,8 +6,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 /// `OPEN_TREE_CLONE`: a copy of the mount, attached nowhere.
 const CLONE: libc::c_uint = 1;
 
-/// A path (`O_PATH`) to an open file by a mount of its own. It keeps the
-/// filesystem, but no mount that anybody could want to unmount.
+/// An `O_PATH` descriptor of an open file on a mount of its own. It keeps the
+/// filesystem busy, but no mount that anybody could want to unmount.
 ///
 /// # Errors
 ///

@@ -1,11 +1,12 @@
-//! perf_event_open(2): tracepoints of the kernel, heard of through a ring in
-//! shared memory.
+//! perf_event_open(2): events of the kernel's tracepoints, read through a ring
+//! in shared memory.
 //!
-//! A [`Ring`] belongs to one processor. An event without a life of its own (a
-//! dummy) owns it, so that tracepoints can come and go without a gap: each is
-//! opened disabled, given its filter, told to write to the ring, and enabled.
-//! The filter is evaluated inside the kernel: what it drops costs the thread
-//! that hit the tracepoint less than a microsecond, and nothing is written.
+//! A [`Ring`] belongs to one processor. Its owner is a dummy event, which never
+//! happens, so that tracepoints can come and go without a gap. Each tracepoint
+//! is opened disabled, given its filter, told to write to the ring, and then
+//! enabled. The filter is evaluated inside the kernel. An event that it drops
+//! costs the thread that hit the tracepoint less than a microsecond, and
+//! nothing is written.
 //!
 //! Layouts and numbers are from `include/uapi/linux/perf_event.h`.
 
@@ -15,8 +16,8 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Most bytes of a filter, without the zero at its end
-/// (`ftrace_profile_set_filter` gets it by `strndup_user` with a page).
+/// The most bytes of a filter, without the zero at its end
+/// (`ftrace_profile_set_filter` gets the filter by `strndup_user` with a page).
 pub const MAX_FILTER: usize = 4095;
 
 /// `PERF_TYPE_SOFTWARE`, `PERF_COUNT_SW_DUMMY`, `PERF_TYPE_TRACEPOINT`.
@@ -24,8 +25,8 @@ const TYPE_SOFTWARE: u32 = 1;
 const COUNT_SW_DUMMY: u64 = 9;
 const TYPE_TRACEPOINT: u32 = 2;
 
-/// What a sample carries, in this order: `PERF_SAMPLE_TID`, `PERF_SAMPLE_TIME`
-/// and `PERF_SAMPLE_RAW`.
+/// The content of a sample, in this order: `PERF_SAMPLE_TID`,
+/// `PERF_SAMPLE_TIME` and `PERF_SAMPLE_RAW`.
 const SAMPLE: u64 = 1 << 1 | 1 << 2 | 1 << 10;
 
 /// Flags of `struct perf_event_attr`.
@@ -46,7 +47,7 @@ const RECORD_LOST: u32 = 2;
 const RECORD_SAMPLE: u32 = 9;
 
 /// `struct perf_event_attr` as of `PERF_ATTR_SIZE_VER5`, which every kernel
-/// since 4.1 takes.
+/// since 4.1 accepts.
 #[repr(C)]
 #[derive(Default)]
 struct Attributes {
@@ -74,21 +75,22 @@ struct Attributes {
 const ATTRIBUTES: u32 = 112;
 const _: () = assert!(size_of::<Attributes>() == ATTRIBUTES as usize);
 
-/// When whoever polls the owner of a ring is woken.
+/// When a ring wakes the threads that poll its owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wake {
-    /// With every record.
+    /// On every record.
     Always,
-    /// Only when the ring is half full: whoever reads it looks by itself.
+    /// Only when the ring is half full. The reader must also look by itself.
     Seldom,
 }
 
-/// An event that is open.
+/// An open event.
 #[derive(Debug)]
 pub struct Event(OwnedFd);
 
 impl Event {
-    /// An event of a processor that never happens, to own a ring of `bytes`.
+    /// Opens an event of a processor that never happens, to own a ring of
+    /// `bytes`.
     ///
     /// # Errors
     ///
@@ -107,16 +109,17 @@ impl Event {
         )
     }
 
-    /// A tracepoint of a processor, disabled; `id` is that of its format.
+    /// Opens a tracepoint of a processor, disabled. `id` is the number in its
+    /// format.
     ///
     /// # Errors
     ///
     /// As [`dummy`](Self::dummy), `ENOENT` or `EINVAL` for a tracepoint that
-    /// is not there, `EMFILE`.
+    /// does not exist, `EMFILE`.
     pub fn tracepoint(id: u64, processor: u32, wake: Wake) -> Result<Self> {
         let (watermark, wakeup) = match wake {
             Wake::Always => (0, 1),
-            // What counts is the watermark of the ring's owner.
+            // The watermark of the ring's owner decides.
             Wake::Seldom => (WATERMARK, u32::MAX),
         };
         Self::open(
@@ -146,7 +149,7 @@ impl Event {
             libc::syscall(
                 libc::SYS_perf_event_open,
                 &raw const attributes,
-                // Whatever process runs there.
+                // Any process that runs on that processor.
                 -1,
                 processor,
                 // No group.
@@ -159,32 +162,34 @@ impl Event {
         Ok(Self(unsafe { OwnedFd::from_raw_fd(fd) }))
     }
 
-    /// Has the kernel drop what does not match. It can be said once.
+    /// Makes the kernel drop events that do not match. This can be set once.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for what it does not understand, or more than [`MAX_FILTER`].
+    /// `EINVAL` for a filter that the kernel does not understand, or one longer
+    /// than [`MAX_FILTER`].
     pub fn set_filter(&self, filter: &CStr) -> Result<()> {
         // SAFETY: the kernel copies the string, which ends with a zero.
         checked(unsafe { libc::ioctl(self.0.as_raw_fd(), SET_FILTER, filter.as_ptr()) }).map(drop)
     }
 
-    /// Has it write to the ring of another event, of the same processor.
+    /// Makes this event write to the ring of another event of the same
+    /// processor.
     ///
     /// # Errors
     ///
-    /// `EINVAL` if that has no ring, or is of another processor.
+    /// `EINVAL` if `owner` has no ring, or is of another processor.
     pub fn output_to(&self, owner: &Self) -> Result<()> {
         // SAFETY: no memory is handed over.
         checked(unsafe { libc::ioctl(self.0.as_raw_fd(), SET_OUTPUT, owner.0.as_raw_fd()) })
             .map(drop)
     }
 
-    /// From now on it writes.
+    /// Makes the event write from now on.
     ///
     /// # Errors
     ///
-    /// What the kernel says.
+    /// Any error of the kernel.
     pub fn enable(&self) -> Result<()> {
         // SAFETY: no memory is handed over.
         checked(unsafe { libc::ioctl(self.0.as_raw_fd(), ENABLE, 0) }).map(drop)
@@ -197,16 +202,16 @@ impl AsFd for Event {
     }
 }
 
-/// A tracepoint was hit.
+/// A hit of a tracepoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sample<'a> {
-    /// Process of the thread that hit it; 0 for the idle one.
+    /// The process of the thread that hit it; 0 for the idle process.
     pub pid: i32,
-    /// The thread.
+    /// The thread that hit it.
     pub tid: i32,
-    /// When, in nanoseconds of `CLOCK_MONOTONIC`.
+    /// The time, in nanoseconds of `CLOCK_MONOTONIC`.
     pub time: u64,
-    /// What the tracepoint tells, as its format says.
+    /// The record of the tracepoint, in the layout that its format describes.
     pub raw: &'a [u8],
 }
 
@@ -214,12 +219,12 @@ pub struct Sample<'a> {
 const DATA_HEAD: usize = 1024;
 const DATA_TAIL: usize = 1032;
 
-/// A ring of records that the kernel writes and we read.
+/// A ring of records that the kernel writes and this process reads.
 #[derive(Debug)]
 pub struct Ring {
     start: NonNull<u8>,
     page: usize,
-    /// Bytes of the data, a power of two.
+    /// The number of bytes of the data, a power of two.
     size: usize,
     copy: Vec<u8>,
 }
@@ -229,12 +234,13 @@ pub struct Ring {
 unsafe impl Send for Ring {}
 
 impl Ring {
-    /// Makes the ring of an event; `bytes` is a power of two times the size of
-    /// a page.
+    /// Creates the ring of an event. `bytes` must be a power of two times the
+    /// size of a page.
     ///
     /// # Errors
     ///
-    /// `EPERM` beyond what may be locked, `ENOMEM`, `EINVAL` for another size.
+    /// `EPERM` beyond the limit of locked memory, `ENOMEM`, `EINVAL` for
+    /// another size.
     pub fn new(owner: &Event, bytes: usize) -> Result<Self> {
         let page = usize::try_from(crate::mmap::page_size()).map_err(|_| Errno::INVAL)?;
         if !bytes.is_power_of_two() || bytes < page {
@@ -274,15 +280,15 @@ impl Ring {
         unsafe { AtomicU64::from_ptr(at.as_ptr()) }
     }
 
-    /// Whether there is something to read.
+    /// Whether there are records to read.
     #[must_use]
     pub fn has_records(&self) -> bool {
         let head = self.position(DATA_HEAD).load(Ordering::Acquire);
         head != self.position(DATA_TAIL).load(Ordering::Relaxed)
     }
 
-    /// Calls `each` for every sample there is, and makes room for others. Says
-    /// whether some may be lost: the kernel had no room for them.
+    /// Calls `each` for every sample in the ring, and makes room for others.
+    /// Says whether some may be lost because the kernel had no room for them.
     pub fn drain(&mut self, mut each: impl FnMut(Sample<'_>)) -> bool {
         let tail = self.position(DATA_TAIL).load(Ordering::Relaxed);
         let head = self.position(DATA_HEAD).load(Ordering::Acquire);
@@ -290,13 +296,13 @@ impl Ring {
             return false;
         }
         self.copy_out(tail, head);
-        // What was copied may be written over from now on.
+        // The copied records may be overwritten from now on.
         self.position(DATA_TAIL).store(head, Ordering::SeqCst);
         let lost = parse(&self.copy, &mut each);
-        // The kernel writes that something was lost when it next has room,
-        // which may be never. Whatever was lost up to here found the ring so
-        // full that it did not fit, and it has not become emptier in between:
-        // the head is read once more after the tail was given up.
+        // The kernel reports a loss only when it next has room, which may be
+        // never. A record that was lost up to here found too little room in the
+        // ring, and the ring has not become emptier since: the head is read
+        // once more after the tail was given up.
         let now = self.position(DATA_HEAD).load(Ordering::SeqCst);
         lost || self.may_have_overflowed(now.wrapping_sub(tail))
     }
@@ -305,7 +311,7 @@ impl Ring {
         used.saturating_add(LONGEST_RECORD) > self.size as u64
     }
 
-    /// Copies what lies between two positions, in order.
+    /// Copies the bytes between two positions, in order.
     fn copy_out(&mut self, tail: u64, head: u64) {
         let mask = self.size as u64 - 1;
         let length = head.wrapping_sub(tail).min(self.size as u64);
@@ -344,11 +350,11 @@ impl Drop for Ring {
     }
 }
 
-/// More than any record of ours takes: a sample of a tracepoint with a handful
-/// of numbers.
+/// More than any record here takes: a sample of a tracepoint with a few
+/// numbers.
 const LONGEST_RECORD: u64 = 1024;
 
-/// Takes records apart; says whether some tell that others were lost, or make
+/// Takes records apart. Says whether some report that others were lost, or make
 /// no sense.
 pub(crate) fn parse(mut bytes: &[u8], each: &mut impl FnMut(Sample<'_>)) -> bool {
     let mut lost = false;

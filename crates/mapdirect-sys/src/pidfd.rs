@@ -1,9 +1,9 @@
-//! pidfd_open(2) of single threads, and what a pidfd tells and hands out.
+//! pidfd_open(2) of single threads, and what a pidfd provides.
 //!
-//! Unlike most of `/proc`, opening a pidfd and asking whose thread it is wait
-//! for nobody: the kernel looks into its own tables of processes and
-//! credentials (`pidfd_info`, fs/pidfs.c) and takes no lock that a program can
-//! hold. [`descriptor`] is not like that: see there.
+//! Unlike most of `/proc`, opening a pidfd and asking which user a thread
+//! belongs to wait for nobody: the kernel looks into its own tables of
+//! processes and credentials (`pidfd_info`, fs/pidfs.c) and takes no lock that
+//! a program can hold. [`descriptor`] is different: see its documentation.
 
 use crate::{Errno, Result, checked};
 use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
@@ -14,7 +14,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 const THREAD: u32 = libc::O_EXCL.cast_unsigned();
 /// `PIDFD_GET_INFO`, for the first published size of `struct pidfd_info`.
 const GET_INFO: libc::Ioctl = 0xc040_ff0b_u32 as libc::Ioctl;
-/// `PIDFD_INFO_CREDS`: tell the credentials.
+/// `PIDFD_INFO_CREDS`: return the credentials.
 const CREDENTIALS: u64 = 1 << 1;
 
 /// `struct pidfd_info` as Linux 6.13 published it.
@@ -39,19 +39,19 @@ struct Info {
 
 const _: () = assert!(size_of::<Info>() == 64);
 
-/// Opens a thread.
+/// Opens a pidfd of a thread.
 ///
 /// # Errors
 ///
-/// `ESRCH` when it is gone, `EINVAL` before Linux 6.9 and for ids that no
-/// thread has.
+/// `ESRCH` when the thread is gone, `EINVAL` before Linux 6.9 and for invalid
+/// ids.
 pub fn of_thread(tid: i32) -> Result<OwnedFd> {
     let tid = Pid::from_raw(tid).ok_or(Errno::INVAL)?;
     pidfd_open(tid, PidfdFlags::from_bits_retain(THREAD))
 }
 
-/// The real user id of a thread, in the caller's user namespace: whose it is,
-/// also while it runs a program with the set-user-id bit.
+/// The real user id of a thread, in the caller's user namespace. This is the
+/// owner even while the thread runs a program with the set-user-id bit.
 ///
 /// # Errors
 ///
@@ -72,9 +72,9 @@ pub fn real_user(thread: BorrowedFd<'_>) -> Result<u32> {
 
 /// A duplicate of descriptor `fd` of a thread (`pidfd_getfd(2)`).
 ///
-/// It waits while the process is in the middle of `execve(2)`, and a duplicate
-/// that outlives the original does the work of the last close when it is
-/// dropped: both can take as long as the thread's owner likes.
+/// This waits while the process is in the middle of `execve(2)`. Also, if the
+/// original is closed first, dropping the duplicate does the work of the last
+/// close. Both can take as long as the thread's owner likes.
 ///
 /// # Errors
 ///

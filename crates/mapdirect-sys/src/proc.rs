@@ -1,8 +1,8 @@
 //! proc(5): what a thread is doing, and who has which file open.
 //!
-//! Everything read here is text of the kernel about processes that may vanish
-//! or change at any moment. The parsers take whatever comes; the readers
-//! never follow a link into another filesystem unless they say so.
+//! Everything that is read here is kernel text about processes that may vanish
+//! or change at any moment. The parsers accept any text. The readers never
+//! follow a link into another filesystem unless their documentation says so.
 
 use crate::seam::{self, Call};
 use crate::{Errno, Result};
@@ -10,7 +10,7 @@ use rustix::fs::{Mode, OFlags};
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-/// What `/proc/<tid>/syscall` says.
+/// The content of `/proc/<tid>/syscall`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SyscallState {
     /// The thread was on a processor or waiting for one; nothing is known.
@@ -21,13 +21,13 @@ pub enum SyscallState {
     Inside(Syscall),
 }
 
-/// The registers a sleeping thread entered the kernel with.
+/// The registers with which a sleeping thread entered the kernel.
 ///
-/// They are what the kernel itself uses (`task_current_syscall`), not memory
-/// of the process, so nobody can change them while the thread sleeps. But:
-/// the number counts in the table of the ABI that was used, which is not
-/// told; a kernel thread shows number 0 and zeros; an io_uring worker shows
-/// its creator's registers. The last two have `sp` 0.
+/// These are the registers that the kernel itself uses
+/// (`task_current_syscall`), not memory of the process, so nobody can change
+/// them while the thread sleeps. But the number belongs to the table of the ABI
+/// that was used, which is not shown. A kernel thread shows number 0 and zeros,
+/// and an io_uring worker shows its creator's registers. These two have `sp` 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Syscall {
     /// System call number.
@@ -78,9 +78,9 @@ pub fn parse_syscall(text: &[u8]) -> Option<SyscallState> {
     }))
 }
 
-/// The kernel functions a sleeping thread is inside of, innermost first, from
-/// the text of `/proc/<tid>/stack`. Suffixes the compiler adds to clones of a
-/// function are taken off.
+/// The kernel functions that a sleeping thread is inside of, innermost first,
+/// from the text of `/proc/<tid>/stack`. Suffixes that the compiler adds to
+/// clones of a function are removed.
 pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
     text.lines().filter_map(|line| {
         let frame = line.split_once(' ').map_or(line, |(_, frame)| frame);
@@ -90,13 +90,13 @@ pub fn stack_functions(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// The kernel function that a thread sleeps in (`/proc/<tid>/wchan`), without
-/// the scheduler's own and without suffixes the compiler adds; nothing if it
-/// runs or waits for a processor.
+/// The kernel function in which a thread sleeps (`/proc/<tid>/wchan`), without
+/// the scheduler's own functions and without compiler suffixes. `None` if the
+/// thread runs or waits for a processor.
 ///
-/// It is exact: the kernel reads it while it keeps the thread from waking up
-/// (`get_wchan`, kernel/sched/core.c). Like the stack it cannot be read while
-/// the process is in the middle of `execve(2)` (seen on 6.18).
+/// The answer is exact: the kernel reads it while it keeps the thread from
+/// waking up (`get_wchan`, kernel/sched/core.c). Like the stack it cannot be
+/// read while the process is in the middle of `execve(2)` (seen on 6.18).
 ///
 /// # Errors
 ///
@@ -111,10 +111,10 @@ pub fn sleeps_in(tid: i32) -> Result<Option<String>> {
 /// How much a thread has run (`/proc/<tid>/schedstat`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Runs {
-    /// Nanoseconds on a processor in all.
+    /// The total time on a processor, in nanoseconds.
     pub time: u64,
-    /// How often it was given one: while this stays the same, it did not run,
-    /// or did so without a break.
+    /// How often the thread was given a processor. As long as this stays the
+    /// same, the thread did not run, or ran without a break.
     pub times: u64,
 }
 
@@ -122,8 +122,8 @@ pub struct Runs {
 ///
 /// # Errors
 ///
-/// `ENOENT` or `ESRCH` when it is gone, `EINVAL` where the kernel does not
-/// count (without `CONFIG_SCHED_INFO`, which every distribution has).
+/// `ENOENT` or `ESRCH` when the thread is gone, `EINVAL` when the kernel does
+/// not count (without `CONFIG_SCHED_INFO`, which every distribution has).
 pub fn runs(tid: i32) -> Result<Runs> {
     parse_runs(&read_task_file(tid, "schedstat")?).ok_or(Errno::INVAL)
 }
@@ -135,7 +135,7 @@ pub(crate) fn parse_runs(text: &str) -> Option<Runs> {
     (times > 0).then_some(Runs { time, times })
 }
 
-/// The processor a thread runs on, waits for, or ran on last.
+/// The processor that a thread runs on, waits for, or last ran on.
 ///
 /// # Errors
 ///
@@ -145,7 +145,7 @@ pub fn processor(tid: i32) -> Result<usize> {
     parse_stat_field(&stat, 39).ok_or(Errno::INVAL)
 }
 
-/// Clock ticks that a thread ran outside of the kernel.
+/// The clock ticks that a thread ran outside of the kernel.
 ///
 /// # Errors
 ///
@@ -155,8 +155,8 @@ pub fn ticks_outside(tid: i32) -> Result<u64> {
     parse_stat_field(&stat, 14).ok_or(Errno::INVAL)
 }
 
-/// Whether a thread has ended and is only there to be collected. It is past
-/// everything it could do to a file (`exit_notify` in `do_exit`,
+/// Whether a thread has ended and only waits to be collected. It is past
+/// everything that it could do to a file (`exit_notify` in `do_exit`,
 /// kernel/exit.c), and has no stack that could be read.
 ///
 /// # Errors
@@ -168,15 +168,16 @@ pub fn has_ended(tid: i32) -> Result<bool> {
     Ok(matches!(state, 'Z' | 'X'))
 }
 
-/// `/proc/self/fd/N` of a descriptor.
+/// The path `/proc/self/fd/N` of a descriptor.
 pub(crate) fn own_fd_path(file: BorrowedFd<'_>) -> CString {
     let name = format!("/proc/self/fd/{}", file.as_raw_fd());
     // A number holds no NUL.
     CString::new(name).unwrap_or_default()
 }
 
-/// Opens the inode behind `file` once more: a second description, with access
-/// and flags of its own. Works for files that were renamed or unlinked since.
+/// Opens the inode behind `file` once more, as a second description with its
+/// own access mode and flags. Works for files that have been renamed or
+/// unlinked.
 ///
 /// # Errors
 ///
@@ -187,7 +188,7 @@ pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
     rustix::fs::open(own_fd_path(file), flags, Mode::empty())
 }
 
-/// Where a descriptor's file was last seen, for a person to read.
+/// The path at which a descriptor's file was last seen, for a person to read.
 #[must_use]
 pub fn path_of(file: BorrowedFd<'_>) -> String {
     std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref()).map_or_else(
@@ -206,8 +207,8 @@ pub fn open_task_file(id: i32, name: &str) -> Result<OwnedFd> {
     rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
 }
 
-/// Reads a small proc file from its start into `buffer`, returning the part
-/// that was filled; what does not fit is cut off.
+/// Reads a small proc file from its start into `buffer` and returns the filled
+/// part. What does not fit is cut off.
 ///
 /// # Errors
 ///
@@ -222,7 +223,7 @@ pub fn reread<'buffer>(file: BorrowedFd<'_>, buffer: &'buffer mut [u8]) -> Resul
     }
 }
 
-/// The whole of a proc file.
+/// Reads a whole proc file.
 ///
 /// # Errors
 ///
@@ -242,13 +243,13 @@ fn read_text(file: &OwnedFd) -> Result<String> {
             Err(other) => return Err(other),
         }
     }
-    // Names of files are whatever bytes somebody chose.
+    // File names may contain any bytes.
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// When a process or thread began, in clock ticks since boot: with its id, the
-/// name of one process for as long as the machine runs (an id alone is used
-/// again). `execve(2)` does not change it.
+/// The start time of a process or thread, in clock ticks since boot. Together
+/// with the id it identifies one process for as long as the machine runs; an id
+/// alone is used again. `execve(2)` does not change the start time.
 ///
 /// # Errors
 ///
@@ -261,7 +262,7 @@ pub fn start_time(id: i32) -> Result<u64> {
 ///
 /// # Errors
 ///
-/// As [`start_time`]; `ENOENT` too when it is a thread of another.
+/// As [`start_time`]. Also `ENOENT` when the thread belongs to another process.
 pub fn thread_start_time(pid: i32, tid: i32) -> Result<u64> {
     let stat = read_task_file(pid, &format!("task/{tid}/stat"))?;
     parse_start_time(&stat).ok_or(Errno::INVAL)
@@ -283,11 +284,11 @@ pub(crate) fn parse_start_time(stat: &str) -> Option<u64> {
     parse_stat_field(stat, 22)
 }
 
-/// A field of `/proc/<id>/stat`, the third or a later one, by the number it
-/// has in proc(5).
+/// A field of `/proc/<id>/stat` by its number in proc(5), which must be at
+/// least 3.
 pub(crate) fn parse_stat_field<T: std::str::FromStr>(stat: &str, number: usize) -> Option<T> {
-    // The command in parentheses may hold anything, parentheses too; field 3
-    // is the first behind it.
+    // The command in parentheses may contain anything, even parentheses. Field
+    // 3 is the first behind it.
     let (_, behind) = stat.rsplit_once(')')?;
     let at = number.checked_sub(3)?;
     behind.split_ascii_whitespace().nth(at)?.parse().ok()
@@ -298,7 +299,7 @@ pub(crate) fn parse_stat_field<T: std::str::FromStr>(stat: &str, number: usize) 
 ///
 /// # Errors
 ///
-/// `ENOENT` or `ESRCH` when it is gone, `EACCES` if the caller must not know.
+/// `ENOENT` or `ESRCH` when it is gone, `EACCES` if the caller may not know.
 pub fn in_initial_user_namespace(pid: i32) -> Result<bool> {
     // PROC_USER_INIT_INO of include/linux/proc_ns.h.
     const INITIAL: &[u8] = b"user:[4026531837]";
@@ -306,8 +307,8 @@ pub fn in_initial_user_namespace(pid: i32) -> Result<bool> {
     Ok(link.as_bytes() == INITIAL)
 }
 
-/// The name of a thread (`/proc/<tid>/comm`), with control characters
-/// replaced: any process chooses its own.
+/// The name of a thread (`/proc/<tid>/comm`), with control characters replaced,
+/// because any process chooses its own name.
 #[must_use]
 pub fn command(tid: i32) -> String {
     read_task_file(tid, "comm").map_or_else(
@@ -316,7 +317,8 @@ pub fn command(tid: i32) -> String {
     )
 }
 
-/// `text` with every control character replaced, fit for a terminal.
+/// `text` with every control character replaced, so that it is safe for a
+/// terminal.
 #[must_use]
 pub fn printable(text: &str) -> String {
     text.chars()
@@ -324,8 +326,8 @@ pub fn printable(text: &str) -> String {
         .collect()
 }
 
-/// `text` with the octal escapes taken out that the kernel writes for blanks
-/// and backslashes in names.
+/// `text` with the octal escapes decoded that the kernel writes for blanks and
+/// backslashes in names.
 #[must_use]
 pub fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
@@ -369,22 +371,23 @@ pub fn numbers_in(path: &str) -> Result<Vec<i32>> {
     Ok(numbers)
 }
 
-/// What `/proc/<pid>/fdinfo/<fd>` tells about a descriptor.
+/// The content of `/proc/<pid>/fdinfo/<fd>` about a descriptor.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FdInfo {
-    /// Open flags, as `fcntl(2)` with `F_GETFL` has them, and `O_CLOEXEC`.
+    /// The open flags as `fcntl(2)` with `F_GETFL` returns them, and
+    /// `O_CLOEXEC`.
     pub flags: u32,
-    /// Inode number; since 5.14.
+    /// The inode number; since 5.14.
     pub inode: u64,
-    /// Number of descriptors on their way through this socket.
+    /// The number of descriptors on their way through this socket.
     pub in_flight: u64,
-    /// How many places for registered files this io_uring has; nothing if it
-    /// does not tell.
+    /// The number of places for registered files that this io_uring has, or
+    /// `None` if that is not shown.
     pub places: Option<usize>,
-    /// Paths of the files registered there, escaped ([`unescape`]).
+    /// The paths of the registered files, escaped ([`unescape`]).
     pub registered: Vec<String>,
-    /// Record and whole-file locks that belong to the descriptor's
-    /// description or, through it, to the process.
+    /// Record and whole-file locks that belong to the descriptor's description
+    /// or, through the description, to the process.
     pub locks: Vec<crate::proc_locks::Lock>,
 }
 
@@ -395,23 +398,23 @@ impl FdInfo {
         self.flags & 0o3 != 0 && self.flags & libc::O_PATH.cast_unsigned() == 0
     }
 
-    /// Whether an io_uring tells which files are registered with it. It keeps
-    /// silent while it is busy; older kernels then told the places, but none
-    /// of the files.
+    /// Whether an io_uring shows which files are registered with it. It does
+    /// not while it is busy; older kernels then showed the places, but none of
+    /// the files.
     #[must_use]
     pub fn tells_registered(&self) -> bool {
         self.places
             .is_some_and(|places| places == 0 || !self.registered.is_empty())
     }
 
-    /// Whether the description is a mere path.
+    /// Whether the description is an `O_PATH` one.
     #[must_use]
     pub const fn is_path(&self) -> bool {
         self.flags & libc::O_PATH.cast_unsigned() != 0
     }
 }
 
-/// Parses the text of an fdinfo file; fields that are missing stay zero.
+/// Parses the text of an fdinfo file. Missing fields stay zero.
 #[must_use]
 pub fn parse_fdinfo(text: &str) -> FdInfo {
     let mut info = FdInfo::default();
@@ -449,30 +452,30 @@ pub fn parse_fdinfo(text: &str) -> FdInfo {
 ///
 /// # Errors
 ///
-/// When it cannot be read, or is no number.
+/// When the file cannot be read, or does not contain a number.
 pub fn max_map_count() -> Result<usize> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::open("/proc/sys/vm/max_map_count", flags, Mode::empty())?;
     read_text(&file)?.trim().parse().map_err(|_| Errno::PROTO)
 }
 
-/// How many mappings the calling process has.
+/// The number of mappings that the calling process has.
 ///
 /// # Errors
 ///
-/// When `/proc` is not there.
+/// When `/proc` is not mounted.
 pub fn count_own_mappings() -> Result<usize> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::open("/proc/self/maps", flags, Mode::empty())?;
     Ok(read_text(&file)?.lines().count())
 }
 
-/// The mappings of the calling process, in order, and their names: paths, or
-/// words in brackets, or nothing.
+/// The mappings of the calling process, in order, and their names: a path, a
+/// word in brackets, or an empty string.
 ///
 /// # Errors
 ///
-/// When `/proc` is not there.
+/// When `/proc` is not mounted.
 pub fn own_mappings() -> Result<Vec<(MapsEntry, String)>> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::open("/proc/self/maps", flags, Mode::empty())?;
@@ -487,15 +490,15 @@ pub fn own_mappings() -> Result<Vec<(MapsEntry, String)>> {
 /// One mapping of `/proc/<pid>/maps`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MapsEntry {
-    /// First address.
+    /// The first address.
     pub start: u64,
-    /// Address behind the last.
+    /// The address behind the last.
     pub end: u64,
-    /// `PROT_WRITE` is set.
+    /// Whether `PROT_WRITE` is set.
     pub writable: bool,
-    /// `PROT_EXEC` is set.
+    /// Whether `PROT_EXEC` is set.
     pub executable: bool,
-    /// `MAP_SHARED`.
+    /// Whether the mapping is `MAP_SHARED`.
     pub shared: bool,
     /// Offset in the file.
     pub offset: u64,

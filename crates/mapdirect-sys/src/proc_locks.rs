@@ -1,6 +1,6 @@
 //! proc_locks(5): the lock records of `/proc/locks` and of fdinfo files.
 
-/// What kind of lock a record shows.
+/// The kind of a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `fcntl(2)` with `F_SETLK`: belongs to a process.
@@ -18,7 +18,7 @@ pub enum Kind {
 pub struct Lock {
     /// See [`Kind`].
     pub kind: Kind,
-    /// Exclusive rather than shared.
+    /// Whether the lock is exclusive rather than shared.
     pub exclusive: bool,
     /// The process that set it; -1 for [`Kind::Description`].
     pub pid: i32,
@@ -30,12 +30,12 @@ pub struct Lock {
     pub inode: u64,
     /// First byte.
     pub start: u64,
-    /// Last byte, or `None` for the end of all offsets.
+    /// The last byte, or `None` for the largest offset.
     pub last: Option<u64>,
 }
 
-/// Parses a record, with or without the leading number. `None` for a waiter
-/// (`->`) and for text of another form.
+/// Parses a record, with or without the leading number. Returns `None` for a
+/// waiter (`->`) and for text of another form.
 #[must_use]
 pub fn parse_line(line: &str) -> Option<Lock> {
     let mut words = line.split_ascii_whitespace();
@@ -78,11 +78,11 @@ pub fn parse_line(line: &str) -> Option<Lock> {
     })
 }
 
-/// Every lock of the system that this PID namespace shows.
+/// Every lock of the system that is visible in this PID namespace.
 ///
 /// # Errors
 ///
-/// Whatever reading `/proc/locks` answers.
+/// Any error of reading `/proc/locks`.
 pub fn read_all() -> std::io::Result<Vec<Lock>> {
     let text = std::fs::read_to_string("/proc/locks")?;
     Ok(text.lines().filter_map(parse_line).collect())

@@ -1,17 +1,17 @@
-//! proc_pid_mountinfo(5): what is mounted.
+//! proc_pid_mountinfo(5): the mounts that a process sees.
 
 use crate::proc::unescape;
 
 /// One mount.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// Its number in the namespace, as fanotify and statx have it.
+    /// The number of the mount in the namespace, as in fanotify and statx.
     pub id: u64,
     /// Major number of `st_dev` of its files.
     pub major: u32,
     /// Minor number.
     pub minor: u32,
-    /// Where it is mounted, as seen from the reader's root.
+    /// The place where it is mounted, seen from the reader's root directory.
     pub mount_point: String,
     /// Type of the filesystem: `xfs`, `ext4`, `overlay`, ...
     pub fs_type: String,
@@ -65,7 +65,7 @@ pub fn parse_line(line: &str) -> Option<Mount> {
 ///
 /// # Errors
 ///
-/// Whatever reading the file answers.
+/// Any error of reading the file.
 pub fn read(pid: Option<i32>) -> std::io::Result<Vec<Mount>> {
     let path = pid.map_or_else(
         || String::from("/proc/self/mountinfo"),

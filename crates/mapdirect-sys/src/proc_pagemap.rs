@@ -1,12 +1,12 @@
-//! /proc/self/pagemap and /proc/kpageflags (Documentation/admin-guide/mm/
-//! pagemap.rst): what kind of page is mapped somewhere.
+//! /proc/self/pagemap and /proc/kpageflags
+//! (Documentation/admin-guide/mm/pagemap.rst): the kind of a mapped page.
 
 use crate::mmap::{View, page_size};
 use crate::{Errno, Result};
 use rustix::fs::{Mode, OFlags};
 use std::os::fd::OwnedFd;
 
-/// Both files, open: needs `CAP_SYS_ADMIN`.
+/// Both files, opened. This needs `CAP_SYS_ADMIN`.
 #[derive(Debug)]
 pub struct PageFlags {
     pagemap: OwnedFd,
@@ -14,7 +14,7 @@ pub struct PageFlags {
 }
 
 impl PageFlags {
-    /// Opens them.
+    /// Opens both files.
     ///
     /// # Errors
     ///
@@ -31,13 +31,13 @@ impl PageFlags {
         })
     }
 
-    /// Whether the page at `offset` of the file that `view` shows, which is
-    /// populated, is alone in its folio.
+    /// Whether the page at `offset` of the file that `view` shows is alone in
+    /// its folio. The page must be populated.
     ///
     /// # Errors
     ///
-    /// `ENOENT` if it is not mapped after all, `EPERM` if the kernel does not
-    /// tell which page it is.
+    /// `ENOENT` if the page is not mapped after all, `EPERM` if the kernel does
+    /// not show which page it is.
     pub fn is_single(&self, view: &View, offset: u64) -> Result<bool> {
         // Bits of a pagemap entry and of page flags.
         const PRESENT: u64 = 1 << 63;

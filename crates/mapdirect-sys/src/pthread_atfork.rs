@@ -1,15 +1,16 @@
-//! pthread_atfork(3): what to do around fork(2).
+//! pthread_atfork(3): functions to run around fork(2).
 
 use crate::{Errno, Result};
 
-/// Has `child` called in the child of every fork(2). For good: there is no way
-/// to take it back.
+/// Makes every fork(2) call `child` in the child process. This is permanent: it
+/// cannot be undone.
 ///
-/// There is nothing here to call before the fork: whoever holds a lock from
-/// then on while handlers of others wait for theirs hangs sooner or later.
+/// This module offers no function to call before the fork. A program that takes
+/// a lock there hangs sooner or later, when the handlers of others wait for
+/// their locks.
 ///
-/// The child of a process with several threads may call async-signal-safe
-/// functions only.
+/// The child of a process with several threads may call only async-signal-safe
+/// functions.
 ///
 /// # Errors
 ///

@@ -1,8 +1,8 @@
-//! A seam for faults in tests: any call of this crate can be made to fail.
+//! A seam for faults in tests: calls of this crate can be made to fail.
 //!
 //! Without the feature `seam` (and outside this crate's own tests) the check
-//! compiles to nothing. With it, a test plans failures for the calls its own
-//! thread makes next:
+//! compiles to nothing. With the feature, a test plans failures for the next
+//! calls of its own thread:
 //!
 //! ```
 //! # #[cfg(feature = "seam")] {

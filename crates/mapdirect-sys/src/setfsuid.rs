@@ -1,9 +1,10 @@
-//! setfsuid(2) and capset(2): using a filesystem as somebody else would.
+//! setfsuid(2) and capset(2): using a filesystem with the rights of another
+//! user.
 
 use crate::capget::{self, CAP_SYS_RESOURCE};
 use crate::{Errno, Result};
 
-/// What the calling thread could do before; given back when dropped.
+/// The former rights of the calling thread. Dropping this value restores them.
 #[derive(Debug)]
 #[must_use = "the thread gets its own rights back when this is dropped"]
 pub struct OnBehalf {
@@ -11,15 +12,15 @@ pub struct OnBehalf {
     capabilities: u64,
 }
 
-/// Has the calling thread, and no other, use filesystems as user `uid`, and
-/// within that user's quota and reserve: space set aside for root is not for
-/// what is done on behalf of others.
+/// Makes the calling thread, and no other, use filesystems as user `uid`,
+/// within that user's quota and without the space reserved for root. That space
+/// is not for work on behalf of others.
 ///
 /// # Errors
 ///
-/// `EPERM` for a thread that may not be another user.
+/// `EPERM` for a thread that may not act as another user.
 pub fn on_behalf_of(uid: u32) -> Result<OnBehalf> {
-    // Before the change, which takes some away.
+    // Read the capabilities before the change, which removes some.
     let capabilities = capget::effective(0)?;
     let before = OnBehalf {
         uid: setfsuid(uid),
@@ -29,7 +30,7 @@ pub fn on_behalf_of(uid: u32) -> Result<OnBehalf> {
         return Err(Errno::PERM);
     }
     if uid != 0 {
-        // A user other than root has lost the rest with the change.
+        // A user other than root has lost the others by the change.
         let now = capget::effective(0)?;
         capget::set_effective(now & !(1 << CAP_SYS_RESOURCE))?;
     }
@@ -39,12 +40,13 @@ pub fn on_behalf_of(uid: u32) -> Result<OnBehalf> {
 impl Drop for OnBehalf {
     fn drop(&mut self) {
         setfsuid(self.uid);
-        // What was effective is permitted still.
+        // Capabilities that were effective are still permitted.
         let _ = capget::set_effective(self.capabilities);
     }
 }
 
-/// Returns who it was before, also where it changes nothing.
+/// Sets the user, and returns the former one. Returns it even if nothing
+/// changes.
 fn setfsuid(uid: u32) -> u32 {
     // SAFETY: an integer; glibc would do the same, for this thread alone.
     let before = unsafe { libc::syscall(libc::SYS_setfsuid, uid) };

@@ -1,5 +1,5 @@
-//! Words of memory shared with the kernel: a map of BPF programs that may be
-//! mapped (`BPF_F_MMAPABLE`, bpf(2)).
+//! Words of memory shared with the kernel: a map of BPF programs that can be
+//! mapped into memory (`BPF_F_MMAPABLE`, bpf(2)).
 
 use crate::mmap::{MAP_SHARED, PROT_READ, PROT_WRITE, map};
 use crate::{Errno, Result, checked};
@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 use std::sync::atomic::AtomicU64;
 
-/// A mapping of some words, until it is dropped.
+/// A mapping of some words. Dropping this value unmaps them.
 #[derive(Debug)]
 pub struct SharedWords {
     start: NonNull<AtomicU64>,
@@ -21,11 +21,11 @@ unsafe impl Send for SharedWords {}
 unsafe impl Sync for SharedWords {}
 
 impl SharedWords {
-    /// Maps so many words of what a descriptor stands for, from its beginning.
+    /// Maps this many words from the beginning of a map.
     ///
     /// # Errors
     ///
-    /// As mmap(2) has them.
+    /// As mmap(2).
     pub fn new(file: BorrowedFd<'_>, words: usize) -> Result<Self> {
         let length = words * size_of::<AtomicU64>();
         // SAFETY: nothing is mapped at a fixed address.
@@ -35,7 +35,7 @@ impl SharedWords {
         Ok(Self { start, words })
     }
 
-    /// The words. Others change them, too.
+    /// The words. Others may change them at any time.
     #[must_use]
     pub fn words(&self) -> &[AtomicU64] {
         // SAFETY: the mapping is this long, aligned to a page, and stays until

@@ -1,14 +1,14 @@
-//! signal(7) and signalfd(2): waiting for signals as for anything else.
+//! signal(7) and signalfd(2): receiving signals through a descriptor.
 
 use crate::{Result, checked, last_errno};
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-/// Sent by the kernel itself.
+/// The `si_code` of a signal that the kernel itself has sent.
 const SI_KERNEL: i32 = 0x80;
 
-/// Numbers of signals.
+/// The numbers of signals.
 #[derive(Clone, Copy, Debug)]
 pub struct Signal;
 
@@ -42,23 +42,23 @@ impl Signal {
 /// A signal that arrived.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Received {
-    /// Its number.
+    /// The number of the signal.
     pub number: i32,
-    /// The kernel sent it, for a key on the terminal: every process of the
-    /// foreground group got it.
+    /// Whether the kernel sent the signal for a key on the terminal: then every
+    /// process of the foreground group got it.
     pub from_terminal: bool,
 }
 
-/// A set of signals, blocked in the calling thread (and the threads it makes
-/// from then on) and readable from a descriptor instead.
+/// A set of signals that are blocked in the calling thread (and in threads that
+/// it starts later) and can be read from a descriptor instead.
 #[derive(Debug)]
 pub struct SignalFd {
     fd: OwnedFd,
 }
 
 impl SignalFd {
-    /// Blocks `signals` and opens a descriptor for them. Call it before any
-    /// thread is made, or the signals reach the threads that do not block
+    /// Blocks `signals` and opens a descriptor for them. Call this before any
+    /// thread is started. Otherwise the signals reach threads that do not block
     /// them.
     ///
     /// # Errors
@@ -116,8 +116,8 @@ impl std::os::fd::AsFd for SignalFd {
     }
 }
 
-/// Has `command` run with no signal blocked, as programs expect it: a mask
-/// set for [`SignalFd::block`] would be inherited.
+/// Makes `command` run with no signal blocked, as programs expect. Otherwise it
+/// would inherit the mask of [`SignalFd::block`].
 pub fn unblocked_in_child(command: &mut Command) {
     let set = signal_set(&[]);
     let unblock = move || {
@@ -135,12 +135,13 @@ pub fn unblocked_in_child(command: &mut Command) {
     unsafe { command.pre_exec(unblock) };
 }
 
-/// Ignores a signal in the whole process. Meant for `SIGIO`, which a lease
-/// taken for a moment can raise and whose default action ends the process.
+/// Ignores a signal in the whole process. This is for `SIGIO`, which a short
+/// lease can raise and whose default action ends the process.
 ///
 /// # Errors
 ///
-/// `EINVAL` for a number that is no signal or cannot be ignored.
+/// `EINVAL` for a number that is not a signal, or for a signal that cannot be
+/// ignored.
 pub fn ignore(signal: i32) -> Result<()> {
     // SAFETY: SIG_IGN runs no code of ours.
     let previous = unsafe { libc::signal(signal, libc::SIG_IGN) };
@@ -150,14 +151,14 @@ pub fn ignore(signal: i32) -> Result<()> {
     Ok(())
 }
 
-/// The calling thread's mask of blocked signals as it was; restored when
-/// dropped.
+/// The calling thread's earlier mask of blocked signals. Dropping this value
+/// restores it.
 #[derive(Debug)]
 #[must_use = "the mask is restored when this is dropped"]
 pub struct Mask(libc::sigset_t);
 
-/// Blocks every signal in the calling thread, so that a thread it makes is
-/// none that signals for the process are delivered to.
+/// Blocks every signal in the calling thread, so that signals for the process
+/// are not delivered to a thread that it starts.
 ///
 /// # Errors
 ///

@@ -1,12 +1,12 @@
-//! sync_file_range(2): writing back part of a file, and no more: neither is
-//! the device flushed nor the block map made durable.
+//! sync_file_range(2): writing back a part of a file and nothing more. The
+//! device is not flushed, and the block map is not made durable.
 
 use crate::seam::{self, Call};
 use crate::{Errno, Result, checked};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Begins to write back the dirty pages of a range, and does not wait.
+/// Starts to write back the dirty pages of a range, and does not wait.
 ///
 /// # Errors
 ///
@@ -15,7 +15,7 @@ pub fn start(file: BorrowedFd<'_>, range: &Range<u64>) -> Result<()> {
     call(file, range, libc::SYNC_FILE_RANGE_WRITE)
 }
 
-/// Waits until every page of a range that is dirty now, or being written, is
+/// Waits until every page of a range that is dirty now, or under writeback, is
 /// written.
 ///
 /// # Errors

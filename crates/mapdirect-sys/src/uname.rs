@@ -1,7 +1,7 @@
-//! uname(2): which kernel this is.
+//! uname(2): the version of the kernel.
 
-/// Major and minor version of the kernel that runs; 0.0 if its release does
-/// not begin with numbers, so that it counts as one without what came later.
+/// The major and minor version of the running kernel. 0.0 if its release does
+/// not begin with numbers, so that it counts as one without newer features.
 #[must_use]
 pub fn version() -> (u32, u32) {
     let release = rustix::system::uname();

@@ -1,5 +1,5 @@
-//! unix(7): whole messages with descriptors between processes that know who
-//! is speaking.
+//! unix(7): whole messages with descriptors, between processes that know the
+//! sender.
 
 use crate::{Errno, Result, checked};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -13,7 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// Most descriptors in one message.
+/// The most descriptors in one message.
 pub const MAX_FDS: usize = 4;
 
 /// A socket that carries whole messages (`SOCK_SEQPACKET`).
@@ -25,20 +25,20 @@ pub struct Socket {
 /// A message as received.
 #[derive(Debug)]
 pub struct Received {
-    /// Bytes of it in the buffer.
+    /// The length of the message in the buffer.
     pub length: usize,
-    /// The message was longer than the buffer or carried more descriptors
-    /// than [`MAX_FDS`]; the rest is gone.
+    /// Whether the message was longer than the buffer, or carried more
+    /// descriptors than [`MAX_FDS`]. The rest is then lost.
     pub truncated: bool,
-    /// Descriptors that came with it, all close-on-exec.
+    /// The descriptors that came with the message, all close-on-exec.
     pub fds: Vec<OwnedFd>,
-    /// Process that sent it, as the kernel knows it; only on a socket told to
-    /// [`tell_senders`](Socket::tell_senders), and only if it can be named
-    /// here.
+    /// The sending process, as the kernel knows it. This is known only on a
+    /// socket after [`tell_senders`](Socket::tell_senders), and only if the
+    /// process is visible in this PID namespace.
     pub sender: Option<Sender>,
 }
 
-/// The credentials the kernel attaches to a message.
+/// The credentials that the kernel attaches to a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sender {
     /// Process id in the receiver's namespace.
@@ -48,27 +48,28 @@ pub struct Sender {
 }
 
 impl Socket {
-    /// A socket that listens at `path`, where nothing may exist yet. What
-    /// [`accept`](Self::accept) returns names the sender of every message.
+    /// Creates a socket that listens at `path`; nothing may exist there yet.
+    /// The sockets that [`accept`](Self::accept) returns name the sender of
+    /// every message.
     ///
     /// # Errors
     ///
-    /// `EADDRINUSE`, and whatever making a file there answers.
+    /// `EADDRINUSE`, and any error of creating a file there.
     pub fn listen(path: &Path, backlog: i32) -> Result<Self> {
         let socket = Self::new()?;
         rustix::net::bind(&socket.fd, &SocketAddrUnix::new(path)?)?;
-        // Connections inherit it. Told to each of them only when it has been
-        // accepted, a message could come before that and name nobody.
+        // Connections inherit this. If it was set only after accepting a
+        // connection, a message could come before that and name nobody.
         socket.tell_senders()?;
         rustix::net::listen(&socket.fd, backlog)?;
         Ok(socket)
     }
 
-    /// A socket connected to the one listening at `path`.
+    /// Creates a socket that is connected to the one listening at `path`.
     ///
     /// # Errors
     ///
-    /// `ENOENT` or `ECONNREFUSED` when nobody listens there, `EACCES`.
+    /// `ENOENT` or `ECONNREFUSED` when nobody listens at `path`, `EACCES`.
     pub fn connect(path: &Path) -> Result<Self> {
         let socket = Self::new()?;
         let address = SocketAddrUnix::new(path)?;
@@ -81,7 +82,7 @@ impl Socket {
         }
     }
 
-    /// Two sockets connected to each other.
+    /// Creates two sockets that are connected to each other.
     ///
     /// # Errors
     ///
@@ -110,7 +111,7 @@ impl Socket {
     ///
     /// # Errors
     ///
-    /// `EMFILE`, `ENFILE`; `ECONNABORTED` when the client left again.
+    /// `EMFILE`, `ENFILE`; `ECONNABORTED` when the client has left.
     pub fn accept(&self) -> Result<Self> {
         loop {
             match rustix::net::accept_with(&self.fd, SocketFlags::CLOEXEC) {
@@ -121,7 +122,7 @@ impl Socket {
         }
     }
 
-    /// Has the kernel attach the sender's process and user to every message
+    /// Makes the kernel attach the sender's process and user to every message
     /// received from now on (`SO_PASSCRED`).
     ///
     /// # Errors
@@ -131,8 +132,8 @@ impl Socket {
         rustix::net::sockopt::set_socket_passcred(&self.fd, true)
     }
 
-    /// Ends [`send`](Self::send) with `EAGAIN` when the peer does not read
-    /// for so long.
+    /// Makes [`send`](Self::send) fail with `EAGAIN` when the peer does not
+    /// read for this long.
     ///
     /// # Errors
     ///
@@ -145,8 +146,8 @@ impl Socket {
         )
     }
 
-    /// Ends [`receive`](Self::receive) with `EAGAIN` when nothing comes for
-    /// so long; `None` waits for ever.
+    /// Makes [`receive`](Self::receive) fail with `EAGAIN` when nothing comes
+    /// for this long. `None` waits for ever.
     ///
     /// # Errors
     ///
@@ -159,9 +160,9 @@ impl Socket {
         )
     }
 
-    /// The process at the other end: the one that connected
-    /// (`SO_PEERPIDFD`, 6.5). The descriptor names that very process even
-    /// after its number is used again.
+    /// The process at the other end, which connected (`SO_PEERPIDFD`, 6.5). The
+    /// descriptor refers to that very process even after its number is used
+    /// again.
     ///
     /// # Errors
     ///
@@ -185,7 +186,7 @@ impl Socket {
         Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// Process and user that connected, as they were then.
+    /// The process that connected, and its user at that time.
     ///
     /// # Errors
     ///
@@ -208,8 +209,8 @@ impl Socket {
         self.send_flags(bytes, fds, SendFlags::NOSIGNAL)
     }
 
-    /// [`send`](Self::send) that never waits: `EAGAIN` when the peer's queue
-    /// is full.
+    /// [`send`](Self::send) without waiting: fails with `EAGAIN` when the
+    /// peer's queue is full.
     ///
     /// # Errors
     ///
@@ -250,14 +251,14 @@ impl Socket {
     }
 
     /// Waits for one message, and says whether descriptors come with it. It
-    /// takes neither the message nor them. Only on a socket told to
-    /// [`tell_senders`](Self::tell_senders).
+    /// takes neither the message nor the descriptors. Only works on a socket
+    /// after [`tell_senders`](Self::tell_senders).
     ///
     /// # Errors
     ///
     /// As [`receive`](Self::receive).
     pub fn next_has_descriptors(&self) -> Result<bool> {
-        // The sender has room in it, and nothing else.
+        // The buffer has room for the sender, and nothing else.
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         loop {
@@ -277,7 +278,7 @@ impl Socket {
         }
     }
 
-    /// Waits for one message. A length of 0 means that the peer closed its
+    /// Waits for one message. A length of 0 means that the peer has closed its
     /// end.
     ///
     /// # Errors
@@ -311,7 +312,7 @@ impl Socket {
             match ancillary {
                 RecvAncillaryMessage::ScmRights(fds) => received.fds.extend(fds),
                 RecvAncillaryMessage::ScmCredentials(credentials) => {
-                    // The kernel says 0 where it does not know.
+                    // The kernel returns 0 if it does not know.
                     let pid = credentials.pid.as_raw_nonzero().get();
                     let uid = credentials.uid.as_raw();
                     received.sender = (pid > 0).then_some(Sender { pid, uid });
@@ -322,12 +323,12 @@ impl Socket {
         Ok(received)
     }
 
-    /// Waits until there is something to receive, if only that the peer is
-    /// gone; says whether there is.
+    /// Waits until there is something to receive, even if only the end of the
+    /// connection. Says whether there is.
     ///
     /// # Errors
     ///
-    /// Whatever `poll(2)` answers.
+    /// Any error of `poll(2)`.
     pub fn wait_until_readable(&self, limit: Duration) -> Result<bool> {
         Ok(!self.poll(PollFlags::IN, limit)?.is_empty())
     }
@@ -336,7 +337,7 @@ impl Socket {
     ///
     /// # Errors
     ///
-    /// Whatever `poll(2)` answers.
+    /// Any error of `poll(2)`.
     pub fn peer_is_gone(&self) -> Result<bool> {
         let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         Ok(self
@@ -344,7 +345,7 @@ impl Socket {
             .intersects(gone))
     }
 
-    /// What there is of some events, within a limit.
+    /// The subset of these events that occurs within a limit.
     fn poll(&self, events: PollFlags, limit: Duration) -> Result<PollFlags> {
         let until = Instant::now() + limit;
         let mut fds = [PollFd::new(&self.fd, events)];

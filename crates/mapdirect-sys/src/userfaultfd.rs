@@ -1,11 +1,11 @@
 //! userfaultfd(2), ioctl_userfaultfd(2): memory that answers a store with
 //! SIGBUS.
 //!
-//! Only what that takes: faults are never handed to a monitor, they raise
-//! SIGBUS (`UFFD_FEATURE_SIGBUS`, so that `EFAULT` is what a system call
-//! answers that was given such a buffer), and the one thing read from the
-//! descriptor is where memory went by munmap(2) and mremap(2). Opened with
-//! `UFFD_USER_MODE_ONLY` it needs no privilege.
+//! This module has only what is needed for that. Faults are never handed to a
+//! monitor; they raise SIGBUS (`UFFD_FEATURE_SIGBUS`), and a system call that
+//! is given such a buffer fails with `EFAULT`. The only thing that is read from
+//! the descriptor is where memory went by munmap(2) and mremap(2). With
+//! `UFFD_USER_MODE_ONLY` opening needs no privilege.
 //!
 //! Layouts and numbers are from `include/uapi/linux/userfaultfd.h`.
 
@@ -65,41 +65,41 @@ const MESSAGE: usize = 32;
 const _: () = assert!(size_of::<Api>() == 24 && size_of::<Register>() == 32);
 const _: () = assert!(size_of::<WriteProtect>() == 24);
 
-/// Where registered memory went.
+/// What has happened to registered memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// The range is not mapped any more; others than registered ones may be
-    /// in it.
+    /// The range is not mapped any more. It may contain memory that was not
+    /// registered.
     Unmapped(Range<usize>),
-    /// What was mapped in `from` is mapped at `to` now. If it is not mapped
-    /// in both, an [`Event::Unmapped`] follows.
+    /// The mapping at `from` is now at `to`. If it is not at both places, an
+    /// [`Event::Unmapped`] follows.
     Moved {
-        /// Where it was.
+        /// The former range.
         from: Range<usize>,
-        /// Where it begins now.
+        /// The start of the new range.
         to: usize,
     },
-    /// Something this version does not know.
+    /// An event that this version does not know.
     Unknown,
 }
 
-/// A userfaultfd of the calling process. Memory registered with it is an
-/// ordinary mapping again once it is closed.
+/// A userfaultfd of the calling process. When it is closed, memory that was
+/// registered with it becomes an ordinary mapping again.
 #[derive(Debug)]
 pub struct Userfaultfd {
     fd: OwnedFd,
 }
 
 impl Userfaultfd {
-    /// Opens one that raises SIGBUS and tells of moves; reading it does not
-    /// wait.
+    /// Opens a userfaultfd that raises SIGBUS and reports moves. Reading it
+    /// does not wait.
     ///
     /// # Errors
     ///
-    /// `ENOSYS` or `EPERM` where the kernel has none or a sandbox forbids it
-    /// (`vm.unprivileged_userfaultfd` does not matter), `EINVAL` where it
-    /// lacks write protection (x86-64 has it since 5.7),
-    /// `EMFILE`, `ENFILE`, `ENOMEM`.
+    /// `ENOSYS` or `EPERM` when the kernel has none or a sandbox forbids it
+    /// (`vm.unprivileged_userfaultfd` does not matter), `EINVAL` when it lacks
+    /// write protection (x86-64 has it since 5.7), `EMFILE`, `ENFILE`,
+    /// `ENOMEM`.
     pub fn open() -> Result<Self> {
         let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | USER_MODE_ONLY;
         // SAFETY: flags only.
@@ -120,8 +120,8 @@ impl Userfaultfd {
         Ok(Self { fd })
     }
 
-    /// Has every access to a page of the range raise SIGBUS that is not
-    /// there, and every store to one that is write-protected.
+    /// Makes every access to a missing page of the range raise SIGBUS, and
+    /// every store to a write-protected one.
     ///
     /// # Errors
     ///
@@ -130,8 +130,8 @@ impl Userfaultfd {
     ///
     /// # Safety
     ///
-    /// The range must be the caller's own mapping, which nothing refers to
-    /// that is not prepared for SIGBUS.
+    /// The range must be the caller's own mapping. Everything that refers to it
+    /// must be prepared for SIGBUS.
     pub unsafe fn register(&self, range: &Range<usize>) -> Result<()> {
         let mut register = Register {
             start: range.start as u64,
@@ -145,11 +145,12 @@ impl Userfaultfd {
             .map(drop)
     }
 
-    /// Write-protects what is there of a registered range.
+    /// Write-protects the existing pages of a registered range.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` while somebody waits for an event to be read: read it first.
+    /// `EAGAIN` while a thread waits for its event to be read: read the event
+    /// first.
     pub fn write_protect(&self, range: &Range<usize>) -> Result<()> {
         let mut protect = WriteProtect {
             start: range.start as u64,
@@ -162,12 +163,12 @@ impl Userfaultfd {
             .map(drop)
     }
 
-    /// What happened to registered memory, in order; whoever moved or
-    /// unmapped it waits until this has been read.
+    /// Reads what has happened to registered memory, in order. The thread that
+    /// moved or unmapped memory waits until its event has been read.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` when there is nothing.
+    /// `EAGAIN` when there is no event.
     pub fn read(&self) -> Result<Event> {
         let mut message = [0; MESSAGE];
         loop {

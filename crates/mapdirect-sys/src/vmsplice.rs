@@ -1,7 +1,7 @@
-//! vmsplice(2): keeping pages of the page cache where they are.
+//! vmsplice(2): keeping pages of the page cache in place.
 //!
-//! A pipe that holds a page holds a reference to it: the page stays in the
-//! page cache, by itself and as it is, until the pipe goes. Reclaim, dropped
+//! A pipe that holds a page has a reference to it: the page stays in the page
+//! cache, by itself and as it is, until the pipe is closed. Reclaim, dropped
 //! caches and `POSIX_FADV_DONTNEED` pass it over (`mapping_evict_folio`,
 //! mm/truncate.c, 6.1 to 7.2); truncation and direct writes do not.
 
@@ -11,24 +11,24 @@ use rustix::fs::{Mode, OFlags};
 use rustix::pipe::PipeFlags;
 use std::os::fd::{AsRawFd, OwnedFd};
 
-/// Pages that stay in the page cache for as long as this lives.
+/// Pages that stay in the page cache as long as this value lives.
 #[derive(Debug)]
 pub struct Held {
-    /// Never read.
+    /// Pipes that are never read.
     _pages: Vec<OwnedFd>,
 }
 
 impl Held {
-    /// Holds the pages at `offsets` of the file that `view` shows, which are
-    /// populated. It takes a descriptor for so many bytes of them as
-    /// `/proc/sys/fs/pipe-max-size` says, and no privilege for that; larger
-    /// pipes would take larger pieces of the kernel's memory.
+    /// Holds the pages at `offsets` of the file that `view` shows; these pages
+    /// must be populated. Each descriptor holds as many bytes as
+    /// `/proc/sys/fs/pipe-max-size` permits without privilege. Larger pipes
+    /// would take larger pieces of the kernel's memory.
     ///
     /// # Errors
     ///
-    /// `EINVAL` for a page outside of the view, `EFAULT` for one that cannot
-    /// be read, `ENOMEM`, `EMFILE`, `ENFILE`; `EPERM` where the user may not
-    /// have that many pages in pipes, for want of `CAP_SYS_ADMIN`.
+    /// `EINVAL` for a page outside of the view, `EFAULT` for one that cannot be
+    /// read, `ENOMEM`, `EMFILE`, `ENFILE`. `EPERM` when the user may not have
+    /// that many pages in pipes, for lack of `CAP_SYS_ADMIN`.
     pub fn new(view: &View, offsets: &[u64]) -> Result<Self> {
         let page = usize::try_from(page_size()).map_err(|_| Errno::INVAL)?;
         let most = most_bytes()?;
@@ -48,7 +48,7 @@ impl Held {
     }
 }
 
-/// Pipes it takes to hold so many pages.
+/// The number of pipes that are needed to hold this many pages.
 #[must_use]
 pub fn pipes_for(pages: usize) -> usize {
     let page = usize::try_from(page_size()).unwrap_or(usize::MAX);
@@ -56,7 +56,7 @@ pub fn pipes_for(pages: usize) -> usize {
     pages.div_ceil(most)
 }
 
-/// What a pipe may hold without privilege.
+/// The number of bytes that a pipe may hold without privilege.
 fn most_bytes() -> Result<usize> {
     let flags = OFlags::RDONLY | OFlags::CLOEXEC;
     let file = rustix::fs::open("/proc/sys/fs/pipe-max-size", flags, Mode::empty())?;
@@ -68,7 +68,7 @@ fn most_bytes() -> Result<usize> {
         .ok_or(Errno::PROTO)
 }
 
-/// Puts pages into a pipe with room for them.
+/// Puts pages into a pipe, which must have room for them.
 fn fill(pipe: &OwnedFd, view: &View, offsets: &[u64], page: usize) -> Result<()> {
     /// UIO_MAXIOV, include/uapi/linux/uio.h.
     const MOST_AT_ONCE: usize = 1024;
@@ -94,7 +94,7 @@ fn fill(pipe: &OwnedFd, view: &View, offsets: &[u64], page: usize) -> Result<()>
                 )
             };
             match usize::try_from(taken) {
-                // Whole pages: it stops between two of them.
+                // The kernel stops only between two pages.
                 Ok(taken) if taken > 0 && taken.is_multiple_of(page) => done += taken / page,
                 Ok(_) => return Err(Errno::NOMEM),
                 Err(_) if last_errno() == Errno::INTR => {}

@@ -1,5 +1,5 @@
-//! XFS_IOC_FREE_EOFBLOCKS (fs/xfs/libxfs/xfs_fs.h): taking back what XFS
-//! allocated ahead of need.
+//! XFS_IOC_FREE_EOFBLOCKS (fs/xfs/libxfs/xfs_fs.h): freeing what XFS allocated
+//! ahead of need.
 
 use crate::{Result, checked};
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -28,9 +28,10 @@ const MIN_FILE_SIZE: u32 = 1 << 4;
 /// `_IOR('X', 58, struct xfs_fs_eofblocks)`.
 const XFS_IOC_FREE_EOFBLOCKS: libc::c_ulong = 0x8080_583A;
 
-/// Frees the blocks that XFS allocated beyond the end of files for writes to
-/// come, of all files of user `uid` on the filesystem of `file` that have at
-/// least `min_size` bytes. XFS does the same by itself after some minutes.
+/// Frees the blocks that XFS allocated beyond the end of files for future
+/// writes. This affects all files of user `uid` on the filesystem of `file`
+/// that have at least `min_size` bytes. XFS does the same by itself after some
+/// minutes.
 ///
 /// # Errors
 ///

@@ -1,4 +1,4 @@
-//! ioctl_xfs_fsgeometry(2): which features an XFS filesystem has.
+//! ioctl_xfs_fsgeometry(2): the features of an XFS filesystem.
 
 use crate::{Result, checked};
 use std::os::fd::{AsRawFd, BorrowedFd};

@@ -1,4 +1,4 @@
-//! A look at one thread.
+//! Looks at one thread.
 
 use super::{Run, Seen, Subject};
 use crate::Errno;
@@ -11,8 +11,8 @@ use mapdirect_sys::proc::{self, Runs, SyscallState};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::os::fd::AsFd;
 
-/// The functions on a thread's stack, if it can be told that all of them are
-/// there and that it did not run while they were read.
+/// The functions on a thread's stack, or `None` if it is uncertain that the
+/// stack is complete and that the thread did not run while it was read.
 ///
 /// # Errors
 ///
@@ -25,24 +25,26 @@ fn exact_stack(tid: i32) -> Result<Option<String>, Errno> {
         let sleeps = asleep();
         let after = proc::runs(tid).ok();
         let functions: Vec<&str> = proc::stack_functions(&stack).collect();
-        // On x86-64 nobody reads a stack in use: it is not begun while the
-        // thread is on another processor, and then begins where it was
-        // switched out last (`__unwind_start`, arch/x86/kernel/unwind_orc.c).
-        // arm64 does not ask, so there the thread must sleep.
+        // On x86-64 a stack in use is never shown: the kernel does not unwind
+        // while the thread is on another processor, and otherwise begins where
+        // the thread was last switched out (`__unwind_start`,
+        // arch/x86/kernel/unwind_orc.c). arm64 does not check this, so the
+        // thread must sleep there.
         let is_readable = sleeps || cfg!(target_arch = "x86_64");
         let is_whole = classify::is_whole(&functions) || sleeps && !functions.is_empty();
         if before.is_some() && before == after && is_readable && is_whole {
             return Ok(Some(stack));
         }
         if before.is_none() {
-            // What cannot be counted must sleep all the while.
+            // If its runs cannot be counted, the thread must sleep all the
+            // while.
             return Ok((asleep() && sleeps && is_whole).then_some(stack));
         }
     }
     Ok(None)
 }
 
-/// Takes a thread's processor away from it for a moment, so that its stack can
+/// Takes a thread's processor away for a moment, so that the thread's stack can
 /// be read.
 fn visit(tid: i32) -> Option<String> {
     let home = sched_getaffinity(None).ok()?;
@@ -53,14 +55,14 @@ fn visit(tid: i32) -> Option<String> {
     }
     there.set(processor);
     sched_setaffinity(None, &there).ok()?;
-    // We are there, so it is not.
+    // This thread runs there now, so the other thread does not.
     let stack = exact_stack(tid).ok().flatten();
     let _ = sched_setaffinity(None, &home);
     stack
 }
 
-/// Looks at a thread. What is asked of it beyond a first look is read only
-/// where it decides.
+/// Looks at a thread. Anything beyond a first look is read only when it
+/// decides.
 pub(super) fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) -> Seen {
     if look_for == LookFor::Truncations && sleeps_in_another_call(tid) {
         return Seen::Innocent;
@@ -73,9 +75,10 @@ pub(super) fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) ->
     {
         return Seen::Innocent;
     }
-    /// It was given time to sleep, or to give way, by itself.
+    /// After so many looks the thread has had time to sleep, or to give way, by
+    /// itself.
     const LOOKS_FROM_AFAR: u32 = 3;
-    // It is gone; or it has privileges that this process lacks.
+    // The thread is gone; or it has privileges that this process lacks.
     let Ok(stack) = exact_stack(tid) else {
         return Seen::Innocent;
     };
@@ -83,7 +86,8 @@ pub(super) fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) ->
     let visits = looks >= LOOKS_FROM_AFAR && stack.is_none() && !has_ended();
     let stack = stack.or_else(|| visits.then(|| visit(tid))?);
     let Some(stack) = stack else {
-        // What has ended has no stack any more, and is not collected yet.
+        // A thread that has ended has no stack any more, but still exists until
+        // its parent collects it.
         if has_ended() {
             return Seen::Innocent;
         }
@@ -103,7 +107,7 @@ pub(super) fn look(look_for: LookFor, subject: Subject, tid: i32, looks: u32) ->
     }
 }
 
-/// Whether a thread opens something by a call that does not truncate.
+/// Whether a thread is opening a file by a call that does not truncate.
 fn opens_without_truncating(tid: i32, functions: &[&str]) -> bool {
     let truncates = functions.iter().any(|name| name.contains("truncate"));
     !truncates
@@ -112,33 +116,34 @@ fn opens_without_truncating(tid: i32, functions: &[&str]) -> bool {
         })
 }
 
-/// Whether a thread sleeps in a system call of a program, and in one that
-/// truncates nothing by path. That settles most threads of a system with the
-/// file of `/proc` that is read soonest.
+/// Whether a thread sleeps in a system call of a program that truncates nothing
+/// by path. This settles most threads of a system, with the file of `/proc`
+/// that is quickest to read.
 ///
-/// Registers prove this though they prove little elsewhere: on its way out of
-/// a call a thread does other work with them (`io_uring`, a core dump), but
-/// truncates nothing by path there; and while it sleeps nobody changes them.
+/// Registers prove this, though they prove little elsewhere. On its way out of
+/// a call a thread may do other work with the registers of that call
+/// (`io_uring`, a core dump), but it truncates nothing by path there. While the
+/// thread sleeps, nobody changes its registers.
 fn sleeps_in_another_call(tid: i32) -> bool {
     inside(tid).is_some_and(|syscall| {
         syscall.is_genuine() && TRUNCATES.is_some_and(|numbers| !numbers.contains(&syscall.number))
     })
 }
 
-/// The numbers of truncate(2) and truncate64(2), in whatever ABI: what one of
-/// them means in another is looked at more closely, too. Nothing if they are
-/// not known.
+/// The numbers of truncate(2) and truncate64(2) in any ABI, or `None` if they
+/// are not known. A call that has one of these numbers in another ABI is looked
+/// at more closely, too.
 const TRUNCATES: Option<&[i64]> = if cfg!(target_arch = "x86_64") {
-    // x86-64, x32, i386 twice.
+    // x86-64, x32, and i386 with two.
     Some(&[76, 76 | 0x4000_0000, 92, 193])
 } else if cfg!(target_arch = "aarch64") {
-    // arm64, 32-bit ARM twice.
+    // arm64, and 32-bit ARM with two.
     Some(&[45, 92, 193])
 } else {
     None
 };
 
-/// The system call that a thread sleeps in, if it does.
+/// The system call in which a thread sleeps, if it does.
 fn inside(tid: i32) -> Option<proc::Syscall> {
     let file = proc::open_task_file(tid, "syscall").ok()?;
     let mut buffer = [0; 256];
@@ -149,9 +154,9 @@ fn inside(tid: i32) -> Option<proc::Syscall> {
     }
 }
 
-/// Whether a thread's call was made with descriptors of other files, and
-/// nobody can have put those in the place of others since: the thread is its
-/// process's only one, and no other process shares its table.
+/// Whether a thread's call was made with descriptors of other files that nobody
+/// can have replaced since: the thread is the only one of its process, and no
+/// other process shares its descriptor table.
 fn has_other_files(id: InodeId, tid: i32, functions: &[&str]) -> bool {
     let Some(syscall) = inside(tid) else {
         return false;

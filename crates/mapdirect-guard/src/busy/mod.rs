@@ -1,19 +1,20 @@
-//! Who may be in the middle of changing a file.
+//! Finds the threads that may be in the middle of changing a file.
 //!
-//! A lease proves that nobody has a file open, but a truncation by path needs
-//! no description, and what the gate let in through one behind it may still
-//! be under way. Both are looked for among the threads that can be at it: all
-//! of the system for what began before the gate closed, and only those that
-//! the gate let in for what began behind it. [`suspicion`] says when a thread
-//! is a suspect; whoever does anything else is none, however long it takes.
+//! A lease proves that nobody has a file open. But a truncation by path needs
+//! no description, and an operation that the gate let in through a description
+//! from behind it may still be under way. For operations from before the gate
+//! closed, all threads of the system are searched. For operations from behind
+//! the gate, only the threads that it let in are searched. [`suspicion`] says
+//! when a thread is a suspect; a thread that does anything else is not, however
+//! long that takes.
 //!
-//! A thread is looked at in up to three steps. Where truncations are looked
-//! for, the number of the system call that it sleeps in mostly settles it.
-//! Otherwise the function that it sleeps in (`/proc/<tid>/wchan`) does, which
-//! is exact. Otherwise its stack does, and that only counts if the thread did
-//! not run while it was read. A thread on a processor has no stack that could be read: where it
-//! matters whoever looks goes to that processor, and so takes it away from the
-//! thread for a moment.
+//! A thread is looked at in up to three steps. For truncations, the number of
+//! the system call in which the thread sleeps mostly settles the matter.
+//! Otherwise the function in which the thread sleeps may (`/proc/<tid>/wchan`),
+//! which is exact. Otherwise the stack decides, which counts only if the thread
+//! did not run while the stack was read. A thread on a processor has no stack
+//! that could be read. If that matters, the looking thread moves to the same
+//! processor, and so takes the processor away for a moment.
 //!
 //! [`suspicion`]: crate::suspicion
 
@@ -36,7 +37,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// A thread that may be in the middle of something.
+/// A thread that may be in the middle of changing a file, as it is reported.
 #[derive(Clone, Debug)]
 pub(crate) struct Busy {
     pub(crate) tid: i32,
@@ -51,38 +52,39 @@ struct Subject {
     prefix: Prefix,
 }
 
-/// A thread that may be in the middle of something, and why.
+/// A suspect thread, and why it is one.
 #[derive(Clone, Copy, Debug)]
 struct Suspect {
     tid: i32,
     seen: Seen,
-    /// How often it has been looked at.
+    /// How often the thread has been looked at.
     looks: u32,
 }
 
 /// What a look at a thread shows.
 #[derive(Clone, Copy, Debug)]
 enum Seen {
-    /// It is in the middle of nothing that matters.
+    /// The thread is in the middle of nothing that matters.
     Innocent,
-    /// It may be.
+    /// The thread may be changing the file.
     At(Finding),
-    /// It is on a processor, or waits for one, and shows nothing; this is what
-    /// it had run when first seen so.
+    /// The thread is on a processor, or waits for one, and shows nothing. The
+    /// value is what it had run when it was first seen so.
     Running(Run),
 }
 
 /// How much a thread has run.
 #[derive(Clone, Copy, Debug)]
 struct Run {
-    /// Nanoseconds in all.
+    /// All of its running time, in nanoseconds.
     all: u64,
-    /// Clock ticks outside the kernel.
+    /// Its running time outside the kernel, in clock ticks.
     outside: u64,
 }
 
 impl Run {
-    /// More than any thread runs: if it cannot be read, no run is enough.
+    /// More than any thread runs: if the time cannot be read, no run is long
+    /// enough.
     const ENDLESS: Self = Self {
         all: u64::MAX / 2,
         outside: u64::MAX / 2,
@@ -95,7 +97,7 @@ impl Run {
         })
     }
 
-    /// This one, or `later` if nothing could be read for this one.
+    /// This value, or `later` if this one could not be read.
     fn or(self, later: Self) -> Self {
         if self.all == Self::ENDLESS.all {
             later
@@ -104,21 +106,22 @@ impl Run {
         }
     }
 
-    /// Whether a thread has got out of what it may have been in the middle of,
-    /// by what it has run since.
+    /// Whether a thread has finished what it may have been in the middle of,
+    /// judged by what it has run since.
     fn is_over(self, tid: i32, look_for: LookFor) -> bool {
         let Some(now) = Self::of(tid) else {
             return false;
         };
         match look_for {
-            // Past the few instructions between a permission check and the
-            // counts that a lease looks at.
+            // 50 microseconds are longer than the few instructions between a
+            // permission check and the counts that a lease looks at.
             LookFor::Truncations => now.all >= self.all.saturating_add(50_000),
-            // It has been outside of the kernel. What it has run is split by
-            // the ticks that found it inside and outside (`cputime_adjust`,
-            // kernel/sched/cputime.c): until the next tick finds it inside,
-            // what it runs there is taken for outside. That is no more than
-            // one of these, which are as long as the longest tick there is.
+            // The thread has been outside of the kernel. The kernel splits a
+            // thread's running time by the ticks that found it inside and
+            // outside (`cputime_adjust`, kernel/sched/cputime.c). Until the
+            // next tick finds the thread inside, its time inside is counted as
+            // outside. That error is at most one clock tick here, because these
+            // are as long as the longest tick there is.
             _ => now.outside > self.outside.saturating_add(1),
         }
     }
@@ -132,7 +135,7 @@ impl Suspect {
             (Seen::Running(had), Seen::Running(_)) if had.is_over(self.tid, look_for) => {
                 return None;
             }
-            // What counts is what it had run when that could be read first: one
+            // What counts is the run time when it could first be read: a thread
             // that never ran has no count.
             (Seen::Running(had), Seen::Running(now)) => Seen::Running(had.or(now)),
             (_, seen) => seen,
@@ -162,19 +165,19 @@ impl Suspect {
     }
 }
 
-/// Whether no thread of a process is in the middle of changing a file, without
-/// a reference to it that the kernel would count.
+/// Whether no thread of a process is in the middle of changing a file without a
+/// reference to the file that the kernel would count.
 ///
-/// A call takes no such reference if its thread has its table of descriptors
-/// for itself (`__fget_light`, fs/file.c). So those that share the table of the
-/// process need not be looked at: it takes one look at each to know that, and
-/// its stack many more. Whoever has a table of its own is looked at; and so is
-/// the first thread, if it is alone with its.
+/// A call takes no such reference if its thread has a descriptor table for
+/// itself (`__fget_light`, fs/file.c). So threads that share the table of the
+/// process need not be looked at: one look tells that they share it, while
+/// reading a stack takes many more. A thread with a table of its own is looked
+/// at; so is the first thread, if nobody shares its table.
 #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
 pub(crate) fn is_at_rest(pid: i32) -> bool {
     let subject = Subject {
         id: InodeId { dev: 0, inode: 0 },
-        // Whatever it is of.
+        // Functions of any filesystem.
         prefix: Prefix(""),
     };
     let threads = proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default();
@@ -191,21 +194,21 @@ pub(crate) fn is_at_rest(pid: i32) -> bool {
             .all(|tid| matches!(look(LookFor::Changes, subject, tid, 0), Seen::Innocent))
 }
 
-/// How long to wait for threads to get through, before asking whether their
+/// How long to wait for threads to finish before asking whether their
 /// filesystem is frozen.
 const BEFORE_ASKING: Duration = Duration::from_millis(50);
-/// How often to look again at least, however little time there is: a thread
+/// The least number of further looks, however little time there is: a thread
 /// that was taken off its processor needs a chance to get back.
 const LEAST_LOOKS: u32 = 20;
 
-/// A file that nobody shall be in the middle of changing.
+/// A file that nobody may be in the middle of changing.
 pub(crate) struct Quiet<'a> {
-    /// Any descriptor of it.
+    /// Any descriptor of the file.
     pub(crate) file: BorrowedFd<'a>,
     pub(crate) id: InodeId,
-    /// What the names of its filesystem's functions begin with.
+    /// The prefix of the names of its filesystem's functions.
     pub(crate) prefix: Prefix,
-    /// Threads that wait at the gate: they have not passed it.
+    /// Threads that wait at the gate, and so have not passed it.
     pub(crate) held: &'a dyn Fn() -> Arc<Vec<i32>>,
     pub(crate) deadline: Instant,
 }
@@ -219,20 +222,20 @@ impl Quiet<'_> {
     }
 
     /// Waits until every truncation by path that began before this call has
-    /// either finished or is counted by the inode; ask for a lease then.
-    /// Tells who may still be at it when the time is over.
+    /// either finished or is counted by the inode; ask for a lease after that.
+    /// Returns the threads that may still be truncating when the time is over.
     pub(crate) fn wait_for_truncations(&self, scans: &Scans) -> Result<Vec<Busy>, Stuck> {
         let census = scans.truncations(self.deadline)?;
         self.wait_for_those_of(&census)
     }
 
     /// The same by a census that began after the gate of this file was closed:
-    /// one serves any number of files.
+    /// one census serves any number of files.
     pub(crate) fn wait_for_those_of(&self, census: &Census) -> Result<Vec<Busy>, Stuck> {
         self.wait_for(LookFor::Truncations, census.found.clone())
     }
 
-    /// The same where a lease will be asked for that lets readers be.
+    /// The same before a lease that permits readers.
     pub(crate) fn wait_for_all_truncations(&self) -> Result<Vec<Busy>, Stuck> {
         self.wait_for_everybody(LookFor::AllTruncations)
     }
@@ -242,12 +245,12 @@ impl Quiet<'_> {
         self.wait_for_everybody(LookFor::Opens)
     }
 
-    /// Waits until everybody who was changing the file has finished.
+    /// Waits until every thread that was changing the file has finished.
     pub(crate) fn wait_for_changes(&self) -> Result<Vec<Busy>, Stuck> {
         self.wait_for_everybody(LookFor::Changes)
     }
 
-    /// The same where it is known that nobody else can write to it.
+    /// The same when it is known that nobody else can write to the file.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn wait_for_readers(&self) -> Result<Vec<Busy>, Stuck> {
         self.wait_for_everybody(LookFor::ChangesByReaders)
@@ -283,10 +286,10 @@ impl Quiet<'_> {
         self.wait_for(look_for, suspects.collect())
     }
 
-    /// Looks at the suspects until there is none left, or the time is over and
-    /// each has been looked at often enough. Those that begin later are not
-    /// waited for: they meet a closed gate. Nor are those that `held` names:
-    /// they have not passed it.
+    /// Looks at the suspects until none is left, or until the time is over and
+    /// each has been looked at often enough. Operations that begin later are
+    /// not waited for, because they meet a closed gate. Threads that `held`
+    /// names are not waited for either, because they have not passed the gate.
     fn wait_for(&self, look_for: LookFor, mut suspects: Vec<Suspect>) -> Result<Vec<Busy>, Stuck> {
         let begun = Instant::now();
         let mut facts = Facts::default();
@@ -318,8 +321,8 @@ impl Quiet<'_> {
     }
 }
 
-/// Whether there is a lease on an inode that somebody could wait for. Yes, if
-/// that cannot be told.
+/// Whether there is a lease on an inode for which somebody could be waiting.
+/// `true` if that cannot be found out.
 fn is_leased(id: InodeId) -> bool {
     let device = id.device();
     proc_locks::read_all().map_or(true, |locks| {
@@ -331,7 +334,7 @@ fn is_leased(id: InodeId) -> bool {
     })
 }
 
-/// What is asked once at most for a wait.
+/// Facts that are asked at most once for each wait.
 #[derive(Default)]
 struct Facts {
     frozen: Option<bool>,
@@ -339,8 +342,9 @@ struct Facts {
 }
 
 impl Facts {
-    /// Who sleeps waiting for a thaw waits for another filesystem's, if this
-    /// one is not frozen. It stays asked until then.
+    /// Whether the filesystem is frozen. If it is not, a thread that waits for
+    /// a thaw waits for another filesystem. The question is asked again until
+    /// the answer is no.
     fn is_frozen(&mut self, quiet: &Quiet<'_>) -> bool {
         let frozen = match self.frozen {
             Some(false) => false,
@@ -350,7 +354,8 @@ impl Facts {
         frozen
     }
 
-    /// Who waits for an answer that is not ours waits for another listener's.
+    /// Whether another listener may watch the file. A thread that waits for an
+    /// answer that the guard does not owe waits for another listener's.
     fn is_watched(&mut self, quiet: &Quiet<'_>) -> bool {
         *self
             .watched

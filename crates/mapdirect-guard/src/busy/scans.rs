@@ -8,16 +8,16 @@ use crate::table::InodeId;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
-/// Sweeps of all threads of the system, one for all grants that wait for one:
-/// those that close their gate before a sweep begins share what it finds.
+/// Shares sweeps of all threads of the system: all grants that close their gate
+/// before a sweep begins use what it finds.
 #[derive(Debug)]
 pub(crate) struct Scans {
     truncations: Scan,
 }
 
-/// Everybody who may have been in the middle of a truncation by path when the
-/// census was begun. No truncation depends on which file is asked about, so it
-/// answers for every file whose gate was closed before that.
+/// The threads that may have been in the middle of a truncation by path when
+/// the census began. The search for truncations does not depend on the file, so
+/// a census answers for every file whose gate was closed before.
 #[derive(Clone, Debug)]
 pub(crate) struct Census {
     pub(super) found: Vec<Suspect>,
@@ -25,9 +25,9 @@ pub(crate) struct Census {
 
 impl Scans {
     /// Looks for truncations by path that began before this call, or shares a
-    /// look that somebody else begins after it.
+    /// sweep that another grant begins after this call.
     pub(crate) fn truncations(&self, deadline: Instant) -> Result<Census, Stuck> {
-        // Nothing of it is asked where truncations are looked for.
+        // The subject is not used in a search for truncations.
         let subject = Subject {
             id: InodeId { dev: 0, inode: 0 },
             prefix: Prefix(""),
@@ -45,7 +45,7 @@ impl Default for Scans {
     }
 }
 
-/// Sweeps for one thing.
+/// The sweeps for one kind of operation.
 #[derive(Debug)]
 struct Scan {
     look_for: LookFor,
@@ -55,11 +55,11 @@ struct Scan {
 
 #[derive(Debug)]
 struct ScanState {
-    /// Sweeps begun, and sweeps finished.
+    /// The number of sweeps that have begun, and that have finished.
     begun: u64,
     finished: u64,
     running: bool,
-    /// What the last finished sweep found, or why it came to nothing.
+    /// What the last finished sweep found, or why it had no result.
     outcome: Result<Vec<Suspect>, Stuck>,
 }
 
@@ -83,12 +83,13 @@ impl Scan {
         }
     }
 
-    /// Everybody who may be at it and began before this call. One that was
-    /// given up by who began it is no answer for others: they begin anew.
+    /// Finds every thread that may have been doing this before this call. A
+    /// sweep whose starter gave it up is no answer for others: they start a new
+    /// one.
     fn sweep(&self, subject: Subject, deadline: Instant) -> Result<Vec<Suspect>, Stuck> {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        // A sweep that is running now may have passed a thread before it went
-        // into the kernel: the next one counts.
+        // A sweep that is running now may have passed a thread before that
+        // thread entered the kernel, so only the next sweep counts.
         let wanted = state.begun + 1;
         loop {
             if state.finished >= wanted

@@ -1,4 +1,4 @@
-//! A look at many threads, for a limited time.
+//! Looks at many threads, for a limited time.
 
 use super::look::look;
 use super::{Seen, Subject, Suspect};
@@ -43,16 +43,16 @@ impl Item {
     }
 }
 
-/// What is left to look at, and what was found.
+/// The items left to look at, and the suspects found.
 struct Work {
     left: Vec<Item>,
     found: Vec<Suspect>,
 }
 
 /// Looks at everything in `items`, and returns the suspects. A process in the
-/// middle of `execve(2)`, where a look hangs, is none. Where a look hangs for
-/// something else, or the system is so busy that there is no progress until
-/// `limit`, there is no answer.
+/// middle of `execve(2)`, at which a look hangs, is not a suspect. There is no
+/// answer if a look hangs for another reason, or if the system is so busy that
+/// there is no progress until `limit`.
 pub(super) fn sweep(
     items: Vec<Item>,
     look_for: LookFor,
@@ -91,13 +91,14 @@ fn look_at_all(work: &Mutex<Work>, look_for: LookFor, subject: Subject, looking:
         let Some(item) = lock().left.last().copied() else {
             return;
         };
-        // In the middle of execve(2): of nothing else, then.
+        // The process is in the middle of execve(2), and so of nothing else.
         let found = match looking.at(item.id()) {
             Ok(()) => item.look(look_for, subject),
             Err(_) => Vec::new(),
         };
         let mut work = lock();
-        // Given up before it took the lock: somebody else goes on from here.
+        // This thread was given up before it took the lock: another one goes on
+        // from here.
         if looking.is_given_up() {
             return;
         }

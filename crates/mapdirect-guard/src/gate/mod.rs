@@ -1,12 +1,12 @@
 //! Gates: what refuses an operation that would break a pin.
 //!
-//! * [`fanotify`]: pre-content permission events, Linux 6.14 and later.
-//!   Sound by excluding everybody who could change the file unseen.
+//! * [`fanotify`]: pre-content permission events, Linux 6.14 and later. Sound
+//!   because it excludes everybody who could change the file unseen.
 //! * `bpf`: BPF LSM and fentry programs, Linux 6.1 and later. Precise, and
-//!   still there when the guard is not.
+//!   still in place when the guard is not.
 //!
-//! Both keep the same contract, [`crate::policy::RULES`], and are the same to
-//! the rest of the guard: a [`Gate`].
+//! Both keep the same contract, [`crate::policy::RULES`]. The rest of the guard
+//! sees only a [`Gate`].
 
 #[cfg(feature = "bpf")]
 pub(crate) mod bpf;
@@ -23,31 +23,33 @@ use std::sync::Arc;
 
 /// What the guard asks of its gate.
 pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
-    /// Which one it is.
+    /// Which gate this is.
     fn kind(&self) -> mapdirect_proto::Gate;
 
-    /// The threads that serve it. `on_tampering` is told what somebody has done
-    /// to it, by one of them.
+    /// The threads that serve the gate. One of them calls `on_tampering` when
+    /// somebody has tampered with the gate.
     fn tasks(self: Arc<Self>, on_tampering: Box<OnTampering>) -> Vec<Task>;
 
-    /// Whether it is asked when a client of an NFS server sets a file's size.
+    /// Whether the gate is asked when a client of an NFS server sets a file's
+    /// size.
     fn sees_nfs_clients(&self) -> bool;
 
     /// Publishes a pin, excludes everybody who could break it unseen, surveys
-    /// its blocks and settles it by them. From when this returns, every
-    /// operation that the pin minds is refused.
+    /// its blocks and settles the pin by them. Once this returns, every
+    /// operation that the pin forbids is refused.
     ///
-    /// Gates do this in different orders. One that is asked only about
-    /// descriptions from behind it excludes others first and surveys then; one
-    /// that judges everybody first tells the kernel what seems to be pinned.
+    /// The gates do this in different orders. The fanotify gate, which is asked
+    /// only about descriptions from behind it, excludes others first and then
+    /// surveys. The bpf gate, which judges everybody, first tells the kernel
+    /// what seems to be pinned.
     ///
     /// `state` is locked for the whole of the grant. In the end the holder's
-    /// file is the description that is the pin.
+    /// file is the description whose life is the pin.
     ///
     /// # Errors
     ///
-    /// Why the pin cannot be granted. Then [`withdraw`](Self::withdraw) takes
-    /// back what was done.
+    /// Why the pin cannot be granted. Then [`withdraw`](Self::withdraw) undoes
+    /// what was done.
     fn exclude(
         &self,
         granting: &Granting<'_>,
@@ -55,39 +57,40 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
         holder: &mut Holder<'_>,
     ) -> Result<Secured, Refusal>;
 
-    /// Takes note of every pin that was taken up again without a word.
+    /// Registers every pin that was taken up again without a request.
     fn catch_up(&self) {}
 
-    /// Blocks of a file may have changed, and nothing refused it: a pin of it
-    /// that is over cannot be taken up again.
+    /// Handles that blocks of a file may have changed although nothing refused
+    /// it: a dormant pin on this file must not be taken up again.
     fn spoil(&self, guard: &Guard, inode: InodeId) {
         let _ = (guard, inode);
     }
 
-    /// Blocks of a pin have changed.
+    /// Handles that blocks of a pin have changed.
     fn breached(&self, inode: InodeId) {
         let _ = inode;
     }
 
-    /// A pin that is over and may be taken up again: the tripwire listens as if
-    /// it lived.
+    /// A dormant pin of this inode, if there is one. The tripwire watches it as
+    /// if it were alive.
     fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
         let _ = inode;
         None
     }
 
-    /// Whether XFS may have set blocks aside for copies of shared ones of a
-    /// file.
+    /// Whether XFS may have set blocks of a file aside for copies of shared
+    /// blocks.
     fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
         let _ = file;
         true
     }
 
-    /// Whether anybody else may come to store to a pinned file by a mapping.
+    /// Whether anybody else may be able to store to a pinned file by a mapping.
     ///
     /// # Errors
     ///
-    /// If it may be to one of `frozen`, which must not change.
+    /// When somebody may be able to store to one of `frozen`, which must not
+    /// change.
     fn others_can_store(
         &self,
         granting: &Granting<'_>,
@@ -95,37 +98,39 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
         frozen: &[Range<u64>],
     ) -> Result<bool, Refusal>;
 
-    /// Judges by what is pinned of an inode now, and by what is known of that.
+    /// Makes the gate judge by the current pins of an inode, and by what is
+    /// known of them.
     fn publish(&self, guard: &Guard, watched: &Watched) -> Result<(), Errno>;
 
-    /// Takes back what a grant has done that failed, when its pin is out of the
-    /// table; `file` is any description of the inode. It `was_last` if nothing
-    /// else is pinned of the inode, which then leaves the table.
+    /// Undoes what a failed grant has done, after its pin has left the table.
+    /// `file` is any description of the inode. The pin `was_last` if nothing
+    /// else is pinned on the inode; the inode then leaves the table, too.
     fn withdraw(&self, watched: &Watched, file: BorrowedFd<'_>, was_last: bool);
 
-    /// Whether a description that was handed to the guard is a pin.
+    /// Whether a description that was handed to the guard is the pin.
     fn is_the_pin(&self, granting: &Granting<'_>, file: BorrowedFd<'_>) -> Result<bool, Refusal>;
 
-    /// Whether a pin is over, though that may not have been told yet; `file` is
-    /// a description of its file that is not the pin's.
+    /// Whether a pin has ended, even if the guard has not been told yet. `file`
+    /// is a description of the pin's file that is not the pin's.
     fn has_ended(&self, pin: &Pin, file: BorrowedFd<'_>) -> bool;
 
-    /// Ends a pin that was [found](Self::has_ended) to be over. It is taken out
-    /// of the table soon.
+    /// Ends a pin that was [found](Self::has_ended) to have ended. The pin
+    /// leaves the table soon after.
     fn end(&self, watched: &Watched, pin: &Pin);
 
-    /// Whether a pin of this number is over, and operations may be refused for
-    /// it all the same until it is out of the table.
+    /// Whether operations may still be refused for an ended pin with this
+    /// number, until the pin leaves the table.
     fn refuses_for_ended(&self, pin: u64) -> bool;
 
-    /// What has become of a pin that this guard does not have.
+    /// The fate of a pin that this guard does not know.
     fn fate_of(&self, named: &WatchedPin) -> Notice;
 
-    /// What stays in the kernel for as long as the gate does, if it is there
-    /// without its guard: a directory, by which nothing in it can be reached.
+    /// A directory that stays in the kernel as long as the gate does, if the
+    /// gate outlives its guard. Nothing in the gate can be reached through this
+    /// directory.
     fn directory(&self) -> Option<OwnedFd>;
 
-    /// Refusals by kind since the gate is in place.
+    /// Refusals by kind since the gate was put in place.
     fn refused(&self, guard: &Guard) -> Vec<(String, u64)>;
 }
 
@@ -134,9 +139,9 @@ pub(crate) type Run = dyn FnOnce(&Guard) -> Result<(), Errno> + Send;
 
 /// A thread that serves a gate.
 pub(crate) struct Task {
-    /// Its name.
+    /// The name of the thread.
     pub(crate) name: &'static str,
-    /// What it means for the guard if it ends with an error.
+    /// What an error of this thread means for the guard.
     pub(crate) failure: &'static str,
     pub(crate) run: Box<Run>,
 }

@@ -1,9 +1,9 @@
-//! Making frozen blocks stable under a pin that holds.
+//! Makes frozen blocks stable under an existing pin.
 //!
-//! Nobody may change what is pinned, so the guard does it, on behalf of the
-//! holder: with its rights, in its quota. The pin is never lifted: until it is
-//! settled anew its blocks count as frozen for everybody else, and the holder
-//! goes on to see zeros there, which is what the new blocks hold.
+//! Nobody may change what is pinned, so the guard does it on behalf of the
+//! holder, with the holder's rights and quota. The pin is never lifted. Until
+//! the pin is settled anew, its blocks count as frozen for everybody else. The
+//! holder goes on to see zeros there, which is what the new blocks hold.
 
 use super::pending::lock;
 use super::survey::write_back;
@@ -22,11 +22,11 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-/// What came of it.
+/// The outcome of an allocation.
 #[derive(Debug)]
 pub(crate) struct Allocated {
-    /// The block map as it is now, if it was touched at all, and its extents
-    /// if they do not fit into a message.
+    /// The block map as it is now, if the allocation touched it at all. The
+    /// descriptor holds the extents if they do not fit into a message.
     pub(crate) now: Option<(Granted, Option<OwnedFd>)>,
     pub(crate) result: Result<(), Refusal>,
 }
@@ -34,11 +34,11 @@ pub(crate) struct Allocated {
 /// How long others may take to finish with the same file.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Makes the blocks of a range stable. `file` is the description that the pin
-/// lives in: whoever has it holds the pin.
+/// Makes the blocks of a range stable. `file` is the description whose life is
+/// the pin: a process that has this description holds the pin.
 ///
-/// `is_wanted` says whether its holder still waits for the answer: nobody else
-/// needs the blocks, and the pin lives as long as this takes.
+/// `is_wanted` says whether the holder still waits for the answer. Nobody else
+/// needs the blocks, and the pin lives as long as the allocation takes.
 pub(crate) fn allocate(
     guard: &Guard,
     request: AllocateRequest,
@@ -96,7 +96,8 @@ fn prepare(
     let before = allocation.read()?;
     let work = Work::find(&before, &range);
     if work.is_empty() {
-        // It may have been made before, and not come to be promised.
+        // An earlier allocation may have made the blocks, but failed before it
+        // promised them.
         return allocation.settle_anew(&before);
     }
     allocation.nobody_minds(&work, &range)?;
@@ -110,8 +111,9 @@ fn prepare(
     let result = guard
         .own
         .for_long(|| filling.fill(&work, owner.uid, before.block_size()));
-    // Whatever came of it, this is what is there now. If it cannot be read,
-    // nothing is known of frozen blocks any more: the change is never done.
+    // Whatever the result is, the block map shows what is there now. If the map
+    // cannot be read, nothing is known of frozen blocks any more, and the
+    // change stays under way for ever.
     let settled = allocation.settle_anew(&before)?;
     pin.changes_or_is_done();
     Ok(Allocated {
@@ -129,7 +131,7 @@ fn no_pin() -> Refusal {
     )
 }
 
-/// The pin as if it was asked for now.
+/// Judges the pin as if it were requested now.
 fn judge_again(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> Result<Judged, Refusal> {
     let request = PinRequest {
         offset: pin.shown.start,
@@ -151,14 +153,14 @@ fn judge_again(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> Result<Judged,
     Ok(judged)
 }
 
-/// What has to be done to which runs, in file order.
+/// The runs that need work, by kind of work, in file order.
 #[derive(Debug, Default)]
 struct Work {
-    /// Nothing is there.
+    /// Runs without blocks.
     holes: Vec<Range<u64>>,
     /// Holes, and blocks that nothing was ever written to.
     zeros: Vec<Range<u64>>,
-    /// Others use the same blocks.
+    /// Blocks that other files use as well.
     shared: Vec<Range<u64>>,
 }
 
@@ -188,7 +190,7 @@ impl Work {
         self.zeros.is_empty() && self.shared.is_empty()
     }
 
-    /// Bytes that need blocks.
+    /// The number of bytes that need new blocks.
     fn bytes(&self) -> u64 {
         self.holes
             .iter()
@@ -214,13 +216,13 @@ fn no_space(missing: Option<u64>) -> Refusal {
 /// An allocation under way.
 struct Allocation<'a> {
     granting: Granting<'a>,
-    /// The description that is the pin.
+    /// The description whose life is the pin.
     file: BorrowedFd<'a>,
 }
 
 impl Allocation<'_> {
-    /// The range asked for, rounded out to what memory and blocks can do,
-    /// inside the pin and the file.
+    /// The requested range, extended to whole pages and blocks, but not beyond
+    /// the pin and the file.
     fn pages_of(&self, request: &AllocateRequest) -> Result<Range<u64>, Refusal> {
         let facts = &self.granting.judged.facts;
         let block = u64::from(facts.block_size).max(1);
@@ -258,8 +260,10 @@ impl Allocation<'_> {
             .map_err(|errno| system("FIEMAP", errno))
     }
 
-    /// To others the same blocks are frozen as well, and stay what they are;
-    /// and the holder will map what can be stored to then.
+    /// Refuses the allocation if another pin does not permit it. The other pin
+    /// may freeze the same blocks, which must then stay as they are. The holder
+    /// will also map the new blocks writable, and the other pin must permit
+    /// that, too.
     fn nobody_minds(&self, work: &Work, range: &Range<u64>) -> Result<(), Refusal> {
         let size = self.granting.judged.facts.size;
         let pins = self.granting.watched.pins.load();
@@ -291,7 +295,8 @@ impl Allocation<'_> {
                 .any(|operation| minds(&operation));
             let gate = &self.granting.guard.gate;
             if minds && gate.has_ended(other, self.file) {
-                // Its last mapping is gone, only the notice is not here yet.
+                // The last mapping of the other pin is gone; only the notice
+                // has not arrived yet.
                 gate.end(self.granting.watched, other);
                 continue;
             }
@@ -310,10 +315,10 @@ impl Allocation<'_> {
         Ok(())
     }
 
-    /// Better to know before than halfway.
+    /// Checks for space, because it is better to know before than halfway.
     fn has_space(&self, work: &Work, uid: u32) -> Result<(), Refusal> {
         let stat = rustix::fs::fstatvfs(self.file).map_err(|errno| system("statvfs", errno))?;
-        // Some of it is set aside for root.
+        // Some blocks are reserved for root.
         let blocks = if uid == 0 {
             stat.f_bfree
         } else {
@@ -326,7 +331,7 @@ impl Allocation<'_> {
         }
     }
 
-    /// Reads what there is now, and promises that from now on.
+    /// Reads the block map again, and promises what it shows from now on.
     fn settle_anew(&self, before: &BlockMap) -> Result<Allocated, Refusal> {
         let Granting {
             guard,
@@ -345,7 +350,8 @@ impl Allocation<'_> {
         let (map, result) = match survey.until_at_rest(false) {
             Ok((map, found)) => {
                 pin.settle(&map, &found.pinned, found.kept_pages);
-                // If it fails, others go on to be refused what was frozen.
+                // If publishing fails, others are still refused what was
+                // frozen.
                 let _ = guard.gate.publish(guard, watched);
                 let result = match moved(before, &map) {
                     None => Ok(()),
@@ -361,7 +367,7 @@ impl Allocation<'_> {
                 };
                 (map, result)
             }
-            // The holder must know in any case.
+            // The holder must be told the block map in any case.
             Err(refusal) => {
                 let map = self.read()?;
                 pin.record(&map);
@@ -375,20 +381,21 @@ impl Allocation<'_> {
     }
 }
 
-/// Filling blocks, and whether somebody waits for it.
+/// The work of filling blocks, and whether somebody waits for it.
 struct Filling<'a> {
     file: BorrowedFd<'a>,
-    /// Where the file ends.
+    /// The end of the file.
     size: u64,
     is_wanted: &'a dyn Fn() -> bool,
 }
 
 impl Filling<'_> {
-    /// Allocates, unshares and writes zeros, as user `uid`.
+    /// Allocates and unshares blocks and writes zeros, as user `uid`.
     fn fill(&self, work: &Work, uid: u32, block: u32) -> Result<(), Refusal> {
-        // XFS copies blocks in aligned windows, and dirty neighbours within go
-        // along, shared or not: unless it is told to copy no more than needed.
-        // It chooses when it writes back, so until that is done.
+        // XFS copies blocks in aligned windows, and takes dirty neighbours in a
+        // window along, whether shared or not, unless it is told to copy no
+        // more than needed. XFS decides this when it writes back, so the hint
+        // stays until write-back is done.
         let hint = (!work.shared.is_empty())
             .then(|| inode_flags::copy_single_blocks(self.file, block))
             .transpose()
@@ -404,7 +411,7 @@ impl Filling<'_> {
         filled.and(written)
     }
 
-    /// All of them or none.
+    /// Fills all of the holes or none.
     fn fill_holes(&self, holes: &[Range<u64>]) -> Result<(), Refusal> {
         for (at, hole) in holes.iter().enumerate() {
             let allocated = self.still_wanted().and_then(|()| {
@@ -414,10 +421,11 @@ impl Filling<'_> {
             let Err(refusal) = allocated else {
                 continue;
             };
-            // Nothing was written there, and nobody else can have.
+            // Nothing was written to these blocks, and nobody else can have
+            // written to them.
             let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
             for hole in &holes[..=at] {
-                // What stays if this fails is told with the block map.
+                // If this fails, the block map tells the holder what stays.
                 let _ = self.fallocate(punch, hole);
             }
             return Err(refusal);
@@ -425,7 +433,8 @@ impl Filling<'_> {
         Ok(())
     }
 
-    /// Whoever asked may be gone: then the pin shall go, too.
+    /// Fails if nobody waits for the blocks any more: then the pin must go,
+    /// too.
     fn still_wanted(&self) -> Result<(), Refusal> {
         if (self.is_wanted)() {
             return Ok(());
@@ -451,8 +460,8 @@ impl Filling<'_> {
         })
     }
 
-    /// Real zeros where nothing was ever written. Writing makes dirty what is
-    /// written and no more, unlike a store.
+    /// Writes real zeros to blocks that nothing was ever written to. A write
+    /// makes only the written bytes dirty, unlike a store.
     fn write_zeros(&self, runs: &[Range<u64>]) -> Result<(), Refusal> {
         const CHUNK: usize = 256 << 10;
         let zeros = vec![0; CHUNK];
@@ -482,7 +491,7 @@ fn failed(call: &str, errno: Errno) -> Refusal {
     }
 }
 
-/// The first of the blocks stable before that is not where it was.
+/// The first block that was stable before and is not where it was.
 fn moved(before: &BlockMap, now: &BlockMap) -> Option<Extent> {
     before
         .extents()

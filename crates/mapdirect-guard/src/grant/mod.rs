@@ -1,14 +1,14 @@
 //! Granting a pin: a promise is made only when it can be kept.
 //!
-//! * [`request`]: what is asked for is judged by itself.
-//! * [`pending`]: whoever asks for the same file waits for his turn.
-//! * The gate publishes the pin, so that whoever comes now waits for the
-//!   outcome, and excludes everybody who could break it unseen: see
+//! * [`request`] judges the request and its file by themselves.
+//! * [`pending`] queues requests for the same file.
+//! * The gate publishes the pin, so that every later operation waits for the
+//!   outcome. It then excludes everybody who could break the pin unseen: see
 //!   [`Gate::exclude`](crate::gate::Gate::exclude).
-//! * [`survey`]: the gate has the block map read until it stays the same, and
+//! * [`survey`] reads the block map until it stays the same, and the gate
 //!   settles the pin by it.
-//! * The extents, and the description that is the pin, are handed to the
-//!   holder.
+//! * The holder gets the extents and the file description whose life is the
+//!   pin.
 
 pub(crate) mod allocate;
 mod others;
@@ -40,34 +40,33 @@ use std::time::Duration;
 /// A pin, and the descriptors that go to its holder.
 #[derive(Debug)]
 pub(crate) struct Grant {
-    /// To be handed over once `file` is closed here.
+    /// The pin, which counts as handed over once `file` is closed here.
     pub(crate) pin: Arc<Pin>,
     pub(crate) granted: Granted,
-    /// The description whose life is the pin.
+    /// The file description whose life is the pin.
     pub(crate) file: OwnedFd,
-    /// The extents, if there are too many for a message.
+    /// The extents, if they do not fit into a message.
     pub(crate) extents: Option<OwnedFd>,
-    /// The holder's end of the pipe that the pin lives by, if the description
-    /// cannot write.
+    /// The holder's end of the pipe that the pin lives by. Only a pin whose
+    /// description cannot write has one.
     pub(crate) lifeline: Option<OwnedFd>,
 }
 
 /// The holder's part in a grant.
 pub(crate) trait Conversation {
-    /// Has the holder put `replacement` in the place of the descriptor it
-    /// sent.
+    /// Asks the holder to replace the descriptor it sent with `replacement`.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
 
-    /// Whether somebody still waits for the answer.
+    /// Whether the holder still waits for the answer.
     fn is_wanted(&self) -> bool {
         true
     }
 }
 
-/// Longest patience a request can ask for.
+/// The longest patience that a request can ask for.
 pub(crate) const MOST_PATIENCE: Duration = Duration::from_secs(60);
 
-/// What a description that takes another's place keeps of its flags.
+/// The open flags that a description keeps when it replaces another.
 pub(crate) const KEPT_FLAGS: OFlags = OFlags::ACCMODE
     .union(OFlags::APPEND)
     .union(OFlags::DIRECT)
@@ -76,31 +75,32 @@ pub(crate) const KEPT_FLAGS: OFlags = OFlags::ACCMODE
     .union(OFlags::NOATIME)
     .union(OFlags::NONBLOCK);
 
-/// A pin that is being granted, or granted anew: what every step needs to know
-/// of it.
+/// A pin that is being granted, or granted anew. Every step of a grant needs
+/// these facts.
 #[derive(Clone, Copy)]
 pub(crate) struct Granting<'a> {
     pub(crate) guard: &'a Guard,
     pub(crate) judged: &'a Judged,
     pub(crate) watched: &'a Arc<Watched>,
     pub(crate) pin: &'a Arc<Pin>,
-    /// How long to wait for others, each time there is something to wait for.
+    /// How long to wait for other users of the file, each time there is
+    /// something to wait for.
     pub(crate) patience: Duration,
 }
 
-/// Who asks for a pin.
+/// The holder's side of a grant: the process that asks for the pin.
 pub(crate) struct Holder<'a> {
-    /// A description of the inode: the holder's, in the end the pin's.
+    /// A description of the inode: at first the holder's, in the end the pin's.
     pub(crate) file: OwnedFd,
     pub(crate) talk: &'a mut dyn Conversation,
-    /// The place among all who ask for the same file.
+    /// The holder's place in the queue of requests for this file.
     pub(crate) turn: Turn,
 }
 
-/// A pin that nobody can break unseen any more, and that is settled.
+/// A settled pin that nobody can break unseen any more.
 pub(crate) struct Secured {
     pub(crate) map: BlockMap,
-    /// The holder's end of the pipe that the pin lives by, if it does.
+    /// The holder's end of the pipe that the pin lives by, if the pin has one.
     pub(crate) lifeline: Option<OwnedFd>,
 }
 
@@ -116,8 +116,8 @@ impl Granting<'_> {
     }
 }
 
-/// Grants a pin on `file`, which its holder opened, or says why not. Nothing
-/// is left behind in that case.
+/// Grants a pin on `file`, which its holder opened, or says why not. A refusal
+/// leaves nothing behind.
 pub(crate) fn grant(
     guard: &Guard,
     request: &PinRequest,
@@ -128,7 +128,7 @@ pub(crate) fn grant(
     let mut file = file;
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
-    // First of all: what is changed from here on is noticed.
+    // The tripwire is armed first, so that every later change is noticed.
     let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
         let watched = judged.watched(guard);
@@ -158,16 +158,16 @@ pub(crate) fn grant(
         if granted.is_err() {
             watched.remove(|other| other.id == pin.id);
             let was_last = watched.pins.load().is_empty();
-            // The gate first: once the entry is gone another grant may have its
-            // own in the gate.
+            // Withdraw from the gate first: once the entry is out of the table,
+            // another grant may publish its own entry in the gate.
             guard.gate.withdraw(&watched, file.as_fd(), was_last);
-            // Somebody may have taken up a pin that slept.
+            // Somebody may have taken up a dormant pin.
             if was_last && watched.pins.load().is_empty() {
                 state.retired = true;
                 guard.table.remove(&watched);
             }
         }
-        // Whoever waited for the outcome is judged by it now.
+        // Operations that waited for the outcome are judged by it now.
         guard.waiting.decided();
         let (granted, extents, lifeline) = granted?;
         return Ok(Grant {
@@ -180,7 +180,7 @@ pub(crate) fn grant(
     }
 }
 
-/// Has the tripwire listen to a file.
+/// Makes the tripwire watch a file.
 pub(crate) fn arm(guard: &Guard, judged: &Judged, file: BorrowedFd<'_>) -> Result<Armed, Refusal> {
     let armed = guard
         .tripwire
@@ -199,7 +199,8 @@ pub(crate) fn arm(guard: &Guard, judged: &Judged, file: BorrowedFd<'_>) -> Resul
     })
 }
 
-/// What the holder is told: the extents inline, or in a file if there are many.
+/// Builds the reply to the holder. Many extents go into a sealed file, since
+/// they do not fit into the message.
 pub(crate) fn hand_out(pin: &Pin, map: &BlockMap) -> Result<(Granted, Option<OwnedFd>), Refusal> {
     let extents = map.extents();
     let inline = extents.len() <= MAX_INLINE_EXTENTS;
@@ -219,10 +220,11 @@ pub(crate) fn hand_out(pin: &Pin, map: &BlockMap) -> Result<(Granted, Option<Own
     Ok((granted, sealed))
 }
 
-/// The pins of a file, for whoever has it open.
+/// Lists the pins of a file, for any process that has the file open.
 pub(crate) fn pins_of(guard: &Guard, file: BorrowedFd<'_>) -> Result<Vec<PinnedRange>, Refusal> {
-    // Anybody may ask about any file, and no server of a filesystem (FUSE, NFS)
-    // may make the guard wait: this asks none.
+    // Anybody may ask about any file, so the server of a filesystem (FUSE, NFS)
+    // must not be able to make the guard wait. This statx does not contact the
+    // server.
     let statx = rustix::fs::statx(
         file,
         "",

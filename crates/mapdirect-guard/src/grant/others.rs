@@ -1,4 +1,4 @@
-//! Who else uses the file that a pin is asked for, and waiting for them.
+//! Finds the other users of a file that is being pinned, and waits for them.
 
 use super::Granting;
 use super::refusal::{refusal, still_changing, stuck, system};
@@ -17,7 +17,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 impl Granting<'_> {
-    /// What the gate has let through before it could see the pin.
+    /// The notes on what the gate let through before it could see the pin.
     pub(crate) fn notes(&self) -> Result<Published<'_, Notes>, Refusal> {
         let published = self.watched.published(self.pin.id);
         published.map(|(_, notes)| notes).ok_or_else(|| {
@@ -30,7 +30,7 @@ impl Granting<'_> {
         })
     }
 
-    /// Opens the file anew; the gate lets that pass.
+    /// Opens the file again; the gate lets this open pass.
     pub(crate) fn reopen(&self, file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd, Refusal> {
         self.guard
             .own
@@ -46,7 +46,8 @@ impl Granting<'_> {
         )
     }
 
-    /// Waits for others by `wait`, and refuses if they do not finish.
+    /// Runs `wait`, which waits for other users of the file, and refuses the
+    /// pin if they do not finish.
     pub(crate) fn quietly(
         &self,
         file: BorrowedFd<'_>,
@@ -58,12 +59,13 @@ impl Granting<'_> {
             prefix: match self.judged.facts.filesystem {
                 Filesystem::Xfs => Prefix("xfs_"),
                 Filesystem::Ext4 => Prefix("ext4_"),
-                // Anybody's.
+                // Functions of any filesystem.
                 _ => Prefix(""),
             },
             held: &|| self.guard.waiting.threads(),
-            // It ends as soon as it can, and a busy processor needs some time
-            // to show that a thread goes on.
+            // The wait ends as soon as it can. It may take at least a second,
+            // because a thread on a busy processor needs some time to show that
+            // it makes progress.
             deadline: Instant::now() + self.patience.max(Duration::from_secs(1)),
         };
         still_changing(&wait(&quiet).map_err(stuck)?)

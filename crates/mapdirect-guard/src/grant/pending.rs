@@ -1,12 +1,12 @@
 //! Requests for the same file at the same time.
 //!
-//! Under a gate of permission events a pin is granted only if nobody else has
-//! the file open in a way that could change it, and everybody who asks has it
-//! open. So whoever is granted first lets the others come behind the gate: each
-//! has its descriptor replaced while it waits for its turn, and from then on
-//! the gate judges what it does. What is left then is to see that nobody else
-//! is there, which a lease cannot tell any more: that is concluded from
-//! `/proc`, as it is beside readers of a filesystem without reflink.
+//! The fanotify gate grants a pin only if nobody else has the file open in a
+//! way that could change it. But every process that asks for a pin has the file
+//! open. So the first one to be granted brings the others behind the gate: the
+//! descriptor of each is replaced while it waits for its turn, and from then on
+//! the gate judges what it does. The grant then has to make sure that nobody
+//! else is there. A lease cannot tell that any more, so the grant concludes it
+//! from `/proc`, as it does when a filesystem without reflink has readers.
 
 use super::{Conversation, Judged, KEPT_FLAGS, MOST_PATIENCE, refusal, system};
 use crate::table::{GrantState, Watched};
@@ -20,10 +20,10 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long those who wait may take to come behind the gate.
+/// How long the waiting requests may take to come behind the gate.
 const PATIENCE: Duration = Duration::from_secs(1);
 
-/// The right to grant pins of an inode, once nobody else has it.
+/// Takes the right to grant pins of an inode, once no other grant has it.
 pub(crate) fn lock(
     watched: &Watched,
     patience: Duration,
@@ -31,13 +31,14 @@ pub(crate) fn lock(
     lock_meanwhile(watched, patience, || Ok(()))
 }
 
-/// The same; `meanwhile` is done again and again while others have it.
+/// Like [`lock`], but calls `meanwhile` again and again while another grant has
+/// the right.
 pub(super) fn lock_meanwhile(
     watched: &Watched,
     patience: Duration,
     mut meanwhile: impl FnMut() -> Result<(), Refusal>,
 ) -> Result<MutexGuard<'_, GrantState>, Refusal> {
-    // Another grant on the inode may rightly take as long as its patience.
+    // Another grant on the inode may rightly take as long as its own patience.
     let mut backoff = Backoff::until(
         Instant::now() + patience + MOST_PATIENCE,
         Duration::from_micros(50),
@@ -60,7 +61,7 @@ pub(super) fn lock_meanwhile(
     }
 }
 
-/// Everybody who waits for a grant of an inode.
+/// All requests that wait for a grant of an inode.
 #[derive(Debug, Default)]
 pub(crate) struct Queue(Mutex<Vec<Arc<Pending>>>);
 
@@ -72,7 +73,7 @@ impl Queue {
             .clone()
     }
 
-    /// Joins it; the place is given up when what is returned is dropped.
+    /// Joins the queue. Dropping the returned value gives the place up.
     pub(crate) fn join(watched: &Arc<Watched>, pid: i32) -> Waiting {
         let pending = Arc::new(Pending {
             pid,
@@ -92,8 +93,8 @@ impl Queue {
         }
     }
 
-    /// Has everybody who waits come behind the gate, and says whether anybody
-    /// has.
+    /// Brings every waiting request behind the gate, and says whether any has
+    /// come.
     pub(crate) fn bring_behind_the_gate(&self, own: &Waiting) -> bool {
         let others = || {
             let mut all = self.all();
@@ -115,8 +116,8 @@ impl Queue {
         others().iter().any(|pending| pending.armed.get().is_some())
     }
 
-    /// Whether this descriptor is one from behind the gate that somebody who
-    /// waits was given.
+    /// Whether this opener is a description behind the gate that a waiting
+    /// request was given.
     pub(crate) fn knows(&self, opener: &Opener) -> bool {
         let own = std::process::id().cast_signed();
         self.all().iter().any(|pending| {
@@ -127,22 +128,22 @@ impl Queue {
         })
     }
 
-    /// Whether a process other than `own` waits for a grant: where everybody
-    /// is behind the gate already, none of them has to come there.
+    /// Whether a process other than `own` waits for a grant. When everybody is
+    /// behind the gate already, no waiting process has to be brought there.
     pub(crate) fn has(&self, pid: i32, own: i32) -> bool {
         pid != own && self.all().iter().any(|pending| pending.pid == pid)
     }
 }
 
-/// One who waits.
+/// One waiting request.
 #[derive(Debug)]
 struct Pending {
     pid: i32,
-    /// It shall come behind the gate.
+    /// The request is asked to come behind the gate.
     is_asked: AtomicBool,
-    /// It has, or cannot, or it is its turn.
+    /// The request has come behind the gate, or it cannot, or it is its turn.
     is_done: AtomicBool,
-    /// The description it was given.
+    /// The description behind the gate that the request was given.
     armed: OnceLock<OwnedFd>,
 }
 
@@ -166,8 +167,8 @@ impl Drop for Waiting {
 }
 
 impl Waiting {
-    /// Comes behind the gate, if that is asked for: `file` is the holder's
-    /// description, and is replaced with it.
+    /// Comes behind the gate, if that is asked for. `file` is the holder's
+    /// description, and is then replaced by one behind the gate.
     pub(super) fn step_aside(
         &self,
         guard: &Guard,
@@ -211,8 +212,9 @@ impl Waiting {
         Ok(())
     }
 
-    /// It is its turn: nobody asks it for anything any more, and the guard's
-    /// own copy of its description goes.
+    /// Turns the waiting request into the one whose turn it is. It is not asked
+    /// to come behind the gate any more, and the guard closes its own copy of
+    /// the description.
     pub(crate) fn into_turn(self) -> Turn {
         let turn = Queue::join(&self.watched, self.pending.pid);
         turn.pending.is_done.store(true, SeqCst);
@@ -220,7 +222,7 @@ impl Waiting {
     }
 }
 
-/// The place of the one whose turn it is.
+/// The place of the request whose turn it is.
 #[derive(Debug)]
 pub(crate) struct Turn(Waiting);
 

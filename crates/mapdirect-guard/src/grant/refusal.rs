@@ -48,7 +48,8 @@ pub(crate) fn still_changing(busy: &[Busy]) -> Result<(), Refusal> {
         .take(4)
         .map(|busy| format!("thread {} ({}) is {}", busy.tid, busy.command, busy.doing))
         .collect();
-    // None of them is an opener: it is not known whether they have it open.
+    // These threads are not reported as openers: nobody knows whether they have
+    // the file open.
     Err(refusal(
         Reason::StillChanging,
         Errno::TXTBSY,
@@ -69,7 +70,7 @@ pub(crate) fn stuck(stuck: Stuck) -> Refusal {
     )
 }
 
-/// A lock on a byte of a file could not be had.
+/// The refusal for a lock on a byte of a file that could not be taken.
 pub(crate) fn lock_refused(file: BorrowedFd<'_>, errno: Errno, byte: u64) -> Refusal {
     if errno != Errno::AGAIN {
         return system("F_OFD_SETLK", errno);
@@ -90,7 +91,8 @@ pub(crate) fn lock_refused(file: BorrowedFd<'_>, errno: Errno, byte: u64) -> Ref
     )
 }
 
-/// A gate switches the kernel's own protection of running programs off.
+/// Refuses a file that is being executed, because a gate switches off the
+/// kernel's own protection of running programs.
 pub(crate) fn refuse_executed(found: &Openers) -> Result<(), Refusal> {
     let Some(opener) = &found.executing else {
         return Ok(());
@@ -106,7 +108,7 @@ pub(crate) fn refuse_executed(found: &Openers) -> Result<(), Refusal> {
     })
 }
 
-/// Nobody waits for the answer any more.
+/// The refusal when nobody waits for the answer any more.
 pub(crate) fn gone() -> Refusal {
     refusal(Reason::Protocol, Errno::PIPE, "the client is gone", "")
 }

@@ -1,4 +1,4 @@
-//! What a request and its file say by themselves.
+//! Judges a request and its file by themselves.
 
 use super::refusal::{obstructed, refusal, system};
 use crate::table::{Abilities, InodeId, Pin, Watched};
@@ -17,19 +17,19 @@ pub(crate) struct Judged {
     pub(crate) id: InodeId,
     pub(crate) facts: FileFacts,
     pub(crate) path: Arc<str>,
-    /// The range to pin: the one asked for, rounded out to blocks.
+    /// The range to pin: the requested range, extended to whole blocks.
     pub(crate) range: Range<u64>,
-    /// The range that will be mapped.
+    /// The range that the holder will map.
     pub(crate) mapped: Option<Range<u64>>,
-    /// Nothing of the file will be mapped where it is frozen.
+    /// The holder will not map the frozen parts of the file.
     pub(crate) in_segments: bool,
     /// Open flags of the holder's description.
     pub(crate) open_flags: OFlags,
 }
 
 impl Judged {
-    /// Where somebody could be writing to and take blocks of the range along:
-    /// see [`Beside`].
+    /// The range in which a write by somebody else could take blocks of the
+    /// pinned range along: see [`Beside`].
     pub(crate) fn reach(&self) -> Range<u64> {
         if self.range.end > self.facts.size {
             return 0..u64::MAX;
@@ -39,20 +39,22 @@ impl Judged {
             let folios = geometry(false).folios(&self.range);
             return window.start.min(folios.start)..window.end.max(folios.end);
         }
-        // One extent of ext4 (EXT_INIT_MAX_LEN, fs/ext4/ext4_extents.h).
+        // The largest extent of ext4 (EXT_INIT_MAX_LEN,
+        // fs/ext4/ext4_extents.h).
         let extent = 32768 * u64::from(self.facts.block_size);
         let range = &self.range;
         range.start.saturating_sub(extent)..range.end.saturating_add(extent)
     }
 
-    /// The bytes around the range that XFS may copy together with it, when they
-    /// are shared and written to. That a folio is larger does not matter: what
-    /// is neither shared nor copied with it is written back where it lies.
+    /// The bytes around the range that XFS may copy together with the range,
+    /// when they are shared and written to. A larger folio does not matter
+    /// here: a block that is neither shared nor copied with a shared block is
+    /// written back in place.
     pub(crate) fn window(&self) -> Option<Range<u64>> {
         self.facts.copies_around(&self.range)
     }
 
-    /// The entry of the file's inode, made if there is none.
+    /// The table entry of the file's inode, created if there is none.
     pub(crate) fn watched(&self, guard: &Guard) -> Arc<Watched> {
         guard.table.get_or_insert(self.id, || {
             let abilities = Abilities {
@@ -64,7 +66,7 @@ impl Judged {
         })
     }
 
-    /// The pin that is asked for, as long as nothing is known of its blocks.
+    /// The requested pin, before anything is known of its blocks.
     pub(crate) fn unsettled(&self, id: u64, flags: Flags, owner: Sender) -> Pin {
         Pin::unsettled(
             id,
@@ -104,7 +106,7 @@ pub(crate) fn judge(
     };
     let facts = FileFacts::read(file).map_err(|errno| system("reading the file's facts", errno))?;
     let obstacles = facts.obstacles();
-    // A file of the wrong kind is that before it is anything else.
+    // A wrong file type is reported before any other obstacle.
     if let Some(obstacle) = obstacles.first()
         && obstacle.kind == ObstacleKind::FileType
     {
@@ -142,7 +144,8 @@ pub(crate) fn judge(
         inode: facts.inode,
     };
     let above = |path: &str| guard.overlays.above(file, path, id, facts.links);
-    // To ask where a file is takes longer than all the other questions.
+    // Finding out the path of a file takes longer than all the other questions,
+    // so a known path is used again.
     let known = guard
         .table
         .get(id)
@@ -182,7 +185,7 @@ pub(crate) fn judge(
     })
 }
 
-/// The range asked for, rounded out to blocks.
+/// The requested range, extended to whole blocks.
 fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refusal> {
     let block = u64::from(facts.block_size).max(1);
     let overflow = || {
@@ -216,9 +219,9 @@ fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refus
     Ok(start - start % block..end)
 }
 
-/// Whether a write to a part of a folio makes all of it dirty, so that
-/// unwritten blocks in it are converted: XFS through the page cache before
-/// Linux 6.6, where iomap came to know dirty blocks.
+/// Whether a write to a part of a folio makes the whole folio dirty, so that
+/// its unwritten blocks are converted. XFS does so through the page cache
+/// before Linux 6.6, in which iomap began to track dirty blocks.
 fn writes_whole_folios(facts: &FileFacts) -> bool {
     facts.filesystem == Filesystem::Xfs && !facts.dax && uname::version() < (6, 6)
 }

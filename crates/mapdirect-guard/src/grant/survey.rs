@@ -1,7 +1,7 @@
-//! What a pin promises, read from the disk.
+//! Reads from the disk what a pin promises.
 //!
-//! A survey asks nothing of the gate: whether anybody else can store to the
-//! file, it is told.
+//! A survey does not ask the gate anything: its caller tells it whether anybody
+//! else can store to the file.
 
 use super::Granting;
 use super::refusal::{obstructed, refusal, system};
@@ -17,8 +17,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-/// Whether anybody else may come to store to a file by a mapping; an error if
-/// it may be to these blocks, which must not change.
+/// Says whether anybody else may be able to store to a file by a mapping. Fails
+/// if somebody may be able to store to the given blocks, which must not change.
 pub(crate) type OthersCanStore<'a> = dyn Fn(&[Range<u64>]) -> Result<bool, Refusal> + 'a;
 
 /// Reads the blocks of a file that is being pinned.
@@ -29,13 +29,13 @@ pub(crate) struct Survey<'a> {
     pub(crate) others_can_store: &'a OthersCanStore<'a>,
 }
 
-/// What a pin promises, and what it takes to keep that promise.
+/// What a pin promises, and what keeps that promise.
 pub(crate) struct Findings {
     pub(crate) pinned: Pinned,
     /// Pages kept in the page cache, so that stores beside frozen blocks do not
-    /// take them along.
+    /// take these blocks along.
     pub(crate) kept_pages: Option<Held>,
-    /// Pages that nobody may have mapped to store to.
+    /// Pages that nobody may have mapped writable.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) frozen: Vec<Range<u64>>,
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
@@ -43,9 +43,10 @@ pub(crate) struct Findings {
 }
 
 impl Survey<'_> {
-    /// The block map once it stays the same, and what the pin promises of it.
-    /// Until frozen blocks are kept apart from those that others store to, a
-    /// store may still change them: so it is read again afterwards.
+    /// Reads the block map until it stays the same, and says what the pin
+    /// promises of it. A store may change frozen blocks until they are kept
+    /// apart from the blocks that others store to, so the map is read again
+    /// after that.
     pub(crate) fn until_at_rest(&self, at_rest: bool) -> Result<(BlockMap, Findings), Refusal> {
         const TRIES: u32 = 10;
         let mut map = self.read(at_rest)?;
@@ -69,8 +70,9 @@ impl Survey<'_> {
         ))
     }
 
-    /// Reads the block map; unless nothing was let in since it was last at
-    /// rest, after writing everything back, and until it stays the same.
+    /// Reads the block map. If anybody was let in since the map was last at
+    /// rest, this first writes everything back, and reads until the map stays
+    /// the same.
     pub(crate) fn read(&self, at_rest: bool) -> Result<BlockMap, Refusal> {
         let read = || {
             mapdirect_model::block_map::read(self.file, self.granting.judged.range.clone())
@@ -82,8 +84,8 @@ impl Survey<'_> {
         let mut map = read()?;
         if !self.granting.judged.facts.keeps_blocks_beyond_the_end() && reaches_beyond_the_end(&map)
         {
-            // They would go by themselves, or become part of the file when
-            // it grows.
+            // Such blocks would go away by themselves, or become part of the
+            // file when it grows.
             let (owner, size) = (self.granting.judged.facts.owner, map.file_size());
             xfs_eofblocks::free(self.file, owner, size)
                 .map_err(|errno| system("XFS_IOC_FREE_EOFBLOCKS", errno))?;
@@ -121,20 +123,21 @@ impl Survey<'_> {
         }
     }
 
-    /// Blocks that XFS has set aside for copies of shared blocks nearby would
-    /// take those of the range along when they are written to: it looks there
-    /// first (`xfs_map_blocks`, fs/xfs/xfs_aops.c). It does not show them to
-    /// anybody (only debug kernels do), so they are taken back unseen; it
-    /// does so for inodes without dirty pages (`xfs_can_free_cowblocks`).
+    /// Frees blocks that XFS has set aside for copies of shared blocks nearby.
+    /// A write to blocks of the range would move them to such a reservation,
+    /// because XFS looks there first (`xfs_map_blocks`, fs/xfs/xfs_aops.c). Only
+    /// debug kernels show the reservations, so they are freed unseen. XFS frees
+    /// them for inodes without dirty pages (`xfs_can_free_cowblocks`).
     fn free_copy_blocks(&self) -> Result<(), Refusal> {
         // Writing back a whole filesystem takes as long as others have written
-        // to it: only where there is something to free.
+        // to it, so do it only when there may be something to free.
         let gate = &self.granting.guard.gate;
         if self.granting.judged.window().is_none() || !gate.may_have_copy_blocks(self.file.as_fd())
         {
             return Ok(());
         }
-        // fsync(2) leaves the inode marked as having dirty pages.
+        // syncfs(2), because fsync(2) leaves the inode marked as having dirty
+        // pages.
         rustix::fs::syncfs(self.file).map_err(|errno| system("syncfs", errno))?;
         xfs_eofblocks::free(self.file, self.granting.judged.facts.owner, 0)
             .map_err(|errno| system("XFS_IOC_FREE_EOFBLOCKS", errno))
@@ -193,7 +196,8 @@ impl Survey<'_> {
         Ok(())
     }
 
-    /// What beside the range would take blocks of it along when written to.
+    /// Finds the blocks beside the range that would take blocks of the range
+    /// along when they are written to.
     pub(crate) fn look_beside(&self, map: &BlockMap) -> Result<Beside, Refusal> {
         let range = map.range();
         let is_ext4 = self.granting.judged.facts.filesystem == Filesystem::Ext4;
@@ -216,7 +220,7 @@ impl Survey<'_> {
                     .map(|extent| extent.offset..extent.end()),
             );
         } else {
-            // FIEMAP cuts extents to what is asked for: ask for more.
+            // FIEMAP cuts extents to the requested range, so ask for more.
             for edge in [range.start, range.end - 1] {
                 let unwritten = |extent: &&Extent| extent.state == ExtentState::Unwritten;
                 if map.find(edge).filter(unwritten).is_none() {
@@ -240,8 +244,8 @@ impl Survey<'_> {
         Ok(beside)
     }
 
-    /// What the pin promises, and what it takes to keep that where somebody
-    /// stores beside frozen blocks.
+    /// Says what the pin promises, and what is needed to keep that promise when
+    /// somebody stores beside frozen blocks.
     pub(crate) fn examine(&self, map: &BlockMap) -> Result<Findings, Refusal> {
         let beside = self.look_beside(map)?;
         let geometry = geometry(self.granting.watched.abilities.coarse);
@@ -262,7 +266,8 @@ impl Survey<'_> {
             let (pages, kept_pages) = self.keep_apart(&frozen, map.file_size())?;
             (Apart::Held(pages.into()), kept_pages)
         } else {
-            // Nobody stores near it, and nobody will be let.
+            // Nobody stores near the frozen blocks, and the gate lets nobody do
+            // so.
             (Apart::No, None)
         };
         Ok(Findings {
@@ -273,14 +278,14 @@ impl Survey<'_> {
         })
     }
 
-    /// Sees to it that no store takes frozen blocks along; returns the pages
-    /// that must stay for that.
+    /// Makes sure that no store takes frozen blocks along. Returns the pages
+    /// that must stay in the page cache for that.
     fn keep_apart(
         &self,
         frozen: &[Range<u64>],
         size: u64,
     ) -> Result<(Vec<u64>, Option<Held>), Refusal> {
-        /// A quarter of a gigabyte of page cache.
+        /// The most pages to keep: a quarter of a gigabyte of page cache.
         const MOST: usize = 1 << 16;
         let geometry = geometry(self.granting.watched.abilities.coarse);
         let pages = pages_between(frozen, size, &geometry);
@@ -309,7 +314,7 @@ impl Survey<'_> {
             )));
         };
         let file = self.granting.reopen(self.file, OFlags::RDONLY)?;
-        // Its mapping of the file comes to the gate, too.
+        // Mapping the file raises an event at the gate, too.
         let kept = self
             .granting
             .guard
@@ -353,10 +358,10 @@ impl Survey<'_> {
     }
 }
 
-/// Writes a file back. It also fails for what went wrong before, in whatever
-/// anybody wrote: whoever does fsync(2) first is told, and only they
-/// (`file_check_and_advance_wb_err`, mm/filemap.c). That includes a direct
-/// write that met somebody's pages in use (`dio_warn_stale_pagecache`, there).
+/// Writes a file back. This also fails for earlier errors in anybody's writes:
+/// the first fsync(2) after an error is told, and only that one
+/// (`file_check_and_advance_wb_err`, mm/filemap.c). Such an error can be a
+/// direct write that met pages in use (`dio_warn_stale_pagecache`, same file).
 pub(super) fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
     fsync::fsync(file).map_err(|errno| Refusal {
         mend: String::from(
@@ -367,7 +372,7 @@ pub(super) fn write_back(file: BorrowedFd<'_>) -> Result<(), Refusal> {
     })
 }
 
-/// Blocks behind the one that holds the end of the file are allocated.
+/// Whether blocks behind the one that holds the end of the file are allocated.
 fn reaches_beyond_the_end(map: &BlockMap) -> bool {
     let block = u64::from(map.block_size()).max(1);
     let end = map.file_size().next_multiple_of(block);
@@ -376,7 +381,7 @@ fn reaches_beyond_the_end(map: &BlockMap) -> bool {
         .any(|extent| extent.end() > end && extent.state != ExtentState::Hole)
 }
 
-/// Some of it has no place yet.
+/// Whether some blocks have no place on the disk yet.
 fn is_moving(map: &BlockMap) -> bool {
     map.total(ExtentState::Delalloc) + map.total(ExtentState::Unknown) > 0
 }

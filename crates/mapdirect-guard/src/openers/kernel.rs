@@ -1,10 +1,10 @@
-//! Users of files inside the kernel that can be found.
+//! Finds users of files inside the kernel.
 
 use super::is_inode;
 use crate::table::InodeId;
 use mapdirect_proto::Opener;
 
-/// Users of one file inside the kernel that can be found.
+/// The users of one file inside the kernel that can be found.
 #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
 pub(crate) fn kernel_users(id: InodeId, known_path: &str) -> Vec<Opener> {
     all_kernel_users()
@@ -14,7 +14,7 @@ pub(crate) fn kernel_users(id: InodeId, known_path: &str) -> Vec<Opener> {
         .collect()
 }
 
-/// What the kernel itself has open.
+/// A file that the kernel itself has open.
 pub(super) struct KernelUser {
     pub(super) path: String,
     what: String,

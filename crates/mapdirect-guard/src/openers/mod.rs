@@ -1,8 +1,8 @@
-//! Who has a file open, as far as `/proc` shows.
+//! Finds who has a file open, as far as `/proc` shows.
 //!
-//! It shows what processes have, but not everything a kernel can hold: what
-//! is found here decides only where the exact proof (a lease) cannot be had,
-//! and explains refusals.
+//! `/proc` shows what processes have, but not everything that a kernel can
+//! hold. So these findings decide only when the exact proof (a lease) is not
+//! available, and they explain refusals.
 
 mod kernel;
 mod process;
@@ -30,36 +30,36 @@ use std::time::{Duration, Instant};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Wanted<'a> {
     pub(crate) id: InodeId,
-    /// Where it was last seen.
+    /// The path at which the file was last seen.
     pub(crate) path: &'a str,
-    /// Descriptors whose description holds a lock on this byte are told
-    /// apart.
+    /// Descriptors whose description holds a lock on this byte are listed
+    /// separately.
     pub(crate) mark: Option<u64>,
 }
 
 /// What is known about who has a file open.
 #[derive(Debug, Default)]
 pub(crate) struct Openers {
-    /// Everybody found, except through the marked description.
+    /// All openers that were found, except through the marked description.
     pub(crate) others: Vec<Opener>,
     /// Descriptors of the marked description.
     pub(crate) marked: Vec<Opener>,
-    /// Bytes of the file that are mapped so that they can be stored to.
+    /// Ranges of the file that are mapped writable.
     pub(crate) writable_mappings: Vec<(Opener, Range<u64>)>,
-    /// The file is mapped executable as somebody's program.
+    /// A process that executes the file as its program.
     pub(crate) executing: Option<Opener>,
-    /// Places a description could hide in that cannot be looked into.
+    /// Places that cannot be looked into and in which a description could hide.
     pub(crate) hidden: Vec<String>,
     /// Processes with descriptors in flight through their sockets.
     pub(crate) in_flight: Vec<i32>,
-    /// Some process could not be looked at, nor what it maps.
+    /// Some process, or its mappings, could not be looked at.
     pub(crate) unseen: bool,
 }
 
 impl Openers {
-    /// Somebody other than the marked description can write. Whoever sets up
-    /// a device of the kernel can make it writable later on, whatever it is
-    /// now.
+    /// Whether somebody other than the marked description can write. A kernel
+    /// device counts as a writer, because whoever sets it up can make it
+    /// writable later on.
     pub(crate) fn has_writer(&self) -> bool {
         self.others
             .iter()
@@ -67,10 +67,10 @@ impl Openers {
     }
 }
 
-/// How long to look where nobody's patience says.
+/// How long to look when no patience is given.
 const LIMIT: Duration = Duration::from_secs(2);
-/// How often to ask again what a busy io_uring has registered, and to wait for
-/// what is on its way through sockets.
+/// How often to ask again for the registered files of a busy io_uring, and to
+/// wait for descriptors on their way through sockets.
 const TRIES: u32 = 10;
 
 /// Looks for everybody who has a file open.
@@ -78,16 +78,16 @@ pub(crate) fn openers(wanted: Wanted<'_>) -> Openers {
     openers_before(wanted, Instant::now() + LIMIT)
 }
 
-/// The same for somebody who is patient until `deadline`.
+/// The same, but with patience until `deadline`.
 pub(crate) fn openers_before(wanted: Wanted<'_>, deadline: Instant) -> Openers {
     look_for(&[wanted], bounded::limit(deadline))
         .pop()
         .unwrap_or_default()
 }
 
-/// Which processes have files open or mapped, for somebody to read: with one
-/// look at every process, and nothing about what hides elsewhere. The answers
-/// stand in the order of the questions.
+/// Finds which processes have files open or mapped, for a person to read. This
+/// looks at every process once, and not at anything that hides elsewhere. The
+/// answers are in the order of the questions.
 pub(crate) fn processes_of(wanted: &[Wanted<'_>]) -> Vec<Openers> {
     search_for(Search::of(wanted, Depth::Processes), LIMIT)
 }
@@ -114,7 +114,7 @@ fn search_for(search: Search, limit: Duration) -> Vec<Openers> {
     };
     let mut found = std::mem::take(&mut *search.found());
     if let Err(stuck) = looked {
-        // What was found until then is true, but not all.
+        // The findings up to then are true, but incomplete.
         for found in &mut found {
             found.hidden.push(stuck.obstacle());
             found.unseen = true;
@@ -126,26 +126,27 @@ fn search_for(search: Search, limit: Duration) -> Vec<Openers> {
 /// How closely to look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Depth {
-    /// At whatever could hold a file open, and how.
+    /// Everything that could hold a file open, with details.
     Everything,
-    /// At descriptors and mappings of processes.
+    /// Only descriptors and mappings of processes.
     Processes,
 }
 
-/// What a search owns: it may outlive who asked for it.
+/// The data of a search. A search owns all of it, because it may outlive the
+/// call that started it.
 struct Search {
     depth: Depth,
     wanted: Vec<Sought>,
     by_inode: HashMap<u64, Vec<usize>>,
-    /// Taken away from a search that took too long.
+    /// The findings. They are taken away from a search that takes too long.
     found: Mutex<Vec<Openers>>,
     /// Processes still to be looked at.
     left: Mutex<Vec<i32>>,
-    /// The last one that was found in the middle of `execve(2)`.
+    /// The process that was last found in the middle of `execve(2)`.
     in_execve: AtomicI32,
 }
 
-/// [`Wanted`], owned.
+/// An owned [`Wanted`].
 struct Sought {
     id: InodeId,
     path: String,
@@ -206,22 +207,23 @@ impl Search {
         self.left().pop_if(|last| *last == pid);
     }
 
-    /// A look hung at a process in the middle of `execve(2)`. The next one is
-    /// content with what can be read of it all the same: its descriptors. What
-    /// it had mapped is on its way out, and nothing can be stored by it any
-    /// more. Says whether that is worth a try: once.
+    /// Notes that a look hung at a process in the middle of `execve(2)`, and
+    /// says whether the process is worth another try: it is once. The next look
+    /// is content with what can still be read, the descriptors. The mappings of
+    /// such a process are about to go, and nothing can be stored through them
+    /// any more.
     fn is_news(&self, pid: i32) -> bool {
         self.in_execve.swap(pid, SeqCst) != pid
     }
 
-    /// Notes something about a file; nothing here waits for a process.
+    /// Notes something about a file. Nothing here waits for a process.
     fn note(&self, at: usize, add: impl FnOnce(&mut Openers)) {
         if let Some(found) = self.found().get_mut(at) {
             add(found);
         }
     }
 
-    /// Any of the files may hide in `place`.
+    /// Notes that any of the files may hide in `place`.
     fn hide(&self, place: &str) {
         for at in 0..self.wanted.len() {
             self.note(at, |found| found.hidden.push(place.to_owned()));
@@ -235,9 +237,10 @@ impl Search {
             command: None,
         };
         let mut sockets = self.look_at_descriptors(&mut process, in_execve);
-        // What is on its way through a socket is received in a moment, and
-        // then it is in a table that was looked at before: look again. Only
-        // sockets tell whether it was, so a large table is read twice at most.
+        // A descriptor on its way through a socket is received in a moment, and
+        // is then in a table that was looked at before. So look again. Only
+        // sockets show whether there was one, so a large table is read twice at
+        // most.
         let mut tries = 1;
         let in_flight = loop {
             let in_flight: u64 = sockets.iter().map(Socket::in_flight).sum();
@@ -266,7 +269,8 @@ impl Search {
         }
     }
 
-    /// Returns the sockets among them.
+    /// Looks at all descriptors of a process, and returns the sockets among
+    /// them.
     fn look_at_descriptors(&self, process: &mut Process, in_execve: bool) -> Vec<Socket> {
         let mut sockets = Vec::new();
         for table in process.descriptor_tables() {
@@ -305,7 +309,7 @@ impl Search {
         }
     }
 
-    /// Says whether it is a socket.
+    /// Looks at one descriptor, and says whether it is a socket.
     fn look_at_descriptor(
         &self,
         process: &mut Process,
@@ -313,7 +317,8 @@ impl Search {
         links: BorrowedFd<'_>,
         fd: i32,
     ) -> bool {
-        // Most are of other files: that is told much sooner than the rest.
+        // Most descriptors are of other files, and a glance shows that much
+        // sooner than a closer look.
         let name = fd.to_string();
         let Some((id, kind)) = glance(links, &name) else {
             return false;
@@ -346,7 +351,7 @@ impl Search {
         false
     }
 
-    /// The same where links cannot be read: `fdinfo` can (seen on 6.18, where
+    /// The same when links cannot be read but `fdinfo` can (seen on 6.18, where
     /// `proc_pid_readlink` waits for the end of execve(2)).
     fn look_at_descriptor_in_execve(&self, process: &mut Process, table: i32, fd: i32) -> bool {
         let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
@@ -361,8 +366,8 @@ impl Search {
         text.contains("\nscm_fds:")
     }
 
-    /// Notes that a process has a file open, if by more than a path: the link
-    /// of a mere path has no rights.
+    /// Notes that a process has a file open by more than an `O_PATH`
+    /// descriptor: the link of such a descriptor has no rights.
     fn note_holder(&self, process: &mut Process, at: usize, links: BorrowedFd<'_>, name: &str) {
         let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::STATX_DONT_SYNC;
         let link = rustix::fs::statx(links, name, flags, StatxFlags::MODE);
@@ -399,7 +404,7 @@ impl Search {
                 command: process.command(),
             };
             let is_marked = wanted.mark.is_some_and(|byte| {
-                // Neighbouring locks of one description are one.
+                // Neighbouring locks of one description are merged.
                 info.locks.iter().any(|lock| {
                     lock.kind == proc_locks::Kind::Description
                         && (LOCK_BASE..=byte).contains(&lock.start)
@@ -416,9 +421,9 @@ impl Search {
         }
     }
 
-    /// What an io_uring has registered is told by name only. A name proves
-    /// nothing about a file of the same filesystem: it may be another link, or
-    /// one that somebody else has by now.
+    /// Notes the files that are registered with an io_uring. The kernel shows
+    /// only their names. On the same filesystem a name proves nothing: it may
+    /// be another link, or may lead to another file by now.
     fn look_into_ring(&self, process: &mut Process, table: i32, fd: i32, mut info: FdInfo) {
         // While somebody submits, the kernel leaves the files out.
         for _ in 1..TRIES {
@@ -427,7 +432,7 @@ impl Search {
             }
             std::thread::sleep(Duration::from_millis(1));
             let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
-                // It is gone.
+                // The descriptor is gone.
                 return;
             };
             info = proc::parse_fdinfo(&text);
@@ -438,7 +443,8 @@ impl Search {
             self.hide(&format!("{ring}, which does not tell what it has open"));
             return;
         }
-        // What is no file of a mounted filesystem has a name without a slash.
+        // A file that is not on a mounted filesystem has a name without a
+        // slash.
         for path in info.registered.iter().filter(|path| path.starts_with('/')) {
             let device = device_behind(pid, path);
             for (at, wanted) in self.wanted.iter().enumerate() {
@@ -460,7 +466,7 @@ impl Search {
             return;
         };
         let mut mapped: HashMap<usize, Opener> = HashMap::new();
-        // Long to read: once at most.
+        // Takes long to read, so it is read once at most.
         let mut fixed = None;
         for entry in maps.lines().filter_map(proc::parse_maps_line) {
             for &at in self.by_inode.get(&entry.inode).into_iter().flatten() {
@@ -469,8 +475,8 @@ impl Search {
                 if (entry.major, entry.minor) != (device.major, device.minor) {
                     continue;
                 }
-                // A shared mapping that may not be written through now may
-                // become so, if its description allows it: VmFlags tell.
+                // A shared mapping that is not writable now may become writable
+                // if its description allows that. VmFlags tell.
                 let writable = entry.shared
                     && (entry.writable
                         || !fixed
@@ -501,7 +507,7 @@ impl Search {
         }
     }
 
-    /// Users of the files inside the kernel that can be found.
+    /// Notes the users of the files inside the kernel that can be found.
     fn look_into_the_kernel(&self) {
         for user in all_kernel_users() {
             for (at, wanted) in self.wanted.iter().enumerate() {
@@ -513,13 +519,13 @@ impl Search {
     }
 }
 
-/// Whether `link` leads to the inode, without asking a server behind a
-/// network filesystem.
+/// Whether `link` leads to the inode. Does not contact the server of a network
+/// filesystem.
 fn is_inode(link: &str, id: InodeId) -> bool {
     identify(link) == Some(id)
 }
 
-/// The inode that a link leads to, without asking a server behind a network
+/// The inode that a link leads to. Does not contact the server of a network
 /// filesystem.
 pub(crate) fn identify(link: &str) -> Option<InodeId> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
@@ -530,9 +536,9 @@ pub(crate) fn identify(link: &str) -> Option<InodeId> {
     })
 }
 
-/// The inode that a link of `/proc/<pid>/fd` leads to, and its type, without
-/// asking a server behind a network filesystem. Files that the kernel made
-/// without a filesystem are of no type.
+/// The inode that a link of `/proc/<pid>/fd` leads to, and its type. Does not
+/// contact the server of a network filesystem. Files that the kernel made
+/// without a filesystem have no type.
 fn glance(links: BorrowedFd<'_>, name: &str) -> Option<(InodeId, FileType)> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
     let asked = StatxFlags::INO | StatxFlags::TYPE;
@@ -544,8 +550,8 @@ fn glance(links: BorrowedFd<'_>, name: &str) -> Option<(InodeId, FileType)> {
     Some((id, FileType::from_raw_mode(stat.stx_mode.into())))
 }
 
-/// Whether a file may be one that the kernel made without a filesystem: it has
-/// no type (seen on 6.18), or is where an eventfd is.
+/// Whether a file may be one that the kernel made without a filesystem: such a
+/// file has no type (seen on 6.18), or is on the same device as an eventfd.
 fn is_anonymous(id: InodeId, kind: FileType) -> bool {
     static DEVICE: OnceLock<Option<u64>> = OnceLock::new();
     let device = DEVICE.get_or_init(|| {

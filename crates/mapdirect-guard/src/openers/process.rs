@@ -1,4 +1,4 @@
-//! What is read about one process.
+//! Reads facts about one process.
 
 use mapdirect_sys::{kcmp, proc};
 use rustix::fs::{AtFlags, StatxFlags};
@@ -11,14 +11,14 @@ pub(super) struct Socket {
 }
 
 impl Socket {
-    /// How many descriptors are in flight through it.
+    /// The number of descriptors in flight through this socket.
     pub(super) fn in_flight(&self) -> u64 {
         proc::read_task_file(self.table, &format!("fdinfo/{}", self.fd))
             .map_or(0, |text| proc::parse_fdinfo(&text).in_flight)
     }
 }
 
-/// A process, and its name once somebody wants to know.
+/// A process. Its name is looked up when it is needed.
 pub(super) struct Process {
     pub(super) pid: i32,
     pub(super) threads: Vec<i32>,
@@ -33,9 +33,10 @@ impl Process {
             .clone()
     }
 
-    /// Threads whose tables of descriptors are all there are: they may have
-    /// some of their own (`CLONE_FILES` left out). The first thread may have
-    /// ended before the others, and has none then.
+    /// Threads whose descriptor tables together are all of the process's
+    /// tables. A thread may have a table of its own (created without
+    /// `CLONE_FILES`). The first thread may have ended before the others, and
+    /// then has none.
     pub(super) fn descriptor_tables(&self) -> Vec<i32> {
         let mut tables = vec![self.pid];
         let mut last = self.pid;
@@ -51,9 +52,9 @@ impl Process {
         tables
     }
 
-    /// What is mapped, and a thread it can be read of. All threads of a
-    /// process have one memory, but those that have ended, the first one
-    /// perhaps, show none.
+    /// The mappings, and a thread by which they can be read. All threads of a
+    /// process share one memory, but threads that have ended show none, and the
+    /// first thread may be one of them.
     pub(super) fn maps(&self) -> Option<(i32, String)> {
         let others = self.threads.iter().copied().filter(|tid| *tid != self.pid);
         std::iter::once(self.pid).chain(others).find_map(|tid| {
@@ -63,8 +64,9 @@ impl Process {
     }
 }
 
-/// The device of the file that a path of the kernel leads to, from here and
-/// from where a process stands; nothing if that cannot be told, or differs.
+/// The device of the file that a path from the kernel leads to, or `None` if
+/// that cannot be found out or if the path leads elsewhere from the process's
+/// root directory.
 pub(super) fn device_behind(pid: i32, path: &str) -> Option<u64> {
     let path = proc::unescape(path);
     let here = device_of(&path)?;
@@ -78,8 +80,8 @@ fn device_of(path: &str) -> Option<u64> {
     Some(rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor))
 }
 
-/// Where the mappings begin that `mprotect(2)` cannot make writable: without
-/// `mw` in VmFlags. None, if that cannot be told.
+/// The start addresses of mappings that `mprotect(2)` cannot make writable,
+/// because VmFlags lack `mw`. Empty if that cannot be found out.
 pub(super) fn never_writable(tid: i32) -> HashSet<u64> {
     let smaps = proc::read_task_file(tid, "smaps").unwrap_or_default();
     let mut fixed = HashSet::new();

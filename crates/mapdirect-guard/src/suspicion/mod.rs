@@ -1,29 +1,32 @@
-//! Whether what a thread is doing can concern a file. Pure.
+//! Decides whether what a thread is doing can concern a file. Pure.
 //!
 //! A thread is judged by the functions on its kernel stack, which nobody can
-//! forge, and never by memory of its process. The question is always about one
-//! short way through the kernel, between the moment a gate let something pass
-//! (before it knew of the file) and the moment the kernel counts it:
+//! forge, and never by the memory of its process. The question is always about
+//! one short way through the kernel: from the moment when a gate let something
+//! pass, before it knew of the file, to the moment when the kernel counts that
+//! operation.
 //!
 //! * **Truncation by path** needs no description. `vfs_truncate` (fs/open.c)
-//!   asks the gate (`fsnotify_truncate_perm`), takes a write reference of the
-//!   mount (`mnt_want_write`), and then counts as a writer of the inode
+//!   asks the gate (`fsnotify_truncate_perm`) and takes a write reference of
+//!   the mount (`mnt_want_write`). It then counts as a writer of the inode
 //!   (`get_write_access`) before it does anything else: before it waits for
-//!   leases, asks a security module or the filesystem. A lease sees it from
-//!   then on. So a thread that *sleeps* is in the way only if it waits there
+//!   leases, or asks a security module or the filesystem. From then on a lease
+//!   sees it. So a *sleeping* thread is a suspect only if it waits on this way
 //!   for a thaw, or for the answer of another listener that the gate asked
-//!   before or after us; whoever sleeps deeper (in somebody's lease, in a
-//!   `FUSE_SETATTR` without an answer) is counted, and whoever sleeps earlier
-//!   (in a path look-up) will meet the gate. One that was taken off its
-//!   processor between these calls is in the way until it runs again.
+//!   before or after this guard. A thread that sleeps deeper (in somebody's
+//!   lease, in a `FUSE_SETATTR` without an answer) is counted. A thread that
+//!   sleeps earlier (in a path look-up) will meet the gate. A thread that was
+//!   taken off its processor between these calls is a suspect until it runs
+//!   again.
 //! * **`open(O_TRUNC)`** counts as a reader from before the gate is asked
-//!   (`do_dentry_open`), so the lease that excludes readers sees it. Where
-//!   readers are let be, it is in the way until it counts as a writer
-//!   (`handle_truncate`): in the filesystem's own `open`, or behind that.
-//! * **Changes** through a description that is in no table any more. Its
-//!   function of the VFS is on the stack, and right below the operation of the
-//!   filesystem, which must be this file's. Where the VFS itself waits the
-//!   stack does not tell whose file it is: a descriptor may ([`descriptors`]).
+//!   (`do_dentry_open`), so a lease that excludes readers sees it. When readers
+//!   are permitted, the thread is a suspect until it counts as a writer
+//!   (`handle_truncate`): in the filesystem's own `open`, or after that.
+//! * **Changes** may go through a description that is in no table any more. The
+//!   VFS function of such a change is on the stack, and right below it the
+//!   filesystem's operation, which must be of this file's filesystem. If the
+//!   VFS itself waits, the stack does not tell which file the call is about,
+//!   but a descriptor may ([`descriptors`]).
 
 mod names;
 #[cfg(test)]
@@ -35,26 +38,26 @@ use self::names::{
 };
 use mapdirect_sys::proc::Syscall;
 
-/// What is looked for.
+/// The kind of operation that is looked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LookFor {
     /// Truncations by path that no count shows yet.
     Truncations,
-    /// The same where readers are let be: opens that will truncate, too.
+    /// The same when readers are permitted: includes opens that will truncate.
     AllTruncations,
-    /// Opens that are past the gate and show in no table yet.
+    /// Opens that are past the gate but in no descriptor table yet.
     Opens,
-    /// Whatever may change a block map.
+    /// Anything that may change a block map.
     Changes,
-    /// The part of that for which reading is enough: sharing blocks, and
-    /// truncation by path.
+    /// The changes for which reading is enough: sharing blocks, and truncation
+    /// by path.
     #[cfg_attr(not(feature = "bpf"), allow(dead_code, reason = "for the bpf gate"))]
     ChangesByReaders,
     /// Making mappings.
     Mappings,
 }
 
-/// The names that functions of a filesystem begin with.
+/// The prefix of the names of a filesystem's functions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Prefix(pub(crate) &'static str);
 
@@ -64,32 +67,32 @@ impl Prefix {
     }
 }
 
-/// What a stack says.
+/// What a stack says about a thread and a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Finding {
-    /// It cannot concern the file.
+    /// The thread cannot concern the file.
     Nothing,
-    /// It may.
+    /// The thread may concern the file.
     May(&'static str),
-    /// It may, unless the descriptors it was called with are of other files.
+    /// It may, unless the descriptors of its call are of other files.
     MayByDescriptor(&'static str),
-    /// It may if this filesystem is frozen.
+    /// It may, if the file's filesystem is frozen.
     IfFrozen(&'static str),
-    /// It may if somebody has a lease on the file.
+    /// It may, if somebody has a lease on the file.
     IfLeased(&'static str),
-    /// It may if another listener watches the file.
+    /// It may, if another listener watches the file.
     IfWatched(&'static str),
 }
 
-/// Whether the function that a thread sleeps in says already that it cannot
-/// concern the file: its stack need not be read.
+/// Whether the function in which a thread sleeps already shows that the thread
+/// cannot concern the file. Its stack then need not be read.
 pub(crate) fn is_elsewhere(look_for: LookFor, function: &str) -> bool {
     IDLE.contains(&function)
         || look_for == LookFor::Truncations
             && (BEFORE_OR_COUNTED.contains(&function) || function.starts_with("fuse_"))
 }
 
-/// What the functions from the innermost one out to the one asked about say.
+/// What the innermost functions say, up to the function in question.
 fn waiting(inner: &[&str], doing: &'static str) -> Option<Finding> {
     if inner.iter().any(|function| waits_for_answer(function)) {
         return Some(Finding::IfWatched(doing));
@@ -135,7 +138,8 @@ fn truncation(functions: &[&str]) -> Finding {
         "ksys_truncate",
         "do_truncate_path",
     ];
-    /// Called before the gate is asked, or when the inode counts a writer.
+    /// Functions that are called before the gate is asked, or when the inode
+    /// already counts a writer.
     const OUTSIDE: [&str; 15] = [
         "do_truncate",
         "notify_change",
@@ -163,11 +167,11 @@ fn truncation(functions: &[&str]) -> Finding {
     waiting(inner, DOING).unwrap_or(Finding::May(DOING))
 }
 
-/// Opens past the gate; those that truncate, if `truncates`, until that is
-/// counted.
+/// Judges an open that is past the gate. With `truncates`, only opens that
+/// truncate count, until the inode counts them as writers.
 fn opening(functions: &[&str], prefix: Prefix, truncates: bool) -> Finding {
     const DOING: &str = "in the middle of opening something";
-    /// Files that are none of a filesystem, and waits before the gate.
+    /// Files that are on no filesystem, and waits before the gate.
     const ELSEWHERE: [&str; 8] = [
         "fifo_open",
         "chrdev_open",
@@ -200,7 +204,8 @@ fn opening(functions: &[&str], prefix: Prefix, truncates: bool) -> Finding {
     if let Some(found) = waiting(inner, DOING) {
         return found;
     }
-    // Right where the VFS is: taken off its processor, or in somebody's lease.
+    // The thread is in the VFS itself: it was taken off its processor, or waits
+    // in somebody's lease.
     let is_of_vfs = |function: &&str| {
         outer.contains(function)
             || is_machinery(function)
@@ -210,8 +215,8 @@ fn opening(functions: &[&str], prefix: Prefix, truncates: bool) -> Finding {
             || counted.contains(function)
     };
     if inner.iter().any(|name| name.contains("break_lease")) {
-        // The holder has the file open already: nobody can have a lease on it
-        // that an open for reading waits for.
+        // The holder already has the file open, so nobody can have a lease on
+        // it for which an open for reading waits.
         return if truncates {
             Finding::Nothing
         } else {
@@ -246,8 +251,8 @@ fn change(names: &'static [&'static str], functions: &[&str], prefix: Prefix) ->
     if let Some(found) = waiting(inner, doing) {
         return found;
     }
-    // From one file to another: while it reads from one, nothing tells of the
-    // other.
+    // These calls go from one file to another. While they read from one,
+    // nothing tells which the other is.
     let from_file = [
         "do_sendfile",
         "do_splice_direct",
@@ -278,8 +283,8 @@ fn mapping(functions: &[&str]) -> Finding {
 }
 
 /// The descriptors through which a system call can change a file, if the
-/// registers say. Numbers of i386 that mean something else in this table
-/// write to no file, so they are not met here.
+/// registers tell. The i386 numbers that mean something else in this table
+/// write to no file, so they do not occur here.
 pub(crate) fn descriptors(syscall: &Syscall) -> Option<Vec<i32>> {
     if !syscall.is_genuine() {
         return None;

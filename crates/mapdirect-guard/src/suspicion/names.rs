@@ -1,6 +1,6 @@
-//! The functions of the kernel that tell what a thread is doing.
+//! The kernel functions that tell what a thread is doing.
 
-/// Where threads sleep that are in the middle of nothing at all.
+/// Functions in which threads sleep that are in the middle of nothing at all.
 pub(super) const IDLE: [&str; 24] = [
     "futex_wait_queue",
     "futex_do_wait",
@@ -28,7 +28,7 @@ pub(super) const IDLE: [&str; 24] = [
     "io_wq_worker",
 ];
 
-/// Where threads sleep that, if they truncate at all, are before the gate or
+/// Functions in which a truncating thread is either before the gate or already
 /// counted: see the head of [`suspicion`](super).
 pub(super) const BEFORE_OR_COUNTED: [&str; 10] = [
     "__break_lease",
@@ -58,7 +58,8 @@ pub(super) fn waits_for_answer(function: &str) -> bool {
         || function.starts_with("__fsnotify")
 }
 
-/// Frames of the scheduler and of locks, which say nothing about whose.
+/// Whether a frame belongs to the scheduler or to locks. Such frames do not
+/// tell which file a call is about.
 pub(super) fn is_machinery(function: &str) -> bool {
     function.starts_with("schedule")
         || function.starts_with("__schedule")
@@ -73,7 +74,7 @@ pub(super) fn is_machinery(function: &str) -> bool {
         || function.starts_with("sysvec_")
 }
 
-/// The functions a thread is inside of while it changes a file.
+/// The functions that a thread is inside of while it changes a file.
 pub(super) const CHANGING: [&str; 35] = [
     "vfs_write",
     "vfs_writev",
@@ -102,7 +103,7 @@ pub(super) const CHANGING: [&str; 35] = [
     "xfs_ioc_exchange_range",
     "xfs_ioc_swapext",
     "xfs_swap_extents",
-    // F_SETFL, which moves a write that has been judged.
+    // F_SETFL, which moves a write that has been judged already.
     "__x64_sys_fcntl",
     "__ia32_sys_fcntl",
     "__ia32_compat_sys_fcntl",
@@ -113,7 +114,7 @@ pub(super) const CHANGING: [&str; 35] = [
     "ext4_ioctl",
 ];
 
-/// Those of them that a reader can be inside of.
+/// The functions among [`CHANGING`] that a reader can be inside of.
 pub(super) const SHARING: [&str; 8] = [
     "vfs_clone_file_range",
     "vfs_dedupe_file_range",
@@ -125,7 +126,7 @@ pub(super) const SHARING: [&str; 8] = [
     "xfs_ioc_swapext",
 ];
 
-/// Where what is written goes into no file.
+/// Functions whose writes go into no file.
 pub(super) const NOT_A_FILE: [&str; 12] = [
     // splice(2) from a file, for as long as nobody reads.
     "splice_file_to_pipe",

@@ -1,21 +1,21 @@
-//! Threads that may open a pinned file for writing, because somebody who may
-//! pin has said so.
+//! Announcements of threads that may open a pinned file for writing, because a
+//! process that may pin has announced them.
 
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 use std::time::Instant;
 
-/// Most announcements of one file that are good at a time.
+/// The most announcements of one file that are valid at a time.
 pub(super) const MAX_ANNOUNCED: usize = 64;
 
-/// A thread that may open a pinned file for writing, once and soon.
+/// Permits one thread to open a pinned file for writing, once and soon.
 #[derive(Debug)]
 pub(crate) struct Announcement {
     pub(super) tid: i32,
-    /// When that thread began: its number is used again.
+    /// When that thread started: a thread's number is used again after its end.
     pub(super) start: u64,
-    /// The last moment to come to the gate.
+    /// The last moment at which the thread may come to the gate.
     until: Instant,
-    /// It has come, or may not any more.
+    /// The thread has come to the gate, or may not come any more.
     over: AtomicBool,
 }
 
@@ -29,13 +29,14 @@ impl Announcement {
         }
     }
 
-    /// Whether it lets in a thread that comes to the gate at `came`.
+    /// Whether the announcement lets in a thread that comes to the gate at
+    /// `came`.
     pub(crate) fn is_good(&self, came: Instant) -> bool {
         came <= self.until && !self.over.load(SeqCst)
     }
 
-    /// Ends it; says whether that was the first time. Whoever let the thread
-    /// in must have asked this.
+    /// Uses the announcement up, and says whether this was the first use. Only
+    /// the caller that gets `true` may let the thread in.
     pub(crate) fn take(&self) -> bool {
         !self.over.swap(true, SeqCst)
     }

@@ -20,19 +20,19 @@ use std::time::{Duration, Instant};
 /// What a filesystem can do with the blocks of its files.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Abilities {
-    /// Files can share them.
+    /// Files can share blocks.
     pub(crate) reflink: bool,
-    /// Files can exchange them (`XFS_IOC_EXCHANGE_RANGE`).
+    /// Files can exchange blocks (`XFS_IOC_EXCHANGE_RANGE`).
     pub(crate) exchange: bool,
-    /// Writing to a part of a folio makes all of it dirty.
+    /// A write to a part of a folio makes the whole folio dirty.
     pub(crate) coarse: bool,
 }
 
-/// The pins of an inode, swapped in whole.
+/// The pins of an inode. A change replaces the whole set at once.
 pub(crate) type Pins = ArcSwap<PinSet<Pin>>;
 
 impl Published<'_, Pins> {
-    /// The pins there are after something was noted.
+    /// Loads the pins as they are after something was noted.
     pub(crate) fn load(&self) -> arc_swap::Guard<Arc<PinSet<Pin>>> {
         self.other().load()
     }
@@ -42,47 +42,47 @@ impl Published<'_, Pins> {
 #[derive(Debug)]
 pub(crate) struct Watched {
     pub(crate) id: InodeId,
-    /// What its filesystem can do.
+    /// The abilities of its filesystem.
     pub(crate) abilities: Abilities,
-    /// Where it was when the gate closed.
+    /// The path of the file when the gate closed.
     pub(crate) path: Arc<str>,
-    /// What is pinned of it.
+    /// The pins on this inode.
     pub(crate) pins: Pins,
-    /// The same in one, for the fanotify gate.
+    /// The layers of all pins in one, for the fanotify gate.
     layered: Layered,
-    /// What the gate has let through, for grants to hear of.
+    /// Notes on what the gate has let through, for grants to read.
     pub(crate) notes: Notes,
-    /// What a grant under way asks of opens.
+    /// What a grant under way demands of opens.
     pub(crate) opens: Opens,
-    /// Threads that may open it for writing, once each.
+    /// Threads that may open the file for writing, once each.
     announced: ArcSwap<Vec<Arc<Announcement>>>,
-    /// Refusals by operation.
+    /// Counts of refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
-    /// Who waits for a grant.
+    /// The requests that wait for a grant.
     pub(crate) queue: Queue,
-    /// The file, as long as it is behind the fanotify gate.
+    /// A path to the file, as long as the file is behind the fanotify gate.
     anchor: Mutex<Option<Anchor>>,
     grant: Mutex<GrantState>,
-    /// Held while the tripwire has it open for a look.
+    /// Locked while the tripwire has the file open for a look.
     looking: Mutex<()>,
 }
 
 /// A file behind the fanotify gate.
 #[derive(Clone, Debug)]
 struct Anchor {
-    /// A path to it.
+    /// An `O_PATH` descriptor of the file.
     path: Arc<OwnedFd>,
-    /// What close events call it.
+    /// The name that close events have for the file.
     object: Object,
 }
 
-/// What grants on one inode know. Held for the whole of a grant.
+/// What grants on one inode know. A grant locks this from start to end.
 #[derive(Debug, Default)]
 pub(crate) struct GrantState {
-    /// It was proven that every description that matters was opened behind
+    /// It has been proven that every description that matters was opened behind
     /// the gate.
     pub(crate) closed: bool,
-    /// The entry left the table: look it up again.
+    /// The entry has left the table, and must be looked up again.
     pub(crate) retired: bool,
 }
 
@@ -105,14 +105,15 @@ impl Watched {
         }
     }
 
-    /// Keeps a path to the file, to open it by when it must be looked at: of a
-    /// mount of its own, so that nobody finds his own mount busy. It is no
-    /// description that a lease would count.
+    /// Keeps a path to the file, so that the file can be opened when it must be
+    /// looked at. The path is on a mount of its own, so that nobody finds their
+    /// own mount busy. A lease does not count such a path as an open
+    /// description.
     pub(crate) fn cast_anchor(&self, file: BorrowedFd<'_>) -> Result<Object, Errno> {
         let path = match open_tree::detached(file) {
             Ok(path) => path,
-            // It is on a mount of another namespace, a container's: that mount
-            // it is, then.
+            // The file is on a mount of another namespace, such as a
+            // container's, so the path has to be on that mount.
             Err(_) => proc::reopen(file, OFlags::PATH)?,
         };
         let object = Object::of(file)?;
@@ -130,8 +131,9 @@ impl Watched {
         anchor.as_ref().map(|anchor| Arc::clone(&anchor.path))
     }
 
-    /// Lets go of the path to the file, and of its filesystem; says what close
-    /// events called it. Not for the gate thread: that may have to wait.
+    /// Gives up the path to the file, and with it the file's filesystem.
+    /// Returns the name that close events had for the file. Giving up a path
+    /// may have to wait, so the gate thread must not do this.
     pub(crate) fn weigh_anchor(&self) -> Option<Object> {
         let anchor = self.lock_anchor().take()?;
         Some(anchor.object)
@@ -141,13 +143,15 @@ impl Watched {
         self.anchor.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has it open for a look, as long as this lives.
+    /// Marks that the tripwire has the file open for a look, as long as the
+    /// returned value lives.
     pub(crate) fn look(&self) -> MutexGuard<'_, ()> {
         self.looking.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Nobody looks while this lives, so that no description is there but those
-    /// of others. A look that takes longer is not waited for.
+    /// Keeps the tripwire from looking while the returned value lives, so that
+    /// only other processes can have the file open. Does not wait for a look
+    /// that takes long.
     pub(crate) fn pause_looks(&self) -> Option<MutexGuard<'_, ()>> {
         for _ in 0..200 {
             match self.looking.try_lock() {
@@ -159,32 +163,33 @@ impl Watched {
         None
     }
 
-    /// Publishes a pin, and gives leave to look at what the gate let through
-    /// before it could see the pin.
+    /// Publishes a pin, and permits its caller to look at what the gate let
+    /// through before it could see the pin.
     pub(crate) fn publish(&self, pin: &Arc<Pin>) -> Published<'_, Notes> {
         if self.pins.load().iter().all(|pin| pin.is_dead()) {
-            // What is under way is waited for, and no pin remembers the rest.
+            // A grant waits for shares that are under way, and no pin remembers
+            // the others.
             self.notes.forget_shares();
         }
         Published::after::<Machine>(&self.notes, || self.add(pin))
     }
 
-    /// A pin that was published before, and leave to look at what the gate let
-    /// through before it could see the pin.
+    /// Finds a pin that was published before, and permits its caller to look at
+    /// what the gate let through before it could see the pin.
     pub(crate) fn published(&self, id: u64) -> Option<(Arc<Pin>, Published<'_, Notes>)> {
         let pins = self.pins.load();
         let pin = Arc::clone(pins.iter().find(|pin| pin.id == id)?);
         Some((pin, Published::after::<Machine>(&self.notes, || ())))
     }
 
-    /// Notes an operation that the gate is about to let through, and gives
-    /// leave to look for pins once more.
+    /// Notes an operation that the gate is about to let through, and permits
+    /// its caller to look for pins once more.
     pub(crate) fn note(&self, passing: Passing) -> Published<'_, Pins> {
         self.notes.note(passing, &self.pins)
     }
 
-    /// Lets an announced open for writing through if `may_go_on` says so, who
-    /// looks for pins after the open was noted.
+    /// Lets an announced open for writing through if `may_go_on` says so.
+    /// `may_go_on` looks at the pins after the open was noted.
     pub(crate) fn let_writer_through(&self, may_go_on: impl FnOnce(&PinSet<Pin>) -> bool) -> bool {
         let pins = self.notes.note_writer(&self.pins);
         let goes_on = may_go_on(&pins.load());
@@ -194,7 +199,7 @@ impl Watched {
         goes_on
     }
 
-    /// The grant state, if nobody is granting.
+    /// The grant state, if no grant is under way.
     pub(crate) fn try_grant(&self) -> Option<MutexGuard<'_, GrantState>> {
         match self.grant.try_lock() {
             Ok(guard) => Some(guard),
@@ -214,13 +219,14 @@ impl Watched {
         }
     }
 
-    /// Has the fanotify gate judge by what is known of its pins now.
+    /// Makes the fanotify gate judge by what is known of the pins now.
     pub(crate) fn renew_layers(&self) {
         self.layered.renew(&self.pins);
     }
 
-    /// Whether none of `pins`, which are those of this inode, minds an
-    /// operation on a file of `size` bytes; no if each of them must be asked.
+    /// Whether none of `pins`, which must be the pins of this inode, refuses an
+    /// operation on a file of `size` bytes. `false` means that each pin must be
+    /// asked.
     pub(crate) fn lets_pass(
         &self,
         pins: &PinSet<Pin>,
@@ -231,8 +237,8 @@ impl Watched {
         self.layered.let_pass(pins, operation, size, moved)
     }
 
-    /// Lets a thread open it for writing, once. Says no when too many have
-    /// been announced and not come.
+    /// Lets a thread open the file for writing, once. Returns `false` when too
+    /// many announced threads have not come yet.
     pub(crate) fn announce(&self, announcement: &Arc<Announcement>) -> bool {
         let mut room = false;
         let now = Instant::now();
@@ -251,15 +257,15 @@ impl Watched {
         room
     }
 
-    /// Whether a thread of this number was announced. Takes no lock.
+    /// Whether a thread with this number was announced. Takes no lock.
     pub(crate) fn may_be_announced(&self, tid: i32) -> bool {
         let announced = self.announced.load();
         announced.iter().any(|announcement| announcement.tid == tid)
     }
 
     /// The announcement of thread `tid`, which came to the gate at `came`.
-    /// `start_time` tells when the thread of that number began, and is asked
-    /// only if there is an announcement. Takes no lock.
+    /// `start_time` tells when the thread with that number started, and is
+    /// called only if there is an announcement. Takes no lock.
     pub(crate) fn announced(
         &self,
         tid: i32,

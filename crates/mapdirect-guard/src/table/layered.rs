@@ -1,16 +1,18 @@
-//! All pins of an inode in one, for the fanotify gate to judge by.
+//! All pins of an inode merged, for the fanotify gate to judge by.
 //!
-//! Most operations are nobody's business, however many pins there are: the gate
-//! asks the [`Layers`] of all of them at once, and asks pin after pin only when
-//! these refuse, to find out which one it is, and whether that is still held.
+//! No pin refuses most operations, however many pins there are. So the gate
+//! first asks the merged [`Layers`] of all pins. Only when the layers refuse
+//! does it ask pin after pin, to find out which pin refuses, and whether that
+//! pin is still held.
 //!
-//! Layers are put together by whoever changes what is pinned, not by the gate's
-//! thread, and swapped in whole. They say for which set of pins they are made.
-//! For another set they count for nothing, and each pin is asked: so a pin that
-//! has just been published is never missed, and layers that nobody renewed cost
-//! time and nothing else. When a pin is settled anew, layers may be those from
-//! before for a moment. What is let through then might have come before as well,
-//! and the holder is told only after they are renewed.
+//! The threads that change what is pinned merge the layers, not the gate's
+//! thread, and replace them as a whole. A snapshot records the set of pins it
+//! was made for. For another set of pins the snapshot does not count, and each
+//! pin is asked. So a newly published pin is never missed, and outdated layers
+//! cost nothing but time. While a pin is being settled anew, the layers may be
+//! the earlier ones for a moment. An operation that these let through might
+//! have come before as well, and the holder is told only after the layers are
+//! renewed.
 
 use super::pin::{Pin, Settled};
 use crate::ledger::PinSet;
@@ -18,7 +20,7 @@ use crate::policy::{Layers, Operation};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use std::sync::Arc;
 
-/// The layers of all pins of an inode, if they have been put together.
+/// The layers of all pins of an inode, if they have been merged.
 #[derive(Debug, Default)]
 pub(super) struct Layered(ArcSwapOption<Snapshot>);
 
@@ -30,7 +32,7 @@ struct Snapshot {
 }
 
 impl Snapshot {
-    /// The layers of these pins, unless one of them is not settled yet.
+    /// The layers of these pins, or `None` if a pin is not settled yet.
     fn of(pins: Arc<PinSet<Pin>>) -> Option<Arc<Self>> {
         let live = pins.iter().filter(|pin| !pin.is_dead());
         let settled: Option<Vec<_>> = live.map(|pin| pin.settled()).collect();
@@ -40,20 +42,20 @@ impl Snapshot {
 }
 
 impl Layered {
-    /// Puts the layers of the pins together that there are now. If several do
-    /// so at a time, what stays is made from the newest pins: nobody replaces
-    /// anything but what was there when they looked.
+    /// Merges the layers of the current pins. If several threads do so at a
+    /// time, the layers of the newest pins stay: each thread replaces only the
+    /// snapshot that it has seen.
     pub(super) fn renew(&self, pins: &ArcSwap<PinSet<Pin>>) {
         self.0.rcu(|_| Snapshot::of(pins.load_full()));
     }
 
-    /// Whether layers were ever put together.
+    /// Whether layers were ever merged.
     pub(super) fn is_kept(&self) -> bool {
         self.0.load().is_some()
     }
 
-    /// Whether none of these pins minds an operation on a file of `size` bytes.
-    /// If that is not known, it is not so. Takes no lock.
+    /// Whether none of these pins refuses an operation on a file of `size`
+    /// bytes. `false` if that is not known. Takes no lock.
     pub(super) fn let_pass(
         &self,
         pins: &PinSet<Pin>,
@@ -68,7 +70,7 @@ impl Layered {
     }
 }
 
-/// The layers of several pins in one.
+/// Merges the layers of several pins.
 pub(crate) fn together(settled: &[Arc<Settled>]) -> Arc<Layers> {
     match settled {
         [one] => Arc::clone(&one.layers),

@@ -1,19 +1,19 @@
-//! The life of a pin, in which it only ever goes forward.
+//! The life of a pin, which only ever goes forward.
 
 use std::sync::atomic::{AtomicU8, Ordering::SeqCst};
 
-/// Where a pin stands in its life.
+/// The stage of a pin's life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub(crate) enum Stage {
-    /// It is published, and its blocks are not known yet: any of them may be
-    /// frozen.
+    /// The pin is published, and its blocks are not known yet: any of them may
+    /// be frozen.
     Unsettled,
-    /// Its blocks are known. The guard still has a copy of the description, so
-    /// that the pin cannot end, and the grant may still fail.
+    /// The blocks are known. The guard still has a copy of the description, so
+    /// the pin cannot end, and the grant may still fail.
     Settled,
-    /// Only its holders have the description: the pin is gone when they have
-    /// let go of it.
+    /// Only the holders have the description: the pin ends when they have
+    /// closed it.
     HandedOver,
     /// The description is gone, and nothing is refused for the pin any more.
     Dead,
@@ -22,8 +22,8 @@ pub(crate) enum Stage {
 impl Stage {
     const ALL: [Self; 4] = [Self::Unsettled, Self::Settled, Self::HandedOver, Self::Dead];
 
-    /// The only ways that a life takes. A pin can die at every stage: the
-    /// process that asked for it can be killed in the middle of the grant.
+    /// The permitted transitions. A pin can die at every stage: the process
+    /// that asked for it can be killed in the middle of the grant.
     const fn may_become(self, next: Self) -> bool {
         matches!(
             (self, next),
@@ -37,7 +37,7 @@ impl Stage {
     }
 }
 
-/// The stage of one pin. Reading and changing it takes no lock.
+/// The stage of one pin. Reading and changing the stage takes no lock.
 #[derive(Debug)]
 pub(super) struct Life(AtomicU8);
 
@@ -48,13 +48,13 @@ impl Life {
 
     pub(super) fn stage(&self) -> Stage {
         let stage = self.0.load(SeqCst);
-        // Nothing else is ever stored.
+        // Only values of `Stage` are ever stored.
         let known = Stage::ALL.into_iter().find(|known| *known as u8 == stage);
         known.unwrap_or(Stage::Dead)
     }
 
-    /// Goes on to `next` if that is a way a life takes from where it is, and
-    /// says whether it did.
+    /// Goes on to `next` if the current stage permits that, and says whether it
+    /// did.
     pub(super) fn advance(&self, next: Stage) -> bool {
         let mut stage = self.stage();
         while stage.may_become(next) {
@@ -63,7 +63,8 @@ impl Life {
                 .compare_exchange(stage as u8, next as u8, SeqCst, SeqCst)
             {
                 Ok(_) => return true,
-                // Somebody else was faster; the way from there counts.
+                // Another thread changed the stage first; check the transition
+                // from there.
                 Err(_) => stage = self.stage(),
             }
         }

@@ -1,8 +1,8 @@
 //! The inodes behind the gate, and what is pinned of each.
 //!
-//! The gate thread looks things up here while other threads wait in the
-//! kernel for its answer, so no look-up takes a lock: every value it reads is
-//! swapped in whole. Changes are made by grants and by the lifetime thread.
+//! The gate thread looks inodes up here while other threads wait in the kernel
+//! for its answer. So no look-up takes a lock: every value that a look-up reads
+//! is replaced as a whole. Grants and the lifetime thread make the changes.
 
 mod announcement;
 mod inode;
@@ -32,7 +32,7 @@ use mapdirect_proto::DeviceId;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Names an inode as long as it is watched.
+/// Identifies an inode as long as it is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct InodeId {
     pub(crate) dev: u64,
@@ -48,8 +48,8 @@ impl InodeId {
     }
 }
 
-/// The bytes of a file that record locks of this guard's pins live on: far
-/// beyond any data, one byte for each pin.
+/// Where the record locks of this guard's pins begin in a file: far beyond any
+/// data, with one byte for each pin.
 pub(crate) const LOCK_BASE: u64 = 1 << 62;
 
 const SHARDS: usize = 1024;
@@ -58,7 +58,7 @@ const SHARDS: usize = 1024;
 #[derive(Debug)]
 pub(crate) struct Table {
     shards: Vec<ArcSwap<Vec<Arc<Watched>>>>,
-    /// Whoever changes the table.
+    /// Locked by the thread that changes the table.
     changing: Mutex<()>,
 }
 
@@ -71,8 +71,9 @@ impl Table {
     }
 
     fn shard(&self, id: InodeId) -> &ArcSwap<Vec<Arc<Watched>>> {
-        // Inode numbers grow with the directory they are made in: the lower
-        // bits spread well, mixed with those above by a Fibonacci hash.
+        // Inode numbers grow with the directory they are made in. Their lower
+        // bits spread well, and a Fibonacci hash mixes them with the higher
+        // bits.
         let mixed = (id.inode ^ id.dev.rotate_left(32)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let at = usize::try_from(mixed >> 54).unwrap_or(0);
         &self.shards[at % SHARDS]
@@ -87,7 +88,7 @@ impl Table {
             .cloned()
     }
 
-    /// The entry of an inode, made if there is none.
+    /// The entry of an inode, created if there is none.
     pub(crate) fn get_or_insert(
         &self,
         id: InodeId,
@@ -105,7 +106,7 @@ impl Table {
         made
     }
 
-    /// Takes an entry out.
+    /// Removes an entry.
     pub(crate) fn remove(&self, watched: &Arc<Watched>) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         let shard = self.shard(watched.id);
@@ -114,9 +115,9 @@ impl Table {
         shard.store(Arc::new(entries));
     }
 
-    /// Waits until a pin that is over has been taken out, for a while. That
-    /// comes in the order in which it is told: somebody may have joined the pin
-    /// before.
+    /// Waits for a while until a pin that has ended is removed. Ends are
+    /// handled in the order in which they are reported, because somebody may
+    /// have joined the pin before.
     pub(crate) fn wait_until_out(&self, id: InodeId, pin: u64) {
         let is_there = || {
             let watched = self.get(id);
@@ -132,7 +133,7 @@ impl Table {
         }
     }
 
-    /// Every entry there is right now.
+    /// All current entries.
     pub(crate) fn all(&self) -> Vec<Arc<Watched>> {
         self.shards
             .iter()

@@ -1,8 +1,9 @@
-//! What the gate has let through on an inode, for grants to hear of.
+//! Notes on what the gate has let through on an inode, for grants to read.
 //!
-//! The gate writes a note before it lets something through; a grant reads the
-//! notes after it has published its pin. See [`publish`](super::publish) for why
-//! that is enough, and for the types that keep this order.
+//! The gate writes a note before it lets an operation through; a grant reads
+//! the notes after it has published its pin. The module
+//! [`publish`](super::publish) explains why that is enough, and has the types
+//! that enforce this order.
 
 use super::publish::{Atomics, Count, Machine, Published, Tally};
 use crate::policy::{Operation, OperationKind as K};
@@ -15,13 +16,13 @@ use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Passing {
     tid: i32,
-    /// It opens the file for writing.
+    /// The operation opens the file for writing.
     writer: bool,
-    /// It may change the block map.
+    /// The operation may change the block map.
     changes: bool,
-    /// It may make a mapping that can be stored to.
+    /// The operation may make a writable mapping.
     maps: bool,
-    /// Blocks that others use may come to lie where they did not.
+    /// The operation may put shared blocks where there were none.
     shares: bool,
 }
 
@@ -31,34 +32,33 @@ impl Passing {
         let kind = operation.kind;
         Self {
             tid,
-            // Opening it with O_TRUNC leaves a writer behind, too.
+            // Opening with O_TRUNC leaves a writer behind, too.
             writer: matches!(kind, K::OpenWrite | K::OpenTruncate),
             changes: !matches!(kind, K::OpenWrite | K::MapWrite),
-            // What nobody knows may be a mapping.
+            // An unknown operation may be a mapping.
             maps: matches!(kind, K::MapWrite | K::Unknown),
             shares: operation.brings_shared,
         }
     }
 }
 
-/// The notes on one inode. What they say can be read by way of [`Published`]
-/// alone.
+/// The notes on one inode. Only [`Published`] permits a grant to read them.
 #[derive(Debug)]
 pub(crate) struct Notes<A: Atomics = Machine, L = LetIn> {
     /// Opens for writing that were let through.
     writers: Tally<A>,
     /// Operations that may change the block map and may still be under way.
     changes: Tally<A>,
-    /// The threads they are under way in.
+    /// The threads in which these operations are under way.
     changes_by: L,
-    /// Mappings through which somebody can store.
+    /// Writable mappings that were let through.
     mappings: Tally<A>,
-    /// The threads that may still be making one.
+    /// The threads that may still be making such a mapping.
     mappings_by: L,
-    /// Operations by which blocks may have come to be shared; collapses, which
-    /// move blocks of the file itself, count in `moved`.
+    /// Operations by which blocks may have become shared. Collapses, which move
+    /// blocks of the file itself, count in `moved`.
     shares: Tally<A>,
-    /// By how many bytes blocks may have come nearer to a pin.
+    /// The number of bytes by which blocks may have come nearer to a pin.
     moved: A::Count,
 }
 
@@ -78,11 +78,11 @@ impl<A: Atomics, L: ThreadList> Default for Notes<A, L> {
 
 /// The gate's side.
 impl<A: Atomics, L: ThreadList> Notes<A, L> {
-    /// Notes an operation, and gives leave to look for pins, at `pins`, once
-    /// more: it may go on only if there are none that mind.
+    /// Notes an operation, and permits its caller to look at `pins` once more:
+    /// the operation may go on only if no pin refuses it.
     ///
-    /// A thread is listed before its operation counts: whoever finds the count
-    /// finds the thread.
+    /// A thread is listed before its operation is counted, so a grant that
+    /// finds the count finds the thread.
     pub(super) fn note<'a, P>(&self, passing: Passing, pins: &'a P) -> Published<'a, P> {
         Published::after::<A>(pins, || {
             if passing.writer {
@@ -102,45 +102,45 @@ impl<A: Atomics, L: ThreadList> Notes<A, L> {
         })
     }
 
-    /// Notes an open for writing that an announcement lets through, and gives
-    /// leave to look whether a grant is under way. If the open cannot go on
-    /// yet, the note is [withdrawn](Self::withdraw_writer).
+    /// Notes an open for writing that an announcement lets through, and permits
+    /// its caller to look whether a grant is under way. If the open cannot go
+    /// on yet, the note is [withdrawn](Self::withdraw_writer).
     pub(super) fn note_writer<'a, P>(&self, pins: &'a P) -> Published<'a, P> {
         Published::after::<A>(pins, || self.writers.note())
     }
 
-    /// Takes the note of an open back that did not go on.
+    /// Withdraws the note of an open that did not go on.
     pub(super) fn withdraw_writer(&self) {
         self.writers.withdraw();
     }
 
-    /// Blocks behind a pin are about to come nearer by so many bytes. Only the
-    /// gate's thread lets blocks be shared or moved: what it notes first, it
-    /// finds noted.
+    /// Notes that blocks behind a pin are about to come nearer by `bytes`. Only
+    /// the gate's thread lets blocks be shared or moved, so it sees its own
+    /// earlier notes.
     pub(crate) fn begin_move(&self, bytes: u64) {
         self.moved.add(bytes);
     }
 
-    /// They were not moved after all.
+    /// Takes back a noted move that did not happen.
     pub(crate) fn cancel_move(&self, bytes: u64) {
         self.moved.add(bytes.wrapping_neg());
     }
 
-    /// By how many bytes blocks may have come nearer.
+    /// The number of bytes by which blocks may have come nearer.
     pub(crate) fn moved(&self) -> u64 {
         self.moved.load()
     }
 
-    /// Whether blocks may have come to be shared.
+    /// Whether blocks may have become shared.
     pub(crate) fn may_be_shared(&self) -> bool {
         self.shares.is_any()
     }
 }
 
-/// The side of grants.
+/// The grants' side.
 impl<A: Atomics, L: ThreadList> Notes<A, L> {
-    /// Forgets what was noted by a gate that has been open since: what it let
-    /// through is found by the proofs that close it.
+    /// Forgets the notes of a gate that has been open since. The proofs that
+    /// close the gate find what it let through.
     pub(crate) fn forget(&self) {
         self.changes_by.take();
         self.mappings_by.take();
@@ -149,22 +149,24 @@ impl<A: Atomics, L: ThreadList> Notes<A, L> {
         }
     }
 
-    /// Forgets what was shared while nothing was pinned: a pin that comes looks
-    /// for itself. What was moved stays, since it is also given back.
+    /// Forgets the shares from before anything was pinned: a new pin reads the
+    /// blocks itself. Noted moves stay, since they are also taken back.
     pub(super) fn forget_shares(&self) {
         self.shares.forget();
     }
 }
 
 impl<A: Atomics, L: ThreadList> Published<'_, Notes<A, L>> {
-    /// Has `prove` show that nobody else can write, if anybody was let in who
-    /// can; says whether anybody was. If that fails, the notes stand.
+    /// Calls `prove` if anybody was let in who can write; `prove` must show
+    /// that nobody else can write. Says whether anybody was let in. If `prove`
+    /// fails, the notes stay.
     pub(crate) fn writers<E>(&self, prove: impl FnOnce() -> Result<(), E>) -> Result<bool, E> {
         self.other().writers.deal(prove)
     }
 
-    /// Has `wait` wait for the threads that may be changing the file, if any
-    /// were let in; says whether any were. If that fails, the notes stand.
+    /// Calls `wait` if any threads were let in that may be changing the file;
+    /// `wait` must wait for them. Says whether any were let in. If `wait`
+    /// fails, the notes stay.
     pub(crate) fn changes<E>(
         &self,
         wait: impl FnOnce(&Threads) -> Result<(), E>,
@@ -173,8 +175,9 @@ impl<A: Atomics, L: ThreadList> Published<'_, Notes<A, L>> {
         notes.changes.deal(|| notes.changes_by.deal(wait))
     }
 
-    /// Has `wait` wait for the threads that may be making a mapping to store
-    /// by; says whether any was ever made. That stays noted: mappings last.
+    /// Calls `wait` to wait for the threads that may be making a writable
+    /// mapping. Says whether any such mapping was ever made. That stays noted,
+    /// because mappings last.
     pub(crate) fn mappings<E>(
         &self,
         wait: impl FnOnce(&Threads) -> Result<(), E>,
@@ -187,7 +190,7 @@ impl<A: Atomics, L: ThreadList> Published<'_, Notes<A, L>> {
     }
 }
 
-/// A list of threads that one side writes and the other takes.
+/// A list of threads that the gate writes and a grant takes.
 pub(crate) trait ThreadList: Debug + Default {
     fn add(&self, more: &Threads);
     fn take(&self) -> Threads;
@@ -206,23 +209,25 @@ pub(crate) trait ThreadList: Debug + Default {
     }
 }
 
-/// Threads that the gate has let in and that may still be at it. No lock.
+/// Threads that the gate has let in and that may still be running their
+/// operation. Takes no lock.
 #[derive(Debug, Default)]
 pub(crate) struct LetIn(ArcSwap<Threads>);
 
-/// Threads, as far as they are known.
+/// A list of threads, which may be incomplete.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Threads {
     pub(crate) tids: Vec<i32>,
-    /// There were more: anybody may be one of them.
+    /// There were more threads than the list holds: any thread may be one of
+    /// them.
     pub(crate) and_others: bool,
 }
 
-/// Most threads remembered for a file.
+/// The most threads remembered for a file.
 const MAX_LET_IN: usize = 256;
 
 impl Threads {
-    /// These and others.
+    /// Both lists in one.
     pub(super) fn with(&self, more: &Self) -> Self {
         let mut threads = self.clone();
         threads.and_others |= more.and_others;
@@ -250,7 +255,8 @@ impl ThreadList for LetIn {
     }
 }
 
-/// What a grant under way asks of opens, and whether any wait for it.
+/// What a grant under way demands of opens, and whether any open waits for the
+/// grant.
 #[derive(Debug, Default)]
 pub(crate) struct Opens {
     held: AtomicBool,
@@ -269,10 +275,10 @@ impl Opens {
         self.held.store(held, SeqCst);
     }
 
-    /// Says that an open for writing waits at the gate, and whether it may: the
-    /// kernel counts it as a writer already, and the grant may be waiting for
-    /// that to end. If the grant begins to refuse right after this has looked,
-    /// it has the gate look again at whoever waits.
+    /// Notes that an open for writing waits at the gate, and says whether it
+    /// may. The kernel already counts this open as a writer, and the grant may
+    /// be waiting for writers to end. If the grant begins to refuse right after
+    /// this check, it makes the gate look again at the waiting opens.
     pub(crate) fn may_wait(&self) -> bool {
         self.waiting.store(true, SeqCst);
         !self.refused.load(SeqCst)
@@ -283,13 +289,13 @@ impl Opens {
         self.waiting.load(SeqCst) && !self.refused.load(SeqCst)
     }
 
-    /// Has opens for writing refused at once; the gate must be told to look
-    /// again at those that wait.
+    /// Makes the gate refuse opens for writing at once. The caller must tell
+    /// the gate to look again at the opens that wait.
     pub(crate) fn refuse(&self) {
         self.refused.store(true, SeqCst);
     }
 
-    /// The grant is over.
+    /// Clears the demands when the grant is over.
     pub(crate) fn reset(&self) {
         self.refused.store(false, SeqCst);
         self.waiting.store(false, SeqCst);

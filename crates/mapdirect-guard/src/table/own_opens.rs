@@ -6,14 +6,14 @@ use crossbeam_queue::ArrayQueue;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 
-/// Threads of the guard that are about to open a file behind its own gate:
-/// their opens are let in without question.
+/// Threads of the guard that are about to open a file behind its own gate. The
+/// gate lets their opens in without question.
 #[derive(Debug)]
 pub(crate) struct OwnOpens {
     slots: [AtomicI32; 64],
-    /// Those that take long about it.
+    /// Threads whose opens may take long.
     long: ArcSwap<Vec<i32>>,
-    /// The one that wants the description of its event instead of one of its
+    /// The thread that wants the description of its event instead of one of its
     /// own.
     quiet: AtomicI32,
     handed: ArrayQueue<OwnedFd>,
@@ -29,11 +29,12 @@ impl OwnOpens {
         }
     }
 
-    /// A description of a file behind the gate that nobody hears of: what is
-    /// opened, used and closed by it raises no events, also not inotify's. It
-    /// is the one of the event that the kernel asks the gate by whether `open`
-    /// may go on, which then may not. For one thread at a time; another one
-    /// gets a description as any.
+    /// Opens a file behind the gate without anybody noticing: what is done by
+    /// the returned description raises no events, not even for inotify. The
+    /// description is the one in the permission event by which the kernel asks
+    /// the gate whether `open` may go on; the gate then refuses `open` itself.
+    /// One thread at a time can do this; any other thread gets an ordinary
+    /// description.
     pub(crate) fn quietly(
         &self,
         open: impl FnOnce() -> Result<OwnedFd, Errno>,
@@ -50,8 +51,8 @@ impl OwnOpens {
         }
     }
 
-    /// Hands the description of an event to the thread that it is about, if
-    /// that waits for it; else gives it back.
+    /// Hands the description of an event to the thread that caused the event,
+    /// if that thread waits for it. Otherwise gives the description back.
     pub(crate) fn hand(&self, tid: i32, file: OwnedFd) -> Option<OwnedFd> {
         if tid == 0 || self.quiet.load(SeqCst) != tid {
             return Some(file);
@@ -59,8 +60,8 @@ impl OwnOpens {
         self.handed.push(file).err()
     }
 
-    /// Runs something with all that the calling thread does to files behind
-    /// the gate let in, for as long as it takes.
+    /// Runs `run`, and lets in everything that the calling thread does to files
+    /// behind the gate meanwhile. `run` may take long.
     pub(crate) fn for_long<T>(&self, run: impl FnOnce() -> T) -> T {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         self.long.rcu(|long| {
@@ -77,7 +78,7 @@ impl OwnOpens {
         result
     }
 
-    /// Runs `open` with the calling thread's opens let in.
+    /// Runs `open`, and lets the calling thread's opens in meanwhile.
     pub(crate) fn during<T>(&self, open: impl FnOnce() -> T) -> T {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         let slot = loop {
@@ -87,7 +88,7 @@ impl OwnOpens {
                 .find(|slot| slot.compare_exchange(0, tid, SeqCst, SeqCst).is_ok());
             match taken {
                 Some(slot) => break slot,
-                // 64 opens at once: each is over in microseconds.
+                // 64 opens are under way; each is over in microseconds.
                 None => std::thread::yield_now(),
             }
         };

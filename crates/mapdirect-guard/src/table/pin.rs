@@ -19,40 +19,40 @@ use std::time::Instant;
 #[derive(Debug)]
 pub(crate) struct Pin {
     pub(crate) id: u64,
-    /// What is judged: the range rounded out to blocks, or everything for a
-    /// pin of the whole file.
+    /// The range that operations are judged by: the requested range extended to
+    /// whole blocks, or everything for a pin of the whole file.
     range: Range<u64>,
-    /// What was asked for, rounded out to blocks.
+    /// The requested range, extended to whole blocks.
     pub(crate) shown: Range<u64>,
-    /// What its holder maps of it.
+    /// The part that the holder maps.
     pub(crate) mapped: Option<Range<u64>>,
     pub(crate) flags: Flags,
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) since: Instant,
-    /// How far it has come.
+    /// The stage of the pin's life.
     life: Life,
-    /// What is known of its blocks; missing while it is unsettled.
+    /// What is known of the blocks, or `None` while the pin is unsettled.
     settled: ArcSwapOption<Settled>,
-    /// The other end of a pipe that its holders have, for a pin that was asked
-    /// for with a description which cannot write.
+    /// The guard's end of a pipe whose other end the holders have. Only a pin
+    /// that was requested with a description that cannot write has one.
     lifeline: OnceLock<OwnedFd>,
-    /// Where its blocks are, as its holder was told.
+    /// Where the blocks are, as the holder was told.
     map: ArcSwapOption<BlockMap>,
-    /// Grows by one when its holder begins to have blocks allocated, and when
-    /// that is over.
+    /// Grows by one when the holder begins to have blocks allocated, and by one
+    /// when the allocation is over.
     changes: AtomicU64,
-    /// Whether it was kept.
+    /// Whether the promise was kept.
     pub(crate) fate: Fate,
 }
 
 /// What is known of a pin once its block map is at rest.
 #[derive(Debug)]
 pub(crate) struct Settled {
-    /// What it keeps still.
+    /// What the pin refuses.
     pub(crate) layers: Arc<Layers>,
-    /// Pages kept in the page cache, so that stores beside frozen blocks do
-    /// not take them along.
+    /// Pages kept in the page cache, so that stores beside frozen blocks do not
+    /// take these blocks along.
     _kept_pages: Option<Held>,
     pub(crate) stable: u64,
     pub(crate) frozen: u64,
@@ -67,12 +67,12 @@ impl Ranged for Pin {
     }
 }
 
-/// How often a pin was changed on behalf of its holder.
+/// Counts the changes to a pin on behalf of its holder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Changes(u64);
 
 impl Changes {
-    /// It is just being changed.
+    /// Whether the pin is being changed right now.
     pub(crate) fn is_under_way(self) -> bool {
         !self.0.is_multiple_of(2)
     }
@@ -81,12 +81,12 @@ impl Changes {
 /// What one pin says about an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Opinion {
-    /// It does not mind.
+    /// The pin permits the operation.
     Allow,
-    /// It is refused.
+    /// The pin refuses the operation.
     Refuse,
-    /// It would be refused, but the grant is not finished yet: it may fail,
-    /// or its holder may have let go of it already.
+    /// The pin would refuse the operation, but its grant is not finished yet:
+    /// the grant may fail, or the holder may have let go of the pin already.
     Wait,
 }
 
@@ -118,7 +118,7 @@ impl Pin {
         }
     }
 
-    /// Whether any of the bytes are pinned by it.
+    /// Whether the pin covers any of these bytes.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn meets(&self, range: &Range<u64>) -> bool {
         self.settled().is_some()
@@ -126,7 +126,7 @@ impl Pin {
             && self.shown.start.max(range.start) < self.shown.end.min(range.end)
     }
 
-    /// Another pin, of process `pid`, of what this one pins.
+    /// A new pin, of process `pid`, on what this one pins.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn joined(&self, id: u64, pid: i32) -> Self {
         Self {
@@ -138,7 +138,7 @@ impl Pin {
             pid,
             uid: self.uid,
             since: Instant::now(),
-            // Nobody but the one who mapped the file has its description.
+            // Only the process that mapped the file has the description.
             life: Life::at(Stage::HandedOver),
             settled: ArcSwapOption::new(self.settled()),
             lifeline: OnceLock::new(),
@@ -148,14 +148,14 @@ impl Pin {
         }
     }
 
-    /// The byte its description holds a lock on.
+    /// The byte on which the pin's description has a lock.
     pub(crate) fn lock_byte(&self) -> u64 {
         LOCK_BASE + self.id
     }
 
-    /// Tells what is known of its blocks, so that operations are judged by
-    /// that. This is repeated when its holder has some of them allocated, and
-    /// when the block map was found to have changed during the grant.
+    /// Records what is known of the blocks, so that operations are judged by
+    /// that. This is repeated when the holder has blocks allocated, and when
+    /// the block map was found to have changed during the grant.
     pub(crate) fn settle(&self, map: &BlockMap, pinned: &Pinned, kept_pages: Option<Held>) {
         let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
         let range = map.range();
@@ -166,33 +166,34 @@ impl Pin {
             stable: range.end - range.start - frozen,
             frozen,
         })));
-        // After the blocks: whoever finds the pin settled finds them, too.
+        // The stage changes after the blocks are stored, so that a thread which
+        // finds the pin settled also finds its blocks.
         self.life.advance(Stage::Settled);
     }
 
-    /// Its blocks are there, as its holder is told.
+    /// Records where the blocks are, as the holder is told.
     pub(crate) fn record(&self, map: &BlockMap) {
         self.map.store(Some(Arc::new(map.clone())));
     }
 
-    /// Where its blocks are, as far as that is known.
+    /// Where the blocks are, as far as that is known.
     pub(crate) fn map(&self) -> Option<Arc<BlockMap>> {
         self.map.load_full()
     }
 
-    /// Some of its blocks are elsewhere now, and that was told: unless
-    /// somebody else says something newer than `seen`.
+    /// Records that some blocks have moved and that the holder was told. Does
+    /// nothing if another thread has recorded something newer than `seen`.
     pub(crate) fn renew(&self, seen: &Arc<BlockMap>, now: BlockMap) {
         self.map.compare_and_swap(seen, Some(Arc::new(now)));
     }
 
-    /// Its holder begins to have blocks allocated, or that is over: in between
-    /// nothing is known of what is frozen.
+    /// Marks that the holder begins to have blocks allocated, or that this is
+    /// over. In between, nothing is known of what is frozen.
     pub(crate) fn changes_or_is_done(&self) {
         self.changes.fetch_add(1, SeqCst);
     }
 
-    /// What its holder has had allocated so far.
+    /// How often the holder has had blocks allocated so far.
     pub(crate) fn changes(&self) -> Changes {
         Changes(self.changes.load(SeqCst))
     }
@@ -201,8 +202,8 @@ impl Pin {
         self.settled.load_full()
     }
 
-    /// Says that the guard's own copy of its description is closed: from now on
-    /// refusals for it are final.
+    /// Marks that the guard's own copy of the description is closed: from now
+    /// on refusals for this pin are final.
     pub(crate) fn hand_over(&self) {
         let went = self.life.advance(Stage::HandedOver);
         debug_assert!(went || self.is_dead(), "only a settled pin has a holder");
@@ -212,12 +213,12 @@ impl Pin {
         self.life.stage() == Stage::HandedOver
     }
 
-    /// Whether the grant that made it is not over yet.
+    /// Whether the grant of this pin is still under way.
     pub(crate) fn is_being_granted(&self) -> bool {
         matches!(self.life.stage(), Stage::Unsettled | Stage::Settled)
     }
 
-    /// Says that the description it lived in is gone.
+    /// Marks that the pin's description is gone.
     pub(crate) fn end(&self) {
         self.life.advance(Stage::Dead);
     }
@@ -226,23 +227,23 @@ impl Pin {
         self.life.stage() == Stage::Dead
     }
 
-    /// From now on it lives as long as the other end of this pipe does.
+    /// Makes the pin live as long as the other end of this pipe.
     pub(crate) fn lives_by(&self, lifeline: OwnedFd) {
         let _ = self.lifeline.set(lifeline);
     }
 
-    /// Whether its holders have closed their end of the pipe it lives by, if
-    /// it does.
+    /// Whether the holders have closed their end of the pipe that the pin lives
+    /// by, or `None` if there is no pipe.
     pub(crate) fn is_let_go(&self) -> Option<bool> {
         self.lifeline
             .get()
             .map(|lifeline| crate::wake::has_hung_up(lifeline.as_fd()))
     }
 
-    /// Whether it is still held; `file` is a description of the file that is
-    /// not its own. Where its lock tells, somebody else's can hide that it is
-    /// gone: then it counts as alive until the lifetime thread has looked
-    /// further.
+    /// Whether the pin is still held. `file` must be a description of the file
+    /// that is not the pin's own. Without a pipe, the pin's record lock tells;
+    /// somebody else's lock can hide that it is gone. Then the pin counts as
+    /// alive until the lifetime thread has looked further.
     pub(crate) fn is_alive(&self, file: BorrowedFd<'_>) -> bool {
         match self.is_let_go() {
             Some(let_go) => !let_go,
@@ -250,7 +251,7 @@ impl Pin {
         }
     }
 
-    /// What it says about `operation` on a file of `size` bytes.
+    /// What the pin says about `operation` on a file of `size` bytes.
     pub(crate) fn opinion(&self, operation: &Operation, size: u64, moved: u64) -> Opinion {
         let stage = self.life.stage();
         if stage == Stage::Dead || operation.kind.is_harmless() {
@@ -260,7 +261,7 @@ impl Pin {
             Some(settled) if !settled.layers.refuses(operation, size, moved) => Opinion::Allow,
             Some(_) if stage == Stage::HandedOver => Opinion::Refuse,
             Some(_) => Opinion::Wait,
-            // Its blocks are not known yet: any of them may be frozen.
+            // The blocks are not known yet: any of them may be frozen.
             None => Opinion::Wait,
         }
     }

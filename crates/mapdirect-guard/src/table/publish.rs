@@ -1,8 +1,9 @@
 //! Publish, then look: how a grant and the gate never miss each other.
 //!
-//! The gate lets an operation through only after it has noted it and looked for
-//! pins once more. A grant publishes its pin and then looks for notes. Neither
-//! waits for the other, and at least one of them sees the other:
+//! The gate lets an operation through only after it has noted the operation and
+//! has then looked for pins once more. A grant publishes its pin and then looks
+//! for notes. Neither side waits for the other, and at least one of them sees
+//! the other:
 //!
 //! ```text
 //!     gate                         grant
@@ -11,11 +12,12 @@
 //!     look for pins                look for notes
 //! ```
 //!
-//! Both fences are sequentially consistent, so one of them comes first, and
-//! whatever was published before it is seen by everybody who looks after the
-//! other. Without them both sides could look before what they published had
-//! left their processor, and miss each other: the operation would go on, and
-//! the pin be granted on what it is just about to change.
+//! Both fences are sequentially consistent, so one of them comes first.
+//! Whatever was published before the first fence is seen by the side that looks
+//! after the second. Without the fences both sides could look before their own
+//! publication had left their processor, and miss each other. The operation
+//! would then go on, and the pin would be granted on blocks that the operation
+//! is about to change.
 //!
 //! [`Published`] is the only way to what the other side has published, and
 //! making one publishes first. The test `interleavings` runs this very code
@@ -24,8 +26,8 @@
 use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst, fence};
 
-/// The atomics that a protocol is made of: those of the machine, or those of
-/// the model checker.
+/// The atomics that the protocol is built from: those of the machine, or those
+/// of the model checker.
 pub(crate) trait Atomics: Debug {
     type Count: Count;
     fn fence();
@@ -37,7 +39,7 @@ pub(crate) trait Count: Debug {
     fn load(&self) -> u64;
     fn add(&self, more: u64) -> u64;
     fn swap(&self, value: u64) -> u64;
-    /// Makes it smaller by one, unless it is nothing.
+    /// Subtracts one, unless the number is zero.
     fn decrement(&self);
 }
 
@@ -75,14 +77,15 @@ impl Count for AtomicU64 {
     }
 }
 
-/// Leave to look at `T`, which only somebody has who has published something
-/// before.
+/// Permission to look at `T`. Only code that has published something first can
+/// get it.
 #[derive(Debug)]
 #[must_use = "what was published must be followed by a look at what others have"]
 pub(crate) struct Published<'a, T>(&'a T);
 
 impl<'a, T> Published<'a, T> {
-    /// Publishes, and gives leave to look at what the other side publishes.
+    /// Publishes, and permits its caller to look at what the other side
+    /// publishes.
     pub(crate) fn after<A: Atomics>(other: &'a T, publish: impl FnOnce()) -> Self {
         publish();
         A::fence();
@@ -95,8 +98,8 @@ impl<'a, T> Published<'a, T> {
     }
 }
 
-/// How often something was noted. It is a count and no mark, so that a note
-/// which is withdrawn takes nobody else's with it.
+/// Counts how often something was noted. A count instead of a flag, so that
+/// withdrawing one note leaves the others in place.
 #[derive(Debug)]
 pub(super) struct Tally<A: Atomics>(A::Count);
 
@@ -111,8 +114,9 @@ impl<A: Atomics> Tally<A> {
         self.0.add(1);
     }
 
-    /// Takes one's own note back. If somebody has taken it meanwhile, it is
-    /// put back with the others or dealt with, and either is right.
+    /// Withdraws one's own note. If a grant has taken the note meanwhile, the
+    /// grant puts it back with the others or deals with it, and either is
+    /// right.
     pub(super) fn withdraw(&self) {
         self.0.decrement();
     }
@@ -121,9 +125,9 @@ impl<A: Atomics> Tally<A> {
         self.0.load() > 0
     }
 
-    /// Takes the notes, and has them dealt with by `deal`; if that fails they
-    /// stand again. Says whether there were any. They are taken before, since
-    /// what is noted from now on must not be lost.
+    /// Takes the notes, and deals with them by `deal`. If `deal` fails, the
+    /// notes are put back. Says whether there were any. The notes are taken
+    /// first, so that notes made from now on are not lost.
     pub(super) fn deal<E>(&self, deal: impl FnOnce() -> Result<(), E>) -> Result<bool, E> {
         let taken = self.0.swap(0);
         if taken == 0 {

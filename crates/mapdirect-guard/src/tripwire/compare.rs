@@ -1,33 +1,33 @@
-//! What differs between a block map as it was pinned and as it is now.
+//! Compares a block map as it was pinned with the map as it is now.
 
 use mapdirect_proto::{BlockMap, Extent, ExtentState as S};
 use std::ops::Range;
 
-/// Whether a block that was in one state and place may be in another without
-/// the promise being broken.
+/// Whether a block may change from one state and place to another without
+/// breaking the promise.
 fn is_kept(before: &Extent, now: &Extent) -> bool {
     match (before.state, now.state) {
-        // Room is set aside in memory, and no block chosen yet. If one is, the
-        // filesystem says so then.
+        // Space is reserved in memory, but no block is chosen yet. When one is
+        // chosen, the filesystem raises an event.
         (S::Hole, S::Hole | S::Delalloc) => true,
-        // Whoever else used the blocks has let go of them: they are where
-        // they were, and the holder stores to them no sooner.
+        // The other users of the blocks have let go of them. The blocks are
+        // where they were, and the holder still does not store to them.
         (S::Shared, S::Written | S::Shared) => before.physical == now.physical,
         (before_state, now_state) => before_state == now_state && before.physical == now.physical,
     }
 }
 
-/// What a look says about a difference.
+/// A difference between two block maps.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Difference {
-    /// From the first byte that differs to the last.
+    /// From the first to the last differing byte.
     pub(crate) range: Range<u64>,
-    /// What was stable before differs as well.
+    /// Whether blocks that were stable before differ as well.
     pub(crate) stable: bool,
 }
 
-/// Compares what both maps say about `range`; they cover it, or as much of it
-/// as counts.
+/// Compares what both maps say about `range`. The maps cover the range, or as
+/// much of it as counts.
 pub(crate) fn difference(
     before: &BlockMap,
     now: &BlockMap,
@@ -61,7 +61,7 @@ pub(crate) fn difference(
     found
 }
 
-/// The same, of what was stable before alone.
+/// The same for blocks that were stable before.
 pub(crate) fn difference_of_stable(
     before: &BlockMap,
     now: &BlockMap,
@@ -79,7 +79,7 @@ pub(crate) fn difference_of_stable(
         })
 }
 
-/// `before` with what lies in `range` as it is `now`.
+/// `before`, with the blocks in `range` as they are `now`.
 pub(crate) fn renewed(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> BlockMap {
     let whole = before.range();
     let part = |map: &BlockMap, range: Range<u64>| {

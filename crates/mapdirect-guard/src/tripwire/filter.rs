@@ -1,23 +1,25 @@
-//! Which inodes of a filesystem are listened to: ranges of their numbers, and
-//! the filter that says so to the kernel.
+//! Chooses the inodes of a filesystem to listen to, as ranges of inode numbers,
+//! and writes the filter for the kernel.
 //!
-//! A filter has 4,095 bytes at most, and every event of the filesystem pays
-//! for its evaluation. Few inodes are named exactly. Many are covered by
-//! ranges, cut at the widest gaps between their numbers: both filesystems give
-//! files of one directory numbers that are close together, and other
-//! directories others. What is in a range and not pinned is sorted out by the
-//! thread that reads. The filter is a search tree, so that an event that does
-//! not match is dropped after comparing with the logarithm of the ranges.
+//! A filter has 4,095 bytes at most, and every event of the filesystem pays for
+//! its evaluation. A few inodes are named exactly. Many are covered by ranges,
+//! cut at the widest gaps between their numbers: both filesystems give files of
+//! one directory numbers that are close together, and files of other
+//! directories distant ones. The thread that reads the events drops those of
+//! inodes that are covered but not pinned. The filter is a search tree, so an
+//! event that does not match is dropped after a number of comparisons
+//! logarithmic in the number of ranges.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::ops::RangeInclusive;
 
-/// More ranges would not fit into a filter: each takes 145 bytes in the
-/// worst case, with what leads to it.
+/// The most ranges that fit into a filter: each takes 145 bytes in the worst
+/// case, including the conditions that lead to it.
 const MOST: usize = 26;
 
-/// Inode numbers listened to: ranges in order, apart from each other.
+/// The inode numbers that are listened to, as ranges in order and apart from
+/// each other.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Cover {
     ranges: Vec<RangeInclusive<u64>>,
@@ -25,9 +27,9 @@ pub(crate) struct Cover {
 }
 
 impl Cover {
-    /// Covers these inodes. Where others are covered as well, `newest` gets
-    /// some of them behind it: files are often pinned in the order in which
-    /// they were made, and the next ones are covered already.
+    /// Covers these inodes. If other inodes are covered as well, some inodes
+    /// after `newest` are covered, too. Files are often pinned in the order in
+    /// which they were made, so the next ones are then covered already.
     pub(crate) fn of(inodes: &BTreeSet<u64>, newest: Option<u64>) -> Self {
         let mut runs: Vec<RangeInclusive<u64>> = Vec::new();
         for &inode in inodes {
@@ -80,17 +82,18 @@ impl Cover {
             .is_some_and(|range| range.contains(&inode))
     }
 
-    /// Nothing but what was asked for is covered.
+    /// Whether only the requested inodes are covered.
     pub(crate) fn is_exact(&self) -> bool {
         self.exact
     }
 
-    /// The filter for a tracepoint; `device` as the kernel numbers it, and one
-    /// more condition.
+    /// Builds the filter for a tracepoint. `device` is a device as the kernel
+    /// numbers it; `condition` is one more condition.
     pub(crate) fn filter(&self, device: u32, condition: Option<&str>) -> String {
-        // What no pin is about mostly ends with the first comparison: of
-        // inodes, since other filesystems are seldom as busy as this one, and
-        // files of other directories are mostly beyond all of the ranges.
+        // An event that is not about a pin mostly ends with the first
+        // comparison. That is one of inodes, because other filesystems are
+        // seldom as busy as this one, and files of other directories are mostly
+        // outside of all the ranges.
         let mut text = String::new();
         // Writing to a string does not fail.
         if let [first, .., last] = self.ranges.as_slice() {

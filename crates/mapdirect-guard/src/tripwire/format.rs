@@ -1,8 +1,8 @@
-//! What the kernel says a tracepoint tells: the `format` files of tracefs.
+//! Reads the `format` files of tracefs, in which the kernel describes its
+//! tracepoints.
 //!
 //! The same tracepoint has its fields in other places on other kernels (7.3
-//! puts the inode of ext4's first), so nothing about them is known beforehand
-//! but their names.
+//! puts the inode of ext4's first), so only their names are known beforehand.
 
 /// One field of a record.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -15,13 +15,14 @@ pub(crate) struct Field {
 /// A tracepoint of the running kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Format {
-    /// Its number, also in the first two bytes of every record.
+    /// The number of the tracepoint, which is also in the first two bytes of
+    /// every record.
     pub(crate) id: u16,
     fields: Vec<Field>,
 }
 
 impl Format {
-    /// Reads a `format` file; nothing if it is none.
+    /// Reads a `format` file, or returns `None` if the text is not one.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let id = text.lines().find_map(|line| line.strip_prefix("ID:"))?;
         let fields = text.lines().filter_map(field).collect();
@@ -35,7 +36,7 @@ impl Format {
         self.fields.iter().any(|field| field.name == name)
     }
 
-    /// The value of a field, of a record as it came from the kernel.
+    /// The value of a field in a record from the kernel.
     pub(crate) fn value(&self, name: &str, record: &[u8]) -> Option<u64> {
         let field = self.fields.iter().find(|field| field.name == name)?;
         let end = field.offset.checked_add(field.size)?;
@@ -50,12 +51,13 @@ impl Format {
     }
 }
 
-/// The number of the tracepoint that a record is of (`common_type`).
+/// The number of the tracepoint that wrote a record (`common_type`).
 pub(crate) fn id_of(record: &[u8]) -> Option<u16> {
     record.first_chunk().map(|bytes| u16::from_ne_bytes(*bytes))
 }
 
-/// A line like `field:xfs_ino_t ino; offset:16; size:8; signed:0;`, with tabs.
+/// Reads a line like `field:xfs_ino_t ino; offset:16; size:8; signed:0;`, with
+/// tabs.
 fn field(line: &str) -> Option<Field> {
     let mut parts = line.trim().strip_prefix("field:")?.split(';');
     let declared = parts.next()?;

@@ -1,18 +1,17 @@
-//! Looking whether pinned blocks are where they were.
+//! Checks whether pinned blocks are where they were.
 //!
 //! A look opens the file and reads the part of its block map that an event was
-//! about. Both may wait: for the gate, for whoever holds the lock of the
-//! inode, for a filesystem that is frozen. So looks are taken by threads of
-//! their own, one for each file that makes them wait, and nobody waits for a
-//! look.
+//! about. Both may wait: for the gate, for the holder of the inode's lock, for
+//! a frozen filesystem. So separate threads take the looks, one for each file
+//! that makes them wait, and nobody waits for a look.
 //!
-//! One look is enough. A pinned block is in one state and one place for as
-//! long as the promise holds, whatever happens beside it: the filesystems
-//! change their lists of extents under a lock that FIEMAP takes too
-//! (`ILOCK` in XFS, `i_data_sem` and the lock of the extent status tree in
-//! ext4), so that it sees each block as it is before or after a change, never
-//! in between. FIEMAP reads a long map piece by piece; each piece is true of
-//! itself, and that is all that is compared.
+//! One look is enough. As long as the promise holds, a pinned block stays in
+//! one state and one place, whatever happens beside it. The filesystems change
+//! their lists of extents under a lock that FIEMAP takes too (`ILOCK` in XFS,
+//! `i_data_sem` and the lock of the extent status tree in ext4). So FIEMAP sees
+//! each block as it is before or after a change, never in between. FIEMAP reads
+//! a long map piece by piece; each piece is consistent in itself, and only that
+//! is compared.
 
 use super::compare::{self, difference, difference_of_stable, extents_in};
 use super::wires::{Listened, Who};
@@ -26,17 +25,17 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-/// Somebody changed the block map of a file.
+/// A change of a file's block map, as an event told it.
 #[derive(Clone, Debug)]
 pub(super) struct Hit {
     pub(super) who: Who,
-    /// Name of the thread.
+    /// The name of the thread.
     pub(super) command: String,
-    /// First block and how many, if that is known.
+    /// The first block and the number of blocks, if known.
     pub(super) blocks: Option<(u64, u64)>,
-    /// The tracepoint.
+    /// The name of the tracepoint.
     pub(super) at: &'static str,
-    /// A look since then found everything as it was.
+    /// A later look found everything as it was.
     pub(super) seen: bool,
 }
 
@@ -49,7 +48,7 @@ impl Hit {
     }
 }
 
-/// What is asked of a look.
+/// The task of one look.
 #[derive(Debug)]
 pub(super) struct Order {
     pub(super) watched: Arc<Watched>,
@@ -60,28 +59,28 @@ pub(super) struct Order {
     pub(super) may_be_dead: bool,
 }
 
-/// What came of it.
+/// The result of a look.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Outcome {
-    /// Everything is as it was, or what is not has been told.
+    /// Everything is as it was, or the difference has been reported.
     Done,
-    /// Some of it cannot be judged yet: a grant is under way, or its holder
+    /// Some blocks cannot be judged yet: a grant is under way, or the holder
     /// has blocks allocated.
     Undecided,
-    /// It could not look.
+    /// The look was not possible.
     Failed,
 }
 
-/// Blocks of a file.
+/// A set of blocks of a file.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Blocks {
-    /// First block and how many.
+    /// The first block and the number of blocks of each run.
     runs: Vec<(u64, u64)>,
     all: bool,
 }
 
 impl Blocks {
-    /// So many runs are kept apart.
+    /// The most runs that are kept apart.
     const MOST: usize = 16;
 
     pub(super) fn add(&mut self, blocks: Option<(u64, u64)>) {
@@ -110,7 +109,7 @@ impl Blocks {
         }
     }
 
-    /// Those of a pin, in bytes.
+    /// The blocks that lie in a pin, in bytes.
     fn of(&self, map: &BlockMap) -> Vec<Range<u64>> {
         let pinned = map.range();
         if self.all {
@@ -131,8 +130,8 @@ fn bytes_of((first, count): (u64, u64), map: &BlockMap) -> Range<u64> {
     start..start.saturating_add(count.saturating_mul(block))
 }
 
-/// Whether blocks that somebody changed are any that a pin is about; a pin
-/// whose blocks are not known yet may be about any.
+/// Whether changed blocks are covered by a pin. A pin whose blocks are not
+/// known yet may cover any.
 pub(super) fn concerns(pin: &Pin, blocks: Option<(u64, u64)>) -> bool {
     if pin.is_dead() {
         return false;
@@ -147,7 +146,7 @@ pub(super) fn concerns(pin: &Pin, blocks: Option<(u64, u64)>) -> bool {
     }
 }
 
-/// Why a pin is lost whose filesystem is.
+/// Why a pin is lost when its filesystem is.
 const DEAD: &str = "its filesystem was shut down: nothing is written to the blocks any more";
 
 /// Takes a look.
@@ -162,7 +161,7 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let holders: Vec<i32> = alive.iter().map(|pin| pin.pid).collect();
     let file = match guard.own.during(|| open(&order.file, &holders)) {
         Ok(file) => file,
-        // The inode is gone, and every pin of it.
+        // The inode is gone, and so is every pin on it.
         Err(Errno::STALE) => {
             guard.gate.spoil(guard, watched.id);
             return Outcome::Done;
@@ -199,12 +198,12 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         let Some(mut found) = difference(&map, &now, &range) else {
             continue;
         };
-        // What is promised is not known to the end yet.
+        // What is promised is not fully known yet.
         if pin.is_being_granted() {
             return Outcome::Undecided;
         }
-        // Its holder has blocks allocated, and what is frozen changes; what
-        // was stable must not even then.
+        // The holder has blocks allocated, so frozen blocks change. Stable
+        // blocks must not change even then.
         if before.is_under_way() || pin.changes() != before {
             outcome = Outcome::Undecided;
             match difference_of_stable(&map, &now, &range) {
@@ -212,9 +211,9 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
                 None => continue,
             }
         }
-        // One that is over is not taken up any more.
+        // A dormant pin on this file must not be taken up again.
         guard.gate.spoil(guard, order.watched.id);
-        // If it lives now, it did when the blocks were changed.
+        // If the pin is alive now, it was alive when the blocks were changed.
         if has_ended(guard, pin, file) {
             return Outcome::Done;
         }
@@ -228,7 +227,7 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         let id = (order.watched.id.device(), order.watched.id.inode);
         let (time, range) = (since_the_epoch(), found.range.clone());
         let breach = Breach::new(pin.id, id, "", time, range, (&was, &is)).caused_by(cause);
-        // It is told once: from now on this is what there is.
+        // A breach is reported once: from now on this is the reference.
         pin.renew(&map, compare::renewed(&map, &now, &found.range));
         guard.notices.breach(&order.watched, pin, breach);
         guard.gate.breached(order.watched.id);
@@ -240,8 +239,9 @@ fn has_ended(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     pin.is_dead() || guard.gate.has_ended(pin, file)
 }
 
-/// The first who came by since all was well, or, if an event told of something
-/// that was only about to happen, the last who came by before.
+/// The change to blame: the first since everything was last in order. If an
+/// event told of something that was only about to happen, this is the last one
+/// before.
 fn who(hits: &[Hit], map: &BlockMap, range: &Range<u64>) -> Option<Hit> {
     let mut concerned = hits.iter().filter(|hit| hit.concerns(map, range));
     let first = concerned.clone().find(|hit| !hit.seen);
@@ -256,7 +256,7 @@ fn since_the_epoch() -> u64 {
         .unwrap_or(0)
 }
 
-/// Opens a file by whatever mount there is of its filesystem.
+/// Opens a file through any mount of its filesystem.
 fn open(file: &Listened, holders: &[i32]) -> Result<OwnedFd, Errno> {
     by_mounts(file, holders, |place| {
         let opened = file_handle::open(place, &file.handle, READING)?;
@@ -266,9 +266,10 @@ fn open(file: &Listened, holders: &[i32]) -> Result<OwnedFd, Errno> {
     })
 }
 
-/// Whether a filesystem whose files cannot be opened was shut down: then nothing
-/// of it can be synced, and on XFS not even a directory opened. What opening a
-/// file fails with does not tell: behind permission events it is EPERM.
+/// Whether a filesystem whose files cannot be opened was shut down. Nothing on
+/// such a filesystem can be synced, and on XFS not even a directory can be
+/// opened. The error of opening a file does not tell: behind permission events
+/// it is EPERM.
 fn is_shut_down(file: &Listened, holders: &[i32]) -> bool {
     let synced = by_mounts(file, holders, |place| rustix::fs::fsync(place));
     matches!(synced, Err(Errno::IO | Errno::SHUTDOWN))
@@ -279,9 +280,9 @@ const READING: OFlags = OFlags::RDONLY
     .union(OFlags::NONBLOCK)
     .union(OFlags::NOCTTY);
 
-/// Does something by whatever mount there is of a file's filesystem, here or
-/// where its holders are. Nothing is kept open for that, which would keep the
-/// filesystem busy.
+/// Does something through any mount of a file's filesystem, here or in the
+/// namespace of its holders. No mount is kept open for that, because that would
+/// keep the filesystem busy.
 fn by_mounts<T>(
     file: &Listened,
     holders: &[i32],
@@ -301,14 +302,14 @@ fn by_mounts<T>(
     Err(last)
 }
 
-/// The same by the mounts that a process sees, or this one.
+/// The same through the mounts that a process sees, or this process.
 fn by_mounts_of<T>(
     file: &Listened,
     pid: Option<i32>,
     act: impl Fn(BorrowedFd<'_>) -> Result<T, Errno>,
 ) -> Result<T, Errno> {
     let device = file.id.device();
-    // Nobody's mounts any more, if it is gone.
+    // A process that is gone has no mounts any more.
     let mounts = proc_mountinfo::read(pid).map_err(|_| Errno::NODEV)?;
     let mut last = Errno::NODEV;
     for mount in mounts

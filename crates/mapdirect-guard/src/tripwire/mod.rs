@@ -1,19 +1,19 @@
 //! The tripwire: notices what no gate can refuse.
 //!
 //! Some ways to change a block map ask nobody: a storage target that discards,
-//! an ioctl of the holder, root who takes the gate away. But every change comes
-//! past a tracepoint of the filesystem. Perf events listen there, with filters
-//! inside the kernel (programs of the bpf gate's kind would be left out now and
-//! then); whatever they tell of, or may have lost, is a reason to read the
-//! block map again and to compare it with what was pinned. Only a difference
-//! is a breach, so an event too many does no harm. A file that cannot be opened
-//! any more, since its filesystem was shut down, is lost.
+//! an ioctl of the holder, root who takes the gate away. But every change
+//! passes a tracepoint of the filesystem. Perf events listen there, with
+//! filters inside the kernel. (Programs like those of the bpf gate would be
+//! left out now and then.) Each event, and each possible loss of events, is a
+//! reason to read the block map again and to compare it with what was pinned.
+//! Only a difference is a breach, so an event too many does no harm. A file
+//! that cannot be opened any more because its filesystem was shut down is lost.
 //!
-//! [`points`] knows which tracepoints, [`filter`] for which files, [`wires`]
-//! has them and their rings. One thread ([`run`]) reads the rings and decides
-//! who is looked at; others ([`look`]) do. A file is looked at as soon as it is
-//! heard of, and then, since an event may come a moment before the change, a
-//! few times more.
+//! [`points`] knows the tracepoints and [`filter`] the files; [`wires`] has the
+//! perf events and their rings. One thread ([`run`]) reads the rings and
+//! decides which files to look at; other threads ([`look`]) do that. A file is
+//! looked at as soon as an event names it. An event may come a moment before
+//! the change, so the file is looked at a few more times after that.
 
 mod compare;
 mod filter;
@@ -41,45 +41,45 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use wires::{CannotArm, Listened, Who, Wires};
 
-/// How often rings are looked at that wake nobody.
+/// How often to read rings that wake nobody.
 const ROUND: Duration = Duration::from_millis(20);
-/// Between two looks at the same file, at least: and so many times as long as
-/// a look takes, so that a file in a million pieces does not keep a processor
-/// busy.
+/// The least pause between two looks at the same file. The pause is also at
+/// least `REST` times as long as a look takes, so that a file in a million
+/// pieces does not keep a processor busy.
 const PAUSE: Duration = Duration::from_millis(10);
 const REST: u32 = 3;
-/// An event may come a moment before what it tells of: when to look again
-/// after the first look.
+/// When to look again after the first look, because an event may come a moment
+/// before the change.
 const AGAIN: [Duration; 3] = [
     Duration::from_millis(40),
     Duration::from_millis(400),
     Duration::from_secs(4),
 ];
-/// When to try again what could not be decided: twice as long each time.
+/// When to try again what could not be decided: the pause doubles each time.
 const RETRY: Duration = Duration::from_millis(20);
 const LONGEST_RETRY: Duration = Duration::from_secs(1);
-/// How often to look for processors that came.
+/// How often to look for new processors.
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 /// How often to look for files that are not pinned any more.
 const TIDYING: Duration = Duration::from_secs(5);
-/// Hits remembered of a file, to say who it was.
+/// The number of hits remembered for a file, to say who changed it.
 const HITS: usize = 8;
-/// Threads that look, those that wait included.
+/// The most threads that take looks, including those that wait.
 const LOOKERS: usize = 256;
 
 /// The tripwire of a guard.
 #[derive(Debug)]
 pub(crate) struct Tripwire {
     wires: Option<Mutex<Wires>>,
-    /// Why there is none, or not everywhere.
+    /// Why there is no tripwire, or none for some filesystems.
     missing: Mutex<Option<String>>,
     waker: Waker,
     looks: Looks,
-    /// All files are to be looked at.
+    /// All files must be looked at.
     all: AtomicBool,
 }
 
-/// As long as it lives, a file is listened to.
+/// Keeps the tripwire listening to a file as long as this value lives.
 #[derive(Debug)]
 pub(crate) struct Armed {
     _listened: Option<Arc<Listened>>,
@@ -101,13 +101,13 @@ impl Tripwire {
         })
     }
 
-    /// Listens to a file from now on. What was changed before is seen by
-    /// whoever reads its block map afterwards. Where this kernel offers no
-    /// tripwire, nothing happens, and [`missing`](Self::missing) says so.
+    /// Listens to a file from now on. Earlier changes show in a block map that
+    /// is read afterwards. If this kernel offers no tripwire, nothing happens,
+    /// and [`missing`](Self::missing) says so.
     ///
     /// # Errors
     ///
-    /// There is one, and it cannot be armed for this file.
+    /// There is a tripwire, but it cannot be armed for this file.
     pub(crate) fn arm(
         &self,
         id: InodeId,
@@ -124,7 +124,7 @@ impl Tripwire {
             (wires.listen(filesystem, listened), begins)
         };
         if begins {
-            // It slept.
+            // The thread was asleep.
             self.waker.wake();
         }
         match listened {
@@ -139,13 +139,13 @@ impl Tripwire {
         }
     }
 
-    /// Why nothing is noticed that the gate does not refuse, if so.
+    /// Why changes that the gate does not refuse go unnoticed, if they do.
     pub(crate) fn missing(&self) -> Option<String> {
         lock(&self.missing).clone()
     }
 
-    /// Has the block maps of all pins read and compared soon: the gate was open
-    /// for a moment, and is closed again.
+    /// Makes the tripwire read and compare the block maps of all pins soon,
+    /// because the gate was open for a moment and is closed again.
     #[cfg_attr(
         not(feature = "bpf"),
         expect(dead_code, reason = "nobody can open the other gate")
@@ -155,19 +155,20 @@ impl Tripwire {
         self.waker.wake();
     }
 
-    /// Has the thread notice that the guard stops.
+    /// Makes the thread notice that the guard stops.
     pub(crate) fn wake(&self) {
         self.waker.wake();
     }
 }
 
-/// Whether the kernel offers what a tripwire needs, and why not.
+/// Checks whether the kernel offers what a tripwire needs, and says why not.
 pub(crate) fn probe() -> Result<(), String> {
     Wires::new().map_err(|error| error.to_string())?;
     probe_tracepoints()
 }
 
-/// Whether the tracepoints are there, of filesystems whose modules are.
+/// Checks whether the tracepoints exist, for filesystems whose modules are
+/// loaded.
 fn probe_tracepoints() -> Result<(), String> {
     let events = tracefs::events()
         .map_err(|errno| format!("tracepoints cannot be read (tracefs): {errno}"))?;
@@ -184,21 +185,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What is known of a file that was heard of.
+/// What is known of a file that an event named.
 struct Case {
     watched: Arc<Watched>,
     file: Arc<Listened>,
     blocks: Blocks,
     hits: Vec<Hit>,
-    /// Its filesystem may have been shut down.
+    /// The file's filesystem may have been shut down.
     may_be_dead: bool,
     /// When to look.
     due: Option<Instant>,
     /// A look is under way.
     looking: bool,
-    /// When the next look may be, at the earliest.
+    /// The earliest time for the next look.
     rests_until: Instant,
-    /// How many looks since it was last heard of found it decided.
+    /// How many looks since the last event had a decided result.
     looks: usize,
     retry: Duration,
 }
@@ -219,7 +220,8 @@ impl Case {
         }
     }
 
-    /// The number of the inode may be another file's by now.
+    /// Whether the case is about this file: the inode number may be another
+    /// file's by now.
     fn is_of(&self, watched: &Arc<Watched>, file: &Arc<Listened>) -> bool {
         Arc::ptr_eq(&self.watched, watched) && Arc::ptr_eq(&self.file, file)
     }
@@ -233,7 +235,7 @@ impl Case {
                 .any(|hit| hit.who.tid == who.tid && hit.blocks == blocks && !hit.seen);
             if !known {
                 if self.hits.len() == HITS {
-                    // Whoever came first since all was well is kept.
+                    // The first hit since everything was in order is kept.
                     let seen = self.hits.iter().position(|hit| hit.seen);
                     self.hits.remove(seen.unwrap_or(HITS - 1));
                 }
@@ -250,13 +252,14 @@ impl Case {
         self.due = Some(self.rests_until.max(Instant::now()));
     }
 
-    /// Anything may have become of the file with its filesystem.
+    /// Handles an event of the filesystem: anything may have become of the
+    /// file.
     fn heard_of_filesystem(&mut self) {
         self.may_be_dead = true;
         self.heard(None, None);
     }
 
-    /// Asks for the names of who came by, before they are gone.
+    /// Asks for the names of the threads in the hits, before these are gone.
     fn ask_for_names(&mut self) {
         for hit in &mut self.hits {
             if hit.command.is_empty() {
@@ -298,17 +301,17 @@ impl Case {
     }
 }
 
-/// What a look came to.
+/// The result of a look.
 #[derive(Debug)]
 struct Looked {
     id: InodeId,
     outcome: Outcome,
     took: Duration,
-    /// Time of the newest hit it knew of.
+    /// The time of the newest hit that the look knew of.
     newest: u64,
 }
 
-/// Looks to take, and those taken.
+/// Looks to take, and looks that were taken.
 #[derive(Debug, Default)]
 struct Looks {
     wanted: Mutex<Wanted>,
@@ -319,19 +322,19 @@ struct Looks {
 #[derive(Debug, Default)]
 struct Wanted {
     orders: VecDeque<Order>,
-    /// Threads, and those of them that wait for an order.
+    /// The number of threads, and the number of threads that wait for an order.
     threads: usize,
     idle: usize,
-    /// When the looks under way began.
+    /// When each look under way began.
     begun: Vec<(InodeId, Instant)>,
 }
 
 impl Wanted {
-    /// More threads would help: those that are not held up are too few.
+    /// Whether more threads would help, because too few are not held up.
     fn is_short(&self) -> bool {
-        /// As many as look at a time when none of them has to wait.
+        /// As many threads look at a time when none of them has to wait.
         const ENOUGH: usize = 4;
-        /// Whoever takes longer waits for something.
+        /// A look that takes longer than this waits for something.
         const LONG: Duration = Duration::from_millis(20);
         let waiting = self
             .begun
@@ -343,18 +346,19 @@ impl Wanted {
     }
 }
 
-/// Starts a thread of the guard that does this; says whether there is one.
+/// Starts a thread of the guard that runs this function, and says whether it
+/// started.
 pub(crate) type Spawn = dyn Fn(fn(&Guard)) -> bool;
 
 impl Looks {
-    /// Has somebody take a look.
+    /// Orders a look.
     fn order(&self, order: Order) {
         lock(&self.wanted).orders.push_back(order);
         self.bell.notify_one();
     }
 
-    /// Sees to it that there is somebody for all that is to be looked at; says
-    /// whether something is left.
+    /// Makes sure that there are enough threads for all orders, and says
+    /// whether orders are left.
     fn staff(&self, spawn: &Spawn) -> bool {
         let mut wanted = lock(&self.wanted);
         while wanted.is_short() {
@@ -363,7 +367,7 @@ impl Looks {
             let started = spawn(take_looks);
             wanted = lock(&self.wanted);
             if !started {
-                // Whoever is done with another look takes it.
+                // A thread that finishes another look will take the order.
                 wanted.threads -= 1;
                 break;
             }
@@ -371,9 +375,9 @@ impl Looks {
         !wanted.orders.is_empty()
     }
 
-    /// The next look to take; nothing if there is none for a while.
+    /// The next look to take, or `None` if there is none for a while.
     fn next(&self) -> Option<Order> {
-        /// Threads without work stay for so long.
+        /// How long a thread without work stays.
         const IDLE: Duration = Duration::from_secs(10);
         let mut wanted = lock(&self.wanted);
         loop {
@@ -405,7 +409,7 @@ impl Looks {
     }
 }
 
-/// A thread that takes looks.
+/// Runs a thread that takes looks.
 fn take_looks(guard: &Guard) {
     let looks = &guard.tripwire.looks;
     while let Some(order) = looks.next() {
@@ -425,7 +429,7 @@ fn take_looks(guard: &Guard) {
 ///
 /// # Errors
 ///
-/// When they cannot be read any more.
+/// When the rings cannot be read any more.
 pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
     let tripwire = &guard.tripwire;
     let Some(wires) = &tripwire.wires else {
@@ -521,7 +525,7 @@ fn wait(
     }
 }
 
-/// Takes in what the rings have.
+/// Takes the records out of the rings.
 fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     let mut heard = Vec::new();
     let mut wired = lock(wires);
@@ -544,14 +548,15 @@ fn listen(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case
         }
     }
     drop(wired);
-    // Not for each of thousands: for those that are still remembered.
+    // Names are asked only for the remembered hits, not for each of thousands.
     cases.values_mut().for_each(Case::ask_for_names);
     if lost {
         look_at_all(guard, wires, cases);
     }
 }
 
-/// Something may have been missed, and nobody knows of which file.
+/// Orders a look at every file, because events may have been lost and nobody
+/// knows of which file.
 fn look_at_all(guard: &Guard, wires: &Mutex<Wires>, cases: &mut HashMap<InodeId, Case>) {
     for file in lock(wires).all() {
         if let Some(watched) = guard.table.get(file.id) {
@@ -568,7 +573,8 @@ fn case_of(
     match cases.entry(file.id) {
         Entry::Occupied(entry) if entry.get().is_of(&watched, &file) => entry.into_mut(),
         Entry::Occupied(mut entry) => {
-            // A look at the other one may be under way: it finds nothing.
+            // A look at the earlier file may be under way: its result finds no
+            // case.
             entry.insert(Case::new(watched, file));
             entry.into_mut()
         }
@@ -576,7 +582,7 @@ fn case_of(
     }
 }
 
-/// Stops to listen to what is not pinned any more.
+/// Stops listening to files that are not pinned any more.
 fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
     let is_pinned = |id| {
         let watched = guard.table.get(id);
@@ -589,10 +595,11 @@ fn tidy(guard: &Guard, wires: &Mutex<Wires>) {
     if closed.is_empty() {
         return;
     }
-    // The last event of a tracepoint waits for everybody to be out of it.
+    // Closing the last event of a tracepoint waits until no processor is inside
+    // of it.
     let closing = std::thread::Builder::new()
         .name(String::from("disarm"))
         .spawn(move || drop(closed));
-    // They are closed here otherwise.
+    // If no thread could be started, the events are closed here.
     drop(closing);
 }

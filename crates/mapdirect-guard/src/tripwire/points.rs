@@ -1,18 +1,20 @@
 //! The tracepoints that are hit whenever a filesystem changes a block map.
 //!
-//! XFS has one for every change of its list of extents in memory, through
-//! which all changes of a block map go, and exchanges whole lists in one other
-//! place (`xfs_swap_extent_forks`, fs/xfs/xfs_bmap_util.c). Sharing changes the
-//! list of whoever gets the blocks, not of whoever has them: that is told by
-//! `xfs_reflink_remap_extent_src`, a moment before. ext4 allocates and converts
-//! in `ext4_ext_map_blocks`, and whatever takes blocks away or moves them
-//! forgets them in its extent status tree first; a long truncation frees the
-//! last of them much later, and tells of each extent then.
+//! XFS has a tracepoint for every change of its list of extents in memory,
+//! through which all changes of a block map go. It exchanges whole lists in one
+//! other place (`xfs_swap_extent_forks`, fs/xfs/xfs_bmap_util.c). Sharing
+//! changes the list of the file that gets the blocks, not of the file that has
+//! them; `xfs_reflink_remap_extent_src` tells of the latter a moment before.
+//! ext4 allocates and converts in `ext4_ext_map_blocks`. Everything that takes
+//! blocks away or moves them first forgets them in ext4's extent status tree. A
+//! long truncation frees the last of the blocks much later, and tells of each
+//! extent then.
 //!
-//! None of them is hit by reading, or by writing to blocks that are there.
+//! None of these tracepoints is hit by reading, or by writing to blocks that
+//! exist.
 //!
 //! A filesystem that is shut down changes no block map any more, and writes
-//! nothing either. That has tracepoints of its own, which name no file.
+//! nothing either. A shutdown has tracepoints of its own, which name no file.
 
 use super::format::{Format, id_of};
 use super::tracefs;
@@ -20,20 +22,20 @@ use crate::Errno;
 use mapdirect_model::facts::Filesystem;
 use std::os::fd::BorrowedFd;
 
-/// Where a record says which blocks it is about.
+/// The fields of a record that say which blocks it is about.
 #[derive(Clone, Copy, Debug)]
 enum Blocks {
-    /// It does not.
+    /// The record does not say, so it may be about all blocks.
     All,
-    /// From the first, so many.
+    /// The first block and the number of blocks.
     Run(&'static str, &'static str),
-    /// From the first to the last.
+    /// The first block and the last block.
     Span(&'static str, &'static str),
 }
 
 struct Point {
     name: &'static str,
-    /// A condition of its own, and the field it needs.
+    /// A condition of this tracepoint, and the field that the condition needs.
     condition: Option<(&'static str, &'static str)>,
     blocks: Blocks,
     about: About,
@@ -48,8 +50,9 @@ pub(crate) enum About {
     Filesystem,
 }
 
-/// Attributes (256) and blocks set aside for copies (512) are in other lists
-/// than the data (`BMAP_ATTRFORK`, `BMAP_COWFORK`, fs/xfs/libxfs/xfs_bmap.h).
+/// Excludes attributes (256) and blocks set aside for copies (512), which are
+/// in other lists than the data (`BMAP_ATTRFORK`, `BMAP_COWFORK`,
+/// fs/xfs/libxfs/xfs_bmap.h).
 const DATA: Option<(&str, &str)> = Some(("bmap_state", "!(bmap_state & 768)"));
 const EXTENT: Blocks = Blocks::Run("startoff", "blockcount");
 
@@ -88,7 +91,7 @@ const XFS: [Point; 7] = [
 ];
 
 /// `EXT4_GET_BLOCKS_CREATE` (fs/ext4/ext4.h): blocks may be allocated or
-/// converted, not just looked up.
+/// converted, and are not just looked up.
 const CREATE: Option<(&str, &str)> = Some(("flags", "(flags & 1)"));
 
 const EXT4: [Point; 5] = [
@@ -104,26 +107,27 @@ const EXT4: [Point; 5] = [
     ),
     point("ext4/ext4_remove_blocks", None, Blocks::Span("from", "to")),
     shutdown("ext4/ext4_shutdown"),
-    // Which may be answered by one.
+    // An error may lead to a shutdown.
     shutdown("ext4/ext4_error"),
 ];
 
 /// Why there are no tracepoints to listen to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Missing {
-    /// The kernel has not this one, or says of it what cannot be understood.
+    /// The kernel lacks this tracepoint, or its description cannot be
+    /// understood.
     #[error("this kernel lacks the tracepoint {0}")]
     Point(&'static str),
-    /// It does not show its tracepoints.
+    /// The kernel does not show its tracepoints.
     #[error("tracepoints cannot be read (tracefs): {0}")]
     Tracefs(Errno),
 }
 
-/// One of them, as the running kernel has it.
+/// A tracepoint as the running kernel has it.
 #[derive(Debug)]
 pub(crate) struct Tracepoint {
     format: Format,
-    /// Without its group.
+    /// The name without the group.
     name: &'static str,
     blocks: Blocks,
     pub(crate) condition: Option<&'static str>,
@@ -139,22 +143,22 @@ impl Tracepoint {
 /// What a record says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Told {
-    /// As the kernel numbers devices.
+    /// The device, as the kernel numbers devices.
     pub(crate) device: u32,
-    /// Nothing if it is about the filesystem.
+    /// The inode, or `None` if the record is about the filesystem.
     pub(crate) inode: Option<u64>,
-    /// The tracepoint.
+    /// The name of the tracepoint.
     pub(crate) at: &'static str,
-    /// First block and how many; nothing if it may be any.
+    /// The first block and the number of blocks, or `None` if it may be any.
     pub(crate) blocks: Option<(u64, u64)>,
 }
 
-/// Those of a filesystem.
+/// The tracepoints of a filesystem.
 #[derive(Debug)]
 pub(crate) struct Tracepoints(pub(crate) Vec<Tracepoint>);
 
 impl Tracepoints {
-    /// Finds those of a filesystem in the running kernel.
+    /// Finds the tracepoints of a filesystem in the running kernel.
     pub(crate) fn find(filesystem: &Filesystem) -> Result<Self, Missing> {
         let events = tracefs::events().map_err(Missing::Tracefs)?;
         Self::find_in(filesystem, |name| read(&events, name))
@@ -178,10 +182,11 @@ impl Tracepoints {
             let format = match format {
                 Some(format) => format,
                 None if point.about == About::Filesystem => continue,
-                // Something could change unnoticed.
+                // Without this tracepoint a change could go unnoticed.
                 None => return Err(Missing::Point(point.name)),
             };
-            // Without the field more is heard than needed, and nothing missed.
+            // Without the field there are more events than needed, but none is
+            // missed.
             let condition = point
                 .condition
                 .filter(|(field, _)| format.has(field))
@@ -200,7 +205,7 @@ impl Tracepoints {
         Ok(Self(found))
     }
 
-    /// What a record says, if it is of one of these.
+    /// What a record says, if it is from one of these tracepoints.
     pub(crate) fn understand(&self, record: &[u8]) -> Option<Told> {
         let id = id_of(record)?;
         let point = self.0.iter().find(|point| point.format.id == id)?;

@@ -1,4 +1,4 @@
-//! Where the kernel describes its tracepoints.
+//! Finds the place where the kernel describes its tracepoints.
 
 use crate::Errno;
 use rustix::fs::{CWD, Mode, OFlags, fstatfs, openat};
@@ -8,9 +8,9 @@ use std::os::fd::{AsFd, OwnedFd};
 /// `TRACEFS_MAGIC` (include/uapi/linux/magic.h).
 const TRACEFS: u64 = 0x7472_6163;
 
-/// The directory of all events. Where tracefs is not mounted, that is done for
-/// this descriptor alone: nobody else sees the mount, and it goes when the
-/// descriptor is closed.
+/// Opens the directory of all events. If tracefs is not mounted, this mounts it
+/// for the returned descriptor alone: nobody else sees the mount, and it goes
+/// when the descriptor is closed.
 pub(crate) fn events() -> Result<OwnedFd, Errno> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     if let Ok(found) = openat(CWD, "/sys/kernel/tracing/events", flags, Mode::empty())

@@ -1,9 +1,9 @@
 //! The perf events themselves: a ring for each processor, and the tracepoints
-//! of each filesystem that something is pinned on.
+//! of each filesystem that has pins.
 //!
-//! What is listened to changes without a gap: the new events are enabled
-//! before the old ones are closed. What comes twice meanwhile is looked at
-//! once.
+//! A change of the listened files leaves no gap: the new events are enabled
+//! before the old ones are closed. A record that comes twice meanwhile causes
+//! only one look.
 
 use super::filter::Cover;
 use super::points::{About, Told, Tracepoints};
@@ -17,15 +17,15 @@ use std::ffi::CString;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
 
-/// Bytes of a ring: some 2,000 records, 128 bytes each.
+/// The size of a ring in bytes: room for some 2,000 records of 128 bytes.
 const RING: usize = 256 << 10;
 
-/// A file that is listened to, and how to open it for a look.
+/// A file that is listened to, and the handle to open it for a look.
 #[derive(Debug)]
 pub(super) struct Listened {
     pub(super) id: InodeId,
     pub(super) handle: FileHandle,
-    /// Nothing of it was pinned when that was last asked.
+    /// Whether nothing of the file was pinned at the last check.
     idle: AtomicBool,
 }
 
@@ -39,7 +39,7 @@ impl Listened {
     }
 }
 
-/// A processor, and what its tracepoints write to.
+/// A processor, and the ring to which its tracepoints write.
 #[derive(Debug)]
 struct Processor {
     number: u32,
@@ -65,14 +65,14 @@ struct Wire {
     points: Arc<Tracepoints>,
     cover: Cover,
     files: BTreeMap<u64, Arc<Listened>>,
-    /// Closing them ends it.
+    /// Closing these events ends the listening.
     events: Vec<Event>,
 }
 
-/// All there is.
+/// All filesystems that are listened to.
 #[derive(Debug)]
 pub(super) struct Wires {
-    /// As `/sys` lists those online.
+    /// The online processors, as `/sys` lists them.
     online: String,
     processors: Vec<Processor>,
     of: HashMap<u64, Wire>,
@@ -103,7 +103,7 @@ impl Wires {
         Ok(wires)
     }
 
-    /// Listens to a file from now on, if it does not yet.
+    /// Listens to a file from now on, if not already.
     pub(super) fn listen(
         &mut self,
         filesystem: &Filesystem,
@@ -117,8 +117,8 @@ impl Wires {
             files: BTreeMap::new(),
             events: Vec::new(),
         });
-        // The number of a file that is gone is used again: what names it is
-        // the handle.
+        // The inode number of a deleted file is used again, so the handle
+        // identifies the file.
         if let Some(known) = wire.files.get(&id.inode)
             && known.handle == file.handle
         {
@@ -155,7 +155,7 @@ impl Wires {
         Ok(found)
     }
 
-    /// The file of an inode, if it is listened to.
+    /// The file with this inode number, if it is listened to.
     pub(super) fn listened(&self, id: InodeId) -> Option<Arc<Listened>> {
         self.of.get(&id.dev)?.files.get(&id.inode).cloned()
     }
@@ -171,13 +171,13 @@ impl Wires {
         self.of.is_empty()
     }
 
-    /// Whether files that are not pinned may be heard of as well: their events
-    /// wake nobody, so the rings must be looked at now and then.
+    /// Whether events of files that are not pinned may come as well. Such
+    /// events wake nobody, so the rings must be read now and then.
     pub(super) fn hears_more(&self) -> bool {
         self.of.values().any(|wire| !wire.cover.is_exact())
     }
 
-    /// What becomes readable with a record.
+    /// The descriptors that become readable with a record.
     pub(super) fn descriptors(&self) -> Vec<Arc<Event>> {
         let processors = self.processors.iter();
         processors
@@ -185,8 +185,8 @@ impl Wires {
             .collect()
     }
 
-    /// Hands out what is in the rings, and with what is about a filesystem each
-    /// of its files; says whether some of it may be lost.
+    /// Hands out the records in the rings. A record about a filesystem is
+    /// handed out for each of its files. Says whether records may be lost.
     pub(super) fn drain(&mut self, mut each: impl FnMut(InodeId, Told, Who)) -> bool {
         let Self {
             processors,
@@ -228,15 +228,15 @@ impl Wires {
         lost
     }
 
-    /// Stops to listen to files that `is_needed` has said no to twice, and to
-    /// those that were covered because they might have come to be pinned.
-    /// Returns what is to be closed, which takes the kernel some time.
+    /// Stops listening to files for which `is_needed` has said no twice, and to
+    /// inodes that were covered in advance. Returns the events to close, which
+    /// takes the kernel some time.
     pub(super) fn tidy(&mut self, is_needed: impl Fn(InodeId) -> bool) -> Vec<Event> {
         let mut closed = Vec::new();
         let Self { of, processors, .. } = self;
         of.retain(|dev, wire| {
             wire.files.retain(|_, file| {
-                // Somebody else has it while a grant is under way, or a look.
+                // A grant under way or a look has a reference, too.
                 let needed = Arc::strong_count(file) > 1 || is_needed(file.id);
                 let was_idle = file.idle.swap(!needed, SeqCst);
                 needed || !was_idle
@@ -248,7 +248,7 @@ impl Wires {
             let inodes: BTreeSet<u64> = wire.files.keys().copied().collect();
             let cover = Cover::of(&inodes, None);
             if cover != wire.cover {
-                // More is heard than needed if it fails.
+                // If this fails, more events come than are needed.
                 let _ = wire.rearm(*dev, processors, cover);
             }
             true
@@ -256,8 +256,8 @@ impl Wires {
         closed
     }
 
-    /// Processors come and go. Says whether one came, so that something may
-    /// have been missed there.
+    /// Adjusts to processors that come and go. Says whether a processor came,
+    /// because something may have been missed on it.
     pub(super) fn look_at_processors(&mut self) -> Result<bool, Errno> {
         let online = std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default();
         if online == self.online {
@@ -267,12 +267,13 @@ impl Wires {
         let before = listed(&self.online).unwrap_or_default();
         for number in numbers.difference(&before) {
             match Processor::new(*number) {
-                // An older ring of it, from before it went, is empty for ever.
+                // An older ring of this processor, from before it went offline,
+                // stays empty for ever.
                 Ok(processor) => {
                     self.processors.retain(|other| other.number != *number);
                     self.processors.push(processor);
                 }
-                // It went again.
+                // The processor went offline again.
                 Err(Errno::NODEV) => {}
                 Err(errno) => return Err(errno),
             }
@@ -312,19 +313,19 @@ impl Wire {
                 events.push(event);
             }
         }
-        // Only now do the old ones go.
+        // Only now close the old events.
         self.events = events;
         self.cover = cover;
         Ok(())
     }
 }
 
-/// Who hit a tracepoint, and when.
+/// The thread that hit a tracepoint, and when it did.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Who {
     pub(super) pid: i32,
     pub(super) tid: i32,
-    /// In nanoseconds of the monotonic clock.
+    /// The time in nanoseconds of the monotonic clock.
     pub(super) time: u64,
 }
 
@@ -339,7 +340,7 @@ fn user_device(device: u32) -> u64 {
 
 /// Reads a list like `0-3,5`.
 pub(super) fn listed(text: &str) -> Option<BTreeSet<u32>> {
-    /// More than any kernel has.
+    /// More processors than any kernel supports.
     const MOST: u32 = 1 << 16;
     let mut numbers = BTreeSet::new();
     for part in text.trim().split(',') {

@@ -1,22 +1,23 @@
-//! Which pages keep frozen blocks apart from others. Pure.
+//! Finds the pages that keep frozen blocks apart from others. Pure.
 //!
-//! A store through a mapping makes the whole folio dirty that its page lies in,
-//! and the filesystem then allocates or copies whatever lies under that folio
+//! A store through a mapping makes the whole folio of its page dirty. The
+//! filesystem then allocates or copies everything that lies under the folio
 //! (`iomap_page_mkwrite`, fs/iomap/buffered-io.c; `block_page_mkwrite`,
-//! fs/buffer.c). Folios are aligned runs of pages, up to a huge page. When one of
-//! them holds both a block that can be stored to and a frozen one, a store to the
-//! first changes the second.
+//! fs/buffer.c). Folios are aligned runs of pages, up to a huge page. If a
+//! folio contains both a block that can be stored to and a frozen one, a store
+//! to the first changes the second.
 //!
 //! A page that is in the page cache by itself cannot become part of a larger
-//! folio. So the pages at both ends of every frozen run are held there.
+//! folio. So the pages at both ends of every frozen run are held in the page
+//! cache.
 
 use super::geometry::Geometry;
 use std::ops::Range;
 
-/// The offsets of the pages to hold, so that no folio holds pages of `frozen`
-/// and others, in a file of `size` bytes. `frozen` are disjoint runs of whole
-/// pages in file order, with others in between. Whoever maps the others for
-/// storing may come later.
+/// The offsets of the pages to hold, so that no folio contains both pages of
+/// `frozen` and others, in a file of `size` bytes. `frozen` must be disjoint
+/// runs of whole pages in file order, with others in between. The others may be
+/// mapped writable later.
 #[must_use]
 pub fn pages_between(frozen: &[Range<u64>], size: u64, geometry: &Geometry) -> Vec<u64> {
     let (page, folio) = (geometry.page, geometry.folio);
@@ -25,8 +26,8 @@ pub fn pages_between(frozen: &[Range<u64>], size: u64, geometry: &Geometry) -> V
     for run in frozen {
         let start = run.start;
         if !start.is_multiple_of(folio) && start - start % folio < file_end {
-            // Behind the end of the file there are no pages: then the last
-            // one before it.
+            // Behind the end of the file there are no pages, so the last page
+            // before the end is held.
             pages.push(start.min(file_end - page));
         }
         if run.end < file_end && !run.end.is_multiple_of(folio) {

@@ -1,21 +1,21 @@
-//! The pieces of a file that the page cache handles as one. Pure: all sizes
-//! are values, so that properties can vary them.
+//! The pieces of a file that the page cache handles as one. Pure: all sizes are
+//! values, so that property tests can vary them.
 
 use std::ops::Range;
 
-/// Bytes in the largest block or page there is.
+/// The number of bytes in the largest possible block or page.
 pub const LARGEST_BLOCK: u64 = 64 << 10;
 
-/// How the page cache cuts a file into pieces.
+/// How the page cache divides a file into pieces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Geometry {
-    /// Bytes in a page: the least that can be mapped.
+    /// Bytes in a page, the smallest unit of a mapping.
     pub page: u64,
-    /// Bytes in the largest folio. A store to one page makes all of its folio
+    /// Bytes in the largest folio. A store to one page makes its whole folio
     /// dirty.
     pub folio: u64,
-    /// Whether a write to a part of a folio makes all of it dirty, too (XFS
-    /// before Linux 6.6 without DAX).
+    /// Whether a write to a part of a folio makes the whole folio dirty, too
+    /// (XFS before Linux 6.6 without DAX).
     pub coarse: bool,
 }
 
@@ -34,26 +34,26 @@ impl Geometry {
         }
     }
 
-    /// The same, with [`coarse`](Self::coarse) writes or without.
+    /// This geometry, with or without [`coarse`](Self::coarse) writes.
     #[must_use]
     pub const fn coarse(self, coarse: bool) -> Self {
         Self { coarse, ..self }
     }
 
-    /// The bytes of all folios that may hold any of `range`.
+    /// The bytes of all folios that may contain any of `range`.
     #[must_use]
     pub fn folios(&self, range: &Range<u64>) -> Range<u64> {
         rounded_out(range, self.folio)
     }
 
-    /// The end of the page that byte `end` lies in; `end` itself if a page
+    /// The end of the page in which byte `end` lies, or `end` itself if a page
     /// begins there.
     pub(super) fn page_end(&self, end: u64) -> u64 {
         end.checked_next_multiple_of(self.page).unwrap_or(u64::MAX)
     }
 }
 
-/// The bytes of all units that hold any of `range`.
+/// The bytes of all units that contain any of `range`.
 pub(super) fn rounded_out(range: &Range<u64>, unit: u64) -> Range<u64> {
     let end = range.end.checked_next_multiple_of(unit);
     range.start - range.start % unit..end.unwrap_or(u64::MAX)

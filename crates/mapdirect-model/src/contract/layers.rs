@@ -1,27 +1,27 @@
-//! The evaluator of the contract: what may not be met, as sorted runs, one list
-//! for each reason. Pure.
+//! The evaluator of the contract: the runs that operations may not meet,
+//! sorted, in one list for each reason. Pure.
 //!
 //! The bpf gate judges in the kernel, where there is no room to ask pin after
-//! pin: it looks whether a range meets a list. The fanotify gate judges by the
-//! same lists, and asks pin after pin only to name the one that refuses.
+//! pin, so it checks whether a range meets a list. The fanotify gate judges by
+//! the same lists, and asks pin after pin only to name the one that refuses.
 //!
 //! Layers refuse what would change a block of a pin. They refuse more than that
-//! only where this is cheaper to know, or cannot be known exactly:
+//! only when this is cheaper to know, or cannot be known exactly:
 //!
-//! * What brings shared blocks near a pin is judged by pieces of
+//! * An operation that brings shared blocks near a pin is judged by pieces of
 //!   [`LARGEST_BLOCK`](super::LARGEST_BLOCK) bytes.
-//! * The block that holds the end of a file is zeroed when the file grows. If an
-//!   untorn write does this, it counts as untorn there, too.
-//! * A pin that lies wholly behind the end of the file keeps the file from
-//!   getting shorter all the same.
-//! * A pin that is mapped keeps the file from growing if its last page holds
-//!   pinned blocks behind the end, even if that page is not mapped.
+//! * The block that holds the end of a file is zeroed when the file grows. If
+//!   an untorn write makes the file grow, this counts as untorn, too.
+//! * A pin that lies wholly behind the end of the file still keeps the file
+//!   from getting shorter.
+//! * A mapped pin keeps the file from growing if its last page holds pinned
+//!   blocks behind the end, even if that page is not mapped.
 //! * A mapping that reaches behind the end of the file is refused for every
 //!   frozen block between there and the end of its last folio, wherever it
 //!   begins.
-//! * When several pins are put together, a growing write that fails counts for
-//!   the largest of their size floors ([`Beside::failing_frees`]), and an
-//!   insertion moves what lies beside any of them ([`Beside::window`]).
+//! * When several pins are merged, a growing write that fails is judged by the
+//!   largest of their size floors ([`Beside::failing_frees`]), and an insertion
+//!   counts as moving what lies beside any of them ([`Beside::window`]).
 //!
 //! [`Beside::failing_frees`]: super::Beside::failing_frees
 //! [`Beside::window`]: super::Beside::window
@@ -33,57 +33,58 @@ use super::rules::{Meets, OperationKind, Reach, Traits};
 use crate::extent::ExtentState;
 use std::ops::Range;
 
-/// Why an operation may not meet a run.
+/// The reason why an operation may not meet a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
-    /// It is pinned.
+    /// The run is pinned.
     Pinned,
-    /// It is pinned and frozen.
+    /// The run is pinned and frozen.
     Frozen,
-    /// Writing to it, or zeroing a part of it, takes blocks of a pin along: it
-    /// lies beside the pin, or is a shared block of it.
+    /// Writing to the run, or zeroing a part of it, takes blocks of a pin
+    /// along: the run lies beside the pin, or is a shared block of the pin.
     Beside,
-    /// It is pinned, and zeroing a part of it copies it.
+    /// The run is pinned, and zeroing a part of it copies it.
     Shared,
-    /// Nothing may come to be shared there, nor be written to untorn.
+    /// No block in the run may become shared, and no untorn write may go there.
     Window,
-    /// Pages that must stay in the page cache.
+    /// The run is pages that must stay in the page cache.
     Held,
-    /// A store to a mapping of it may allocate or copy frozen blocks.
+    /// A store to a mapping of the run may allocate or copy frozen blocks.
     Mapped,
-    /// A write to it may make the file grow, and allocate ahead into a pin;
-    /// see [`Beside::grows_into`](super::Beside::grows_into).
+    /// A write to the run may make the file grow, and allocate ahead into a
+    /// pin; see [`Beside::grows_into`](super::Beside::grows_into).
     Ahead,
-    /// What comes to be unwritten there becomes one extent with a pin's.
+    /// A block that becomes unwritten in the run becomes one extent with a
+    /// pin's.
     Edges,
-    /// Folios of unwritten blocks of a pin, all of which is dirty when a part
-    /// of it is written to, or zeroed.
+    /// The run is folios of unwritten blocks of a pin. Writing to a part of
+    /// such a folio, or zeroing it, makes the whole folio dirty.
     Coarse,
 }
 
-/// How many lists there are.
+/// The number of lists.
 pub const LISTS: usize = 10;
 
-/// The fixed size of pins that do not agree on one: no file has it.
+/// The fixed size of pins that do not agree on one: no file has this size.
 const NO_SIZE: u64 = u64::MAX - 1;
 
-/// What pins of one inode keep still.
+/// What the pins of one inode refuse.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Layers {
     lists: [Vec<Range<u64>>; LISTS],
-    /// Sizes below this are refused.
+    /// Smaller sizes are refused.
     pub size_floor: u64,
-    /// The only size there may be.
+    /// The only permitted size.
     pub fixed_size: Option<u64>,
-    /// The largest size there may be.
+    /// The largest permitted size.
     pub largest_size: Option<u64>,
-    /// Until the file has grown to `size_floor`, a write that would make it
-    /// grow and fails frees blocks of a pin; see
+    /// Until the file has grown to `size_floor`, a write that would make the
+    /// file grow and fails frees blocks of a pin; see
     /// [`Beside::failing_frees`](super::Beside::failing_frees).
     pub failing_frees: bool,
-    /// Bytes in a block.
+    /// The number of bytes in a block.
     pub block: u64,
-    /// Bytes in a page.
+    /// The number of bytes in a page.
     page: u64,
 }
 
@@ -130,8 +131,8 @@ impl Layers {
         layers
     }
 
-    /// The layers of all pins of an inode, put together from those of each. An
-    /// operation that any of them refuses is refused.
+    /// Merges the layers of all pins of an inode. An operation that any of the
+    /// pins refuses is refused.
     #[must_use]
     pub fn all<'a>(pins: impl IntoIterator<Item = &'a Self>) -> Self {
         let mut all = Self::none();
@@ -159,7 +160,7 @@ impl Layers {
             self.push(List::Edges, edge.clone());
         }
         for run in &pin.beside.frozen {
-            // What lies inside is judged by its own state.
+            // The part inside the pin is judged by its own state.
             self.push_outside(List::Beside, run, &pin.range);
         }
         if let Some(window) = &pin.beside.window {
@@ -175,10 +176,10 @@ impl Layers {
                     self.push(List::Shared, run.clone());
                     self.push(List::Beside, run.clone());
                 }
-                // The holder has a copy of it, which must stay true.
+                // The holder has a copy of the run, which must stay true.
                 ExtentState::Unknown => self.push(List::Shared, run.clone()),
-                // Other blocks that are dirty with it are written back, and
-                // these with them.
+                // Other blocks that are dirty with the run are written back,
+                // and the run with them.
                 ExtentState::Unwritten if pin.geometry.coarse => {
                     self.push(List::Coarse, pin.geometry.folios(run));
                 }
@@ -187,17 +188,18 @@ impl Layers {
         }
     }
 
-    /// Where a store to a mapping could change frozen blocks: those in the
-    /// mapping itself, and those that share a folio with it.
+    /// Adds the runs at which a store to a mapping could change frozen blocks:
+    /// the frozen blocks themselves, and everything that shares a folio with
+    /// them.
     fn add_mapped(&mut self, pin: &Pinned) {
         let tail = pin.idle_tail();
         for (run, _) in &pin.frozen {
             self.push_outside(List::Mapped, run, &tail);
             match &pin.apart {
                 Apart::No => self.push(List::Mapped, pin.geometry.folios(run)),
-                // No folio before the end of the file has both. Behind it there
-                // is nothing to keep anything apart, but nothing to store to
-                // either, until the file grows.
+                // No folio before the end of the file contains both. Behind the
+                // end nothing keeps them apart, but there is nothing to store
+                // to until the file grows.
                 Apart::Held(_) if run.end > pin.file_end() => {
                     let first = run.start.max(pin.file_end());
                     let folio = first - first % pin.geometry.folio;
@@ -226,7 +228,7 @@ impl Layers {
         }
     }
 
-    /// A list: sorted, disjoint.
+    /// One list: sorted and disjoint.
     #[must_use]
     pub fn list(&self, list: List) -> &[Range<u64>] {
         &self.lists[list as usize]
@@ -239,7 +241,7 @@ impl Layers {
     }
 
     /// Whether there are blocks that nobody may store to through a mapping,
-    /// wherever that begins.
+    /// wherever the mapping begins.
     #[must_use]
     pub fn has_frozen(&self) -> bool {
         [List::Frozen, List::Beside]
@@ -247,8 +249,7 @@ impl Layers {
             .any(|list| !self.list(list).is_empty())
     }
 
-    /// Whether no write is refused, wherever in the file it goes: unless it is
-    /// untorn.
+    /// Whether no write is refused anywhere in the file, except untorn ones.
     #[must_use]
     pub fn lets_writes_pass(&self) -> bool {
         const MATTER: [List; 7] = [
@@ -265,15 +266,16 @@ impl Layers {
             && !self.failing_frees
     }
 
-    /// The end of the bytes where nothing may come to be shared, if there are
+    /// The end of the bytes in which no block may become shared, if there are
     /// any.
     #[must_use]
     pub fn unshared_until(&self) -> Option<u64> {
         self.list(List::Window).last().map(|window| window.end)
     }
 
-    /// Whether an operation on a file of `size` bytes is refused. By `moved`
-    /// bytes blocks from behind may have come nearer since the layers were made.
+    /// Whether an operation on a file of `size` bytes is refused. Since the
+    /// layers were made, blocks from behind may have come nearer by `moved`
+    /// bytes.
     #[must_use]
     pub fn refuses(&self, operation: &Operation, size: u64, moved: u64) -> bool {
         operation
@@ -283,7 +285,7 @@ impl Layers {
             || operation.brings_shared && self.refuses_sharing(&operation.reach(size), moved)
     }
 
-    /// Whether what an operation does at one of its ranges is refused.
+    /// Whether an operation is refused for what it does at one of its ranges.
     fn refuses_at(&self, operation: &Operation, range: &Range<u64>, size: u64) -> bool {
         let kind = operation.kind;
         let traits = Traits::of(kind);
@@ -298,7 +300,7 @@ impl Layers {
                     || self.refuses_dirt(kind, range))
     }
 
-    /// Whether the blocks that an operation reaches are ones it may not meet.
+    /// Whether an operation reaches blocks that it may not meet.
     fn refuses_reach(&self, kind: OperationKind, range: &Range<u64>, size: u64) -> bool {
         let rule = kind.rule();
         let reach = match rule.reach {
@@ -319,9 +321,9 @@ impl Layers {
         self.meets(list, &reach)
     }
 
-    /// The end of the bytes that an operation at `range` reaches. A hole that
-    /// ends behind the end of the file may be punched to the end of the page
-    /// that is in then (ext4 with blocks smaller than pages: `ext4_punch_hole`,
+    /// The end of the bytes that an operation at `range` reaches. If a punched
+    /// hole ends behind the end of the file, ext4 with blocks smaller than
+    /// pages punches up to the end of that page (`ext4_punch_hole`,
     /// fs/ext4/inode.c, 6.12).
     fn end_of(&self, kind: OperationKind, range: &Range<u64>, size: u64) -> u64 {
         if kind == OperationKind::PunchHole && range.end > size {
@@ -334,7 +336,7 @@ impl Layers {
         }
     }
 
-    /// Whether what comes to be unwritten at `range` becomes one extent with
+    /// Whether blocks that become unwritten at `range` become one extent with
     /// blocks of a pin.
     fn refuses_edge(&self, kind: OperationKind, range: &Range<u64>) -> bool {
         let end = match kind.rule().reach {
@@ -344,15 +346,15 @@ impl Layers {
         self.meets(List::Edges, &(range.start..end))
     }
 
-    /// Whether an insertion moves shared blocks that lie beside a pin: nobody
-    /// would know where they are then.
+    /// Whether an insertion moves shared blocks that lie beside a pin. After
+    /// that, nobody would know where they are.
     fn refuses_insertion(&self, range: &Range<u64>) -> bool {
         !self.list(List::Window).is_empty() && self.meets(List::Beside, &(range.start..u64::MAX))
     }
 
     /// Whether the blocks of `range` take blocks of a pin along when they are
-    /// written to, or zeroed in part. An untorn write goes to new blocks, and
-    /// XFS sets more of those aside than it needs
+    /// written to or partly zeroed. An untorn write goes to new blocks, and XFS
+    /// sets more of those aside than it needs
     /// (`xfs_atomic_write_cow_iomap_begin`, fs/xfs/xfs_iomap.c, 6.16), whether
     /// anything is shared or not.
     fn refuses_touch(&self, range: &Range<u64>, untorn: bool) -> bool {
@@ -361,8 +363,8 @@ impl Layers {
     }
 
     /// Whether an operation makes bytes dirty that share a folio with unwritten
-    /// blocks of a pin. Whole blocks are not zeroed by way of the page cache;
-    /// and mappings are judged by folios as it is.
+    /// blocks of a pin. Whole blocks are not zeroed through the page cache, and
+    /// mappings are judged by folios anyway.
     fn refuses_dirt(&self, kind: OperationKind, range: &Range<u64>) -> bool {
         let blocks = rounded_out(range, self.block);
         if kind.writes_data() || kind == OperationKind::UnshareRange {
@@ -373,10 +375,10 @@ impl Layers {
                 || self.meets(List::Coarse, &(range.end..blocks.end)))
     }
 
-    /// Whether an operation is refused for making the file grow. The rest of
-    /// the block that holds the old end of the file is zeroed then: in place if
-    /// that is written, not at all if it is a hole or unwritten; a shared one is
-    /// copied.
+    /// Whether an operation is refused because it makes the file grow. The rest
+    /// of the block that holds the old end of the file is then zeroed: in place
+    /// if the block is written, not at all if it is a hole or unwritten. A
+    /// shared block is copied.
     fn refuses_growth(&self, operation: &Operation, size: u64) -> bool {
         let kind = operation.kind;
         let end = operation.end();
@@ -399,8 +401,8 @@ impl Layers {
                     || self.meets(List::Coarse, &last))
     }
 
-    /// Whether blocks that come to be shared within `reach` may come to lie
-    /// beside a pin. What lies up to `moved` bytes behind a window may be in it
+    /// Whether blocks that become shared within `reach` may come to lie beside
+    /// a pin. Blocks up to `moved` bytes behind a window may be in the window
     /// by now.
     fn refuses_sharing(&self, reach: &Range<u64>, moved: u64) -> bool {
         let nearer = reach.start.saturating_sub(moved)..reach.end;

@@ -1,88 +1,90 @@
-//! What one pin keeps still.
+//! The facts about one pin that judgements need.
 
 use super::geometry::{Geometry, intersects};
 use crate::extent::{BlockMap, Extent, ExtentState};
 use crate::plan::{Pages, Plan};
 use std::ops::Range;
 
-/// What a pin keeps still, as far as verdicts need it: the facts that
-/// [`Layers`](super::Layers) are made from.
+/// What a pin refuses: the facts from which [`Layers`](super::Layers) are made.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pinned {
-    /// The range, rounded out to blocks; to the end of all files for a pin of
-    /// the whole file.
+    /// The range, extended to whole blocks. A pin of the whole file extends to
+    /// the largest offset.
     pub(super) range: Range<u64>,
-    /// A size below this would free blocks of the pin, or bytes that were in
+    /// A smaller file size would free blocks of the pin, or bytes that were in
     /// it.
     pub(super) size_floor: u64,
-    /// The only size that a pin of the whole file allows.
+    /// The only size that a pin of the whole file permits.
     pub(super) fixed_size: Option<u64>,
     /// Frozen runs, in file order and disjoint. A block that is frozen only
     /// because it shares a page with others is [`ExtentState::Unknown`].
     pub(super) frozen: Box<[(Range<u64>, ExtentState)]>,
-    /// Bytes in a block.
+    /// The number of bytes in a block.
     pub(super) block: u64,
-    /// Size of the file when it was pinned.
+    /// The size of the file when it was pinned.
     pub(super) file_size: u64,
     pub(super) geometry: Geometry,
     pub(super) beside: Beside,
-    /// The pin is mapped through the page cache, and the page that holds the
-    /// end of the file also holds pinned blocks behind it. A store would
-    /// allocate those once the file had grown, so it may not grow.
+    /// Whether the pin is mapped through the page cache, and the page with the
+    /// end of the file also contains pinned blocks behind the end. Once the
+    /// file had grown, a store would allocate those blocks, so the file may not
+    /// grow.
     pub(super) holds_tail: bool,
     pub(super) apart: Apart,
 }
 
-/// Whether folios of the page cache may hold both frozen blocks of a pin and
-/// blocks that somebody stores to: a store to one page makes all of its folio
+/// Whether folios of the page cache may contain both frozen blocks of a pin and
+/// blocks that somebody stores to. A store to one page makes its whole folio
 /// dirty.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Apart {
-    /// They may: nothing near frozen blocks can be mapped for storing.
+    /// They may, so nothing near frozen blocks can be mapped writable.
     No,
     /// There are no folios: DAX.
     Without,
     /// No folio that ends before the end of the file does, as long as these
-    /// pages, by their offsets in file order, stay in the page cache as they
-    /// are.
+    /// pages stay in the page cache as they are. They are given by their
+    /// offsets, in file order.
     Held(Box<[u64]>),
 }
 
-/// What lies beside a pin and takes blocks of it along when it is written to.
+/// Blocks beside a pin that take blocks of the pin along when they are written
+/// to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Beside {
-    /// Runs that may not be written to: shared blocks whose copy would take
-    /// their neighbours with it (XFS), the rest of an unwritten extent that
-    /// is converted as a whole (ext4).
+    /// Runs that may not be written to: shared blocks whose copy would include
+    /// their neighbours (XFS), and the rest of an unwritten extent that is
+    /// converted as a whole (ext4).
     pub frozen: Vec<Range<u64>>,
-    /// A block that comes to be shared in here would be such a run, so none
-    /// may. To let it be shared and refuse writes to it instead would let
-    /// whoever can read the file keep out those who can write to it; and a
-    /// store to a mapping asks nobody, and makes a whole folio dirty, shared
-    /// blocks of it included (`iomap_page_mkwrite`, fs/iomap/buffered-io.c).
+    /// A block in here that becomes shared would be such a run, so no block
+    /// here may become shared. The alternative would be to permit sharing and
+    /// to refuse writes to the shared block. But then anybody who can read the
+    /// file could keep out those who can write to it. Also, a store to a
+    /// mapping asks nobody, and makes a whole folio dirty, including its shared
+    /// blocks (`iomap_page_mkwrite`, fs/iomap/buffered-io.c).
     pub window: Option<Range<u64>>,
-    /// A write that makes the file grow allocates ahead, into holes of the
-    /// pin beyond the end of the file (XFS: `xfs_iomap_prealloc_size`,
-    /// fs/xfs/xfs_iomap.c). Whether it does is seen by XFS when the write has
-    /// the lock of the inode, and the file may have been made larger and
-    /// smaller again before. It never gets smaller than it was when it was
-    /// pinned: a write that ends there does not make it grow.
+    /// Whether a write that makes the file grow allocates ahead, into holes of
+    /// the pin beyond the end of the file (XFS: `xfs_iomap_prealloc_size`,
+    /// fs/xfs/xfs_iomap.c). XFS decides whether the file grows when the write
+    /// has the lock of the inode; by then the file may have been made larger
+    /// and smaller again. But the file never gets smaller than it was when it
+    /// was pinned, so a write that ends before that size does not make it grow.
     pub grows_into: bool,
-    /// A write that would have made the file grow and fails frees all blocks
-    /// behind its end, those of the pin as well (ext4:
-    /// `ext4_truncate_failed_write`, fs/ext4/truncate.h), until the file has
-    /// grown over them. Smaller it does not get before, so whether it has is
-    /// known when the write is judged.
+    /// Whether a write that would have made the file grow and fails frees all
+    /// blocks behind the end of the file, including those of the pin (ext4:
+    /// `ext4_truncate_failed_write`, fs/ext4/truncate.h). It does so until the
+    /// file has grown over these blocks. The file does not get smaller before
+    /// that, so this is known when the write is judged.
     pub failing_frees: bool,
-    /// Blocks next to unwritten ones of the pin: what comes to be unwritten
-    /// there becomes one extent with them, and what is written to that is
-    /// converted with its neighbours (ext4:
-    /// `ext4_ext_convert_to_initialized`, fs/ext4/extents.c).
+    /// Blocks next to unwritten blocks of the pin. A block here that becomes
+    /// unwritten becomes one extent with those, and a write to that extent
+    /// converts its neighbours, too (ext4: `ext4_ext_convert_to_initialized`,
+    /// fs/ext4/extents.c).
     pub edges: Vec<Range<u64>>,
 }
 
 impl Pinned {
-    /// The facts of a pin over `map`; `whole_file` pins the size as well.
+    /// The facts of a pin over `map`. `whole_file` also pins the size.
     #[must_use]
     pub fn new(map: &BlockMap, whole_file: bool, geometry: Geometry) -> Self {
         let mut range = map.range();
@@ -91,8 +93,8 @@ impl Pinned {
             .map(|extent| (extent.offset..extent.end(), extent.state))
             .collect();
         let block = u64::from(map.block_size()).max(1);
-        // Blocks beyond the end of the file go with any truncation to less
-        // than their end, to the same or a larger size too (XFS).
+        // Blocks beyond the end of the file are freed by any truncation to less
+        // than their end, even to the same or a larger size (XFS).
         let ahead = map
             .extents()
             .iter()
@@ -119,7 +121,7 @@ impl Pinned {
         }
     }
 
-    /// The same, mapped by `plan`, through the page cache if `cached`. Blocks
+    /// This pin, mapped by `plan`, through the page cache if `cached`. Blocks
     /// that share a page with frozen ones are frozen with them: the holder has
     /// a copy of that page, which must stay true.
     #[must_use]
@@ -132,7 +134,7 @@ impl Pinned {
         for segment in copied {
             let range = &segment.range;
             let inside = range.start.max(self.range.start)..range.end.min(self.range.end);
-            // What is frozen by itself stays what it is.
+            // Blocks that are frozen by themselves keep their state.
             frozen.extend(
                 self.gaps(inside)
                     .into_iter()
@@ -147,7 +149,7 @@ impl Pinned {
         self
     }
 
-    /// What of `range` no frozen run covers.
+    /// The parts of `range` that no frozen run covers.
     fn gaps(&self, range: Range<u64>) -> Vec<Range<u64>> {
         let from = self
             .frozen
@@ -169,22 +171,22 @@ impl Pinned {
         gaps
     }
 
-    /// The same, kept apart from what is stored to.
+    /// This pin, with its frozen blocks kept apart like this.
     #[must_use]
     pub fn apart(mut self, apart: Apart) -> Self {
         self.apart = apart;
         self
     }
 
-    /// The same with what lies beside it.
+    /// This pin, with these blocks beside it.
     #[must_use]
     pub fn with_beside(mut self, beside: Beside) -> Self {
         self.beside = beside;
         self
     }
 
-    /// Where a write may make the file grow, and allocate ahead into the pin:
-    /// what it takes lies behind where it begins.
+    /// The range in which a write may make the file grow, and allocate ahead
+    /// into the pin. XFS allocates behind the start of the write.
     pub(super) fn ahead(&self) -> Range<u64> {
         if self.beside.grows_into {
             self.file_size..self.range.end
@@ -193,13 +195,13 @@ impl Pinned {
         }
     }
 
-    /// Where the block ends that held the end of the file.
+    /// The end of the block that held the end of the file.
     pub(super) fn file_end(&self) -> u64 {
         self.file_size.next_multiple_of(self.block)
     }
 
     /// The rest of the page that held the end of the file, if the file may not
-    /// grow: nothing is ever stored there, so it may be mapped for storing
+    /// grow. Nothing is ever stored there, so this part may be mapped writable
     /// whatever lies under it.
     pub(super) fn idle_tail(&self) -> Range<u64> {
         let end = self.file_end();
@@ -211,13 +213,13 @@ impl Pinned {
     }
 
     /// The pages that may not be in one folio with pages that are stored to:
-    /// of frozen blocks of the pin, and of what lies beside it and would take
-    /// blocks of it along. Disjoint, in file order.
+    /// pages of frozen blocks of the pin, and of blocks beside the pin that
+    /// would take blocks of the pin along. Disjoint, in file order.
     #[must_use]
     pub fn frozen_pages(&self, beside: &Beside) -> Vec<Range<u64>> {
         let page = self.geometry.page;
         let end = self.file_end();
-        // Nothing is stored to behind the end of the file.
+        // Nothing is stored behind the end of the file.
         let tail = end..self.geometry.page_end(end);
         let mut pages: Vec<Range<u64>> = self
             .frozen
@@ -238,7 +240,7 @@ impl Pinned {
         pages
     }
 
-    /// Whether any block of it is frozen.
+    /// Whether any block of the pin is frozen.
     #[must_use]
     pub fn has_frozen(&self) -> bool {
         !self.frozen.is_empty()

@@ -4,31 +4,31 @@
 use super::operation::Operation;
 use std::ops::Range;
 
-/// What somebody does, or may be doing, to a file.
+/// A kind of operation on a file, which may be only suspected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum OperationKind {
     /// Reads, sends or splices from.
     Read,
     /// Opens for reading.
     OpenRead,
-    /// Maps without being able to write through the mapping.
+    /// Maps so that the mapping can never be written through.
     MapRead,
     /// Maps shared, writable now or later.
     MapWrite,
-    /// Opens for writing. A gate that judges every write allows it; one that
-    /// cannot refuses it whenever a pin exists.
+    /// Opens for writing. A gate that judges every write permits this; a gate
+    /// that cannot refuses it whenever a pin exists.
     OpenWrite,
-    /// Opens and truncates, or may.
+    /// Opens and truncates, or may truncate.
     OpenTruncate,
-    /// Writes, in place where blocks are written and unshared.
+    /// Writes; in place if blocks are written and unshared.
     Write,
-    /// Writes so that a crash tears nothing, which XFS does by remapping.
+    /// Writes so that a crash tears nothing. XFS does this by remapping.
     WriteUntorn,
     /// Sets the size to a value in `range.start ..= range.end`.
     Truncate,
-    /// `fallocate(2)` allocating, growing the file if need be.
+    /// `fallocate(2)` that allocates, and grows the file if need be.
     Allocate,
-    /// `fallocate(2)` allocating with `FALLOC_FL_KEEP_SIZE`.
+    /// `fallocate(2)` that allocates with `FALLOC_FL_KEEP_SIZE`.
     AllocateKeepSize,
     /// `FALLOC_FL_PUNCH_HOLE`, `MADV_REMOVE`, discard.
     PunchHole,
@@ -48,32 +48,32 @@ pub enum OperationKind {
     Clone,
     /// `FIDEDUPERANGE`, on either side.
     Dedupe,
-    /// `copy_file_range(2)` where the filesystem would share blocks, on
-    /// either side.
+    /// `copy_file_range(2)` on a filesystem that would share blocks, on either
+    /// side.
     CopyRange,
     /// `XFS_IOC_EXCHANGE_RANGE`, `XFS_IOC_COMMIT_RANGE`, `XFS_IOC_SWAPEXT`,
     /// `EXT4_IOC_MOVE_EXT` and their like, on either side.
     Exchange,
-    /// Nobody knows.
+    /// An operation that could not be identified.
     Unknown,
 }
 
-/// The bytes an operation reaches.
+/// The bytes that an operation reaches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
-    /// None whose place could change.
+    /// No bytes whose place could change.
     Nothing,
     /// Its range.
     Range,
     /// From the start of its range to the end of all files.
     ToTheEnd,
-    /// What lies beyond the new size.
+    /// Everything beyond the new size.
     BeyondSize,
     /// The whole file.
     Everything,
 }
 
-/// What an operation may not meet within its reach.
+/// The blocks that an operation may not meet within its reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Meets {
     /// A frozen block of a pin.
@@ -85,17 +85,17 @@ pub enum Meets {
 /// One row of the contract.
 #[derive(Clone, Copy, Debug)]
 pub struct Rule {
-    /// The operation.
+    /// The kind of the operation.
     pub kind: OperationKind,
-    /// A word for audit records and counters.
+    /// The word for the operation in audit records and counters.
     pub name: &'static str,
-    /// What it reaches.
+    /// The bytes that the operation reaches.
     pub reach: Reach,
-    /// What it may not meet there.
+    /// The blocks that it may not meet there.
     pub refused_on: Meets,
-    /// It grows the file when its range ends beyond the size: then the block
-    /// that holds the old end of file is zeroed behind the end, and a shared
-    /// one is copied for that.
+    /// Whether the operation grows the file when its range ends beyond the
+    /// size. The block that holds the old end of the file is then zeroed behind
+    /// that end, and a shared block is copied for that.
     pub grows: bool,
 }
 
@@ -154,16 +154,16 @@ pub const RULES: [Rule; 23] = {
 };
 
 impl OperationKind {
-    /// Whether it writes bytes: when the file grows XFS may allocate ahead for
-    /// that, and ext4 truncate what it did if it fails. A copy is a write
-    /// where blocks cannot be shared.
+    /// Whether the operation writes bytes. When the file grows, XFS may
+    /// allocate ahead for such an operation, and ext4 may truncate it if it
+    /// fails. A copy is a write if blocks cannot be shared.
     #[must_use]
     pub const fn writes_data(self) -> bool {
         matches!(self, Self::Write | Self::WriteUntorn | Self::CopyRange)
     }
 
-    /// Whether what it allocates is unwritten, or moves, and may become one
-    /// extent with what lies beside it.
+    /// Whether the blocks that the operation allocates or moves may be
+    /// unwritten, and become one extent with the blocks beside them.
     #[must_use]
     pub const fn leaves_unwritten(self) -> bool {
         matches!(
@@ -178,19 +178,19 @@ impl OperationKind {
         )
     }
 
-    /// The row of this operation.
+    /// The rule for this operation.
     #[must_use]
     pub const fn rule(self) -> &'static Rule {
         &RULES[self as usize]
     }
 
-    /// The word for it.
+    /// The word for this operation.
     #[must_use]
     pub const fn name(self) -> &'static str {
         self.rule().name
     }
 
-    /// Whether blocks that others use as well may come to lie where it works.
+    /// Whether the operation may put shared blocks where it works.
     #[must_use]
     pub const fn may_bring_shared(self) -> bool {
         matches!(
@@ -206,48 +206,48 @@ impl OperationKind {
         )
     }
 
-    /// Whether it changes neither bytes nor their places, nor lets its caller
-    /// do so later.
+    /// Whether the operation neither changes bytes or their places, nor lets
+    /// its caller do so later.
     #[must_use]
     pub const fn is_harmless(self) -> bool {
         matches!(self, Self::Read | Self::OpenRead | Self::MapRead)
     }
 }
 
-/// What gates need to know of a kind beside its [`Rule`].
+/// Properties of a kind that gates need beside its [`Rule`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Traits {
-    /// Blocks that others use as well may come to lie where it works.
+    /// The operation may put shared blocks where it works.
     pub brings_shared: bool,
-    /// It writes to the blocks it reaches, or zeroes in them.
+    /// The operation writes to the blocks that it reaches, or zeroes in them.
     pub touches: bool,
     /// The pages it throws out of the page cache.
     pub lets_go: LetsGo,
 }
 
-/// The pages an operation throws out of the page cache.
+/// The pages that an operation throws out of the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LetsGo {
-    /// None.
+    /// No pages.
     Nothing,
-    /// Those of its range.
+    /// The pages of its range.
     Range,
-    /// Those from a block before its range on.
+    /// The pages from one block before its range on.
     ToTheEnd,
-    /// Those of its range, if it goes past the page cache.
+    /// The pages of its range, if it bypasses the page cache.
     RangeIfDirect,
 }
 
 impl LetsGo {
-    /// The bytes whose pages an operation at `range` throws out, in a file of
-    /// blocks of this size; a `direct` one may bypass the page cache.
+    /// The bytes whose pages an operation at `range` throws out, in a file with
+    /// blocks of this size. A `direct` operation may bypass the page cache.
     pub(super) fn bytes(self, range: &Range<u64>, direct: bool, block: u64) -> Option<Range<u64>> {
         let (before, end) = match self {
             Self::Nothing => return None,
             Self::RangeIfDirect if !direct => return None,
             Self::Range | Self::RangeIfDirect => (0, range.end),
-            // From one block earlier on, since it may join the one that is
-            // moved (`xfs_prepare_shift`, fs/xfs/xfs_bmap_util.c).
+            // Beginning one block earlier, since that block may join the one
+            // that is moved (`xfs_prepare_shift`, fs/xfs/xfs_bmap_util.c).
             Self::ToTheEnd => (block, u64::MAX),
         };
         Some(range.start.saturating_sub(before)..end)
@@ -255,7 +255,7 @@ impl LetsGo {
 }
 
 impl Traits {
-    /// Those of a kind.
+    /// The traits of a kind.
     #[must_use]
     pub fn of(kind: OperationKind) -> Self {
         use OperationKind as K;

@@ -8,7 +8,7 @@ const HWCAP_DCPOP: u64 = 1 << 16;
 /// Set in `MEANS` beside the size of a line.
 const CVAP: usize = 1;
 
-/// Size of a cache line in bytes, and whether there is `dc cvap`.
+/// The size of a cache line in bytes, and whether the processor has `dc cvap`.
 #[inline]
 fn means() -> (usize, bool) {
     static MEANS: AtomicUsize = AtomicUsize::new(0);

@@ -1,5 +1,5 @@
-//! Processors whose caches are not known here: no file is mapped directly on
-//! them, so nothing of this is used but by tests.
+//! Processors whose caches are not supported. No file is mapped directly on
+//! them, so only tests use this module.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 

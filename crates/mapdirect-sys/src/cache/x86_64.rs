@@ -49,7 +49,7 @@ fn detect() -> u8 {
     } else {
         CLFLUSH
     };
-    // This also asks whether the kernel saves the registers.
+    // This check also asks whether the kernel saves the registers.
     if std::is_x86_feature_detected!("avx") {
         means | AVX
     } else {
@@ -108,7 +108,7 @@ pub(super) unsafe fn stream(address: usize, bytes: &[u8]) {
     let mut to = address;
     let mut from = bytes.as_ptr();
     let end = address + bytes.len();
-    // To a boundary of lines, or the end.
+    // Up to the next line boundary, or the end.
     let head = end.min(address.next_multiple_of(LINE));
     // SAFETY: words of the range and of the slice.
     unsafe { stream_words(&mut to, &mut from, head) };

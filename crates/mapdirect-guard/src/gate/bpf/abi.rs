@@ -1,5 +1,5 @@
-//! What user space and the programs exchange, as `prog/contract.h` lays it
-//! out. Numbers are of the machine's own byte order.
+//! The data that user space and the programs exchange, laid out as in
+//! `prog/contract.h`. Numbers are in the machine's own byte order.
 
 pub(super) use super::constants::*;
 use crate::policy::layers::{LISTS, Layers, List};
@@ -18,7 +18,7 @@ struct Row {
     pad: [u8; 2],
 }
 
-/// The table of rules, and who the guard is.
+/// The table of rules, and the identity of the guard.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Settings {
@@ -32,7 +32,7 @@ pub(super) struct Settings {
     functions: [Function; FUNCTIONS],
 }
 
-/// Where a function of the kernel lies that asks for permission.
+/// The address range of a kernel function that asks for permission.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Function {
@@ -43,15 +43,15 @@ pub(super) struct Function {
 }
 
 impl Settings {
-    /// For the process of this number. The programs fill in when it began, the
-    /// first time it asks them something.
+    /// The settings for the guard process with this number. The programs fill
+    /// in its start time when the process first asks them something.
     pub(super) fn new(
         tgid: u32,
         kernel: &super::functions::Kernel,
         preempts: bool,
         revives: bool,
     ) -> Self {
-        // What is not in the table is refused.
+        // A kind that is not in the table is treated as unknown.
         let unknown = row(OperationKind::Unknown);
         let mut rules = [unknown; KINDS];
         for rule in &RULES {
@@ -74,12 +74,12 @@ impl Settings {
 }
 
 impl Settings {
-    /// Whether the rules and the guard are the same; when that began the
-    /// programs fill in.
+    /// Whether the rules and the guard are the same, apart from the guard's
+    /// start time.
     pub(super) fn says_the_same_as(&self, other: &Self) -> bool {
         let said = |one: &Self| {
             let mut said = *one;
-            // When this guard began is for the programs to fill in.
+            // The programs fill in the start time of the guard.
             said.guard_start = 0;
             said
         };
@@ -101,14 +101,14 @@ fn row(kind: OperationKind) -> Row {
     }
 }
 
-/// Words of the filter behind those: how often a pin was taken up again, or
-/// ended without a word to the guard; and what may have changed the blocks of
-/// any file.
+/// The positions of two more words behind the filter. `STIRRED` counts how
+/// often a pin was taken up again, or ended without telling the guard.
+/// `UPHEAVALS` counts what may have changed the blocks of any file.
 pub(super) const STIRRED: usize = 3 * FILTER_WORDS;
 pub(super) const UPHEAVALS: usize = STIRRED + 1;
 pub(super) const SHARED_WORDS: usize = UPHEAVALS + 1;
 
-/// An inode as the kernel names it.
+/// An inode as the kernel identifies it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Key {
@@ -135,12 +135,12 @@ impl Key {
         }
     }
 
-    /// The word of the filter that has its bit.
+    /// The word of the filter that has the inode's bit.
     pub(super) fn word(self) -> usize {
         usize::try_from(self.slot() / 64).unwrap_or(0) % FILTER_WORDS
     }
 
-    /// Where the filter counts it: `filter_slot`.
+    /// The position of the inode in the filter, as `filter_slot` computes it.
     pub(super) fn slot(self) -> u32 {
         const BITS: u32 = FILTER_BITS;
         let mixed = (self.ino ^ u64::from(self.dev) << 40).wrapping_mul(FILTER_MULTIPLIER);
@@ -156,7 +156,7 @@ pub(super) struct Run {
     pub(super) end: u64,
 }
 
-/// What the pins of an inode keep still.
+/// What the pins of an inode refuse.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Entry {
@@ -171,7 +171,7 @@ pub(super) struct Entry {
     runs: [Run; INLINE],
 }
 
-/// Facts of an inode beside its layers.
+/// Facts about an inode that are not in its layers.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Facts {
     pub(super) reflink: bool,
@@ -179,7 +179,7 @@ pub(super) struct Facts {
 }
 
 impl Entry {
-    /// An entry, and the runs that do not fit into it.
+    /// Makes an entry, and returns the runs that do not fit into it.
     pub(super) fn new(version: u64, layers: &Layers, facts: Facts) -> (Self, Option<Vec<Run>>) {
         let mut first = [0; LISTS + 1];
         let mut runs = Vec::new();
@@ -216,19 +216,19 @@ impl Entry {
         (entry, spilled.then_some(runs))
     }
 
-    /// When all of its pins are over one of them may be taken up again.
+    /// Whether the last pin of the inode can become dormant when it ends.
     pub(super) fn is_stable(&self) -> bool {
         self.flags & STABLE != 0
     }
 
-    /// No write is refused, wherever it goes, unless it is untorn.
+    /// Whether no write is refused anywhere in the file, except untorn ones.
     pub(super) fn lets_writes_pass(&self) -> bool {
         self.flags & WRITES_PASS != 0
     }
 }
 
-/// Whether nothing is frozen, nor has to be held so: what was proven for such
-/// pins stays true for as long as nobody does what they refuse.
+/// Whether nothing is frozen, or has to be treated as frozen. What was proven
+/// for such pins stays true as long as nobody does what the pins refuse.
 fn is_stable(layers: &Layers) -> bool {
     layers.lets_writes_pass()
         && !layers.has_frozen()
@@ -236,7 +236,7 @@ fn is_stable(layers: &Layers) -> bool {
         && layers.fixed_size.is_none()
 }
 
-/// A struct file that is a pin.
+/// A struct file whose life is a pin.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Holder {
@@ -246,37 +246,40 @@ pub(super) struct Holder {
     pub(super) end: u64,
 }
 
-/// What one of the guard's open files is to the kernel, and the pin that it is
-/// about to become.
+/// Identifies one of the guard's open files to the bpf programs, and names the
+/// pin it is about to become.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Identity {
     pub(super) key: Key,
     pub(super) file: u64,
     pub(super) generation: u32,
-    /// Direct writes and reads under way.
+    /// The number of direct writes and reads under way.
     pub(super) direct: u32,
-    /// The pin that it shall be, or 0.
+    /// The pin that the file is about to become, or 0.
     pub(super) pin: u64,
     pub(super) start: u64,
     pub(super) end: u64,
-    /// It is.
+    /// Not 0 if the file is a pin.
     pub(super) held: u64,
-    /// What had been noted of its inode by then.
+    /// The number of notes on the inode by then.
     pub(super) stamp: u64,
-    /// References to the struct file, the one of this very question included.
+    /// References to the struct file, including the one of this very question.
     pub(super) references: i64,
-    /// Descriptions of the inode that can write, and truncations by path.
+    /// Descriptions of the inode that can write, and truncations by path under
+    /// way.
     pub(super) writers: i32,
-    /// Those that can only read.
+    /// Descriptions of the inode that can only read.
     pub(super) readers: i32,
-    /// `preempt_dynamic_mode` (kernel/sched/core.c), if there is such a thing.
+    /// The value of `preempt_dynamic_mode` (kernel/sched/core.c), if the kernel
+    /// has it.
     pub(super) preemption: i32,
-    /// XFS has set blocks aside for copies, or that cannot be told.
+    /// Not 0 if XFS has set blocks aside for copies, or if that cannot be found
+    /// out.
     pub(super) copies: u32,
 }
 
-/// How many struct files are pins of an inode.
+/// The number of struct files whose lives are pins of an inode.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Life {
@@ -285,7 +288,7 @@ pub(super) struct Life {
     pub(super) last: u64,
 }
 
-/// What is asked about an inode, and about a pin of it, or the last one.
+/// A question about an inode, and about one of its pins or its last one.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Tending {
@@ -295,12 +298,12 @@ pub(super) struct Tending {
     pub(super) pid: i32,
     pub(super) lives: u64,
     pub(super) stamp: u64,
-    /// The struct file whose life the pin is, or 0 if it is over.
+    /// The struct file whose life is the pin, or 0 if the pin has ended.
     pub(super) file: u64,
     pub(super) revived: u64,
 }
 
-/// Something that happened at the gate.
+/// An event at the gate.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct Event {
@@ -316,26 +319,27 @@ pub(super) struct Event {
     pub(super) command: [u8; 16],
 }
 
-/// What a guard that comes later must know of a pin.
+/// What a later guard must know of a pin.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub(super) struct PinFacts {
     pub(super) key: Key,
     pub(super) id: u64,
-    /// The struct file whose life it is, or 0 if it is over.
+    /// The struct file whose life is the pin, or 0 if the pin has ended.
     pub(super) file: u64,
-    /// The guard looks by itself, and need not be told of its end.
+    /// Not 0 if the guard checks by itself, and need not be told of the pin's
+    /// end.
     pub(super) quiet: u64,
-    /// How often it was taken up again.
+    /// How often the pin was taken up again.
     pub(super) revived: u64,
-    /// What had been noted of its inode when it was granted.
+    /// The number of notes on the inode when the pin was granted.
     pub(super) stamp: u64,
     pub(super) start: u64,
     pub(super) end: u64,
     pub(super) mapped_start: u64,
     /// 0 if nothing is mapped.
     pub(super) mapped_end: u64,
-    /// Of the inode.
+    /// The generation of the inode.
     pub(super) generation: u32,
     pub(super) flags: u32,
     pub(super) pid: i32,

@@ -1,7 +1,8 @@
-//! Taking over pins that an earlier guard has left in the kernel.
+//! Takes over pins that an earlier guard has left in the kernel.
 //!
-//! The gate has kept them all the while. What it needs to be told of them
-//! when something changes is read anew: their block maps are what they were.
+//! The gate has kept these pins all the while. Their block maps are unchanged,
+//! so the guard can read again what it must tell the gate when something
+//! changes.
 
 use super::exclude::others_can_store;
 use super::{Found, Gate};
@@ -19,8 +20,8 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Takes over every pin that lives. One that cannot be read stays in the
-/// kernel as it is, and ends when its description does.
+/// Takes over every live pin. A pin that cannot be read stays in the kernel as
+/// it is, and ends when its description does.
 pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
     let all = gate.left_behind();
     let mut untold = Vec::new();
@@ -31,29 +32,30 @@ pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
             Err(_) => untold.push(found),
         }
     }
-    // Once all are known: who maps a file may be the holder of another.
+    // Settle them only after all are known: a process that maps a file may be
+    // the holder of another pin.
     for (found, one) in known {
         if one.settle(guard, found).is_err() {
             untold.push(found);
         }
     }
     for found in &untold {
-        // Its entry in the kernel knows pins that are not known here: it must
-        // not be written over by fewer.
+        // The entry in the kernel contains pins that are not known here, so it
+        // must not be overwritten with fewer pins.
         if let Some(watched) = guard.table.get(found.inode) {
             guard.table.remove(&watched);
         }
         gate.keep(found);
     }
     for watched in guard.table.all() {
-        // It was full of pins before, and is so again.
+        // The maps had room for these pins before, and have it again.
         let _ = gate.publish(&watched);
     }
     let inodes: Vec<_> = all.iter().map(|found| found.inode).collect();
     gate.take_over(&inodes);
 }
 
-/// Opens the inode of a pin by whatever mount there is of its filesystem.
+/// Opens the inode of a pin through any mount of its filesystem.
 pub(crate) fn open(id: InodeId, handle: &FileHandle) -> Result<OwnedFd, Errno> {
     let device = id.device();
     let mounts = proc_mountinfo::read(None).map_err(|_| Errno::IO)?;
@@ -79,7 +81,7 @@ pub(crate) fn open(id: InodeId, handle: &FileHandle) -> Result<OwnedFd, Errno> {
     Err(last)
 }
 
-/// A pin that is known again, and not yet what it keeps still.
+/// A pin that is known again, but whose blocks are not read yet.
 struct Recognised {
     judged: Judged,
     watched: Arc<Watched>,
@@ -116,9 +118,9 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
 }
 
 impl Recognised {
-    /// Reads its block map again: it is what it was.
+    /// Reads the block map of the pin again, which is unchanged.
     fn settle(self, guard: &Guard, found: &Found) -> Result<(), Refusal> {
-        // Once more: there may be more pins than descriptors.
+        // Opened once more, because there may be more pins than descriptors.
         let file = open(found.inode, &found.handle)
             .map_err(|errno| system("opening it by its handle", errno))?;
         let patience = Duration::from_secs(1);

@@ -1,13 +1,13 @@
-//! Who can write to a file without being asked: descriptions that are in no
-//! table of descriptors and behind no mapping.
+//! Finds out who can write to a file without being asked: descriptions that are
+//! in no descriptor table and behind no mapping.
 //!
-//! The kernel counts every description that can write (`i_writecount`), those
-//! too that an overlay, process accounting or a storage target has opened for
-//! itself. Programs that list what all processes have open (bpf iterators)
-//! name each struct file, so that one which is in many tables counts once.
-//! What the kernel counts beyond these belongs to somebody who writes without
-//! asking, or is on its way through a socket; neither can be told from the
-//! other.
+//! The kernel counts every description that can write (`i_writecount`),
+//! including those that an overlay, process accounting or a storage target has
+//! opened for itself. Programs that list what all processes have open (bpf
+//! iterators) name each struct file, so a struct file that is in many tables
+//! counts once. If the kernel counts more descriptions than these, the rest
+//! belong to somebody who writes without asking, or are on their way through a
+//! socket. The count cannot tell one from the other.
 
 use super::{Gate, abi::Key, load::LoadError};
 use crate::Errno;
@@ -17,27 +17,27 @@ use std::io::Read;
 use std::os::fd::BorrowedFd;
 use zerocopy::IntoBytes;
 
-/// Descriptions of a file that can write.
+/// The number of descriptions of a file that can write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Writers {
-    /// How many the kernel counts; truncations by path among them, for as long
-    /// as they take.
+    /// How many the kernel counts. This includes truncations by path while they
+    /// are under way.
     pub(crate) counted: usize,
-    /// How many processes have, in tables and mappings.
+    /// How many were found in the tables and mappings of processes.
     pub(crate) found: usize,
 }
 
 impl Writers {
-    /// How many belong to nobody.
+    /// How many belong to no process.
     pub(crate) fn hidden(self) -> usize {
         self.counted.saturating_sub(self.found)
     }
 }
 
 impl Gate {
-    /// Counts who can write to the file of a description. Looking at mappings
-    /// may wait for the process that has them: never call this where that
-    /// matters.
+    /// Counts the descriptions that can write to the file of a description.
+    /// Looking at mappings may wait for the process that has them, so never
+    /// call this when nobody may wait.
     pub(crate) fn writers(&self, file: BorrowedFd<'_>) -> Result<Writers, Errno> {
         let identity = self.identify(file)?;
         let object = self.loaded.costly.object();
@@ -48,7 +48,8 @@ impl Gate {
                 counted: usize::try_from(self.identify(file)?.writers).unwrap_or(0),
                 found: found.len(),
             };
-            // Mappings are asked for only where tables do not explain it.
+            // Mappings are searched only if the tables do not explain the
+            // count.
             if writers.hidden() == 0 {
                 return Ok(writers);
             }

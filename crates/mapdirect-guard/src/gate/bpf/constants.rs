@@ -1,79 +1,80 @@
-//! The numbers that guard and programs agree on, in one place.
+//! The numbers that the guard and the programs agree on, in one place.
 //!
-//! The C side has none of its own: `cargo xtask bpf` writes
+//! The C side defines none of its own: `cargo xtask bpf` writes
 //! `prog/constants.h` from this file and from the enums of the contract, and a
 //! test below compares the two.
 
-/// Rows of the table of rules, and counters of refusals.
+/// The number of rows in the table of rules, and of counters of refusals.
 pub(super) const KINDS: usize = 32;
-/// The counter of ends of pins that could not be told.
+/// The counter of pin ends that could not be reported.
 pub(super) const UNTOLD: u32 = 31;
 
-/// Functions of the kernel that the programs have room for.
+/// The number of kernel functions that the programs have room for.
 pub(super) const FUNCTIONS: usize = 64;
 
-/// Runs that an entry holds by itself: so many that it fits into 256 bytes with
-/// what the kernel adds.
+/// The number of runs inside an entry. It is chosen so that the entry fits into
+/// 256 bytes with what the kernel adds.
 pub(super) const INLINE: usize = 6;
-/// The filesystem shares blocks.
+/// Flag: the filesystem shares blocks.
 pub(super) const REFLINK: u32 = 1;
-/// There are frozen blocks, or blocks beside a pin that take frozen ones along.
+/// Flag: there are frozen blocks, or blocks beside a pin that take frozen ones
+/// along.
 pub(super) const HAS_FROZEN: u32 = 2;
-/// Raw mappings through the page cache are accepted.
+/// Flag: raw mappings through the page cache are accepted.
 pub(super) const CACHED: u32 = 4;
-/// A growing write that fails frees blocks of a pin.
+/// Flag: a growing write that fails frees blocks of a pin.
 pub(super) const FAILING_FREES: u32 = 8;
-/// No write is refused, wherever it goes, unless it is untorn.
+/// Flag: no write is refused anywhere in the file, except untorn ones.
 pub(super) const WRITES_PASS: u32 = 16;
-/// Untorn writes are refused near the pins.
+/// Flag: untorn writes are refused near the pins.
 pub(super) const WINDOWED: u32 = 32;
-/// Nothing is frozen: a pin that is over may be taken up again.
+/// Flag: nothing is frozen, so the last pin can become dormant when it ends.
 pub(super) const STABLE: u32 = 64;
 
-/// Bits of the filter, as a power of two.
+/// The number of bits in the filter, as a power of two.
 pub(super) const FILTER_BITS: u32 = 18;
-/// Words of the filter that have those bits; behind them are two for each, of
-/// an inode that writes pass easily.
+/// The number of words with these bits. Behind them are two more words for
+/// each, about an inode to which writes pass easily.
 pub(super) const FILTER_WORDS: usize = 1 << (FILTER_BITS - 6);
-/// Spreads the numbers of inodes over the filter.
+/// Spreads inode numbers over the filter.
 pub(super) const FILTER_MULTIPLIER: u64 = 0x9E37_79B9_7F4A_7C15;
-/// Marks a fact about an inode that writes pass easily.
+/// Marks a fact about an inode to which writes pass easily.
 pub(super) const EASY: u64 = 1;
 
 /// Marks an inode all of whose pins are gone.
 pub(super) const DEAD: u64 = 1 << 63;
-/// Marks one of which somebody is about to take up a pin again.
+/// Marks an inode whose dormant pin somebody is about to take up.
 pub(super) const WAKING: u64 = 1 << 62;
 
-/// Bytes that are kept of a pin: with what the kernel adds, 256.
+/// The number of bytes kept of a pin: 256 with what the kernel adds.
 pub(super) const PIN_FACTS: usize = 192;
-/// Most bytes of a file handle: those of XFS and ext4 have 24, with their
-/// parent's.
+/// The largest size of a file handle. Those of XFS and ext4 have 24 bytes, with
+/// the handle of the parent.
 pub(super) const HANDLE: usize = 72;
 
-/// How an inode is.
+/// Question: tell the state of the inode.
 pub(super) const TEND_LOOK: u32 = 0;
-/// Nothing of it that is over can be taken up again.
+/// Question: make sure that no dormant pin on the inode can be taken up again.
 pub(super) const TEND_DISTURB: u32 = 1;
-/// The guard looks at the pin by itself from now on.
+/// Question: the guard checks the pin by itself from now on.
 pub(super) const TEND_QUIET: u32 = 2;
-/// The guard wants to be told of the pin's end.
+/// Question: the guard wants to be told of the pin's end.
 pub(super) const TEND_TELL: u32 = 3;
 
-/// An operation was refused.
+/// Event: an operation was refused.
 pub(super) const EVENT_REFUSED: u32 = 1;
-/// A pin has ended.
+/// Event: a pin has ended.
 pub(super) const EVENT_ENDED: u32 = 2;
-/// A program without the library has joined a pin.
+/// Event: a program without the library has joined a pin.
 pub(super) const EVENT_RAW: u32 = 3;
-/// Notes of writes are needed, to judge one.
+/// Event: notes of writes are needed to judge one.
 pub(super) const EVENT_DOUBT: u32 = 4;
 
-/// The argument of fcntl(2) by which the programs know that the guard asks
-/// what a file is to the kernel.
+/// The argument of fcntl(2) by which the guard asks the programs to identify a
+/// file.
 pub(super) const WHO_IS_IT: u64 = 0x6d61_7064_6972_6563;
 
-/// The only size of a page that the programs reckon with.
+/// The only page size that the programs support.
 pub(super) const PAGE: u64 = 4096;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! What this gate is to the rest of the guard.
+//! The bpf gate as the rest of the guard sees it.
 
 use super::exclude::{self, Exclusion};
 use super::{Gate, events};
@@ -52,7 +52,8 @@ impl gate::Gate for Gate {
     }
 
     fn withdraw(&self, watched: &Watched, _file: BorrowedFd<'_>, _was_last: bool) {
-        // It can only fail to make less of it.
+        // If this fails, the entry still contains more than is pinned, so it
+        // only refuses more.
         let _ = self.publish(watched);
     }
 
@@ -65,12 +66,13 @@ impl gate::Gate for Gate {
         self.is_over(pin.id)
     }
 
-    /// The programs tell that it is over, and it is taken out then.
+    /// The programs report the end of the pin, and the pin is removed then.
     fn end(&self, _watched: &Watched, pin: &Pin) {
         pin.end();
     }
 
-    /// Of several pins of an inode the guard takes one out that is over.
+    /// When an inode has several pins, only the guard removes one that has
+    /// ended.
     fn refuses_for_ended(&self, pin: u64) -> bool {
         self.is_over(pin)
     }
@@ -80,7 +82,7 @@ impl gate::Gate for Gate {
     }
 
     fn spoil(&self, guard: &Guard, inode: InodeId) {
-        // The pin may have ended, and not be known to sleep yet.
+        // The pin may have ended without being known as dormant yet.
         self.disturb_inode(inode);
         self.forget_dormant(guard, inode);
     }
@@ -115,7 +117,7 @@ impl gate::Gate for Gate {
         self.directory()
     }
 
-    /// The kernel counts those too that no guard was there to hear of.
+    /// The kernel also counts refusals at times when there was no guard.
     fn refused(&self, _guard: &Guard) -> Vec<(String, u64)> {
         self.refused()
     }

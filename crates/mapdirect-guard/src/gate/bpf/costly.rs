@@ -1,4 +1,4 @@
-//! Programs that are attached only while somebody needs them.
+//! Programs that are attached only while they are needed.
 
 use super::load::{LoadError, attach, failed, link_name};
 use super::watch::Held;
@@ -7,20 +7,20 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Programs that every read, write, open and close of any file pays for. They
-/// are attached while something is pinned, and for a while after that, in this
-/// order.
+/// Programs that cost time for every read, write, open and close of any file.
+/// They are attached while something is pinned and for a while after that, in
+/// this order.
 pub(super) const COSTLY: [&str; 4] = ["inode_free", "file_free", "file_open", "file_permission"];
 
-/// Programs that note where each write goes, for what registers do not say.
-/// They are attached while something is pinned for which that matters.
+/// Programs that note where each write goes, for writes whose registers do not
+/// tell. They are attached while a pin needs that.
 pub(super) const NOTES: [&str; 2] = ["end_rw", "note_rw"];
 
-/// How long nothing must have been pinned before they are taken off: putting
-/// them on takes longer than a pin otherwise does.
+/// How long nothing must have been pinned before the programs are detached:
+/// attaching them takes longer than a pin otherwise does.
 const QUIET: Duration = Duration::from_secs(10);
 
-/// Those programs.
+/// The programs that are attached only while they are needed.
 #[derive(Debug)]
 pub(super) struct Costly {
     object: Object,
@@ -33,11 +33,11 @@ pub(super) struct Costly {
 struct CostlyState {
     costly: Attachment,
     notes: Attachment,
-    /// Pins about to begin.
+    /// The number of pins that are about to begin.
     beginning: u32,
 }
 
-/// Some programs that are attached together.
+/// A group of programs that are attached together.
 #[derive(Debug)]
 struct Attachment {
     names: &'static [&'static str],
@@ -66,7 +66,7 @@ impl Attachment {
         Ok(())
     }
 
-    /// Takes them off when nobody has needed them for a while.
+    /// Detaches the programs when they have not been needed for a while.
     fn rest(&mut self, are_needed: bool, held: &Held) {
         if are_needed {
             self.quiet_since = Instant::now();
@@ -77,7 +77,7 @@ impl Attachment {
     }
 }
 
-/// They are attached, and stay so while this is there.
+/// Keeps the programs attached while this value exists.
 pub(super) struct Attached<'costly>(&'costly Costly);
 
 impl Costly {
@@ -99,7 +99,8 @@ impl Costly {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Attaches what every file pays for, unless it is.
+    /// Attaches the programs that cost time for every file, unless they are
+    /// attached.
     pub(super) fn attached(&self) -> Result<Attached<'_>, LoadError> {
         let mut state = self.state();
         state
@@ -109,19 +110,20 @@ impl Costly {
         Ok(Attached(self))
     }
 
-    /// Attaches the programs that note where writes go, unless they are.
+    /// Attaches the programs that note where writes go, unless they are
+    /// attached.
     pub(super) fn take_notes(&self) -> Result<(), LoadError> {
         self.state()
             .notes
             .attach(&self.object, &self.directory, &self.held)
     }
 
-    /// The programs.
+    /// The object with the programs.
     pub(super) fn object(&self) -> &Object {
         &self.object
     }
 
-    /// Takes off what nothing has needed for a while.
+    /// Detaches what has not been needed for a while.
     pub(super) fn rest(&self, needs: impl FnOnce() -> Needs) {
         let mut state = self.state();
         let needs = needs();
@@ -131,12 +133,12 @@ impl Costly {
     }
 }
 
-/// What is needed just now.
+/// What is needed right now.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Needs {
-    /// Something is pinned.
+    /// Whether something is pinned.
     pub(super) hooks: bool,
-    /// It matters where a write goes.
+    /// Whether it matters where a write goes.
     pub(super) notes: bool,
 }
 

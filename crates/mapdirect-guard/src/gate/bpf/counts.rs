@@ -1,5 +1,5 @@
-//! What several inodes have in common: places of the filter, and the programs
-//! that are attached only while somebody needs them.
+//! Counts what several inodes share: positions in the filter, and the programs
+//! that are attached only while they are needed.
 
 use super::abi::{self, FILTER_WORDS, Key};
 use super::{Gate, costly};
@@ -9,19 +9,19 @@ use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{MutexGuard, PoisonError};
 
-/// What several inodes have in common.
+/// What several inodes share.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
-    /// Inodes in each place of the filter that has any.
+    /// The number of inodes at each position in the filter that has any.
     pub(super) filter: HashMap<u32, u32>,
-    /// Inodes to which it matters where a write goes.
+    /// The inodes for which it matters where a write goes.
     pub(super) noted: HashSet<InodeId>,
-    /// The inode that each word of the filter tells of, that writes to it pass.
+    /// For each word of the filter, the inode to which writes pass easily.
     pub(super) easy: HashMap<usize, InodeId>,
 }
 
 impl Gate {
-    /// From now on the programs note where writes go.
+    /// Makes the programs note where writes go from now on.
     pub(super) fn note_writes(&self, id: InodeId) -> Result<(), Errno> {
         self.loaded.costly.take_notes().map_err(|_| Errno::NOEXEC)?;
         self.counts().noted.insert(id);
@@ -45,7 +45,7 @@ impl Gate {
         facts.store(u64::from(key.dev) << 32 | abi::EASY, SeqCst);
     }
 
-    /// Takes that back.
+    /// Undoes [`ease`](Self::ease).
     pub(super) fn burden(&self, key: Key) {
         let mut counts = self.counts();
         let word = key.word();
@@ -55,14 +55,15 @@ impl Gate {
         }
     }
 
-    /// What stands beside a word of the filter.
+    /// The two words that belong to a word of the filter.
     pub(super) fn easy(&self, word: usize) -> (&AtomicU64, &AtomicU64) {
         let words = self.loaded.maps.filter.words();
         let at = FILTER_WORDS + 2 * word;
         (&words[at], &words[at + 1])
     }
 
-    /// One more inode is behind the gate: programs look at it from now on.
+    /// Marks one more inode as behind the gate: the programs look at it from
+    /// now on.
     pub(super) fn mark(&self, key: Key) {
         let mut counts = self.counts();
         let slot = key.slot();
@@ -70,13 +71,13 @@ impl Gate {
         self.loaded.maps.filter.words()[key.word()].fetch_or(1 << (slot % 64), SeqCst);
     }
 
-    /// The same of one that is; root may have taken the mark away.
+    /// Sets the mark of an inode again, because root may have removed it.
     pub(super) fn mark_again(&self, key: Key) {
         let _counts = self.counts();
         self.loaded.maps.filter.words()[key.word()].fetch_or(1 << (key.slot() % 64), SeqCst);
     }
 
-    /// One inode is not behind the gate any more.
+    /// Marks one inode as not behind the gate any more.
     pub(super) fn unmark(&self, key: Key) {
         let mut counts = self.counts();
         let slot = key.slot();
@@ -89,8 +90,8 @@ impl Gate {
         self.loaded.maps.filter.words()[key.word()].fetch_and(!(1 << (slot % 64)), SeqCst);
     }
 
-    /// Lets other files off what is there for those that are pinned, when
-    /// there are none.
+    /// Detaches the programs that other files need not pay for when nothing is
+    /// pinned.
     pub(super) fn rest(&self) {
         self.loaded.costly.rest(|| {
             let counts = self.counts();

@@ -1,4 +1,4 @@
-//! The directory of the bpf filesystem that a gate is in.
+//! The directory of the bpf filesystem in which a gate is pinned.
 
 use super::load::{LINKS, LoadError, failed};
 use libbpf_rs::{MapCore, MapHandle};
@@ -8,15 +8,16 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// How long another guard may take to end, and how long others, one after the
-/// other, to find out that the gate cannot be had here.
+/// How long to wait for another guard to end, and how long to wait for several
+/// others, one after the other, to find out that the gate cannot be loaded
+/// here.
 pub(super) const ENDING: Duration = Duration::from_secs(2);
 
 const TRYING: Duration = Duration::from_secs(30);
 
-/// Claims the directory, made if need be on a bpf filesystem, mounted if need
-/// be: says whether it was. Another guard may be just about to do the same, or
-/// to take all of it away again.
+/// Claims the directory. If need be, this creates the directory and mounts a
+/// bpf filesystem; the result says whether it mounted one. Another guard may be
+/// doing the same right now, or may be removing everything again.
 pub(super) fn enter(directory: &Path) -> Result<(OwnedFd, bool), LoadError> {
     let begun = Instant::now();
     let mut mounted = false;
@@ -25,7 +26,7 @@ pub(super) fn enter(directory: &Path) -> Result<(OwnedFd, bool), LoadError> {
         let error = match rustix::fs::mkdir(directory, Mode::RWXU) {
             Ok(()) | Err(Errno::EXIST) => match claim(directory) {
                 Ok(claim) if is_at(&claim, directory) => return Ok((claim, mounted)),
-                // It has been removed since.
+                // The directory has been removed since.
                 Ok(_) => failed("claiming", directory.display()),
                 Err(error) => error,
             },
@@ -37,7 +38,7 @@ pub(super) fn enter(directory: &Path) -> Result<(OwnedFd, bool), LoadError> {
                 if is_bpffs(parent_of(directory)) {
                     return Err(error);
                 }
-                // It was unmounted since.
+                // The filesystem was unmounted since.
                 error
             }
         };
@@ -60,14 +61,14 @@ fn is_at(directory: &OwnedFd, path: &Path) -> bool {
     here.is_ok() && here == rustix::fs::stat(path).map(identity)
 }
 
-/// Takes the gate away, and with it every pin that it kept.
+/// Removes the gate, and with it every pin that it kept.
 pub(super) fn unload(directory: &Path) -> Result<bool, LoadError> {
     if !directory.exists() {
         return Ok(false);
     }
     let _claim = claim(directory)?;
-    // The kernel lets go of programs when it gets round to it; from now on
-    // they find nothing to refuse.
+    // The kernel releases programs only after a while. Without entries they
+    // find nothing to refuse from now on.
     if let Ok(entries) = MapHandle::from_pinned_path(directory.join("entries")) {
         let keys: Vec<_> = entries.keys().collect();
         for key in keys {
@@ -78,7 +79,7 @@ pub(super) fn unload(directory: &Path) -> Result<bool, LoadError> {
     Ok(true)
 }
 
-/// The same for whoever has the claim.
+/// The same for a caller that has the claim.
 pub(super) fn remove(directory: &Path) -> Result<(), LoadError> {
     empty(directory)
         .and_then(|()| std::fs::remove_dir(directory))
@@ -93,8 +94,9 @@ pub(super) fn has_marker(directory: &Path) -> bool {
     })
 }
 
-/// Links first: nobody is refused any more when the pins go. The mark of a
-/// complete gate goes last, so that nobody takes over what is left of one.
+/// Removes the links first, so that nothing is refused any more when the pins
+/// go. The marker of a complete gate goes last, so that nobody takes over the
+/// rest of one.
 pub(super) fn empty(directory: &Path) -> std::io::Result<()> {
     empty_but(directory, None)
 }
@@ -145,7 +147,7 @@ fn is_bpffs(path: &Path) -> bool {
         .is_ok_and(|stat| u64::from_ne_bytes(stat.f_type.to_ne_bytes()) & 0xffff_ffff == BPF_FS)
 }
 
-/// Mounts the bpf filesystem, if it is not there; says whether it did.
+/// Mounts the bpf filesystem if it is not there, and says whether it did.
 pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     let parent = parent_of(directory);
     if is_bpffs(parent) {

@@ -1,15 +1,16 @@
-//! Pins that are over, and that mmap(2) may take up again.
+//! Dormant pins: pins that have ended and that mmap(2) may take up again.
 //!
-//! When the last pin of an inode ends its entry stays in the kernel, dormant:
-//! `prog/dormant.h` says what that means, and why it is sound. Here is what the
-//! guard makes of it. It keeps the pin for a while, and its tripwire listens
-//! all the while. What it takes away of a dormant inode it takes only after a
-//! note that nothing can be taken up any more, and a look whether something
-//! has been ([`Gate::disturb`]).
+//! When the last pin of an inode ends, its entry stays in the kernel, dormant.
+//! `prog/dormant.h` says what that means, and why it is sound. This module is
+//! the guard's part. The guard keeps the pin for a while, and its tripwire
+//! listens all that time. Before the guard removes anything of a dormant inode,
+//! it notes that nothing can be taken up any more, and then checks whether
+//! something has been ([`Gate::disturb`]).
 //!
-//! Nobody wakes the guard when a pin is taken up again, or ends after that: it
-//! would take longer than both. It looks by itself ten times a second, if
-//! something has stirred, and before it answers a question about pins.
+//! Nobody wakes the guard when a pin is taken up again, or when it ends after
+//! that: a wake-up would take longer than both. Instead the guard checks by
+//! itself ten times a second, if something has stirred, and before it answers a
+//! question about pins.
 
 use super::Gate;
 use super::abi::{
@@ -26,21 +27,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromZeros, IntoBytes};
 
-/// How long a pin stays that nobody takes up.
+/// How long a dormant pin stays that nobody takes up.
 const LINGER: Duration = Duration::from_secs(10);
-/// How many stay; those go first that have slept longest.
+/// The most dormant pins. Those that have been dormant longest go first.
 const MOST: usize = 1024;
-/// How long somebody may take who is just taking up a pin: some instructions,
-/// and the time in which nothing of that process runs.
+/// How long a process may take that is just taking up a pin: some instructions,
+/// and the time in which the process does not run.
 const WAKING_UP: Duration = Duration::from_secs(1);
 
-/// The pins that sleep.
+/// The dormant pins.
 #[derive(Debug, Default)]
 pub(super) struct Dormant {
-    /// At most one of each inode: the one that ended last. Whoever changes what
-    /// there is of an inode holds the lock of its shard, too.
+    /// At most one pin for each inode: the one that ended last. A thread that
+    /// changes what is known of an inode must also hold the lock of its shard.
     sleepers: Mutex<HashMap<InodeId, Sleeper>>,
-    /// How much had stirred when they were looked at last.
+    /// The value of `STIRRED` when the dormant pins were last checked.
     seen: AtomicU64,
 }
 
@@ -48,9 +49,9 @@ pub(super) struct Dormant {
 struct Sleeper {
     watched: Arc<Watched>,
     pin: Arc<Pin>,
-    /// It has slept since then, as far as is known.
+    /// The time since which the pin has been dormant, as far as is known.
     since: Instant,
-    /// How often it had been taken up until then.
+    /// How often the pin had been taken up until then.
     revived: u64,
 }
 
@@ -67,7 +68,7 @@ impl Dormant {
         self.lock().values().cloned().collect()
     }
 
-    /// Those whose time is over, and the oldest of too many.
+    /// The inodes whose time is over, and the oldest of too many.
     fn due(&self) -> Vec<InodeId> {
         let sleepers = self.lock();
         let mut by_age: Vec<_> = sleepers
@@ -91,8 +92,8 @@ fn is_dead(tending: &Tending) -> bool {
 }
 
 impl Gate {
-    /// Asks about an inode, and about a pin of it; or about the one that ended
-    /// last, if that is 0.
+    /// Asks the programs about an inode and one of its pins. With `pin` 0, asks
+    /// about the pin that ended last.
     fn tend(&self, key: Key, pin: u64, what: u32) -> Result<Tending, Errno> {
         let mut tending = Tending::new_zeroed();
         (tending.key, tending.pin, tending.what) = (key, pin, what);
@@ -111,8 +112,8 @@ impl Gate {
         Ok(tending)
     }
 
-    /// From now on nothing of an inode can be taken up again that is over. Says
-    /// how it is, once nobody is just about to.
+    /// Makes sure that no dormant pin on an inode can be taken up from now on.
+    /// Returns the state of the inode once nobody is just about to take one up.
     pub(super) fn disturb(&self, key: Key, pin: u64) -> Result<Tending, Errno> {
         let mut backoff = Backoff::until(
             Instant::now() + WAKING_UP,
@@ -130,18 +131,20 @@ impl Gate {
         Ok(tending)
     }
 
-    /// The same; says whether the inode has no pin.
+    /// The same, and says whether the inode has no pin.
     pub(super) fn lay_to_rest(&self, key: Key) -> bool {
         self.disturb(key, 0).is_ok_and(|tending| is_dead(&tending))
     }
 
-    /// The kernel has told that a pin is over. Says whether it is not, or stays
-    /// for a while: then nothing more is to be done about it.
+    /// Handles the kernel's report that a pin has ended. Returns `true` if the
+    /// pin is alive after all, or stays for a while as a dormant one. Then
+    /// nothing more is to be done about its end.
     pub(super) fn is_kept_after_end(&self, watched: &Arc<Watched>, id: u64) -> bool {
         let published = self.lock_shard(watched.id);
         let pins = watched.pins.load_full();
         let Some(pin) = pins.iter().find(|pin| pin.id == id) else {
-            // It sleeps, and was taken up before it was known to.
+            // The pin is dormant, and may have been taken up before the guard
+            // knew that it was.
             self.wake(watched.id);
             let pins = watched.pins.load();
             return pins.iter().any(|pin| pin.id == id) || self.sleeps(watched.id, id);
@@ -157,7 +160,7 @@ impl Gate {
                 .get(&watched.id)
                 .is_some_and(|published| published.stable);
         if !may_sleep {
-            // Only now is it sure that it is over for good.
+            // Only now is it certain that the pin has ended for good.
             let tending = self.disturb(key, id);
             return tending.is_ok_and(|tending| tending.file != 0);
         }
@@ -169,7 +172,8 @@ impl Gate {
                     since: Instant::now(),
                     revived: asleep.revived,
                 };
-                // Whoever looks for it finds it here or there.
+                // A thread that looks for the pin finds it in one of the two
+                // places.
                 self.dormant.lock().insert(watched.id, sleeper);
                 watched.remove(|other| other.id == id);
                 true
@@ -179,10 +183,10 @@ impl Gate {
         }
     }
 
-    /// Asks not to be told of the end of a pin any more; nothing if it lives,
-    /// and is told.
+    /// Asks the programs not to report the end of a pin any more. Returns
+    /// `None` if the pin is alive, and its end will be reported.
     fn send_to_sleep(&self, key: Key, id: u64) -> Result<Option<Tending>, Errno> {
-        // Somebody may take it up and let go of it all the while.
+        // Somebody may take the pin up and let go of it again meanwhile.
         loop {
             let tending = self.tend(key, id, TEND_QUIET)?;
             if tending.file == 0 {
@@ -194,8 +198,8 @@ impl Gate {
         }
     }
 
-    /// Takes note of it if the pin of an inode that sleeps was taken up, and
-    /// still lives. Whoever calls this holds the lock of the shard.
+    /// Registers the dormant pin of an inode as alive if it was taken up and
+    /// still lives. The caller must hold the lock of the shard.
     fn wake(&self, id: InodeId) -> bool {
         let Some(sleeper) = self.dormant.get(id) else {
             return false;
@@ -222,7 +226,7 @@ impl Gate {
         let pin = if tending.pid == pin.pid {
             Arc::clone(pin)
         } else {
-            // It is somebody else's now.
+            // The pin belongs to another process now.
             Arc::new(pin.joined(pin.id, tending.pid))
         };
         sleeper.watched.add(&pin);
@@ -230,20 +234,22 @@ impl Gate {
         true
     }
 
-    /// Whether a pin of an inode sleeps.
+    /// Whether this pin of an inode is dormant.
     fn sleeps(&self, id: InodeId, pin: u64) -> bool {
         self.dormant.get(id).is_some_and(|one| one.pin.id == pin)
     }
 
-    /// The pin that sleeps, or is just being taken up, for whoever joins it.
+    /// The pin that is dormant, or is just being taken up, for a process that
+    /// joins it.
     pub(super) fn sleeping(&self, id: InodeId) -> Option<Arc<Pin>> {
         let _published = self.lock_shard(id);
         self.wake(id);
         self.dormant.get(id).map(|sleeper| sleeper.pin)
     }
 
-    /// Something else becomes of an inode: its pin that sleeps lives, or is
-    /// forgotten. Whoever calls this holds the lock of the shard.
+    /// Ends dormancy because the inode is about to change: its dormant pin is
+    /// registered as alive, or forgotten. The caller must hold the lock of the
+    /// shard.
     pub(super) fn end_sleep(&self, id: InodeId) -> Result<(), Errno> {
         let Some(sleeper) = self.dormant.get(id) else {
             return Ok(());
@@ -256,13 +262,12 @@ impl Gate {
         Ok(())
     }
 
-    /// What is kept of a pin for a guard that comes later goes.
+    /// Deletes what is kept of a pin for a later guard.
     pub(super) fn drop_facts(&self, pin: u64) {
         let _ = self.loaded.maps.pins.delete(&pin.to_ne_bytes());
     }
 
-    /// What blocks of an inode may have changed: a pin that sleeps is
-    /// forgotten.
+    /// Forgets the dormant pin of an inode whose blocks may have changed.
     pub(super) fn forget_dormant(&self, guard: &Guard, id: InodeId) {
         let Some(sleeper) = self.dormant.get(id) else {
             return;
@@ -289,24 +294,24 @@ impl Gate {
         }
     }
 
-    /// The same of all of them.
+    /// The same for all inodes.
     pub(crate) fn spoil_all(&self, guard: &Guard) {
         for sleeper in self.dormant.all() {
             self.forget_dormant(guard, sleeper.watched.id);
         }
     }
 
-    /// Blocks of a pin have changed: nobody takes it up again.
+    /// Makes sure that nobody takes up a pin whose blocks have changed.
     pub(super) fn disturb_inode(&self, id: InodeId) {
         let _ = self.disturb(Key::new(id), 0);
     }
 
-    /// The pin that sleeps.
+    /// The dormant pin of an inode.
     pub(super) fn dormant_pin(&self, id: InodeId) -> Option<Arc<Pin>> {
         self.dormant.get(id).map(|sleeper| sleeper.pin)
     }
 
-    /// Takes note of every pin that was taken up since.
+    /// Registers every pin that was taken up since the last check.
     pub(super) fn take_note(&self) {
         let stirred = self.loaded.maps.filter.words()[STIRRED].load(SeqCst);
         if self.dormant.seen.load(SeqCst) == stirred {
@@ -320,13 +325,14 @@ impl Gate {
         self.dormant.seen.store(stirred, SeqCst);
     }
 
-    /// The same, and forgets those whose time is over.
+    /// The same, and forgets the pins whose time is over.
     pub(super) fn tend_dormant(&self, guard: &Guard) {
         self.take_note();
         for id in self.dormant.due() {
             self.forget_dormant(guard, id);
         }
-        // Root may have taken away what they are refused by.
+        // Root may have removed the marks by which operations on these inodes
+        // are refused.
         let words = self.loaded.maps.filter.words();
         for sleeper in self.dormant.all() {
             let key = Key::new(sleeper.watched.id);
@@ -336,7 +342,8 @@ impl Gate {
         }
     }
 
-    /// Nothing that an earlier guard has left sleeping can be taken up.
+    /// Makes sure that no pin which an earlier guard left dormant can be taken
+    /// up.
     pub(super) fn disturb_all(&self) {
         use zerocopy::FromBytes;
         let keys: Vec<Vec<u8>> = self.loaded.maps.lives.keys().collect();
@@ -347,7 +354,8 @@ impl Gate {
         }
     }
 
-    /// From now on the end of a pin is told that an earlier guard had sleeping.
+    /// Makes the programs report the end of a pin that an earlier guard had
+    /// dormant.
     pub(super) fn listen_for_end(&self, key: Key, pin: u64) {
         let _ = self.tend(key, pin, TEND_TELL);
     }

@@ -1,4 +1,5 @@
-//! What the programs tell: refusals, and beginnings and ends of pins.
+//! Handles the events of the programs: refusals, and beginnings and ends of
+//! pins.
 
 use super::abi::{self, Event};
 use super::{Gate, Proof};
@@ -12,8 +13,8 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use zerocopy::FromBytes;
 
-/// Hears of refusals and ends, and watches the gate, until the guard stops;
-/// `say` tells whoever runs it what somebody has done to the gate.
+/// Reads the events and watches the gate until the guard stops. `say` tells the
+/// operator of the guard what somebody has done to the gate.
 ///
 /// # Errors
 ///
@@ -34,10 +35,10 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
     }
     let ring = builder.build().map_err(|error| super::errno(&error))?;
     let mut untold = gate.counted(abi::UNTOLD);
-    // Before anybody listened.
+    // Ends from before anybody listened.
     end_untold(guard, gate);
     while !guard.is_stopping() {
-        // A signal is none of our business here.
+        // Signals are not handled here.
         let _ = ring.poll(Duration::from_millis(100));
         let now = gate.counted(abi::UNTOLD);
         if now != untold {
@@ -53,7 +54,7 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
     Ok(())
 }
 
-/// Ends the pins whose end could not be told.
+/// Ends the pins whose ends could not be reported.
 fn end_untold(guard: &Guard, gate: &Gate) {
     for watched in guard.table.all() {
         let pins = watched.pins.load_full();
@@ -79,13 +80,14 @@ fn take(guard: &Guard, gate: &Gate, event: &Event) {
             }
         }
         abi::EVENT_REFUSED => note(guard, watched.as_deref(), event),
-        // Without them such writes stay refused.
+        // If this fails, such writes stay refused.
         abi::EVENT_DOUBT => drop(gate.note_writes(id)),
         _ => {}
     }
 }
 
-/// The name of the command, fit for a terminal: any process chooses its own.
+/// The name of the command, made safe for a terminal, because any process
+/// chooses its own name.
 pub(super) fn command_of(event: &Event) -> String {
     let length = event.command.iter().position(|byte| *byte == 0);
     let command = &event.command[..length.unwrap_or(event.command.len())];
@@ -111,8 +113,8 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     });
 }
 
-/// Somebody has mapped what is pinned, by mmap(2) alone: it stays pinned as
-/// it is for as long as that file lives.
+/// Handles a process that has mapped pinned blocks by mmap(2) alone. The blocks
+/// stay pinned as they are for as long as that file lives.
 fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
     let sleeping = gate.sleeping(watched.id);
     let pins = watched.pins.load_full();
@@ -131,13 +133,14 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
                 .and_then(|published| published.handle.clone())
         };
         if let Some(handle) = handle {
-            // Only a guard that comes later misses it.
+            // If this fails, only a later guard misses the pin.
             let _ = gate.remember(watched, &joined, event.file, &handle, Proof::NONE);
         }
-        // It may be over by now, and its end be told next. If it ended before it
-        // was remembered, nobody has noted that with what is remembered. Whoever
-        // frees the struct file takes it out of `holders` first and notes the
-        // end then; here it is remembered first, and looked for then.
+        // The pin may have ended by now, and its end may be the next event. If
+        // it ended before it was remembered here, nobody has noted the end in
+        // what is remembered. The programs remove a freed struct file from
+        // `holders` and then note the end; this code remembers the pin and then
+        // looks for it in `holders`, so that one side sees the other.
         if matches!(gate.pin_at(event.file), Ok(pin) if pin != Some(event.pin)) {
             gate.drop_facts(event.pin);
             continue;
@@ -147,7 +150,7 @@ fn begin(gate: &Gate, watched: &Arc<Watched>, event: &Event) {
     let _ = gate.publish(watched);
 }
 
-/// A pin is over.
+/// Handles the end of a pin.
 fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     if gate.is_kept_after_end(watched, pin) {
         return;
@@ -155,9 +158,10 @@ fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
         ended.end();
     }
-    // It can only fail to make less of it.
+    // If this fails, the entry still contains more than is pinned, so it only
+    // refuses more.
     let _ = gate.publish(watched);
-    // Whoever finds it gone is judged without it.
+    // An operation that no longer finds the pin is judged without it.
     watched.remove(|other| other.id == pin);
     gate.drop_facts(pin);
     let_go(guard, watched);

@@ -1,10 +1,10 @@
-//! Securing a pin under this gate, which has to exclude nobody.
+//! Secures a pin under the bpf gate, which need not exclude anybody.
 //!
-//! This gate judges an operation whoever makes it, by whatever descriptor. So a
-//! grant tells the gate first what would be pinned, as far as that can be seen;
-//! then it waits until everybody is out of what they may have begun before; then
-//! it looks whether what is there is what the gate was told. If so, it is the
-//! pin; if not, it begins anew.
+//! The bpf gate judges every operation, whoever makes it and by whatever
+//! descriptor. So a grant first tells the gate what would be pinned, as far as
+//! that can be seen. Then it waits until everybody has finished what they may
+//! have begun before. Then it checks whether the blocks are what the gate was
+//! told. If so, they are pinned; if not, the grant begins anew.
 
 use super::census::Writers;
 use super::{Gate, Proof};
@@ -25,19 +25,19 @@ use std::time::{Duration, Instant};
 pub(super) struct Exclusion<'a, 'h> {
     gate: &'a Gate,
     granting: &'a Granting<'a>,
-    /// Its file is the pin's description already.
+    /// The holder. Its file is the pin's description already.
     holder: &'a mut Holder<'h>,
-    /// The description that the pin was asked for with.
+    /// The description with which the pin was requested.
     of_holder: OwnedFd,
-    /// What shows later that nothing has happened since the pin was published.
+    /// Shows later that nothing has happened since the pin was published.
     proof: Proof,
     /// When to give up if the block map keeps changing.
     deadline: Instant,
 }
 
 impl<'a, 'h> Exclusion<'a, 'h> {
-    /// Publishes the pin, and begins its life. That comes first: should every
-    /// other pin of the inode end now, the gate stays closed.
+    /// Publishes the pin, and begins its life. That comes first, so that the
+    /// gate stays closed even if every other pin of the inode ends now.
     pub(super) fn begin(
         gate: &'a Gate,
         granting: &'a Granting<'a>,
@@ -64,7 +64,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         })
     }
 
-    /// Tells the gate what seems to be pinned until that is what is there.
+    /// Tells the gate what seems to be pinned until that is what the file has.
     pub(super) fn run(self) -> Result<Secured, Refusal> {
         let granting = self.granting;
         let survey = Survey {
@@ -73,8 +73,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             others_can_store: &|frozen| others_can_store(granting, frozen),
         };
         self.wait_for_thaw()?;
-        // As it seems, for now: what is written back is seen when the gate is
-        // closed.
+        // A preliminary map: unwritten data shows only when the gate is closed.
         let mut map = survey.read(true)?;
         loop {
             survey.require_pinnable(&map)?;
@@ -86,8 +85,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             } = survey.examine(&map)?;
             granting.pin.settle(&map, &pinned, kept_pages);
             self.publish()?;
-            // From here on nothing new comes to pass that the gate was not
-            // asked about.
+            // From here on the gate is asked about everything new.
             if !self.is_alone() {
                 self.wait_for_others(!frozen.is_empty())?;
             }
@@ -109,7 +107,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         }
     }
 
-    /// The kernel itself tells when the description is gone.
+    /// The pin needs no lifeline: the kernel itself reports when the
+    /// description is gone.
     fn secured(&self, map: BlockMap) -> Secured {
         self.gate.prove(self.granting.pin.id, self.proof);
         Secured {
@@ -118,8 +117,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         }
     }
 
-    /// Reading the block map waits for a thaw on XFS: better to say who does so
-    /// already.
+    /// Reading the block map waits for a thaw on XFS. It is better to report
+    /// first who waits for the thaw already.
     fn wait_for_thaw(&self) -> Result<(), Refusal> {
         let soon = Instant::now() + self.granting.patience.max(Duration::from_millis(50));
         if !self.is_alone() && !thaw::is_thawed(self.holder.file.as_fd(), soon) {
@@ -135,8 +134,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         self.granting.quietly(self.holder.file.as_fd(), wait)
     }
 
-    /// Whether there is nobody to wait for: by far the most frequent case, and
-    /// the cheapest to prove.
+    /// Whether there is nobody to wait for. This is by far the most frequent
+    /// case, and the cheapest to prove.
     fn is_alone(&self) -> bool {
         let alone = self
             .gate
@@ -144,8 +143,9 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         alone == Ok(true) && busy::is_at_rest(self.granting.pin.pid)
     }
 
-    /// From here on the gate lets nobody change how XFS allocates and copies;
-    /// what the pin was judged by was read before.
+    /// Checks the hints by which the pin was judged, which were read before the
+    /// gate closed. From here on the gate lets nobody change how XFS allocates
+    /// and copies.
     fn hints_are_as_they_were(&self) -> Result<(), Refusal> {
         if self
             .granting
@@ -178,7 +178,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             })
     }
 
-    /// Nobody may be in the middle of something that the gate let pass
+    /// Waits until nobody is in the middle of something that the gate let pass
     /// before it knew of the pin.
     fn wait_for_others(&self, mappings: bool) -> Result<(), Refusal> {
         self.no_kernel_users()?;
@@ -226,12 +226,13 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         }
     }
 
-    /// Whoever writes without asking counts as a writer all the same, and is in
-    /// nobody's table: an overlay, process accounting, a storage target. They
-    /// cannot open a pinned file, but may have done so before.
+    /// Refuses the pin if somebody may write without asking: an overlay,
+    /// process accounting, a storage target. Such a writer is in no process's
+    /// table, but is counted as a writer. It cannot open a pinned file, but may
+    /// have opened the file before.
     fn no_hidden_writers(&self) -> Result<(), Refusal> {
-        // A truncation by path counts for as long as it takes, and what is on
-        // its way through a socket arrives.
+        // A truncation by path counts only while it is under way, and a
+        // descriptor on its way through a socket arrives soon.
         let mut backoff = Backoff::until(
             Instant::now() + self.granting.patience.max(Duration::from_millis(200)),
             Duration::from_millis(1),
@@ -262,9 +263,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         }
     }
 
-    /// Whether anybody but the holder itself can be in the middle of writing
-    /// to it, by what the kernel counts: whoever writes, or truncates, or maps
-    /// it to store, does so by a description that is counted as a writer.
+    /// Whether anybody but the holder itself can be in the middle of writing to
+    /// the file, judged by the kernel's counts. Whoever writes, truncates, or
+    /// maps the file writable does so by a description that is counted as a
+    /// writer.
     fn others_may_write(&self) -> Result<bool, Refusal> {
         let alone = self
             .gate
@@ -274,7 +276,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             .map_err(|errno| system("asking the gate who writes", errno))
     }
 
-    /// Some parts of the kernel write to files without asking anybody.
+    /// Refuses the pin if a part of the kernel uses the file, because some
+    /// parts write without asking anybody.
     fn no_kernel_users(&self) -> Result<(), Refusal> {
         let users = kernel_users(self.granting.judged.id, &self.granting.judged.path);
         if users.is_empty() {
@@ -287,9 +290,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     }
 }
 
-/// With frozen blocks nobody may have a mapping to store by, wherever in
-/// the file: `mremap(2)` could grow it over them, and no hook sees that.
-/// Holders of pins are trusted not to. Says whether any of them has one.
+/// With frozen blocks nobody may have a writable mapping anywhere in the file:
+/// `mremap(2)` could grow it over the frozen blocks, and no hook sees that.
+/// Holders of pins are trusted not to do so. Says whether any holder has such a
+/// mapping.
 pub(super) fn others_can_store(
     granting: &Granting<'_>,
     frozen: &[Range<u64>],

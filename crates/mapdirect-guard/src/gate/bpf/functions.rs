@@ -1,6 +1,6 @@
-//! Where the functions of the running kernel lie that ask for permission.
+//! Finds the address ranges of kernel functions that ask for permission.
 //!
-//! A hook that finds no proof in registers asks the kernel's stack which
+//! A hook that finds no proof in registers looks up in the kernel's stack which
 //! function is at work. The stack has addresses; `/proc/kallsyms` has their
 //! names.
 
@@ -17,17 +17,17 @@ pub(super) enum Doing {
     Allocating = 3,
     Remapping = 4,
     Copying = 5,
-    /// Writing by a kiocb.
+    /// Writing through a kiocb.
     Asynchronous = 6,
 }
 
 /// Functions from which `security_file_permission` is called, sooner or later,
-/// and what each does then. The innermost decides, so a function may be called
-/// by others of the table (`do_splice_direct` by `vfs_copy_file_range`), and
-/// those that ask for reading as well as for writing (`do_sendfile`) stand
-/// where the hook knows the direction: it is asked for one of them.
-/// fs/read_write.c, fs/splice.c, fs/open.c, fs/remap_range.c, fs/aio.c,
-/// `io_uring/rw.c`, fs/readdir.c; Linux 6.1 to 7.3.
+/// and what each does then. The innermost function decides, so a function may
+/// be called by others in the table (`do_splice_direct` by
+/// `vfs_copy_file_range`). Functions that ask for reading as well as for
+/// writing (`do_sendfile`) are possible because the hook knows for which of the
+/// two it is asked. From fs/read_write.c, fs/splice.c, fs/open.c,
+/// fs/remap_range.c, fs/aio.c, `io_uring/rw.c`, fs/readdir.c; Linux 6.1 to 7.3.
 const NAMES: [(&str, Doing); 38] = [
     ("vfs_read", Doing::Reading),
     ("vfs_readv", Doing::Reading),
@@ -78,7 +78,7 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// Reads what there is.
+    /// Reads the addresses from the running kernel.
     pub(super) fn read() -> Result<Self, LoadError> {
         let symbols = std::fs::read("/proc/kallsyms")
             .map_err(|error| LoadError::Failed(format!("reading /proc/kallsyms: {error}")))?;
@@ -93,8 +93,8 @@ impl Kernel {
         )))
     }
 
-    /// Understands `/proc/kallsyms`: lines of an address, a type, a name, and a
-    /// module, if it is of one. What makes no sense is left out.
+    /// Parses `/proc/kallsyms`: each line has an address, a type, a name, and
+    /// the name of a module if the symbol is in one. Other lines are skipped.
     pub(super) fn parse(symbols: &[u8]) -> Self {
         let wanted: HashMap<&[u8], Doing> = NAMES
             .iter()
@@ -135,7 +135,7 @@ impl Kernel {
         starts.dedup();
         for (start, doing) in found {
             let next = starts.partition_point(|other| *other <= start);
-            // The last one of all has no end.
+            // The last function of all has no known end.
             if let Some(end) = starts.get(next)
                 && kernel.functions.len() < FUNCTIONS
             {

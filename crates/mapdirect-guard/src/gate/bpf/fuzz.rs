@@ -1,4 +1,4 @@
-//! What fuzzers call of the bpf gate.
+//! The fuzz targets of the bpf gate.
 
 use super::abi::{Event, FUNCTIONS, PinFacts};
 use super::events::command_of;
@@ -32,7 +32,8 @@ pub(crate) const TARGETS: [Target; 3] = [
 fn events(bytes: &[u8]) {
     if let Ok(event) = Event::read_from_bytes(bytes) {
         let _ = event.key.inode();
-        // It is shown on terminals, and every process chooses its own.
+        // The command is shown on terminals, and every process chooses its own
+        // name.
         assert!(!command_of(&event).contains(char::is_control));
     }
 }

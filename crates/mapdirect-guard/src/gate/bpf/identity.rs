@@ -1,4 +1,4 @@
-//! What files of the guard's own are to the kernel: the programs are asked.
+//! Identifies the guard's own files to the kernel, by asking the programs.
 
 use super::abi::{Holder, Identity, WHO_IS_IT};
 use super::{Gate, errno};
@@ -9,8 +9,8 @@ use mapdirect_sys::fcntl;
 use std::os::fd::BorrowedFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-/// Asks the programs what a descriptor of this process is to the kernel; from
-/// now on it is a pin, if one is given.
+/// Asks the programs to identify a descriptor of this process. If `pin` is
+/// given, the description becomes that pin.
 pub(super) fn ask_about(
     identities: &MapHandle,
     file: BorrowedFd<'_>,
@@ -36,12 +36,12 @@ pub(super) fn ask_about(
 }
 
 impl Gate {
-    /// What a descriptor of this process is to the kernel.
+    /// Identifies a descriptor of this process to the kernel.
     pub(super) fn identify(&self, file: BorrowedFd<'_>) -> Result<Identity, Errno> {
         self.ask_about(file, None)
     }
 
-    /// The same; from now on it is a pin, if one is given.
+    /// The same. If `pin` is given, the description becomes that pin.
     pub(super) fn ask_about(
         &self,
         file: BorrowedFd<'_>,
@@ -51,15 +51,15 @@ impl Gate {
     }
 
     /// Whether nobody else can be in the middle of anything on the inode of
-    /// these two descriptions: `of_holder`, whose holder has one descriptor of
-    /// it and we the other, and `of_pin`, which only we have.
+    /// these two descriptions. The holder and the guard each have one
+    /// descriptor of `of_holder`; only the guard has `of_pin`.
     ///
-    /// Whoever writes holds a reference to a description all the while;
-    /// asynchronous requests and mappings do, too. Whoever truncates by path
-    /// counts as a writer. So if there are no other descriptions, and no more
-    /// references to these than are known, there is nobody. (A process that
-    /// has its descriptors for itself alone takes no reference: that can only
-    /// be the holder.)
+    /// Whoever writes holds a reference to a description all the while; so do
+    /// asynchronous requests and mappings. A truncation by path counts as a
+    /// writer. So if there are no other descriptions, and no more references to
+    /// these two than are known, nobody else is there. (A process that does not
+    /// share its descriptor table takes no reference, but that can only be the
+    /// holder.)
     pub(crate) fn is_alone(
         &self,
         of_holder: BorrowedFd<'_>,
@@ -68,7 +68,8 @@ impl Gate {
         let (writers, readers) = known_counts([of_holder, of_pin])?;
         let holders = self.identify(of_holder)?;
         let pins = self.identify(of_pin)?;
-        // The question itself holds one: this process has many threads.
+        // The question itself holds a reference, because this process has many
+        // threads.
         Ok(holders.references <= 3
             && pins.references <= 2
             && [holders, pins]
@@ -76,9 +77,9 @@ impl Gate {
                 .all(|one| (one.writers, one.readers, one.direct) == (writers, readers, 0)))
     }
 
-    /// Whether the inode of these two descriptions, as in
-    /// [`is_alone`](Self::is_alone), counts no writer but them, and nobody else
-    /// has the holder's: readers there may be.
+    /// Whether these two descriptions, the same as in
+    /// [`is_alone`](Self::is_alone), are the only writers of their inode, and
+    /// nobody else has the holder's. There may be readers.
     pub(crate) fn is_sole_writer(
         &self,
         of_holder: BorrowedFd<'_>,
@@ -93,12 +94,13 @@ impl Gate {
             && pins.writers == writers)
     }
 
-    /// The pin that a description is.
+    /// The pin whose life this description is, if it is one.
     pub(crate) fn pin_of(&self, file: BorrowedFd<'_>) -> Result<Option<u64>, Errno> {
         self.pin_at(self.identify(file)?.file)
     }
 
-    /// The pin that a struct file is, which may have been freed by now.
+    /// The pin whose life a struct file is, if any. The struct file may have been
+    /// freed by now.
     pub(super) fn pin_at(&self, file: u64) -> Result<Option<u64>, Errno> {
         let holders = &self.loaded.maps.holders;
         let holder = holders
@@ -108,12 +110,13 @@ impl Gate {
         Ok(holder.map(|holder| holder.pin))
     }
 
-    /// Whether XFS has set blocks aside for copies of shared ones of this file.
+    /// Whether XFS has set blocks aside for copies of shared blocks of this
+    /// file.
     pub(crate) fn has_copy_blocks(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
         Ok(self.identify(file)?.copies != 0)
     }
 
-    /// How many direct reads and writes of a file are under way.
+    /// The number of direct reads and writes of a file under way.
     pub(crate) fn direct_under_way(&self, file: BorrowedFd<'_>) -> Result<u32, Errno> {
         Ok(self.identify(file)?.direct)
     }

@@ -1,4 +1,4 @@
-//! What an earlier guard has left in the kernel.
+//! Reads what an earlier guard has left in the kernel.
 
 use super::abi::{Entry, FILTER_WORDS, Holder, Key, PinFacts};
 use super::{Gate, Published};
@@ -11,7 +11,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::Ordering::SeqCst;
 use zerocopy::{FromBytes, IntoBytes};
 
-/// A pin that an earlier guard has granted, and that lives.
+/// A live pin that an earlier guard has granted.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) id: u64,
@@ -77,10 +77,10 @@ impl Gate {
         published.insert(found.inode, kept);
     }
 
-    /// The pins that live, as an earlier guard has left them. Those whose
-    /// description is gone have been taken out by the kernel.
+    /// The live pins that an earlier guard has left. The kernel itself has
+    /// removed those whose description is gone.
     pub(crate) fn left_behind(&self) -> Vec<Found> {
-        // Nothing may come to life that this does not find.
+        // No dormant pin may be taken up that this list does not contain.
         self.disturb_all();
         let maps = &self.loaded.maps;
         maps.pins
@@ -100,8 +100,8 @@ impl Gate {
             .collect()
     }
 
-    /// Everything in the maps that no pin of `known` accounts for goes; and
-    /// what is in the maps counts from now on.
+    /// Removes everything from the maps that belongs to none of the `known`
+    /// inodes. The rest of the maps counts from now on.
     pub(crate) fn take_over(&self, known: &[InodeId]) {
         let maps = &self.loaded.maps;
         let entries: Vec<Vec<u8>> = maps.entries.keys().collect();
@@ -120,7 +120,8 @@ impl Gate {
         }
         self.hear_of_pins();
         let counts = self.counts();
-        // What the filter has beside what was counted again goes, too.
+        // The filter may have more bits than were counted again; they are
+        // removed, too.
         let mut bits = vec![0u64; FILTER_WORDS];
         for slot in counts.filter.keys() {
             if let Ok(slot) = usize::try_from(*slot) {
@@ -150,8 +151,8 @@ impl Gate {
         }
     }
 
-    /// From now on the ends of all pins are told; what is kept of those that
-    /// are over goes.
+    /// Makes the programs report the ends of all pins from now on, and deletes
+    /// what is kept of pins that have ended.
     fn hear_of_pins(&self) {
         let pins: Vec<Vec<u8>> = self.loaded.maps.pins.keys().collect();
         for pin in pins {

@@ -1,6 +1,6 @@
-//! Bringing the programs into the kernel, and keeping them there: their links
-//! and maps are pinned in a directory of the bpf filesystem, where they
-//! outlive the guard.
+//! Brings the programs into the kernel and keeps them there. Their links and
+//! maps are pinned in a directory of the bpf filesystem, where they outlive the
+//! guard.
 
 use super::abi::{DEAD, PAGE, SHARED_WORDS, Settings};
 use super::costly::{COSTLY, Costly, NOTES};
@@ -26,7 +26,7 @@ use zerocopy::{FromBytes, IntoBytes};
 
 /// The programs, compiled from `prog/mapdirect.bpf.c` by `cargo xtask bpf`.
 const OBJECT: &[u8] = include_bytes!("prog/mapdirect.bpf.o");
-/// What names the version of the programs: the fingerprint of the object.
+/// The version of the programs: the fingerprint of the object.
 const HASH: &str = include_str!("prog/mapdirect.bpf.hash");
 
 /// The maps that user space uses.
@@ -45,24 +45,24 @@ pub(super) const BPF_MAPS: [&str; 12] = [
     "refused",
 ];
 
-/// Why the gate cannot be had.
+/// Why the gate could not be loaded.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
-    /// It lacks privilege.
+    /// The process lacks privileges.
     #[error("loading BPF programs needs root")]
     NotPrivileged,
-    /// The kernel lacks something.
+    /// The kernel lacks something that the gate needs.
     #[error("this kernel cannot do it: {0}")]
     Unsupported(String),
-    /// The kernel has everything, but may leave the programs out: it preempts
-    /// them, and no security hook calls them.
+    /// The kernel has everything, but may leave programs out: it preempts them,
+    /// and no security hook calls them.
     #[error(
         "not supported here: this kernel preempts BPF programs, and then leaves some out that no \
          security hook calls"
     )]
     MayLeaveOut,
-    /// The programs reckon with pages of another size.
+    /// The kernel's page size is not the one that the programs are built for.
     #[error(
         "not supported here: its programs are for pages of {PAGE} bytes, and this kernel has pages of {0}"
     )]
@@ -70,20 +70,20 @@ pub enum LoadError {
     /// Another guard has the directory.
     #[error("another guard keeps the gate at {0}; end it first")]
     AlreadyRunning(String),
-    /// A guard of another version left it.
+    /// A guard of another version left the gate.
     #[error(
         "the gate at {0} was made by another version; end its pins, then run \
          `mapdirect guard --unload`"
     )]
     OtherVersion(String),
-    /// Something failed.
+    /// A system call or another step failed.
     #[error("{0}")]
     Failed(String),
 }
 
 impl LoadError {
-    /// Whether this kernel can never have the gate, so that a guard that may
-    /// choose takes the other one.
+    /// Whether this kernel can never load the gate. A guard that may choose
+    /// then takes the other gate.
     #[must_use]
     pub fn is_for_good(&self) -> bool {
         matches!(
@@ -172,14 +172,14 @@ pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) costly: Costly,
     pub(super) held: Arc<Held>,
-    /// A lock on the directory: there is one guard for a gate.
+    /// A lock on the directory: only one guard may have a gate.
     claim: OwnedFd,
-    /// It was there already, with pins.
+    /// Whether the gate was there already, with pins.
     pub(super) adopted: bool,
-    /// The kernel's security hooks call the programs; else they are attached
-    /// to functions.
+    /// Whether the kernel's security hooks call the programs. If not, the
+    /// programs are attached to functions.
     pub(super) hooked: bool,
-    /// They are told when an inode leaves memory.
+    /// Whether the programs are told when an inode leaves memory.
     pub(super) hears_of_inodes: bool,
 }
 
@@ -189,7 +189,7 @@ impl Loaded {
     }
 }
 
-/// Puts the gate in place, or takes over the one that is there.
+/// Puts the gate in place, or takes over an existing one.
 pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     require_page_size(page_size())?;
     let (claim, mounted) = enter(directory)?;
@@ -199,19 +199,18 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
         return Err(LoadError::OtherVersion(directory.display().to_string()));
     }
     let object = if in_use {
-        // The same programs, with the maps that are there: what is missing of
-        // the gate is put back by them.
+        // The same programs, with the existing maps. They can restore missing
+        // parts of the gate.
         load_object(Some(directory))?
     } else {
-        // Whoever was here has pinned nothing, or did not get to the end of
-        // beginning.
+        // The earlier guard has pinned nothing, or did not complete its start.
         match replace(directory) {
             Ok(object) => {
                 rustix::fs::mkdir(&complete, Mode::RWXU).map_err(|errno| failed("mkdir", errno))?;
                 object
             }
             Err(error) => {
-                // Nothing stays of what does not work here.
+                // Remove everything if the gate does not work here.
                 let _ = remove(directory);
                 drop(claim);
                 if mounted && let Some(parent) = directory.parent() {
@@ -234,13 +233,14 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     })
 }
 
-/// Where a gate is put together before it takes the place of another; the
-/// second, if a guard was killed in the middle of that.
+/// The directories in which a gate is put together before it replaces another.
+/// The second one is used if a guard was killed in the middle of that.
 const NEXT: [&str; 2] = ["next-0", "next-1"];
 
-/// Puts the gate in place of one that keeps no pin, if there is one. That one
-/// stays attached until this one is: `mmap(2)` with `MAP_DIRECT` would be
-/// answered as if there were no such flag in between.
+/// Puts the gate in place of an existing one that keeps no pin, if there is
+/// one. The existing gate stays attached until the new one is attached.
+/// Otherwise `mmap(2)` with `MAP_DIRECT` would be answered in between as if
+/// there were no such flag.
 fn replace(directory: &Path) -> Result<Object, LoadError> {
     let clearing = |error: std::io::Error| failed("clearing", error);
     let free = NEXT.iter().find(|name| !directory.join(name).exists());
@@ -261,8 +261,8 @@ fn replace(directory: &Path) -> Result<Object, LoadError> {
     Ok(object)
 }
 
-/// Whether a gate that is there keeps any pin; it does as long as that cannot
-/// be told. Whoever takes a gate away begins with its links.
+/// Whether an existing gate keeps any pin. `true` if that cannot be found out.
+/// A guard that removes a gate begins with its links.
 fn keeps_pins(directory: &Path, same_version: bool) -> bool {
     if !directory.join(link_name("file_free")).exists() {
         return false;
@@ -274,8 +274,8 @@ fn keeps_pins(directory: &Path, same_version: bool) -> bool {
     let Ok(pins) = MapHandle::from_pinned_path(directory.join("pins")) else {
         return true;
     };
-    // One that is over may be taken up at any moment. The same programs can be
-    // told that none may; those of another version find nothing to take up.
+    // A dormant pin may be taken up at any moment. The same programs can be
+    // told that none may; programs of another version find nothing to take up.
     let over: Vec<Vec<u8>> = pins.keys().collect();
     if same_version && !over.is_empty() || is_any_kept() {
         return true;
@@ -287,7 +287,7 @@ fn keeps_pins(directory: &Path, same_version: bool) -> bool {
 }
 
 /// Whether the programs count pins of an inode, or somebody is just leaving or
-/// joining; they do as long as that cannot be told.
+/// joining. `true` if that cannot be found out.
 pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
     match lives.lookup(key, MapFlags::ANY) {
         Ok(None) => false,
@@ -298,10 +298,10 @@ pub(super) fn has_pins(lives: &MapHandle, key: &[u8]) -> bool {
     }
 }
 
-/// What the kernel offers, by its own type information.
+/// What the kernel offers, according to its own type information.
 struct Offers<'btf> {
     btf: &'btf Btf<'static>,
-    /// The security hooks call BPF programs.
+    /// Whether the security hooks call BPF programs.
     lsm: bool,
 }
 
@@ -316,7 +316,7 @@ impl Offers<'_> {
         self.function(name).is_some()
     }
 
-    /// The function that a hook is watched at.
+    /// The function at which a hook is watched.
     fn hook(&self, name: &str) -> String {
         match name {
             _ if self.lsm => format!("bpf_lsm_{name}"),
@@ -327,16 +327,16 @@ impl Offers<'_> {
     }
 }
 
-/// What becomes of a program.
+/// What to do with a program.
 enum Choice {
     Load,
-    /// The kernel works without it.
+    /// Do not load the program: the kernel works without it.
     Leave,
-    /// It is needed, and its place is not there.
+    /// The program is needed, but its function does not exist.
     Missing(String),
 }
 
-/// Hooks that kernels have only since some version.
+/// Hooks that only later kernels have.
 const LATER_HOOKS: [&str; 2] = ["inode_file_setattr", "file_ioctl_compat"];
 
 fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
@@ -353,7 +353,7 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
     match name {
         "inode_setattr" => when(three, needed(&offers.hook("inode_setattr"))),
         "inode_setattr_2" => when(!three, needed(&offers.hook("inode_setattr"))),
-        // Without it nothing is taken up again.
+        // Without this program nothing is taken up again.
         "inode_free" => when(
             offers.has(&offers.hook("inode_free_security")),
             Choice::Load,
@@ -388,7 +388,8 @@ fn has_lsm() -> bool {
     modules.trim().split(',').any(|name| name == "bpf")
 }
 
-/// Whether the hooks that call programs have one for inodes that leave memory.
+/// Whether the hooks that call programs include one for inodes that leave
+/// memory.
 fn hears_of_inodes() -> bool {
     let is_there = |btf: Btf<'static>| {
         let function: Option<Func<'_>> = btf.type_by_name("bpf_lsm_inode_free_security");
@@ -397,13 +398,13 @@ fn hears_of_inodes() -> bool {
     has_lsm() && Btf::from_vmlinux().is_ok_and(is_there)
 }
 
-/// What libbpf said last: reasons are long, and come line by line.
+/// The last messages of libbpf: reasons are long, and come line by line.
 static SAID: Mutex<String> = Mutex::new(String::new());
 
 fn listen(_level: PrintLevel, line: String) {
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
     said.push_str(&line);
-    // The end of it tells most.
+    // The end of the text tells most.
     const MOST: usize = 4000;
     if said.len() > MOST {
         let mut from = said.len() - MOST;
@@ -415,15 +416,15 @@ fn listen(_level: PrintLevel, line: String) {
 }
 
 /// Whether this process may load programs that look at the kernel. Root may
-/// have given that away.
+/// have given that right away.
 fn is_privileged() -> bool {
     use mapdirect_sys::capget::{CAP_SYS_ADMIN, contains, effective};
     effective(0).is_ok_and(|has| contains(has, CAP_SYS_ADMIN))
 }
 
-/// An error of libbpf with what it had to say.
+/// An error of libbpf together with its messages.
 fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
-    // The verifier says EACCES, too.
+    // The verifier also answers EACCES.
     let denied = error.kind() == libbpf_rs::ErrorKind::PermissionDenied;
     if denied && !is_privileged() {
         return LoadError::NotPrivileged;
@@ -442,7 +443,8 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
             .pin(&path)
             .map_err(|error| told("pinning a map", &error))?;
     }
-    // Notes first: a hook that finds none judges by less.
+    // Attach the programs that note first: a hook that finds no notes knows
+    // less.
     let mut programs: Vec<_> = object
         .progs_mut()
         .filter(|program| {
@@ -465,7 +467,8 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
     Ok(object)
 }
 
-/// Attaches programs that are not, one after the other, and pins their links.
+/// Attaches those programs that are not attached, one after the other, and pins
+/// their links.
 pub(super) fn attach(object: &Object, directory: &Path, names: &[&str]) -> Result<(), LoadError> {
     for wanted in names {
         let path = directory.join(link_name(wanted));
@@ -475,7 +478,7 @@ pub(super) fn attach(object: &Object, directory: &Path, names: &[&str]) -> Resul
         let program = object.progs_mut().find(|program| program.name() == *wanted);
         let program = program.ok_or_else(|| failed("attaching", wanted))?;
         if !program.autoload() {
-            // This kernel has no place for it, and does without.
+            // This kernel has no place for the program, and works without it.
             continue;
         }
         let mut link = attach_one(&program)
@@ -487,13 +490,13 @@ pub(super) fn attach(object: &Object, directory: &Path, names: &[&str]) -> Resul
     Ok(())
 }
 
-/// Attaches a program. The kernel takes one off when it gets round to it, and
-/// lets nobody attach it before.
+/// Attaches a program. The kernel detaches an earlier one only after a while,
+/// and permits no new attachment before.
 fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
     let begun = Instant::now();
     loop {
         match program.attach_trace() {
-            // EBUSY has no kind of its own.
+            // EBUSY has no error kind of its own.
             Err(error)
                 if error.kind() == libbpf_rs::ErrorKind::Other && begun.elapsed() < ENDING =>
             {
@@ -525,8 +528,8 @@ fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
         .collect()
 }
 
-/// The name that a map is pinned by. libbpf names the one of global variables
-/// after their section, and the bpf filesystem takes no name with a dot.
+/// The name by which a map is pinned. libbpf names the map of global variables
+/// after its section, and the bpf filesystem does not permit a dot in a name.
 fn pinned_name(name: &str) -> &str {
     if name.contains(".bss") {
         "filter"
@@ -535,8 +538,8 @@ fn pinned_name(name: &str) -> &str {
     }
 }
 
-/// Loads the programs; with the maps that are pinned in a directory, if one is
-/// given.
+/// Loads the programs. If a directory is given, they use the maps that are
+/// pinned in it.
 pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     libbpf_rs::set_print(Some((PrintLevel::Warn, listen)));
     let btf = Btf::from_vmlinux()
@@ -564,8 +567,9 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
         if let Some(hook) = section.strip_prefix("lsm/")
             && !offers.lsm
         {
-            // What a security hook would be asked, its callers can be; and where
-            // they ask nothing they can be watched.
+            // Without security hooks, the programs attach to the functions that
+            // would call them: they change the answers of functions that can
+            // refuse, and watch functions that only report.
             let (attach_type, function) = match hook {
                 "file_free_security" => (ProgramAttachType::TraceFentry, "security_file_free"),
                 "inode_free_security" => (ProgramAttachType::TraceFentry, "security_inode_free"),
@@ -593,11 +597,11 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     open.load().map_err(|error| told("loading", &error))
 }
 
-/// Whether the gate can be had here: everything but attaching it.
+/// Checks whether the gate can be loaded here: everything but attaching it.
 ///
 /// # Errors
 ///
-/// Why not.
+/// Why it cannot be loaded.
 pub fn probe() -> Result<(), LoadError> {
     require_page_size(page_size())?;
     let object = load_object(None)?;
@@ -616,8 +620,8 @@ pub fn probe() -> Result<(), LoadError> {
     Ok(())
 }
 
-/// Asks the one program that tells, attached for a moment: it judges by maps of
-/// its own, in which nothing is pinned.
+/// Asks the one program that tells the mode, attached for a moment. It judges
+/// by maps of its own, in which nothing is pinned.
 fn preemption_mode(object: &Object, kernel: &Kernel) -> Result<i32, LoadError> {
     const TELLS: &str = "file_fcntl";
     let map = |name: &str| {
@@ -636,7 +640,7 @@ fn preemption_mode(object: &Object, kernel: &Kernel) -> Result<i32, LoadError> {
         .map_err(|errno| failed("memfd_create", errno))?;
     match ask_about(&map("identities")?, probe.as_fd(), None) {
         Ok(answered) => Ok(answered.preemption),
-        // It has just been left out.
+        // The program has just been left out.
         Err(Errno::NODATA) => Err(LoadError::MayLeaveOut),
         Err(errno) => Err(failed("asking the programs", errno)),
     }

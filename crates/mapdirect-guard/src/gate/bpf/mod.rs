@@ -1,11 +1,11 @@
-//! The bpf gate: programs in the kernel that judge every operation on a
-//! pinned file, whoever makes it, by whatever way, through a descriptor of
-//! whatever age.
+//! The bpf gate: programs in the kernel that judge every operation on a pinned
+//! file, whoever makes it, in whatever way, through a descriptor of whatever
+//! age.
 //!
-//! They find what is pinned in maps, which this module keeps: an entry for
-//! each inode, with the [`Layers`] of all its pins. Programs and maps stay
-//! when the guard dies. The kernel tells the end of a pin by itself, when the
-//! struct file is freed that was the pin.
+//! The programs look up in maps what is pinned. This module maintains these
+//! maps: an entry for each inode, with the [`Layers`] of all its pins. Programs
+//! and maps stay when the guard dies. The kernel itself ends a pin when it
+//! frees the struct file whose life the pin was.
 
 mod abi;
 mod adopt;
@@ -51,7 +51,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// Where the gate is pinned by default.
+/// The directory in which the gate is pinned by default.
 pub const DIRECTORY: &str = "/sys/fs/bpf/mapdirect";
 
 const SHARDS: usize = 64;
@@ -62,14 +62,15 @@ pub(crate) struct Gate {
     loaded: load::Loaded,
     directory: PathBuf,
     versions: AtomicU64,
-    /// What of an inode is in the maps. Whoever changes that holds the lock
-    /// while looking at its pins, so that the last one to look writes last.
+    /// What the maps contain about each inode. A thread that changes this holds
+    /// the lock while it looks at the inode's pins, so that the last one to
+    /// look writes last.
     published: [Mutex<HashMap<InodeId, Published>>; SHARDS],
     counts: Mutex<Counts>,
     rules: Mutex<Settings>,
     watch: watch::Watch,
     dormant: dormant::Dormant,
-    /// Pins that are over may be taken up again.
+    /// Whether dormant pins may be taken up again.
     revives: bool,
     /// A file of the guard's own, to ask the programs about.
     probe: OwnedFd,
@@ -81,14 +82,14 @@ struct Published {
     spilled: bool,
     pins: u64,
     handle: Option<FileHandle>,
-    /// Its entry is of a guard before this one, which could not be read: it
-    /// stays as it is.
+    /// The entry is from an earlier guard and could not be read, so it stays as
+    /// it is.
     kept: bool,
-    /// Its last pin may be taken up again.
+    /// Whether the last pin of the inode can become dormant.
     stable: bool,
 }
 
-/// What shows later that all is as it was when a pin was granted.
+/// Shows later that everything is as it was when a pin was granted.
 #[derive(Clone, Copy, Debug)]
 struct Proof {
     stamp: u64,
@@ -96,17 +97,17 @@ struct Proof {
 }
 
 impl Proof {
-    /// Nothing shows it.
+    /// No proof.
     const NONE: Self = Self {
         stamp: u64::MAX,
         generation: 0,
     };
 }
 
-/// Whether the kernel may take the processor from a program that is not attached
-/// to a hook, and leave the program out for others meanwhile: `preempt_none` is
-/// 0 and `preempt_voluntary` 1 in `preempt_dynamic_mode`; a kernel whose mode is
-/// built in says so in its version.
+/// Whether the kernel may preempt a program that is not attached to a hook, and
+/// meanwhile leave the program out for others. In `preempt_dynamic_mode`,
+/// `preempt_none` is 0 and `preempt_voluntary` 1. A kernel whose mode is built
+/// in says so in its version.
 fn preempts(kernel: &functions::Kernel, mode: i32) -> bool {
     if kernel.preemption != 0 {
         return mode != 0 && mode != 1;
@@ -128,7 +129,7 @@ fn errno(error: &libbpf_rs::Error) -> Errno {
 }
 
 impl Gate {
-    /// Puts it in place, or takes over the one that is there.
+    /// Puts the gate in place, or takes over an existing one.
     pub(crate) fn new(directory: &Path) -> Result<Self, LoadError> {
         let loaded = load::load(directory)?;
         let probe = memfd::sealed("mapdirect-probe", b"")
@@ -153,12 +154,13 @@ impl Gate {
         Ok(gate)
     }
 
-    /// What the programs have been told.
+    /// The settings that the programs have been given.
     fn rules(&self) -> MutexGuard<'_, Settings> {
         self.rules.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Tells the programs the rules, who the guard is, and what kernel this is.
+    /// Tells the programs the rules, the identity of the guard, and the
+    /// properties of this kernel.
     fn introduce(&self, kernel: &functions::Kernel) -> Result<(), LoadError> {
         let tell = |preempts| {
             let settings = Settings::new(std::process::id(), kernel, preempts, self.revives);
@@ -189,18 +191,19 @@ impl Gate {
             .map_err(|_| LoadError::Failed(String::from("the programs do not answer any more")))
     }
 
-    /// It was there already.
+    /// Whether the gate was there already.
     pub(crate) fn is_adopted(&self) -> bool {
         self.loaded.adopted
     }
 
-    /// Where it is pinned; no descriptor that a lock could be taken by.
+    /// The directory of the gate, as a descriptor by which no lock can be
+    /// taken.
     pub(crate) fn directory(&self) -> Option<OwnedFd> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         rustix::fs::openat(self.loaded.claim(), ".", flags, Mode::empty()).ok()
     }
 
-    /// Takes it away.
+    /// Removes the gate.
     pub(crate) fn remove(&self) -> Result<(), LoadError> {
         self.loaded.held.let_go();
         directory::remove(&self.directory)
@@ -216,7 +219,7 @@ impl Gate {
         shard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the programs judge by the pins that the inode has now.
+    /// Makes the programs judge by the current pins of the inode.
     pub(crate) fn publish(&self, watched: &Watched) -> Result<(), Errno> {
         let mut published = self.lock_shard(watched.id);
         self.end_sleep(watched.id)?;
@@ -256,7 +259,7 @@ impl Gate {
         };
         if let Err(error) = put() {
             let _ = maps.spill.delete(&version.to_ne_bytes());
-            // What was there stays.
+            // The earlier entry stays.
             if before.is_none() {
                 self.unmark(key);
             }
@@ -280,8 +283,9 @@ impl Gate {
         Ok(())
     }
 
-    /// Before an entry counts for which it matters where writes go, they lose
-    /// their short way, and the programs are there that note it.
+    /// Prepares for an entry that depends on where writes go. Before it counts,
+    /// writes lose their short way, and the programs that note writes are
+    /// attached.
     fn settle_ways(&self, id: InodeId, entry: &Entry) -> Result<(), Errno> {
         if entry.lets_writes_pass() {
             return Ok(());
@@ -290,8 +294,8 @@ impl Gate {
         self.note_writes(id)
     }
 
-    /// Takes an inode out of the maps; says no if the kernel knows of pins
-    /// that have not been heard of.
+    /// Removes an inode from the maps. Returns `false` if the kernel knows of
+    /// pins that the guard has not heard of yet.
     fn forget(&self, key: Key, before: &Published) -> bool {
         if !self.lay_to_rest(key) {
             return false;
@@ -308,16 +312,16 @@ impl Gate {
         true
     }
 
-    /// Attaches what is not attached while nothing is pinned.
+    /// Attaches the programs that are not attached while nothing is pinned.
     pub(crate) fn rouse(&self) -> Result<(), String> {
         self.require_whole()?;
         let attached = self.loaded.costly.attached();
         attached.map(drop).map_err(|error| error.to_string())
     }
 
-    /// From now on the pin lives as long as this description does. What this
-    /// returns shows later that nothing has happened since: it is for
-    /// [`Gate::prove`].
+    /// Makes the pin live as long as this description from now on. The returned
+    /// proof is for [`Gate::prove`]: it shows later that nothing has happened
+    /// since.
     fn hold(&self, watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> Result<Proof, Errno> {
         let key = Key::new(watched.id);
         let handle = file_handle::of(file)?;
@@ -329,7 +333,7 @@ impl Gate {
             self.prepare(&mut published, watched.id, &handle)?;
             self.end_sleep(watched.id)?;
             if self.lay_to_rest(key) {
-                // That of pins which are gone would count again.
+                // Otherwise the entry of pins that are gone would count again.
                 let _ = self.loaded.maps.entries.delete(key.as_bytes());
             }
             self.begin_life(file, pin)?
@@ -341,26 +345,26 @@ impl Gate {
             stamp: identity.stamp,
             generation: identity.generation,
         };
-        // Nothing is proven yet. Should the guard end now, and the pin with it,
-        // nobody may take it up.
+        // Nothing is proven yet. If the guard and the pin ended now, nobody may
+        // take the pin up.
         self.remember(watched, pin, identity.file, &handle, Proof::NONE)?;
         Ok(proof)
     }
 
-    /// The pin is granted: it may be taken up again when it has ended, if nothing
-    /// has happened since `proof`. Its description is still here, so nobody else
-    /// writes to what is kept of it.
+    /// Marks a pin as granted: when it has ended it may be taken up again, if
+    /// nothing has happened since `proof`. The guard still has the pin's
+    /// description, so nobody else writes to what the maps keep of the pin.
     fn prove(&self, pin: u64, proof: Proof) {
         if let Ok(Some(mut facts)) = self.facts(pin) {
             (facts.stamp, facts.generation) = (proof.stamp, proof.generation);
             let pins = &self.loaded.maps.pins;
-            // Without it the guard is asked for the next pin.
+            // If this fails, the guard is asked for the next pin.
             let _ = pins.update(&pin.to_ne_bytes(), facts.as_bytes(), MapFlags::EXIST);
         }
     }
 
-    /// Makes a description a pin. Somebody may be finding out just now that
-    /// there is nothing to take up again.
+    /// Makes a description a pin. This may have to wait for somebody who is
+    /// just finding out that there is nothing to take up again.
     fn begin_life(&self, file: BorrowedFd<'_>, pin: &Pin) -> Result<Identity, Errno> {
         let mut backoff = Backoff::until(
             Instant::now() + Duration::from_millis(500),
@@ -376,7 +380,7 @@ impl Gate {
         }
     }
 
-    /// Keeps what a guard that comes later must know.
+    /// Keeps what a later guard must know.
     fn remember(
         &self,
         watched: &Watched,
@@ -417,8 +421,8 @@ impl Gate {
             .map_err(|error| errno(&error))
     }
 
-    /// Has the programs look at an inode from now on: they would not see the
-    /// end of a pin otherwise.
+    /// Makes the programs look at an inode from now on. Otherwise they would
+    /// not see the end of a pin.
     fn prepare(
         &self,
         published: &mut HashMap<InodeId, Published>,
@@ -448,7 +452,7 @@ impl Gate {
         matches!(self.facts(pin), Ok(Some(facts)) if facts.file != 0)
     }
 
-    /// What is kept of a pin.
+    /// What the maps keep of a pin.
     fn facts(&self, pin: u64) -> Result<Option<PinFacts>, Errno> {
         let pins = &self.loaded.maps.pins;
         let bytes = pins
@@ -457,7 +461,7 @@ impl Gate {
         Ok(bytes.and_then(|bytes| PinFacts::read_from_bytes(&bytes).ok()))
     }
 
-    /// Takes out what is left of an inode that nobody pins.
+    /// Removes what is left of an inode without pins.
     fn clean(&self, id: InodeId, pin: u64) {
         if self.is_over(pin) {
             self.drop_facts(pin);
@@ -473,7 +477,7 @@ impl Gate {
         }
     }
 
-    /// Refusals by kind since the gate is in place.
+    /// Refusals by kind since the gate was put in place.
     pub(crate) fn refused(&self) -> Vec<(String, u64)> {
         RULES
             .iter()
@@ -496,10 +500,10 @@ impl Gate {
     }
 }
 
-/// Runs in a map of their own.
+/// Puts runs into a map of their own.
 fn spill(spilled: &MapHandle, version: u64, runs: &[Run]) -> Result<(), libbpf_rs::Error> {
-    // BPF_F_INNER_MAP: as many runs as there are, whatever the template
-    // says (include/uapi/linux/bpf.h).
+    // BPF_F_INNER_MAP: the map has as many runs as needed, whatever the
+    // template says (include/uapi/linux/bpf.h).
     let options = bpf_map_create_opts {
         sz: size_of::<bpf_map_create_opts>() as u64,
         map_flags: 1 << 12,
@@ -514,11 +518,11 @@ fn spill(spilled: &MapHandle, version: u64, runs: &[Run]) -> Result<(), libbpf_r
     spilled.update(&version.to_ne_bytes(), &fd.to_ne_bytes(), MapFlags::ANY)
 }
 
-/// Takes a gate away that no guard keeps; says whether there was one.
+/// Removes a gate that no guard keeps, and says whether there was one.
 ///
 /// # Errors
 ///
-/// When a guard keeps it, or something is in the way.
+/// When a guard keeps the gate, or the removal fails.
 pub fn unload(directory: &Path) -> Result<bool, LoadError> {
     directory::unload(directory)
 }

@@ -1,5 +1,5 @@
-//! The programs, asked without being in anybody's way: for tests that compare
-//! their judgement with that of [`Layers::refuses`].
+//! Asks the programs without affecting anybody, for tests that compare their
+//! judgement with that of [`Layers::refuses`].
 
 use super::abi::{Entry, Facts, INLINE, Key, Question, Run, Settings};
 use super::functions::Kernel;
@@ -20,7 +20,7 @@ pub struct Oracle {
     version: u64,
 }
 
-/// The inode everything is asked about.
+/// The inode that every question is about.
 const INODE: InodeId = InodeId { dev: 7, inode: 1 };
 
 fn failed(error: impl std::fmt::Display) -> LoadError {
@@ -28,11 +28,11 @@ fn failed(error: impl std::fmt::Display) -> LoadError {
 }
 
 impl Oracle {
-    /// Loads them.
+    /// Loads the programs.
     ///
     /// # Errors
     ///
-    /// Where the gate cannot be had.
+    /// When the gate cannot be loaded.
     pub fn load() -> Result<Self, LoadError> {
         let object = load_object(None)?;
         let map = |name: &str| {
@@ -57,12 +57,12 @@ impl Oracle {
         })
     }
 
-    /// Has them judge by these layers from now on. Says whether the runs had
-    /// to be spilled.
+    /// Makes the programs judge by these layers from now on. Says whether runs
+    /// had to be spilled.
     ///
     /// # Errors
     ///
-    /// When the kernel does not take them.
+    /// When the kernel does not take the layers.
     pub fn put(&mut self, layers: &Layers, reflink: bool) -> Result<bool, LoadError> {
         let before = self.version;
         self.version += 1;
@@ -83,11 +83,11 @@ impl Oracle {
         Ok(runs.is_some())
     }
 
-    /// What they say of an operation on a file of `size` bytes.
+    /// Whether the programs refuse an operation on a file of `size` bytes.
     ///
     /// # Errors
     ///
-    /// When they cannot be run.
+    /// When the programs cannot be run.
     pub fn refuses(&self, operation: &Operation, size: u64) -> Result<bool, LoadError> {
         let key = Key::new(INODE);
         let run = |range: &std::ops::Range<u64>| Run {

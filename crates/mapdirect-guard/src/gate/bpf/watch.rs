@@ -1,18 +1,18 @@
-//! Watching the gate: that every program is attached, every map is there, and
-//! what the guard has written to the maps is in them.
+//! Watches the gate: every program must be attached, every map must be there,
+//! and the maps must contain what the guard has written.
 //!
 //! Root can take any of this away: remove files of the bpf filesystem, unmount
 //! it, delete from maps. So the guard holds a descriptor of every link and of
-//! every map. A program stays attached for as long as somebody has a
-//! descriptor of its link (the kernel lets nobody detach a tracing link by
-//! force), so a file that is removed opens nothing while the guard lives; put
-//! back, it keeps the gate closed also when the guard dies. What is missing in
-//! a map is written again. All of it is looked at every second, and the
+//! every map. A program stays attached as long as somebody has a descriptor of
+//! its link, because the kernel lets nobody detach a tracing link by force. So
+//! removing a file opens nothing while the guard lives. The guard puts the file
+//! back, which keeps the gate closed even when the guard dies. What is missing
+//! in a map is written again. Everything is checked every second, and the
 //! directory before each grant.
 //!
 //! Until something is back in the maps the gate may be open. So the block maps
-//! of all pins are read and compared then: what was changed in that time is
-//! told as a breach.
+//! of all pins are then read and compared, and a change in that time is
+//! reported as a breach.
 
 use super::abi::{Entry, Holder, Key, Life, Settings};
 use super::directory::{claim, mount_bpffs};
@@ -32,10 +32,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
-/// How often everything is looked at.
+/// How often everything is checked.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// An object of the gate, by its name in the directory.
+/// An object of the gate, kept by its name in the directory.
 #[derive(Debug)]
 struct Object {
     fd: OwnedFd,
@@ -53,15 +53,15 @@ pub(super) struct Held {
 #[derive(Debug, Default)]
 struct State {
     objects: BTreeMap<String, Object>,
-    /// The directory as it was when all of it was there.
+    /// The state of the directory when it was last complete.
     seen: Option<Seen>,
-    /// A lock on a directory that was made anew.
+    /// A lock on a directory that was created anew.
     claim: Option<OwnedFd>,
-    /// The gate is being taken away.
+    /// Whether the gate is being removed.
     over: bool,
 }
 
-/// What tells that nothing in a directory has been changed.
+/// Shows whether anything in a directory has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
     device: u64,
@@ -100,7 +100,7 @@ impl Held {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Holds what has come to be in the directory since.
+    /// Holds what has been added to the directory since.
     pub(super) fn hold(&self) -> Result<(), Errno> {
         let mut state = self.state();
         let entries = std::fs::read_dir(&self.directory).map_err(|error| io(&error))?;
@@ -118,27 +118,29 @@ impl Held {
         Ok(())
     }
 
-    /// Takes these out of the directory and lets go of them: the kernel
-    /// detaches the programs.
+    /// Removes these names from the directory and closes their objects. The
+    /// kernel then detaches the programs.
     pub(super) fn remove(&self, names: impl Iterator<Item = String>) {
         let mut state = self.state();
         for name in names {
             state.objects.remove(&name);
-            // What stays attached is left out when it is attached again.
+            // If a link stays, its program is skipped when it is attached
+            // again.
             let _ = std::fs::remove_file(self.directory.join(name));
         }
         state.seen = None;
     }
 
-    /// Lets go of everything: nothing is put back from now on.
+    /// Closes everything: nothing is put back from now on.
     pub(super) fn let_go(&self) {
         let mut state = self.state();
         state.over = true;
         state.objects.clear();
     }
 
-    /// Puts back what is missing in the directory, and says what was. Without
-    /// `thoroughly` nothing is looked at if the directory is as it was.
+    /// Puts back what is missing in the directory, and says what was missing.
+    /// Unless `thoroughly` is set, a directory that has not changed is not
+    /// checked.
     ///
     /// # Errors
     ///
@@ -169,7 +171,7 @@ impl Held {
                 continue;
             }
             if there != Err(Errno::NOENT) {
-                // Something else has its name.
+                // Something else has this name.
                 let _ = std::fs::remove_file(&path);
             }
             missing.push(name.clone());
@@ -203,7 +205,7 @@ fn io(error: &std::io::Error) -> Errno {
     Errno::from_io_error(error).unwrap_or(Errno::IO)
 }
 
-/// When the gate was looked at last, and what came of it.
+/// When the gate was last checked, and the result.
 #[derive(Debug, Default)]
 pub(super) struct Watch {
     last: Mutex<Last>,
@@ -214,16 +216,16 @@ struct Last {
     at: Option<Instant>,
     /// Why the gate is not whole.
     broken: Option<String>,
-    /// What is to be said to whoever runs the guard.
+    /// Messages for the operator of the guard.
     unsaid: Vec<String>,
 }
 
-/// How an inode's entries in the maps were found.
+/// The state of an inode's entries in the maps.
 enum Content {
     Whole,
-    /// Was put back.
+    /// Something was missing, and was put back.
     Mended(&'static str),
-    /// Cannot be.
+    /// Something is missing, and cannot be put back.
     Lost(&'static str),
 }
 
@@ -235,11 +237,11 @@ impl Gate {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the gate can keep one more pin.
+    /// Checks whether the gate can keep one more pin.
     ///
     /// # Errors
     ///
-    /// Why not.
+    /// Why it cannot.
     pub(super) fn require_whole(&self) -> Result<(), String> {
         let mut last = self.last();
         match self.loaded.held.put_back(false) {
@@ -251,8 +253,8 @@ impl Gate {
         }
     }
 
-    /// Looks at all of it, every second. Says what is to be known, and tells
-    /// holders what cannot be put back.
+    /// Checks everything, every second. Reports what the operator should know,
+    /// and tells holders what cannot be put back.
     pub(super) fn watch(&self, guard: &Guard, say: &dyn Fn(&str)) {
         let mut texts = Vec::new();
         let mut is_due = false;
@@ -274,7 +276,7 @@ impl Gate {
                 broken.filter(|_| before.is_none())
             }
         };
-        // Whoever listens may take his time: nobody waits for him here.
+        // The receiver may take its time: nobody waits for it here.
         for text in texts {
             say(&text);
         }
@@ -289,7 +291,7 @@ impl Gate {
         }
     }
 
-    /// Looks at everything but what inodes have in the maps. Returns why the
+    /// Checks everything but the inodes' entries in the maps. Returns why the
     /// gate is not whole, and adds what was put back to `texts`.
     fn look(&self, guard: &Guard, texts: &mut Vec<String>) -> Option<String> {
         let mut broken = None;
@@ -297,7 +299,7 @@ impl Gate {
             Ok(missing) => texts.extend(put_back(&missing)),
             Err(why) => broken = Some(why),
         }
-        // Whom the programs answer is in there, too.
+        // The settings also say which process the programs answer.
         match self.check_settings() {
             Ok(true) => {}
             Ok(false) => {
@@ -316,22 +318,22 @@ impl Gate {
         broken
     }
 
-    /// Looks at what pinned inodes have in the maps.
+    /// Checks the entries of pinned inodes in the maps.
     fn watch_content(&self, guard: &Guard, say: &dyn Fn(&str)) {
         for watched in guard.table.all() {
             self.check(guard, &watched, say);
         }
     }
 
-    /// The programs answer the guard.
+    /// Checks that the programs answer the guard.
     fn require_answer(&self) -> Result<(), String> {
         self.identify(self.probe.as_fd())
             .map(drop)
             .map_err(|errno| format!("the gate is not whole: its programs do not answer ({errno})"))
     }
 
-    /// Whether the programs judge by the right rules, and for this guard; puts
-    /// them back if not.
+    /// Whether the programs have the right rules and the identity of this
+    /// guard. Puts the settings back if not.
     fn check_settings(&self) -> Result<bool, String> {
         let map = &self.loaded.maps.settings;
         let key = 0u32.to_ne_bytes();
@@ -351,12 +353,13 @@ impl Gate {
             })
     }
 
-    /// Looks at what is in the maps of an inode.
+    /// Checks an inode's entries in the maps.
     fn check(&self, guard: &Guard, watched: &Arc<Watched>, say: &dyn Fn(&str)) {
         match self.mend(watched) {
             Content::Whole => {}
             Content::Mended(what) => {
-                // Outside of the lock that it was found under.
+                // Published outside of the lock under which the fault was
+                // found.
                 let published = self.publish(watched);
                 guard.tripwire.look_everywhere();
                 if published.is_err() {
@@ -399,15 +402,16 @@ impl Gate {
         let Some(known) = published.get(&watched.id) else {
             return Content::Whole;
         };
-        // Of an inode that is just about to have its first pin nothing is
-        // there; and what an earlier guard has left cannot be written anew.
+        // An inode that is just about to get its first pin has no entries yet,
+        // and the entries that an earlier guard has left cannot be written
+        // anew.
         if known.pins == 0 || known.kept {
             return Content::Whole;
         }
         let key = Key::new(watched.id);
         let maps = &self.loaded.maps;
-        // Only this guard takes it out, under this lock, and forgets the inode
-        // then.
+        // Only this guard removes this entry, under this lock, and then it
+        // forgets the inode.
         if matches!(maps.lives.lookup(key.as_bytes(), MapFlags::ANY), Ok(None)) {
             return if self.count_lives(key) {
                 Content::Mended("the count of its pins")
@@ -417,7 +421,7 @@ impl Gate {
         }
         let pins = watched.pins.load();
         if !self.is_any_kept(&pins) {
-            // All of them are just ending.
+            // All of these pins are just ending.
             return Content::Whole;
         }
         if !self.has_entry(key, known) {
@@ -451,19 +455,19 @@ impl Gate {
             Ok(entry) => entry
                 .and_then(|bytes| Entry::read_from_bytes(&bytes).ok())
                 .is_some_and(|entry| entry.version == known.version),
-            // What cannot be told is not known to be missing.
+            // If this cannot be found out, nothing is known to be missing.
             Err(_) => true,
         }
     }
 
-    /// Counts again how many descriptions are pins of an inode; says no if
-    /// that cannot be told any more.
+    /// Counts again how many descriptions are pins of an inode. Returns `false`
+    /// if that cannot be found out any more.
     fn count_lives(&self, key: Key) -> bool {
         let maps = &self.loaded.maps;
         let lives = self.count_holders(|holder| holder.key == key);
         let life = Life {
             lives,
-            // No stamp of before fits.
+            // No earlier stamp matches this one.
             disturbed: self.versions.fetch_add(1, Relaxed),
             last: 0,
         };
@@ -475,7 +479,7 @@ impl Gate {
                 .is_ok()
     }
 
-    /// The same on a filesystem.
+    /// Counts the pins on a filesystem again.
     fn count_on(&self, device: u32) -> bool {
         let count = self.count_holders(|holder| holder.key.dev == device);
         let devices = &self.loaded.maps.devices;

@@ -1,13 +1,13 @@
-//! From what a blocked thread is doing to an [`Operation`]. Pure.
+//! Turns what a blocked thread is doing into an [`Operation`]. Pure.
 //!
-//! fanotify tells that something is about to happen and where, not what. The
-//! kernel functions the thread is inside of tell: they are independent of the
-//! ABI, of io_uring and of kernel threads, and nobody can forge them. The
-//! registers it entered with refine that where they are genuine and the
-//! number is unambiguous across ABIs: an i386 call shows its own numbers,
-//! unmarked, so a number counts only if no other ABI uses it for anything
-//! that could raise this event. What nobody knows is judged as the worst it
-//! can be.
+//! fanotify tells that something is about to happen and where, but not what.
+//! The kernel functions that the thread is inside of tell that. They do not
+//! depend on the ABI, they work for io_uring and for kernel threads, and nobody
+//! can forge them. The registers with which the thread entered the kernel add
+//! detail, if they are genuine and the system call number is unambiguous across
+//! ABIs. An i386 call shows its own numbers, unmarked, so a number counts only
+//! if no other ABI uses it for anything that could raise this event. An
+//! operation that cannot be identified is judged as the worst it can be.
 
 mod calls;
 
@@ -16,17 +16,17 @@ use crate::policy::{Operation, OperationKind as K};
 use mapdirect_sys::proc::Syscall;
 use std::ops::Range;
 
-/// The registers a thread entered the kernel with, if what it does now is
-/// what it asked for with them. On the way back from any system call it may
-/// do other work first: operations of `io_uring` that were waiting for
-/// something, a core dump.
+/// The registers with which a thread entered the kernel, if they belong to what
+/// the thread does now. On the way back from any system call a thread may do
+/// other work first: `io_uring` operations that were waiting for something, or
+/// a core dump.
 #[must_use]
 pub(crate) fn own_registers<'a>(
     syscall: Option<&'a Syscall>,
     functions: &[&str],
 ) -> Option<&'a Syscall> {
     let borrowed = functions.iter().any(|function| {
-        // Not those that wait for a device.
+        // Functions that wait for a device do not count.
         function.starts_with("io_") && !function.starts_with("io_schedule")
             || function.starts_with("__io_")
             || function.starts_with("tctx_")
@@ -38,7 +38,7 @@ pub(crate) fn own_registers<'a>(
     syscall.filter(|syscall| !borrowed && syscall.is_genuine())
 }
 
-/// Whether the thread is inside of a system call that opens.
+/// Whether the thread is inside of a system call that opens a file.
 fn is_opening(functions: &[&str]) -> bool {
     functions.iter().any(|function| {
         function.starts_with("do_sys_open")
@@ -52,13 +52,13 @@ fn is_opening(functions: &[&str]) -> bool {
     })
 }
 
-/// What an `open` is for.
+/// The kind of an open.
 #[must_use]
 pub(crate) fn classify_open(syscall: Option<&Syscall>, functions: &[&str]) -> K {
     let own = own_registers(syscall, functions).filter(|_| is_opening(functions));
     let Some(syscall) = own else {
-        // An io_uring worker, a kernel thread (nfsd, swapon's own open is in
-        // the caller): no flags to be seen.
+        // An io_uring worker or a kernel thread (nfsd, for example) shows no
+        // flags. The open of swapon(2) is in its caller.
         return K::OpenTruncate;
     };
     match open_call(syscall.number) {
@@ -75,53 +75,54 @@ pub(crate) fn classify_open(syscall: Option<&Syscall>, functions: &[&str]) -> K 
         }
         Some(Call::Exec) => K::OpenRead,
         // openat2 keeps its flags in user memory, where another thread may
-        // change them; io_uring submits whatever; acct(2), swapon(2), ...
+        // change them. io_uring submits anything; acct(2), swapon(2) and others
+        // open, too.
         _ => K::OpenTruncate,
     }
 }
 
-/// Questions about a thread's descriptors, asked only where the answer
+/// Questions about a thread's descriptors. They are asked only when the answer
 /// decides.
 pub(crate) trait Descriptors {
     /// Whether descriptor `fd` of the thread refers to the watched inode.
     fn is_watched(&self, fd: i32) -> bool;
     /// Whether descriptor `fd` of the thread cannot write.
     fn is_read_only(&self, fd: i32) -> bool;
-    /// The open flags of descriptor `fd` of the thread; `None` if they cannot
-    /// be told. Asked only about a descriptor that the thread writes to the
-    /// watched file by, which only a holder has.
+    /// The open flags of descriptor `fd` of the thread, or `None` if they
+    /// cannot be found out. This is asked only about a descriptor by which the
+    /// thread writes to the watched file, and only a holder has one.
     fn flags(&self, fd: i32) -> Option<u32>;
 }
 
 /// A pre-content event and the thread that waits for its answer.
 #[derive(Debug)]
 pub(crate) struct Asked<'event> {
-    /// Range of the event, `(offset, count)`, rounded out to pages.
+    /// The range of the event, `(offset, count)`, extended to whole pages.
     pub(crate) range: Option<(u64, u64)>,
     /// The thread's registers.
     pub(crate) syscall: Option<&'event Syscall>,
-    /// The kernel functions it is inside of, innermost first.
+    /// The kernel functions that the thread is inside of, innermost first.
     pub(crate) functions: &'event [&'event str],
-    /// The filesystem can share blocks between files.
+    /// Whether the filesystem can share blocks between files.
     pub(crate) reflink: bool,
     /// Size of the file in bytes.
     pub(crate) size: u64,
 }
 
-/// Functions of the notification machinery itself: the frames above the one
-/// that asked.
+/// Whether a function is part of the notification machinery itself. Its frames
+/// lie above the function that asked.
 pub(crate) fn is_machinery(function: &str) -> bool {
     function.starts_with("fanotify_")
         || function.starts_with("fsnotify")
         || function.starts_with("__fsnotify")
-        // Frames of the sleep, where the kernel does not leave them out.
+        // Frames of the sleep, in case the kernel does not leave them out.
         || function == "schedule"
         || function == "__schedule"
 }
 
-/// Whether a stack reaches to where the thread entered the kernel, or began
-/// in it. Names of x86-64 and arm64; without one of them an event takes longer
-/// to judge.
+/// Whether a stack reaches to the place where the thread entered the kernel or
+/// began in it. These are the names of x86-64 and arm64. Without one of them an
+/// event takes longer to judge.
 pub(crate) fn is_whole(functions: &[&str]) -> bool {
     functions.last().is_some_and(|function| {
         ["entry_", "asm_", "ret_from_fork", "el0"]
@@ -130,13 +131,14 @@ pub(crate) fn is_whole(functions: &[&str]) -> bool {
     })
 }
 
-/// Whether a thread that waits at the gate reads, by its whole stack: frames of
-/// the gate, the function that asks before a read or a write, and one that
-/// only reads. [`classify`] says the same then, whatever the registers.
+/// Whether a thread that waits at the gate reads, judged by its whole stack.
+/// The stack must show frames of the gate, the function that asks before a read
+/// or a write, and one that only reads. [`classify`] then gives the same
+/// result, whatever the registers are.
 ///
-/// A thread may be woken for a moment while its stack is read, so that frames
-/// within the wait change. Those outside of it stand until the answer: so a
-/// frame of the gate must come first.
+/// A thread may be woken for a moment while its stack is read, and then the
+/// frames inside the wait change. The frames outside of the wait stay until the
+/// answer, so a frame of the gate must come first.
 pub(crate) fn reads(functions: &[&str]) -> bool {
     let waits = |function: &str| function.starts_with("fanotify_");
     let mut inside = functions
@@ -147,7 +149,7 @@ pub(crate) fn reads(functions: &[&str]) -> bool {
     inside.next() == Some("rw_verify_area") && inside.next().is_some_and(only_reads)
 }
 
-/// Whether a function that asks by `rw_verify_area` does so before a read.
+/// Whether a function that asks through `rw_verify_area` does so before a read.
 fn only_reads(caller: &str) -> bool {
     matches!(
         caller,
@@ -168,7 +170,7 @@ fn only_reads(caller: &str) -> bool {
     )
 }
 
-/// What the thread is doing.
+/// Finds out what the thread is doing.
 #[must_use]
 pub(crate) fn classify(asked: &Asked<'_>, descriptors: &impl Descriptors) -> Operation {
     let everything = 0..u64::MAX;
@@ -196,8 +198,8 @@ pub(crate) fn classify(asked: &Asked<'_>, descriptors: &impl Descriptors) -> Ope
     }
 }
 
-/// The call, if its registers are the thread's own and mean what the table
-/// says in every ABI that could have raised a pre-content event.
+/// The system call, if its registers are the thread's own and mean what the
+/// table says in every ABI that could have raised a pre-content event.
 fn genuine(asked: &Asked<'_>) -> Option<(Call, [u64; 6])> {
     let syscall = own_registers(asked.syscall, asked.functions)?;
     Some((call(syscall.number)?, syscall.args))
@@ -229,7 +231,7 @@ fn classify_rw(
         | "__kernel_write"
         | "__kernel_write_iter" => classify_write(asked, caller, range, descriptors),
         "do_sendfile" => {
-            // sendfile(out, in): the same function asks about both sides.
+            // sendfile(out, in): the same function asks about both files.
             let into = genuine(asked).filter(|(call, _)| *call == Call::Sendfile);
             transfer(
                 into.map(|(_, args)| descriptor(args[0])),
@@ -247,7 +249,8 @@ fn classify_rw(
                 descriptors,
             )
         }
-        // Both sides again. Where blocks can be shared they will be.
+        // This function asks about both files, too. If blocks can be shared,
+        // they will be.
         "vfs_copy_file_range" if asked.reflink => Operation::new(K::CopyRange, range),
         "vfs_copy_file_range" => {
             let into = genuine(asked).filter(|(call, _)| *call == Call::CopyFileRange);
@@ -262,9 +265,10 @@ fn classify_rw(
     }
 }
 
-/// A transfer into descriptor `into`: a read of the watched file if that is
-/// another file. Nobody but a holder has a descriptor of a pinned file to
-/// write to, so nobody else can gain by exchanging it meanwhile.
+/// A transfer into descriptor `into`. If that is another file, the transfer
+/// only reads the watched file. Only a holder has a descriptor by which a
+/// pinned file can be written, so nobody else gains anything by exchanging the
+/// descriptor meanwhile.
 fn transfer(
     into: Option<i32>,
     range: Range<u64>,
@@ -277,8 +281,8 @@ fn transfer(
     }
 }
 
-/// A write that may append: then it goes to the end of file and not where the
-/// event says.
+/// A write that may append. An append goes to the end of the file and not to
+/// the place that the event names.
 fn may_append(mut operation: Operation, size: u64) -> Operation {
     let length = operation.range.end.saturating_sub(operation.range.start);
     operation.or = Some(size..size.saturating_add(length));
@@ -294,14 +298,14 @@ fn classify_write(
     const RWF_APPEND: u64 = 0x10;
     const RWF_ATOMIC: u64 = 0x40;
     // The flag of an untorn write hides in the control blocks of aio and
-    // io_uring; only XFS with reflink remaps for it.
+    // io_uring. Only XFS with reflink remaps blocks for such a write.
     let untorn = asked.reflink
         && match genuine(asked) {
             Some((Call::Pwritev2, args)) => args[5] & RWF_ATOMIC != 0,
             _ => matches!(caller, "aio_write" | "io_write"),
         };
     let kind = if untorn { K::WriteUntorn } else { K::Write };
-    // The event is rounded out to pages, the registers are exact.
+    // The event is extended to whole pages; the registers are exact.
     let exact = match genuine(asked) {
         Some((Call::Pwrite, args)) if args[2] > 0 && within(&range, args[3], args[2]) => {
             args[3]..args[3] + args[2]
@@ -316,8 +320,8 @@ fn classify_write(
     let flags = descriptors.flags(descriptor(args[0]));
     let has = |flag: i32| flags.is_none_or(|flags| flags & flag.cast_unsigned() != 0);
     let mut operation = if call == Call::Pwritev2 && args[5] & RWF_APPEND != 0 {
-        // It goes to the end of file, whatever its offset says, and wherever
-        // that is by then.
+        // The write goes to the end of the file, wherever the end is by then,
+        // whatever its offset says.
         let mut operation = Operation::new(kind, beyond.clone());
         operation.or = Some(beyond);
         operation
@@ -383,7 +387,7 @@ fn classify_truncate(asked: &Asked<'_>, range: &Range<u64>) -> Operation {
 }
 
 fn classify_remap(caller: &str, range: Range<u64>) -> Operation {
-    // A count of 0 means to the end of the file.
+    // A count of 0 means up to the end of the file.
     let range = if range.is_empty() {
         range.start..u64::MAX
     } else {

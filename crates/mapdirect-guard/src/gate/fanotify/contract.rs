@@ -1,4 +1,4 @@
-//! What this gate is to the rest of the guard.
+//! The fanotify gate as the rest of the guard sees it.
 
 use super::exclude::{self, Exclusion};
 use super::{Gate, MASK, lifetime, server};
@@ -59,8 +59,8 @@ impl gate::Gate for Gate {
         exclude::others_can_store(granting, &notes, file, frozen)
     }
 
-    /// The gate reads the table for itself, and those that it holds back are
-    /// judged anew.
+    /// The gate reads the table by itself, and judges the operations that it
+    /// holds back anew.
     fn publish(&self, guard: &Guard, watched: &Watched) -> Result<(), Errno> {
         watched.renew_layers();
         guard.waiting.decided();
@@ -69,14 +69,15 @@ impl gate::Gate for Gate {
 
     fn withdraw(&self, watched: &Watched, file: BorrowedFd<'_>, was_last: bool) {
         if was_last {
-            // None may be there yet, or any more.
+            // There may be no mark yet, or none any more.
             let _ = self.group.remove(MASK, file);
             self.lifetime.let_go(watched, file);
         }
     }
 
-    /// A lock conflicts with nobody's if it is asked for by way of the
-    /// description that holds it, and with that otherwise.
+    /// A query for a conflicting lock finds none if it is made through the
+    /// description that has the lock, and finds that lock if it is made through
+    /// any other.
     fn is_the_pin(&self, granting: &Granting<'_>, file: BorrowedFd<'_>) -> Result<bool, Refusal> {
         let byte = granting.pin.lock_byte();
         let failed = |errno| system("F_OFD_GETLK", errno);
@@ -95,7 +96,8 @@ impl gate::Gate for Gate {
         self.lifetime.take_out_dead(watched.id);
     }
 
-    /// It asks whether a pin lives before it refuses anything for it.
+    /// This gate asks whether a pin is alive before it refuses anything for the
+    /// pin.
     fn refuses_for_ended(&self, _pin: u64) -> bool {
         false
     }
@@ -104,7 +106,7 @@ impl gate::Gate for Gate {
         gate::unknown(named.pin)
     }
 
-    /// It goes with its guard.
+    /// The fanotify gate ends with its guard.
     fn directory(&self) -> Option<OwnedFd> {
         None
     }

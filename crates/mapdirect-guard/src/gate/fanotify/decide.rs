@@ -1,4 +1,4 @@
-//! What an event is answered, once it is known what it means.
+//! Decides the answer to an event, once it is known what the event means.
 
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
@@ -26,7 +26,7 @@ pub(super) enum Verdict {
     Hold,
     /// Look again: the file has changed meanwhile.
     Again,
-    /// To be refused, once the name of the thread is known for the record.
+    /// Refuse, once the name of the thread is known for the record.
     Name,
 }
 
@@ -35,7 +35,7 @@ impl Server<'_> {
         let (event, file) = (&waiting.event, waiting.file.as_fd());
         let opens = !event.mask.intersects(Mask::PRE_ACCESS);
         if !opens && doing.operation.kind.is_harmless() {
-            // Most are: no pin minds, nor does a grant.
+            // Most operations are harmless: no pin and no grant forbids them.
             return Verdict::Allow;
         }
         let late = waiting.since.elapsed();
@@ -54,7 +54,7 @@ impl Server<'_> {
         }
         let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
         if doing.operation.or.is_some() && size != waiting.question.size {
-            // It appends, perhaps, and the end was somewhere else.
+            // The operation may append, and the end of the file has moved.
             return Verdict::Again;
         }
         let verdict = judge_announced(&watched, event.tid, doing, late)
@@ -70,7 +70,7 @@ impl Server<'_> {
     }
 
     /// Judges what a thread does, and notes what a later grant must know about
-    /// those let in.
+    /// the operations that were let in.
     fn judge(&self, watched: &Watched, waiting: &Waiting, doing: &Doing, size: u64) -> Verdict {
         if doing.operation.kind.is_harmless() {
             return Verdict::Allow;
@@ -89,8 +89,8 @@ impl Server<'_> {
         if verdict != Verdict::Allow {
             return verdict;
         }
-        // It may go on, so a grant that comes now must hear of it: it is noted,
-        // and only then pins are looked for once more.
+        // The operation may go on, so a grant that begins now must learn of it:
+        // note the operation first, and only then look for pins once more.
         let pins = watched.note(Passing::of(operation, waiting.event.tid));
         let verdict = self.ask_pins(watched, &pins.load(), operation, size, file, late);
         if verdict == Verdict::Allow {
@@ -110,9 +110,9 @@ impl Server<'_> {
     ) -> Verdict {
         let moved = watched.notes.moved();
         let mut held = false;
-        // What this gate cannot see, a descriptor open for writing can do
-        // (MOVE_EXT, SWAPEXT, mremap): while anything is pinned there are no
-        // new ones.
+        // A descriptor open for writing can do things that this gate cannot see
+        // (MOVE_EXT, SWAPEXT, mremap). So nobody gets a new one while anything
+        // is pinned.
         let exclusive = matches!(operation.kind, K::OpenWrite | K::OpenTruncate);
         if !exclusive && watched.lets_pass(pins, operation, size, moved) {
             return Verdict::Allow;
@@ -136,8 +136,8 @@ impl Server<'_> {
                 Opinion::Wait => held = true,
                 Opinion::Refuse if pin.is_alive(file) => return Verdict::Refuse,
                 Opinion::Refuse => {
-                    // Its last mapping is gone, only the notice is not here
-                    // yet.
+                    // The last mapping of the pin is gone; only the notice has
+                    // not arrived yet.
                     self.gate.end(watched, pin);
                 }
             }
@@ -164,12 +164,13 @@ impl Server<'_> {
     }
 }
 
-/// A collapse, which moves what is behind it nearer to the pins before it:
-/// shared blocks as well, if there are any. Nothing is shared there after it
-/// was looked at: what clones asks with `moved` counted, or has left a note.
+/// A collapse moves everything behind it nearer to the pins before it,
+/// including shared blocks. Blocks there cannot become shared after the look: a
+/// clone either counts `moved` when it asks, or has left a note.
 struct Moving<'a> {
     watched: &'a Watched,
-    /// Bytes that go, and everything behind them moves by.
+    /// The bytes that a collapse removes; everything behind them moves by their
+    /// length.
     gone: Option<Range<u64>>,
     goes_on: Cell<bool>,
 }
@@ -187,10 +188,11 @@ impl<'a> Moving<'a> {
         }
     }
 
-    /// Whether any of what may come to lie beside a pin is shared. `doing` says
-    /// what was not when the thread was looked at; since then clones have left
-    /// a mark, unless a pin has come (its number is `next_pin` or higher) that
-    /// knows for itself what is shared, and has taken the mark away.
+    /// Whether any block that may come to lie beside a pin is shared. `doing`
+    /// says what was not shared when the thread was looked at. Later clones
+    /// have left a note, unless a new pin has come since (with the number
+    /// `next_pin` or higher): a new pin finds out for itself what is shared,
+    /// and takes the note away.
     fn may_bring_shared(&self, doing: &Doing, next_pin: u64) -> bool {
         let Some(gone) = &self.gone else {
             return false;
@@ -211,7 +213,7 @@ impl<'a> Moving<'a> {
             || !doing.is_unshared_before(gone, end)
     }
 
-    /// It is let in, and counts from now on.
+    /// Marks that the collapse is let in, so that its move counts from now on.
     fn goes_on(&self) {
         self.goes_on.set(true);
     }
@@ -225,14 +227,14 @@ impl Drop for Moving<'_> {
     }
 }
 
-/// Judges an open for writing that was announced, if this is one: what is
-/// pinned already does not stand in its way, but a grant under way must know
-/// of it, or be over before it goes on.
+/// Judges an open for writing if it was announced. Existing pins do not refuse
+/// such an open, but a grant under way must learn of it, or be over before the
+/// open goes on.
 fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
     if doing.operation.kind != K::OpenWrite {
         return None;
     }
-    // What counts is when it came: we may have kept it waiting.
+    // What counts is when the thread came: the gate may have kept it waiting.
     let came = Instant::now().checked_sub(late)?;
     let announcement = watched.announced(tid, came, || doing.began)?;
     let mut granting = false;
@@ -246,8 +248,8 @@ fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -
     granting.then(|| wait_to_open(watched, late))
 }
 
-/// Keeps an open for writing until a grant is over, unless that grant can
-/// only go on without it.
+/// Keeps an open for writing until a grant is over, unless the grant can finish
+/// only without the open.
 fn wait_to_open(watched: &Watched, late: Duration) -> Verdict {
     if watched.opens.may_wait() {
         wait_for_grant(late)

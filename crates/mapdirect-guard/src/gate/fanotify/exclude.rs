@@ -1,14 +1,14 @@
-//! Excluding everybody who could break a pin unseen.
+//! Excludes everybody who could break a pin unseen.
 //!
-//! This gate is asked only about what is done by way of descriptions that were
-//! opened behind it. So it closes first (inode marks). Then it is proven that
-//! nobody holds a description from before, and that nobody is still in the
-//! middle of something that passed before; the holder's own description is
+//! The fanotify gate is asked only about operations through descriptions that
+//! were opened behind it. So it first closes, by inode marks. It then proves
+//! that nobody has a description from before, and that nobody is still in the
+//! middle of something that passed before. The holder's own description is
 //! replaced by one from behind the gate.
 //!
-//! On an inode that is behind the gate already, and where nothing was let in
-//! since the last proof, all of that holds, and what remains is to open a
-//! description, lock its byte and read the block map.
+//! If an inode is behind the gate already, and nothing was let in since the
+//! last proof, all of that holds. It then remains to open a description, lock
+//! its byte and read the block map.
 
 use super::{Gate, MASK};
 use crate::Errno;
@@ -32,26 +32,26 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How often to ask for a lease at least, however little patience there is: a
-/// truncation that changes nothing is over at once, and is counted all the
-/// same.
+/// The least number of times to ask for a lease, however little patience there
+/// is. A truncation that changes nothing is over at once, but is counted as a
+/// writer all the same.
 const LEAST_TRIES: u32 = 5;
 
-/// How long a replaced description may take to go away: an operation of
-/// another thread may be using it.
+/// How long a replaced description may take to go away, because an operation of
+/// another thread may still be using it.
 const LETTING_GO: Duration = Duration::from_millis(200);
 
 /// One attempt to exclude others.
 pub(super) struct Exclusion<'a, 'h> {
     gate: &'a Gate,
     granting: &'a Granting<'a>,
-    /// What was let through before the pin could be seen.
+    /// Notes on what was let through before the gate could see the pin.
     notes: Published<'a, Notes>,
     holder: &'a mut Holder<'h>,
     mark: Mark,
 }
 
-/// A lock by which the holder's own description is told apart from others.
+/// A lock that tells the holder's own description from others.
 struct Mark {
     byte: u64,
     is_set: Cell<bool>,
@@ -64,8 +64,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         state: &mut GrantState,
         holder: &'a mut Holder<'h>,
     ) -> Self {
-        // Marks go with their inode, on unmount for one: what was proven then
-        // is worth nothing now.
+        // Marks go with their inode, for example on unmount. An earlier proof
+        // is then void.
         state.closed = state.closed && gate.group.has_mark(holder.file.as_fd()) == Ok(true);
         if !state.closed {
             granting.watched.notes.forget();
@@ -102,9 +102,9 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         Ok(Secured { map, lifeline })
     }
 
-    /// Sees to it that every description which matters is behind the gate, and
+    /// Makes sure that every description that matters is behind the gate, and
     /// that nobody is in the middle of anything from before. Says whether
-    /// nothing was let through since that was last so.
+    /// nothing was let through since that was last true.
     ///
     /// If the gate was closed already, only what it has let through since needs
     /// a proof.
@@ -137,8 +137,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         survey.until_at_rest(at_rest)
     }
 
-    /// Nothing else removes marks of an inode with a grant under way; if they
-    /// are gone all the same there is no gate.
+    /// Checks that the marks are there. Nothing else removes the marks of an
+    /// inode during a grant, and without marks there is no gate.
     fn check_marks(&self) -> Result<(), Refusal> {
         let file = self.holder.file.as_fd();
         let gate = self.gate.group.has_mark(file);
@@ -169,7 +169,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             })
     }
 
-    /// Whoever has left is waited for no longer: others wait for the outcome.
+    /// Fails if the holder does not wait any more: other requests wait for the
+    /// outcome of this one.
     fn require_wanted(&self) -> Result<(), Refusal> {
         if self.holder.talk.is_wanted() {
             return Ok(());
@@ -184,7 +185,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         self.granting.quietly(self.holder.file.as_fd(), wait)
     }
 
-    /// Has the holder's description told apart from others by a lock.
+    /// Marks the holder's description with a lock, to tell it from others.
     fn mark_own_description(&self) -> Result<(), Refusal> {
         let (file, byte) = (self.holder.file.as_fd(), self.mark.byte);
         lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
@@ -192,10 +193,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         Ok(())
     }
 
-    /// Takes the mark off a description that stays.
+    /// Removes the mark from a description that stays.
     fn unmark(&self) {
         if self.mark.is_set.take() {
-            // A mark that stays tells nobody anything.
+            // If unlocking fails, the mark that stays does no harm.
             let _ = set_lock(
                 self.holder.file.as_fd(),
                 LockOwner::Description,
@@ -206,11 +207,11 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         }
     }
 
-    /// Nothing that was let in since the last proof may still matter. Says
-    /// whether there was nothing at all.
+    /// Proves that nothing that was let in since the last proof can still
+    /// matter. Says whether nothing was let in at all.
     fn prove_again(&self) -> Result<bool, Refusal> {
         let writers = self.notes.writers(|| self.no_other_writer())?;
-        // It is known which threads these are: nobody else can be at it.
+        // These threads are known, so nobody else can be changing the file.
         let changes = self.notes.changes(|threads| {
             self.quietly(|quiet| {
                 if threads.and_others {
@@ -224,10 +225,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     }
 
     /// Ties the life of the pin to something that only its holders have. A
-    /// description that can write is one: nobody else has such while the file
-    /// is pinned, and its lock tells when it goes. Every reader could hold the
-    /// same lock as one that cannot, so that comes with a pipe, whose other end
-    /// goes to the holder.
+    /// description that can write is such a thing: nobody else has one while
+    /// the file is pinned, and the lock on it shows when it goes. Every reader
+    /// could hold the same lock as a description that cannot write. So such a
+    /// description comes with a pipe, whose other end goes to the holder.
     fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
         let pin = self.granting.pin;
         if !self.granting.judged.is_writable() {
@@ -243,14 +244,15 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 }
 
 impl Exclusion<'_, '_> {
-    /// Nobody may hold a description from before the gate closed, and nobody
-    /// may be in the middle of a truncation from before.
+    /// Proves that nobody has a description from before the gate closed, and
+    /// that nobody is in the middle of a truncation from before.
     fn prove_from_scratch(&self) -> Result<(), Refusal> {
         self.quietly(|quiet| quiet.wait_for_truncations(&self.granting.guard.scans))?;
         let mut backoff = self.granting.patiently();
         let mut tries = 0;
         loop {
-            // It counts writers and truncations alike, those under way too.
+            // The lease counts writers and truncations alike, including those
+            // under way.
             if self.lease_proves()? {
                 return Ok(());
             }
@@ -276,10 +278,10 @@ impl Exclusion<'_, '_> {
         }
     }
 
-    /// Whoever comes to open the file for writing in the middle of a grant
-    /// waits at the gate, and the lease counts it. If nobody else stands in
-    /// the way, it gets the answer it would get a moment later. Says whether
-    /// that is worth another try.
+    /// Refuses the opens for writing that wait at the gate during this grant,
+    /// because the lease counts them as writers. If nothing else stands in the
+    /// way of the grant, they only get a little earlier the answer that they
+    /// would get anyway. Says whether that makes another try worthwhile.
     fn turn_openers_away(&self) -> Result<bool, Refusal> {
         if !self.granting.watched.opens.any_waits() {
             return Ok(false);
@@ -294,8 +296,8 @@ impl Exclusion<'_, '_> {
         Ok(true)
     }
 
-    /// Whether everybody who has the file open asks for a pin of it, too, and
-    /// has come behind the gate for that.
+    /// Whether everybody who has the file open also asks for a pin on it, and
+    /// has come behind the gate.
     fn only_those_who_wait(&self) -> Result<bool, Refusal> {
         let turn = &self.holder.turn;
         if !turn.bring_others() {
@@ -314,7 +316,7 @@ impl Exclusion<'_, '_> {
         if !harmless(&self.granting.openers(Some(self.mark.byte))) {
             return Ok(false);
         }
-        // As beside readers: see `look_around`.
+        // Look a second time, as with readers: see `look_around`.
         self.quietly(|quiet| quiet.wait_for_opens())?;
         let again = self.granting.openers(Some(self.mark.byte));
         if !harmless(&again) {
@@ -325,15 +327,15 @@ impl Exclusion<'_, '_> {
         Ok(true)
     }
 
-    /// Without reflink a reader from before the gate can do no harm, but a
-    /// lease cannot tell readers beside the holder's own descriptor from
-    /// writers: look who they are. Returns who stands in the way, or nothing
-    /// if nobody does.
+    /// Looks who has the file open. Without reflink a reader from before the
+    /// gate can do no harm, but a lease cannot tell readers beside the holder's
+    /// own descriptor from writers. Returns the openers that stand in the way,
+    /// or `None` if there are none.
     fn look_around(&self) -> Result<Option<Openers>, Refusal> {
         self.mark_own_description()?;
         let harmless = |found: &Openers| {
-            // Somebody must be there: the lease says so. What is not seen
-            // may be anything.
+            // The lease says that somebody has the file open. An opener that is
+            // not seen may be anything.
             let explained = !found.others.is_empty() && found.hidden.is_empty();
             !self.granting.judged.facts.reflink && explained && !found.has_writer()
         };
@@ -342,9 +344,9 @@ impl Exclusion<'_, '_> {
             return Ok(Some(found));
         }
         refuse_executed(&found)?;
-        // A descriptor may have been on its way into a table while we looked:
-        // from an open, or to a child. Those opens are over now, and a child
-        // is seen beside its parent.
+        // A descriptor may have been on its way into a table during the look,
+        // from an open or to a child. Such opens are over now, and a child is
+        // seen beside its parent.
         self.quietly(|quiet| quiet.wait_for_opens())?;
         let again = self.granting.openers(Some(self.mark.byte));
         if !harmless(&again) {
@@ -365,7 +367,7 @@ impl Exclusion<'_, '_> {
                 if no_writer == Ok(true) {
                     let found = self.granting.openers(None);
                     refuse_executed(&found)?;
-                    // Whoever opens it to truncate it counts as a reader so
+                    // An open that will truncate counts only as a reader so
                     // far.
                     self.quietly(|quiet| quiet.wait_for_all_truncations())?;
                     lease_holds(file, Lease::NoWriter)
@@ -377,14 +379,14 @@ impl Exclusion<'_, '_> {
         };
         match proven {
             Ok(proven) => Ok(proven),
-            // No leases here: only looking around is left.
+            // This file has no leases, so looking around is the only way left.
             Err(Errno::INVAL) => Ok(false),
             Err(other) => Err(system("F_SETLEASE", other)),
         }
     }
 
-    /// Nobody else may have it open for writing. All descriptions are behind
-    /// the gate here, but some things the gate cannot see.
+    /// Proves that nobody else has the file open for writing. All descriptions
+    /// are behind the gate here, but some things the gate cannot see.
     fn no_other_writer(&self) -> Result<(), Refusal> {
         let pins = self.granting.watched.pins.load();
         let mut backoff = self.granting.patiently();
@@ -394,8 +396,8 @@ impl Exclusion<'_, '_> {
             }
             self.mark_own_description()?;
             let mut found = self.granting.openers(Some(self.mark.byte));
-            // Holders of pins may have theirs, and have been asked; so may
-            // those who ask now.
+            // Holders of pins may have the file open for writing, because the
+            // gate has judged them. So may the processes whose requests wait.
             let is_holder = |opener: &Opener| {
                 pins.iter().any(|pin| pin.pid == opener.pid)
                     || self
@@ -411,8 +413,9 @@ impl Exclusion<'_, '_> {
             found.others.retain(|opener| !is_holder(opener));
             if found.others.is_empty() && found.hidden.is_empty() {
                 // The kernel's own writers (a storage target, an overlay that
-                // is mounted nowhere) are in no process. They count as
-                // writers of the inode, and where nobody else may, it shows.
+                // is mounted nowhere) are in no process. They count as writers
+                // of the inode, so a lease shows them when nobody else may
+                // write.
                 let file = self.holder.file.as_fd();
                 if explained || lease_holds(file, Lease::NoWriter) != Ok(false) {
                     return Ok(());
@@ -426,10 +429,11 @@ impl Exclusion<'_, '_> {
         }
     }
 
-    /// Puts a description from behind the gate in the place of the holder's,
-    /// and makes sure the old one is gone.
+    /// Replaces the holder's description by one from behind the gate, and makes
+    /// sure that the old one is gone.
     fn replace_description(&mut self) -> Result<(), Refusal> {
-        // The old description is marked by a lock that goes when it does.
+        // The old description is marked by a lock, which goes when the
+        // description does.
         self.mark_own_description()?;
         let flags = self.granting.judged.open_flags & KEPT_FLAGS;
         let replacement = self.granting.reopen(self.holder.file.as_fd(), flags)?;
@@ -439,8 +443,8 @@ impl Exclusion<'_, '_> {
         let for_pin = self.granting.open_for_pin(self.holder.file.as_fd())?;
         let _held = HoldOpens::new(self.granting);
         self.holder.talk.swap(replacement.as_fd())?;
-        // Our own copy goes with this; from now on the pin's description
-        // stands for the inode.
+        // This assignment closes the guard's own copy. From now on the pin's
+        // description stands for the inode.
         self.holder.file = for_pin;
         self.mark.is_set.set(false);
         if self.is_gone()? {
@@ -487,8 +491,9 @@ impl Exclusion<'_, '_> {
     }
 }
 
-/// Whether anybody else may have a mapping to store by of the file: refuses if
-/// it is one of what is to be frozen, from before the pin.
+/// Whether anybody else may have a writable mapping of the file. Refuses the
+/// pin if such a mapping covers blocks that are to be frozen and is from before
+/// the pin.
 pub(super) fn others_can_store(
     granting: &Granting<'_>,
     notes: &Published<'_, Notes>,
@@ -498,7 +503,7 @@ pub(super) fn others_can_store(
     if frozen.is_empty() {
         return Ok(false);
     }
-    // What the gate has let in may not show yet.
+    // Mappings that the gate has let in may not show yet.
     let mapped = notes.mappings(|threads| {
         granting.quietly(file, |quiet| {
             if threads.and_others {
@@ -549,7 +554,7 @@ pub(super) fn others_can_store(
     })
 }
 
-/// Holds back every open of an inode while it exists.
+/// Holds back every open of an inode while this value exists.
 struct HoldOpens<'a>(&'a Granting<'a>);
 
 impl<'a> HoldOpens<'a> {

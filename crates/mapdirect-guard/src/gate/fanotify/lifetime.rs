@@ -1,33 +1,34 @@
-//! When a pin ends, and what is done then.
+//! Finds out when a pin ends, and does what is needed then.
 //!
-//! A pin lives as long as its description does: until the last mapping made
-//! from it is gone, in whichever process. A close event on the inode says when
-//! to look whether it is still there. The event comes a moment before locks go
-//! (`__fput`, fs/file_table.c), so what still stands is looked at once more.
+//! A pin lives as long as its description: until the last mapping made from it
+//! is gone, in whichever process. A close event on the inode says when to check
+//! whether the description is still there. The event comes a moment before the
+//! locks of the description go (`__fput`, fs/file_table.c), so a pin that still
+//! stands is checked once more.
 //!
-//! Whether it is there is told by something that no reader of the file can
-//! have, or every reader could keep a pin alive:
+//! The check uses something that no reader of the file can have, because
+//! otherwise every reader could keep a pin alive:
 //!
-//! * A description that can write holds a lock on a byte of its own. It is a
-//!   shared one, since readers lock whole files and an exclusive one would keep
-//!   them out, so readers can lock the same byte; but they cannot write. While
-//!   the lock of one of them may hide that a pin has ended, the lease that is
-//!   given only where nobody can write tells ([`Lease::NoWriter`]). An open
-//!   that waits to be refused counts as one who can, so it is asked for several
-//!   times; if it is never given, a search for descriptors and mappings that
-//!   can write tells.
+//! * A description that can write has a lock on a byte of its own. The lock is
+//!   shared, because readers lock whole files and an exclusive lock would keep
+//!   them out. So readers can lock the same byte; but they cannot write. While
+//!   a reader's lock may hide that a pin has ended, a lease decides that is
+//!   given only when nobody can write ([`Lease::NoWriter`]). An open that waits
+//!   to be refused counts as a writer, so the lease is asked for several times.
+//!   If it is never given, a search for descriptors and mappings that can write
+//!   decides.
 //! * A description that cannot write comes with the end of a pipe, and the pin
-//!   ends when that is closed everywhere. It goes where the description goes:
-//!   to children, and away on `execve(2)`.
+//!   ends when that end is closed everywhere. The pipe goes where the
+//!   description goes: to children, and away on `execve(2)`.
 //!
-//! An inode whose last pin ended stays behind the gate for a while if
-//! somebody still has it open: a pin that comes back finds it closed and
-//! proven. Nothing is held open for that, and no mount that somebody could
-//! want to unmount is kept busy ([`Watched::cast_anchor`]); if nobody else has
-//! the file open, the gate lets go of it at once, and of its filesystem.
+//! An inode whose last pin has ended stays behind the gate for a while if
+//! somebody still has it open. A new pin then finds the gate closed and the
+//! proof done. Nothing is held open for that, and no mount that somebody could
+//! want to unmount is kept busy ([`Watched::cast_anchor`]). If nobody else has
+//! the file open, the gate lets go of the file and its filesystem at once.
 //!
-//! Nobody else hears of all this looking: close events name the file without a
-//! descriptor, and it is looked at through descriptions that raise no events
+//! Nobody else notices these checks: close events name the file without a
+//! descriptor, and the file is opened through descriptions that raise no events
 //! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
 use super::{Gate, MASK, is_final};
@@ -47,31 +48,33 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Which closes are heard of.
+/// The close events that the group gets.
 const CLOSES: Mask = Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
 
 /// How long an inode without pins stays behind the gate while others have it
 /// open.
 const LINGER: Duration = Duration::from_millis(250);
-/// Between two rounds, so that many closes are looked at together.
+/// The pause between two rounds, so that many closes are handled together.
 const ROUND: Duration = Duration::from_micros(300);
-/// When to look once more at pins whose lock still stood after a close.
+/// When to check pins again whose lock still stood after a close.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// The longest pause before a further look, each after twice the time.
+/// The longest pause before a further check; each pause is twice as long as the
+/// one before.
 const LAST_LOOK: Duration = Duration::from_millis(320);
-/// When to look for pins whose end nobody told of, after the notice of a close
-/// was lost; the lock may stand a moment longer.
+/// When to look for pins that ended without a notice, after the notice of a
+/// close was lost. The lock may stand a moment longer.
 const SWEEPS: [Duration; 4] = [
     SECOND_LOOK,
     Duration::from_millis(100),
     Duration::from_millis(500),
     Duration::from_secs(2),
 ];
-/// When to do so without a reason, while anything is pinned: the kernel says
-/// nothing of a notice that is lost behind others (`fanotify_read`).
+/// When to do so without a reason, while anything is pinned: the kernel does
+/// not report a lost notice that is followed by others (`fanotify_read`).
 const SWEEP: Duration = Duration::from_secs(5);
 
-/// The group that hears of closes, and how to reach the thread that reads it.
+/// The group that gets close events, and the way to reach the thread that reads
+/// them.
 #[derive(Debug)]
 pub(crate) struct Lifetime {
     closes: Group,
@@ -79,7 +82,7 @@ pub(crate) struct Lifetime {
     /// Inodes with pins that were found dead.
     with_dead: SegQueue<InodeId>,
     /// The inodes that close events may be about. Two filesystems that are
-    /// copies of each other give theirs the same names.
+    /// copies of each other give their files the same names.
     objects: Mutex<HashMap<Object, Vec<InodeId>>>,
 }
 
@@ -93,7 +96,7 @@ impl Lifetime {
         })
     }
 
-    /// Hears of the closes of a file from now on.
+    /// Gets the close events of a file from now on.
     pub(super) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
         let object = watched.cast_anchor(file)?;
         let mut objects = self.objects();
@@ -105,7 +108,7 @@ impl Lifetime {
         self.closes.add(CLOSES, file)
     }
 
-    /// Forgets a file whose closes are not heard of any more.
+    /// Forgets a file whose close events do not come any more.
     fn forget(&self, watched: &Watched) {
         let Some(object) = watched.weigh_anchor() else {
             return;
@@ -123,19 +126,19 @@ impl Lifetime {
         self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Has the thread take the dead pins of an inode out of the table.
+    /// Makes the thread remove the dead pins of an inode from the table.
     pub(super) fn take_out_dead(&self, id: InodeId) {
         self.with_dead.push(id);
         self.waker.wake();
     }
 
-    /// Whether the closes of a file are heard of.
+    /// Whether the close events of a file come.
     pub(super) fn watches(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
         self.closes.has_mark(file)
     }
 
-    /// Hears no more of a file: its mark goes first. A mark that is gone is as
-    /// good as one that is removed.
+    /// Stops the close events of a file, and then forgets the file. A mark that
+    /// is gone already is as good as a removed one.
     pub(super) fn let_go(&self, watched: &Watched, file: BorrowedFd<'_>) {
         let _ = self.closes.remove(CLOSES, file);
         self.forget(watched);
@@ -156,10 +159,10 @@ struct Keeper<'guard> {
     sweep: Sweep,
 }
 
-/// When to look at pins that no close was told of.
+/// When to look at pins without a close event.
 struct Sweep {
     at: Instant,
-    /// How many of [`SWEEPS`] are over.
+    /// How many of [`SWEEPS`] are done.
     done: usize,
 }
 
@@ -182,12 +185,12 @@ impl Sweep {
     }
 }
 
-/// When to look at an inode once more.
+/// When to check an inode once more.
 struct SecondLook {
-    /// What was closed could be written to.
+    /// Whether the closed description could write.
     could_write: bool,
     at: Instant,
-    /// How long it was waited for.
+    /// The pause before this check.
     after: Duration,
 }
 
@@ -241,8 +244,8 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             Err(errno) if is_final(errno) => return Err(errno),
             Err(Errno::AGAIN | Errno::INTR) => {}
             // The notice of one close is lost: its filesystem is dead, or
-            // descriptors are short. The gate asks for itself whether a pin
-            // lives before it refuses.
+            // descriptors are short. The gate itself checks whether a pin is
+            // alive before it refuses.
             Err(_) => {
                 keeper.sweep.soon();
                 std::thread::sleep(ROUND);
@@ -258,7 +261,7 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
         }
         while let Some(id) = lifetime.with_dead.pop() {
             // The gate found pins dead. The close event that came with their
-            // end has a description to let the inode go with.
+            // end provides a description with which to let the inode go.
             if let Some(watched) = guard.table.get(id) {
                 watched.remove(Pin::is_dead);
             }
@@ -272,7 +275,7 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
 }
 
 impl Gate {
-    /// Takes the marks off a file that only a path leads to.
+    /// Removes the marks of a file that can be reached only by a path.
     fn unmark_at(&self, path: BorrowedFd<'_>) {
         let _ = self.group.remove_at(MASK, path);
         let _ = self.lifetime.closes.remove_at(CLOSES, path);
@@ -287,7 +290,7 @@ impl Keeper<'_> {
         due.saturating_duration_since(Instant::now())
     }
 
-    /// Opens an inode behind the gate, unheard.
+    /// Opens an inode behind the gate without raising events.
     fn open(&self, id: InodeId) -> Option<OwnedFd> {
         let path = self.guard.table.get(id)?.anchor()?;
         let open = || proc::reopen(path.as_fd(), OFlags::RDONLY | OFlags::NONBLOCK);
@@ -317,7 +320,7 @@ impl Keeper<'_> {
             let settled = self.tend_with(id, file.as_fd(), |watched, pin, file| {
                 has_ended_for_sure(watched, pin, file, look.could_write, is_last)
             });
-            // Nothing may tell of the end again.
+            // There may be no further notice of the end.
             if !settled && !is_last && (look.could_write || self.has_foreign_locks(id)) {
                 look.after *= 2;
                 look.at = now + look.after;
@@ -338,9 +341,9 @@ impl Keeper<'_> {
         }
     }
 
-    /// Ends pins whose description is gone without a notice that reached us.
-    /// Their files cannot be opened, or they would have been looked at: all
-    /// that tells is the list of locks, together with `/proc`.
+    /// Ends pins whose description is gone without a notice to the guard. Their
+    /// files cannot be opened, or the pins would have been checked already. So
+    /// the list of locks has to decide, together with `/proc`.
     fn sweep(&mut self) {
         let pinned: Vec<_> = self
             .guard
@@ -359,7 +362,7 @@ impl Keeper<'_> {
             return;
         }
         let mut listed = HashSet::new();
-        // The list may leave out some while it changes.
+        // The list may leave out some locks while it changes.
         for look in 0..3 {
             if look > 0 {
                 std::thread::sleep(ROUND);
@@ -415,16 +418,17 @@ impl Keeper<'_> {
         state.retired = true;
         self.lingering.remove(&watched.id);
         self.second_looks.remove(&watched.id);
-        // Marks that stay are of an inode that nobody is refused anything on.
+        // If marks stay, they are on an inode for which nothing is refused.
         if let Some(path) = path_to(watched) {
             self.gate.unmark_at(path.as_fd());
         }
         self.guard.table.remove(watched);
     }
 
-    /// Ends the pins of an inode whose lock is gone; `file` is a description
-    /// of it that is closed soon. Says whether that settles the matter: no
-    /// when pins are left, any of which may have been meant.
+    /// Ends the pins of an inode whose lock is gone. `file` is a description of
+    /// the inode that is closed soon. Says whether that settles the matter:
+    /// `false` when pins are left, because the close may have been about any of
+    /// them.
     fn tend(&mut self, id: InodeId, file: BorrowedFd<'_>) -> bool {
         self.tend_with(id, file, has_ended)
     }
@@ -461,10 +465,11 @@ impl Keeper<'_> {
         !ended.is_empty()
     }
 
-    /// An inode without pins: open the gate for it, now or a little later.
+    /// Opens the gate for an inode without pins, now or a little later.
     fn let_go(&mut self, watched: &Arc<Watched>, file: BorrowedFd<'_>) {
         let Some(mut state) = watched.try_grant() else {
-            // A grant is under way: it will have a pin, or let go itself.
+            // A grant is under way: it will have a pin, or let the inode go
+            // itself.
             return;
         };
         if state.retired || !watched.pins.load().is_empty() {
@@ -481,9 +486,9 @@ impl Keeper<'_> {
         self.lingering.remove(&watched.id);
         self.second_looks.remove(&watched.id);
         state.retired = true;
-        // Marks first: once the entry is gone another grant may set its own,
-        // which must not be the ones removed here. Gone marks are as good as
-        // removed ones.
+        // Remove the marks first: once the entry is out of the table, another
+        // grant may set its own marks, which must not be removed here. Marks
+        // that are gone already are as good as removed ones.
         let _ = self.gate.group.remove(MASK, file);
         self.gate.lifetime.let_go(watched, file);
         self.guard.table.remove(watched);
@@ -500,7 +505,7 @@ impl Keeper<'_> {
             return;
         }
         state.retired = true;
-        // In this order, see above.
+        // In this order: see `let_go`.
         if let Some(path) = entry.watched.anchor() {
             self.gate.unmark_at(path.as_fd());
         }
@@ -510,8 +515,8 @@ impl Keeper<'_> {
     }
 }
 
-/// Whether nothing holds a pin any more, as far as that can be told at once;
-/// `file` is another description of the same inode.
+/// Whether nothing holds a pin any more, as far as that can be found out at
+/// once. `file` is another description of the same inode.
 fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     match pin.is_let_go() {
         Some(let_go) => let_go,
@@ -519,11 +524,12 @@ fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
     }
 }
 
-/// The same where a lock that stands may not be the pin's: after somebody who
-/// `could_write` is gone, or where somebody else's lock is seen. The
-/// description can write, so while it is there somebody can. To search for it
-/// takes long, and is done where somebody else's lock is seen, or at the last
-/// look: the lock that is left may look just like the pin's.
+/// Like [`has_ended`], for a lock that may not be the pin's: after a process
+/// that `could_write` has closed the file, or when a foreign lock is seen. The
+/// pin's description can write, so as long as it exists somebody can write.
+/// Searching for the description takes long, so that is done only when a
+/// foreign lock is seen, or at the last check: the lock that is left may look
+/// just like the pin's.
 fn has_ended_for_sure(
     watched: &Watched,
     pin: &Pin,
@@ -546,20 +552,20 @@ fn has_ended_for_sure(
     }
 }
 
-/// Whether the description of a pin, which can write, may be in some process.
+/// Whether some process may have the pin's description, which can write.
 fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
     let found = openers(Wanted {
         id: watched.id,
         path: &watched.path,
         mark: Some(pin.lock_byte()),
     });
-    // Descriptors of readers are none, nor are their mappings.
+    // Readers' descriptors and mappings do not count.
     let is_mapped = |bytes: &Range<u64>| {
         pin.mapped
             .as_ref()
             .is_some_and(|mapped| mapped.start.max(bytes.start) < mapped.end.min(bytes.end))
     };
-    // The holder may not have received it yet.
+    // The holder may not have received the description yet.
     found.unseen
         || found.in_flight.contains(&pin.pid)
         || found.marked.iter().any(|opener| opener.writable)
@@ -569,8 +575,8 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
             .any(|(_, bytes)| is_mapped(bytes))
 }
 
-/// Whether the lock on a pin's byte may be somebody else's: its holder is gone,
-/// or there is more than one, or one that is not of this byte alone.
+/// Whether the lock on a pin's byte may be foreign: its owner is gone, there is
+/// more than one lock, or a lock is not on this byte alone.
 fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
     if pin.is_let_go().is_some() {
         return false;
@@ -594,8 +600,8 @@ fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
     !only || proc::start_time(pin.pid).is_err()
 }
 
-/// A file by the path it had, if that still leads to it; opening it so asks
-/// nothing of its filesystem.
+/// Opens a file by the path it had, if that still leads to the file. This does
+/// not involve the file's filesystem.
 fn path_to(watched: &Watched) -> Option<OwnedFd> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let path = rustix::fs::open(&*watched.path, flags, Mode::empty()).ok()?;

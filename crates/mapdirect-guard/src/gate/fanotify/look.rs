@@ -1,23 +1,25 @@
-//! Looking at a thread that waits for an answer.
+//! Looks at a thread that waits for an answer.
 //!
-//! A thread is looked at only once it is off its processor, or what
-//! `/proc/<tid>/stack` shows may be what an earlier sleep left behind. Two
-//! things prove that:
+//! A thread is judged only once it is off its processor. Before that,
+//! `/proc/<tid>/stack` may show what an earlier sleep left behind. Two things
+//! prove that the thread is off its processor:
 //!
 //! * The stack itself, on kernels that unwind by ORC tables, as distributions'
-//!   kernels for x86-64 do: they show no stack of a thread that is on another
-//!   processor (`__unwind_start`, arch/x86/kernel/unwind_orc.c). What they show
-//!   begins where the thread was switched out last. It ran when it queued its
-//!   event, and has not got further since, so that was inside of this event.
-//! * `/proc/<tid>/syscall` (`task_current_syscall` waits until the thread is off
-//!   its processor), if it is read before the stack. Other kernels need this.
+//!   kernels for x86-64 do. They show no stack of a thread that is on another
+//!   processor (`__unwind_start`, arch/x86/kernel/unwind_orc.c). The stack that
+//!   they show begins where the thread was last switched out. The thread ran
+//!   when it queued its event and has not got further since, so it was switched
+//!   out inside of this event.
+//! * `/proc/<tid>/syscall`, if it is read before the stack
+//!   (`task_current_syscall` waits until the thread is off its processor).
+//!   Other kernels need this.
 //!
 //! The thread stays where it is until it is answered or killed. It may be woken
-//! for a moment when others are answered; that changes only frames within the
-//! wait.
+//! for a moment when others are answered, but that changes only frames inside
+//! the wait.
 //!
-//! Everything here may hang for as long as the owner of the thread likes, so
-//! it runs in the threads of [`lookers`](super::lookers) alone. As of 6.18:
+//! Everything here may hang for as long as the owner of the thread likes, so it
+//! runs only in the threads of [`lookers`](super::lookers). As of 6.18:
 //!
 //! | what is read | what it can wait for |
 //! |---|---|
@@ -28,8 +30,8 @@
 //! | the block map | the locks of the inode, which a read into a page of a FUSE file holds. **Deaf to SIGKILL.** |
 //! | `stat`, `comm`, links in `fd`; `statx(2)` by such a link with `DONT_SYNC` | nothing else: the kernel's own memory, or what a filesystem remembers. |
 //!
-//! `fdinfo` is never read: what an epoll descriptor tells there needs a lock
-//! that its owner can hold for ever.
+//! `fdinfo` is never read: for an epoll descriptor it needs a lock that the
+//! owner of the descriptor can hold for ever.
 
 use super::classify::{self, Asked, Descriptors};
 use crate::Errno;
@@ -50,44 +52,46 @@ use std::time::Duration;
 
 /// How long a thread may take to fall asleep before it is judged unseen.
 const WAIT_FOR_SLEEP: Duration = Duration::from_secs(1);
-/// How long to look for a stack that reaches the bottom before what there is
-/// of it must do: refuses more then, not less.
+/// How long to wait for a stack that reaches the bottom before a partial stack
+/// must do. A partial stack leads to more refusals, not fewer.
 const WAIT_FOR_STACK: Duration = Duration::from_millis(50);
-/// So much of a file is looked at for shared blocks: many extents take long.
+/// The most bytes of a file that are searched for shared blocks, because many
+/// extents take long.
 pub(crate) const MOST_LOOKED_AT: u64 = 256 << 20;
 
-/// What is asked about a thread: plain values, since whoever looks has none of
-/// the descriptors of the guard.
+/// A question about a thread. It consists of plain values, since lookers have
+/// none of the guard's descriptors.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Question {
     pub(crate) tid: i32,
-    /// What it waits for leave to do.
+    /// What the thread asks permission for.
     pub(crate) mask: Mask,
     /// Range of the event, `(offset, count)`.
     pub(crate) range: Option<(u64, u64)>,
     pub(crate) id: InodeId,
     /// Size of the file in bytes.
     pub(crate) size: u64,
-    /// The filesystem can share blocks between files.
+    /// Whether the filesystem can share blocks between files.
     pub(crate) reflink: bool,
-    /// The thread may have been announced: tell when it began.
+    /// Whether the thread may have been announced, so that its start time is
+    /// needed.
     pub(crate) announced: bool,
-    /// Tell its name, whatever it does.
+    /// Whether to tell the thread's name, whatever it does.
     pub(crate) named: bool,
-    /// How long it has been waiting.
+    /// How long the thread has been waiting.
     pub(crate) late: Duration,
-    /// How often to look at it if it does not sleep yet.
+    /// How often to look at the thread if it does not sleep yet.
     pub(crate) tries: u32,
 }
 
 /// What could be learned about a waiting thread.
 #[derive(Debug, PartialEq)]
 pub(crate) enum Seen {
-    /// It has not gone to sleep yet: look again.
+    /// The thread has not gone to sleep yet: look again.
     NotYet,
-    /// It is gone, killed while it waited.
+    /// The thread is gone: it was killed while it waited.
     Gone,
-    /// It sleeps.
+    /// The thread sleeps.
     Doing(Doing),
 }
 
@@ -95,17 +99,17 @@ pub(crate) enum Seen {
 #[derive(Debug, PartialEq)]
 pub(crate) struct Doing {
     pub(crate) operation: Operation,
-    /// Its name, if it is likely to be refused, or that was asked.
+    /// The thread's name, if a refusal is likely or the question asked for it.
     pub(crate) command: Option<String>,
-    /// When it began, if that was asked.
+    /// The start time of the thread, if the question asked for it.
     pub(crate) began: Option<u64>,
-    /// From where the operation begins up to here no block was shared with
-    /// another file: looked at for a collapse.
+    /// For a collapse: no block was shared with another file between the start
+    /// of the operation and this offset.
     pub(crate) unshared_until: u64,
 }
 
 impl Doing {
-    /// An operation that no pin minds.
+    /// An operation that no pin refuses.
     fn harmless(operation: Operation) -> Self {
         Self {
             operation,
@@ -115,7 +119,7 @@ impl Doing {
         }
     }
 
-    /// What a thread that could not be seen is taken to do: the worst.
+    /// The worst operation, assumed of a thread that could not be seen.
     pub(crate) fn the_worst(mask: Mask) -> Self {
         let kind = if mask.intersects(Mask::PRE_ACCESS) {
             K::Unknown
@@ -131,8 +135,8 @@ impl Doing {
     }
 }
 
-/// Open proc files of threads looked at before: threads that ask once tend
-/// to ask again, and reading an open file takes a third of the time.
+/// Open proc files of threads that were looked at before. A thread that asks
+/// once tends to ask again, and reading an open file takes a third of the time.
 #[derive(Debug, Default)]
 pub(crate) struct Threads {
     open: HashMap<i32, Files>,
@@ -173,17 +177,17 @@ impl What {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Gone;
 
-/// Threads whose files are kept open.
+/// The number of threads whose files are kept open.
 const KEPT: usize = 256;
 
-/// The longest text of a stack that is read; the kernel shows 64 functions at
-/// most, and what is cut off is not whole.
+/// The longest stack text that is read. The kernel shows 64 functions at most,
+/// and a text that is cut off is not whole.
 const LONGEST_STACK: usize = 4096;
 
 /// Whether the kernel shows the stack of a thread only while the thread is on
 /// no processor: see the head of this file.
 fn shows_only_who_rests() -> bool {
-    /// Functions of the kernel that only those have which unwind by ORC tables.
+    /// Kernel functions that exist only in kernels that unwind by ORC tables.
     /// They come early in the list.
     const OF_ORC: [&str; 2] = ["orc_find", "__orc_find"];
     static ANSWER: OnceLock<bool> = OnceLock::new();
@@ -204,9 +208,10 @@ fn shows_only_who_rests() -> bool {
 /// The registers of a thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Registers {
-    /// It is not asleep.
+    /// The thread is not asleep.
     NotYet,
-    /// It sleeps; if it is inside a system call, these are its registers.
+    /// The thread sleeps. If it is inside a system call, these are its
+    /// registers.
     Asleep(Option<Syscall>),
 }
 
@@ -231,9 +236,10 @@ impl Threads {
         }
     }
 
-    /// Most who ask read, and a stack alone says so. Registers would be read
-    /// sooner, but prove nothing by themselves: a thread that uses `io_uring`
-    /// writes on its way out of a read(2), with the registers of that call.
+    /// Tries the stack alone first: most threads read, and a stack alone says
+    /// so. Registers would be read sooner, but prove nothing by themselves: a
+    /// thread that uses `io_uring` writes on its way out of a read(2), with the
+    /// registers of that call.
     fn look_at_stack_first(&mut self, question: &Question) -> Result<Seen, Gone> {
         let mut buffer = [0; LONGEST_STACK];
         let stack = Stack::of(self.stack(question.tid, &mut buffer)?);
@@ -249,7 +255,7 @@ impl Threads {
             Registers::Asleep(syscall) if stack.begins_with_the_wait() => {
                 Ok(stack.understand(question, syscall))
             }
-            // It was on its way to sleep, and has got there since.
+            // The thread was on its way to sleep, and sleeps now.
             Registers::Asleep(_) => self.look_at_registers_first(question),
         }
     }
@@ -277,15 +283,15 @@ impl Threads {
         })
     }
 
-    /// The functions a resting thread is inside of, as text for
-    /// [`proc::stack_functions`]; empty if they cannot be read.
+    /// The functions that a resting thread is inside of, as text for
+    /// [`proc::stack_functions`]. Empty if they cannot be read.
     fn stack<'buffer>(
         &mut self,
         tid: i32,
         buffer: &'buffer mut [u8],
     ) -> Result<&'buffer str, Gone> {
         let text = self.read(tid, What::Stack, buffer)?;
-        // Names of functions: anything but ASCII would be no stack.
+        // Function names are ASCII; other text is no stack.
         Ok(std::str::from_utf8(text).unwrap_or_default())
     }
 
@@ -296,8 +302,8 @@ impl Threads {
         what: What,
         buffer: &'buffer mut [u8],
     ) -> Result<&'buffer [u8], Gone> {
-        // A file of a thread that died reads as ESRCH, also when the number
-        // has been used again since: then a fresh one tells.
+        // A file of a dead thread reads as ESRCH, even when the thread number
+        // has been used again since. A newly opened file then decides.
         if self.is_open(tid, what) {
             let length = self.reread(tid, what, buffer).map(<[u8]>::len);
             if let Some(length) = length {
@@ -329,7 +335,7 @@ impl Threads {
     }
 }
 
-/// A thread that runs, or waits for a processor: it is looked at again, unless
+/// Answers for a thread that runs or waits for a processor: look again, unless
 /// that has been done for long enough.
 fn not_asleep(question: &Question) -> Seen {
     if question.late < WAIT_FOR_SLEEP {
@@ -339,7 +345,7 @@ fn not_asleep(question: &Question) -> Seen {
     }
 }
 
-/// The functions a thread is inside of, innermost first.
+/// The functions that a thread is inside of, innermost first.
 struct Stack<'text> {
     functions: Vec<&'text str>,
     is_whole: bool,
@@ -356,9 +362,9 @@ impl<'text> Stack<'text> {
         }
     }
 
-    /// Whether this will do, or must, as `late` as it is. Every answer wakes
-    /// all who wait for one, for a moment: a stack read just then is none, or
-    /// breaks off.
+    /// Whether this stack is good enough, or must do because it is so `late`.
+    /// Every answer wakes all waiting threads for a moment: a stack read just
+    /// then is empty or incomplete.
     fn is_ready(&self, late: Duration) -> bool {
         let mut functions = self.functions.iter();
         let waits = functions.any(|name| classify::is_machinery(name));
@@ -375,14 +381,15 @@ impl<'text> Stack<'text> {
     }
 
     fn understand(&self, question: &Question, syscall: Option<Syscall>) -> Seen {
-        // What broke off could have told that the registers are another
-        // call's.
+        // The missing part of the stack could have shown that the registers
+        // belong to another call.
         let syscall = syscall.filter(|_| self.is_whole);
         Seen::Doing(understand(question, syscall.as_ref(), &self.functions))
     }
 }
 
-/// What a sleeping thread is doing, and what else must be known to judge it.
+/// Says what a sleeping thread is doing, and adds what else must be known to
+/// judge that.
 fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]) -> Doing {
     let descriptors = ThreadDescriptors {
         tid: question.tid,
@@ -408,8 +415,8 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
         }
         _ => 0,
     };
-    // Holders write and map all the time, and are mostly let in: their names
-    // are asked for only if they are refused.
+    // Holders write and map all the time, and are mostly let in. So their names
+    // are looked up only when they are refused.
     let is_refused = match operation.kind {
         K::Write | K::MapWrite => question.named,
         kind => !kind.is_harmless(),
@@ -425,7 +432,7 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
     }
 }
 
-/// Up to where nothing of a file is shared, from `start` on.
+/// The offset up to which no block of a file is shared, from `start` on.
 fn unshared_until(file: &OwnedFd, start: u64) -> u64 {
     let end = start.saturating_add(MOST_LOOKED_AT);
     mapdirect_model::block_map::read(file.as_fd(), start..end).map_or(start, |map| {
@@ -438,8 +445,8 @@ fn unshared_until(file: &OwnedFd, start: u64) -> u64 {
 
 /// The descriptors of a thread.
 ///
-/// Anybody who reads a pinned file can have us ask about any descriptor of
-/// its own.
+/// Anybody who reads a pinned file can make the guard ask about any of their
+/// descriptors.
 struct ThreadDescriptors {
     tid: i32,
     /// The watched file.
@@ -451,23 +458,23 @@ impl ThreadDescriptors {
         format!("/proc/{}/fd/{fd}", self.tid)
     }
 
-    /// A duplicate of a descriptor, if it is of the watched file.
+    /// A duplicate of a descriptor, if it is one of the watched file.
     fn of_watched(&self, fd: i32) -> Option<OwnedFd> {
-        // Before it is duplicated: to let go of some other files again would
-        // take long.
+        // Check before duplicating: closing a duplicate of some other files
+        // would take long.
         if !is_inode(&self.link(fd), self.id).is_ok_and(|same| same) {
             return None;
         }
         let thread = pidfd::of_thread(self.tid).ok()?;
         let file = pidfd::descriptor(&thread, fd).ok()?;
-        // Another may have taken its place.
+        // Another file may have taken the place of the first.
         let stat = rustix::fs::fstat(&file).ok()?;
         ((stat.st_dev, stat.st_ino) == (self.id.dev, self.id.inode)).then_some(file)
     }
 }
 
-/// Whether a path leads to an inode. Asks no server of a network or FUSE
-/// filesystem.
+/// Whether a path leads to an inode. Does not contact the server of a network
+/// or FUSE filesystem.
 fn is_inode(path: &str, id: InodeId) -> Result<bool, Errno> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::NO_AUTOMOUNT;
     let stat = rustix::fs::statx(CWD, path, flags, StatxFlags::INO)?;
@@ -481,7 +488,7 @@ impl Descriptors for ThreadDescriptors {
     }
 
     fn is_read_only(&self, fd: i32) -> bool {
-        // The mode of the link is that of the description.
+        // The mode of the link shows the mode of the description.
         std::fs::symlink_metadata(self.link(fd))
             .is_ok_and(|link| link.permissions().mode() & 0o200 == 0)
     }
@@ -493,10 +500,10 @@ impl Descriptors for ThreadDescriptors {
     }
 }
 
-/// A range that begins where a collapse does, for whoever judges it.
+/// Questions about the range in which a collapse was looked at.
 impl Doing {
-    /// Whether what may come to lie before `end` is known to be shared with
-    /// nobody.
+    /// Whether it is known that nothing that may come to lie before `end` is
+    /// shared.
     pub(crate) fn is_unshared_before(&self, gone: &Range<u64>, end: u64) -> bool {
         end <= gone.start || end <= self.unshared_until
     }

@@ -1,17 +1,16 @@
-//! The threads that look at who waits, so that the gate thread need not.
+//! The threads that look at waiting threads, so that the gate thread need not.
 //!
-//! A look may hang for ever ([`look`](super::look) says at what), so nobody
-//! waits for a looker. The gate thread hands out questions and goes on; an
-//! answer that does not come within [`WAIT_FOR_LOOK`] is one as well: the
-//! event is refused. A looker that has been at one thread for [`SLOW`] is
-//! given up, which means: what else it was asked is asked somebody else, a new
-//! looker takes its place, and it ends when its look does. Only so many
-//! lookers may be given up for one user, so that a stranger who has many of
-//! them hang has his own events refused and nobody else's.
+//! A look may hang for ever ([`look`](super::look) says on what), so nobody
+//! waits for a looker. The gate thread hands out questions and goes on. If no
+//! answer comes within [`WAIT_FOR_LOOK`], the event is refused. A looker that
+//! has been looking at one thread for [`SLOW`] is given up: its other questions
+//! go to another looker, a new looker takes its place, and it ends when its
+//! look does. Only a limited number of lookers may be given up for one user. So
+//! a stranger who makes many of them hang gets only his own events refused.
 //!
-//! Lookers have a table of descriptors of their own ([`spawn_apart`]): some
-//! looks are deaf to SIGKILL, and a thread that cannot end would keep the
-//! group open after the guard was killed, and everybody waiting for its answer.
+//! Lookers have a descriptor table of their own ([`spawn_apart`]). Some looks
+//! are deaf to SIGKILL, and a thread that cannot end would keep the group open
+//! after the guard was killed, and keep everybody waiting for an answer.
 
 use super::look::{Question, Seen, Threads};
 use crate::wake::Waker;
@@ -25,32 +24,32 @@ use std::sync::atomic::{AtomicBool, AtomicI32, fence};
 use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
-/// How long the look at one thread may take until its event is refused.
+/// How long the look at one thread may take before its event is refused.
 pub(crate) const WAIT_FOR_LOOK: Duration = Duration::from_millis(500);
-/// How long until a looker is given up.
+/// How long a look may take before the looker is given up.
 const SLOW: Duration = Duration::from_millis(10);
-/// Most lookers, given up or not.
+/// The most lookers, given up or not.
 const MOST: usize = 64;
-/// Most that are given up for one user.
+/// The most lookers that are given up for one user.
 const OF_USER: usize = 4;
-/// Places that other users than root leave.
+/// The number of lookers that only root's threads can use up.
 const FOR_ROOT: usize = 8;
-/// Questions that a looker has at a time: what it has to do while the gate
-/// thread does something else.
+/// The number of questions that a looker has at a time, so that it has work
+/// while the gate thread does something else.
 const DEPTH: usize = 8;
 
-/// Most answers that a looker keeps until it rings.
+/// The most answers that a looker keeps before it rings the bell.
 const TOGETHER: u32 = 4;
 
 /// What the gate thread and a looker share.
 #[derive(Debug, Default)]
 struct Desk {
     questions: SegQueue<Question>,
-    /// In the order of the questions.
+    /// The answers, in the order of the questions.
     answers: SegQueue<Seen>,
-    /// There will be no more questions.
+    /// Set when there will be no more questions.
     over: AtomicBool,
-    /// The thread of the looker; 0 until it runs.
+    /// The thread number of the looker; 0 until it runs.
     tid: AtomicI32,
 }
 
@@ -64,7 +63,7 @@ struct Bell {
 impl Bell {
     fn ring(&self) {
         // Pairs with the fence in `Lookers::may_sleep`: either the gate thread
-        // sees the answer, or we see that it sleeps.
+        // sees the answer, or the looker sees that the gate thread sleeps.
         fence(SeqCst);
         if self.asleep.swap(false, SeqCst) {
             self.waker.wake();
@@ -76,42 +75,42 @@ impl Bell {
 struct Looker<W> {
     desk: Arc<Desk>,
     thread: JoinHandle<Option<()>>,
-    /// What it was asked about, in order; nothing where that was answered
-    /// without it.
+    /// The questions that this looker was asked, in order; `None` for a
+    /// question that was answered without it.
     asked: VecDeque<Option<W>>,
-    /// When it began with the first of them, or a little earlier.
+    /// When the looker began with the first question, or a little earlier.
     since: Instant,
     given_up: Option<GivenUp>,
-    /// The processor it was put on, if it was.
+    /// The processor on which the looker was put, if any.
     processor: Option<usize>,
 }
 
 /// A looker that hangs.
 #[derive(Clone, Copy, Debug)]
 struct GivenUp {
-    /// Whose thread it hangs at, if that is known.
+    /// The user whose thread the looker hangs at, if known.
     user: Option<u32>,
 }
 
-/// Something to look at.
+/// An event that needs a look.
 pub(crate) trait Watch {
-    /// The question to ask about it.
+    /// The question to ask about the event.
     fn question(&self) -> Question;
-    /// Whose it is; asked when somebody hangs there.
+    /// The user who caused the event. This is asked when a looker hangs there.
     fn user(&self) -> Option<u32>;
 }
 
-/// All lookers. Belongs to the gate thread.
+/// All lookers. They belong to the gate thread.
 #[derive(Debug)]
 pub(crate) struct Lookers<W> {
     bell: Arc<Bell>,
     lookers: Vec<Looker<W>>,
-    /// How many there are besides those given up.
+    /// How many lookers are wanted besides those that were given up.
     wanted: usize,
 }
 
 impl<W: Watch> Lookers<W> {
-    /// As many as are of use; their answers ring at `waker`.
+    /// Starts as many lookers as are useful. Their answers wake `waker`.
     pub(crate) fn new(waker: Waker) -> Self {
         let processors = std::thread::available_parallelism().map_or(2, usize::from);
         let mut lookers = Self {
@@ -126,11 +125,11 @@ impl<W: Watch> Lookers<W> {
         lookers
     }
 
-    /// Has as many lookers as are wanted, as far as there may be so many.
+    /// Starts lookers until there are as many as are wanted, within the limit.
     fn fill_up(&mut self) {
         let given_up = self.given_up().count();
         while self.lookers.len() < (self.wanted + given_up).min(MOST) {
-            // Where there can be no thread now, there may be one later.
+            // If no thread can be started now, it may be possible later.
             let Ok(looker) = Looker::start(&self.bell) else {
                 break;
             };
@@ -142,13 +141,13 @@ impl<W: Watch> Lookers<W> {
         self.lookers.iter().filter_map(|looker| looker.given_up)
     }
 
-    /// Whether any hangs.
+    /// Whether any looker hangs.
     pub(crate) fn any_hangs(&self) -> bool {
         self.given_up().next().is_some()
     }
 
-    /// Whether so many hang at threads of a user that nobody looks at another
-    /// one.
+    /// Whether so many lookers hang at threads of this user that no looker is
+    /// risked on another one.
     pub(crate) fn is_barred(&self, user: u32) -> bool {
         let of_user = self.given_up().filter(|it| it.user == Some(user)).count();
         let places = if user == 0 { MOST } else { MOST - FOR_ROOT };
@@ -163,7 +162,7 @@ impl<W: Watch> Lookers<W> {
             .min_by_key(|looker| looker.asked.len())
     }
 
-    /// Whether anybody looks at all.
+    /// Whether there is any working looker.
     pub(crate) fn has_any(&self) -> bool {
         self.lookers.iter().any(|looker| looker.given_up.is_none())
     }
@@ -173,7 +172,7 @@ impl<W: Watch> Lookers<W> {
         self.free().is_some()
     }
 
-    /// Asks; gives the watch back if there is no room.
+    /// Asks a question. Gives the watch back if there is no room.
     pub(crate) fn ask(&mut self, watch: W) -> Option<W> {
         let is_alone = self.asked() == 0;
         let Some(looker) = self.free() else {
@@ -191,7 +190,7 @@ impl<W: Watch> Lookers<W> {
         None
     }
 
-    /// How many questions are without an answer that is still waited for.
+    /// The number of questions whose answers are still waited for.
     pub(crate) fn asked(&self) -> usize {
         let asked = self.lookers.iter().flat_map(|looker| &looker.asked);
         asked.filter(|watch| watch.is_some()).count()
@@ -216,8 +215,8 @@ impl<W: Watch> Lookers<W> {
         });
     }
 
-    /// Gives up lookers that take long: what else they were asked goes to
-    /// `again`, what has been waited for long enough to `late`.
+    /// Gives up lookers that take long. Their other questions go to `again`,
+    /// and events that have waited for long enough go to `late`.
     pub(crate) fn give_up(&mut self, mut again: impl FnMut(W), mut late: impl FnMut(W)) {
         for looker in &mut self.lookers {
             let takes = looker.since.elapsed();
@@ -225,7 +224,7 @@ impl<W: Watch> Lookers<W> {
                 continue;
             }
             if looker.given_up.is_none() {
-                // Backwards, so that they come back in order.
+                // In reverse, so that the questions come back in order.
                 let mut left = 0;
                 while looker.desk.questions.pop().is_some() {
                     left += 1;
@@ -250,7 +249,7 @@ impl<W: Watch> Lookers<W> {
         self.fill_up();
     }
 
-    /// When to give somebody up, if nothing else happens before.
+    /// When to give up the next looker, if nothing else happens before.
     pub(crate) fn next_look(&self) -> Option<Duration> {
         let waits = self.lookers.iter().filter_map(|looker| {
             looker.asked.front()?.as_ref()?;
@@ -264,7 +263,7 @@ impl<W: Watch> Lookers<W> {
         waits.min()
     }
 
-    /// Whether the gate thread may go to sleep: it is woken by an answer then.
+    /// Whether the gate thread may go to sleep. If so, an answer wakes it.
     pub(crate) fn may_sleep(&self) -> bool {
         self.bell.asleep.store(true, SeqCst);
         fence(SeqCst);
@@ -276,7 +275,7 @@ impl<W: Watch> Lookers<W> {
         may
     }
 
-    /// The gate thread has slept.
+    /// Says that the gate thread is awake again.
     pub(crate) fn awake(&self) {
         self.bell.asleep.store(false, SeqCst);
     }
@@ -301,9 +300,9 @@ impl<W> Looker<W> {
         })
     }
 
-    /// Puts it on the processor of the calling thread. A question that is alone
-    /// is answered sooner there: to wake up another processor takes longer than
-    /// a look. Where that cannot be done the kernel chooses.
+    /// Puts the looker on the processor of the calling thread. A single
+    /// question is answered sooner there, because waking up another processor
+    /// takes longer than a look. If that fails, the kernel chooses.
     fn come_here(&mut self) {
         let here = rustix::thread::sched_getcpu();
         let tid = self.desk.tid.load(Relaxed);
@@ -332,7 +331,7 @@ impl<W> Drop for Lookers<W> {
     }
 }
 
-/// What a looker does.
+/// The work of a looker.
 fn serve(desk: &Desk, bell: &Bell) {
     hurry();
     desk.tid
@@ -346,9 +345,9 @@ fn serve(desk: &Desk, bell: &Bell) {
         };
         desk.answers.push(threads.look(&question));
         told += 1;
-        // Answers that come together are given together: that saves the gate
-        // thread a sleep, and those who wait being woken for one another. If
-        // the next look hangs, the gate thread looks for itself.
+        // Several answers are handed over together. That saves the gate thread
+        // a sleep, and wakes the waiting threads less often for each other. If
+        // the next look hangs, the gate thread checks for answers by itself.
         if told >= TOGETHER || desk.questions.is_empty() {
             told = 0;
             bell.ring();
@@ -356,9 +355,10 @@ fn serve(desk: &Desk, bell: &Bell) {
     }
 }
 
-/// Has the calling thread run before others: everybody who waits for it does.
+/// Lets the calling thread run before others, because every waiting thread
+/// waits for it.
 pub(crate) fn hurry() {
-    // As things are it is slower.
+    // If this fails, the thread is only slower.
     let _ = rustix::process::setpriority_process(None, -20);
 }
 

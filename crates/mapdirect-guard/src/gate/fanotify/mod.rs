@@ -4,8 +4,8 @@
 //! * `decide`: what an event is answered once it is known what it means.
 //! * `classify`: what a blocked thread is doing, from its registers and its
 //!   stack. Pure.
-//! * `look`, `lookers`: the threads that read those.
-//! * `turns`: who is looked at next.
+//! * `look`, `lookers`: the threads that read these registers and stacks.
+//! * `turns`: which event is looked at next.
 
 pub(crate) mod classify;
 mod contract;
@@ -23,26 +23,26 @@ use mapdirect_sys::fanotify::{Group, Mask};
 use mapdirect_sys::memfd;
 use std::os::fd::AsFd;
 
-/// What is asked for on an inode behind the gate.
+/// The events that the gate gets for an inode behind it.
 pub(crate) const MASK: Mask = Mask::from_bits(Mask::OPEN_PERM.bits() | Mask::PRE_ACCESS.bits());
 
-/// The groups that a guard with this gate has. They go with it, and so does the
-/// gate.
+/// The fanotify groups of a guard with this gate. They end with the guard, and
+/// so does the gate.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    /// Asks before an operation goes on.
+    /// The group that asks before an operation goes on.
     pub(crate) group: Group,
-    /// Hears of the ends of pins.
+    /// The group that tells of the ends of pins.
     lifetime: Lifetime,
 }
 
 impl Gate {
-    /// Opens it.
+    /// Creates the gate.
     ///
     /// # Errors
     ///
-    /// `EINVAL` or `ENOSYS` where the kernel has no pre-content events, and
-    /// whatever else opening a group answers.
+    /// `EINVAL` or `ENOSYS` when the kernel has no pre-content events, and any
+    /// other error of opening a group.
     pub(crate) fn new() -> Result<Self, Errno> {
         let group = Group::pre_content()?;
         require_pre_content(&group)?;
@@ -53,9 +53,10 @@ impl Gate {
     }
 }
 
-/// A kernel before 6.14 makes such a group, too, and only refuses its marks: a
-/// mask that it does not know with `EINVAL`. One that knows it refuses it for
-/// a memory file, whose filesystem has no such events.
+/// Checks that the kernel knows pre-content events. A kernel before 6.14 also
+/// creates such a group, and refuses only the unknown mask, with `EINVAL`. A
+/// kernel that knows the mask refuses it for a memory file, whose filesystem
+/// has no such events.
 fn require_pre_content(group: &Group) -> Result<(), Errno> {
     let probe = memfd::sealed("mapdirect-probe", b"")?;
     match group.add(Mask::PRE_ACCESS, probe.as_fd()) {
@@ -64,8 +65,8 @@ fn require_pre_content(group: &Group) -> Result<(), Errno> {
     }
 }
 
-/// Whether an error of reading events says that there will be none any more.
-/// Others say that one event could not be delivered (`create_fd`,
+/// Whether an error of reading events means that there will be no more events.
+/// Other errors mean that one event could not be delivered (`create_fd`,
 /// fs/notify/fanotify/fanotify_user.c).
 pub(crate) fn is_final(errno: Errno) -> bool {
     matches!(errno, Errno::BADF | Errno::INVAL | Errno::FAULT)

@@ -1,26 +1,29 @@
 //! The fanotify gate: one thread that answers permission events.
 //!
-//! Rules of this thread, each of which somebody's machine has hung for:
+//! The rules of this thread. A machine has hung for the lack of each of them:
 //!
-//! * The queue is unlimited, since the kernel lets an event pass that does
-//!   not fit ([`Group::pre_content`]).
-//! * It never opens, reads or maps a file behind the gate, never logs, and
-//!   takes no lock that others hold for longer than they run: what it looks
-//!   up is swapped in whole. (A grant keeps it from reading events while it
-//!   takes a lease and gives it back, which waits for nobody either.)
-//! * It reads nothing about another process: that can take as long as its
-//!   owner likes. [`lookers`](super::lookers) do, and are not waited for. Whom
-//!   they cannot see in time is judged as the worst it can be, and so refused
-//!   if anything is pinned. All it asks the kernel for itself is whose a
-//!   thread is ([`pidfd`]).
-//! * It takes events as fast as they come, and has each user take turns
-//!   ([`Turns`]): nobody waits behind a crowd.
-//! * It closes an event's descriptor before it answers: the waiting thread
-//!   still holds the file then, so the close cannot be the last one, with
-//!   whatever work of the filesystem that brings.
-//! * It answers every event exactly once, many with one system call, and
-//!   leaves the group's descriptor to no child, nor to any thread that could
-//!   outlive SIGKILL: the kernel lets everybody go when the group is closed.
+//! * The queue is unlimited, since the kernel lets an event pass that does not
+//!   fit ([`Group::pre_content`]).
+//! * The thread never opens, reads or maps a file behind the gate, never logs,
+//!   and takes no lock that others hold for longer than they run. The values
+//!   that it looks up are replaced as a whole. (A grant keeps the thread from
+//!   reading events while it takes a lease and gives it back; that waits for
+//!   nobody either.)
+//! * The thread reads nothing about another process, because that can take as
+//!   long as the owner of the process likes. [`lookers`](super::lookers) read,
+//!   and are not waited for. A thread that they cannot see in time is judged as
+//!   the worst it can be, and so refused if anything is pinned. The only thing
+//!   that the gate thread itself asks the kernel is which user a thread belongs
+//!   to ([`pidfd`]).
+//! * The thread takes events as fast as they come, and lets users take turns
+//!   ([`Turns`]), so that nobody waits behind a crowd.
+//! * The thread closes an event's descriptor before it answers. The waiting
+//!   thread still holds the file then, so this close cannot be the last one,
+//!   which might make the filesystem do a lot of work.
+//! * The thread answers every event exactly once, and many events with one
+//!   system call. It leaves the group's descriptor to no child, nor to any
+//!   thread that could outlive SIGKILL: the kernel lets everybody go when the
+//!   group is closed.
 
 use super::decide::Verdict;
 use super::look::{Doing, Question, Seen};
@@ -37,36 +40,37 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-/// How often one that waits for a grant is looked at if nobody says that the
-/// grant is over.
+/// How often to look again at a thread that waits for a grant, if nobody
+/// reports that the grant is over.
 const HELD_PAUSE: Duration = Duration::from_millis(100);
-/// Most events taken and not answered: each has a descriptor.
+/// The most events that are taken and not answered yet: each has a descriptor.
 const MOST_TAKEN: usize = 16384;
-/// So many waiting are a crowd: the kernel wakes all of them for a moment
-/// whenever one is answered (`process_access_response`), so answers are given
-/// together.
+/// The number of waiting threads that make a crowd. The kernel wakes all of
+/// them for a moment whenever one is answered (`process_access_response`), so
+/// answers to a crowd are given together.
 const CROWD: u32 = 64;
-/// How long each of a crowd may run until the next are answered.
+/// How long each thread of a crowd may run before the next answers.
 const MOMENT: Duration = Duration::from_micros(20);
-/// How often a thread that has only just asked is looked at again at once.
+/// How often to look again at once at a thread that has only just asked.
 const TRIES: u32 = 4;
 
-/// An event without an answer.
+/// An event that has no answer yet.
 #[derive(Debug)]
 pub(super) struct Waiting {
     pub(super) file: OwnedFd,
     pub(super) event: About,
-    /// Whose it is, if that was asked.
+    /// The user who caused the event, if that was asked.
     user: Option<u32>,
     pub(super) since: Instant,
-    /// How often it was looked at in vain.
+    /// How often the thread was looked at without result.
     looks: u32,
-    /// When to look again if it is held, should nobody say that the grant is
+    /// When to look again at a held event, if nobody reports that the grant is
     /// over.
     due: Instant,
-    /// How many decisions were made when it was last looked at.
+    /// How many decisions had been made at the last look.
     decisions: u64,
-    /// Then, too: pins from this number on came later.
+    /// The next pin number at the last look: pins from this number on are
+    /// newer.
     pub(super) next_pin: u64,
     pub(super) question: Question,
 }
@@ -88,9 +92,10 @@ impl Watch for Waiting {
     }
 }
 
-/// Whose a thread is; nothing if it is gone.
+/// The user of a thread, or `None` if the thread is gone.
 fn user_of(tid: i32) -> Option<u32> {
-    /// No user: short of descriptors, all are alike.
+    /// Stands for no user: when descriptors are short, all threads are treated
+    /// alike.
     const NOBODY: u32 = u32::MAX;
     match pidfd::of_thread(tid).and_then(|thread| pidfd::real_user(thread.as_fd())) {
         Ok(user) => Some(user),
@@ -104,19 +109,19 @@ pub(super) struct Server<'guard> {
     pub(super) guard: &'guard Guard,
     pub(super) gate: &'guard Gate,
     lookers: Lookers<Waiting>,
-    /// Waiting to be looked at.
+    /// Events that wait to be looked at.
     line: Turns<Waiting>,
-    /// Not seen yet, to be looked at again at some time (the number is there
-    /// to tell those of one time apart).
+    /// Events whose threads do not sleep yet, by the time of the next look. The
+    /// number tells events with the same time apart.
     soon: BTreeMap<(Instant, u64), Waiting>,
     put_off: u64,
-    /// Held back for a grant.
+    /// Events held back for a grant.
     held: Vec<Waiting>,
-    /// Not given yet. A descriptor stays open until then: another event would
-    /// get its number.
+    /// Answers that are not given yet. Each descriptor stays open until then,
+    /// because another event would get its number.
     answers: Vec<(Option<OwnedFd>, Response)>,
     answered: Instant,
-    /// Most events taken and not answered.
+    /// The most events that are taken and not answered.
     most: usize,
 }
 
@@ -145,8 +150,8 @@ pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
 
 impl Server<'_> {
     fn run(&mut self) -> Result<(), Errno> {
-        // Some eighty events: enough to share the cost of reading them, few
-        // enough that the first does not wait for long.
+        // Room for some eighty events: enough to share the cost of reading
+        // them, but few enough that the first does not wait for long.
         let mut buffer = vec![0; 4096];
         let mut events = Vec::new();
         while !(self.guard.is_stopping() && self.unanswered() == 0) {
@@ -155,9 +160,9 @@ impl Server<'_> {
                 match group.read(&mut buffer, |event| events.push(event)) {
                     Ok(_) | Err(Errno::AGAIN | Errno::INTR) => {}
                     Err(errno) if is_final(errno) => return Err(errno),
-                    // No descriptor could be made for one event: its
-                    // filesystem is dead, or descriptors are short. The
-                    // kernel has denied that one; the others need us.
+                    // No descriptor could be made for one event: its filesystem
+                    // is dead, or descriptors are short. The kernel has denied
+                    // that event; the others still need answers.
                     Err(_) => std::thread::sleep(Duration::from_millis(1)),
                 }
             }
@@ -173,19 +178,19 @@ impl Server<'_> {
         Ok(())
     }
 
-    /// How many events have no answer yet.
+    /// The number of events that have no answer yet.
     fn unanswered(&self) -> usize {
         self.line.len() + self.soon.len() + self.held.len() + self.lookers.asked()
     }
 
-    /// Lets grants know who waits for them.
+    /// Tells grants which threads wait for them.
     fn publish_waiting(&mut self) {
         let tids = self.held.iter().map(|waiting| waiting.event.tid);
         self.guard.waiting.now_waiting(tids);
     }
 
-    /// Waits for an event, for what a looker sees, or until something must be
-    /// done. Says whether there are events.
+    /// Waits for an event, for the answer of a looker, or until something must
+    /// be done. Says whether there are events.
     fn sleep(&self) -> Result<bool, Errno> {
         let now = Instant::now();
         let soon = self.soon.keys().next();
@@ -194,7 +199,7 @@ impl Server<'_> {
             .chain(soon.map(|(due, _)| due.saturating_duration_since(now)))
             .chain(self.lookers.next_look())
             .chain(self.flush_in())
-            // Somebody must be told that nobody looks at him.
+            // The waiting events must be refused in time if no looker has room.
             .chain((!self.line.is_empty()).then_some(WAIT_FOR_LOOK / 8))
             .min();
         let timeout = if self.lookers.may_sleep() {
@@ -217,7 +222,7 @@ impl Server<'_> {
         Ok(events)
     }
 
-    /// How long until something held back is looked at again.
+    /// How long until a held event is looked at again.
     fn due_in(&self, waiting: &Waiting, now: Instant) -> Duration {
         if waiting.decisions != self.guard.waiting.decisions() {
             return Duration::ZERO;
@@ -225,10 +230,11 @@ impl Server<'_> {
         waiting.due.saturating_duration_since(now)
     }
 
-    /// An event that has just come.
+    /// Takes an event that has just come.
     fn take(&mut self, event: Event) {
         let Some(file) = event.file else {
-            // Only an overflow has no file, and an unlimited queue has none.
+            // Only an overflow has no file, and an unlimited queue has no
+            // overflows.
             return;
         };
         self.guard.audit.judged();
@@ -240,7 +246,7 @@ impl Server<'_> {
             Some(file)
         };
         let Some(file) = file else {
-            // Its owner waits in the open that this ends.
+            // The owner of the file waits in the open that this answer ends.
             self.answers.push((None, Response::deny(fd, Errno::TXTBSY)));
             return;
         };
@@ -265,7 +271,8 @@ impl Server<'_> {
         });
     }
 
-    /// What must be known to answer an event; nothing if it is let in anyway.
+    /// What must be known to answer an event, or `None` if the event is let in
+    /// anyway.
     fn question_about(
         &self,
         file: &OwnedFd,
@@ -273,12 +280,12 @@ impl Server<'_> {
         tid: i32,
         range: Option<(u64, u64)>,
     ) -> Option<Question> {
-        // What threads of the guard open is their own affair.
+        // The opens of the guard's own threads are not judged.
         if self.guard.own.contains(tid) {
             return None;
         }
-        // The kernel tells from its own memory about the files of filesystems
-        // that can be behind the gate. If it cannot, nobody is found.
+        // For files that can be behind the gate, the kernel answers fstat(2)
+        // from its own memory. If it fails, no entry is found.
         let stat = rustix::fs::fstat(file).ok();
         let id = InodeId {
             dev: stat.map_or(0, |stat| stat.st_dev),
@@ -302,11 +309,11 @@ impl Server<'_> {
         })
     }
 
-    /// Has an event looked at: now, or when it is its turn.
+    /// Gives an event to a looker, now or when it is its turn.
     fn line_up(&mut self, mut waiting: Waiting) {
         let in_peace = self.line.is_empty() && !self.lookers.any_hangs();
         if in_peace && self.lookers.has_room() {
-            // Whose it is need not be known.
+            // The user need not be known.
             if let Some(back) = self.lookers.ask(waiting) {
                 self.refuse_unseen(back);
             }
@@ -317,13 +324,13 @@ impl Server<'_> {
         }
         match waiting.user {
             Some(user) => self.line.push(user, waiting),
-            // It was killed, and nobody hears the answer.
+            // The thread was killed, and nobody gets the answer.
             None => self.answer(waiting.file, Verdict::Refuse),
         }
     }
 
-    /// Has events looked at whose turn it is, and refuses those that nobody
-    /// will look at in time.
+    /// Gives the events whose turn it is to lookers, and refuses events that
+    /// nobody will look at in time.
     fn ask(&mut self) {
         let Self { lookers, line, .. } = self;
         let (mut again, mut late) = (Vec::new(), Vec::new());
@@ -371,20 +378,22 @@ impl Server<'_> {
         }
     }
 
-    /// Nobody could look in time: it may be doing the worst there is.
+    /// Refuses an event that nobody could look at in time: it may be the worst
+    /// operation.
     fn refuse_unseen(&mut self, mut waiting: Waiting) {
-        // Nobody can tell its name.
+        // Nobody can find out the thread's name.
         waiting.question.named = true;
         let doing = Doing::the_worst(waiting.event.mask);
         let verdict = match self.decide(&waiting, &doing) {
-            // Only where nothing is pinned.
+            // This happens only when nothing is pinned.
             Verdict::Allow => Verdict::Allow,
             Verdict::Refuse | Verdict::Hold | Verdict::Again | Verdict::Name => Verdict::Refuse,
         };
         self.answer(waiting.file, verdict);
     }
 
-    /// Looks again at what was held back or not seen, when it is time.
+    /// Looks again at held events and at threads that did not sleep, when it is
+    /// time.
     fn look_again(&mut self) {
         let now = Instant::now();
         let (mut due, held): (Vec<_>, _) = std::mem::take(&mut self.held)
@@ -396,7 +405,7 @@ impl Server<'_> {
         for mut waiting in due {
             let question = waiting.question;
             let event = waiting.event;
-            // Nothing may be pinned any more, or the file have another size.
+            // Perhaps nothing is pinned any more, or the file has another size.
             let asked = self.question_about(&waiting.file, event.mask, event.tid, question.range);
             let Some(asked) = asked else {
                 self.answer(waiting.file, Verdict::Allow);
@@ -413,7 +422,7 @@ impl Server<'_> {
         }
     }
 
-    /// Answers, or holds back.
+    /// Answers an event, or holds it back.
     fn settle(&mut self, waiting: Waiting, doing: &Doing) {
         match self.decide(&waiting, doing) {
             Verdict::Hold => self.hold(waiting),
@@ -423,7 +432,8 @@ impl Server<'_> {
         }
     }
 
-    /// Has a thread looked at once more that is going to be refused.
+    /// Makes a looker look once more at a thread that is going to be refused,
+    /// to learn its name.
     fn ask_name(&mut self, mut waiting: Waiting) {
         waiting.question.named = true;
         self.line_up(waiting);
@@ -445,7 +455,7 @@ impl Server<'_> {
         self.held.push(waiting);
     }
 
-    /// How long those who wait are given until the next are answered.
+    /// How long to let the waiting threads run before the next answers.
     fn moment(&self) -> Duration {
         match u32::try_from(self.unanswered()) {
             Ok(few) if few < CROWD => Duration::ZERO,
@@ -465,7 +475,7 @@ impl Server<'_> {
         self.answers.push((Some(file), answer));
     }
 
-    /// How long until answers are given, if there are any.
+    /// How long until the answers are given, if there are any.
     fn flush_in(&self) -> Option<Duration> {
         if self.answers.is_empty() {
             return None;
@@ -477,7 +487,7 @@ impl Server<'_> {
         if self.flush_in() != Some(Duration::ZERO) {
             return Ok(());
         }
-        // Close first, answer then: see the head of this file.
+        // Close first, then answer: see the head of this file.
         let answers: Vec<_> = self.answers.drain(..).map(|(_, answer)| answer).collect();
         self.answered = Instant::now();
         self.gate.group.respond(&answers)
@@ -485,17 +495,17 @@ impl Server<'_> {
 }
 
 impl Waiting {
-    /// Keeps the event's number and gives its description up. The kernel
-    /// counts that as one more reader of the file, and the grant that is
-    /// waited for may need to prove that there is none. A mere path is not
-    /// counted, and tells all that is asked until the answer. To open one
-    /// asks nobody, and waits for nobody.
+    /// Keeps the event's number but gives up its description. The kernel counts
+    /// the description as one more reader of the file, and the awaited grant
+    /// may need to prove that there is none. An `O_PATH` descriptor is not
+    /// counted, and gives all the information that is needed until the answer.
+    /// Opening one waits for nobody.
     fn keep_as_path(&mut self) {
         if rustix::fs::fcntl_getfl(&self.file).is_ok_and(|flags| flags.contains(OFlags::PATH)) {
             return;
         }
         if let Ok(path) = proc::reopen(self.file.as_fd(), OFlags::PATH) {
-            // It stays what it was if that fails.
+            // If this fails, the event keeps its description.
             let _ = dup::replace(self.file.as_fd(), path.as_fd());
         }
     }

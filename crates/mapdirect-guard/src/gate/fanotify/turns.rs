@@ -1,12 +1,12 @@
-//! Who is looked at next: users take turns, each user's events in the order
-//! they came.
+//! Chooses which event is looked at next. Users take turns, and each user's
+//! events keep their order.
 //!
-//! Somebody with four thousand threads waits for himself; whoever has one is
-//! looked at as soon as everybody else had one turn.
+//! A user with four thousand threads waits for himself; a user with one thread
+//! is looked at as soon as every other user has had one turn.
 
 use std::collections::{HashMap, VecDeque};
 
-/// Events in line.
+/// The waiting events, in one line for each user.
 #[derive(Debug)]
 pub(crate) struct Turns<T> {
     lines: HashMap<u32, VecDeque<T>>,
@@ -39,7 +39,7 @@ impl<T> Turns<T> {
         self.line(user).push_back(event);
     }
 
-    /// Puts back an event that has had its turn in vain.
+    /// Puts back an event that has had its turn without result.
     pub(crate) fn put_back(&mut self, user: u32, event: T) {
         self.line(user).push_front(event);
     }
@@ -53,7 +53,7 @@ impl<T> Turns<T> {
         })
     }
 
-    /// The first event in the line of the next user who `may` have a turn.
+    /// The first event in the line of the next user for whom `may` says yes.
     pub(crate) fn next(&mut self, may: impl Fn(u32) -> bool) -> Option<(u32, T)> {
         let at = self.order.iter().position(|user| may(*user))?;
         let user = self.order.remove(at)?;
@@ -68,8 +68,8 @@ impl<T> Turns<T> {
         Some((user, event))
     }
 
-    /// Takes out the first events of the lines of users who `may` be passed
-    /// over, as long as they are `due`.
+    /// Removes the first events from the lines of the users for whom `may` says
+    /// yes, as long as the events are `due`.
     pub(crate) fn take_due(
         &mut self,
         may: impl Fn(u32) -> bool,

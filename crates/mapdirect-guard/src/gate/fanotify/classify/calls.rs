@@ -3,7 +3,7 @@
 /// What a system call number means to the classifier.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Call {
-    /// Reads from its first argument, whatever the rest.
+    /// Reads from its first argument, whatever the other arguments are.
     Read,
     /// `open`-like, with the flags in this argument.
     Open(usize),
@@ -33,8 +33,8 @@ pub(super) enum Call {
     CopyFileRange,
 }
 
-/// x86-64 numbers, and the i386 numbers (marked) that mean something else on
-/// x86-64 which raises no event, so that both can stand in one table.
+/// x86-64 numbers, and marked i386 numbers. Each of these i386 numbers means
+/// something on x86-64 that raises no event, so both can stand in one table.
 #[cfg(target_arch = "x86_64")]
 pub(super) fn call(number: i64) -> Option<Call> {
     Some(match number {
@@ -58,7 +58,7 @@ pub(super) fn call(number: i64) -> Option<Call> {
     })
 }
 
-/// i386 numbers that raise open events where the same x86-64 number raises
+/// i386 numbers that raise open events although the same x86-64 number raises
 /// none (5 `fstat`, 8 `lseek`, 11 `munmap`, 295 `preadv`, 342 unused, 358
 /// unused).
 #[cfg(target_arch = "x86_64")]
@@ -93,7 +93,7 @@ pub(super) fn call(number: i64) -> Option<Call> {
     })
 }
 
-/// 32-bit ARM numbers are not looked at: unknown opens are refused.
+/// 32-bit ARM numbers are not recognised: unknown opens are refused.
 #[cfg(target_arch = "aarch64")]
 pub(super) fn open_call(number: i64) -> Option<Call> {
     call(number)
