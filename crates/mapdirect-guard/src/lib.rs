@@ -104,13 +104,26 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
+    /// The dormant pin of an inode, if there is one.
+    fn sleeper(&self, inode: table::InodeId) -> Option<Arc<table::Pin>> {
+        self.gate.dormancy()?.sleeper(inode)
+    }
+
+    /// Makes sure that nobody takes up a pin of a file again whose blocks may
+    /// have changed.
+    fn spoil(&self, inode: table::InodeId) {
+        if let Some(dormancy) = self.gate.dormancy() {
+            dormancy.spoil(self, inode);
+        }
+    }
+
     /// The pins of an inode, including the dormant one. A pin that becomes
     /// dormant or is taken up is in both places for a moment, so it is never
     /// missed: it joins the dormant pins before it leaves the table, and returns
     /// in the opposite order.
     fn pins_awake_or_asleep(&self, watched: &table::Watched) -> Vec<Arc<table::Pin>> {
         let before = watched.pins.load_full();
-        let asleep = self.gate.sleeper(watched.id);
+        let asleep = self.sleeper(watched.id);
         let after = watched.pins.load_full();
         let mut all: Vec<Arc<table::Pin>> = Vec::new();
         for pin in after.iter().chain(&asleep).chain(before.iter()) {

@@ -257,11 +257,7 @@ impl Notices {
         absent: impl Fn(&WatchedPin) -> Whereabouts,
     ) {
         for named in pins {
-            let id = InodeId {
-                dev: named.device,
-                inode: named.inode,
-            };
-            let found = table.get(id).and_then(|watched| {
+            let found = table.get(InodeId::from(named)).and_then(|watched| {
                 let pins = watched.pins.load();
                 let mut alive = pins.iter().filter(|pin| !pin.is_dead());
                 alive.find(|pin| pin.id == named.pin).cloned()

@@ -157,10 +157,7 @@ fn upper_of(pid: i32, mount: &Mount) -> Option<Upper> {
     let path = PathBuf::from(format!("/proc/{pid}/root/{directory}"));
     let stat = rustix::fs::stat(&path).ok()?;
     Some(Upper {
-        id: InodeId {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-        },
+        id: InodeId::from(&stat),
         mount_point: mount.mount_point.clone(),
     })
 }
@@ -192,8 +189,5 @@ fn parent(directory: BorrowedFd<'_>, flags: OFlags) -> Option<OwnedFd> {
 
 fn identity(file: BorrowedFd<'_>) -> Option<InodeId> {
     let stat = rustix::fs::fstat(file).ok()?;
-    Some(InodeId {
-        dev: stat.st_dev,
-        inode: stat.st_ino,
-    })
+    Some(InodeId::from(&stat))
 }

@@ -303,7 +303,10 @@ impl Running {
             let _ = rustix::fs::unlink(&self.socket);
         }
         self.shared.guard.stop();
-        self.opened.forget_dormant(&self.shared.guard);
+        let guard = &self.shared.guard;
+        if let Some(dormancy) = guard.gate.dormancy() {
+            dormancy.spoil_all(guard);
+        }
         if self.shared.guard.table.all().is_empty() {
             self.opened.remove();
         }
@@ -339,17 +342,6 @@ impl Opened {
             Self::Bpf(gate) if gate.is_adopted() => gate::bpf::adopt(guard, gate),
             #[cfg(feature = "bpf")]
             Self::Bpf(_) => {}
-        }
-    }
-
-    /// Forgets dormant pins, so that nobody takes them up any more.
-    fn forget_dormant(&self, guard: &Guard) {
-        match self {
-            Self::Fanotify(_) => {
-                let _ = guard;
-            }
-            #[cfg(feature = "bpf")]
-            Self::Bpf(gate) => gate.spoil_all(guard),
         }
     }
 

@@ -155,7 +155,9 @@ impl<'guard> Session<'guard> {
     /// everything at once, or if it is not to be kept (`keep`).
     fn hear(&self, buffer: &mut [u8], keep: bool) -> Result<Option<Said>, Errno> {
         let mut received = self.socket.receive(buffer)?;
-        self.guard.gate.catch_up();
+        if let Some(dormancy) = self.guard.gate.dormancy() {
+            dormancy.catch_up();
+        }
         if received.length == 0 {
             return Ok(None);
         }
@@ -378,10 +380,7 @@ impl<'guard> Session<'guard> {
             .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
         let Guard { notices, table, .. } = self.guard;
         notices.watch(table, watcher, pins, |named| {
-            let inode = InodeId {
-                dev: named.device,
-                inode: named.inode,
-            };
+            let inode = InodeId::from(named);
             let Guard { gate, table, .. } = self.guard;
             // A dormant pin may be taken up right now.
             let taken_up = || {
@@ -390,7 +389,8 @@ impl<'guard> Session<'guard> {
                 let mut found = pins.iter().filter(|pin| pin.id == named.pin);
                 found.next().cloned()
             };
-            gate.sleeper(inode)
+            self.guard
+                .sleeper(inode)
                 .filter(|pin| pin.id == named.pin)
                 .or_else(taken_up)
                 .map_or_else(
@@ -409,11 +409,7 @@ impl<'guard> Session<'guard> {
     fn ended(&self, ended: WatchedPin) -> Result<(), End> {
         let Guard { gate, table, .. } = self.guard;
         if gate.refuses_for_ended(ended.pin) {
-            let inode = InodeId {
-                dev: ended.device,
-                inode: ended.inode,
-            };
-            table.wait_until_out(inode, ended.pin);
+            table.wait_until_out(InodeId::from(&ended), ended.pin);
         }
         Ok(self.send(&Reply::Done, &[])?)
     }
@@ -493,10 +489,7 @@ impl<'guard> Session<'guard> {
         };
         let stat = rustix::fs::fstat(path)
             .map_err(|errno| refusal(Reason::System, errno, "fstat failed", ""))?;
-        let id = InodeId {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-        };
+        let id = InodeId::from(&stat);
         let Some(watched) = self.guard.table.get(id) else {
             return Ok(None);
         };

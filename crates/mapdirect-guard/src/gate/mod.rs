@@ -57,26 +57,9 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
         holder: &mut Holder<'_>,
     ) -> Result<Secured, Refusal>;
 
-    /// Registers every pin that was taken up again without a request.
-    fn catch_up(&self) {}
-
-    /// Handles that blocks of a file may have changed although nothing refused
-    /// it: a dormant pin on this file must not be taken up again.
-    fn spoil(&self, guard: &Guard, inode: InodeId) {
-        let _ = (guard, inode);
-    }
-
-    /// Handles that blocks of a pin have changed.
-    fn breached(&self, inode: InodeId) {
-        let _ = inode;
-    }
-
-    /// A dormant pin of this inode, if there is one. The tripwire watches it as
-    /// if it were alive.
-    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
-        let _ = inode;
-        None
-    }
+    /// What the gate keeps of pins that have ended, or `None` if nobody can take
+    /// up a pin again.
+    fn dormancy(&self) -> Option<&dyn Dormancy>;
 
     /// Whether XFS may have set blocks of a file aside for copies of shared
     /// blocks.
@@ -132,6 +115,24 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
 
     /// Refusals by kind since the gate was put in place.
     fn refused(&self, guard: &Guard) -> Vec<(String, u64)>;
+}
+
+/// Pins that have ended, and that `mmap(2)` may take up again.
+pub(crate) trait Dormancy {
+    /// Registers every pin that was taken up again without a request.
+    fn catch_up(&self);
+
+    /// Handles that blocks of a file may have changed although nothing refused
+    /// it: no pin of this file that has ended, or is about to, may be taken up
+    /// again.
+    fn spoil(&self, guard: &Guard, inode: InodeId);
+
+    /// The same for all files.
+    fn spoil_all(&self, guard: &Guard);
+
+    /// The dormant pin of an inode, if there is one. The tripwire watches it as
+    /// if it were alive.
+    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>>;
 }
 
 /// Serves a gate until the guard stops.

@@ -63,10 +63,7 @@ fn prepare(
     is_wanted: &dyn Fn() -> bool,
 ) -> Result<Allocated, Refusal> {
     let stat = rustix::fs::fstat(&file).map_err(|errno| system("fstat", errno))?;
-    let id = InodeId {
-        dev: stat.st_dev,
-        inode: stat.st_ino,
-    };
+    let id = InodeId::from(&stat);
     let Some(watched) = guard.table.get(id) else {
         return Err(no_pin());
     };

@@ -567,10 +567,7 @@ mod tests {
 
     fn find(file: &std::fs::File) -> Openers {
         let stat = rustix::fs::fstat(file).unwrap();
-        let id = InodeId {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-        };
+        let id = InodeId::from(&stat);
         openers(Wanted {
             id,
             path: &proc::path_of(file.as_fd()),

@@ -3,7 +3,7 @@
 //! than the table publishes them with.
 
 use super::notes::{Notes, Passing, ThreadList, Threads};
-use super::publish::{Atomics, Count, Published};
+use super::publish::{Atomics, Published};
 use crate::policy::{Operation, OperationKind as K};
 use loom::sync::Mutex;
 use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering::*, fence};
@@ -31,27 +31,7 @@ impl Atomics for WithoutFences {
     fn fence() {}
 }
 
-impl Count for AtomicU64 {
-    fn new(value: u64) -> Self {
-        Self::new(value)
-    }
-
-    fn load(&self) -> u64 {
-        self.load(SeqCst)
-    }
-
-    fn add(&self, more: u64) -> u64 {
-        self.fetch_add(more, SeqCst)
-    }
-
-    fn swap(&self, value: u64) -> u64 {
-        self.swap(value, SeqCst)
-    }
-
-    fn decrement(&self) {
-        let _ = self.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
-    }
-}
+super::publish::count!(AtomicU64);
 
 #[derive(Debug, Default)]
 struct Listed(Mutex<Threads>);

@@ -28,7 +28,8 @@ pub(crate) use self::publish::Published;
 
 use crate::wake::Backoff;
 use arc_swap::ArcSwap;
-use mapdirect_proto::DeviceId;
+use mapdirect_proto::{DeviceId, WatchedPin};
+use rustix::fs::Stat;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -44,6 +45,24 @@ impl InodeId {
         DeviceId {
             major: rustix::fs::major(self.dev),
             minor: rustix::fs::minor(self.dev),
+        }
+    }
+}
+
+impl From<&WatchedPin> for InodeId {
+    fn from(named: &WatchedPin) -> Self {
+        Self {
+            dev: named.device,
+            inode: named.inode,
+        }
+    }
+}
+
+impl From<&Stat> for InodeId {
+    fn from(stat: &Stat) -> Self {
+        Self {
+            dev: stat.st_dev,
+            inode: stat.st_ino,
         }
     }
 }

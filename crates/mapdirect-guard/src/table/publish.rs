@@ -55,27 +55,37 @@ impl Atomics for Machine {
     }
 }
 
-impl Count for AtomicU64 {
-    fn new(value: u64) -> Self {
-        Self::new(value)
-    }
+/// Counts by sequentially consistent operations on an atomic type: that of the
+/// machine, and that of the model checker, which has to try the same ones.
+macro_rules! count {
+    ($atomic:ty) => {
+        impl $crate::table::publish::Count for $atomic {
+            fn new(value: u64) -> Self {
+                Self::new(value)
+            }
 
-    fn load(&self) -> u64 {
-        self.load(SeqCst)
-    }
+            fn load(&self) -> u64 {
+                self.load(SeqCst)
+            }
 
-    fn add(&self, more: u64) -> u64 {
-        self.fetch_add(more, SeqCst)
-    }
+            fn add(&self, more: u64) -> u64 {
+                self.fetch_add(more, SeqCst)
+            }
 
-    fn swap(&self, value: u64) -> u64 {
-        self.swap(value, SeqCst)
-    }
+            fn swap(&self, value: u64) -> u64 {
+                self.swap(value, SeqCst)
+            }
 
-    fn decrement(&self) {
-        let _ = self.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
-    }
+            fn decrement(&self) {
+                let _ = self.fetch_update(SeqCst, SeqCst, |count| count.checked_sub(1));
+            }
+        }
+    };
 }
+#[cfg(test)]
+pub(super) use count;
+
+count!(AtomicU64);
 
 /// Permission to look at `T`. Only code that has published something first can
 /// get it.

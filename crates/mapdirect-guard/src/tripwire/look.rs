@@ -163,14 +163,14 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
         Ok(file) => file,
         // The inode is gone, and so is every pin on it.
         Err(Errno::STALE) => {
-            guard.gate.spoil(guard, watched.id);
+            guard.spoil(watched.id);
             return Outcome::Done;
         }
         Err(_) if order.may_be_dead && is_shut_down(&order.file, &holders) => {
             for pin in alive {
                 guard.notices.lost(pin, DEAD);
             }
-            guard.gate.spoil(guard, watched.id);
+            guard.spoil(watched.id);
             return Outcome::Done;
         }
         Err(_) => return Outcome::Failed,
@@ -212,7 +212,7 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
             }
         }
         // A dormant pin on this file must not be taken up again.
-        guard.gate.spoil(guard, order.watched.id);
+        guard.spoil(order.watched.id);
         // If the pin is alive now, it was alive when the blocks were changed.
         if has_ended(guard, pin, file) {
             return Outcome::Done;
@@ -230,7 +230,6 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         // A breach is reported once: from now on this is the reference.
         pin.renew(&map, compare::renewed(&map, &now, &found.range));
         guard.notices.breach(&order.watched, pin, breach);
-        guard.gate.breached(order.watched.id);
     }
     outcome
 }

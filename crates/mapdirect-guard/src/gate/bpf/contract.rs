@@ -2,7 +2,7 @@
 
 use super::exclude::{self, Exclusion};
 use super::{Gate, events};
-use crate::gate::{self, Task};
+use crate::gate::{self, Dormancy, Task};
 use crate::grant::{Granting, Holder, Secured, system};
 use crate::server::OnTampering;
 use crate::table::{GrantState, InodeId, Pin, Watched};
@@ -77,22 +77,8 @@ impl gate::Gate for Gate {
         self.is_over(pin)
     }
 
-    fn catch_up(&self) {
-        self.take_note();
-    }
-
-    fn spoil(&self, guard: &Guard, inode: InodeId) {
-        // The pin may have ended without being known as dormant yet.
-        self.disturb_inode(inode);
-        self.forget_dormant(guard, inode);
-    }
-
-    fn breached(&self, inode: InodeId) {
-        self.disturb_inode(inode);
-    }
-
-    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
-        self.dormant_pin(inode)
+    fn dormancy(&self) -> Option<&dyn Dormancy> {
+        Some(self)
     }
 
     fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
@@ -120,5 +106,25 @@ impl gate::Gate for Gate {
     /// The kernel also counts refusals at times when there was no guard.
     fn refused(&self, _guard: &Guard) -> Vec<(String, u64)> {
         self.refused()
+    }
+}
+
+impl Dormancy for Gate {
+    fn catch_up(&self) {
+        self.take_note();
+    }
+
+    fn spoil(&self, guard: &Guard, inode: InodeId) {
+        // The pin may have ended without being known as dormant yet.
+        self.disturb_inode(inode);
+        self.forget_dormant(guard, inode);
+    }
+
+    fn spoil_all(&self, guard: &Guard) {
+        self.spoil_all(guard);
+    }
+
+    fn sleeper(&self, inode: InodeId) -> Option<Arc<Pin>> {
+        self.dormant_pin(inode)
     }
 }

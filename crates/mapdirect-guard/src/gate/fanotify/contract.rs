@@ -2,7 +2,7 @@
 
 use super::exclude::{self, Exclusion};
 use super::{Gate, MASK, lifetime, server};
-use crate::gate::{self, Task};
+use crate::gate::{self, Dormancy, Task};
 use crate::grant::{Granting, Holder, Secured, system};
 use crate::server::OnTampering;
 use crate::table::{GrantState, Pin, Watched};
@@ -47,6 +47,10 @@ impl gate::Gate for Gate {
         holder: &mut Holder<'_>,
     ) -> Result<Secured, Refusal> {
         Exclusion::begin(self, granting, state, holder).run(state)
+    }
+
+    fn dormancy(&self) -> Option<&dyn Dormancy> {
+        None
     }
 
     fn others_can_store(

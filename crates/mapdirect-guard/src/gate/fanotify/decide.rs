@@ -42,10 +42,7 @@ impl Server<'_> {
         let Ok(stat) = rustix::fs::fstat(file) else {
             return Verdict::Refuse;
         };
-        let id = InodeId {
-            dev: stat.st_dev,
-            inode: stat.st_ino,
-        };
+        let id = InodeId::from(&stat);
         let Some(watched) = self.guard.table.get(id) else {
             return Verdict::Allow;
         };

@@ -570,10 +570,7 @@ mod tests {
         let stat = rustix::fs::fstat(&file).unwrap();
         let descriptors = ThreadDescriptors {
             tid: own_tid(),
-            id: InodeId {
-                dev: stat.st_dev,
-                inode: stat.st_ino,
-            },
+            id: InodeId::from(&stat),
         };
         assert!(descriptors.is_watched(file.as_raw_fd()));
         assert!(!descriptors.is_watched(other.as_raw_fd()));
