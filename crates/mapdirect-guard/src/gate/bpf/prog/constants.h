@@ -27,6 +27,8 @@ enum kind {
 	COPY_RANGE = 20,
 	EXCHANGE = 21,
 	UNKNOWN = 22,
+	UNLINK = 23,
+	RENAME = 24,
 };
 
 enum reach {
@@ -84,6 +86,9 @@ enum list {
 #define WRITES_PASS 16
 #define WINDOWED 32
 #define STABLE 64
+#define DENIES_WRITE 128
+#define DENIES_RENAME 256
+#define ANCESTORS 64
 #define FILTER_BITS 18
 #define FILTER_WORDS 4096
 #define EASY 1
@@ -105,3 +110,4 @@ enum list {
 #define PIN_NUMBER 0xffffffffffffULL
 #define PAGE 0x1000ULL
 #define LARGEST_BLOCK 0x10000ULL
+#define TICK 0x989680ULL
