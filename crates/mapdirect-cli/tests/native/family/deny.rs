@@ -59,6 +59,7 @@ fn deny_write(world: &World, kind: Kind) {
         printf x | dd of="$F" bs=1 conv=notrunc status=none && echo stored
         truncate -s 70000 "$F" && truncate -s 65536 "$F" && echo sized
         read -r line
+        exit 0
     "#;
     let options = ["--deny", "write"];
     let command = pin_command(world, &path, &options, &["sh", "-c", script]);

@@ -35,8 +35,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
 /// `mapdirect pin FILE -- COMMAND`.
 fn pin_command(world: &World, path: &Path, options: &[&str], command: &[&str]) -> Command {
     let mut pin = Command::new(BINARY);
-    pin.arg("pin").arg(path).args(["--patience", "8000"]);
-    pin.args(options).arg("--").args(command);
+    pin.arg("pin").arg(path).args(options);
+    if !options.contains(&"--patience") {
+        pin.args(["--patience", "8000"]);
+    }
+    pin.arg("--").args(command);
     pin.env("MAPDIRECT_SOCKET", world.guard().socket());
     pin.env("F", path);
     pin
@@ -77,7 +80,7 @@ fn members(world: &World, kind: Kind) {
         sleep 0.6
         truncate -s 4096 "$F" 2>/dev/null || echo kept
         fallocate --punch-hole -o 0 -l 4096 "$F" 2>/dev/null || echo kept
-        : 2>/dev/null > "$F" || echo kept
+        true 2>/dev/null > "$F" || echo kept
         printf more >> "$F" && echo grown
         "#,
     );

@@ -30,11 +30,12 @@ const OBJECT: &[u8] = include_bytes!("prog/mapdirect.bpf.o");
 const HASH: &str = include_str!("prog/mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-pub(super) const BPF_MAPS: [&str; 12] = [
+pub(super) const BPF_MAPS: [&str; 13] = [
     "settings",
     "filter",
     "entries",
     "spill",
+    "roots",
     "holders",
     "lives",
     "devices",

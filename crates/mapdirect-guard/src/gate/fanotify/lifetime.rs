@@ -326,19 +326,20 @@ impl Keeper<'_> {
             .and_then(|path| rustix::fs::fstat(path).ok())
             .map(|stat| stat.st_nlink);
         let fewer = links.is_some_and(|links| watched.has_names(links) > links);
-        let how = match (moved, fewer) {
-            (true, _) => format!("a name of the file was changed by process {pid}"),
-            (_, true) => format!(
-                "a name of the file was removed or given to another file by process {pid}; names left: \
-                 {}",
+        // What was neither was something else.
+        let moved = moved.then(|| format!("a name of the file was changed by process {pid}"));
+        let fewer = fewer.then(|| {
+            format!(
+                "a name of the file was removed or given to another file by process {pid}; names \
+                 left: {}",
                 links.unwrap_or(0)
-            ),
-            // It was something else.
-            _ => return,
-        };
+            )
+        });
         for pin in watched.pins.load().iter() {
             if pin.flags.contains(Flags::DENY_RENAME) && !pin.is_dead() {
-                self.guard.notices.renamed(pin, &how);
+                for how in moved.iter().chain(&fewer) {
+                    self.guard.notices.renamed(pin, how);
+                }
             }
         }
     }
