@@ -25,6 +25,11 @@ impl Flags {
     /// With [`Flags::MAP`]: the holder does not map the file at blocks that
     /// cannot be stored to as they are.
     pub const SEGMENTS: Self = Self(8);
+    /// The pin lives in the description of a program that knows nothing of pins.
+    /// Under the bpf gate that is the very description that comes with the
+    /// request. Under the fanotify gate it is the one that comes with the
+    /// answer, which is open in the same way.
+    pub const IN_PLACE: Self = Self(256);
 
     /// Whether all bits of `other` are set.
     #[must_use]
@@ -38,7 +43,8 @@ impl Flags {
         self.0
     }
 
-    const KNOWN: u32 = Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0;
+    const KNOWN: u32 =
+        Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0 | Self::IN_PLACE.0;
 
     /// All bits that this version knows.
     #[cfg(test)]

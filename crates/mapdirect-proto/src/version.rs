@@ -5,16 +5,20 @@ use std::fmt;
 /// The newest version that this crate speaks.
 ///
 /// 1 is the first version of mapdirect. 2 has [`Request::Barrier`]; a holder of
-/// version 1 says hello once more instead.
+/// version 1 says hello once more instead. 3 has [`Flags::IN_PLACE`].
 ///
 /// [`Request::Barrier`]: crate::Request::Barrier
-pub const VERSION: u32 = 2;
+/// [`Flags::IN_PLACE`]: crate::Flags::IN_PLACE
+pub const VERSION: u32 = 3;
 
 /// The oldest version that this crate speaks.
 pub const OLDEST_VERSION: u32 = 1;
 
 /// The first version with [`Request::Barrier`](crate::Request::Barrier).
 pub const VERSION_WITH_BARRIER: u32 = 2;
+
+/// The first version with [`Flags::IN_PLACE`](crate::Flags::IN_PLACE).
+pub const VERSION_IN_PLACE: u32 = 3;
 
 /// The version to speak with a side whose newest version is `theirs`: the lower
 /// of the two newest versions. Both sides compute it for themselves.

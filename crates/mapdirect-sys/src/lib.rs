@@ -25,6 +25,7 @@ pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;
 pub mod file_handle;
+pub mod fork;
 pub mod fsync;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -44,10 +45,12 @@ pub mod proc_mountinfo;
 pub mod proc_pagemap;
 pub mod pthread_atfork;
 pub mod seam;
+pub mod seccomp;
 pub mod setfsuid;
 pub mod shared_words;
 pub mod signal;
 pub mod sync_file_range;
+pub mod umask;
 pub mod uname;
 pub mod unix;
 pub mod userfaultfd;

@@ -50,6 +50,18 @@ pub fn of_thread(tid: i32) -> Result<OwnedFd> {
     pidfd_open(tid, PidfdFlags::from_bits_retain(THREAD))
 }
 
+/// Opens a pidfd of a process, which becomes readable when the process has
+/// ended.
+///
+/// # Errors
+///
+/// `ESRCH` when the process is gone, `EINVAL` for the number of a thread that
+/// is not the first of its process.
+pub fn of_process(pid: i32) -> Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or(Errno::INVAL)?;
+    pidfd_open(pid, PidfdFlags::empty())
+}
+
 /// The real user id of a thread, in the caller's user namespace. This is the
 /// owner even while the thread runs a program with the set-user-id bit.
 ///

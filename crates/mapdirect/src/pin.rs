@@ -1,6 +1,9 @@
 //! Pinning without mapping.
 
 mod all;
+mod in_place;
+
+pub use in_place::PinInPlace;
 
 use crate::error::Result;
 use crate::establish::{Established, PATIENCE, Scope, establish, offset_and_length};

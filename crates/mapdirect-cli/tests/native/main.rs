@@ -38,6 +38,7 @@ mod service;
 mod states;
 mod strangers;
 mod stuck;
+mod supervised;
 mod together;
 mod tripwire;
 mod unnoticed;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
     trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
+    trials.extend(supervised::trials(&world));
     trials.extend(together::trials(&world));
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));

@@ -28,7 +28,7 @@ use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use crate::{Errno, Guard};
 use mapdirect_proto::{
-    BlockMap, Granted, MAX_INLINE_EXTENTS, PinRequest, PinnedRange, Reason, Refusal, extent,
+    BlockMap, Flags, Granted, MAX_INLINE_EXTENTS, PinRequest, PinnedRange, Reason, Refusal, extent,
 };
 use mapdirect_sys::memfd;
 use mapdirect_sys::unix::Sender;
@@ -105,8 +105,12 @@ pub(crate) struct Secured {
 }
 
 impl Granting<'_> {
-    /// Opens the description that will be the pin.
+    /// Opens the description that will be the pin. If a program shall have it in
+    /// place of its own, it is open in the same way.
     pub(crate) fn open_for_pin(&self, file: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
+        if self.pin.flags.contains(Flags::IN_PLACE) {
+            return self.reopen(file, self.judged.open_flags & KEPT_FLAGS);
+        }
         let access = if self.judged.is_writable() {
             OFlags::RDWR
         } else {

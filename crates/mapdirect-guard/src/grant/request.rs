@@ -132,6 +132,14 @@ pub(crate) fn judge(
              (option, or MAPDIRECT_CACHED=1)",
         ));
     }
+    if flags.contains(Flags::IN_PLACE | Flags::MAP) {
+        return Err(refusal(
+            Reason::Arguments,
+            Errno::INVAL,
+            "a pin lives in a program's description, or its holder maps it",
+            "ask for one of both",
+        ));
+    }
     let asked = range_of(request, &facts)?;
     let range = if flags.contains(Flags::WHOLE_FILE) {
         let block = u64::from(facts.block_size).max(1);

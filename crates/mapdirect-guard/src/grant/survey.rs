@@ -168,7 +168,10 @@ impl Survey<'_> {
         if map.is_stable() {
             return Ok(());
         }
-        if let Some(mapped) = &self.granting.judged.mapped
+        // A program that knows nothing of pins does not, either.
+        let in_place = self.granting.pin.flags.contains(Flags::IN_PLACE);
+        let all = in_place.then_some(&self.granting.judged.range);
+        if let Some(mapped) = self.granting.judged.mapped.as_ref().or(all)
             && !self.granting.judged.in_segments
         {
             let under: Vec<_> = map

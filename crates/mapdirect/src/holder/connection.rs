@@ -102,6 +102,11 @@ impl Connection {
         self.gate
     }
 
+    /// The version of the protocol that both sides speak.
+    pub(crate) fn version(&self) -> u32 {
+        self.version
+    }
+
     /// What the guard answers when it is through with everything before.
     pub(crate) fn barrier(&self) -> Request {
         if self.version >= VERSION_WITH_BARRIER {

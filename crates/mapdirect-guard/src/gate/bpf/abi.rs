@@ -244,6 +244,8 @@ pub(super) struct Holder {
     pub(super) pin: u64,
     pub(super) start: u64,
     pub(super) end: u64,
+    /// Not 0 if it is a program's own, which knows nothing of pins.
+    pub(super) foreign: u64,
 }
 
 /// Identifies one of the guard's open files to the bpf programs, and names the
@@ -277,6 +279,21 @@ pub(super) struct Identity {
     /// Not 0 if XFS has set blocks aside for copies, or if that cannot be found
     /// out.
     pub(super) copies: u32,
+    /// What the file is about to be to the pin, a [`Role`].
+    pub(super) role: u32,
+    pub(super) pad: u32,
+}
+
+/// What a file is about to be to a pin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Role {
+    /// Its life is the pin's, and whoever has it keeps to what holders promise.
+    Holder = 0,
+    /// Its life is the pin's, and whoever has it knows nothing of pins.
+    Foreign = 1,
+    /// Nothing any more.
+    None = 2,
 }
 
 /// The number of struct files whose lives are pins of an inode.

@@ -143,6 +143,8 @@ struct holder {
 	u64 pin;
 	u64 start;
 	u64 end;
+	// Whoever maps it is no holder that keeps to what holders promise.
+	u64 foreign;
 };
 
 struct event {
@@ -178,4 +180,11 @@ struct identity {
 	int readers;	// those that can only read
 	int preemption;	// preempt_dynamic_mode, kernel/sched/core.c
 	u32 copies;	// XFS has set blocks aside for copies, or that cannot be told
+	u32 role;	// which the file shall have with the pin
+	u32 pad;
 };
+
+// Roles: a holder's; a program's that knows nothing of pins; none any more.
+#define ROLE_HOLDER 0
+#define ROLE_FOREIGN 1
+#define ROLE_NONE 2
