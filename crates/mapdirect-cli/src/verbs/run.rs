@@ -32,7 +32,7 @@ use mapdirect::{Gate, Guard};
 use mapdirect_sys::seccomp::{self, Journal};
 use mapdirect_sys::signal::{self, Signal, SignalFd};
 use mapdirect_sys::unix::Socket;
-use mapdirect_sys::{Errno, fork, pidfd, proc};
+use mapdirect_sys::{Errno, capget, fork, pidfd, proc};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
@@ -43,6 +43,8 @@ use std::process::{Command, ExitStatus};
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
+/// include/uapi/linux/capability.h
+const CAP_SYS_ADMIN: u32 = 21;
 /// A worker that dies so often in so much time will not do better.
 const DEATHS: usize = 5;
 const SPELL: Duration = Duration::from_secs(60);
@@ -101,6 +103,11 @@ fn supervise(args: &RunArgs, files: Files) -> Result<Exit> {
     let Some((program, arguments)) = args.command.split_first() else {
         anyhow::bail!("there is no command");
     };
+    if args.keep_privileges && !may_keep_privileges() {
+        anyhow::bail!(
+            "--keep-privileges takes CAP_SYS_ADMIN\nhelp: run it as root, or without that option"
+        );
+    }
     let mut command = Command::new(program);
     command.args(arguments);
     signal::unblocked_in_child(&mut command);
@@ -119,6 +126,11 @@ fn supervise(args: &RunArgs, files: Files) -> Result<Exit> {
     leave_pipes()?;
     let listener = house.hear(&own).context("receiving the listener")?;
     house.attend(child, watcher, &listener, &signals)
+}
+
+/// Without no_new_privs only this capability may install a filter.
+fn may_keep_privileges() -> bool {
+    capget::effective(0).is_ok_and(|effective| capget::contains(effective, CAP_SYS_ADMIN))
 }
 
 /// Why the command does not run.

@@ -28,7 +28,9 @@ impl Supervisor<'_> {
         if in_haste || self.out_of_order().is_some() {
             return Some(Verdict::Continue);
         }
-        let target = Target::new(notification.tid).ok()?;
+        let Ok(target) = Target::new(notification.tid) else {
+            return Some(Verdict::Continue);
+        };
         let wanted = self.wanted_opening(&target, subject, notification);
         if !seccomp::is_waiting(self.listener(), notification.id) {
             return None;

@@ -36,6 +36,9 @@ const PINS: usize = 8;
 const LINES: usize = 4096;
 /// How often pins are looked at.
 const LOOK: Duration = Duration::from_millis(500);
+/// How long a program waits for a decision, at most: a guard that is stopped
+/// answers nothing.
+const LONGEST: Duration = Duration::from_secs(5);
 
 /// The words of the journal that are no notifications.
 pub(crate) mod word {
@@ -71,6 +74,8 @@ pub(crate) struct Supervisor<'a> {
     idle: AtomicUsize,
     /// The slot of the next thread.
     next: AtomicUsize,
+    /// Since when each slot waits for its decision.
+    since: Vec<Mutex<Option<Instant>>>,
     inodes: Mutex<HashMap<(u64, u64), Arc<Mutex<Inode>>>>,
     /// The worker's own.
     pub(crate) rights: OnceLock<Rights>,
@@ -155,6 +160,7 @@ impl<'a> Supervisor<'a> {
             out_of_order,
             idle: AtomicUsize::new(0),
             next: AtomicUsize::new(0),
+            since: (0..journal.slots()).map(|_| Mutex::default()).collect(),
             inodes: Mutex::default(),
             rights: OnceLock::new(),
             said: Mutex::default(),
@@ -184,16 +190,22 @@ impl<'a> Supervisor<'a> {
     /// Decides until nobody is supervised any more.
     pub(crate) fn run(&self) {
         std::thread::scope(|scope| {
+            let named = |name: &str| std::thread::Builder::new().name(name.to_owned());
+            let _ = named("hurry").spawn_scoped(scope, || {
+                loop {
+                    std::thread::sleep(LOOK);
+                    self.hurry();
+                }
+            });
             // What a predecessor has received and not answered comes first.
             for slot in 0..self.journal.slots() {
                 if let Some(pending) = self.journal.pending(slot) {
-                    self.decide(&pending, false);
-                    self.journal.clear(slot);
+                    self.decide(slot, &pending, false);
                 }
             }
             self.start(scope);
             if self.out_of_order.is_none() {
-                let looking = std::thread::Builder::new().name(String::from("look"));
+                let looking = named("look");
                 let _ = looking.spawn_scoped(scope, || {
                     let mut has_guard = true;
                     loop {
@@ -245,14 +257,39 @@ impl<'a> Supervisor<'a> {
             }
             // With every other thread busy, this one has no time to wait.
             let in_haste = is_last && self.idle.load(SeqCst) == 0;
-            self.decide(&notification, in_haste);
-            self.journal.clear(slot);
+            self.decide(slot, &notification, in_haste);
             self.idle.fetch_add(1, SeqCst);
         }
     }
 
-    /// Answers a notification.
-    fn decide(&self, notification: &Notification, in_haste: bool) {
+    /// Answers what has waited for too long.
+    fn hurry(&self) {
+        for (slot, since) in self.since.iter().enumerate() {
+            let since = *lock(since);
+            let waits = since.is_some_and(|since| since.elapsed() >= LONGEST);
+            if let Some(pending) = self.journal.pending(slot).filter(|_| waits) {
+                let answered = seccomp::answer(self.listener, pending.id, self.without_pin());
+                if answered.is_ok() {
+                    let who = printable(&proc::command(pending.tid));
+                    let tid = pending.tid;
+                    self.say(&format!(
+                        "not pinned: what {who} (process {tid}) maps: the guard does not answer; \
+                         help: see whether it runs: mapdirect status"
+                    ));
+                }
+            }
+        }
+    }
+
+    /// Answers the notification in a slot, and empties it.
+    fn decide(&self, slot: usize, notification: &Notification, in_haste: bool) {
+        *lock(&self.since[slot]) = Some(Instant::now());
+        self.answer(notification, in_haste);
+        *lock(&self.since[slot]) = None;
+        self.journal.clear(slot);
+    }
+
+    fn answer(&self, notification: &Notification, in_haste: bool) {
         let verdict = match filter::subject(&notification.call) {
             Some((_, Subject::Listener)) => {
                 self.say_of_listener(notification.tid);
