@@ -129,14 +129,18 @@ impl Opening {
         }
     }
 
-    /// Opens a file that is there, as the program would. `ETXTBSY` by another
-    /// pin goes to `announce`, which says to the guard that this thread will
-    /// open the file, as a holder may.
+    /// Opens a file that is there, as the program would. If it is pinned
+    /// `announce` says to the guard that this thread will open the file, as a
+    /// holder may.
     pub(crate) fn open(
         &self,
         file: BorrowedFd<'_>,
+        is_pinned: bool,
         announce: impl Fn() -> Result<(), Errno>,
     ) -> Result<OwnedFd, Errno> {
+        if is_pinned && self.flags & OFlags::ACCMODE != OFlags::RDONLY {
+            announce()?;
+        }
         let flags = self.flags & !(OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
         let mut left = 3;
         loop {

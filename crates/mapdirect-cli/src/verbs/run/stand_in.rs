@@ -39,15 +39,18 @@ impl Supervisor<'_> {
             Ok(Some((opening, leads))) => {
                 // From here on the program gets what is opened here, or the
                 // error: it may have made a file, or emptied it.
-                let opened = match &leads {
-                    Leads::To(file) => {
-                        let known = file.as_fd();
-                        opening.open(known, || announce(known))
-                    }
-                    Leads::ToNew(directory, name) => opening.make(&target, directory.as_fd(), name),
+                let result = match &leads {
+                    Leads::To(file) => self.open_known(notification, &opening, file),
+                    Leads::ToNew(directory, name) => opening
+                        .make(&target, directory.as_fd(), name)
+                        .and_then(|file| {
+                            let inode = self.inode(id_of(&file)?);
+                            Ok(self.hand_over(notification, &opening, &file, &mut lock(&inode)))
+                        }),
                     Leads::Elsewhere => return Some(Verdict::Continue),
                 };
-                match opened {
+                match result {
+                    Ok(answered) => answered,
                     // Somebody has made the file just now: the program finds it.
                     Err(Errno::EXIST) if matches!(leads, Leads::ToNew(..)) => {
                         Some(Verdict::Continue)
@@ -55,11 +58,25 @@ impl Supervisor<'_> {
                     // This process lacks something, not the program.
                     Err(Errno::MFILE | Errno::NFILE | Errno::NOMEM) => Some(Verdict::Continue),
                     Err(other) => Some(Verdict::Fail(other)),
-                    Ok(file) => self.hand_over(notification, &opening, &file),
                 }
             }
             _ => Some(Verdict::Continue),
         }
+    }
+
+    /// Opens a file that is there, and gives it to the program. One at a time: a
+    /// description that is not pinned yet would be in the way of the other's
+    /// pin.
+    fn open_known(
+        &self,
+        notification: &Notification,
+        opening: &Opening,
+        known: &OwnedFd,
+    ) -> Result<Option<Verdict>, Errno> {
+        let inode = self.inode(id_of(known)?);
+        let mut inode = lock(&inode);
+        let file = opening.open(known.as_fd(), inode.is_pinned(), || announce(known.as_fd()))?;
+        Ok(self.hand_over(notification, opening, &file, &mut inode))
     }
 
     /// An opening of a file that is to be pinned, as far as it can be made here.
@@ -117,13 +134,9 @@ impl Supervisor<'_> {
         notification: &Notification,
         opening: &Opening,
         file: &OwnedFd,
+        inode: &mut Inode,
     ) -> Option<Verdict> {
-        let Ok(stat) = rustix::fs::fstat(file) else {
-            return Some(Verdict::Fail(Errno::IO));
-        };
-        let inode = self.inode((stat.st_dev, stat.st_ino));
-        let mut inode = lock(&inode);
-        let pinned = self.pin_open(&mut inode, file);
+        let pinned = self.pin_open(inode, file);
         let close_on_exec = opening.flags.contains(OFlags::CLOEXEC);
         let give = |file: BorrowedFd<'_>| match seccomp::answer_with(
             self.listener(),
@@ -144,7 +157,7 @@ impl Supervisor<'_> {
                 given
             }
             Err(obstacle) => {
-                let path = path_of(file.as_fd(), u64::from(stat.st_nlink > 0));
+                let path = path_of(file.as_fd(), 1);
                 self.say_not_pinned(&path, &obstacle);
                 if self.is_strict() {
                     return Some(Verdict::Fail(Errno::TXTBSY));
@@ -265,6 +278,10 @@ fn is_supervised(pid: i32, keeper: i32) -> bool {
         }
     }
     true
+}
+
+fn id_of(file: &OwnedFd) -> Result<(u64, u64), Errno> {
+    rustix::fs::fstat(file).map(|stat| (stat.st_dev, stat.st_ino))
 }
 
 fn announce(known: BorrowedFd<'_>) -> Result<(), Errno> {

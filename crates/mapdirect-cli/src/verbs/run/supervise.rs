@@ -101,6 +101,11 @@ impl Inode {
         !self.lives.is_empty()
     }
 
+    /// It was pinned, and may be still.
+    pub(crate) fn is_pinned(&self) -> bool {
+        !self.pins.is_empty() || !self.lives.is_empty()
+    }
+
     /// Has a pin looked after, which lives by itself or as long as this.
     pub(crate) fn look_after(&mut self, pin: PinInPlace) {
         if pin.ends_with_this() {
