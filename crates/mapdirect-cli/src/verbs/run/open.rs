@@ -139,13 +139,14 @@ impl Opening {
         announce: impl Fn() -> Result<(), Errno>,
     ) -> Result<OwnedFd, Errno> {
         if is_pinned && self.flags & OFlags::ACCMODE != OFlags::RDONLY {
-            announce()?;
+            // Without a guard nobody is in the way.
+            let _ = announce();
         }
         let flags = self.flags & !(OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW);
         let mut left = 3;
         loop {
             match proc::reopen(file, flags) {
-                Err(Errno::TXTBSY) if left > 0 => announce()?,
+                Err(Errno::TXTBSY) if left > 0 => announce().map_err(|_| Errno::TXTBSY)?,
                 opened => return opened,
             }
             left -= 1;
