@@ -62,7 +62,7 @@ pub use reply::{Gate, Granted, PinnedRange, Reply};
 pub use request::{AllocateRequest, Flags, PinRequest, Request, WatchedPin};
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
 pub use version::{
-    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_IN_PLACE, VERSION_WITH_BARRIER, settle,
+    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, settle,
 };
 pub use wire::DecodeError;
 

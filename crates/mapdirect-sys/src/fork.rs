@@ -1,48 +1,65 @@
-//! fork(2), for processes with a single thread.
+//! fork(2) of a process with one thread.
 
-use crate::{Errno, Result, checked, last_errno};
+use crate::{Errno, Result, checked, proc};
 
-/// Makes a child, which runs `run` and ends with the status that it returns;
-/// returns the child's number. Only a process with one thread may do that:
-/// then no lock is held by a thread that the child lacks.
+/// Which side of [`fork`] this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The process that called it. The number is the child's.
+    Parent(i32),
+    /// The new process.
+    Child,
+}
+
+/// Makes a second process of this one.
 ///
 /// # Errors
 ///
-/// `EDEADLK` when the process has other threads; `EAGAIN`, `ENOMEM`.
-pub fn child(run: impl FnOnce() -> u8) -> Result<i32> {
-    let threads = crate::proc::numbers_in("/proc/self/task")?;
+/// `EDEADLK` when the process has more than one thread: a lock that another
+/// holds would stay locked in the child for ever. `EAGAIN` and `ENOMEM` as
+/// fork(2).
+pub fn fork() -> Result<Side> {
+    let threads = proc::numbers_in("/proc/self/task")?;
     if threads.len() != 1 {
         return Err(Errno::DEADLK);
     }
-    // SAFETY: this is the only thread, so the child is in no half-done state.
-    let pid = checked(unsafe { libc::fork() })?;
-    if pid == 0 {
-        let status = run();
-        // SAFETY: ends the process; what the parent has registered with
-        // atexit(3) is the parent's business.
-        unsafe { libc::_exit(libc::c_int::from(status)) };
+    // SAFETY: no other thread exists, and nobody but this one could make one. So
+    // the child finds memory and locks as a thread that goes on finds them.
+    match checked(unsafe { libc::fork() })? {
+        0 => Ok(Side::Child),
+        child => Ok(Side::Parent(child)),
     }
-    Ok(pid)
 }
 
-/// Makes orphans among the descendants of this process its children.
+/// Makes a child, which runs `run` and ends with the status that it returns;
+/// returns the child's number.
 ///
 /// # Errors
 ///
-/// None in practice.
-pub fn adopt_orphans() -> Result<()> {
-    // SAFETY: five integers.
-    if unsafe { libc::prctl(libc::PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) } < 0 {
-        return Err(last_errno());
+/// As [`fork`].
+pub fn child(run: impl FnOnce() -> u8) -> Result<i32> {
+    match fork()? {
+        Side::Parent(child) => Ok(child),
+        Side::Child => {
+            let status = run();
+            // SAFETY: ends the process; what its parent has registered with
+            // atexit(3) is its parent's business.
+            unsafe { libc::_exit(libc::c_int::from(status)) }
+        }
     }
-    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
+    use super::*;
+
+    /// The threads of the test runner are others.
     #[test]
-    fn a_process_with_threads_does_not_fork() {
-        let _other = std::thread::spawn(|| std::thread::sleep(std::time::Duration::from_secs(1)));
-        assert_eq!(super::child(|| 0), Err(crate::Errno::DEADLK));
+    fn a_process_with_threads_is_not_forked() {
+        let (send, receive) = std::sync::mpsc::channel::<()>();
+        let other = std::thread::spawn(move || receive.recv());
+        assert_eq!(fork(), Err(Errno::DEADLK));
+        drop(send);
+        other.join().unwrap().unwrap_err();
     }
 }

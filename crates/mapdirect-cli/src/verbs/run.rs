@@ -86,7 +86,7 @@ fn supervise(args: &RunArgs, files: Files) -> Result<Exit> {
         journal: Journal::new(AT_ONCE).context("mmap")?,
         rules,
     };
-    fork::adopt_orphans()?;
+    rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
     let (own, to_own) = Socket::pair()?;
     let (watchers, to_watcher) = Socket::pair()?;
     let mut ends = Some((own, to_own, to_watcher));

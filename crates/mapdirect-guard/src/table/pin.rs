@@ -3,6 +3,7 @@
 use super::LOCK_BASE;
 use super::life::{Life, Stage};
 use crate::apart::Held;
+use crate::family::Family;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
 use crate::policy::{Layers, Operation, Pinned};
@@ -30,6 +31,8 @@ pub(crate) struct Pin {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) since: Instant,
+    /// The holder and its descendants, if they have its rights together.
+    pub(crate) family: Option<Arc<Family>>,
     /// The stage of the pin's life.
     life: Life,
     /// What is known of the blocks, or `None` while the pin is unsettled.
@@ -109,6 +112,7 @@ impl Pin {
             pid: owner.pid,
             uid: owner.uid,
             since: Instant::now(),
+            family: None,
             life: Life::at(Stage::Unsettled),
             settled: ArcSwapOption::empty(),
             lifeline: OnceLock::new(),
@@ -116,6 +120,11 @@ impl Pin {
             changes: AtomicU64::new(0),
             fate: Fate::default(),
         }
+    }
+
+    /// The same pin, of a family.
+    pub(crate) fn of_family(self, family: Option<Arc<Family>>) -> Self {
+        Self { family, ..self }
     }
 
     /// Whether the pin covers any of these bytes.
@@ -138,6 +147,7 @@ impl Pin {
             pid,
             uid: self.uid,
             since: Instant::now(),
+            family: None,
             // Only the process that mapped the file has the description.
             life: Life::at(Stage::HandedOver),
             settled: ArcSwapOption::new(self.settled()),

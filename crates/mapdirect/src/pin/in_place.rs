@@ -1,13 +1,13 @@
 //! Pins that live in descriptions of programs that know nothing of pins.
 
 use super::PinOptions;
-use crate::error::{Error, Kind, Result};
+use crate::error::Result;
 use crate::establish::{Established, Scope, establish, offset_and_length};
 use crate::guard::Guard;
 use crate::holder::Hold;
 use crate::prepare;
 use crate::state::{EventFd, Integrity, OnBreach, State};
-use mapdirect_proto::{BlockMap, Flags, Gate, IS_IT_PIN, PIN_NUMBER, VERSION_IN_PLACE};
+use mapdirect_proto::{BlockMap, Flags, Gate, IS_IT_PIN, PIN_NUMBER};
 use mapdirect_sys::{Errno, fcntl};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -48,14 +48,7 @@ impl PinOptions {
             Scope::File => Flags::IN_PLACE | Flags::WHOLE_FILE,
         };
         let connection = guard.connect()?;
-        if connection.version() < VERSION_IN_PLACE {
-            return Err(Error::new(
-                Kind::Protocol,
-                Errno::OPNOTSUPP,
-                "the guard is too old to pin in place",
-                "use the guard of the same version as the library",
-            ));
-        }
+        connection.require_known(flags)?;
         if self.prepare_first {
             let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
             prepare::before_pin(file, range)?;

@@ -231,7 +231,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     /// description comes with a pipe, whose other end goes to the holder.
     fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
         let pin = self.granting.pin;
-        if !self.granting.judged.is_writable() {
+        // Programs of a family lock whole files. The lock of a pin that is not
+        // mapped need not be in their way.
+        let is_in_the_way = pin.family.is_some() && pin.mapped.is_none();
+        if !self.granting.judged.is_writable() || is_in_the_way {
             let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
             let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
             pin.lives_by(ours);
@@ -396,10 +399,13 @@ impl Exclusion<'_, '_> {
             }
             self.mark_own_description()?;
             let mut found = self.granting.openers(Some(self.mark.byte));
-            // Holders of pins may have the file open for writing, because the
-            // gate has judged them. So may the processes whose requests wait.
+            // Holders of pins and their families may have the file open for
+            // writing, because the gate has judged them. So may the processes
+            // whose requests wait.
+            let families = self.granting.watched.families();
             let is_holder = |opener: &Opener| {
                 pins.iter().any(|pin| pin.pid == opener.pid)
+                    || families.iter().any(|family| family.may_have(opener.pid))
                     || self
                         .granting
                         .watched
