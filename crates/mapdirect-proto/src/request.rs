@@ -25,6 +25,18 @@ impl Flags {
     /// With [`Flags::MAP`]: the holder does not map the file at blocks that
     /// cannot be stored to as they are.
     pub const SEGMENTS: Self = Self(8);
+    /// Strength stable: only what is stable is held. Everything else in the
+    /// range may become stable, and is held from then on. The range may have no
+    /// end ([`PinRequest::WITHOUT_END`]).
+    pub const STABLE: Self = Self(16);
+    /// What a guard that speaks an older version does not know.
+    pub const NEW_IN_3: Self = Self(Self::STABLE.0);
+
+    /// Whether any bit of `other` is set.
+    #[must_use]
+    pub const fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
 
     /// Whether all bits of `other` are set.
     #[must_use]
@@ -38,7 +50,11 @@ impl Flags {
         self.0
     }
 
-    const KNOWN: u32 = Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0;
+    const KNOWN: u32 = Self::MAP.0
+        | Self::CACHED.0
+        | Self::WHOLE_FILE.0
+        | Self::SEGMENTS.0
+        | Self::NEW_IN_3.0;
 
     /// All bits that this version knows.
     #[cfg(test)]
@@ -73,11 +89,19 @@ pub struct PinRequest {
     /// The first byte.
     pub offset: u64,
     /// Length in bytes; 0 means to the end of the file.
+    /// [`WITHOUT_END`](Self::WITHOUT_END) means that the range has no end.
     pub length: u64,
     /// The properties of the pin.
     pub flags: Flags,
     /// How many milliseconds to wait for others to close the file.
     pub patience_ms: u32,
+}
+
+impl PinRequest {
+    /// The length of a range that goes on however far the file grows. Only a
+    /// pin of strength stable can have one. The end of such a range is
+    /// `u64::MAX`.
+    pub const WITHOUT_END: u64 = u64::MAX;
 }
 
 /// A request of a holder.

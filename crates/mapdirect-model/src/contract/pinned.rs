@@ -31,6 +31,9 @@ pub struct Pinned {
     /// grow.
     pub(super) holds_tail: bool,
     pub(super) apart: Apart,
+    /// Whether the pin is of strength stable: blocks that are not stable may
+    /// become so, and the size of the file is followed.
+    pub(super) follows: bool,
 }
 
 /// Whether folios of the page cache may contain both frozen blocks of a pin and
@@ -118,6 +121,36 @@ impl Pinned {
             beside: Beside::default(),
             holds_tail: false,
             apart: Apart::No,
+            follows: false,
+        }
+    }
+
+    /// The facts of a pin of strength stable. It refuses what frees, moves or
+    /// shares blocks anywhere in `range`, which may go to the largest offset:
+    /// a gate does not learn when a block becomes stable. No block may become
+    /// shared in `window`.
+    #[must_use]
+    pub fn stable(
+        range: Range<u64>,
+        window: Option<Range<u64>>,
+        block: u64,
+        geometry: Geometry,
+    ) -> Self {
+        Self {
+            range,
+            size_floor: 0,
+            fixed_size: None,
+            frozen: Box::default(),
+            block: block.max(1),
+            file_size: 0,
+            geometry,
+            beside: Beside {
+                window,
+                ..Beside::default()
+            },
+            holds_tail: false,
+            apart: Apart::Without,
+            follows: true,
         }
     }
 

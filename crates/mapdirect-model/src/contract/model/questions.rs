@@ -66,7 +66,7 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
         mapped,
         (runs(3), runs(2)),
         window,
-        any::<(bool, bool)>(),
+        (any::<bool>(), any::<bool>(), proptest::bool::weighted(0.3)),
         apart,
     )
         .prop_map(
@@ -103,6 +103,7 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
                     first,
                     states,
                     whole_file,
+                    follows: flags.2,
                     size,
                     mapped,
                     beside,
@@ -152,6 +153,7 @@ prop_compose! {
         length in prop_oneof![1..3u64, 1..6 * sizes.0],
         appends in any::<bool>(),
         direct in any::<bool>(),
+        late in proptest::bool::weighted(0.3),
         is_known in any::<bool>(),
         brings_shared in proptest::bool::weighted(0.8),
         moved in prop_oneof![Just(0), 1..20 * sizes.0],
@@ -171,6 +173,7 @@ prop_compose! {
             operation.or = Some(start..start + length);
         }
         operation.direct = direct;
+        operation.late = late && kind == K::Truncate;
         operation.brings_shared &= brings_shared;
         Question { pins, operation, size, moved }
     }
