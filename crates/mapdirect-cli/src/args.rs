@@ -123,6 +123,15 @@ pub enum ScopeChoice {
     File,
 }
 
+/// What a pin holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StrengthChoice {
+    /// Everything: what is stable stays where it is, and the rest as it is
+    All,
+    /// What is stable or becomes so: holes may be filled, and the file may grow
+    Stable,
+}
+
 /// Arguments of `guard`.
 #[derive(Debug, Args)]
 pub struct GuardArgs {
@@ -159,13 +168,16 @@ pub struct PinArgs {
     /// The files: all of them are pinned, or none
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end [default: the whole file as it is
-    /// now]
+    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end, with strength stable however far
+    /// the file grows [default: the whole file as it is now, or as it grows]
     #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
     pub range: Option<ByteRange>,
     /// Pin the range, or the whole file with its size
     #[arg(long, value_enum, default_value = "range")]
     pub scope: ScopeChoice,
+    /// Hold everything in the range, or what is stable or becomes so
+    #[arg(long, value_enum, default_value = "all")]
+    pub strength: StrengthChoice,
     /// How long to wait for others to let go of the file, in milliseconds
     #[arg(long, value_name = "MS", default_value = "100")]
     pub patience: u32,

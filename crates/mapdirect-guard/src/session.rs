@@ -443,7 +443,8 @@ impl<'guard> Session<'guard> {
             return Ok(());
         }
         let page = mapdirect_sys::mmap::page_size();
-        if pin.length == 0 || !pin.offset.is_multiple_of(page) {
+        let has_length = !matches!(pin.length, 0 | PinRequest::WITHOUT_END);
+        if !has_length || !pin.offset.is_multiple_of(page) {
             return Err(refusal(
                 Reason::Arguments,
                 Errno::INVAL,

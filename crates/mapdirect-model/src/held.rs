@@ -70,7 +70,11 @@ impl Copied {
             parts.extend(extent.clipped(&within).map(|part| (part, true)));
             at = run.end.min(extent.end());
         }
-        parts.extend(extent.clipped(&(at..extent.end())).map(|part| (part, false)));
+        parts.extend(
+            extent
+                .clipped(&(at..extent.end()))
+                .map(|part| (part, false)),
+        );
         parts
     }
 }
@@ -90,7 +94,9 @@ pub fn told_apart(map: &BlockMap, copied: &Copied) -> BlockMap {
             ..part
         };
         let in_file = extent.clipped(&(extent.offset..end));
-        let behind = extent.clipped(&(end.max(extent.offset)..u64::MAX)).map(loosen);
+        let behind = extent
+            .clipped(&(end.max(extent.offset)..u64::MAX))
+            .map(loosen);
         let parts = in_file.map_or_else(Vec::new, |part| copied.cut(&part));
         let told = parts
             .into_iter()

@@ -50,11 +50,8 @@ impl Flags {
         self.0
     }
 
-    const KNOWN: u32 = Self::MAP.0
-        | Self::CACHED.0
-        | Self::WHOLE_FILE.0
-        | Self::SEGMENTS.0
-        | Self::NEW_IN_3.0;
+    const KNOWN: u32 =
+        Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0 | Self::NEW_IN_3.0;
 
     /// All bits that this version knows.
     #[cfg(test)]
@@ -139,7 +136,9 @@ pub enum Request {
     /// description whose life is the pin comes with it. The answer is a
     /// [`Reply::Granted`](crate::Reply::Granted) without that description, if
     /// the block map changed, and then a [`Reply::Done`](crate::Reply::Done) or
-    /// [`Reply::Refused`](crate::Reply::Refused).
+    /// [`Reply::Refused`](crate::Reply::Refused). Nothing is allocated for a pin
+    /// of strength stable: its extents are told as they are now, whatever range
+    /// is given.
     Allocate(AllocateRequest),
     /// Says that this process has let go of a pin. If nobody else keeps the
     /// pin, [`Reply::Done`](crate::Reply::Done) comes when the gate judges as

@@ -128,7 +128,7 @@ mod state;
 pub mod status;
 
 pub use error::{Error, Kind, Result};
-pub use establish::Scope;
+pub use establish::{Scope, Strength};
 pub use extents::block_map;
 pub use guard::Guard;
 pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};

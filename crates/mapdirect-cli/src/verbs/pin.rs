@@ -1,9 +1,9 @@
 //! `mapdirect pin`: pin a range of files, print its extents, hold it.
 
-use crate::args::{PinArgs, ScopeChoice};
+use crate::args::{PinArgs, ScopeChoice, StrengthChoice};
 use crate::{Exit, draw, exit, json, output};
 use anyhow::{Context, Result};
-use mapdirect::{Breach, EventFd, Extent, Integrity, Pin, PinOptions, Scope, State};
+use mapdirect::{Breach, EventFd, Extent, Integrity, Pin, PinOptions, Scope, State, Strength};
 use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{self, Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -46,6 +46,10 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
         .scope(match args.scope {
             ScopeChoice::Range => Scope::Range,
             ScopeChoice::File => Scope::File,
+        })
+        .strength(match args.strength {
+            StrengthChoice::All => Strength::All,
+            StrengthChoice::Stable => Strength::Stable,
         });
     if let Some(range) = common_range(args, &files)? {
         options = options.range(range);
@@ -84,9 +88,13 @@ fn pin_and_hold(args: &PinArgs) -> Result<Exit> {
 /// The range that is pinned of every file, in bytes; nothing for the whole of
 /// each.
 fn common_range(args: &PinArgs, files: &[File]) -> Result<Option<Range<u64>>> {
+    let goes_on = args.strength == StrengthChoice::Stable;
     let Some(range) = &args.range else {
-        return Ok(None);
+        return Ok(goes_on.then_some(0..u64::MAX));
     };
+    if goes_on && range.length.is_none() {
+        return Ok(Some(range.offset..u64::MAX));
+    }
     let mut common = None;
     for (path, file) in args.files.iter().zip(files) {
         let (name, size) = (path.display(), file.metadata()?.len());
@@ -165,6 +173,10 @@ fn tell(args: &PinArgs, path: &Path, pin: &Pin) {
                 ScopeChoice::Range => "range",
                 ScopeChoice::File => "file",
             },
+            "strength": json::strength(match args.strength {
+                StrengthChoice::All => Strength::All,
+                StrengthChoice::Stable => Strength::Stable,
+            }),
             "file_size": map.file_size(),
             "block_size": map.block_size(),
             "device": map.device().to_string(),
@@ -175,13 +187,17 @@ fn tell(args: &PinArgs, path: &Path, pin: &Pin) {
         return;
     }
     output::line(&format!(
-        "pinned bytes {} to {} of {} (blocks of {} bytes on device {})",
-        range.start,
-        range.end,
+        "pinned {} of {} (blocks of {} bytes on device {})",
+        output::bytes(&range),
         path.display(),
         map.block_size(),
         map.device(),
     ));
+    if args.strength == StrengthChoice::Stable {
+        output::line(
+            "held is what is written, and what is written from now on; the rest may change",
+        );
+    }
     output::line(draw::extent_table(map).trim_end());
 }
 

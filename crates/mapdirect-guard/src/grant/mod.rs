@@ -15,12 +15,14 @@ mod others;
 pub(crate) mod pending;
 mod refusal;
 mod request;
+mod stable;
 mod survey;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use self::refusal::{gone, lock_refused, refusal, refuse_executed, system};
-pub(crate) use self::request::{Judged, judge};
+pub(crate) use self::request::{Judged, judge, length_of};
+pub(crate) use self::stable::read_now;
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};

@@ -6,8 +6,9 @@ use crate::apart::Held;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
 use crate::policy::{Layers, Operation, Pinned};
-use arc_swap::ArcSwapOption;
-use mapdirect_proto::{BlockMap, Flags};
+use arc_swap::{ArcSwap, ArcSwapOption};
+use mapdirect_model::held::Copied;
+use mapdirect_proto::{BlockMap, ExtentState, Flags};
 use mapdirect_sys::fcntl::conflicting_lock;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -42,6 +43,9 @@ pub(crate) struct Pin {
     /// Grows by one when the holder begins to have blocks allocated, and by one
     /// when the allocation is over.
     changes: AtomicU64,
+    /// Where copies of shared blocks may take blocks along that a pin of strength
+    /// stable would hold otherwise.
+    copied: ArcSwap<Copied>,
     /// Whether the promise was kept.
     pub(crate) fate: Fate,
 }
@@ -114,6 +118,7 @@ impl Pin {
             lifeline: OnceLock::new(),
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
+            copied: ArcSwap::default(),
             fate: Fate::default(),
         }
     }
@@ -144,8 +149,35 @@ impl Pin {
             lifeline: OnceLock::new(),
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
+            copied: ArcSwap::new(self.copied()),
             fate: Fate::default(),
         }
+    }
+
+    /// Whether the pin is of strength stable.
+    pub(crate) fn follows(&self) -> bool {
+        self.flags.contains(Flags::STABLE)
+    }
+
+    /// Records where copies of shared blocks may take blocks along.
+    pub(crate) fn follow(&self, copied: Copied) {
+        self.copied.store(Arc::new(copied));
+    }
+
+    /// Where copies of shared blocks may take blocks along, as far as a pin of
+    /// strength stable is concerned.
+    pub(crate) fn copied(&self) -> Arc<Copied> {
+        self.copied.load_full()
+    }
+
+    /// Bytes in stable and in frozen blocks, now. A pin of strength stable
+    /// freezes nothing.
+    pub(crate) fn totals(&self, settled: &Settled) -> (u64, u64) {
+        if !self.follows() {
+            return (settled.stable, settled.frozen);
+        }
+        let map = self.map();
+        (map.map_or(0, |map| map.total(ExtentState::Written)), 0)
     }
 
     /// The byte on which the pin's description has a lock.
@@ -157,13 +189,15 @@ impl Pin {
     /// that. This is repeated when the holder has blocks allocated, and when
     /// the block map was found to have changed during the grant.
     pub(crate) fn settle(&self, map: &BlockMap, pinned: &Pinned, kept_pages: Option<Held>) {
-        let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
+        let frozen = map
+            .frozen()
+            .fold(0, |sum: u64, extent| sum.saturating_add(extent.length));
         let range = map.range();
         self.record(map);
         self.settled.store(Some(Arc::new(Settled {
             layers: Arc::new(Layers::of(pinned)),
             _kept_pages: kept_pages,
-            stable: range.end - range.start - frozen,
+            stable: (range.end - range.start).saturating_sub(frozen),
             frozen,
         })));
         // The stage changes after the blocks are stored, so that a thread which

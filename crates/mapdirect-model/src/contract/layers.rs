@@ -290,15 +290,12 @@ impl Layers {
     /// bytes.
     #[must_use]
     pub fn refuses(&self, operation: &Operation, size: u64, moved: u64) -> bool {
-        operation
-            .ranges()
-            .any(|range| {
-                let late = operation.late && operation.kind == OperationKind::Truncate;
-                // What the file has grown by meanwhile may not be cut off.
-                let size = if late { u64::MAX } else { size };
-                self.refuses_at(operation, range, size)
-            })
-            || self.refuses_growth(operation, size)
+        operation.ranges().any(|range| {
+            let late = operation.late && operation.kind == OperationKind::Truncate;
+            // What the file has grown by meanwhile may not be cut off.
+            let size = if late { u64::MAX } else { size };
+            self.refuses_at(operation, range, size)
+        }) || self.refuses_growth(operation, size)
             || operation.brings_shared && self.refuses_sharing(&operation.reach(size), moved)
     }
 

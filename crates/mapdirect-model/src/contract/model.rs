@@ -130,9 +130,7 @@ impl Pin {
 
     /// Whether it is not pinned, and takes blocks of the pin along.
     fn is_beside(&self, at: u64) -> bool {
-        !self.follows
-            && self.state(at).is_none()
-            && self.beside.iter().any(|run| run.contains(&at))
+        !self.follows && self.state(at).is_none() && self.beside.iter().any(|run| run.contains(&at))
     }
 
     fn is_in_window(&self, at: u64) -> bool {
@@ -194,11 +192,7 @@ impl Pin {
         let bytes = |run: &Range<u64>| run.start * self.block..run.end * self.block;
         let range = bytes(&(self.first..self.end()));
         if self.follows {
-            let end = if self.whole_file {
-                u64::MAX
-            } else {
-                range.end
-            };
+            let end = if self.whole_file { u64::MAX } else { range.end };
             let window = self.window.as_ref().map(bytes);
             return Pinned::stable(range.start..end, window, self.block, self.geometry);
         }

@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Kind, Result};
 use mapdirect_proto::{
-    Flags, Gate, MAX_MESSAGE, Reply, Request, VERSION, VERSION_WITH_BARRIER,
-    VERSION_WITH_FAMILIES, WatchedPin, settle,
+    Flags, Gate, MAX_MESSAGE, Reply, Request, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
+    WatchedPin, settle,
 };
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, capget, getauxval, memfd};
