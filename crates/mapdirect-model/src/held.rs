@@ -50,6 +50,21 @@ impl Copied {
         Self(found)
     }
 
+    /// These bytes and others.
+    #[must_use]
+    pub fn and(&self, others: &[Range<u64>]) -> Self {
+        let mut both = [&self.0[..], others].concat();
+        both.sort_by_key(|run| run.start);
+        both.dedup_by(|next, last| {
+            let joins = next.start <= last.end;
+            if joins {
+                last.end = last.end.max(next.end);
+            }
+            joins
+        });
+        Self(both)
+    }
+
     /// Whether nothing is copied.
     #[must_use]
     pub fn is_empty(&self) -> bool {

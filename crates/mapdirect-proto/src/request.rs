@@ -140,6 +140,16 @@ pub enum Request {
     /// of strength stable: its extents are told as they are now, whatever range
     /// is given.
     Allocate(AllocateRequest),
+    /// Asks that the pins of strength stable that this process asked for give way
+    /// in a range of a file, so that something there can be freed or moved. Any
+    /// descriptor of the file comes with it. Refused while anybody else has
+    /// something pinned in the range. The pins hold everything again when
+    /// [`Resume`](Self::Resume) is answered, or when this connection ends. Needs
+    /// version 3.
+    Yield(YieldRequest),
+    /// Asks that every pin that gives way because of this connection holds what
+    /// is there now.
+    Resume,
     /// Says that this process has let go of a pin. If nobody else keeps the
     /// pin, [`Reply::Done`](crate::Reply::Done) comes when the gate judges as
     /// if the pin had never existed.
@@ -163,6 +173,16 @@ pub struct WatchedPin {
     pub device: u64,
     /// `st_ino` of the file.
     pub inode: u64,
+}
+
+/// The bytes in which pins are to give way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct YieldRequest {
+    /// The first byte.
+    pub offset: u64,
+    /// Length in bytes; [`PinRequest::WITHOUT_END`] means everything from there
+    /// on.
+    pub length: u64,
 }
 
 /// The blocks of a pin to make stable.
@@ -237,6 +257,13 @@ impl From<WatchedPinRecord> for WatchedPin {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
+struct YieldRecord {
+    offset: U64,
+    length: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
 struct AllocateRecord {
     pin: U64,
     offset: U64,
@@ -260,11 +287,13 @@ impl Request {
             | Self::Pin(_)
             | Self::Query
             | Self::Announce { .. }
+            | Self::Yield(_)
             | Self::Allocate(_) => 1,
             Self::Hello { .. }
             | Self::Swapped
             | Self::Status
             | Self::Barrier
+            | Self::Resume
             | Self::Ended(_)
             | Self::Watch(_) => 0,
         }
@@ -303,6 +332,14 @@ impl Request {
                 };
                 message(kind::ANNOUNCE, &record, &[])
             }
+            Self::Yield(request) => {
+                let record = YieldRecord {
+                    offset: request.offset.into(),
+                    length: request.length.into(),
+                };
+                message(kind::YIELD, &record, &[])
+            }
+            Self::Resume => message(kind::RESUME, &Empty {}, &[]),
             Self::Ended(pin) => message(kind::ENDED, &pin.to_wire(), &[]),
             Self::Allocate(request) => {
                 let record = AllocateRecord {
@@ -367,6 +404,17 @@ impl Request {
                 Self::Announce {
                     tid: record.tid.get(),
                 }
+            }
+            kind::YIELD => {
+                let record: YieldRecord = body.only()?;
+                Self::Yield(YieldRequest {
+                    offset: record.offset.get(),
+                    length: record.length.get(),
+                })
+            }
+            kind::RESUME => {
+                let Empty {} = body.only()?;
+                Self::Resume
             }
             kind::ENDED => {
                 let record: WatchedPinRecord = body.only()?;

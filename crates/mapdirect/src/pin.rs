@@ -155,6 +155,9 @@ impl PinOptions {
         self.pin_range(guard, connect, file).map_err(|error| {
             let path = mapdirect_sys::proc::path_of(file);
             error.asking(match &self.range {
+                Some(range) if range.end == u64::MAX => {
+                    format!("pin {path} from byte {} on", range.start)
+                }
                 Some(range) => format!("pin bytes {} to {} of {path}", range.start, range.end),
                 None => format!("pin {path}"),
             })

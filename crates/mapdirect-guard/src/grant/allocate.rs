@@ -151,7 +151,11 @@ fn no_pin() -> Refusal {
 }
 
 /// Judges the pin as if it were requested now.
-fn judge_again(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> Result<Judged, Refusal> {
+pub(super) fn judge_again(
+    guard: &Guard,
+    pin: &Pin,
+    file: BorrowedFd<'_>,
+) -> Result<Judged, Refusal> {
     let request = PinRequest {
         offset: pin.shown.start,
         length: length_of(&pin.shown),

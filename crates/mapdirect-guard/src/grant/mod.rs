@@ -11,6 +11,7 @@
 //!   pin.
 
 pub(crate) mod allocate;
+pub(crate) mod giving_way;
 mod others;
 pub(crate) mod pending;
 mod refusal;

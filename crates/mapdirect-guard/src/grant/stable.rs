@@ -97,18 +97,16 @@ pub(crate) fn read_now(
     file: BorrowedFd<'_>,
     range: Range<u64>,
 ) -> Result<BlockMap, Errno> {
-    let mut copied = pin.copied();
     let none_set_aside = || guard.gate.has_copy_blocks(file) == Some(false);
-    if !copied.is_empty() && none_set_aside() {
+    if !pin.copied().is_empty() && none_set_aside() {
         let facts = FileFacts::read(file)?;
         let around_shared = held::copied(file, &facts, &pin.shown)?;
         // Whatever is copied after this question was shared before it, and
         // nothing comes to be shared.
         if none_set_aside() {
             pin.follow(around_shared);
-            copied = pin.copied();
         }
     }
     let map = mapdirect_model::block_map::read(file, range)?;
-    Ok(held::told_apart(&map, &copied))
+    Ok(held::told_apart(&map, &pin.not_held()))
 }

@@ -113,7 +113,7 @@ pub(crate) fn renewed(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> 
 /// or `None` if that is the same.
 pub(crate) fn grown(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> Option<BlockMap> {
     let mut extents = Vec::new();
-    let mut is_new = false;
+    let mut is_new = before.file_size() != now.file_size();
     let mut at = range.start;
     while at < range.end {
         let (Some(was), Some(is)) = (before.find(at), now.find(at)) else {
@@ -127,14 +127,21 @@ pub(crate) fn grown(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> Op
         at = part.end;
     }
     is_new.then(|| {
-        let now = BlockMap::new(
+        let inside = BlockMap::new(
             now.device(),
             now.block_size(),
             now.file_size(),
             range.clone(),
             extents,
         );
-        renewed(before, &now, range)
+        let grown = renewed(before, &inside, range);
+        BlockMap::new(
+            now.device(),
+            now.block_size(),
+            now.file_size(),
+            grown.range(),
+            grown.extents().iter().copied(),
+        )
     })
 }
 

@@ -118,13 +118,18 @@ impl Layers {
             fixed_size: pin.fixed_size,
             largest_size: pin.holds_tail.then_some(pin.file_size),
             failing_frees: pin.beside.failing_frees,
-            followed_end: if pin.follows { pin.range.end } else { 0 },
+            followed_end: match pin.firm().last() {
+                Some(last) if pin.follows => last.end,
+                _ => 0,
+            },
             unshares: pin.follows,
             block: pin.block,
             page: pin.geometry.page,
             ..Self::none()
         };
-        layers.push(List::Pinned, pin.range.clone());
+        for run in pin.firm() {
+            layers.push(List::Pinned, run);
+        }
         layers.push(List::Ahead, pin.ahead());
         layers.add_beside(pin);
         layers.add_frozen(pin);

@@ -21,8 +21,10 @@ struct Pin {
     first: u64,
     states: Vec<ExtentState>,
     whole_file: bool,
-    /// It is of strength stable.
+    /// It is of strength stable,
     follows: bool,
+    /// and then gives way in these blocks.
+    gives_way: Vec<Range<u64>>,
     /// Size of the file when it was pinned.
     size: u64,
     /// The blocks that are mapped, from where a page begins, and whether
@@ -115,6 +117,20 @@ impl Pin {
         ways.any(|way| Some(way) != first)
     }
 
+    fn gives_way_at(&self, at: u64) -> bool {
+        self.follows && self.gives_way.iter().any(|run| run.contains(&at))
+    }
+
+    /// The end of the last block in which it does not give way.
+    fn firm_end(&self) -> u64 {
+        if self.whole_file {
+            // What gives way here has an end.
+            return u64::MAX;
+        }
+        let firm = (self.first..self.end()).filter(|at| !self.gives_way_at(*at));
+        firm.last().map_or(0, |last| (last + 1) * self.block)
+    }
+
     fn is_frozen(&self, at: u64) -> bool {
         match self.state(at) {
             _ if self.follows => false,
@@ -194,7 +210,9 @@ impl Pin {
         if self.follows {
             let end = if self.whole_file { u64::MAX } else { range.end };
             let window = self.window.as_ref().map(bytes);
-            return Pinned::stable(range.start..end, window, self.block, self.geometry);
+            let gaps = self.gives_way.iter().map(bytes);
+            return Pinned::stable(range.start..end, window, self.block, self.geometry)
+                .giving_way(gaps);
         }
         let extents = (self.first..self.end()).map(|at| {
             let state = self.state(at).unwrap();
@@ -280,6 +298,10 @@ impl Question {
     /// Whether it moves, frees, replaces or allocates a block of the pin.
     fn changes(&self, pin: &Pin, at: u64) -> bool {
         let block = unit(at, pin.block);
+        let everything = matches!(self.operation.kind, K::OpenTruncate | K::Unknown);
+        if pin.gives_way_at(at) && !everything {
+            return false;
+        }
         let Some(_) = pin.state(at) else {
             return false;
         };
@@ -324,11 +346,7 @@ impl Question {
     /// stable. If it is late, there may be bytes up to any size by then.
     /// Over-refusal: wherever the pin begins.
     fn cuts_off(&self, pin: &Pin) -> bool {
-        let end = if pin.whole_file {
-            u64::MAX
-        } else {
-            pin.end() * pin.block
-        };
+        let end = pin.firm_end();
         pin.follows
             && self.operation.kind == K::Truncate
             && self.operation.range.start < end
@@ -581,6 +599,7 @@ impl Question {
             && self.pins.iter().any(|pin| {
                 all_blocks(pin, self).any(|at| {
                     pin.state(at).is_some()
+                        && !pin.gives_way_at(at)
                         && self.any_range(|range| meet(range, &unit(at, pin.block)))
                 })
             })

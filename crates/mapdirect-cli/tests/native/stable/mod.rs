@@ -34,6 +34,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("shared-blocks", shared_blocks),
             ("scopes-and-arguments", scopes_and_arguments),
             ("grows-quietly", grows_quietly),
+            ("gives-way", gives_way),
+            ("gives-way-to-nobody-else", gives_way_to_nobody_else),
         ],
     );
     trials.extend(attacked::trials(world));
@@ -193,7 +195,7 @@ fn maps_what_is_not_there_yet(world: &World, kind: Kind) {
     let at = |byte: usize| held.as_ptr() as usize + byte;
     assert_eq!(load(at(16_384)), Access::Went(0));
     assert_eq!(store(at(16_384), 5), Access::Went(5));
-    assert_eq!(load(at(70_000)), Access::Faulted);
+    assert_eq!(load(at(70_000)), Access::BUS_ADRERR);
     held.write_all_at(b"filled", 20_480).unwrap();
     let refused = held.write_all_at(b"x", 70_000).unwrap_err();
     assert_eq!(refused.errno_name(), "EFAULT");
@@ -423,5 +425,90 @@ fn grows_quietly(world: &World, kind: Kind) {
         now.total(ExtentState::Written)
     );
     drop(file);
+    end(pin, &path);
+}
+
+/// A holder may shrink and punch what it alone has pinned, if it asks; and what
+/// is there then is held.
+fn gives_way(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let path = written(&world.disk(kind), "stable-gives-way", 1 << 20);
+    let file = open(&path);
+    let mut pin = follow(&guard.client(), &file, 0);
+    let giving_way = guard.client().give_way(&file, 524_288..u64::MAX).unwrap();
+    assert_eq!(truncate(&file, 524_287), Err(Errno::TXTBSY));
+    assert_eq!(punch(&file, 0, 4096), Err(Errno::TXTBSY));
+    assert_eq!(truncate(&file, 600_000), Ok(()));
+    assert_eq!(truncate(&file, 524_288), Ok(()));
+    file.write_all_at(&[4; 8192], 524_288).unwrap();
+    file.sync_all().unwrap();
+    giving_way.resume().unwrap();
+    assert_eq!(truncate(&file, 524_288), Err(Errno::TXTBSY));
+    assert_eq!(punch(&file, 524_288, 4096), Err(Errno::TXTBSY));
+    pin.refresh().unwrap();
+    assert_eq!(pin.block_map().total(ExtentState::Written), 532_480);
+    assert_eq!(pin.block_map().file_size(), 532_480);
+    // Two at a time, in the middle.
+    let one = guard.client().give_way(&file, 65536..131_072).unwrap();
+    let other = guard.client().give_way(&file, 100_000..200_000).unwrap();
+    for at in [65536, 131_072, 196_608] {
+        assert_eq!(punch(&file, at, 4096), Ok(()), "{at}");
+    }
+    assert_eq!(truncate(&file, 65536), Err(Errno::TXTBSY));
+    one.resume().unwrap();
+    assert_eq!(punch(&file, 69_632, 4096), Err(Errno::TXTBSY));
+    assert_eq!(punch(&file, 102_400, 4096), Ok(()));
+    // Without a word, when whoever asked is gone.
+    drop(other);
+    wait_for(patience(), || {
+        Ok((punch(&file, 102_400, 4096) == Err(Errno::TXTBSY)).then_some(()))
+    })
+    .unwrap();
+    let held = wait_until_held(&mut pin, 532_480 - 4 * 4096);
+    assert_eq!(held.find(65536).unwrap().state, ExtentState::Hole);
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(pin.integrity().is_intact());
+    drop(file);
+    end(pin, &path);
+}
+
+fn gives_way_to_nobody_else(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let path = written(&world.disk(kind), "stable-keeps", 1 << 20);
+    let file = open(&path);
+    let client = guard.client();
+    let give_way = |range| client.give_way(&file, range).map(drop);
+    let refused = give_way(0..4096).unwrap_err();
+    assert_eq!(refused.errno_name(), "EINVAL");
+    let pin = follow(&client, &file, 0);
+    let refused = give_way(4096..4096).unwrap_err();
+    assert_eq!(refused.errno_name(), "EINVAL");
+    // Neither what another process has pinned, nor what shall stay as it is.
+    let name = path.to_str().unwrap();
+    let mut command = std::process::Command::new(crate::world::BINARY);
+    command
+        .args(["pin", name, "--strength", "stable", "--range", "64K:64K"])
+        .args(["--patience", "20000", "--json"])
+        .env("MAPDIRECT_SOCKET", guard.socket());
+    let mut other = mapdirect_testkit::process::Helper::spawn(command).unwrap();
+    other.hear().unwrap();
+    let refused = give_way(65536..69_632).unwrap_err();
+    assert_eq!(refused.errno_name(), "ETXTBSY");
+    assert!(
+        refused.to_string().contains("something of it pinned"),
+        "{refused}"
+    );
+    assert_eq!(punch(&file, 65536, 4096), Err(Errno::TXTBSY));
+    give_way(0..65536).unwrap();
+    other.kill().unwrap();
+    let strict = PinOptions::new()
+        .range(0..4096)
+        .guard(client.clone())
+        .patience(patience())
+        .pin(&file)
+        .unwrap();
+    let refused = give_way(0..4096).unwrap_err();
+    assert_eq!(refused.errno_name(), "ETXTBSY");
+    drop((strict, file));
     end(pin, &path);
 }
