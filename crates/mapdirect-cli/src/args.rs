@@ -142,6 +142,33 @@ pub enum ScopeChoice {
     File,
 }
 
+/// What a pin holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StrengthChoice {
+    /// Everything: what is stable stays where it is, and the rest as it is
+    All,
+    /// What is stable or becomes so: holes may be filled, and the file may grow
+    Stable,
+}
+
+impl From<StrengthChoice> for mapdirect::Strength {
+    fn from(choice: StrengthChoice) -> Self {
+        match choice {
+            StrengthChoice::All => Self::All,
+            StrengthChoice::Stable => Self::Stable,
+        }
+    }
+}
+
+/// What a program may do to its own files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OwnChoice {
+    /// Shorten them and punch holes into them, where nobody else has pinned them
+    Allow,
+    /// Nothing that others may not do
+    Refuse,
+}
+
 /// Arguments of `guard`.
 #[derive(Debug, Args)]
 pub struct GuardArgs {
@@ -194,13 +221,16 @@ pub struct PinArgs {
     /// The files: all of them are pinned, or none
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end [default: the whole file as it is
-    /// now]
+    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end, with strength stable however far
+    /// the file grows [default: the whole file as it is now, or as it grows]
     #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
     pub range: Option<ByteRange>,
     /// Pin the range, or the whole file with its size
     #[arg(long, value_enum, default_value = "range")]
     pub scope: ScopeChoice,
+    /// Hold everything in the range, or what is stable or becomes so
+    #[arg(long, value_enum, default_value = "all")]
+    pub strength: StrengthChoice,
     /// How long to wait for others to let go of the file, in milliseconds
     #[arg(long, value_name = "MS", default_value = "100")]
     pub patience: u32,
@@ -258,6 +288,12 @@ pub struct RunArgs {
     /// Pin what is mapped privately, too; libraries excepted
     #[arg(long)]
     pub private: bool,
+    /// Hold what is stable or becomes so, however far a file grows; or everything, as it is
+    #[arg(long, value_enum, default_value = "stable")]
+    pub strength: StrengthChoice,
+    /// Whether COMMAND may itself shorten files and punch holes (ftruncate, fallocate)
+    #[arg(long, value_enum, default_value = "allow")]
+    pub own: OwnChoice,
     /// Have every block of a file allocated, written and shared with nobody before it is pinned
     #[arg(long)]
     pub prepare: bool,

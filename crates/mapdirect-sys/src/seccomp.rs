@@ -97,6 +97,8 @@ const MORE: usize = 4;
 pub enum Verdict {
     /// The kernel goes on with it, reading its arguments anew.
     Continue,
+    /// It is not made, and returns this.
+    Return(i64),
     /// It fails.
     Fail(Errno),
 }
@@ -107,13 +109,14 @@ pub enum Verdict {
 ///
 /// `ENOENT` when nobody waits for the answer any more, or it was given already.
 pub fn answer(listener: BorrowedFd<'_>, id: u64, verdict: Verdict) -> Result<()> {
-    let (error, flags) = match verdict {
-        Verdict::Continue => (0, CONTINUE),
-        Verdict::Fail(errno) => (-errno.raw_os_error(), 0),
+    let (value, error, flags) = match verdict {
+        Verdict::Continue => (0, 0, CONTINUE),
+        Verdict::Return(value) => (value, 0, 0),
+        Verdict::Fail(errno) => (0, -errno.raw_os_error(), 0),
     };
     let answer = Answer {
         id,
-        value: 0,
+        value,
         error,
         flags,
     };

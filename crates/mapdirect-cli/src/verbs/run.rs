@@ -19,13 +19,14 @@
 mod filter;
 mod globs;
 mod open;
+mod own;
 mod stand_in;
 mod supervise;
 mod target;
 
 use self::globs::Files;
 use self::supervise::{AT_ONCE, Rules, Supervisor, wait_until_unused, word};
-use crate::args::RunArgs;
+use crate::args::{OwnChoice, RunArgs, StrengthChoice};
 use crate::{Exit, exit, output};
 use anyhow::{Context, Result};
 use mapdirect::{Gate, Guard};
@@ -38,8 +39,8 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, ExitStatus};
+
+use std::process::Command;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
 
@@ -74,6 +75,7 @@ fn supervise(args: &RunArgs, files: Files) -> Result<Exit> {
     let rules = Rules {
         files,
         prepare: args.prepare,
+        strength: args.strength.into(),
         strict: args.strict,
         gate: Guard::from_env().gate()?,
         keeper: std::process::id().cast_signed(),
@@ -81,6 +83,7 @@ fn supervise(args: &RunArgs, files: Files) -> Result<Exit> {
     let asked = filter::Asked {
         private: args.private,
         opens: rules.gate != Gate::Bpf,
+        own: args.own == OwnChoice::Allow && args.strength == StrengthChoice::Stable,
     };
     let house = House {
         journal: Journal::new(AT_ONCE).context("mmap")?,
@@ -288,7 +291,7 @@ impl House {
             }
             if let Some(status) = status {
                 self.tell_unmatched();
-                return Ok(Exit::of_command(ExitStatus::from_raw(status.as_raw())));
+                return Ok(Exit::of_waited(status));
             }
         }
     }

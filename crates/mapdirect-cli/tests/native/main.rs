@@ -35,6 +35,7 @@ mod random;
 mod read_only;
 mod segments;
 mod service;
+mod stable;
 mod states;
 mod strangers;
 mod stuck;
@@ -97,6 +98,7 @@ fn main() -> ExitCode {
     trials.extend(strangers::trials(&world));
     trials.extend(unnoticed::trials(&world));
     trials.extend(unmodified::trials(&world));
+    trials.extend(stable::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system,
     // and so do crowds: these come alone, behind all others.

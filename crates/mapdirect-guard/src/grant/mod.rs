@@ -11,16 +11,19 @@
 //!   pin.
 
 pub(crate) mod allocate;
+pub(crate) mod giving_way;
 mod others;
 pub(crate) mod pending;
 mod refusal;
 mod request;
+mod stable;
 mod survey;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use self::refusal::{gone, lock_refused, refusal, refuse_executed, system};
-pub(crate) use self::request::{Judged, judge};
+pub(crate) use self::request::{Judged, judge, length_of};
+pub(crate) use self::stable::read_now;
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};

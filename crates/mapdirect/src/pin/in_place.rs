@@ -5,7 +5,6 @@ use crate::error::Result;
 use crate::establish::{Established, Scope, establish, offset_and_length};
 use crate::guard::Guard;
 use crate::holder::Hold;
-use crate::prepare;
 use crate::state::{EventFd, Integrity, OnBreach, State};
 use mapdirect_proto::{BlockMap, Flags, Gate, IS_IT_PIN, PIN_NUMBER};
 use mapdirect_sys::{Errno, fcntl};
@@ -47,12 +46,10 @@ impl PinOptions {
             Scope::Range => Flags::IN_PLACE,
             Scope::File => Flags::IN_PLACE | Flags::WHOLE_FILE,
         };
+        let flags = flags | self.strength.flags();
         let connection = guard.connect()?;
         connection.require_known(flags)?;
-        if self.prepare_first {
-            let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
-            prepare::before_pin(file, range)?;
-        }
+        self.prepare(file)?;
         let gate = connection.gate();
         let Established {
             named,

@@ -15,6 +15,8 @@ pub(crate) struct Asked {
     pub(crate) private: bool,
     /// Files that are opened.
     pub(crate) opens: bool,
+    /// Files that are shortened, or holes punched into them.
+    pub(crate) own: bool,
 }
 
 // include/uapi/linux/bpf_common.h, seccomp.h
@@ -42,6 +44,36 @@ const O_PATH: u32 = 0o10_000_000;
 /// `SECCOMP_FILTER_FLAG_NEW_LISTENER`.
 const NEW_LISTENER: u32 = 1 << 3;
 
+/// What takes blocks out of a file, or moves them: `FALLOC_FL_PUNCH_HOLE`,
+/// `COLLAPSE_RANGE`, `ZERO_RANGE`, `INSERT_RANGE`.
+const FALLOC_FREES: u32 = 0x02 | 0x08 | 0x10 | 0x20;
+
+/// A number of 64 bits among the arguments: where its halves are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wide {
+    /// In one register.
+    One(usize),
+    /// In one register of 32 bits, with a sign.
+    Narrow(usize),
+    /// The lower half here, and the upper half in the next.
+    Two(usize),
+}
+
+impl Wide {
+    /// The number.
+    pub(crate) fn of(self, call: &Call) -> i64 {
+        let lower = |at: usize| call.arguments[at] & 0xffff_ffff;
+        match self {
+            Self::One(at) => call.arguments[at].cast_signed(),
+            Self::Narrow(at) => {
+                let number = u32::try_from(lower(at)).unwrap_or(0);
+                i64::from(number.cast_signed())
+            }
+            Self::Two(at) => (lower(at) | lower(at + 1) << 32).cast_signed(),
+        }
+    }
+}
+
 /// A calling convention: how the numbers of system calls are to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Convention {
@@ -61,6 +93,10 @@ pub(crate) struct Convention {
     pub(crate) openat: u32,
     /// `openat2(2)`.
     pub(crate) openat2: u32,
+    /// `ftruncate(2)`, and where the length is.
+    pub(crate) ftruncate: &'static [(u32, Wide)],
+    /// `fallocate(2)`, and where offset and length are.
+    pub(crate) fallocate: (u32, Wide, Wide),
     seccomp: u32,
     o_directory: u32,
 }
@@ -78,6 +114,8 @@ pub(crate) const CONVENTIONS: &[Convention] = &[
         open: Some(2),
         openat: 257,
         openat2: 437,
+        ftruncate: &[(77, Wide::One(1))],
+        fallocate: (285, Wide::One(2), Wide::One(3)),
         seccomp: 317,
         o_directory: 0o200_000,
     },
@@ -90,6 +128,8 @@ pub(crate) const CONVENTIONS: &[Convention] = &[
         open: Some(5),
         openat: 295,
         openat2: 437,
+        ftruncate: &[(93, Wide::Narrow(1)), (194, Wide::Two(1))],
+        fallocate: (324, Wide::Two(2), Wide::Two(4)),
         seccomp: 354,
         o_directory: 0o200_000,
     },
@@ -106,6 +146,8 @@ pub(crate) const CONVENTIONS: &[Convention] = &[
         open: None,
         openat: 56,
         openat2: 437,
+        ftruncate: &[(46, Wide::One(1))],
+        fallocate: (47, Wide::One(2), Wide::One(3)),
         seccomp: 277,
         o_directory: 0o40_000,
     },
@@ -118,6 +160,8 @@ pub(crate) const CONVENTIONS: &[Convention] = &[
         open: Some(5),
         openat: 322,
         openat2: 437,
+        ftruncate: &[(93, Wide::Narrow(1)), (194, Wide::Two(2))],
+        fallocate: (352, Wide::Two(2), Wide::Two(4)),
         seccomp: 383,
         o_directory: 0o40_000,
     },
@@ -136,6 +180,10 @@ pub(crate) enum Subject {
     OpenAt,
     /// `openat2(2)`.
     OpenAt2,
+    /// `ftruncate(2)`, to this length.
+    Truncate(i64),
+    /// `fallocate(2)`, of what begins here and is so long.
+    Allocate(i64, i64),
     /// A filter with a listener of its own.
     Listener,
 }
@@ -153,7 +201,15 @@ pub(crate) fn subject(call: &Call) -> Option<(&'static Convention, Subject)> {
         number if number == convention.openat => Subject::OpenAt,
         number if number == convention.openat2 => Subject::OpenAt2,
         number if number == convention.seccomp => Subject::Listener,
-        _ => return None,
+        number if number == convention.fallocate.0 => {
+            let (_, offset, length) = convention.fallocate;
+            Subject::Allocate(offset.of(call), length.of(call))
+        }
+        number => {
+            let mut known = convention.ftruncate.iter();
+            let (_, length) = known.find(|(known, _)| *known == number)?;
+            Subject::Truncate(length.of(call))
+        }
     };
     Some((convention, subject))
 }
@@ -212,6 +268,13 @@ fn part(convention: &Convention, asked: Asked) -> Vec<Instruction> {
         );
         part.extend(rule(convention.openat, &opens(2)));
         part.extend(rule(convention.openat2, &[]));
+    }
+    if asked.own {
+        for (number, _) in convention.ftruncate {
+            part.extend(rule(*number, &[]));
+        }
+        let frees = When::Any(1, FALLOC_FREES);
+        part.extend(rule(convention.fallocate.0, &[frees]));
     }
     part.extend(rule(convention.seccomp, &[When::Any(1, NEW_LISTENER)]));
     part.push(ret(ALLOW));

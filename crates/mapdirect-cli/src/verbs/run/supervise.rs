@@ -7,7 +7,7 @@ use super::open::Rights;
 use super::stand_in::Used;
 use super::target::{Mapping, Target};
 use crate::output;
-use mapdirect::{Gate, Guard, Integrity, PinInPlace, PinOptions, State};
+use mapdirect::{Gate, Guard, Integrity, PinInPlace, PinOptions, State, Strength};
 use mapdirect_sys::proc::{self, printable};
 use mapdirect_sys::seccomp::{self, Journal, Notification, Verdict};
 use mapdirect_sys::{Errno, umask};
@@ -55,6 +55,7 @@ pub(crate) mod word {
 pub(crate) struct Rules {
     pub(crate) files: Files,
     pub(crate) prepare: bool,
+    pub(crate) strength: Strength,
     /// What cannot be pinned is refused.
     pub(crate) strict: bool,
     pub(crate) gate: Gate,
@@ -303,6 +304,9 @@ impl<'a> Supervisor<'a> {
             Some((convention, subject @ (Subject::Map | Subject::OldMap))) => {
                 self.decide_map(notification, convention, subject, in_haste)
             }
+            Some((_, subject @ (Subject::Truncate(_) | Subject::Allocate(..)))) => {
+                self.decide_own(notification, subject, in_haste)
+            }
             Some((_, subject)) => self.decide_open(notification, subject, in_haste),
             None => Some(Verdict::Continue),
         };
@@ -489,7 +493,13 @@ impl<'a> Supervisor<'a> {
     }
 
     fn try_pin(&self, file: &OwnedFd) -> mapdirect::Result<PinInPlace> {
-        let options = PinOptions::new().patience(PATIENCE);
+        let options = PinOptions::new()
+            .strength(self.rules.strength)
+            .patience(PATIENCE);
+        let options = match self.rules.strength {
+            Strength::Stable => options.range_from(0),
+            _ => options,
+        };
         options.prepare_first(self.rules.prepare).pin_in_place(file)
     }
 

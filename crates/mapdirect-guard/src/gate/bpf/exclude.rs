@@ -15,7 +15,7 @@ use crate::grant::{Findings, Granting, Holder, Secured, Survey, refusal, system}
 use crate::openers::{Openers, kernel_users};
 use crate::thaw;
 use crate::wake::Backoff;
-use mapdirect_proto::{BlockMap, Flags, Opener, Reason, Refusal};
+use mapdirect_proto::{BlockMap, DeviceId, Flags, Opener, Reason, Refusal};
 use mapdirect_sys::proc;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -92,6 +92,9 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             others_can_store: &|frozen| others_can_store(granting, frozen),
         };
         self.wait_for_thaw()?;
+        if granting.judged.follows {
+            return self.follow(&survey);
+        }
         // A preliminary map: unwritten data shows only when the gate is closed.
         let mut map = survey.read(true)?;
         loop {
@@ -124,6 +127,26 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             }
             map = again;
         }
+    }
+
+    /// Tells the gate what a pin of strength stable refuses, which depends on no
+    /// block, and then looks what the pin holds.
+    fn follow(&self, survey: &Survey<'_>) -> Result<Secured, Refusal> {
+        let granting = self.granting;
+        let device = DeviceId { major: 0, minor: 0 };
+        let block = granting.judged.facts.block_size;
+        // Nothing is held yet.
+        let nothing = BlockMap::new(device, block, 0, granting.judged.range.clone(), []);
+        let refused = granting.refused_for_stable();
+        granting.pin.settle(&nothing, &refused, None);
+        self.publish()?;
+        if !self.is_alone() {
+            self.wait_for_others(false)?;
+        }
+        let (map, _) = survey.of_stable(true)?;
+        granting.pin.record(&map);
+        self.hints_are_as_they_were()?;
+        Ok(self.secured(map))
     }
 
     /// The pin needs no lifeline: the kernel itself reports when the
@@ -224,6 +247,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
                 }
                 quiet.wait_for_mappings_by(&own)
             })?;
+        }
+        if self.granting.judged.follows && self.granting.judged.window().is_none() {
+            // They fill what is not held, or change nothing but bytes.
+            return Ok(());
         }
         // Asynchronous direct writes have no thread that could be looked at.
         let mut backoff = Backoff::until(

@@ -86,7 +86,7 @@ struct Published {
     /// it is.
     kept: bool,
     /// Whether the last pin of the inode can become dormant.
-    stable: bool,
+    can_sleep: bool,
 }
 
 /// Shows later that everything is as it was when a pin was granted.
@@ -274,7 +274,7 @@ impl Gate {
             pins: live.len() as u64,
             handle: before.and_then(|before| before.handle),
             kept: false,
-            stable: entry.is_stable(),
+            can_sleep: entry.can_sleep(),
         };
         published.insert(watched.id, now);
         if entry.lets_writes_pass() {

@@ -34,6 +34,7 @@ fn interpret(filter: &[Instruction], call: &Call) -> u32 {
 const ALL: Asked = Asked {
     private: true,
     opens: true,
+    own: true,
 };
 
 fn call(convention: &Convention, number: u32, arguments: [u64; 6]) -> Call {
@@ -112,6 +113,41 @@ fn opens_are_asked_about_if_they_matter() {
 }
 
 #[test]
+fn what_frees_blocks_is_asked_about() {
+    for convention in CONVENTIONS {
+        let (allocates, ..) = convention.fallocate;
+        for (mode, frees) in [(0, false), (1, false), (3, true), (8, true), (0x11, true)] {
+            let arguments = [7, mode, 0, 0, 4096, 0];
+            assert_eq!(asks(ALL, convention, allocates, arguments), frees, "{mode}");
+            assert!(!asks(Asked::default(), convention, allocates, arguments));
+        }
+        for (number, _) in convention.ftruncate {
+            assert!(asks(ALL, convention, *number, [0; 6]));
+            assert!(!asks(Asked::default(), convention, *number, [0; 6]));
+        }
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn lengths_are_read_as_the_kernel_reads_them() {
+    let told = |convention: &Convention, number, arguments| {
+        subject(&call(convention, number, arguments)).unwrap().1
+    };
+    let [native, old] = CONVENTIONS else { panic!() };
+    let long = [7, 0x1_0000_0002, 0, 0, 0, 0];
+    assert_eq!(told(native, 77, long), Subject::Truncate(0x1_0000_0002));
+    let negative = [7, 0xffff_ffff, 0, 0, 0, 0];
+    assert_eq!(told(old, 93, negative), Subject::Truncate(-1));
+    let halves = [7, 2, 1, 0, 0, 0];
+    assert_eq!(told(old, 194, halves), Subject::Truncate(0x1_0000_0002));
+    let four = [7, 3, 1, 2, 3, 4];
+    let expected = Subject::Allocate(0x2_0000_0001, 0x4_0000_0003);
+    assert_eq!(told(old, 324, four), expected);
+    assert_eq!(told(native, 285, four), Subject::Allocate(1, 2));
+}
+
+#[test]
 fn a_listener_of_its_own_is_asked_about() {
     for convention in CONVENTIONS {
         let installs = |flags| {
@@ -135,6 +171,9 @@ fn every_other_call_is_allowed_by_its_number() {
             Some(convention.openat),
             Some(convention.openat2),
             Some(convention.seccomp),
+            Some(convention.fallocate.0),
+            Some(convention.ftruncate[0].0),
+            convention.ftruncate.get(1).map(|(number, _)| *number),
         ];
         for number in 0..600 {
             let is_known = known.contains(&Some(number));

@@ -45,6 +45,9 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	if (!e)
 		return -EOPNOTSUPP;
 	u64 version = *(volatile u64 *)&e->version;
+	// In a pin of strength stable a store to a hole allocates.
+	if (e->followed_end)
+		return -EOPNOTSUPP;
 	if (!(inode->i_flags & S_DAX) && !(e->flags & CACHED))
 		return -EOPNOTSUPP;
 	// A store to a frozen block would have to raise SIGBUS: that takes a
