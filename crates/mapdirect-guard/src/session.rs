@@ -220,6 +220,7 @@ impl<'guard> Session<'guard> {
                 self.announce(*tid, file.as_fd(), sender)
             }
             (Request::Yield(range), Handed::File(file)) => self.give_way(*range, file, sender),
+            (Request::Keeper { pid }, Handed::Nothing) => self.name_keeper(*pid, sender),
             (Request::Resume, Handed::Nothing) => {
                 self.hold_again();
                 Ok(self.send(&Reply::Done, &[])?)
@@ -382,6 +383,30 @@ impl<'guard> Session<'guard> {
                 pin.hand_over();
                 self.guard.waiting.decided();
                 Ok(sent?)
+            }
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    /// Takes an ancestor of the process that asks for the root of its family:
+    /// for a supervisor that is not itself an ancestor of whom it supervises.
+    fn name_keeper(&mut self, pid: i32, sender: Option<Sender>) -> Result<(), End> {
+        let named = self.require_peer(sender).and_then(|sender| {
+            let family = Family::of(pid).map_err(|errno| grant::system("pidfd_open", errno))?;
+            if family.may_have(sender.pid) {
+                return Ok(family);
+            }
+            Err(refusal(
+                Reason::Arguments,
+                Errno::PERM,
+                format!("process {} does not descend from process {pid}", sender.pid),
+                "name an ancestor",
+            ))
+        });
+        match named {
+            Ok(family) => {
+                self.family = Some(Arc::new(family));
+                Ok(self.send(&Reply::Done, &[])?)
             }
             Err(refusal) => self.refuse(refusal),
         }

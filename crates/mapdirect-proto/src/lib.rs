@@ -29,6 +29,8 @@
 //!                    ◀───────────────────  Done, or Refused
 //!   Resume           ───────────────────▶
 //!                    ◀───────────────────  Done
+//!   Keeper           ───────────────────▶         of whom a family is
+//!                    ◀───────────────────  Done, or Refused
 //!   Allocate + file  ───────────────────▶
 //!                    ◀───────────────────  Granted, if anything changed
 //!                    ◀───────────────────  Done, or Refused

@@ -169,6 +169,13 @@ pub enum Request {
     /// Asks that every pin that gives way because of this connection holds what
     /// is there now.
     Resume,
+    /// Names an ancestor of this process. Pins of a family that this connection
+    /// asks for from now on are those of that process and its descendants. The
+    /// answer is [`Reply::Done`](crate::Reply::Done).
+    Keeper {
+        /// The ancestor.
+        pid: i32,
+    },
     /// Says that this process has let go of a pin. If nobody else keeps the
     /// pin, [`Reply::Done`](crate::Reply::Done) comes when the gate judges as
     /// if the pin had never existed.
@@ -236,6 +243,13 @@ struct PinRecord {
 #[repr(C)]
 struct AnnounceRecord {
     tid: I32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct KeeperRecord {
+    pid: I32,
     reserved: U32,
 }
 
@@ -313,6 +327,7 @@ impl Request {
             | Self::Status
             | Self::Barrier
             | Self::Resume
+            | Self::Keeper { .. }
             | Self::Ended(_)
             | Self::Watch(_) => 0,
         }
@@ -359,6 +374,13 @@ impl Request {
                 message(kind::YIELD, &record, &[])
             }
             Self::Resume => message(kind::RESUME, &Empty {}, &[]),
+            Self::Keeper { pid } => {
+                let record = KeeperRecord {
+                    pid: (*pid).into(),
+                    reserved: 0.into(),
+                };
+                message(kind::KEEPER, &record, &[])
+            }
             Self::Ended(pin) => message(kind::ENDED, &pin.to_wire(), &[]),
             Self::Allocate(request) => {
                 let record = AllocateRecord {
@@ -430,6 +452,12 @@ impl Request {
                     offset: record.offset.get(),
                     length: record.length.get(),
                 })
+            }
+            kind::KEEPER => {
+                let record: KeeperRecord = body.only()?;
+                Self::Keeper {
+                    pid: record.pid.get(),
+                }
             }
             kind::RESUME => {
                 let Empty {} = body.only()?;

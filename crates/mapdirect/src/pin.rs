@@ -42,6 +42,7 @@ pub struct PinOptions {
     strength: Strength,
     prepare_first: bool,
     family: bool,
+    keeper: Option<i32>,
     patience: Duration,
     guard: Option<Guard>,
 }
@@ -62,6 +63,7 @@ impl PinOptions {
             strength: Strength::All,
             prepare_first: false,
             family: false,
+            keeper: None,
             patience: PATIENCE,
             guard: None,
         }

@@ -3,6 +3,8 @@
 //
 //	map FILE r|rw|private LENGTH	maps it (0: as long as the file is)
 //	grow FILE LENGTH		makes it longer, by writing
+//	cut LENGTH			shortens the first that is mapped
+//	punch OFFSET LENGTH		punches a hole into it
 //	touch				loads and stores everywhere
 //	unmap				unmaps and closes everything
 //	storm FILE THREADS COUNT	maps and unmaps it so often in each thread
@@ -114,7 +116,7 @@ static void tick(int unused)
 int main(void)
 {
 	char line[8192], path[4096], how[16];
-	size_t length;
+	size_t length, offset;
 	int threads;
 
 	setvbuf(stdout, 0, _IONBF, 0);
@@ -131,6 +133,11 @@ int main(void)
 			for (int each = 0; each < threads && each < 64; each++)
 				pthread_join(all[each], 0);
 			printf("%ld failed\n", storm_failed);
+		} else if (sscanf(line, "cut %zu", &length) == 1) {
+			printf("%s\n", ftruncate(maps[0].fd, length) ? strerror(errno) : "cut");
+		} else if (sscanf(line, "punch %zu %zu", &offset, &length) == 2) {
+			int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+			printf("%s\n", fallocate(maps[0].fd, mode, offset, length) ? strerror(errno) : "punched");
 		} else if (!strncmp(line, "touch", 5)) {
 			touch();
 			printf("alive\n");

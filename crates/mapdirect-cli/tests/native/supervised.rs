@@ -6,7 +6,7 @@ use mapdirect_sys::{Errno, proc, signal};
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::disk::run;
 use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
-use mapdirect_testkit::{Disk, Kind};
+use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -35,6 +35,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 survive(world, kind, Program::Python("r+"))
             }),
             ("ends-with-mapping", ends_with_the_mapping),
+            ("own", own),
         ],
     );
     let on = kinds(&[Kind::XFS]);
@@ -176,15 +177,8 @@ fn attack(path: &Path, kind: Kind) {
     let shorter = rustix::fs::open(path, rustix::fs::OFlags::WRONLY, rustix::fs::Mode::empty())
         .and_then(|file| rustix::fs::ftruncate(&file, 0));
     assert_eq!(shorter, Err(Errno::TXTBSY), "truncate");
-    let text = std::ffi::CString::new(path.to_str().unwrap()).unwrap();
-    // SAFETY: a path that ends with a zero.
-    let by_path = unsafe { libc::truncate(text.as_ptr(), 0) };
-    assert_eq!(by_path, -1, "truncate(2)");
-    assert_eq!(
-        std::io::Error::last_os_error().raw_os_error(),
-        Some(libc::ETXTBSY),
-        "truncate(2)"
-    );
+    let by_path = raw::truncate(&raw::c_path(path), 0);
+    assert_eq!(by_path, Err(Errno::TXTBSY), "truncate(2)");
     let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
     let punched = File::options()
         .write(true)
@@ -313,6 +307,43 @@ fn ends_with_the_mapping(world: &World, kind: Kind) {
     })
     .unwrap();
     running.end_quietly();
+    std::fs::remove_file(path).unwrap();
+}
+
+/// A program goes on with its own files: it lets them grow, shortens them and
+/// punches holes into them; what it has grown by is kept as well.
+fn own(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let disk = world.disk(kind);
+    let path = written(&disk, "run-own", MEGABYTE);
+    let map = format!("map {} rw 0", path.display());
+    let command = supervised(guard.socket(), &[&all_of(&disk)], &[told()]);
+    let mut running = Running::start(command);
+    assert_eq!(running.ask(&map), "mapped");
+    assert_eq!(
+        running.ask(&format!("grow {} {}", path.display(), 2 * MEGABYTE)),
+        "grown"
+    );
+    attack(&path, kind);
+    let grown = raw::truncate(&raw::c_path(&path), MEGABYTE as u64);
+    assert_eq!(grown, Err(Errno::TXTBSY), "what it has grown by");
+    assert_eq!(running.ask("punch 65536 65536"), "punched");
+    assert_eq!(running.ask(&format!("cut {MEGABYTE}")), "cut");
+    assert_eq!(running.ask("touch"), "alive");
+    attack(&path, kind);
+    running.end_quietly();
+    wait_until_free(&path);
+    let command = supervised(
+        guard.socket(),
+        &["--own", "refuse", &all_of(&disk)],
+        &[told()],
+    );
+    let mut running = Running::start(command);
+    assert_eq!(running.ask(&map), "mapped");
+    assert_eq!(running.ask("punch 0 65536"), "Text file busy");
+    assert_eq!(running.ask("cut 4096"), "Text file busy");
+    running.end_quietly();
+    wait_until_free(&path);
     std::fs::remove_file(path).unwrap();
 }
 

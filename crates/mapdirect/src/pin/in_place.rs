@@ -6,11 +6,20 @@ use crate::establish::{Established, Scope, establish, offset_and_length};
 use crate::guard::Guard;
 use crate::holder::Hold;
 use crate::state::{EventFd, Integrity, OnBreach, State};
-use mapdirect_proto::{BlockMap, Flags, Gate, IS_IT_PIN, PIN_NUMBER};
+use mapdirect_proto::{BlockMap, Flags, Gate, IS_IT_PIN, PIN_NUMBER, Request};
 use mapdirect_sys::{Errno, fcntl};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 impl PinOptions {
+    /// For [`pin_in_place`](Self::pin_in_place): the pin is one of a family, see
+    /// [`family`](Self::family), but not of this process and its descendants. It
+    /// is that of this ancestor and all of its descendants. This is for
+    /// supervisors that are not themselves ancestors of what they supervise.
+    pub fn family_of(mut self, ancestor: i32) -> Self {
+        self.keeper = Some(ancestor);
+        self
+    }
+
     /// Pins the range for a program that knows nothing of pins: for as long as
     /// an open file description of the program is open or mapped anywhere, not
     /// for as long as the returned value lives. This is for supervisors of such
@@ -49,6 +58,14 @@ impl PinOptions {
         let flags = flags | self.strength.flags();
         let connection = guard.connect()?;
         connection.require_known(flags)?;
+        // Without an ancestor that lives it is a pin of nobody but this process.
+        let keeper = self.keeper.map(|pid| Request::Keeper { pid });
+        let is_family = keeper.is_some_and(|keeper| connection.call(&keeper, &[]).is_ok());
+        let flags = if is_family || self.family {
+            flags | Flags::FAMILY
+        } else {
+            flags
+        };
         self.prepare(file)?;
         let gate = connection.gate();
         let Established {

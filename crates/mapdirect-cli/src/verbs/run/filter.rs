@@ -39,6 +39,7 @@ const MAP_ANONYMOUS: u32 = 0x20;
 const MAP_DENYWRITE: u32 = 0x800;
 const ACCESS: u32 = 3;
 const READ_ONLY: u32 = 0;
+const WRITE_ONLY: u32 = 1;
 const READ_WRITE: u32 = 2;
 const O_PATH: u32 = 0o10_000_000;
 /// `SECCOMP_FILTER_FLAG_NEW_LISTENER`.
@@ -258,8 +259,9 @@ fn part(convention: &Convention, asked: Asked) -> Vec<Instruction> {
     );
     if asked.opens {
         let known = ACCESS | O_PATH | convention.o_directory;
-        let opens =
-            |argument| [READ_ONLY, READ_WRITE].map(|access| When::Equal(argument, known, access));
+        let opens = |argument| {
+            [READ_ONLY, WRITE_ONLY, READ_WRITE].map(|access| When::Equal(argument, known, access))
+        };
         part.extend(
             convention
                 .open

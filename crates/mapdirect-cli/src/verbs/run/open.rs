@@ -71,10 +71,15 @@ impl Opening {
         })
     }
 
-    /// Whether anybody could map what is opened so.
-    pub(crate) fn may_map(&self) -> bool {
+    /// Whether a file is opened so that has a name.
+    pub(crate) fn is_of_file(&self) -> bool {
         let never = OFlags::PATH | OFlags::DIRECTORY | OFlags::TMPFILE;
-        self.flags & OFlags::ACCMODE != OFlags::WRONLY && !self.flags.intersects(never)
+        !self.flags.intersects(never)
+    }
+
+    /// For what it is opened: reading, writing or both.
+    pub(crate) fn access(&self) -> OFlags {
+        self.flags & OFlags::ACCMODE
     }
 
     /// Where the path begins.
@@ -138,7 +143,7 @@ impl Opening {
         is_pinned: bool,
         announce: impl Fn() -> Result<(), Errno>,
     ) -> Result<OwnedFd, Errno> {
-        if is_pinned && self.flags & OFlags::ACCMODE != OFlags::RDONLY {
+        if is_pinned && self.access() != OFlags::RDONLY {
             // Without a guard nobody is in the way.
             let _ = announce();
         }

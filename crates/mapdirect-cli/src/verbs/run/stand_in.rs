@@ -75,7 +75,16 @@ impl Supervisor<'_> {
     ) -> Result<Option<Verdict>, Errno> {
         let inode = self.inode(id_of(known)?);
         let mut inode = lock(&inode);
+        // Nobody maps what can only be written. But where the file is pinned,
+        // the gate lets nobody open it so but whoever may pin it.
+        let writes_only = opening.access() == OFlags::WRONLY;
+        if writes_only && !inode.is_pinned() {
+            return Ok(Some(Verdict::Continue));
+        }
         let file = opening.open(known.as_fd(), inode.is_pinned(), || announce(known.as_fd()))?;
+        if writes_only {
+            return Ok(self.give(notification, opening, file.as_fd()));
+        }
         Ok(self.hand_over(notification, opening, &file, &mut inode))
     }
 
@@ -87,10 +96,10 @@ impl Supervisor<'_> {
         notification: &Notification,
     ) -> Result<Option<(Opening, Leads)>, Errno> {
         let opening = Opening::read(target, subject, &notification.call)?;
-        let reads_only = opening.flags & OFlags::ACCMODE == OFlags::RDONLY;
+        let reads_only = opening.access() == OFlags::RDONLY;
         // A program opens many files that it only reads, and never maps: those
         // are pinned if they are named.
-        if !opening.may_map() || reads_only && !self.files().are_named() {
+        if !opening.is_of_file() || reads_only && !self.files().are_named() {
             return Ok(None);
         }
         if target.rights()?.rights != *self.own_rights()? {
@@ -102,6 +111,9 @@ impl Supervisor<'_> {
             Leads::ToNew(directory, name) => (path_of(directory.as_fd(), 1), Some(name)),
             Leads::Elsewhere => return Ok(None),
         };
+        if name.is_some() && opening.access() == OFlags::WRONLY {
+            return Ok(None);
+        }
         let path = name.map_or_else(
             || at.clone(),
             |name| {
@@ -137,20 +149,14 @@ impl Supervisor<'_> {
         inode: &mut Inode,
     ) -> Option<Verdict> {
         let pinned = self.pin_open(inode, file);
-        let close_on_exec = opening.flags.contains(OFlags::CLOEXEC);
-        let give = |file: BorrowedFd<'_>| match seccomp::answer_with(
-            self.listener(),
-            notification.id,
-            file,
-            close_on_exec,
-        ) {
-            Ok(()) | Err(Errno::NOENT) => None,
-            Err(other) => Some(Verdict::Fail(other)),
-        };
         match pinned {
             Ok(mut pin) => {
                 let stand_in = pin.take_stand_in();
-                let given = give(stand_in.as_ref().map_or(file.as_fd(), AsFd::as_fd));
+                let given = self.give(
+                    notification,
+                    opening,
+                    stand_in.as_ref().map_or(file.as_fd(), AsFd::as_fd),
+                );
                 if given.is_none() {
                     inode.look_after(pin);
                 }
@@ -163,8 +169,22 @@ impl Supervisor<'_> {
                     return Some(Verdict::Fail(Errno::TXTBSY));
                 }
                 inode.told = true;
-                give(file.as_fd())
+                self.give(notification, opening, file.as_fd())
             }
+        }
+    }
+
+    /// Answers an open by a descriptor of this file.
+    fn give(
+        &self,
+        notification: &Notification,
+        opening: &Opening,
+        file: BorrowedFd<'_>,
+    ) -> Option<Verdict> {
+        let close_on_exec = opening.flags.contains(OFlags::CLOEXEC);
+        match seccomp::answer_with(self.listener(), notification.id, file, close_on_exec) {
+            Ok(()) | Err(Errno::NOENT) => None,
+            Err(other) => Some(Verdict::Fail(other)),
         }
     }
 

@@ -495,6 +495,7 @@ impl<'a> Supervisor<'a> {
     fn try_pin(&self, file: &OwnedFd) -> mapdirect::Result<PinInPlace> {
         let options = PinOptions::new()
             .strength(self.rules.strength)
+            .family_of(self.rules.keeper)
             .patience(PATIENCE);
         let options = match self.rules.strength {
             Strength::Stable => options.range_from(0),

@@ -92,12 +92,18 @@ fn opens_are_asked_about_if_they_matter() {
                 arguments[argument] = u64::from(flags);
                 asks(asked, convention, number, arguments)
             };
-            for flags in [READ_ONLY, READ_WRITE, READ_WRITE | 0o100, 0o2_000_000] {
+            for flags in [
+                READ_ONLY,
+                WRITE_ONLY,
+                READ_WRITE,
+                READ_WRITE | 0o100,
+                0o2_000_000,
+            ] {
                 assert!(opens(ALL, flags), "{flags:o}");
                 assert!(!opens(Asked::default(), flags), "{flags:o}");
             }
             // Nobody can map through these.
-            for flags in [1, O_PATH, directory, O_PATH | READ_WRITE] {
+            for flags in [O_PATH, directory, O_PATH | READ_WRITE] {
                 assert!(!opens(ALL, flags), "{flags:o}");
             }
         }
