@@ -124,6 +124,7 @@ fn absolute(glob: &Path, directory: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use mapdirect_testkit::process::ScratchDirectory;
 
     fn files(globs: &[&str], directory: &str) -> Files {
         let globs: Vec<PathBuf> = globs.iter().map(PathBuf::from).collect();
@@ -142,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_relative_glob_begins_where_one_is() {
-        let directory = tempfile::tempdir().unwrap();
+        let directory = ScratchDirectory::new("globs").unwrap();
         let real = directory.path().join("real [1]");
         std::fs::create_dir(&real).unwrap();
         std::fs::write(real.join("a?b"), "").unwrap();

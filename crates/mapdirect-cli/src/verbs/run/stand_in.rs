@@ -189,15 +189,12 @@ impl Supervisor<'_> {
     }
 
     fn pin_open(&self, inode: &mut Inode, file: &OwnedFd) -> Result<PinInPlace, Obstacle> {
-        if let Some(why) = inode.refusal() {
-            return Err(Obstacle {
-                why,
-                help: String::new(),
-            });
+        if let Some(obstacle) = inode.refusal() {
+            return Err(obstacle);
         }
         let pinned = self.ask(file);
         if let Err(obstacle) = &pinned {
-            inode.remember_refusal(&obstacle.why);
+            inode.remember_refusal(obstacle);
         }
         pinned
     }
@@ -205,8 +202,13 @@ impl Supervisor<'_> {
     /// Under the fanotify gate: whether a file that is being mapped was pinned
     /// when it was opened.
     pub(crate) fn was_pinned(&self, file: &OwnedFd) -> Result<(), Obstacle> {
+        let access = rustix::fs::fcntl_getfl(file).unwrap_or(OFlags::empty()) & OFlags::ACCMODE;
         match Guard::from_env().pinned_ranges(file) {
             Ok(pins) if !pins.is_empty() => Ok(()),
+            Ok(_) if access == OFlags::RDONLY && !self.files().are_named() => Err(Obstacle {
+                why: String::from("it was opened for reading alone, and no --files names it"),
+                help: String::from("name it with --files"),
+            }),
             Ok(_) => Err(Obstacle {
                 why: String::from(
                     "it was opened where that was not seen: before this began, by another \

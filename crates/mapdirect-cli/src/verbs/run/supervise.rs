@@ -26,6 +26,8 @@ pub(crate) const AT_ONCE: usize = 64;
 /// How long a refusal is remembered: a program that maps the same file again and
 /// again does not wait for the guard each time.
 const REMEMBERED: Duration = Duration::from_secs(1);
+/// How long it is remembered that a file is pinned, under the fanotify gate.
+const AGAIN: Duration = Duration::from_millis(20);
 /// How long the guard may wait for others to let go of a file.
 const PATIENCE: Duration = Duration::from_millis(50);
 /// The inodes of which something is known.
@@ -93,7 +95,7 @@ pub(crate) struct Inode {
     /// It was said when it was opened that it is not pinned.
     pub(crate) told: bool,
     /// Until when it need not be looked at, and whether it was refused a pin.
-    remembered: Option<(Instant, Option<String>)>,
+    remembered: Option<(Instant, Option<Obstacle>)>,
 }
 
 impl Inode {
@@ -120,20 +122,20 @@ impl Inode {
     }
 
     /// Why it was not pinned a moment ago.
-    pub(crate) fn refusal(&self) -> Option<String> {
+    pub(crate) fn refusal(&self) -> Option<Obstacle> {
         match &self.remembered {
             Some((until, Some(why))) if Instant::now() < *until => Some(why.clone()),
             _ => None,
         }
     }
 
-    pub(crate) fn remember_refusal(&mut self, why: &str) {
-        self.remembered = Some((Instant::now() + REMEMBERED, Some(why.to_owned())));
+    pub(crate) fn remember_refusal(&mut self, obstacle: &Obstacle) {
+        self.remembered = Some((Instant::now() + REMEMBERED, Some(obstacle.clone())));
     }
 }
 
 /// Why something was not pinned.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Obstacle {
     pub(crate) why: String,
     pub(crate) help: String,
@@ -435,8 +437,13 @@ impl<'a> Supervisor<'a> {
         };
         match pinned {
             Ok(pin) => {
-                if let Some(pin) = pin {
-                    inode.look_after(pin);
+                match pin {
+                    Some(pin) => inode.look_after(pin),
+                    // What maps again and again need not ask each time.
+                    None if self.rules.gate != Gate::Bpf => {
+                        inode.remembered = Some((Instant::now() + AGAIN, None));
+                    }
+                    None => {}
                 }
                 Verdict::Continue
             }
@@ -445,7 +452,7 @@ impl<'a> Supervisor<'a> {
                     self.say_not_pinned(&path, &obstacle);
                 }
                 if !in_haste {
-                    inode.remembered = Some((until, Some(obstacle.why)));
+                    inode.remembered = Some((until, Some(obstacle)));
                 }
                 self.without_pin()
             }
