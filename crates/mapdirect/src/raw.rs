@@ -1,7 +1,7 @@
 //! The system call as it was proposed.
 
 use crate::error::{Error, Kind, Result};
-use crate::establish::{PATIENCE, Scope};
+use crate::establish::{PATIENCE, Scope, Strength};
 use crate::guard::Guard;
 use crate::map::{How, cached_by_environment};
 use mapdirect_proto::Flags;
@@ -60,6 +60,7 @@ pub unsafe fn mmap(
         address,
         scope: Scope::Range,
         also: Flags::NONE,
+        strength: Strength::All,
         cached: cached_by_environment(),
         patience: PATIENCE,
         guard: Guard::from_env(),

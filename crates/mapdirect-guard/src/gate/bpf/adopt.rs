@@ -9,7 +9,7 @@ use super::{Found, Gate};
 use crate::Guard;
 use crate::family::Family;
 use crate::grant::pending::lock;
-use crate::grant::{Granting, Judged, Survey, arm, judge, system};
+use crate::grant::{Granting, Judged, Survey, arm, judge, length_of, system};
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use mapdirect_proto::{PinRequest, Refusal};
@@ -95,7 +95,7 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         .map_err(|errno| system("opening it by its handle", errno))?;
     let request = PinRequest {
         offset: found.range.start,
-        length: found.range.end - found.range.start,
+        length: length_of(&found.range),
         flags: found.flags,
         patience_ms: 0,
     };

@@ -29,12 +29,14 @@ pub(super) const WRITES_PASS: u32 = 16;
 /// Flag: untorn writes are refused near the pins.
 pub(super) const WINDOWED: u32 = 32;
 /// Flag: nothing is frozen, so the last pin can become dormant when it ends.
-pub(super) const STABLE: u32 = 64;
+pub(super) const CAN_SLEEP: u32 = 64;
+/// Blocks may be unshared: all pins are of strength stable.
+pub(super) const UNSHARES: u32 = 128;
 
 /// Flag: only a family may open the file for writing.
-pub(super) const DENIES_WRITE: u32 = 128;
+pub(super) const DENIES_WRITE: u32 = 256;
 /// Flag: no name of the file may go.
-pub(super) const DENIES_RENAME: u32 = 256;
+pub(super) const DENIES_RENAME: u32 = 512;
 
 /// The most generations between a process and the holder that it descends from.
 #[cfg_attr(not(test), expect(dead_code, reason = "for the programs"))]
@@ -171,7 +173,7 @@ mod tests {
             };
         }
         numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
-        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED STABLE);
+        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED CAN_SLEEP UNSHARES);
         numbers!(DENIES_WRITE DENIES_RENAME ANCESTORS);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
         numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL);
@@ -206,7 +208,8 @@ mod tests {
             FAILING_FREES,
             WRITES_PASS,
             WINDOWED,
-            STABLE,
+            CAN_SLEEP,
+            UNSHARES,
             DENIES_WRITE,
             DENIES_RENAME,
         ];

@@ -241,8 +241,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
         let pin = self.granting.pin;
         // Programs of a family lock whole files. The lock of a pin that is not
-        // mapped need not be in their way.
-        let is_in_the_way = pin.family.is_some() && pin.mapped.is_none();
+        // mapped need not be in their way, unless the description itself is what
+        // the pin shall live by.
+        let in_place = pin.flags.contains(Flags::IN_PLACE);
+        let is_in_the_way = pin.family.is_some() && pin.mapped.is_none() && !in_place;
         if !self.granting.judged.is_writable() || is_in_the_way {
             let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
             let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;

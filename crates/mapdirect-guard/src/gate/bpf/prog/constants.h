@@ -85,9 +85,10 @@ enum list {
 #define FAILING_FREES 8
 #define WRITES_PASS 16
 #define WINDOWED 32
-#define STABLE 64
-#define DENIES_WRITE 128
-#define DENIES_RENAME 256
+#define CAN_SLEEP 64
+#define UNSHARES 128
+#define DENIES_WRITE 256
+#define DENIES_RENAME 512
 #define ANCESTORS 64
 #define FILTER_BITS 18
 #define FILTER_WORDS 4096
