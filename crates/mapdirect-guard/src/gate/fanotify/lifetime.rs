@@ -32,7 +32,7 @@
 //! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
 use super::{Gate, MASK, is_final};
-use crate::openers::{Wanted, openers};
+use crate::openers::{Mark, Wanted, openers};
 use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
@@ -557,7 +557,7 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
     let found = openers(Wanted {
         id: watched.id,
         path: &watched.path,
-        mark: Some(pin.lock_byte()),
+        mark: Some(Mark::Lock(pin.lock_byte())),
     });
     // Readers' descriptors and mappings do not count.
     let is_mapped = |bytes: &Range<u64>| {
