@@ -150,11 +150,27 @@ pub struct GuardArgs {
     pub quiet: bool,
 }
 
+/// What to do with COMMAND when its promise is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnLoss {
+    /// End COMMAND and its descendants: SIGTERM, and SIGKILL five seconds later
+    Kill,
+    /// Say so on stderr, and let COMMAND run
+    Warn,
+    /// Let COMMAND run, and end as it does
+    Ignore,
+}
+
 /// Arguments of `pin`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
-Prints the extents, then holds the pin until COMMAND ends, or until SIGINT or SIGTERM.")]
+Without COMMAND the extents are printed, and the pin is held until SIGINT or SIGTERM.
+
+With COMMAND nothing is printed. The pin is held until COMMAND and all its descendants have
+ended. They may open the files for writing, under either gate, and use them as a holder may;
+strangers may not. COMMAND finds the extents as JSON, an array with an object for each file, in
+the file that MAPDIRECT_EXTENTS names, and at the descriptor MAPDIRECT_EXTENTS_FD.")]
 pub struct PinArgs {
     /// The files: all of them are pinned, or none
     #[arg(required = true, value_name = "FILE")]
@@ -169,8 +185,17 @@ pub struct PinArgs {
     /// How long to wait for others to let go of the file, in milliseconds
     #[arg(long, value_name = "MS", default_value = "100")]
     pub patience: u32,
-    /// Print JSON
+    /// Allocate, write and unshare what is not before it is pinned, as `prepare` does
     #[arg(long)]
+    pub prepare: bool,
+    /// Fail unless every block of the range is stable: allocated, written and not shared
+    #[arg(long)]
+    pub require_stable: bool,
+    /// What happens to COMMAND when the pin is lost or broken
+    #[arg(long, value_enum, default_value = "warn", requires = "command")]
+    pub on_loss: OnLoss,
+    /// Print JSON
+    #[arg(long, conflicts_with = "command")]
     pub json: bool,
     /// Command to run while the pin is held
     #[arg(last = true, value_name = "COMMAND")]

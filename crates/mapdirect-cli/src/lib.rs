@@ -6,6 +6,7 @@ pub mod args;
 mod draw;
 mod exit;
 mod json;
+mod keeper;
 mod open;
 mod output;
 pub mod size;

@@ -22,6 +22,7 @@ mod audit;
 mod bounded;
 mod busy;
 mod exports;
+mod family;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzz;

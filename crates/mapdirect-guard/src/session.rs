@@ -12,6 +12,7 @@
 //! capability are received, looked at and closed by a thread that has no other
 //! descriptors.
 
+use crate::family::Family;
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::{self, Conversation, Grant, refusal};
 use crate::notice::{Watcher, Whereabouts};
@@ -50,6 +51,9 @@ pub(crate) struct Session<'guard> {
     /// The process that has proven the capability on this connection. It is the
     /// one that connected.
     proven: Option<Prover>,
+    /// The process that connected and its descendants, once it has asked for a
+    /// pin for all of them.
+    family: Option<Arc<Family>>,
     /// Announcements of this client that may still be used.
     announced: Vec<Arc<Announcement>>,
     /// Set if this connection is for notices only.
@@ -105,6 +109,7 @@ impl<'guard> Session<'guard> {
             challenge,
             greeted: false,
             proven: None,
+            family: None,
             announced: Vec::new(),
             watcher: None,
         })
@@ -341,6 +346,7 @@ impl<'guard> Session<'guard> {
     fn pin(&mut self, pin: &PinRequest, file: OwnedFd, sender: Option<Sender>) -> Result<(), End> {
         let granted = self.authorise(sender).and_then(|sender| {
             self.check_mapping(pin)?;
+            self.begin_family(pin, sender)?;
             grant::grant(self.guard, pin, file, sender, self)
         });
         if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
@@ -367,6 +373,19 @@ impl<'guard> Session<'guard> {
             }
             Err(refusal) => self.refuse(refusal),
         }
+    }
+
+    /// Gets hold of the process that asks for a pin for its family.
+    fn begin_family(&mut self, pin: &PinRequest, sender: Sender) -> Result<(), Refusal> {
+        if self.family.is_some() || !pin.flags.contains(Flags::FAMILY) {
+            return Ok(());
+        }
+        let family = Family::of(sender.pid).map_err(|errno| grant::system("pidfd_open", errno))?;
+        // If the number names the process that proved the capability now, it
+        // has named it before.
+        self.authorise(Some(sender))?;
+        self.family = Some(Arc::new(family));
+        Ok(())
     }
 
     /// Sends notices about pins on this connection from now on.
@@ -556,6 +575,10 @@ impl Conversation for Session<'_> {
         self.send(&Reply::Swap, &[replacement])
             .map_err(|errno| refusal(Reason::Protocol, errno, "the client is gone", ""))?;
         self.wait_for_swapped()
+    }
+
+    fn family(&self) -> Option<Arc<Family>> {
+        self.family.clone()
     }
 
     fn is_wanted(&self) -> bool {

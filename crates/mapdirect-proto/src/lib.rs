@@ -61,7 +61,9 @@ pub use refusal::{Opener, Refusal};
 pub use reply::{Gate, Granted, PinnedRange, Reply};
 pub use request::{AllocateRequest, Flags, PinRequest, Request, WatchedPin};
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
-pub use version::{OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, settle};
+pub use version::{
+    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, settle,
+};
 pub use wire::DecodeError;
 
 use std::time::Duration;

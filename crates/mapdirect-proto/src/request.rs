@@ -26,6 +26,29 @@ impl Flags {
     /// cannot be stored to as they are.
     pub const SEGMENTS: Self = Self(8);
 
+    /// Nobody but the holder, and its family if there is one, may open the file
+    /// for writing.
+    pub const DENY_WRITE: Self = Self(32);
+    /// No name of the file may be removed, renamed or replaced.
+    pub const DENY_RENAME: Self = Self(64);
+    /// The process that asks and its descendants have a holder's rights
+    /// together: they may open the file for writing. They are a family.
+    pub const FAMILY: Self = Self(128);
+    /// The pin lives in the description of a program that knows nothing of pins.
+    /// Under the bpf gate that is the very description that comes with the
+    /// request. Under the fanotify gate it is the one that comes with the
+    /// answer, which is open in the same way.
+    pub const IN_PLACE: Self = Self(256);
+    /// What a guard that speaks an older version does not know.
+    pub const NEW_IN_3: Self =
+        Self(Self::DENY_WRITE.0 | Self::DENY_RENAME.0 | Self::FAMILY.0 | Self::IN_PLACE.0);
+
+    /// Whether any bit of `other` is set.
+    #[must_use]
+    pub const fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+
     /// Whether all bits of `other` are set.
     #[must_use]
     pub const fn contains(self, other: Self) -> bool {
@@ -38,7 +61,8 @@ impl Flags {
         self.0
     }
 
-    const KNOWN: u32 = Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0;
+    const KNOWN: u32 =
+        Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0 | Self::NEW_IN_3.0;
 
     /// All bits that this version knows.
     #[cfg(test)]

@@ -5,16 +5,20 @@ use std::fmt;
 /// The newest version that this crate speaks.
 ///
 /// 1 is the first version of mapdirect. 2 has [`Request::Barrier`]; a holder of
-/// version 1 says hello once more instead.
+/// version 1 says hello once more instead. 3 has more [`Flags`](crate::Flags):
+/// [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3).
 ///
 /// [`Request::Barrier`]: crate::Request::Barrier
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The oldest version that this crate speaks.
 pub const OLDEST_VERSION: u32 = 1;
 
 /// The first version with [`Request::Barrier`](crate::Request::Barrier).
 pub const VERSION_WITH_BARRIER: u32 = 2;
+
+/// The first version with [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3).
+pub const VERSION_WITH_FAMILIES: u32 = 3;
 
 /// The version to speak with a side whose newest version is `theirs`: the lower
 /// of the two newest versions. Both sides compute it for themselves.
@@ -65,7 +69,7 @@ mod tests {
         let unknown = settle(OLDEST_VERSION - 1).unwrap_err();
         assert_eq!(
             unknown.to_string(),
-            "the other side speaks version 0 of the protocol at most, and this one speaks 1 to 2"
+            "the other side speaks version 0 of the protocol at most, and this one speaks 1 to 3"
         );
     }
 }

@@ -14,6 +14,7 @@ compile_error!("mapdirect speaks to Linux interfaces only");
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
 
+pub mod ancestry;
 pub mod apart;
 pub mod bpf;
 pub mod cache;
@@ -25,6 +26,7 @@ pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;
 pub mod file_handle;
+pub mod fork;
 pub mod fsync;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]

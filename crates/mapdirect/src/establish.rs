@@ -57,6 +57,7 @@ pub(crate) fn establish(
         patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
     });
     let connection = connect()?;
+    connection.require_known(flags)?;
     let mut held = None;
     let (granted, mut fds) = connection.converse(&request, file, |talk, reply, mut fds| {
         match reply {

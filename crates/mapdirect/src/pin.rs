@@ -34,6 +34,7 @@ pub struct PinOptions {
     range: Option<Range<u64>>,
     scope: Scope,
     prepare_first: bool,
+    family: bool,
     patience: Duration,
     guard: Option<Guard>,
 }
@@ -52,6 +53,7 @@ impl PinOptions {
             range: None,
             scope: Scope::Range,
             prepare_first: false,
+            family: false,
             patience: PATIENCE,
             guard: None,
         }
@@ -76,6 +78,19 @@ impl PinOptions {
     /// is in the file is stable. The file must be open for reading and writing.
     pub fn prepare_first(mut self, prepare: bool) -> Self {
         self.prepare_first = prepare;
+        self
+    }
+
+    /// Gives the descendants of this process the rights of a holder, as long as
+    /// this process lives: they may open the file for writing, which the
+    /// fanotify gate refuses everybody else while the file is pinned. What they
+    /// do is judged like everything else.
+    ///
+    /// A process whose parent has ended stays a descendant if this process is a
+    /// subreaper (`PR_SET_CHILD_SUBREAPER` of prctl(2)). More than 64
+    /// generations down, descendants are strangers.
+    pub fn family(mut self, family: bool) -> Self {
+        self.family = family;
         self
     }
 
@@ -134,10 +149,13 @@ impl PinOptions {
         file: BorrowedFd<'_>,
     ) -> Result<Pin> {
         let range = offset_and_length(self.range.as_ref())?;
-        let flags = match self.scope {
+        let mut flags = match self.scope {
             Scope::Range => Flags::NONE,
             Scope::File => Flags::WHOLE_FILE,
         };
+        if self.family {
+            flags = flags | Flags::FAMILY;
+        }
         if self.prepare_first {
             let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
             prepare::before_pin(file, range)?;

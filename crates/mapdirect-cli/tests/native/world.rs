@@ -61,6 +61,7 @@ pub fn roles() -> Vec<Role> {
         ("dump-core", crate::writers::play_dump_core),
         ("sharer", crate::neighbours::play_sharer),
         ("forked", crate::states::play_forked),
+        ("locks", crate::grants::play_locks),
         ("example-log", crate::examples::play_log),
         ("example-reader", crate::examples::play_reader),
         ("example-raw-reader", crate::examples::play_raw_reader),

@@ -24,11 +24,12 @@ pub(crate) use self::request::{Judged, judge};
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};
+use crate::family::Family;
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use crate::{Errno, Guard};
 use mapdirect_proto::{
-    BlockMap, Granted, MAX_INLINE_EXTENTS, PinRequest, PinnedRange, Reason, Refusal, extent,
+    BlockMap, Flags, Granted, MAX_INLINE_EXTENTS, PinRequest, PinnedRange, Reason, Refusal, extent,
 };
 use mapdirect_sys::memfd;
 use mapdirect_sys::unix::Sender;
@@ -56,6 +57,11 @@ pub(crate) struct Grant {
 pub(crate) trait Conversation {
     /// Asks the holder to replace the descriptor it sent with `replacement`.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+
+    /// The family of the process that asks.
+    fn family(&self) -> Option<Arc<Family>> {
+        None
+    }
 
     /// Whether the holder still waits for the answer.
     fn is_wanted(&self) -> bool {
@@ -128,6 +134,8 @@ pub(crate) fn grant(
     let mut file = file;
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
+    let family = request.flags.contains(Flags::FAMILY).then(|| talk.family());
+    let family = family.flatten();
     // The tripwire is armed first, so that every later change is noticed.
     let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
@@ -140,7 +148,8 @@ pub(crate) fn grant(
             continue;
         }
         let turn = waiting.into_turn();
-        let pin = Arc::new(judged.unsettled(guard.next_id(), request.flags, owner));
+        let pin = judged.unsettled(guard.next_id(), request.flags, owner);
+        let pin = Arc::new(pin.of_family(family.clone()));
         let granting = Granting {
             guard,
             judged: &judged,

@@ -19,9 +19,9 @@ use crate::grant::{
     refuse_executed, system,
 };
 use crate::openers::{Mark, Openers};
-use crate::table::{GrantState, Notes, Published};
+use crate::table::{Carrier, GrantState, Notes, Published};
 use crate::wake::Backoff;
-use mapdirect_proto::{BlockMap, Opener, Reason, Refusal};
+use mapdirect_proto::{BlockMap, Flags, Opener, Reason, Refusal};
 use mapdirect_sys::fcntl::{
     Lease, LockKind, LockOwner, conflicting_lock, lease_holds, lock_byte_shared, set_lock,
 };
@@ -194,22 +194,25 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         Ok(!writers && !changes)
     }
 
-    /// Ties the life of the pin to something that only its holders have. A
-    /// description that can write is such a thing: nobody else has one while
-    /// the file is pinned, and the lock on it shows when it goes. Every reader
-    /// could hold the same lock as a description that cannot write. So such a
-    /// description comes with a pipe, whose other end goes to the holder.
+    /// Ties the life of the pin to something that only its holders have, and
+    /// that shows when it goes: see [`Carrier`].
     fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
         let pin = self.granting.pin;
-        if !self.granting.judged.is_writable() {
-            let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
-            let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
-            pin.lives_by(ours);
-            return Ok(Some(theirs));
+        let writable = self.granting.judged.is_writable();
+        if writable && pin.flags.contains(Flags::IN_PLACE) {
+            pin.lives_by(Carrier::Writers);
+            return Ok(None);
         }
-        let (file, byte) = (self.holder.file.as_fd(), pin.lock_byte());
-        lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
-        Ok(None)
+        if writable && pin.mapped.is_some() {
+            let (file, byte) = (self.holder.file.as_fd(), pin.lock_byte());
+            lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
+            pin.lives_by(Carrier::Lock);
+            return Ok(None);
+        }
+        let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+        let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
+        pin.lives_by(Carrier::Pipe(ours));
+        Ok(Some(theirs))
     }
 }
 
@@ -362,10 +365,13 @@ impl Exclusion<'_, '_> {
                 return Ok(());
             }
             let mut found = self.openers();
-            // Holders of pins may have the file open for writing, because the
-            // gate has judged them. So may the processes whose requests wait.
+            // Holders of pins and their families may have the file open for
+            // writing, because the gate has judged them. So may the processes
+            // whose requests wait.
+            let families = self.granting.watched.families();
             let is_holder = |opener: &Opener| {
                 pins.iter().any(|pin| pin.pid == opener.pid)
+                    || families.iter().any(|family| family.may_have(opener.pid))
                     || self
                         .granting
                         .watched

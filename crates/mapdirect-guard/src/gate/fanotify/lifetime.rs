@@ -7,19 +7,12 @@
 //! stands is checked once more.
 //!
 //! The check uses something that no reader of the file can have, because
-//! otherwise every reader could keep a pin alive:
-//!
-//! * A description that can write has a lock on a byte of its own. The lock is
-//!   shared, because readers lock whole files and an exclusive lock would keep
-//!   them out. So readers can lock the same byte; but they cannot write. While
-//!   a reader's lock may hide that a pin has ended, a lease decides that is
-//!   given only when nobody can write ([`Lease::NoWriter`]). An open that waits
-//!   to be refused counts as a writer, so the lease is asked for several times.
-//!   If it is never given, a search for descriptors and mappings that can write
-//!   decides.
-//! * A description that cannot write comes with the end of a pipe, and the pin
-//!   ends when that end is closed everywhere. The pipe goes where the
-//!   description goes: to children, and away on `execve(2)`.
+//! otherwise every reader could keep a pin alive: see [`Carrier`]. Two of these
+//! can mislead for a while. A reader's lock may hide that a pin's lock is gone,
+//! and an open that waits to be refused counts as a writer. So a lease is asked
+//! for several times that is given only when nobody can write
+//! ([`Lease::NoWriter`]). If it is never given, a search for descriptors and
+//! mappings that can write decides.
 //!
 //! An inode whose last pin has ended stays behind the gate for a while if
 //! somebody still has it open. A new pin then finds the gate closed and the
@@ -33,14 +26,15 @@
 
 use super::{Gate, MASK, is_final};
 use crate::openers::{Mark, Wanted, openers};
-use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
+use crate::table::{Carrier, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
 use mapdirect_sys::fanotify::{Group, Mask, Object};
-use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
+use mapdirect_sys::fcntl::{Lease, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
 use rustix::fs::{Mode, OFlags};
+use std::cell::OnceCell;
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -388,9 +382,15 @@ impl Keeper<'_> {
                 );
                 listed.contains(&key)
             };
-            let has_ended = |pin: &Pin| match pin.is_let_go() {
-                Some(let_go) => let_go,
-                None => !is_listed(pin) && !can_be_found(&watched, pin),
+            let file = OnceCell::new();
+            let is_alive_by = |pin: &Pin| {
+                let file = file.get_or_init(|| self.open(watched.id)).as_ref();
+                file.is_some_and(|file| pin.is_alive(file.as_fd()))
+            };
+            let has_ended = |pin: &Pin| match pin.carrier() {
+                Carrier::Pipe(_) => !pin.is_held_by_pipe(),
+                Carrier::Lock => !is_listed(pin) && !can_be_found(&watched, pin),
+                Carrier::Writers => !is_alive_by(pin) && !can_be_found(&watched, pin),
             };
             let ended: HashSet<u64> = pins
                 .iter()
@@ -430,7 +430,7 @@ impl Keeper<'_> {
     /// `false` when pins are left, because the close may have been about any of
     /// them.
     fn tend(&mut self, id: InodeId, file: BorrowedFd<'_>) -> bool {
-        self.tend_with(id, file, has_ended)
+        self.tend_with(id, file, |_, pin, file| !pin.is_alive(file))
     }
 
     fn has_foreign_locks(&self, id: InodeId) -> bool {
@@ -515,21 +515,12 @@ impl Keeper<'_> {
     }
 }
 
-/// Whether nothing holds a pin any more, as far as that can be found out at
-/// once. `file` is another description of the same inode.
-fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    match pin.is_let_go() {
-        Some(let_go) => let_go,
-        None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),
-    }
-}
-
-/// Like [`has_ended`], for a lock that may not be the pin's: after a process
-/// that `could_write` has closed the file, or when a foreign lock is seen. The
-/// pin's description can write, so as long as it exists somebody can write.
-/// Searching for the description takes long, so that is done only when a
-/// foreign lock is seen, or at the last check: the lock that is left may look
-/// just like the pin's.
+/// Whether a pin has ended although it seems to be alive: after a process that
+/// `could_write` has closed the file, or when a foreign lock is seen. The pin's
+/// description can write, so as long as it exists somebody can write. Searching
+/// for the description takes long, so that is done only when a foreign lock is
+/// seen, or at the last check: the lock that is left may look just like the
+/// pin's.
 fn has_ended_for_sure(
     watched: &Watched,
     pin: &Pin,
@@ -537,10 +528,10 @@ fn has_ended_for_sure(
     could_write: bool,
     is_last: bool,
 ) -> bool {
-    if has_ended(watched, pin, file) {
+    if !pin.is_alive(file) {
         return true;
     }
-    if pin.is_let_go().is_some() {
+    if matches!(pin.carrier(), Carrier::Pipe(_)) {
         return false;
     }
     let nobody_writes = || lease_holds(file, Lease::NoWriter) == Ok(true);
@@ -554,10 +545,11 @@ fn has_ended_for_sure(
 
 /// Whether some process may have the pin's description, which can write.
 fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
+    let by_writers = matches!(pin.carrier(), Carrier::Writers);
     let found = openers(Wanted {
         id: watched.id,
         path: &watched.path,
-        mark: Some(Mark::Lock(pin.lock_byte())),
+        mark: (!by_writers).then(|| Mark::Lock(pin.lock_byte())),
     });
     // Readers' descriptors and mappings do not count.
     let is_mapped = |bytes: &Range<u64>| {
@@ -567,6 +559,7 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
     };
     // The holder may not have received the description yet.
     found.unseen
+        || by_writers && (found.has_writer() || !found.hidden.is_empty())
         || found.in_flight.contains(&pin.pid)
         || found.marked.iter().any(|opener| opener.writable)
         || found
@@ -578,7 +571,7 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
 /// Whether the lock on a pin's byte may be foreign: its owner is gone, there is
 /// more than one lock, or a lock is not on this byte alone.
 fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
-    if pin.is_let_go().is_some() {
+    if !matches!(pin.carrier(), Carrier::Lock) {
         return false;
     }
     let (device, byte) = (watched.id.device(), pin.lock_byte());
