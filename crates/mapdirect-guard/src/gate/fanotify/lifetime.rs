@@ -52,9 +52,9 @@ const LINGER: Duration = Duration::from_millis(250);
 const ROUND: Duration = Duration::from_micros(300);
 /// When to check pins again whose lock still stood after a close.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// The longest pause before a further check; each pause is twice as long as the
-/// one before.
-const LAST_LOOK: Duration = Duration::from_millis(320);
+/// The pause before the last check, unless a foreign lock is seen; each pause is
+/// twice as long as the one before.
+const LAST_LOOK: Duration = Duration::from_millis(160);
 /// When to look for pins that ended without a notice, after the notice of a
 /// close was lost. The lock may stand a moment longer.
 const SWEEPS: [Duration; 4] = [
@@ -315,8 +315,8 @@ impl Keeper<'_> {
                 has_ended_for_sure(watched, pin, file, look.could_write, is_last)
             });
             // There may be no further notice of the end.
-            if !settled && !is_last && (look.could_write || self.has_foreign_locks(id)) {
-                look.after *= 2;
+            if !settled && (!is_last && look.could_write || self.has_foreign_locks(id)) {
+                look.after = (look.after * 2).min(SWEEP);
                 look.at = now + look.after;
                 self.second_looks.entry(id).or_insert(look);
             }
@@ -569,7 +569,8 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
 }
 
 /// Whether the lock on a pin's byte may be foreign: its owner is gone, there is
-/// more than one lock, or a lock is not on this byte alone.
+/// more than one lock, or a lock is not on this byte alone or not a
+/// description's.
 fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
     if !matches!(pin.carrier(), Carrier::Lock) {
         return false;
@@ -588,7 +589,9 @@ fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
                 proc_locks::Kind::Description | proc_locks::Kind::Posix
             )
     });
-    let is_own = |lock: &proc_locks::Lock| (lock.start, lock.last) == (byte, Some(byte));
+    let is_own = |lock: &proc_locks::Lock| {
+        lock.kind == proc_locks::Kind::Description && (lock.start, lock.last) == (byte, Some(byte))
+    };
     let only = there.next().is_none_or(is_own) && there.next().is_none();
     !only || proc::start_time(pin.pid).is_err()
 }
