@@ -34,7 +34,7 @@ use mapdirect_sys::fanotify::{Group, Mask, Object};
 use mapdirect_sys::fcntl::{Lease, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
 use rustix::fs::{Mode, OFlags};
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -311,13 +311,22 @@ impl Keeper<'_> {
                 continue;
             };
             let is_last = look.after >= LAST_LOOK;
+            let unsure = Cell::new(false);
             let settled = self.tend_with(id, file.as_fd(), |watched, pin, file| {
-                has_ended_for_sure(watched, pin, file, look.could_write, is_last)
+                let can_be_found = || {
+                    let found = search(watched, pin);
+                    unsure.set(unsure.get() || found.is_none());
+                    found != Some(false)
+                };
+                has_ended_for_sure(watched, pin, file, look.could_write, is_last, can_be_found)
             });
             // There may be no further notice of the end.
-            if !settled && (!is_last && look.could_write || self.has_foreign_locks(id)) {
-                look.after = (look.after * 2).min(SWEEP);
-                look.at = now + look.after;
+            let again = !is_last && look.could_write || unsure.get() || self.has_foreign_locks(id);
+            if !settled && again {
+                if !unsure.get() {
+                    look.after = (look.after * 2).min(SWEEP);
+                }
+                look.at = Instant::now() + look.after;
                 self.second_looks.entry(id).or_insert(look);
             }
         }
@@ -389,8 +398,8 @@ impl Keeper<'_> {
             };
             let has_ended = |pin: &Pin| match pin.carrier() {
                 Carrier::Pipe(_) => !pin.is_held_by_pipe(),
-                Carrier::Lock => !is_listed(pin) && !can_be_found(&watched, pin),
-                Carrier::Writers => !is_alive_by(pin) && !can_be_found(&watched, pin),
+                Carrier::Lock => !is_listed(pin) && search(&watched, pin) == Some(false),
+                Carrier::Writers => !is_alive_by(pin) && search(&watched, pin) == Some(false),
             };
             let ended: HashSet<u64> = pins
                 .iter()
@@ -527,6 +536,7 @@ fn has_ended_for_sure(
     file: BorrowedFd<'_>,
     could_write: bool,
     is_last: bool,
+    can_be_found: impl Fn() -> bool,
 ) -> bool {
     if !pin.is_alive(file) {
         return true;
@@ -535,7 +545,7 @@ fn has_ended_for_sure(
         return false;
     }
     let nobody_writes = || lease_holds(file, Lease::NoWriter) == Ok(true);
-    let is_gone = || !can_be_found(watched, pin);
+    let is_gone = || !can_be_found();
     if could_write {
         nobody_writes() || (is_last || may_be_foreign(watched, pin)) && is_gone()
     } else {
@@ -543,8 +553,9 @@ fn has_ended_for_sure(
     }
 }
 
-/// Whether some process may have the pin's description, which can write.
-fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
+/// Whether some process has the pin's description, which can write, or `None` if
+/// that cannot be found out just now.
+fn search(watched: &Watched, pin: &Pin) -> Option<bool> {
     let by_writers = matches!(pin.carrier(), Carrier::Writers);
     let found = openers(Wanted {
         id: watched.id,
@@ -557,15 +568,21 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
             .as_ref()
             .is_some_and(|mapped| mapped.start.max(bytes.start) < mapped.end.min(bytes.end))
     };
-    // The holder may not have received the description yet.
-    found.unseen
-        || by_writers && (found.has_writer() || !found.hidden.is_empty())
-        || found.in_flight.contains(&pin.pid)
+    let has = by_writers && found.has_writer()
         || found.marked.iter().any(|opener| opener.writable)
         || found
             .writable_mappings
             .iter()
-            .any(|(_, bytes)| is_mapped(bytes))
+            .any(|(_, bytes)| is_mapped(bytes));
+    // The holder may not have received the description yet.
+    let unsure = found.unseen
+        || by_writers && !found.hidden.is_empty()
+        || found.in_flight.contains(&pin.pid);
+    match (has, unsure) {
+        (true, _) => Some(true),
+        (false, true) => None,
+        (false, false) => Some(false),
+    }
 }
 
 /// Whether the lock on a pin's byte may be foreign: its owner is gone, there is
