@@ -25,6 +25,12 @@
 //!                    ◀───────────────────  Granted + file, or Refused
 //!   Barrier          ───────────────────▶         if the guard must have
 //!                    ◀───────────────────  Done   closed its copy by then
+//!   Yield + file     ───────────────────▶
+//!                    ◀───────────────────  Done, or Refused
+//!   Resume           ───────────────────▶
+//!                    ◀───────────────────  Done
+//!   Keeper           ───────────────────▶         of whom a family is
+//!                    ◀───────────────────  Done, or Refused
 //!   Allocate + file  ───────────────────▶
 //!                    ◀───────────────────  Granted, if anything changed
 //!                    ◀───────────────────  Done, or Refused
@@ -59,7 +65,7 @@ pub use notice::{Breach, Cause, Notice};
 pub use reason::Reason;
 pub use refusal::{Opener, Refusal};
 pub use reply::{Gate, Granted, PinnedRange, Reply};
-pub use request::{AllocateRequest, Flags, PinRequest, Request, WatchedPin};
+pub use request::{AllocateRequest, Flags, PinRequest, Request, WatchedPin, YieldRequest};
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
 pub use version::{
     OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, settle,

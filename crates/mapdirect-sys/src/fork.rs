@@ -31,6 +31,24 @@ pub fn fork() -> Result<Side> {
     }
 }
 
+/// Makes a child, which runs `run` and ends with the status that it returns;
+/// returns the child's number.
+///
+/// # Errors
+///
+/// As [`fork`].
+pub fn child(run: impl FnOnce() -> u8) -> Result<i32> {
+    match fork()? {
+        Side::Parent(child) => Ok(child),
+        Side::Child => {
+            let status = run();
+            // SAFETY: ends the process; what its parent has registered with
+            // atexit(3) is its parent's business.
+            unsafe { libc::_exit(libc::c_int::from(status)) }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -42,6 +42,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         }),
         on_notice: Box::new(tell_notice),
         on_tampering: Box::new(output::complain),
+        on_giving_way: Box::new(output::complain),
     })?;
     output::line(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",

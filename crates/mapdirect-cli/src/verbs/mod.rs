@@ -4,5 +4,6 @@ pub(crate) mod doctor;
 pub(crate) mod guard;
 pub(crate) mod pin;
 pub(crate) mod prepare;
+pub(crate) mod run;
 pub(crate) mod show;
 pub(crate) mod status;

@@ -5,7 +5,7 @@ use crate::size::human;
 use crate::{Exit, json, output};
 use anyhow::Result;
 use mapdirect::status::{FileStatus, RefusedOperation, Status};
-use mapdirect::{Breach, Guard};
+use mapdirect::{Breach, Guard, Strength};
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -72,6 +72,9 @@ fn tell_file(file: &FileStatus) {
         if pin.flags.is_whole_file() {
             notes.push("whole file");
         }
+        if pin.flags.strength() == Strength::Stable {
+            notes.push("strength stable");
+        }
         if pin.frozen > 0 {
             notes.push("has frozen blocks");
         }
@@ -82,9 +85,8 @@ fn tell_file(file: &FileStatus) {
             notes.push("LOST");
         }
         output::line(&format!(
-            "    bytes {} to {} ({} stable, {} frozen), {} s, by pid {}{}",
-            pin.range.start,
-            pin.range.end,
+            "    {} ({} stable, {} frozen), {} s, by pid {}{}",
+            output::bytes(&pin.range),
             human(pin.stable),
             human(pin.frozen),
             pin.age,
@@ -211,7 +213,8 @@ fn file_json(file: &FileStatus) -> Value {
             json!({
                 "pin": pin.pin,
                 "offset": pin.range.start,
-                "length": pin.range.end - pin.range.start,
+                "length": json::length(&pin.range),
+                "strength": json::strength(pin.flags.strength()),
                 "mapped": pin.flags.is_mapped(),
                 "cached": pin.flags.is_cached(),
                 "whole_file": pin.flags.is_whole_file(),

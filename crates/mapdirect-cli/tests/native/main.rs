@@ -35,9 +35,11 @@ mod random;
 mod read_only;
 mod segments;
 mod service;
+mod stable;
 mod states;
 mod strangers;
 mod stuck;
+mod supervised;
 mod together;
 mod tripwire;
 mod unmodified;
@@ -72,6 +74,7 @@ fn main() -> ExitCode {
     trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
+    trials.extend(supervised::trials(&world));
     trials.extend(together::trials(&world));
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
@@ -95,6 +98,7 @@ fn main() -> ExitCode {
     trials.extend(strangers::trials(&world));
     trials.extend(unnoticed::trials(&world));
     trials.extend(unmodified::trials(&world));
+    trials.extend(stable::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system,
     // and so do crowds: these come alone, behind all others.

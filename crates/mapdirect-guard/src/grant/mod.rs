@@ -11,16 +11,19 @@
 //!   pin.
 
 pub(crate) mod allocate;
+pub(crate) mod giving_way;
 mod others;
 pub(crate) mod pending;
 mod refusal;
 mod request;
+mod stable;
 mod survey;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use self::refusal::{gone, lock_refused, refusal, refuse_executed, system};
-pub(crate) use self::request::{Judged, judge};
+pub(crate) use self::request::{Judged, judge, length_of};
+pub(crate) use self::stable::read_now;
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};
@@ -111,8 +114,12 @@ pub(crate) struct Secured {
 }
 
 impl Granting<'_> {
-    /// Opens the description that will be the pin.
+    /// Opens the description that will be the pin. If a program shall have it in
+    /// place of its own, it is open in the same way.
     pub(crate) fn open_for_pin(&self, file: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
+        if self.pin.flags.contains(Flags::IN_PLACE) {
+            return self.reopen(file, self.judged.open_flags & KEPT_FLAGS);
+        }
         let access = if self.judged.is_writable() {
             OFlags::RDWR
         } else {

@@ -112,8 +112,8 @@ impl Connection {
             Kind::Protocol,
             Errno::OPNOTSUPP,
             format!(
-                "the guard speaks version {} of the protocol, and knows neither families nor \
-                 denials",
+                "the guard speaks version {} of the protocol, and knows neither strengths nor \
+                 families nor denials",
                 self.version
             ),
             "use the guard of the same version as the library",

@@ -3,8 +3,10 @@
 
 mod watch;
 
+pub(crate) use self::watch::breach_line;
+
 use self::watch::AllHeld;
-use crate::args::{PinArgs, ScopeChoice};
+use crate::args::{PinArgs, ScopeChoice, StrengthChoice};
 use crate::keeper::{self, Keeper, Kept};
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
@@ -143,7 +145,8 @@ fn options(args: &PinArgs, files: &[File]) -> Result<PinOptions> {
         .scope(match args.scope {
             ScopeChoice::Range => Scope::Range,
             ScopeChoice::File => Scope::File,
-        });
+        })
+        .strength(args.strength.into());
     Ok(match common_range(args, files)? {
         Some(range) => options.range(range),
         None => options,
@@ -171,9 +174,13 @@ fn require_stable(args: &PinArgs, pins: &[Pin]) -> Result<()> {
 /// The range that is pinned of every file, in bytes; nothing for the whole of
 /// each.
 fn common_range(args: &PinArgs, files: &[File]) -> Result<Option<Range<u64>>> {
+    let goes_on = args.strength == StrengthChoice::Stable;
     let Some(range) = &args.range else {
-        return Ok(None);
+        return Ok(goes_on.then_some(0..u64::MAX));
     };
+    if goes_on && range.length.is_none() {
+        return Ok(Some(range.offset..u64::MAX));
+    }
     let mut common = None;
     for (path, file) in args.files.iter().zip(files) {
         let (name, size) = (path.display(), file.metadata()?.len());
@@ -251,6 +258,7 @@ fn describe(args: &PinArgs, path: &Path, pin: &Pin) -> Value {
             ScopeChoice::Range => "range",
             ScopeChoice::File => "file",
         },
+        "strength": json::strength(args.strength.into()),
         "file_size": map.file_size(),
         "block_size": map.block_size(),
         "device": map.device().to_string(),
@@ -267,12 +275,16 @@ fn tell(args: &PinArgs, path: &Path, pin: &Pin) {
         return;
     }
     output::line(&format!(
-        "pinned bytes {} to {} of {} (blocks of {} bytes on device {})",
-        range.start,
-        range.end,
+        "pinned {} of {} (blocks of {} bytes on device {})",
+        output::bytes(&range),
         path.display(),
         map.block_size(),
         map.device(),
     ));
+    if args.strength == StrengthChoice::Stable {
+        output::line(
+            "held is what is written, and what is written from now on; the rest may change",
+        );
+    }
     output::line(draw::extent_table(map).trim_end());
 }

@@ -110,7 +110,7 @@ impl<'a> Held<'a> {
     }
 }
 
-fn breach_line(breach: &Breach) -> String {
+pub(crate) fn breach_line(breach: &Breach) -> String {
     let cause = breach
         .cause
         .as_ref()
