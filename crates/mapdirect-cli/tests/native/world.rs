@@ -63,6 +63,7 @@ pub fn roles() -> Vec<Role> {
         ("sharer", crate::neighbours::play_sharer),
         ("stable-stranger", crate::stable::hammer::play_stranger),
         ("forked", crate::states::play_forked),
+        ("locks", crate::grants::play_locks),
         ("example-log", crate::examples::play_log),
         ("example-reader", crate::examples::play_reader),
         ("example-raw-reader", crate::examples::play_raw_reader),

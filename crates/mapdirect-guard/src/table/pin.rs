@@ -10,7 +10,7 @@ use crate::policy::{Layers, Operation, Pinned};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_model::held::{Copied, told_apart};
 use mapdirect_proto::{BlockMap, ExtentState, Flags};
-use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -39,9 +39,8 @@ pub(crate) struct Pin {
     life: Life,
     /// What is known of the blocks, or `None` while the pin is unsettled.
     settled: ArcSwapOption<Settled>,
-    /// The guard's end of a pipe whose other end the holders have. Only a pin
-    /// that was requested with a description that cannot write has one.
-    lifeline: OnceLock<OwnedFd>,
+    /// What the pin lives by, under the fanotify gate.
+    carrier: OnceLock<Carrier>,
     /// Where the blocks are, as the holder was told.
     map: ArcSwapOption<BlockMap>,
     /// Grows by one when the holder begins to have blocks allocated, and by one
@@ -55,6 +54,27 @@ pub(crate) struct Pin {
     gives_way: Mutex<GivingWay>,
     /// Whether the promise was kept.
     pub(crate) fate: Fate,
+}
+
+/// What a pin lives by under the fanotify gate: something that only its holders
+/// have, and that shows when it goes.
+#[derive(Debug)]
+pub(crate) enum Carrier {
+    /// A lock on a byte of its own, which the pin's description has. The
+    /// description can write, and is mapped.
+    ///
+    /// The lock is shared, because readers lock whole files and an exclusive
+    /// lock would keep them out. So readers can lock the same byte; but they
+    /// cannot write.
+    Lock,
+    /// The guard's end of a pipe whose other end goes to the holder, with a
+    /// description that is not mapped or cannot write. The pipe goes where the
+    /// description goes: to children, and away on `execve(2)`.
+    Pipe(OwnedFd),
+    /// All descriptions that can write. While the file is pinned, only holders
+    /// can get one. A program that knows nothing of pins has the pin's
+    /// description in place of its own, and may lock the whole file.
+    Writers,
 }
 
 /// Where a pin of strength stable gives way.
@@ -141,7 +161,7 @@ impl Pin {
             family: None,
             life: Life::at(Stage::Unsettled),
             settled: ArcSwapOption::empty(),
-            lifeline: OnceLock::new(),
+            carrier: OnceLock::new(),
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
             copied: ArcSwap::default(),
@@ -189,7 +209,7 @@ impl Pin {
             // Only the process that mapped the file has the description.
             life: Life::at(Stage::HandedOver),
             settled: ArcSwapOption::new(self.settled()),
-            lifeline: OnceLock::new(),
+            carrier: OnceLock::new(),
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
             copied: ArcSwap::new(self.copied()),
@@ -367,27 +387,32 @@ impl Pin {
         self.life.stage() == Stage::Dead
     }
 
-    /// Makes the pin live as long as the other end of this pipe.
-    pub(crate) fn lives_by(&self, lifeline: OwnedFd) {
-        let _ = self.lifeline.set(lifeline);
+    /// Decides what the pin lives by.
+    pub(crate) fn lives_by(&self, carrier: Carrier) {
+        let _ = self.carrier.set(carrier);
     }
 
-    /// Whether the holders have closed their end of the pipe that the pin lives
-    /// by, or `None` if there is no pipe.
-    pub(crate) fn is_let_go(&self) -> Option<bool> {
-        self.lifeline
-            .get()
-            .map(|lifeline| crate::wake::has_hung_up(lifeline.as_fd()))
+    /// What the pin lives by.
+    pub(crate) fn carrier(&self) -> &Carrier {
+        self.carrier.get().unwrap_or(&Carrier::Lock)
+    }
+
+    /// Whether the holders still have their end of the pipe that the pin lives
+    /// by. `false` if there is no pipe.
+    pub(crate) fn is_held_by_pipe(&self) -> bool {
+        matches!(self.carrier(), Carrier::Pipe(pipe) if !crate::wake::has_hung_up(pipe.as_fd()))
     }
 
     /// Whether the pin is still held. `file` must be a description of the file
-    /// that is not the pin's own. Without a pipe, the pin's record lock tells;
-    /// somebody else's lock can hide that it is gone. Then the pin counts as
-    /// alive until the lifetime thread has looked further.
+    /// that is not the pin's own and cannot write. Somebody else's lock can hide
+    /// that a pin's lock is gone, and an open that waits for its refusal counts
+    /// as a writer. Then the pin counts as alive until the lifetime thread has
+    /// looked further.
     pub(crate) fn is_alive(&self, file: BorrowedFd<'_>) -> bool {
-        match self.is_let_go() {
-            Some(let_go) => !let_go,
-            None => conflicting_lock(file, self.lock_byte(), 1) != Ok(None),
+        match self.carrier() {
+            Carrier::Pipe(_) => self.is_held_by_pipe(),
+            Carrier::Lock => conflicting_lock(file, self.lock_byte(), 1) != Ok(None),
+            Carrier::Writers => lease_holds(file, Lease::NoWriter) != Ok(true),
         }
     }
 

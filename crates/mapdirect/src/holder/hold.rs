@@ -338,8 +338,11 @@ impl Hold {
         };
         self.enter(&mut shared, number);
         let thread = &mut shared.threads[number];
+        // While there are others that it does not know of, it has an order to
+        // look for them.
+        let is_ordered = !thread.new.is_empty();
         thread.new.push(self.named);
-        if let Some(orders) = &thread.orders {
+        if !is_ordered && let Some(orders) = &thread.orders {
             // If its orders do not fit there is one it has not read.
             let _ = orders.send_now(&[&NEW_PINS], &[]);
         }
