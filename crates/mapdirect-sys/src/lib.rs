@@ -43,6 +43,7 @@ pub mod proc_locks;
 pub mod proc_mountinfo;
 pub mod proc_pagemap;
 pub mod pthread_atfork;
+pub mod reopen;
 pub mod seam;
 pub mod setfsuid;
 pub mod shared_words;
