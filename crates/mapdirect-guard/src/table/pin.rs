@@ -9,6 +9,7 @@ use crate::policy::{Layers, Operation, Pinned};
 use arc_swap::ArcSwapOption;
 use mapdirect_proto::{BlockMap, Flags};
 use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::unix::Sender;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -42,8 +43,8 @@ pub(crate) struct Pin {
     /// Grows by one when the holder begins to have blocks allocated, and by one
     /// when the allocation is over.
     changes: AtomicU64,
-    /// Whether the promise was kept.
-    pub(crate) fate: Fate,
+    /// Whether the promise was kept: that of the pin, whoever holds it.
+    pub(crate) fate: Arc<Fate>,
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -97,7 +98,7 @@ impl Pin {
         mapped: Option<Range<u64>>,
         reach: Range<u64>,
         flags: Flags,
-        owner: mapdirect_sys::unix::Sender,
+        owner: Sender,
     ) -> Self {
         let whole_file = flags.contains(Flags::WHOLE_FILE);
         Self {
@@ -114,7 +115,7 @@ impl Pin {
             lifeline: OnceLock::new(),
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
-            fate: Fate::default(),
+            fate: Arc::default(),
         }
     }
 
@@ -129,14 +130,29 @@ impl Pin {
     /// A new pin, of process `pid`, on what this one pins.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn joined(&self, id: u64, pid: i32) -> Self {
+        let uid = self.uid;
+        self.with(id, Sender { pid, uid }, Arc::default())
+    }
+
+    /// The same pin, which somebody else holds from now on. Whoever is told of
+    /// the pin still is.
+    #[cfg_attr(
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
+    )]
+    pub(crate) fn passed_to(&self, owner: Sender) -> Self {
+        self.with(self.id, owner, Arc::clone(&self.fate))
+    }
+
+    fn with(&self, id: u64, owner: Sender, fate: Arc<Fate>) -> Self {
         Self {
             id,
             range: self.range.clone(),
             shown: self.shown.clone(),
             mapped: self.mapped.clone(),
             flags: self.flags,
-            pid,
-            uid: self.uid,
+            pid: owner.pid,
+            uid: owner.uid,
             since: Instant::now(),
             // Only the process that mapped the file has the description.
             life: Life::at(Stage::HandedOver),
@@ -144,7 +160,7 @@ impl Pin {
             lifeline: OnceLock::new(),
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
-            fate: Fate::default(),
+            fate,
         }
     }
 

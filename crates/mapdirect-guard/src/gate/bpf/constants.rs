@@ -30,6 +30,8 @@ pub(super) const WRITES_PASS: u32 = 16;
 pub(super) const WINDOWED: u32 = 32;
 /// Flag: nothing is frozen, so the last pin can become dormant when it ends.
 pub(super) const STABLE: u32 = 64;
+/// Flag: one of the pins is being granted, so nobody may join yet.
+pub(super) const GRANTING: u32 = 128;
 
 /// The number of bits in the filter, as a power of two.
 pub(super) const FILTER_BITS: u32 = 18;
@@ -48,9 +50,9 @@ pub(super) const WAKING: u64 = 1 << 62;
 
 /// The number of bytes kept of a pin: 256 with what the kernel adds.
 pub(super) const PIN_FACTS: usize = 192;
-/// The largest size of a file handle. Those of XFS and ext4 have 24 bytes, with
-/// the handle of the parent.
-pub(super) const HANDLE: usize = 72;
+/// The largest size of a file handle, which is kept behind 120 bytes of other
+/// facts. Those of XFS and ext4 have 24 bytes, with the handle of the parent.
+pub(super) const HANDLE: usize = PIN_FACTS - 120;
 
 /// Question: tell the state of the inode.
 pub(super) const TEND_LOOK: u32 = 0;
@@ -60,6 +62,10 @@ pub(super) const TEND_DISTURB: u32 = 1;
 pub(super) const TEND_QUIET: u32 = 2;
 /// Question: the guard wants to be told of the pin's end.
 pub(super) const TEND_TELL: u32 = 3;
+/// Question: a pin is about to be granted, so nobody may join.
+pub(super) const TEND_GRANTING: u32 = 4;
+/// Question: the pin that was being granted is, so others may join.
+pub(super) const TEND_GRANTED: u32 = 5;
 
 /// Event: an operation was refused.
 pub(super) const EVENT_REFUSED: u32 = 1;
@@ -83,7 +89,7 @@ mod tests {
     use super::*;
     use crate::policy::layers::{LISTS, List};
     use crate::policy::{LARGEST_BLOCK, LetsGo, Meets, OperationKind, RULES, Reach};
-    use mapdirect_proto::{IS_IT_PIN, PIN_NUMBER};
+    use mapdirect_proto::{IS_IT_PIN, MAY_TAKE_UP, PIN_NUMBER};
     use std::fmt::Write as _;
 
     /// Has the test write the header, instead of comparing it.
@@ -159,11 +165,13 @@ mod tests {
             };
         }
         numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
-        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED STABLE);
+        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED STABLE GRANTING);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
         numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL);
+        numbers!(TEND_GRANTING TEND_GRANTED);
         numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
-        long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN PIN_NUMBER PAGE);
+        long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN MAY_TAKE_UP PIN_NUMBER);
+        long_numbers!(PAGE);
         long_numbers!(LARGEST_BLOCK);
         text
     }

@@ -69,6 +69,7 @@ impl Oracle {
         let facts = Facts {
             reflink,
             cached: false,
+            granting: false,
         };
         let (entry, runs) = Entry::new(self.version, layers, facts);
         if let Some(runs) = &runs {
