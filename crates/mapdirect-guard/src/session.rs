@@ -363,7 +363,7 @@ impl<'guard> Session<'guard> {
             grant::grant(self.guard, pin, file, sender, self)
         });
         if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
-            grant.pin.fate.belongs_to(prover.start);
+            grant.pin.fate.asked_by(prover.pid, prover.start);
         }
         match granted {
             Ok(Grant {
@@ -435,25 +435,17 @@ impl<'guard> Session<'guard> {
         let watcher = self
             .watcher
             .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
-        let Guard { notices, table, .. } = self.guard;
-        notices.watch(table, watcher, pins, |named| {
-            let inode = InodeId::from(named);
-            let Guard { gate, table, .. } = self.guard;
-            // A dormant pin may be taken up right now.
-            let taken_up = || {
-                let watched = table.get(inode)?;
-                let pins = watched.pins.load();
-                let mut found = pins.iter().filter(|pin| pin.id == named.pin);
-                found.next().cloned()
-            };
-            self.guard
-                .sleeper(inode)
-                .filter(|pin| pin.id == named.pin)
-                .or_else(taken_up)
-                .map_or_else(
-                    || Whereabouts::Told(Box::new(gate.fate_of(named))),
-                    Whereabouts::Known,
-                )
+        let guard = self.guard;
+        guard.notices.watch(watcher, pins, |named| {
+            let found = guard.table.get(InodeId::from(named)).and_then(|watched| {
+                let pins = guard.pins_awake_or_asleep(&watched);
+                let mut alive = pins.into_iter().filter(|pin| !pin.is_dead());
+                alive.find(|pin| pin.id == named.pin)
+            });
+            found.map_or_else(
+                || Whereabouts::Told(Box::new(guard.gate.fate_of(named))),
+                Whereabouts::Known,
+            )
         });
         let directory = self.guard.gate.directory();
         let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();

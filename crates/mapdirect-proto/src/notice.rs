@@ -180,11 +180,7 @@ pub(crate) struct FateRecord {
 /// The lengths of the longest texts.
 pub(crate) const MAX_PATH: usize = 4096;
 pub(crate) const MAX_WHY: usize = 1024;
-const MAX_WORD: usize = 256;
-
-/// The number of bytes of the longest breach.
-pub(crate) const LONGEST: usize =
-    size_of::<BreachRecord>() + MAX_PATH + 2 * MAX_WORD + 2 * MAX_BREACH_EXTENTS * EXTENT_RECORD;
+pub(crate) const MAX_WORD: usize = 256;
 
 impl Breach {
     pub(crate) fn to_wire(&self) -> (BreachRecord, Vec<u8>) {

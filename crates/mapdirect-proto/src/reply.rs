@@ -182,7 +182,9 @@ const _: () = {
     assert!(HEADER + granted <= MAX_MESSAGE);
     let pins = size_of::<PinsRecord>() + MAX_PINS * size_of::<PinnedRangeRecord>();
     assert!(HEADER + pins <= MAX_MESSAGE);
-    assert!(HEADER + notice::LONGEST <= MAX_MESSAGE);
+    let texts = notice::MAX_PATH + 2 * notice::MAX_WORD;
+    let breach = size_of::<BreachRecord>() + texts + 2 * notice::MAX_BREACH_EXTENTS * EXTENT_RECORD;
+    assert!(HEADER + breach <= MAX_MESSAGE);
     assert!(HEADER + size_of::<FateRecord>() + notice::MAX_WHY <= MAX_MESSAGE);
 };
 

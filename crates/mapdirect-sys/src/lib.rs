@@ -45,6 +45,7 @@ pub mod proc_locks;
 pub mod proc_mountinfo;
 pub mod proc_pagemap;
 pub mod pthread_atfork;
+pub mod reopen;
 pub mod seam;
 pub mod seccomp;
 pub mod setfsuid;

@@ -175,7 +175,9 @@ pub(crate) fn grant(
             Ok((granted, extents, secured.lifeline))
         });
         let file = holder.file;
-        if granted.is_err() {
+        if granted.is_ok() {
+            guard.gate.granted(&watched);
+        } else {
             watched.remove(|other| other.id == pin.id);
             let was_last = watched.pins.load().is_empty();
             // Withdraw from the gate first: once the entry is out of the table,

@@ -11,6 +11,7 @@ use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_model::held::{Copied, told_apart};
 use mapdirect_proto::{BlockMap, ExtentState, Flags};
 use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
+use mapdirect_sys::unix::Sender;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -52,8 +53,8 @@ pub(crate) struct Pin {
     /// Where a pin of strength stable gives way for now, and where it refuses
     /// again but nothing is held yet.
     gives_way: Mutex<GivingWay>,
-    /// Whether the promise was kept.
-    pub(crate) fate: Fate,
+    /// Whether the promise was kept: that of the pin, whoever holds it.
+    pub(crate) fate: Arc<Fate>,
 }
 
 /// What a pin lives by under the fanotify gate: something that only its holders
@@ -146,7 +147,7 @@ impl Pin {
         mapped: Option<Range<u64>>,
         reach: Range<u64>,
         flags: Flags,
-        owner: mapdirect_sys::unix::Sender,
+        owner: Sender,
     ) -> Self {
         let whole_file = flags.contains(Flags::WHOLE_FILE);
         Self {
@@ -166,7 +167,7 @@ impl Pin {
             changes: AtomicU64::new(0),
             copied: ArcSwap::default(),
             gives_way: Mutex::default(),
-            fate: Fate::default(),
+            fate: Arc::default(),
         }
     }
 
@@ -196,14 +197,29 @@ impl Pin {
     /// A new pin, of process `pid`, on what this one pins.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn joined(&self, id: u64, pid: i32) -> Self {
+        let uid = self.uid;
+        self.with(id, Sender { pid, uid }, Arc::default())
+    }
+
+    /// The same pin, which somebody else holds from now on. Whoever is told of
+    /// the pin still is.
+    #[cfg_attr(
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
+    )]
+    pub(crate) fn passed_to(&self, owner: Sender) -> Self {
+        self.with(self.id, owner, Arc::clone(&self.fate))
+    }
+
+    fn with(&self, id: u64, owner: Sender, fate: Arc<Fate>) -> Self {
         Self {
             id,
             range: self.range.clone(),
             shown: self.shown.clone(),
             mapped: self.mapped.clone(),
             flags: self.flags,
-            pid,
-            uid: self.uid,
+            pid: owner.pid,
+            uid: owner.uid,
             since: Instant::now(),
             family: None,
             // Only the process that mapped the file has the description.
@@ -214,7 +230,7 @@ impl Pin {
             changes: AtomicU64::new(self.changes.load(SeqCst)),
             copied: ArcSwap::new(self.copied()),
             gives_way: Mutex::new(self.giving_way().clone()),
-            fate: Fate::default(),
+            fate,
         }
     }
 

@@ -152,6 +152,16 @@ impl Tripwire {
         }
     }
 
+    /// Whether the number of this inode is still this file's, as far as is known:
+    /// another file that has it now is listened to before anything of it is
+    /// pinned.
+    fn is_current(&self, file: &Arc<Listened>) -> bool {
+        let wires = self.wires.as_ref();
+        wires
+            .and_then(|wires| lock(wires).listened(file.id))
+            .is_none_or(|now| Arc::ptr_eq(&now, file))
+    }
+
     /// Why changes that the gate does not refuse go unnoticed, if they do.
     pub(crate) fn missing(&self) -> Option<String> {
         lock(&self.missing).clone()

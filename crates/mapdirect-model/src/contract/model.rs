@@ -307,6 +307,8 @@ impl Question {
         };
         self.any_range(|range| match self.operation.kind {
             K::Read | K::OpenRead | K::MapRead | K::OpenWrite | K::MapWrite => false,
+            // Names are not blocks.
+            K::Unlink | K::Rename => false,
             K::OpenTruncate | K::Unknown => true,
             // In place, if there is such.
             K::Write | K::Allocate | K::AllocateKeepSize => {

@@ -179,6 +179,8 @@ pub(super) struct Facts {
     pub(super) cached: bool,
     /// What pins deny beside what would break them.
     pub(super) denials: Denials,
+    /// A pin of the inode is being granted.
+    pub(super) granting: bool,
 }
 
 /// What the pins of an inode deny.
@@ -250,6 +252,7 @@ impl Entry {
             flags: flag(REFLINK, facts.reflink)
                 | flag(HAS_FROZEN, layers.has_frozen())
                 | flag(CACHED, facts.cached)
+                | flag(GRANTING, facts.granting)
                 | flag(FAILING_FREES, layers.failing_frees)
                 | flag(WRITES_PASS, layers.lets_writes_pass())
                 | flag(WINDOWED, !layers.list(List::Window).is_empty())
@@ -304,6 +307,9 @@ pub(super) struct Holder {
     pub(super) foreign: u64,
 }
 
+/// A pin began where all others were gone.
+pub(super) const ANEW: u64 = 2;
+
 /// Identifies one of the guard's open files to the bpf programs, and names the
 /// pin it is about to become.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -318,7 +324,7 @@ pub(super) struct Identity {
     pub(super) pin: u64,
     pub(super) start: u64,
     pub(super) end: u64,
-    /// Not 0 if the file is a pin.
+    /// Not 0 if the file is a pin; [`ANEW`] if the inode had none before.
     pub(super) held: u64,
     /// The number of notes on the inode by then.
     pub(super) stamp: u64,
@@ -374,6 +380,9 @@ pub(super) struct Tending {
     /// The struct file whose life is the pin, or 0 if the pin has ended.
     pub(super) file: u64,
     pub(super) revived: u64,
+    /// The user who holds the pin, or held it last.
+    pub(super) uid: u32,
+    pad: u32,
 }
 
 /// An event at the gate.
@@ -524,7 +533,7 @@ mod tests {
         same!(
             Tending,
             "tending",
-            key pin what pid lives stamp file revived
+            key pin what pid lives stamp file revived uid pad
         );
         let (filter, places) = members(&btf, "filter");
         assert_eq!(filter, SHARED_WORDS * size_of::<u64>());

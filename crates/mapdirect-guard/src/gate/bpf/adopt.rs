@@ -46,7 +46,7 @@ pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
         if let Some(watched) = guard.table.get(found.inode) {
             guard.table.remove(&watched);
         }
-        gate.keep(found);
+        gate.keep(found.inode, Some(&found.handle));
     }
     for watched in guard.table.all() {
         // The maps had room for these pins before, and have it again.

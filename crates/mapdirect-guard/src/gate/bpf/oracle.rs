@@ -70,6 +70,7 @@ impl Oracle {
             reflink,
             cached: false,
             denials: super::abi::Denials::default(),
+            granting: false,
         };
         let (entry, runs) = Entry::new(self.version, layers, facts);
         if let Some(runs) = &runs {

@@ -136,9 +136,10 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		}
 		return refuse_exchange(inode, EXCHANGE);
 	}
-	// By its generation an inode is told from one that had its number before.
+	// By its generation an inode is told from one that had its number before:
+	// both have one name here, and one life.
 	if (magic == EXT4_MAGIC && (number == EXT4_SETVERSION || number == FS_SETVERSION))
-		__sync_fetch_and_add(&filter.upheavals, 1);
+		disturb(inode);
 	// It writes its tree behind the end of the file, and frees what is there.
 	if (number == ENABLE_VERITY && behind(inode))
 		return refuse_pinned(inode, UNKNOWN);

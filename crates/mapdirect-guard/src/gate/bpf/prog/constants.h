@@ -86,9 +86,10 @@ enum list {
 #define WRITES_PASS 16
 #define WINDOWED 32
 #define CAN_SLEEP 64
-#define UNSHARES 128
+#define GRANTING 128
 #define DENIES_WRITE 256
 #define DENIES_RENAME 512
+#define UNSHARES 1024
 #define ANCESTORS 64
 #define FILTER_BITS 18
 #define FILTER_WORDS 4096
@@ -99,6 +100,8 @@ enum list {
 #define TEND_DISTURB 1
 #define TEND_QUIET 2
 #define TEND_TELL 3
+#define TEND_GRANTING 4
+#define TEND_GRANTED 5
 #define EVENT_REFUSED 1
 #define EVENT_ENDED 2
 #define EVENT_RAW 3
@@ -108,6 +111,7 @@ enum list {
 #define WAKING 0x4000000000000000ULL
 #define WHO_IS_IT 0x6d61706469726563ULL
 #define IS_IT_PIN 0x6d64000000000000ULL
+#define MAY_TAKE_UP 0x6d65000000000000ULL
 #define PIN_NUMBER 0xffffffffffffULL
 #define PAGE 0x1000ULL
 #define LARGEST_BLOCK 0x10000ULL

@@ -106,7 +106,8 @@ struct record {
 };
 
 // What is kept of a pin. The guard writes it, for one that comes later; of what
-// programs change no two are in one word.
+// programs change no two are in one word, but those that one of them changes at a
+// time.
 struct pin_facts {
 	struct key key;
 	u64 id;
@@ -139,13 +140,15 @@ struct life {
 // What the guard asks about an inode, and about a pin of it or the last one.
 struct tending {
 	struct key key;
-	u64 pin;
+	u64 pin;	// 0 for the last one; the answer says which that is
 	u32 what;
 	int pid;
 	u64 lives;
 	u64 stamp;
 	u64 file;
 	u64 revived;
+	u32 uid;
+	u32 pad;
 };
 
 struct holder {
@@ -183,7 +186,7 @@ struct identity {
 	u64 pin;
 	u64 start;
 	u64 end;
-	u64 held;	// it is
+	u64 held;	// it is; 2 if the inode had no pin before
 	u64 stamp;	// of its inode by then
 	s64 references;	// to the struct file
 	int writers;	// descriptions of the inode that can write

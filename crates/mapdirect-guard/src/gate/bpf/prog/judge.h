@@ -383,6 +383,20 @@ static __noinline int tell(struct question *q)
 	return 0;
 }
 
+// Notes of one inode what nobody refuses, for who would take up a pin of it.
+static __noinline int disturb(struct inode *inode)
+{
+	struct key key;
+
+	if (!behind(inode))
+		return 0;
+	name(&key, inode);
+	struct life *life = bpf_map_lookup_elem(&lives, &key);
+	if (life)
+		__sync_fetch_and_add(&life->disturbed, 1);
+	return 0;
+}
+
 // Whether there is anything to refuse for; tells the guard of it.
 __noinline int is_refused(struct question *q)
 {
