@@ -142,7 +142,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 }
                 // The others close their file and open it again, or map it late:
                 // between that nobody keeps it.
-                if how == How::Run && !KEPT_OPEN.contains(&program.name) {
+                if how == How::Run && !(program.maps && KEPT_OPEN.contains(&program.name)) {
                     continue;
                 }
                 let name = format!("unmodified::{kind}::{word}::{}", program.name);
