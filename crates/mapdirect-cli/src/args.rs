@@ -197,6 +197,15 @@ pub struct GuardArgs {
     pub quiet: bool,
 }
 
+/// What a pin denies beside what would break it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Denial {
+    /// Opening the files for writing, by anybody but this command and COMMAND with its descendants
+    Write,
+    /// Removing, renaming or replacing a name of the files, by anybody (fanotify gate: noticed)
+    Rename,
+}
+
 /// What to do with COMMAND when its promise is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLoss {
@@ -241,6 +250,9 @@ pub struct PinArgs {
     /// Fail unless every block of the range is stable: allocated, written and not shared
     #[arg(long)]
     pub require_stable: bool,
+    /// Deny more than what would break the pin; can be given twice
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub deny: Vec<Denial>,
     /// What happens to COMMAND when the pin is lost or broken
     #[arg(long, value_enum, default_value = "warn", requires = "command")]
     pub on_loss: OnLoss,

@@ -40,6 +40,8 @@ struct Inner {
     count: u64,
     first: Vec<Breach>,
     lost: Option<String>,
+    /// What became of names of the file, if the pin denies that; the first few.
+    renamed: Vec<String>,
 }
 
 impl Fate {
@@ -58,7 +60,9 @@ impl Fate {
         let inner = self.lock();
         let lost = inner.lost.clone().map(|why| Notice::Lost { pin, why });
         let breaches = inner.first.iter().cloned().map(Notice::Breach);
-        breaches.chain(lost).collect()
+        let renamed = inner.renamed.iter().cloned();
+        let renamed = renamed.map(|how| Notice::Renamed { pin, how });
+        breaches.chain(renamed).chain(lost).collect()
     }
 
     /// The number of breaches, and why the pin is lost, if it is.
@@ -204,6 +208,19 @@ impl Notices {
             recent.push_back(breach.clone());
         }
         self.tell(&audiences, Notice::Breach(breach));
+    }
+
+    /// Records that a name of the file of a pin is gone, and tells the holder.
+    pub(crate) fn renamed(&self, pin: &Pin, how: &str) {
+        let audiences = self.lock();
+        {
+            let mut fate = pin.fate.lock();
+            if fate.renamed.len() < OF_A_PIN {
+                fate.renamed.push(how.to_owned());
+            }
+        }
+        let how = how.to_owned();
+        self.tell(&audiences, Notice::Renamed { pin: pin.id, how });
     }
 
     /// Records that nothing keeps a pin any more, and tells its holder once.

@@ -412,9 +412,10 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// Gets hold of the process that asks for a pin for its family.
+    /// Gets hold of the process that asks for a pin for its family, or for one
+    /// that denies writing to everybody else.
     fn begin_family(&mut self, pin: &PinRequest, sender: Sender) -> Result<(), Refusal> {
-        if self.family.is_some() || !pin.flags.contains(Flags::FAMILY) {
+        if self.family.is_some() || !pin.flags.intersects(Flags::FAMILY | Flags::DENY_WRITE) {
             return Ok(());
         }
         let family = Family::of(sender.pid).map_err(|errno| grant::system("pidfd_open", errno))?;

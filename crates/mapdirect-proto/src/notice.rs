@@ -69,6 +69,14 @@ pub enum Notice {
         /// The reason, for a person.
         why: String,
     },
+    /// A name of the file was removed, renamed or replaced. Only a pin that
+    /// denies that, by a gate that cannot refuse it, has such a notice.
+    Renamed {
+        /// The number of the pin.
+        pin: u64,
+        /// What happened, for a person.
+        how: String,
+    },
 }
 
 impl Notice {
@@ -77,7 +85,9 @@ impl Notice {
     pub const fn pin(&self) -> u64 {
         match self {
             Self::Breach(breach) => breach.pin,
-            Self::Lost { pin, .. } | Self::Unattended { pin, .. } => *pin,
+            Self::Lost { pin, .. } | Self::Unattended { pin, .. } | Self::Renamed { pin, .. } => {
+                *pin
+            }
         }
     }
 }

@@ -253,7 +253,9 @@ impl Reply {
                 let Empty {} = body.only()?;
                 Self::Watching
             }
-            kind::BREACH | kind::LOST | kind::UNATTENDED => Self::Notice(decode_notice(body)?),
+            kind::BREACH | kind::LOST | kind::UNATTENDED | kind::RENAMED => {
+                Self::Notice(decode_notice(body)?)
+            }
             other => return Err(DecodeError::Kind(other)),
         })
     }
@@ -267,6 +269,7 @@ fn encode_notice(notice: &Notice) -> Vec<u8> {
         }
         Notice::Lost { pin, why } => (kind::LOST, pin, why),
         Notice::Unattended { pin, why } => (kind::UNATTENDED, pin, why),
+        Notice::Renamed { pin, how } => (kind::RENAMED, pin, how),
     };
     let record = FateRecord { pin: (*pin).into() };
     message(kind, &record, clipped(why, notice::MAX_WHY).as_bytes())
@@ -286,10 +289,10 @@ fn decode_notice(body: Body<'_>) -> Result<Notice, DecodeError> {
     let (record, mut rest): (FateRecord, _) = body.first()?;
     let pin = record.pin.get();
     let why = rest.text(rest.remaining())?;
-    Ok(if kind == kind::LOST {
-        Notice::Lost { pin, why }
-    } else {
-        Notice::Unattended { pin, why }
+    Ok(match kind {
+        kind::LOST => Notice::Lost { pin, why },
+        kind::RENAMED => Notice::Renamed { pin, how: why },
+        _ => Notice::Unattended { pin, why },
     })
 }
 

@@ -148,6 +148,7 @@ fn tell_notice(notice: &Notice) {
                 breach.pin,
             ));
         }
+        Notice::Renamed { pin, how } => output::complain(&format!("pin {pin}: {how}")),
         Notice::Lost { pin, why } => output::complain(&format!("pin {pin} is lost: {why}")),
         _ => {}
     }

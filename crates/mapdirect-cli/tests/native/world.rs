@@ -30,6 +30,7 @@ struct Inner {
 /// Programs this binary can play besides the tests.
 pub fn roles() -> Vec<Role> {
     vec![
+        ("member", crate::family::play_member),
         ("hold", crate::lifetime::play_holder),
         ("random", crate::random::play_attacker),
         ("mmap", crate::errors::play_mmap),

@@ -141,8 +141,9 @@ pub(crate) fn grant(
     let mut file = file;
     let judged = judge(guard, request, file.as_fd())?;
     let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
-    let family = request.flags.contains(Flags::FAMILY).then(|| talk.family());
-    let family = family.flatten();
+    let family = talk
+        .family()
+        .filter(|_| request.flags.intersects(Flags::FAMILY | Flags::DENY_WRITE));
     // The tripwire is armed first, so that every later change is noticed.
     let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
@@ -153,6 +154,9 @@ pub(crate) fn grant(
         })?;
         if state.retired {
             continue;
+        }
+        if judged.is_writable() {
+            nobody_denies(&watched, owner.pid)?;
         }
         let turn = waiting.into_turn();
         let pin = judged.unsettled(guard.next_id(), request.flags, owner);
@@ -194,6 +198,26 @@ pub(crate) fn grant(
             lifeline,
         });
     }
+}
+
+/// Fails if a pin denies this process to have a description that can write.
+fn nobody_denies(watched: &Watched, process: i32) -> Result<(), Refusal> {
+    let pins = watched.pins.load();
+    let denies = |pin: &&Arc<Pin>| {
+        pin.denies_write() && !pin.is_dead() && !pin.belongs_to(|family| family.may_have(process))
+    };
+    let Some(pin) = pins.iter().find(denies) else {
+        return Ok(());
+    };
+    Err(refusal(
+        Reason::OpenElsewhere,
+        Errno::TXTBSY,
+        format!(
+            "process {} has pinned it so that nobody else may write to it",
+            pin.pid
+        ),
+        "ask with a descriptor that can only read, or when that pin has ended",
+    ))
 }
 
 /// Makes the tripwire watch a file.

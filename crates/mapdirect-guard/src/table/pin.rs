@@ -32,7 +32,8 @@ pub(crate) struct Pin {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) since: Instant,
-    /// The holder and its descendants, if they have its rights together.
+    /// The holder and its descendants, if they have its rights together, or if
+    /// the pin denies something to all others.
     pub(crate) family: Option<Arc<Family>>,
     /// The stage of the pin's life.
     life: Life,
@@ -152,6 +153,16 @@ impl Pin {
     /// The same pin, of a family.
     pub(crate) fn of_family(self, family: Option<Arc<Family>>) -> Self {
         Self { family, ..self }
+    }
+
+    /// Whether nobody but the holder's family may open the file for writing.
+    pub(crate) fn denies_write(&self) -> bool {
+        self.flags.contains(Flags::DENY_WRITE)
+    }
+
+    /// Whether `is_member` says yes of the holder's family.
+    pub(crate) fn belongs_to(&self, is_member: impl Fn(&Family) -> bool) -> bool {
+        self.family.as_deref().is_some_and(is_member)
     }
 
     /// Whether the pin covers any of these bytes.

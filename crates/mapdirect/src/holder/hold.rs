@@ -112,6 +112,11 @@ impl Hold {
         .unwrap_or_default()
     }
 
+    /// What became of names of the file.
+    pub(crate) fn renames(&self) -> Vec<String> {
+        self.look(|entry| entry.renames.clone()).unwrap_or_default()
+    }
+
     /// Has the thread connect again now, if no guard tends the pin, and waits
     /// for what comes of it.
     pub(crate) fn reconnect(&self) -> Result<State> {
@@ -353,6 +358,7 @@ impl Hold {
             state: State::Kept,
             count: 0,
             breaches: Vec::new(),
+            renames: Vec::new(),
             event: Weak::new(),
             asleep: false,
         };

@@ -318,7 +318,7 @@ impl Listener {
         self.events.retain(|pin, _| shared.pins.contains_key(pin));
         // It may have changed while this was on its way.
         let entry = shared.pins.get(&pin);
-        if entry.is_some_and(|entry| !entry.state.is_kept()) {
+        if entry.is_some_and(|entry| !entry.state.is_kept() || !entry.renames.is_empty()) {
             signal_event(&event);
         }
         drop(shared);
@@ -358,6 +358,7 @@ impl Listener {
                     Notice::Breach(breach) => entry.breached(breach),
                     Notice::Unattended { why, .. } => entry.become_(State::Unattended { why }),
                     Notice::Lost { why, .. } => entry.become_(State::Lost { why }),
+                    Notice::Renamed { how, .. } => entry.renamed(how),
                     _ => false,
                 },
                 _ => false,

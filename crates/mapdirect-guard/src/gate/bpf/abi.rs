@@ -177,6 +177,54 @@ pub(super) struct Entry {
 pub(super) struct Facts {
     pub(super) reflink: bool,
     pub(super) cached: bool,
+    /// What pins deny beside what would break them.
+    pub(super) denials: Denials,
+}
+
+/// What the pins of an inode deny.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Denials {
+    /// Only this process and its descendants may open the file for writing.
+    pub(super) write: Option<Root>,
+    /// No name of the file may go.
+    pub(super) rename: bool,
+}
+
+/// A process as the programs know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Root {
+    /// When it started, in clock ticks since boot.
+    began: u64,
+    pid: u32,
+    pad: u32,
+}
+
+impl Root {
+    /// No process.
+    pub(super) const NOBODY: Self = Self {
+        began: 0,
+        pid: 0,
+        pad: 0,
+    };
+
+    pub(super) fn new(pid: i32, began: u64) -> Self {
+        let pid = u32::try_from(pid).unwrap_or(0);
+        Self { began, pid, pad: 0 }
+    }
+}
+
+impl Denials {
+    /// What is denied if this process and its descendants alone may open the
+    /// file. If two processes claim that, nobody may.
+    pub(super) fn deny_write(&mut self, root: Root) {
+        let is_other = self.write.is_some_and(|other| other != root);
+        self.write = Some(if is_other { Root::NOBODY } else { root });
+    }
+
+    fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Entry {
@@ -205,7 +253,9 @@ impl Entry {
                 | flag(FAILING_FREES, layers.failing_frees)
                 | flag(WRITES_PASS, layers.lets_writes_pass())
                 | flag(WINDOWED, !layers.list(List::Window).is_empty())
-                | flag(CAN_SLEEP, can_sleep(layers))
+                | flag(DENIES_WRITE, facts.denials.write.is_some())
+                | flag(DENIES_RENAME, facts.denials.rename)
+                | flag(CAN_SLEEP, can_sleep(layers) && facts.denials.is_none())
                 | flag(UNSHARES, layers.unshares),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
@@ -369,7 +419,9 @@ pub(super) struct PinFacts {
     pub(super) uid: u32,
     pub(super) handle_type: i32,
     pub(super) handle_length: u32,
-    pub(super) pad: u64,
+    /// When the process `pid` started, in clock ticks since boot; 0 if that is
+    /// not known.
+    pub(super) began: u64,
     pub(super) handle: [u8; HANDLE],
 }
 
@@ -450,6 +502,7 @@ mod tests {
             "question",
             key kind read_side direct foreign has_or has_doubt late pad at or_at size answer
         );
+        same!(Root, "root", began pid pad);
         same!(Holder, "holder", key pin start end);
         same!(
             Identity,
@@ -465,7 +518,7 @@ mod tests {
             PinFacts,
             "pin_facts",
             key id file quiet revived stamp start end mapped_start mapped_end generation flags pid
-            uid handle_type handle_length pad handle
+            uid handle_type handle_length began handle
         );
         same!(Life, "life", lives disturbed last);
         same!(

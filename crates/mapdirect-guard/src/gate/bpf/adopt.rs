@@ -7,6 +7,7 @@
 use super::exclude::others_can_store;
 use super::{Found, Gate};
 use crate::Guard;
+use crate::family::Family;
 use crate::grant::pending::lock;
 use crate::grant::{Granting, Judged, Survey, arm, judge, length_of, system};
 use crate::table::{InodeId, Pin, Watched};
@@ -107,7 +108,9 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         pid: found.pid,
         uid: found.uid,
     };
-    let pin = Arc::new(judged.unsettled(found.id, found.flags, owner));
+    let pin = judged.unsettled(found.id, found.flags, owner);
+    let family = Family::that_began(found.pid, found.began);
+    let pin = Arc::new(pin.of_family(family.map(Arc::new)));
     watched.add(&pin);
     Ok(Recognised {
         judged,

@@ -33,6 +33,18 @@ pub(super) const CAN_SLEEP: u32 = 64;
 /// Blocks may be unshared: all pins are of strength stable.
 pub(super) const UNSHARES: u32 = 128;
 
+/// Flag: only a family may open the file for writing.
+pub(super) const DENIES_WRITE: u32 = 256;
+/// Flag: no name of the file may go.
+pub(super) const DENIES_RENAME: u32 = 512;
+
+/// The most generations between a process and the holder that it descends from.
+#[cfg_attr(not(test), expect(dead_code, reason = "for the programs"))]
+pub(super) const ANCESTORS: usize = mapdirect_sys::ancestry::MOST_GENERATIONS;
+/// The nanoseconds of a clock tick, as /proc counts start times (`USER_HZ`).
+#[cfg_attr(not(test), expect(dead_code, reason = "for the programs"))]
+pub(super) const TICK: u64 = 10_000_000;
+
 /// The number of bits in the filter, as a power of two.
 pub(super) const FILTER_BITS: u32 = 18;
 /// The number of words with these bits. Behind them are two more words for
@@ -162,11 +174,12 @@ mod tests {
         }
         numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
         numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED CAN_SLEEP UNSHARES);
+        numbers!(DENIES_WRITE DENIES_RENAME ANCESTORS);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
         numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL);
         numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
         long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN PIN_NUMBER PAGE);
-        long_numbers!(LARGEST_BLOCK);
+        long_numbers!(LARGEST_BLOCK TICK);
         text
     }
 
@@ -197,6 +210,8 @@ mod tests {
             WINDOWED,
             CAN_SLEEP,
             UNSHARES,
+            DENIES_WRITE,
+            DENIES_RENAME,
         ];
         let all = flags.iter().fold(0, |all, flag| all | flag);
         assert_eq!(all.count_ones() as usize, flags.len());

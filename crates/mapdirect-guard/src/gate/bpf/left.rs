@@ -21,6 +21,8 @@ pub(crate) struct Found {
     pub(crate) flags: Flags,
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+    /// When that process started, in clock ticks since boot.
+    pub(crate) began: u64,
     pub(crate) handle: FileHandle,
 }
 
@@ -38,6 +40,7 @@ pub(super) fn found(facts: &PinFacts) -> Found {
         flags: Flags::from_known_bits(facts.flags),
         pid: facts.pid,
         uid: facts.uid,
+        began: facts.began,
         handle: FileHandle {
             kind: facts.handle_type,
             bytes: slice(&facts.handle, facts.handle_length),
@@ -108,6 +111,12 @@ impl Gate {
         for key in entries {
             if Key::read_from_bytes(&key).is_ok_and(|key| !known.contains(&key.inode())) {
                 let _ = maps.entries.delete(&key);
+            }
+        }
+        let roots: Vec<Vec<u8>> = maps.roots.keys().collect();
+        for key in roots {
+            if Key::read_from_bytes(&key).is_ok_and(|key| !known.contains(&key.inode())) {
+                let _ = maps.roots.delete(&key);
             }
         }
         let lives: Vec<Vec<u8>> = maps.lives.keys().collect();

@@ -31,7 +31,7 @@ use crate::Errno;
 use crate::policy::RULES;
 use crate::table::{InodeId, Pin, Settled, Watched, together};
 use crate::wake::Backoff;
-use abi::{Entry, Facts, Identity, Key, PinFacts, Role, Run, Settings};
+use abi::{Denials, Entry, Facts, Identity, Key, PinFacts, Role, Root, Run, Settings};
 pub(crate) use adopt::adopt;
 use counts::Counts;
 use left::Found;
@@ -126,6 +126,21 @@ fn errno(error: &libbpf_rs::Error) -> Errno {
         libbpf_rs::ErrorKind::TooBig => Errno::TOOBIG,
         _ => Errno::IO,
     }
+}
+
+/// What pins deny beside what would break them.
+fn denials_of(pins: &[&Arc<Pin>]) -> Denials {
+    let mut denials = Denials::default();
+    for pin in pins {
+        denials.rename |= pin.flags.contains(Flags::DENY_RENAME);
+        if pin.flags.contains(Flags::DENY_WRITE) {
+            let family = pin.family.as_ref();
+            denials.deny_write(family.map_or(Root::NOBODY, |family| {
+                Root::new(family.pid(), family.began())
+            }));
+        }
+    }
+    denials
 }
 
 impl Gate {
@@ -240,6 +255,7 @@ impl Gate {
         let facts = Facts {
             reflink: watched.abilities.reflink,
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),
+            denials: denials_of(&live),
         };
         let version = self.versions.fetch_add(1, Relaxed);
         let (entry, runs) = Entry::new(version, &layers, facts);
@@ -251,6 +267,10 @@ impl Gate {
         }
         let maps = &self.loaded.maps;
         let put = || -> Result<(), libbpf_rs::Error> {
+            if let Some(root) = &facts.denials.write {
+                maps.roots
+                    .update(key.as_bytes(), root.as_bytes(), MapFlags::ANY)?;
+            }
             if let Some(runs) = &runs {
                 spill(&maps.spill, version, runs)?;
             }
@@ -302,6 +322,7 @@ impl Gate {
         }
         let maps = &self.loaded.maps;
         let _ = maps.entries.delete(key.as_bytes());
+        let _ = maps.roots.delete(key.as_bytes());
         let _ = maps.lives.delete(key.as_bytes());
         self.burden(key);
         self.counts().noted.remove(&key.inode());
@@ -418,7 +439,7 @@ impl Gate {
             uid: pin.uid,
             handle_type: handle.kind,
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
-            pad: 0,
+            began: pin.family.as_ref().map_or(0, |family| family.began()),
             handle: [0; abi::HANDLE],
         };
         facts

@@ -69,6 +69,7 @@ impl Oracle {
         let facts = Facts {
             reflink,
             cached: false,
+            denials: super::abi::Denials::default(),
         };
         let (entry, runs) = Entry::new(self.version, layers, facts);
         if let Some(runs) = &runs {

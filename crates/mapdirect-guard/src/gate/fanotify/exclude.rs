@@ -92,6 +92,11 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     fn secure(&mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
         let at_rest = self.exclude(state.closed)?;
+        if self.granting.pin.flags.contains(Flags::DENY_RENAME) {
+            let file = self.holder.file.as_fd();
+            let watched = self.gate.lifetime.watch_names(self.granting.watched, file);
+            watched.map_err(|errno| system("fanotify_mark", errno))?;
+        }
         let lifeline = self.begin_life()?;
         state.closed = true;
         let (map, found) = self.survey(at_rest)?;
@@ -211,6 +216,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     /// matter. Says whether nothing was let in at all.
     fn prove_again(&self) -> Result<bool, Refusal> {
         let writers = self.notes.writers(|| self.no_other_writer())?;
+        if self.granting.pin.denies_write() {
+            // Also by those who were no obstacle to earlier pins.
+            self.no_other_writer()?;
+        }
         // These threads are known, so nobody else can be changing the file.
         let changes = self.notes.changes(|threads| {
             self.quietly(|quiet| {
@@ -305,7 +314,7 @@ impl Exclusion<'_, '_> {
     /// has come behind the gate.
     fn only_those_who_wait(&self) -> Result<bool, Refusal> {
         let turn = &self.holder.turn;
-        if !turn.bring_others() {
+        if self.granting.pin.denies_write() || !turn.bring_others() {
             return Ok(false);
         }
         self.mark_own_description()?;
@@ -405,7 +414,11 @@ impl Exclusion<'_, '_> {
             // writing, because the gate has judged them. So may the processes
             // whose requests wait.
             let families = self.granting.watched.families();
+            let own = self.granting.pin;
             let is_holder = |opener: &Opener| {
+                if own.denies_write() {
+                    return own.belongs_to(|family| family.may_have(opener.pid));
+                }
                 pins.iter().any(|pin| pin.pid == opener.pid)
                     || families.iter().any(|family| family.may_have(opener.pid))
                     || self

@@ -37,6 +37,7 @@ use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
+use mapdirect_proto::Flags;
 use mapdirect_sys::fanotify::{Group, Mask, Object};
 use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
 use mapdirect_sys::{proc, proc_locks};
@@ -50,6 +51,12 @@ use std::time::{Duration, Instant};
 
 /// The close events that the group gets.
 const CLOSES: Mask = Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
+
+/// The events that tell of the names of a file, which the group gets for pins
+/// that deny others to touch these.
+const NAMES: Mask = Mask::from_bits(Mask::ATTRIBUTES.bits() | Mask::MOVE_SELF.bits());
+/// Everything that the group may get for a file.
+const EVERYTHING: Mask = Mask::from_bits(CLOSES.bits() | NAMES.bits());
 
 /// How long an inode without pins stays behind the gate while others have it
 /// open.
@@ -108,6 +115,13 @@ impl Lifetime {
         self.closes.add(CLOSES, file)
     }
 
+    /// Learns from now on when a name of a file goes.
+    pub(super) fn watch_names(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.closes.add(NAMES, file)?;
+        watched.has_names(rustix::fs::fstat(file)?.st_nlink);
+        Ok(())
+    }
+
     /// Forgets a file whose close events do not come any more.
     fn forget(&self, watched: &Watched) {
         let Some(object) = watched.weigh_anchor() else {
@@ -140,7 +154,7 @@ impl Lifetime {
     /// Stops the close events of a file, and then forgets the file. A mark that
     /// is gone already is as good as a removed one.
     pub(super) fn let_go(&self, watched: &Watched, file: BorrowedFd<'_>) {
-        let _ = self.closes.remove(CLOSES, file);
+        let _ = self.closes.remove(EVERYTHING, file);
         self.forget(watched);
     }
 }
@@ -231,12 +245,20 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             }
         }
         let mut closed: HashMap<InodeId, bool> = HashMap::new();
+        let mut renamed: HashMap<InodeId, (bool, i32)> = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
             let objects = lifetime.objects();
             let ids = event.object.and_then(|object| objects.get(&object));
             let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
             for id in ids.into_iter().flatten() {
-                *closed.entry(*id).or_insert(false) |= could_write;
+                if event.mask.intersects(CLOSES) {
+                    *closed.entry(*id).or_insert(false) |= could_write;
+                }
+                if event.mask.intersects(NAMES) {
+                    let moved = event.mask.intersects(Mask::MOVE_SELF);
+                    let (any_moved, _) = renamed.entry(*id).or_insert((false, event.tid));
+                    *any_moved |= moved;
+                }
             }
         });
         match read {
@@ -250,6 +272,9 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
                 keeper.sweep.soon();
                 std::thread::sleep(ROUND);
             }
+        }
+        for (id, (moved, pid)) in renamed {
+            keeper.tell_of_names(id, moved, pid);
         }
         let busy = !closed.is_empty();
         for (id, could_write) in closed {
@@ -278,7 +303,7 @@ impl Gate {
     /// Removes the marks of a file that can be reached only by a path.
     fn unmark_at(&self, path: BorrowedFd<'_>) {
         let _ = self.group.remove_at(MASK, path);
-        let _ = self.lifetime.closes.remove_at(CLOSES, path);
+        let _ = self.lifetime.closes.remove_at(EVERYTHING, path);
     }
 }
 
@@ -288,6 +313,35 @@ impl Keeper<'_> {
         let looks = self.second_looks.values().map(|look| look.at);
         let due = lingering.chain(looks).fold(self.sweep.at, Instant::min);
         due.saturating_duration_since(Instant::now())
+    }
+
+    /// Tells holders whose pins deny it that a name of their file has `moved`, or
+    /// that there are fewer than there were.
+    fn tell_of_names(&self, id: InodeId, moved: bool, pid: i32) {
+        let Some(watched) = self.guard.table.get(id) else {
+            return;
+        };
+        let links = watched
+            .anchor()
+            .and_then(|path| rustix::fs::fstat(path).ok())
+            .map(|stat| stat.st_nlink);
+        let fewer = links.is_some_and(|links| watched.has_names(links) > links);
+        // What was neither was something else.
+        let moved = moved.then(|| format!("a name of the file was changed by process {pid}"));
+        let fewer = fewer.then(|| {
+            format!(
+                "a name of the file was removed or given to another file by process {pid}; names \
+                 left: {}",
+                links.unwrap_or(0)
+            )
+        });
+        for pin in watched.pins.load().iter() {
+            if pin.flags.contains(Flags::DENY_RENAME) && !pin.is_dead() {
+                for how in moved.iter().chain(&fewer) {
+                    self.guard.notices.renamed(pin, how);
+                }
+            }
+        }
     }
 
     /// Opens an inode behind the gate without raising events.

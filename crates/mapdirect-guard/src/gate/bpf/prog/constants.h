@@ -27,6 +27,8 @@ enum kind {
 	COPY_RANGE = 20,
 	EXCHANGE = 21,
 	UNKNOWN = 22,
+	UNLINK = 23,
+	RENAME = 24,
 };
 
 enum reach {
@@ -85,6 +87,9 @@ enum list {
 #define WINDOWED 32
 #define CAN_SLEEP 64
 #define UNSHARES 128
+#define DENIES_WRITE 256
+#define DENIES_RENAME 512
+#define ANCESTORS 64
 #define FILTER_BITS 18
 #define FILTER_WORDS 4096
 #define EASY 1
@@ -106,3 +111,4 @@ enum list {
 #define PIN_NUMBER 0xffffffffffffULL
 #define PAGE 0x1000ULL
 #define LARGEST_BLOCK 0x10000ULL
+#define TICK 0x989680ULL

@@ -64,6 +64,14 @@ struct entry {
 	struct run runs[INLINE];
 };
 
+// The process that, with its descendants, may open a file that is DENIES_WRITE;
+// nobody if it is 0.
+struct root {
+	u64 began;	// in ticks since boot
+	u32 pid;
+	u32 pad;
+};
+
 struct question {
 	struct key key;
 	u32 kind;
@@ -116,7 +124,7 @@ struct pin_facts {
 	u32 uid;
 	int handle_type;
 	u32 handle_length;
-	u64 pad;
+	u64 began;	// of the process `pid`, in ticks since boot
 	u8 handle[HANDLE];
 };
 

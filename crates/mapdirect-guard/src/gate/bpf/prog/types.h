@@ -158,6 +158,7 @@ struct task_struct {
 	unsigned int flags;
 	u64 start_boottime;
 	struct task_struct *group_leader;
+	struct task_struct *real_parent;
 	struct files_struct *files;
 	const struct cred *cred;
 } CORE;
