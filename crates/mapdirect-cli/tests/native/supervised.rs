@@ -630,13 +630,13 @@ fn storm(world: &World, kind: Kind) {
     let disk = world.disk(kind);
     let path = written(&disk, "run-storm", 8192);
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &[told()]));
-    let count = if is_brief() { 100 } else { 1250 };
+    let (threads, count) = if is_brief() { (4, 100) } else { (16, 1250) };
     for before in ["touch", "timers"] {
         running.ask(before);
         let begun = Instant::now();
-        let answer = running.ask(&format!("storm {} 16 {count}", path.display()));
+        let answer = running.ask(&format!("storm {} {threads} {count}", path.display()));
         assert_eq!(answer, "0 failed");
-        println!("{} mappings in {:?}", 16 * count, begun.elapsed());
+        println!("{} mappings in {:?}", threads * count, begun.elapsed());
     }
     running.end_quietly();
     wait_until_free(&path);
