@@ -61,7 +61,8 @@ impl PinOptions {
         // Without an ancestor that lives it is a pin of nobody but this process.
         let keeper = self.keeper.map(|pid| Request::Keeper { pid });
         let is_family = keeper.is_some_and(|keeper| connection.call(&keeper, &[]).is_ok());
-        let flags = if is_family || self.family {
+        let flags = flags | self.also;
+        let flags = if is_family {
             flags | Flags::FAMILY
         } else {
             flags
