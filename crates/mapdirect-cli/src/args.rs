@@ -163,7 +163,8 @@ impl From<StrengthChoice> for mapdirect::Strength {
 /// What a program may do to its own files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OwnChoice {
-    /// Shorten them and punch holes into them, where nobody else has pinned them
+    /// Shorten them and punch holes into them, where nobody else has pinned them; at that moment
+    /// nobody else is refused there, either
     Allow,
     /// Nothing that others may not do
     Refuse,
@@ -304,7 +305,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value = "stable")]
     pub strength: StrengthChoice,
     /// Whether COMMAND may itself shorten files and punch holes (ftruncate, fallocate)
-    #[arg(long, value_enum, default_value = "allow")]
+    #[arg(long, value_enum, default_value = "refuse")]
     pub own: OwnChoice,
     /// Have every block of a file allocated, written and shared with nobody before it is pinned
     #[arg(long)]

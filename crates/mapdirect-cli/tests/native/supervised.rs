@@ -10,6 +10,7 @@ use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -317,7 +318,11 @@ fn own(world: &World, kind: Kind) {
     let disk = world.disk(kind);
     let path = written(&disk, "run-own", MEGABYTE);
     let map = format!("map {} rw 0", path.display());
-    let command = supervised(guard.socket(), &[&all_of(&disk)], &[told()]);
+    let command = supervised(
+        guard.socket(),
+        &["--own", "allow", &all_of(&disk)],
+        &[told()],
+    );
     let mut running = Running::start(command);
     assert_eq!(running.ask(&map), "mapped");
     assert_eq!(
@@ -511,7 +516,8 @@ fn killed_supervisor(world: &World, kind: Kind) {
         attack(&path, kind);
         assert_eq!(running.ask("touch"), "alive");
     }
-    // The one that was started; the others go on.
+    // The one that was started; the others go on. Under the fanotify gate it is
+    // the root of the family that has the pins, so nothing new is pinned.
     let all = both(of);
     kill(of);
     assert_eq!(running.ask(&map), "mapped");
@@ -519,7 +525,9 @@ fn killed_supervisor(world: &World, kind: Kind) {
     assert_eq!(running.ask("unmap"), "unmapped");
     wait_until_free(&path);
     assert_eq!(running.ask(&map), "mapped");
-    assert!(is_pinned(&path));
+    if Gate::under_test() == Gate::Bpf {
+        assert!(is_pinned(&path));
+    }
     let _ = running.end();
     wait_until_free(&path);
     wait_for(Duration::from_secs(20), || {
@@ -622,13 +630,13 @@ fn storm(world: &World, kind: Kind) {
     let disk = world.disk(kind);
     let path = written(&disk, "run-storm", 8192);
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &[told()]));
-    let count = if is_brief() { 100 } else { 1250 };
+    let (threads, count) = if is_brief() { (4, 100) } else { (16, 1250) };
     for before in ["touch", "timers"] {
         running.ask(before);
         let begun = Instant::now();
-        let answer = running.ask(&format!("storm {} 16 {count}", path.display()));
+        let answer = running.ask(&format!("storm {} {threads} {count}", path.display()));
         assert_eq!(answer, "0 failed");
-        println!("{} mappings in {:?}", 16 * count, begun.elapsed());
+        println!("{} mappings in {:?}", threads * count, begun.elapsed());
     }
     running.end_quietly();
     wait_until_free(&path);
@@ -683,7 +691,7 @@ fn unlinked(world: &World, kind: Kind) {
     let guard = world.guard();
     let disk = world.disk(kind);
     let path = written(&disk, "run-unlinked", 8192);
-    let file = File::open(&path).unwrap();
+    let inode = std::fs::metadata(&path).unwrap().ino();
     let script = format!(
         "import mmap, os, sys\n\
          f = open({0:?}, 'r+b'); os.unlink({0:?})\n\
@@ -699,7 +707,8 @@ fn unlinked(world: &World, kind: Kind) {
     ];
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &command));
     assert_eq!(running.helper.hear().unwrap(), "mapped");
-    let pins = guard.client().pinned_ranges(&file).unwrap();
-    assert_eq!(pins.len(), 1);
+    let files = guard.client().status().unwrap().files;
+    let mut pinned = files.iter().filter(|file| !file.pins.is_empty());
+    assert!(pinned.any(|file| file.inode == inode));
     running.end_quietly();
 }

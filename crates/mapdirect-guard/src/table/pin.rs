@@ -236,7 +236,7 @@ impl Pin {
             self.judge_by(&giving);
         }
         if let Some(map) = self.map() {
-            let range = Copied::NOTHING.and(&[range.clone()]);
+            let range = Copied::NOTHING.and(std::slice::from_ref(range));
             self.record(&told_apart(&map, &range));
         }
     }
