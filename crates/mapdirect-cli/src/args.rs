@@ -69,8 +69,8 @@ pub enum Command {
     /// once, and once more when a guard is back. When the pin is lost (under
     /// the fanotify gate with the guard, under the bpf gate with the gate) or
     /// broken (its blocks have changed by a way that no gate refuses), this says
-    /// so and ends, with a status of its own. It lets COMMAND run to its end,
-    /// and ends with such a status then.
+    /// so and ends, with a status of its own. What becomes of COMMAND then is
+    /// said by --on-loss; the status is such a one when it has ended.
     Pin(PinArgs),
     /// Have every block of a file allocated, written, and shared with nobody
     ///

@@ -208,10 +208,6 @@ impl PinOptions {
         })
     }
 
-    fn is_for_family(&self) -> bool {
-        self.also.contains(Flags::FAMILY)
-    }
-
     /// Prepares the range, if that is wanted.
     fn prepare(&self, file: BorrowedFd<'_>) -> Result<()> {
         if !self.prepare_first {
