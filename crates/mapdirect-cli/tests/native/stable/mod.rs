@@ -88,7 +88,7 @@ fn told_by_status(guard: &GuardProcess, pin: u64) -> u64 {
 
 fn end(pin: Pin, path: &Path) {
     assert!(pin.integrity().is_intact() && pin.state().is_kept());
-    pin.unpin().unwrap();
+    drop(pin);
     wait_until_free(path);
     std::fs::remove_file(path).unwrap();
 }
