@@ -76,7 +76,8 @@ fn source(name: &str) -> PathBuf {
 
 /// A program compiled once; nothing if that cannot be done here.
 fn compiled(name: &str, compile: impl FnOnce(&Path) -> Command) -> Option<PathBuf> {
-    static ALL: OnceLock<Mutex<Vec<(String, Option<PathBuf>)>>> = OnceLock::new();
+    type Built = Vec<(String, Option<PathBuf>)>;
+    static ALL: OnceLock<Mutex<Built>> = OnceLock::new();
     let mut all = ALL
         .get_or_init(Mutex::default)
         .lock()

@@ -127,8 +127,8 @@ impl Pin {
             // What gives way here has an end.
             return u64::MAX;
         }
-        let firm = (self.first..self.end()).filter(|at| !self.gives_way_at(*at));
-        firm.last().map_or(0, |last| (last + 1) * self.block)
+        let mut firm = (self.first..self.end()).filter(|at| !self.gives_way_at(*at));
+        firm.next_back().map_or(0, |last| (last + 1) * self.block)
     }
 
     fn is_frozen(&self, at: u64) -> bool {

@@ -69,6 +69,9 @@ pub(crate) struct Rules {
     pub(crate) keeper: i32,
 }
 
+/// Files by device and number.
+type Inodes = HashMap<(u64, u64), Arc<Mutex<Inode>>>;
+
 /// Everything that the threads of the worker share.
 #[derive(Debug)]
 pub(crate) struct Supervisor<'a> {
@@ -83,7 +86,7 @@ pub(crate) struct Supervisor<'a> {
     next: AtomicUsize,
     /// Since when each slot waits for its decision.
     since: Vec<Mutex<Option<Instant>>>,
-    inodes: Mutex<HashMap<(u64, u64), Arc<Mutex<Inode>>>>,
+    inodes: Mutex<Inodes>,
     /// The worker's own.
     pub(crate) rights: OnceLock<Rights>,
     said: Mutex<HashSet<String>>,
