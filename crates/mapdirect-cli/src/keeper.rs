@@ -381,13 +381,19 @@ impl Keeper {
             if let Some(status) = children.status {
                 // It may have been found just now.
                 let lost = self.notice(kept, on_loss);
+                if lost.is_some() && on_loss == OnLoss::Kill {
+                    ending.get_or_insert_with(Ending::new);
+                }
                 let exit = lost
                     .filter(|_| on_loss != OnLoss::Ignore)
                     .map_or_else(|| Exit::of_waited(status), Exit::under_command);
                 if !some_are_left {
                     return Ok(exit);
                 }
-                self.end(exit);
+                // Whoever wants them killed hears of it when they are.
+                if ending.is_none() {
+                    self.end(exit);
+                }
             }
             if let Some(ending) = &mut ending {
                 ending.go_on();

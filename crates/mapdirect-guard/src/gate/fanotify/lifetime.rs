@@ -33,7 +33,7 @@ use crossbeam_queue::SegQueue;
 use mapdirect_proto::Flags;
 use mapdirect_sys::fanotify::{Group, Mask, Object};
 use mapdirect_sys::fcntl::{Lease, lease_holds};
-use mapdirect_sys::{proc, proc_locks};
+use mapdirect_sys::{pidfd, proc, proc_locks};
 use rustix::fs::{Mode, OFlags};
 use std::cell::{Cell, OnceCell};
 use std::collections::hash_map::Entry;
@@ -239,7 +239,7 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             }
         }
         let mut closed: HashMap<InodeId, bool> = HashMap::new();
-        let mut renamed: HashMap<InodeId, (bool, i32)> = HashMap::new();
+        let mut renamed: HashMap<InodeId, (bool, Option<i32>)> = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
             let objects = lifetime.objects();
             let ids = event.object.and_then(|object| objects.get(&object));
@@ -250,8 +250,10 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
                 }
                 if event.mask.intersects(NAMES) {
                     let moved = event.mask.intersects(Mask::MOVE_SELF);
-                    let (any_moved, _) = renamed.entry(*id).or_insert((false, event.tid));
+                    let first = (false, Some(event.tid));
+                    let (any_moved, by) = renamed.entry(*id).or_insert(first);
                     *any_moved |= moved;
+                    *by = by.filter(|tid| *tid == event.tid);
                 }
             }
         });
@@ -267,8 +269,8 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
                 std::thread::sleep(ROUND);
             }
         }
-        for (id, (moved, pid)) in renamed {
-            keeper.tell_of_names(id, moved, pid);
+        for (id, (moved, by)) in renamed {
+            keeper.tell_of_names(id, moved, by);
         }
         let busy = !closed.is_empty();
         for (id, could_write) in closed {
@@ -310,8 +312,8 @@ impl Keeper<'_> {
     }
 
     /// Tells holders whose pins deny it that a name of their file has `moved`, or
-    /// that there are fewer than there were.
-    fn tell_of_names(&self, id: InodeId, moved: bool, pid: i32) {
+    /// that there are fewer than there were. One thread did it all, or several.
+    fn tell_of_names(&self, id: InodeId, moved: bool, by: Option<i32>) {
         let Some(watched) = self.guard.table.get(id) else {
             return;
         };
@@ -320,12 +322,19 @@ impl Keeper<'_> {
             .and_then(|path| rustix::fs::fstat(path).ok())
             .map(|stat| stat.st_nlink);
         let fewer = links.is_some_and(|links| watched.has_names(links) > links);
+        let process =
+            |tid| pidfd::of_thread(tid).and_then(|thread| pidfd::process_of(thread.as_fd()));
+        let who = match by.map(|tid| (tid, process(tid))) {
+            Some((_, Ok(process))) => format!("process {process}"),
+            // It may be gone by now.
+            Some((tid, Err(_))) => format!("thread {tid}"),
+            None => String::from("several threads"),
+        };
         // What was neither was something else.
-        let moved = moved.then(|| format!("a name of the file was changed by process {pid}"));
+        let moved = moved.then(|| format!("a name of the file was changed by {who}"));
         let fewer = fewer.then(|| {
             format!(
-                "a name of the file was removed or given to another file by process {pid}; names \
-                 left: {}",
+                "a name of the file was removed or given to another file by {who}; names left: {}",
                 links.unwrap_or(0)
             )
         });
