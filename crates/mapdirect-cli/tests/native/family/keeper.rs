@@ -88,8 +88,12 @@ fn keeper_killed(world: &World) {
     let path = written(&world.disk(Kind::EXT4), "family-keeper-killed", 65536);
     for on_loss in ["warn", "kill"] {
         let options = ["--on-loss", on_loss];
-        let mut front = start(pin_command(world, &path, &options, &["sleep", "60"]));
+        // What it says ends with those who can say something.
+        let sleeps = ["sh", "-c", "exec sleep 60 2> /dev/null"];
+        let mut front = start(pin_command(world, &path, &options, &sleeps));
         let (keeper, command) = running(&front);
+        let is_asleep = || Ok((proc::command(command) == "sleep").then_some(()));
+        wait_for(patience(), is_asleep).unwrap();
         signal::kill(keeper, Signal::KILL).unwrap();
         assert_eq!(front.wait().unwrap().code(), Some(124));
         assert!(rest_of(front.stderr.take().unwrap()).contains("was killed"));

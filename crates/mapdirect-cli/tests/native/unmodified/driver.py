@@ -275,10 +275,10 @@ class Told:
             if re.search(until, answer):
                 return answer
 
-    def end(self):
+    def end(self, status=0):
         self.process.stdin.close()
         rest = self.process.stdout.read()
-        if self.process.wait():
+        if self.process.wait() != status:
             sys.exit(f"it failed: {rest}")
 
 
@@ -333,8 +333,9 @@ def qemu_use(directory):
     told.tell("write -P 9 1M 64k", "wrote .*bytes")
     told.tell("read -P 9 1M 64k", "read .*bytes")
     said = told.tell("discard 2M 64k", "discard .*")
-    told.end()
-    done(discard="refused" if "failed" in said else "ok")
+    refused = "failed" in said
+    told.end(status=int(refused))
+    done(discard="refused" if refused else "ok")
 
 
 # fio: maps its file, closes it, and stores and checks at random.

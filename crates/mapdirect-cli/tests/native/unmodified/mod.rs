@@ -386,6 +386,10 @@ fn play(world: &World, kind: Kind, program: Program, how: How) {
     std::fs::create_dir(&directory).unwrap();
     program.make(&directory);
     let path = directory.join(program.file);
+    if path.exists() {
+        // What is not written yet has no blocks that could be kept.
+        File::open(&path).unwrap().sync_all().unwrap();
+    }
     let other = directory.join("other");
     std::fs::write(&other, [7; 8192]).unwrap();
     File::open(&other).unwrap().sync_all().unwrap();
