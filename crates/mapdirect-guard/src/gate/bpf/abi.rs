@@ -512,11 +512,12 @@ mod tests {
             key kind read_side direct foreign has_or has_doubt late pad at or_at size answer
         );
         same!(Root, "root", began pid pad);
-        same!(Holder, "holder", key pin start end);
+        same!(Holder, "holder", key pin start end foreign);
         same!(
             Identity,
             "identity",
-            key file generation direct pin start end held stamp references writers readers preemption copies
+            key file generation direct pin start end held stamp references writers readers preemption
+            copies role pad
         );
         same!(
             Event,
