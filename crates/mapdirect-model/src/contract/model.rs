@@ -375,7 +375,9 @@ impl Question {
             | K::OpenTruncate
             | K::Unknown
             | K::CollapseRange
-            | K::InsertRange => false,
+            | K::InsertRange
+            | K::Unlink
+            | K::Rename => false,
             // The new end of the file is inside.
             K::Truncate => range.start < block.end && range.end > block.start,
             _ => meet(range, &block),
