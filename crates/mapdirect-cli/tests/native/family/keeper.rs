@@ -74,7 +74,7 @@ fn front_killed(world: &World) {
     front.wait().unwrap();
     for _ in 0..10 {
         assert_eq!(shorten(&path), Err(Errno::TXTBSY));
-        assert!(matches!(state(command), 'S' | 'R'));
+        assert!(matches!(state(command), 'S' | 'R' | 'D'));
         std::thread::sleep(Duration::from_millis(20));
     }
     signal::kill(command, Signal::KILL).unwrap();
@@ -98,7 +98,7 @@ fn keeper_killed(world: &World) {
         assert_eq!(front.wait().unwrap().code(), Some(124));
         assert!(rest_of(front.stderr.take().unwrap()).contains("was killed"));
         wait_until_free(&path);
-        let lives = matches!(state(command), 'S' | 'R') && proc::command(command) == "sleep";
+        let lives = matches!(state(command), 'S' | 'R' | 'D') && proc::command(command) == "sleep";
         assert_eq!(lives, on_loss == "warn");
         if lives {
             signal::kill(command, Signal::KILL).unwrap();
@@ -118,7 +118,8 @@ fn interrupted(world: &World) {
     let shared = mapdirect_sys::mmap::MAP_SHARED;
     let mapped = raw::PlainMap::new(file.as_fd(), protection, shared, 0, 65536).unwrap();
     for number in [Signal::INTERRUPT, Signal::TERMINATE, Signal::HANGUP] {
-        let mut pin = pin_command(world, &path, &[], &["touch", marker.to_str().unwrap()]);
+        let touch = ["touch", marker.to_str().unwrap()];
+        let mut pin = pin_command(world, &path, &["--patience", "60000"], &touch);
         pin.args(["x"]);
         let mut front = start(pin);
         child_of(front.id().cast_signed());
@@ -232,7 +233,7 @@ fn on_loss(world: &World) {
         );
         let orphan = std::fs::read_to_string(beside(&path, "orphan")).unwrap();
         let orphan: i32 = orphan.trim().parse().unwrap();
-        let lives = matches!(state(orphan), 'S' | 'R') && proc::command(orphan) == "sh";
+        let lives = matches!(state(orphan), 'S' | 'R' | 'D') && proc::command(orphan) == "sh";
         assert_eq!(lives, how != "kill", "{how}");
         if lives {
             signal::kill(-orphan, Signal::KILL).unwrap();
