@@ -436,7 +436,9 @@ fn play(world: &World, kind: Kind, program: Program, how: How) {
         let (said, passed) = std::thread::scope(|scope| {
             let going_on = scope.spawn(|| {
                 let mut passed = Vec::new();
-                while !done.load(SeqCst) && passed.is_empty() {
+                // Under `run` nothing is kept from when the program closes its
+                // file, which is before it is done.
+                while how == How::Pin && !done.load(SeqCst) && passed.is_empty() {
                     let now = attack(kind, &path, &other);
                     if !done.load(SeqCst) {
                         passed = now;
