@@ -456,7 +456,10 @@ fn play(world: &World, kind: Kind, program: Program, how: How) {
         check_words(program, &said);
         if said.contains("cut=ok") || said.contains("vacuum=ok") || said.contains("discard=ok") {
             // It cut or emptied its file itself, so what came later found no pin.
-            let may = Gate::under_test() == Gate::Fanotify || how == How::Run;
+            // In WAL mode SQLite vacuums into the log, and lets the file be as
+            // long as it is if it cannot be cut.
+            let into_log = program.name == "sqlite_wal";
+            let may = Gate::under_test() == Gate::Fanotify || how == How::Run || into_log;
             assert!(may, "{said}");
         } else {
             assert_eq!(passed, [""; 0]);
