@@ -498,6 +498,15 @@ fn both(of: i32) -> Vec<i32> {
     .unwrap()
 }
 
+/// The worker, once it is another one than `last`, which may still be there for
+/// a moment. It is the watcher's child, and so the younger of both.
+fn worker(of: i32, last: i32) -> i32 {
+    wait_for(Duration::from_secs(20), || {
+        Ok(both(of).into_iter().max().filter(|worker| *worker != last))
+    })
+    .unwrap()
+}
+
 /// Whoever is killed, and whenever: the program does not notice.
 fn killed_supervisor(world: &World, kind: Kind) {
     let guard = world.guard();
@@ -548,12 +557,14 @@ fn killed_worker(world: &World, kind: Kind) {
         .collect();
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &[told()]));
     let of = running.helper.pid();
+    // Before that, the one that starts the program is a child as well.
+    assert_eq!(running.ask("touch"), "alive");
+    let mut last = 0;
     for round in 0..3_u64 {
-        let workers = both(of);
+        last = worker(of, last);
         let killer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_micros(700 * round * round));
-            // The worker is the watcher's child, and so the younger of both.
-            kill(workers.into_iter().max().unwrap());
+            kill(last);
         });
         for path in &paths {
             assert_eq!(
@@ -569,7 +580,8 @@ fn killed_worker(world: &World, kind: Kind) {
     }
     // It is killed too often: the rest is let pass, and that is said.
     for _ in 0..2 {
-        kill(both(of).into_iter().max().unwrap());
+        last = worker(of, last);
+        kill(last);
     }
     running.hears("nothing new is pinned from here on");
     for path in &paths {
