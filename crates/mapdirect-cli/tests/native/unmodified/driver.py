@@ -2,7 +2,6 @@
 
     driver.py PROGRAM make DIRECTORY     makes the file, and ends
     driver.py PROGRAM use DIRECTORY      uses the file that is there
-    driver.py PROGRAM new DIRECTORY      makes the file and uses it
 
 Used, a program maps its file and says "ready". While its file is attacked it
 waits for a line. Then it reads everything again, changes its file, and says
@@ -127,20 +126,6 @@ def lmdb_use(directory, **options):
     done(grow=word)
 
 
-def lmdb_new(directory):
-    import lmdb
-
-    environment = lmdb_open(directory)
-    lmdb_fill(environment, 0, 1000)
-    lmdb_check(environment, 1000)
-    pause()
-    lmdb_check(environment, 1000)
-    word = attempt(lambda: lmdb_fill(environment, 1000, 1000), lmdb.Error)
-    lmdb_check(environment, 2000 if word == "ok" else 1000)
-    environment.close()
-    done(grow=word)
-
-
 def lmdb_writemap_make(directory):
     lmdb_make(directory)
 
@@ -204,13 +189,6 @@ def sqlite_go_on(directory, database):
 
 def sqlite_use(directory):
     sqlite_go_on(directory, sqlite_open(directory, "mmap_size=268435456"))
-
-
-def sqlite_new(directory):
-    database = sqlite_open(directory, "mmap_size=268435456")
-    database.execute("CREATE TABLE t (v BLOB)")
-    sqlite_fill(database, 1000)
-    sqlite_go_on(directory, database)
 
 
 def sqlite_wal_make(directory):
