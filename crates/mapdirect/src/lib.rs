@@ -148,3 +148,8 @@ pub use state::{EventFd, Integrity, OnBreach, State};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// The Rust of the page about porting.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/porting.md")]
+struct Porting;

@@ -1,7 +1,8 @@
 //! The way through partitions and mapped devices, on real ones.
 
 use super::{
-    Line, Loop, Made, Mounted, has_mapper, lines, mapdirect, pattern, read_direct, said, text,
+    Line, Loop, Made, Mounted, complaint, has_mapper, lines, mapdirect, pattern, read_direct, said,
+    text,
 };
 use crate::world::{World, wait_until_free};
 use mapdirect_testkit::Kind;
@@ -11,20 +12,22 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-/// Bytes of the disks here; XFS needs 300 MiB.
-const SIZE: u64 = 340 << 20;
+/// Bytes of a disk that XFS is content with.
+const LARGE: u64 = 340 << 20;
+/// Bytes of a disk for ext4.
+const SMALL: u64 = 32 << 20;
 
 /// An image, and a loop device of it.
-fn disk(arguments: &[&str]) -> (Loop, ScratchDirectory) {
+fn disk(size: u64, arguments: &[&str]) -> (Loop, ScratchDirectory) {
     let place = ScratchDirectory::in_memory("disk").unwrap();
     let image = place.path().join("image");
-    File::create(&image).unwrap().set_len(SIZE).unwrap();
+    File::create(&image).unwrap().set_len(size).unwrap();
     (Loop::of(&image, arguments), place)
 }
 
 /// A partition without a table on the disk, as the kernel has it (BLKPG).
-fn partition_of(disk: &Loop) -> (PathBuf, Made) {
-    let sectors = (SIZE / 512 - 4096).to_string();
+fn partition_of(disk: &Loop, size: u64) -> (PathBuf, Made) {
+    let sectors = (size / 512 - 4096).to_string();
     run(Command::new("addpart").args([&disk.0, "1", "2048", &sectors])).unwrap();
     let gone = Made(["delpart", &disk.0, "1"].map(str::to_owned).into());
     (PathBuf::from(format!("{}p1", disk.0)), gone)
@@ -47,8 +50,8 @@ fn follow(csv: &[Line], expected: &[u8]) {
 /// example that reads there.
 pub fn partition(world: &World) {
     let guard = world.guard();
-    let (disk, _place) = disk(&["--partscan"]);
-    let (partition, _gone) = partition_of(&disk);
+    let (disk, _place) = disk(LARGE, &["--partscan"]);
+    let (partition, _gone) = partition_of(&disk, LARGE);
     let mounted = Mounted::new(&mut Kind::XFS.mkfs(), &partition);
     let path = mounted.path("file");
     let bytes = pattern(3_000_000);
@@ -98,10 +101,10 @@ pub fn linear(world: &World) {
         return;
     }
     let guard = world.guard();
-    let (first, _one) = disk(&["--partscan"]);
-    let (second, _two) = disk(&[]);
-    let (partition, _gone) = partition_of(&first);
-    let half = SIZE / 512 / 2;
+    let (first, _one) = disk(SMALL, &["--partscan"]);
+    let (second, _two) = disk(SMALL, &[]);
+    let (partition, _gone) = partition_of(&first, SMALL);
+    let half = SMALL / 512 / 2;
     let table = format!(
         "0 {half} linear {} 64\n{half} {half} linear {} 2048",
         second.0,
@@ -111,7 +114,7 @@ pub fn linear(world: &World) {
     let mounted = Mounted::new(Kind::EXT4.mkfs().args(["-O", "^has_journal"]), &device);
     let path = mounted.path("file");
     // Larger than a half.
-    let bytes = pattern(usize::try_from(SIZE / 2 + (20 << 20)).unwrap());
+    let bytes = pattern(usize::try_from(SMALL / 2 + (6 << 20)).unwrap());
     fs::write(&path, &bytes).unwrap();
     let name = path.to_str().unwrap();
     let csv = lines(&said(&guard, &["show", name, "--format", "csv"]));
@@ -141,9 +144,9 @@ pub fn not_linear(world: &World) {
         return;
     }
     let guard = world.guard();
-    let (first, _one) = disk(&[]);
-    let (second, _two) = disk(&[]);
-    let sectors = SIZE / 512;
+    let (first, _one) = disk(SMALL, &[]);
+    let (second, _two) = disk(SMALL, &[]);
+    let sectors = SMALL / 512;
     let table = format!(
         "0 {} striped 2 128 {} 0 {} 0",
         2 * sectors,
@@ -151,7 +154,7 @@ pub fn not_linear(world: &World) {
         second.0
     );
     let (device, _removed) = mapped("striped", &table);
-    let mounted = Mounted::new(&mut Kind::XFS.mkfs(), &device);
+    let mounted = Mounted::new(&mut Kind::EXT4.mkfs(), &device);
     let path = mounted.path("file");
     let bytes = pattern(1 << 20);
     fs::write(&path, &bytes).unwrap();
@@ -210,4 +213,43 @@ pub fn table_over_a_pin(world: &World) {
         fs::remove_file(copy).unwrap();
         fs::remove_file(&path).unwrap();
     }
+}
+
+/// What lies on the realtime device of an XFS is not on the device of which
+/// FIEMAP seems to speak.
+pub fn realtime(world: &World) {
+    let guard = world.guard();
+    let (data, _one) = disk(LARGE, &[]);
+    let (real, _two) = disk(LARGE, &[]);
+    let mut mkfs = Command::new("mkfs.xfs");
+    let device = format!("rtdev={}", real.0);
+    mkfs.args(["-q", "-f", "-m", "reflink=0,rmapbt=0", "-r", &device]);
+    run(mkfs.args(["-d", "rtinherit=1"]).arg(&data.0)).unwrap();
+    let directory = ScratchDirectory::in_memory("realtime").unwrap();
+    let mut mount = Command::new("mount");
+    mount.args(["-o", &device, &data.0]).arg(directory.path());
+    if let Err(error) = run(&mut mount) {
+        world.unavailable(format!("a realtime device of XFS: {error}"));
+        return;
+    }
+    let point = directory.path().to_str().unwrap().to_owned();
+    let _unmounted = Made(vec![String::from("umount"), point]);
+    let path = directory.path().join("file");
+    fs::write(&path, pattern(1 << 20)).unwrap();
+    let name = path.to_str().unwrap();
+    let csv = lines(&said(&guard, &["show", name, "--format", "csv"]));
+    for line in &csv {
+        assert_eq!(
+            (&*line.access, line.device_offset),
+            ("none", None),
+            "{line:?}"
+        );
+    }
+    for form in ["dmsetup", "resume-offset"] {
+        let show = mapdirect(&guard, &["show", name, "--format", form]).output();
+        let complaint = complaint(&show.unwrap());
+        assert!(complaint.contains("realtime device"), "{complaint}");
+    }
+    let pin = complaint(&mapdirect(&guard, &["pin", name]).output().unwrap());
+    assert!(pin.contains("realtime device"), "{pin}");
 }

@@ -310,8 +310,12 @@ fn on_other_filesystems(world: &World, guard: &mapdirect_testkit::process::Guard
         fs::write(&path, vec![3; 1 << 20]).unwrap();
         let name = path.to_str().unwrap();
         let csv = lines(&said(guard, &["show", name, "--format", "csv"]));
-        let is_unknown = |line: &Line| line.disk.is_empty() && line.disk_offset.is_none();
+        let is_unknown = |line: &Line| line.disk.is_empty() && line.access == "none";
         assert!(csv.iter().all(is_unknown), "{csv:?}");
+        let places = csv
+            .iter()
+            .map(|line| (line.device_offset, line.disk_offset));
+        assert!({ places }.all(|place| place == (None, None)), "{csv:?}");
         for form in ["dmsetup", "resume-offset"] {
             let show = mapdirect(guard, &["show", name, "--format", form]);
             let complaint = complaint(&{ show }.output().unwrap());

@@ -4,7 +4,7 @@
 mod coherence;
 mod devices;
 mod forms;
-mod schemas;
+pub mod schemas;
 
 use crate::world::{BINARY, World, kinds};
 use libtest_mimic::Trial;
@@ -36,6 +36,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("dm-linear", devices::linear),
         ("dm-others", devices::not_linear),
         ("dm-example", devices::table_over_a_pin),
+        ("realtime", devices::realtime),
     ] {
         trials.push(world.trial(format!("extents::{name}"), run));
     }

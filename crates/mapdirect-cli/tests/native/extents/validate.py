@@ -59,9 +59,7 @@ for path in sorted(directory.glob("*.json")):
     schema, validators[path.stem] = load(path)
     closed(schema, path.name)
 
-seen = set()
 for name, document in json.load(sys.stdin):
-    seen.add(name)
     validator = validators[name]
     for error in validator.iter_errors(document):
         where = "/".join(map(str, error.absolute_path))
@@ -74,7 +72,5 @@ for name, document in json.load(sys.stdin):
         if validator.is_valid({k: v for k, v in top.items() if k != key}):
             failures.append(f"{name}: {key} may be missing")
 
-for name in set(validators) - seen - {"common"}:
-    failures.append(f"{name}: no document was tried")
 print("\n".join(failures))
 sys.exit(bool(failures))
