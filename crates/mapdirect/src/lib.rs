@@ -149,6 +149,11 @@ pub use state::{EventFd, Integrity, OnBreach, State};
 #[doc = include_str!("../../../README.md")]
 struct Readme;
 
+/// The Rust of the page for those who use it, which the tests compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/using.md")]
+struct Using;
+
 /// The Rust of the page about porting.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/porting.md")]

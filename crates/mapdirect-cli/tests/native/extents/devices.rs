@@ -88,9 +88,9 @@ pub fn partition(world: &World) {
 fn mapped(name: &str, table: &str) -> (PathBuf, Made) {
     let name = format!("mapdirect-{name}-{}", std::process::id());
     let mut create = Command::new("dmsetup");
-    run(create.args(["create", "--noudevsync", &name, "--table", table])).unwrap();
+    run(create.args(["create", &name, "--table", table])).unwrap();
     let device = Path::new("/dev/mapper").join(&name);
-    let remove = ["dmsetup", "remove", "--retry", "--noudevsync", &name];
+    let remove = ["dmsetup", "remove", "--retry", &name];
     (device, Made(remove.map(str::to_owned).into()))
 }
 
