@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 pub(crate) type Needed = (&'static str, &'static str);
 
 /// What tests and demo need.
-pub(crate) const FOR_TESTS: [Needed; 11] = [
+pub(crate) const FOR_TESTS: [Needed; 15] = [
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),
@@ -21,6 +21,14 @@ pub(crate) const FOR_TESTS: [Needed; 11] = [
     ("losetup", "mount"),
     ("python3", "python3-minimal"),
     ("script", "bsdutils"),
+    ("addpart", "util-linux"),
+    ("filefrag", "e2fsprogs"),
+    ("dmsetup", "dmsetup"),
+    // Checks what is printed against docs/schemas.
+    (
+        "/usr/lib/python3/dist-packages/jsonschema",
+        "python3-jsonschema",
+    ),
 ];
 
 /// Programs that know nothing of pins, and that the tests run under them: the

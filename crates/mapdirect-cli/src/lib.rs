@@ -5,6 +5,7 @@
 pub mod args;
 mod draw;
 mod exit;
+mod extents;
 mod json;
 mod keeper;
 mod open;

@@ -1,7 +1,7 @@
 //! The fuzz targets: every parser of this crate, with checks of what it
 //! returns. The seeds are bytes such as the kernel writes.
 
-use crate::{fanotify, fiemap, memfd, perf_event, proc, proc_locks, proc_mountinfo};
+use crate::{dm_table, fanotify, fiemap, memfd, perf_event, proc, proc_locks, proc_mountinfo};
 use crate::{uname, userfaultfd};
 
 /// A parser of untrusted bytes.
@@ -16,7 +16,7 @@ pub struct Target {
 }
 
 /// The parsers of this crate.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     Target {
         name: "fanotify-events",
         run: fanotify_events,
@@ -106,6 +106,11 @@ pub const TARGETS: [Target; 15] = [
         ],
     },
     Target {
+        name: "dm-tables",
+        run: dm_tables,
+        seeds: &[&DM_TABLE],
+    },
+    Target {
         name: "names",
         run: names,
         seeds: &[b"a\\040b\\134c", b"\x1b[31mred\x07"],
@@ -116,6 +121,21 @@ pub const TARGETS: [Target; 15] = [
         seeds: &[b"6.1.0-31-amd64", b"7.3"],
     },
 ];
+
+/// A linear target of eight sectors.
+const DM_TABLE: [u8; 56] =
+    *b"\0\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\0\0\0\0\x38\0\0\0linear\0\0\0\0\0\0\0\0\0\08:1 2048\0\0\0\0\0\0\0\0";
+
+fn dm_tables(bytes: &[u8]) {
+    for count in 0..3 {
+        if let Some(targets) = dm_table::parse(bytes, count) {
+            assert_eq!(targets.len(), usize::try_from(count).unwrap_or(usize::MAX));
+            for target in targets {
+                assert!(target.linear().is_none_or(|(_, _, start)| start % 512 == 0));
+            }
+        }
+    }
+}
 
 /// An event with a range, as fanotify(7) lays it out.
 const FANOTIFY_RANGE: [u8; 48] = {

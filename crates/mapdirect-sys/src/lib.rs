@@ -20,6 +20,7 @@ pub mod bpf;
 pub mod cache;
 pub mod capget;
 pub mod descriptors;
+pub mod dm_table;
 pub mod dup;
 pub mod fallocate;
 pub mod fanotify;
@@ -27,6 +28,7 @@ pub mod fcntl;
 pub mod fiemap;
 pub mod file_handle;
 pub mod fork;
+pub mod fsmap;
 pub mod fsync;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]

@@ -19,6 +19,7 @@ mod dax;
 mod doors;
 mod errors;
 mod examples;
+mod extents;
 mod family;
 mod grants;
 mod hammer;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
     trials.extend(read_only::trials(&world));
     trials.extend(api::trials(&world));
     trials.extend(examples::trials(&world));
+    trials.extend(extents::trials(&world));
     trials.extend(beside::trials(&world));
     trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
