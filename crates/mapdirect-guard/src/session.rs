@@ -10,21 +10,23 @@
 //! would keep all descriptors of a killed guard open, and so its gate, at which
 //! nobody answers any more. So the descriptors of a client without the
 //! capability are received, looked at and closed by a thread that has no other
-//! descriptors.
+//! descriptors. A file comes out of it only if the policy allows the request, and
+//! the file is one of XFS or ext4.
 
+use crate::delegation::{self, Admission, Peer, not_capable};
 use crate::grant::allocate::{self, Allocated};
-use crate::grant::{self, Conversation, Grant, refusal};
+use crate::grant::{self, Conversation, Grant, refusal, system};
 use crate::notice::{Watcher, Whereabouts};
 use crate::places::Place;
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, PinnedRange, Reason, Refusal,
-    Reply, Request, VERSION, WatchedPin,
+    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, OLDEST_VERSION, PinRequest, PinnedRange,
+    Reason, Refusal, Reply, Request, VERSION, VERSION_WITH_POLICY, WatchedPin,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Received, Sender, Socket};
-use mapdirect_sys::{capget, descriptors, proc};
+use mapdirect_sys::{capget, descriptors, proc, proc_status};
 use rustix::fs::OFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -43,10 +45,12 @@ const IDLE: Duration = Duration::from_secs(10);
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
     socket: Arc<Socket>,
-    /// The process that connected, and its user at that time.
-    peer: Sender,
+    /// The process that connected.
+    peer: Peer,
     challenge: [u8; 32],
     greeted: bool,
+    /// The version of the protocol that both sides speak.
+    version: u32,
     /// The process that has proven the capability on this connection. It is the
     /// one that connected.
     proven: Option<Prover>,
@@ -70,9 +74,14 @@ enum Handed {
     File(OwnedFd),
     Proof(Option<Prover>),
     Pins(Result<Vec<PinnedRange>, Refusal>),
-    /// A descriptor that is of no use without the capability, and that is
-    /// closed already.
-    Useless,
+    /// What allows a request of a client without the capability. The file is on
+    /// its way out of a thread apart.
+    Passed(Admission),
+    /// The same, with the file.
+    Admitted(OwnedFd, Admission),
+    /// A descriptor that is of no use to a client without the capability, and
+    /// that is closed already.
+    Useless(Refusal),
 }
 
 /// Why a conversation ends.
@@ -95,7 +104,7 @@ impl<'guard> Session<'guard> {
         socket.tell_senders()?;
         socket.set_send_timeout(SEND_PATIENCE)?;
         socket.set_receive_timeout(Some(IDLE))?;
-        let peer = socket.peer()?;
+        let peer = Peer::of(&socket)?;
         let mut challenge = [0; 32];
         rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
         Ok(Self {
@@ -104,6 +113,7 @@ impl<'guard> Session<'guard> {
             peer,
             challenge,
             greeted: false,
+            version: OLDEST_VERSION,
             proven: None,
             announced: Vec::new(),
             watcher: None,
@@ -145,15 +155,28 @@ impl<'guard> Session<'guard> {
             let builder = std::thread::Builder::new()
                 .name(String::from("doorman"))
                 .stack_size(256 * 1024);
-            return descriptors::apart(builder, self.socket.as_fd(), || self.hear(buffer, false))
-                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))?;
+            // A file that may be kept comes back by this.
+            let (back, out) = Socket::pair()?;
+            let mut keep = vec![self.socket.as_fd(), out.as_fd()];
+            keep.extend(self.peer.pidfd());
+            let said = descriptors::apart(builder, &keep, || self.hear(buffer, Some(&out)))
+                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))??;
+            let Some(mut said) = said else {
+                return Ok(None);
+            };
+            if let Handed::Passed(admission) = said.handed {
+                let file = back.receive(&mut [0; 8])?.fds.pop().ok_or(Errno::MFILE)?;
+                said.handed = Handed::Admitted(file, admission);
+            }
+            return Ok(Some(said));
         }
-        self.hear(buffer, true)
+        self.hear(buffer, None)
     }
 
     /// Receives a message. A descriptor is closed again if it has told
-    /// everything at once, or if it is not to be kept (`keep`).
-    fn hear(&self, buffer: &mut [u8], keep: bool) -> Result<Option<Said>, Errno> {
+    /// everything at once. In a thread apart, which has an `out`, it is closed in
+    /// any case, and passed on by that if something allows the request.
+    fn hear(&self, buffer: &mut [u8], out: Option<&Socket>) -> Result<Option<Said>, Errno> {
         let mut received = self.socket.receive(buffer)?;
         if let Some(dormancy) = self.guard.gate.dormancy() {
             dormancy.catch_up();
@@ -171,14 +194,44 @@ impl<'guard> Session<'guard> {
             (Ok(Request::Query), Some(file)) => {
                 Handed::Pins(grant::pins_of(self.guard, file.as_fd()))
             }
-            (_, Some(file)) if keep => Handed::File(file),
-            _ => Handed::Useless,
+            (_, Some(file)) => match (out, &request) {
+                (None, _) => Handed::File(file),
+                (Some(out), Ok(request)) => self.judge(received.sender, request, file, out),
+                (Some(_), Err(_)) => Handed::Useless(not_capable()),
+            },
         };
         Ok(Some(Said {
             request,
             sender: received.sender,
             handed,
         }))
+    }
+
+    /// Judges a request of a client without the capability.
+    fn judge(
+        &self,
+        sender: Option<Sender>,
+        request: &Request,
+        file: OwnedFd,
+        out: &Socket,
+    ) -> Handed {
+        let may_be_allowed = matches!(
+            request,
+            Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. }
+        );
+        if !may_be_allowed || self.version < VERSION_WITH_POLICY {
+            return Handed::Useless(not_capable());
+        }
+        let admitted = delegation::admit(self.guard, &self.peer, sender, request, file.as_fd());
+        let passed = admitted.and_then(|admission| {
+            out.send_now(&[&[0]], &[file.as_fd()])
+                .map(|()| admission)
+                .map_err(|errno| system("passing a file on", errno))
+        });
+        match passed {
+            Ok(admission) => Handed::Passed(admission),
+            Err(refusal) => Handed::Useless(refusal),
+        }
     }
 
     fn answer(&mut self, said: Said) -> Result<(), End> {
@@ -203,17 +256,52 @@ impl<'guard> Session<'guard> {
             }
             (Request::Prove, Handed::Proof(prover)) => self.prove(prover, sender),
             (Request::Query, Handed::Pins(pins)) => self.tell_pins(pins),
-            (Request::Pin(pin), Handed::File(file)) => self.pin(pin, file, sender),
+            (Request::Pin(pin), Handed::File(file)) => {
+                let owner = self.authorise(sender);
+                self.pin(pin, file, owner, None)
+            }
+            (Request::Pin(pin), Handed::Admitted(file, admission)) => {
+                let owner = self.require_peer(sender);
+                self.pin(pin, file, owner, Some(&admission))
+            }
             (Request::Allocate(allocate), Handed::File(file)) => {
-                self.allocate(*allocate, file, sender)
+                let owner = self.authorise(sender);
+                self.allocate(*allocate, file, owner)
+            }
+            (Request::Allocate(allocate), Handed::Admitted(file, admission)) => {
+                let owner = self.require_peer(sender);
+                match self.guard.delegation.turn(admission.uid) {
+                    Ok(_turn) => self.allocate(*allocate, file, owner),
+                    Err(refusal) => self.refuse(refusal),
+                }
             }
             (Request::Announce { tid }, Handed::File(file)) => {
-                self.announce(*tid, file.as_fd(), sender)
+                let owner = self.authorise(sender);
+                self.announce(*tid, file.as_fd(), owner)
+            }
+            (Request::Announce { tid }, Handed::Admitted(file, _)) => {
+                let owner = self.require_peer(sender);
+                self.announce(*tid, file.as_fd(), owner)
+            }
+            (Request::Arm(arm), Handed::File(file)) => {
+                let arms = &self.guard.delegation.arms;
+                self.order(sender, || arms.arm(arm, file.as_fd()))
+            }
+            (Request::Disarm, Handed::File(file)) => {
+                let arms = &self.guard.delegation.arms;
+                self.order(sender, || arms.disarm(file.as_fd()))
+            }
+            (Request::Unpin(pin), Handed::Nothing) => {
+                self.order(sender, || delegation::ends::unpin(self.guard, *pin))
             }
             (
-                Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. },
-                Handed::Useless,
-            ) => self.refuse(not_capable()),
+                Request::Pin(_)
+                | Request::Allocate(_)
+                | Request::Announce { .. }
+                | Request::Arm(_)
+                | Request::Disarm,
+                Handed::Useless(refusal),
+            ) => self.refuse(refusal),
             (Request::Status, Handed::Nothing) => self.status(),
             (Request::Barrier, Handed::Nothing) => Ok(self.send(&Reply::Done, &[])?),
             (Request::Ended(pin), Handed::Nothing) => self.ended(*pin),
@@ -249,6 +337,7 @@ impl<'guard> Session<'guard> {
             return Err(End::Nonsense);
         }
         self.greeted = true;
+        self.version = version.min(VERSION);
         Ok(self.send(
             &Reply::Welcome {
                 version: VERSION,
@@ -279,9 +368,26 @@ impl<'guard> Session<'guard> {
 
     fn require_prover(&self, prover: Prover, sender: Option<Sender>) -> Result<(), Refusal> {
         let sender = self.require_peer(sender)?;
-        if prover.pid == sender.pid && proc::start_time(sender.pid) == Ok(prover.start) {
-            return Ok(());
-        }
+        let mend = if self.version < VERSION_WITH_POLICY {
+            if prover.pid == sender.pid && proc::start_time(sender.pid) == Ok(prover.mark) {
+                return Ok(());
+            }
+            "prove in the process that asks, in the PID and time namespaces of the guard; a newer \
+             library may do so in any"
+        } else {
+            // The prover names itself as its own PID namespace has it. The
+            // challenge was made after this process connected, so no process
+            // that had the number before can have made the proof.
+            let number = proc_status::ids(sender.pid).map(|ids| ids.own_number());
+            let namespace = proc_status::pid_namespace(Some(sender.pid));
+            if number == Ok(Some(prover.pid))
+                && namespace == Ok(prover.mark)
+                && self.peer.is_there()
+            {
+                return Ok(());
+            }
+            "prove in the process that asks"
+        };
         Err(refusal(
             Reason::NotCapable,
             Errno::ACCESS,
@@ -289,7 +395,7 @@ impl<'guard> Session<'guard> {
                 "process {} hands in a proof that another made, process {} of its PID namespace",
                 sender.pid, prover.pid
             ),
-            "prove in the process that asks, in the PID and time namespaces of the guard",
+            mend,
         ))
     }
 
@@ -297,13 +403,13 @@ impl<'guard> Session<'guard> {
     /// connected.
     fn require_peer(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
         match sender {
-            Some(sender) if sender.pid > 0 && sender.pid == self.peer.pid => Ok(sender),
+            Some(sender) if sender.pid > 0 && sender.pid == self.peer.sender.pid => Ok(sender),
             Some(sender) => Err(refusal(
                 Reason::NotCapable,
                 Errno::ACCESS,
                 format!(
                     "process {} speaks on the connection of process {}",
-                    sender.pid, self.peer.pid
+                    sender.pid, self.peer.sender.pid
                 ),
                 "connect again in every process",
             )),
@@ -320,9 +426,9 @@ impl<'guard> Session<'guard> {
     /// proven on this connection by the very process that speaks now, and that
     /// process has not given it up since.
     fn authorise(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
-        let Some(prover) = self.proven else {
+        if self.proven.is_none() {
             return Err(not_capable());
-        };
+        }
         let sender = self.require_peer(sender)?;
         // In a user namespace of its own, every process has all capabilities.
         let initial = proc::in_initial_user_namespace(sender.pid) == Ok(true);
@@ -330,21 +436,41 @@ impl<'guard> Session<'guard> {
             .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
         // This check comes last: if the process number still names the process
         // that made the proof, it also did during the checks before.
-        let same = proc::start_time(sender.pid) == Ok(prover.start);
-        if initial && capable && same {
+        if initial && capable && self.peer.is_there() {
             Ok(sender)
         } else {
             Err(not_capable())
         }
     }
 
-    fn pin(&mut self, pin: &PinRequest, file: OwnedFd, sender: Option<Sender>) -> Result<(), End> {
-        let granted = self.authorise(sender).and_then(|sender| {
+    /// Carries out an order of somebody with the capability.
+    fn order(
+        &self,
+        sender: Option<Sender>,
+        order: impl FnOnce() -> Result<(), Refusal>,
+    ) -> Result<(), End> {
+        match self.authorise(sender).and_then(|_| order()) {
+            Ok(()) => Ok(self.send(&Reply::Done, &[])?),
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    fn pin(
+        &mut self,
+        pin: &PinRequest,
+        file: OwnedFd,
+        owner: Result<Sender, Refusal>,
+        admission: Option<&Admission>,
+    ) -> Result<(), End> {
+        let guard = self.guard;
+        let granted = owner.and_then(|owner| {
             self.check_mapping(pin)?;
-            grant::grant(self.guard, pin, file, sender, self)
+            let turn = admission.map(|admission| guard.delegation.turn(admission.uid));
+            let _turn = turn.transpose()?;
+            grant::grant(guard, pin, file, owner, admission, self)
         });
-        if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
-            grant.pin.fate.belongs_to(prover.start);
+        if let (Ok(grant), Some(start)) = (&granted, self.peer.start) {
+            grant.pin.fate.belongs_to(start);
         }
         match granted {
             Ok(Grant {
@@ -418,9 +544,9 @@ impl<'guard> Session<'guard> {
         &mut self,
         request: AllocateRequest,
         file: OwnedFd,
-        sender: Option<Sender>,
+        owner: Result<Sender, Refusal>,
     ) -> Result<(), End> {
-        let Allocated { now, result } = match self.authorise(sender) {
+        let Allocated { now, result } = match owner {
             Ok(sender) => {
                 let is_wanted = || self.socket.peer_is_gone() == Ok(false);
                 allocate::allocate(self.guard, request, file, sender, &is_wanted)
@@ -458,11 +584,9 @@ impl<'guard> Session<'guard> {
         &mut self,
         tid: i32,
         path: BorrowedFd<'_>,
-        sender: Option<Sender>,
+        owner: Result<Sender, Refusal>,
     ) -> Result<(), End> {
-        let announced = self
-            .authorise(sender)
-            .and_then(|sender| self.let_in(tid, path, sender));
+        let announced = owner.and_then(|owner| self.let_in(tid, path, owner));
         match announced {
             Ok(announcement) => {
                 let now = Instant::now();
@@ -482,6 +606,13 @@ impl<'guard> Session<'guard> {
         path: BorrowedFd<'_>,
         sender: Sender,
     ) -> Result<Option<Arc<Announcement>>, Refusal> {
+        // The thread gave its number as its own PID namespace has it.
+        let tid = match proc_status::ids(sender.pid) {
+            Ok(ids) if ids.numbers.len() > 1 => {
+                proc_status::thread_known_as(sender.pid, tid).unwrap_or(0)
+            }
+            _ => tid,
+        };
         let start = proc::thread_start_time(sender.pid, tid).ok();
         let is_path = rustix::fs::fcntl_getfl(path).is_ok_and(|flags| flags.contains(OFlags::PATH));
         let (Some(start), true) = (start.filter(|_| tid > 0), is_path) else {
@@ -513,8 +644,9 @@ impl<'guard> Session<'guard> {
     }
 
     fn status(&self) -> Result<(), End> {
-        let privileged = self.proven.is_some() || self.peer.uid == 0;
-        let status = status::gather(self.guard, (!privileged).then_some(self.peer.uid));
+        let uid = self.peer.sender.uid;
+        let privileged = self.proven.is_some() || uid == 0;
+        let status = status::gather(self.guard, (!privileged).then_some(uid));
         match memfd::sealed("mapdirect-status", &mapdirect_proto::encode_status(&status)) {
             Ok(file) => Ok(self.send(&Reply::Status, &[file.as_fd()])?),
             Err(errno) => self.refuse(refusal(
@@ -600,14 +732,5 @@ fn protocol(what: impl std::fmt::Display) -> Refusal {
         Errno::PROTO,
         what.to_string(),
         OTHER_VERSION,
-    )
-}
-
-fn not_capable() -> Refusal {
-    refusal(
-        Reason::NotCapable,
-        Errno::ACCESS,
-        "the caller lacks CAP_LINUX_IMMUTABLE in the initial user namespace",
-        "run it as root, or give it the capability: setcap cap_linux_immutable+ep PROGRAM",
     )
 }

@@ -5,16 +5,25 @@ use std::fmt;
 /// The newest version that this crate speaks.
 ///
 /// 1 is the first version of mapdirect. 2 has [`Request::Barrier`]; a holder of
-/// version 1 says hello once more instead.
+/// version 1 says hello once more instead. In 3, whoever the guard's policy names
+/// may ask without a proof, a proof names its maker by PID namespace instead of
+/// start time, and there are [`Request::Unpin`], [`Request::Arm`] and
+/// [`Request::Disarm`].
 ///
+/// [`Request::Unpin`]: crate::Request::Unpin
+/// [`Request::Arm`]: crate::Request::Arm
+/// [`Request::Disarm`]: crate::Request::Disarm
 /// [`Request::Barrier`]: crate::Request::Barrier
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// The oldest version that this crate speaks.
 pub const OLDEST_VERSION: u32 = 1;
 
 /// The first version with [`Request::Barrier`](crate::Request::Barrier).
 pub const VERSION_WITH_BARRIER: u32 = 2;
+
+/// The first version with a policy.
+pub const VERSION_WITH_POLICY: u32 = 3;
 
 /// The version to speak with a side whose newest version is `theirs`: the lower
 /// of the two newest versions. Both sides compute it for themselves.
@@ -65,7 +74,7 @@ mod tests {
         let unknown = settle(OLDEST_VERSION - 1).unwrap_err();
         assert_eq!(
             unknown.to_string(),
-            "the other side speaks version 0 of the protocol at most, and this one speaks 1 to 2"
+            "the other side speaks version 0 of the protocol at most, and this one speaks 1 to 3"
         );
     }
 }

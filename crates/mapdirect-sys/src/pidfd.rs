@@ -70,6 +70,14 @@ pub fn real_user(thread: BorrowedFd<'_>) -> Result<u32> {
     Ok(info.real_uid)
 }
 
+/// Whether the process of a pidfd has ended. Until then its number names no other.
+#[must_use]
+pub fn has_ended(process: BorrowedFd<'_>) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(&process, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())) != Ok(0)
+}
+
 /// A duplicate of descriptor `fd` of a thread (`pidfd_getfd(2)`).
 ///
 /// This waits while the process is in the middle of `execve(2)`. Also, if the

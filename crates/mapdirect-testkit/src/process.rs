@@ -117,9 +117,15 @@ impl GuardProcess {
         self.child.id().cast_signed()
     }
 
-    fn last_words(&self) -> String {
+    /// What it has said on stderr.
+    #[must_use]
+    pub fn said(&self) -> String {
         let path = self.directory.path().join("stderr");
-        let text = std::fs::read_to_string(path).unwrap_or_default();
+        std::fs::read_to_string(path).unwrap_or_default()
+    }
+
+    fn last_words(&self) -> String {
+        let text = self.said();
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(5)..].join("\n")
     }

@@ -133,7 +133,7 @@ pub use extents::block_map;
 pub use guard::Guard;
 pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};
 pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState};
-pub use mapdirect_proto::{Breach, Cause, Gate};
+pub use mapdirect_proto::{Breach, Cause, Gate, Who};
 pub use open::open;
 pub use pin::{Pin, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};

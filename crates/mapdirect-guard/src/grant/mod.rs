@@ -24,6 +24,7 @@ pub(crate) use self::request::{Judged, judge};
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};
+use crate::delegation::{Admission, from_another_namespace};
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use crate::{Errno, Guard};
@@ -65,6 +66,9 @@ pub(crate) trait Conversation {
 
 /// The longest patience that a request can ask for.
 pub(crate) const MOST_PATIENCE: Duration = Duration::from_secs(60);
+
+/// The same for a caller without the capability: others wait for its turn.
+const MOST_PATIENCE_BY_POLICY: Duration = Duration::from_secs(5);
 
 /// The open flags that a description keeps when it replaces another.
 pub(crate) const KEPT_FLAGS: OFlags = OFlags::ACCMODE
@@ -123,11 +127,25 @@ pub(crate) fn grant(
     request: &PinRequest,
     file: OwnedFd,
     owner: Sender,
+    admission: Option<&Admission>,
     talk: &mut dyn Conversation,
 ) -> Result<Grant, Refusal> {
     let mut file = file;
-    let judged = judge(guard, request, file.as_fd())?;
-    let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
+    let mut judged = judge(guard, request, file.as_fd())?;
+    if guard.table.get(judged.id).is_none()
+        && let Some(path) = from_another_namespace(owner.pid, file.as_fd())
+    {
+        judged.path = Arc::from(path.to_string_lossy());
+    }
+    let most = if admission.is_some() {
+        MOST_PATIENCE_BY_POLICY
+    } else {
+        MOST_PATIENCE
+    };
+    let patience = Duration::from_millis(request.patience_ms.into()).min(most);
+    let delegation = &guard.delegation;
+    let delegated = admission.map(|admission| delegation.claim(admission, &judged.range));
+    let mut delegated = delegated.transpose()?;
     // The tripwire is armed first, so that every later change is noticed.
     let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
@@ -141,6 +159,9 @@ pub(crate) fn grant(
         }
         let turn = waiting.into_turn();
         let pin = Arc::new(judged.unsettled(guard.next_id(), request.flags, owner));
+        if let Some(delegated) = delegated.take() {
+            pin.is_delegated_by(delegated);
+        }
         let granting = Granting {
             guard,
             judged: &judged,
@@ -170,6 +191,7 @@ pub(crate) fn grant(
         // Operations that waited for the outcome are judged by it now.
         guard.waiting.decided();
         let (granted, extents, lifeline) = granted?;
+        delegation.deadlines.add(judged.id, &pin);
         return Ok(Grant {
             pin,
             granted,

@@ -3,6 +3,7 @@
 use super::LOCK_BASE;
 use super::life::{Life, Stage};
 use crate::apart::Held;
+use crate::delegation::Delegated;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
 use crate::policy::{Layers, Operation, Pinned};
@@ -44,6 +45,8 @@ pub(crate) struct Pin {
     changes: AtomicU64,
     /// Whether the promise was kept.
     pub(crate) fate: Fate,
+    /// What allowed it to a holder without the capability.
+    delegated: OnceLock<Delegated>,
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -115,7 +118,24 @@ impl Pin {
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
             fate: Fate::default(),
+            delegated: OnceLock::new(),
         }
+    }
+
+    /// Marks that the holder lacks the capability.
+    pub(crate) fn is_delegated_by(&self, delegated: Delegated) {
+        let _ = self.delegated.set(delegated);
+    }
+
+    /// What allowed the pin to a holder without the capability.
+    pub(crate) fn delegated(&self) -> Option<&Delegated> {
+        self.delegated.get()
+    }
+
+    /// Whether the holder can write to the file but is not trusted: it could grow
+    /// a mapping of its own over blocks that must not be stored to.
+    pub(crate) fn is_of_untrusted_writer(&self) -> bool {
+        self.delegated().is_some_and(|delegated| delegated.writes)
     }
 
     /// Whether the pin covers any of these bytes.
@@ -145,6 +165,7 @@ impl Pin {
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
             fate: Fate::default(),
+            delegated: OnceLock::new(),
         }
     }
 

@@ -346,7 +346,9 @@ pub(super) struct PinFacts {
     pub(super) uid: u32,
     pub(super) handle_type: i32,
     pub(super) handle_length: u32,
-    pub(super) pad: u64,
+    /// 0 if the holder has the capability. Otherwise what
+    /// [`Delegated::wire`](crate::delegation::Delegated::wire) says.
+    pub(super) until: u64,
     pub(super) handle: [u8; HANDLE],
 }
 
@@ -440,7 +442,7 @@ mod tests {
             PinFacts,
             "pin_facts",
             key id file quiet revived stamp start end mapped_start mapped_end generation flags pid
-            uid handle_type handle_length pad handle
+            uid handle_type handle_length until handle
         );
         same!(Life, "life", lives disturbed last);
         same!(

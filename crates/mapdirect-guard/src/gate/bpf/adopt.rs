@@ -108,6 +108,12 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         uid: found.uid,
     };
     let pin = Arc::new(judged.unsettled(found.id, found.flags, owner));
+    if found.until != 0 {
+        let bytes = found.range.end - found.range.start;
+        let delegation = &guard.delegation;
+        pin.is_delegated_by(delegation.claim_again(found.uid, bytes, found.until));
+        delegation.deadlines.add(found.inode, &pin);
+    }
     watched.add(&pin);
     Ok(Recognised {
         judged,

@@ -60,6 +60,8 @@ pub(super) const TEND_DISTURB: u32 = 1;
 pub(super) const TEND_QUIET: u32 = 2;
 /// Question: the guard wants to be told of the pin's end.
 pub(super) const TEND_TELL: u32 = 3;
+/// Question: the description of the pin is none any more, though it is there.
+pub(super) const TEND_DISOWN: u32 = 4;
 
 /// Event: an operation was refused.
 pub(super) const EVENT_REFUSED: u32 = 1;
@@ -161,7 +163,7 @@ mod tests {
         numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
         numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED STABLE);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
-        numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL);
+        numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL TEND_DISOWN);
         numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
         long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN PIN_NUMBER PAGE);
         long_numbers!(LARGEST_BLOCK);

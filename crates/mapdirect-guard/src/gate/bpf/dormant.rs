@@ -14,7 +14,8 @@
 
 use super::Gate;
 use super::abi::{
-    DEAD, Key, STIRRED, TEND_DISTURB, TEND_LOOK, TEND_QUIET, TEND_TELL, Tending, WAKING,
+    DEAD, Key, STIRRED, TEND_DISOWN, TEND_DISTURB, TEND_LOOK, TEND_QUIET, TEND_TELL, Tending,
+    WAKING,
 };
 use super::events::let_go;
 use crate::table::{InodeId, Pin, Watched};
@@ -136,6 +137,15 @@ impl Gate {
         self.disturb(key, 0).is_ok_and(|tending| is_dead(&tending))
     }
 
+    /// Ends a pin whose description is still there: the programs take that for any
+    /// other from now on.
+    pub(super) fn disown(&self, id: InodeId, pin: u64) {
+        let key = Key::new(id);
+        // Nobody may take the pin up again.
+        let _ = self.disturb(key, pin);
+        let _ = self.tend(key, pin, TEND_DISOWN);
+    }
+
     /// Handles the kernel's report that a pin has ended. Returns `true` if the
     /// pin is alive after all, or stays for a while as a dormant one. Then
     /// nothing more is to be done about its end.
@@ -154,6 +164,7 @@ impl Gate {
         let (breaches, lost) = pin.fate.summary();
         let may_sleep = is_last
             && self.revives
+            && pin.delegated().is_none()
             && breaches == 0
             && lost.is_none()
             && published

@@ -21,6 +21,8 @@ pub(crate) struct Found {
     pub(crate) flags: Flags,
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+    /// See [`PinFacts::until`].
+    pub(crate) until: u64,
     pub(crate) handle: FileHandle,
 }
 
@@ -38,6 +40,7 @@ pub(super) fn found(facts: &PinFacts) -> Found {
         flags: Flags::from_known_bits(facts.flags),
         pid: facts.pid,
         uid: facts.uid,
+        until: facts.until,
         handle: FileHandle {
             kind: facts.handle_type,
             bytes: slice(&facts.handle, facts.handle_length),

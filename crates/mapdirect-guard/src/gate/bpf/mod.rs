@@ -28,6 +28,7 @@ pub mod oracle;
 mod watch;
 
 use crate::Errno;
+use crate::delegation::Delegated;
 use crate::policy::RULES;
 use crate::table::{InodeId, Pin, Settled, Watched, together};
 use crate::wake::Backoff;
@@ -406,7 +407,7 @@ impl Gate {
             uid: pin.uid,
             handle_type: handle.kind,
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
-            pad: 0,
+            until: pin.delegated().map_or(0, Delegated::wire),
             handle: [0; abi::HANDLE],
         };
         facts

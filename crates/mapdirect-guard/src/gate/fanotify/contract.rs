@@ -100,6 +100,13 @@ impl gate::Gate for Gate {
         self.lifetime.take_out_dead(watched.id);
     }
 
+    /// The inode stays behind the gate until its last description is closed.
+    fn take_away(&self, _guard: &Guard, watched: &Arc<Watched>, pin: &Pin) {
+        watched.void_proof();
+        self.end(watched, pin);
+        watched.remove(|other| other.id == pin.id);
+    }
+
     /// This gate asks whether a pin is alive before it refuses anything for the
     /// pin.
     fn refuses_for_ended(&self, _pin: u64) -> bool {

@@ -114,7 +114,7 @@ struct pin_facts {
 	u32 uid;
 	int handle_type;
 	u32 handle_length;
-	u64 pad;
+	u64 until;	// the guard's own: see abi.rs
 	u8 handle[HANDLE];
 };
 

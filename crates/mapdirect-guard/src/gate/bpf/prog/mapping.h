@@ -62,7 +62,10 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	struct holder *known = bpf_map_lookup_elem(&holders, &pointer);
 	if (known)
 		// What else is pinned need not stay so for as long as this file.
-		return start >= known->start && end <= known->end ? 0 : -EOPNOTSUPP;
+		return *(volatile u64 *)&known->pin && start >= known->start &&
+			       end <= known->end ?
+			       0 :
+			       -EOPNOTSUPP;
 	struct life *life = bpf_map_lookup_elem(&lives, &key);
 	if (life && (*(volatile u64 *)&life->lives & DEAD))
 		return take_up(file, &key, at);
@@ -123,8 +126,7 @@ static __noinline int may_store(struct file *file, u64 start, u64 end)
 	q.kind = MAP_WRITE;
 	q.at.start = start;
 	q.at.end = end;
-	u64 pointer = (u64)file;
-	q.foreign = !bpf_map_lookup_elem(&holders, &pointer);
+	q.foreign = !is_pin(file);
 	return decide(&q);
 }
 
@@ -191,7 +193,7 @@ static __noinline int says_pin(struct file *file, u64 value)
 	u64 pointer = (u64)file;
 	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
 
-	if (!holder || (holder->pin & DEAD))
+	if (!holder || !holder->pin || (holder->pin & DEAD))
 		return 0;
 	return (holder->pin & PIN_NUMBER) == (value & PIN_NUMBER) ? -EALREADY : 0;
 }
