@@ -1,6 +1,8 @@
 //! Installing what tasks need and the machine lacks.
 
+use crate::build;
 use anyhow::{Context, Result, ensure};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 /// A command, and the Debian package that brings it.
@@ -20,6 +22,78 @@ pub(crate) const FOR_TESTS: [Needed; 11] = [
     ("python3", "python3-minimal"),
     ("script", "bsdutils"),
 ];
+
+/// Programs that know nothing of pins, and that the tests run under them: the
+/// commands, or files of their packages.
+pub(crate) const PROGRAMS: [Needed; 8] = [
+    ("/usr/bin/python3", "python3"),
+    ("/usr/lib/python3/dist-packages/lmdb", "python3-lmdb"),
+    ("/usr/lib/python3/dist-packages/numpy", "python3-numpy"),
+    ("rrdtool", "rrdtool"),
+    ("qemu-io", "qemu-utils"),
+    ("fio", "fio"),
+    ("go", "golang-go"),
+    ("javac", "default-jdk-headless"),
+];
+
+/// What of these is not installed but laid down where the tests look for it.
+pub(crate) fn lay_down_programs() -> Result<()> {
+    let target = build::workspace().join("target");
+    etcd(&target.join("programs"))?;
+    duckdb(&target.join("python"))
+}
+
+/// A package that would start a service if it were installed.
+fn etcd(place: &Path) -> Result<()> {
+    if place.join("usr/bin/etcd").exists() {
+        return Ok(());
+    }
+    println!("unpacking etcd-server");
+    std::fs::create_dir_all(place)?;
+    apt(&["update"])?;
+    // It downloads into the directory where it runs.
+    let downloaded = Command::new("apt-get")
+        .args(["-qq", "download", "etcd-server"])
+        .current_dir(place)
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot run apt-get")?;
+    ensure!(downloaded.success(), "apt-get cannot download etcd-server");
+    for entry in std::fs::read_dir(place)? {
+        let package = entry?.path();
+        if package
+            .extension()
+            .is_some_and(|extension| extension == "deb")
+        {
+            let unpacked = Command::new("dpkg-deb")
+                .arg("-x")
+                .args([&package, place])
+                .status()
+                .context("cannot run dpkg-deb")?;
+            ensure!(unpacked.success(), "dpkg-deb cannot unpack etcd-server");
+            std::fs::remove_file(package)?;
+        }
+    }
+    Ok(())
+}
+
+/// A Python module that is no package of Debian's.
+fn duckdb(place: &Path) -> Result<()> {
+    if place.join("duckdb").is_dir() {
+        return Ok(());
+    }
+    install_missing(&[("/usr/lib/python3/dist-packages/pip", "python3-pip")])?;
+    println!("installing duckdb");
+    let status = Command::new("/usr/bin/python3")
+        .args(["-m", "pip", "install", "--quiet", "--target"])
+        .arg(place)
+        .args(["--root-user-action=ignore", "duckdb"])
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot run pip")?;
+    ensure!(status.success(), "pip cannot install duckdb");
+    Ok(())
+}
 
 /// What virtual machines need.
 pub(crate) const FOR_MACHINES: [Needed; 6] = [
@@ -80,7 +154,7 @@ pub(crate) fn install_for_bpf() -> Result<()> {
         ("/usr/include/libelf.h", "libelf-dev"),
         ("/usr/include/zlib.h", "zlib1g-dev"),
     ] {
-        if !std::path::Path::new(header).exists() {
+        if !Path::new(header).exists() {
             missing.push(package);
         }
     }
@@ -107,8 +181,11 @@ fn apt(arguments: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Whether there is a command of this name.
+/// Whether there is a command of this name, or a file at this path.
 pub(crate) fn exists(command: &str) -> bool {
+    if command.starts_with('/') {
+        return Path::new(command).exists();
+    }
     let path = std::env::var_os("PATH").unwrap_or_default();
     std::env::split_paths(&path)
         // Debian leaves these out of an ordinary user's path.

@@ -49,6 +49,8 @@ struct Ran {
 pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
+    packages::install_missing(&packages::PROGRAMS)?;
+    packages::lay_down_programs()?;
     packages::install_for_bpf()?;
     disk::remove_stale();
     let mut ran = Vec::new();

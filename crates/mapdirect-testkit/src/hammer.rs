@@ -410,6 +410,22 @@ impl Counts {
     pub fn is_unavailable(&self) -> bool {
         self.refused == 0 && self.passed == 0 && self.failed > 0
     }
+
+    /// These and those of another round.
+    #[must_use]
+    pub fn plus(self, other: Self) -> Self {
+        Self {
+            tries: self.tries + other.tries,
+            refused: self.refused + other.refused,
+            passed: self.passed + other.passed,
+            failed: self.failed + other.failed,
+            errno: if other.failed > 0 {
+                other.errno
+            } else {
+                self.errno
+            },
+        }
+    }
 }
 
 /// How the processes hammer.

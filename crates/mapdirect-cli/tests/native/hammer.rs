@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 
 /// Tries of one hammer, when nobody says how many.
 const TRIES: u64 = 6000;
+/// How many rounds more a trick gets of which nothing was refused.
+const MORE_ROUNDS: u32 = 20;
 
 pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -129,7 +131,18 @@ fn run(world: &World, kind: Kind, processors: u32) {
         helper
             .tell(&format!("{} {}", trick.name, each * trick.weight))
             .unwrap();
-        let counts = hammer::parse_counts(&helper.hear().unwrap()).unwrap();
+        let mut counts = hammer::parse_counts(&helper.hear().unwrap()).unwrap();
+        // Whether two threads meet is up to the scheduler. A trick of which
+        // nothing was refused has shown nothing yet, so it goes on for a while.
+        for _ in 0..MORE_ROUNDS {
+            if trick.success != Success::Harmless || counts.refused > 0 || counts.is_unavailable() {
+                break;
+            }
+            helper
+                .tell(&format!("{} {}", trick.name, each * trick.weight))
+                .unwrap();
+            counts = counts.plus(hammer::parse_counts(&helper.hear().unwrap()).unwrap());
+        }
         let changed: Vec<String> = targets.iter_mut().filter_map(Target::changed).collect();
         let said = judge(world, trick, counts, &changed);
         println!(

@@ -41,6 +41,7 @@ mod strangers;
 mod stuck;
 mod together;
 mod tripwire;
+mod unmodified;
 mod unnoticed;
 mod versions;
 mod world;
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
     trials.extend(hammer::trials(&world));
     trials.extend(strangers::trials(&world));
     trials.extend(unnoticed::trials(&world));
+    trials.extend(unmodified::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system,
     // and so do crowds: these come alone, behind all others.
