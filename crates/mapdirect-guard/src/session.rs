@@ -13,20 +13,24 @@
 //! descriptors. A file comes out of it only if the policy allows the request, and
 //! the file is one of XFS or ext4.
 
-use crate::delegation::{self, Admission, Peer, not_capable};
+mod hear;
+mod rights;
+
+use self::hear::understand;
+use crate::delegation::{self, Admission, Peer};
 use crate::grant::allocate::{self, Allocated};
-use crate::grant::{self, Conversation, Grant, refusal, system};
+use crate::grant::{self, Conversation, Grant, refusal};
 use crate::notice::{Watcher, Whereabouts};
 use crate::places::Place;
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, OLDEST_VERSION, PinRequest, PinnedRange,
-    Reason, Refusal, Reply, Request, VERSION, VERSION_WITH_POLICY, WatchedPin,
+    AllocateRequest, Flags, MAX_MESSAGE, OLDEST_VERSION, PinRequest, PinnedRange, Reason, Refusal,
+    Reply, Request, VERSION, WatchedPin,
 };
 use mapdirect_sys::memfd::{self, Prover};
-use mapdirect_sys::unix::{Received, Sender, Socket};
-use mapdirect_sys::{capget, descriptors, proc, proc_status};
+use mapdirect_sys::unix::{Sender, Socket};
+use mapdirect_sys::{proc, proc_status};
 use rustix::fs::OFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -148,92 +152,6 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// Waits for a message of the client. Returns `None` when the client is
-    /// gone.
-    fn listen(&self, buffer: &mut [u8]) -> Result<Option<Said>, Errno> {
-        if self.proven.is_none() && self.socket.next_has_descriptors()? {
-            let builder = std::thread::Builder::new()
-                .name(String::from("doorman"))
-                .stack_size(256 * 1024);
-            // A file that may be kept comes back by this.
-            let (back, out) = Socket::pair()?;
-            let mut keep = vec![self.socket.as_fd(), out.as_fd()];
-            keep.extend(self.peer.pidfd());
-            let said = descriptors::apart(builder, &keep, || self.hear(buffer, Some(&out)))
-                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))??;
-            let Some(mut said) = said else {
-                return Ok(None);
-            };
-            if let Handed::Passed(admission) = said.handed {
-                let file = back.receive(&mut [0; 8])?.fds.pop().ok_or(Errno::MFILE)?;
-                said.handed = Handed::Admitted(file, admission);
-            }
-            return Ok(Some(said));
-        }
-        self.hear(buffer, None)
-    }
-
-    /// Receives a message. A descriptor is closed again if it has told
-    /// everything at once. In a thread apart, which has an `out`, it is closed in
-    /// any case, and passed on by that if something allows the request.
-    fn hear(&self, buffer: &mut [u8], out: Option<&Socket>) -> Result<Option<Said>, Errno> {
-        let mut received = self.socket.receive(buffer)?;
-        if let Some(dormancy) = self.guard.gate.dormancy() {
-            dormancy.catch_up();
-        }
-        if received.length == 0 {
-            return Ok(None);
-        }
-        let request = understand(buffer, &received);
-        let handed = match (&request, received.fds.pop()) {
-            (_, None) => Handed::Nothing,
-            (Ok(Request::Prove), Some(proof)) => {
-                let prover = memfd::check_immutable_capability(proof.as_fd(), &self.challenge);
-                Handed::Proof(prover.unwrap_or_default())
-            }
-            (Ok(Request::Query), Some(file)) => {
-                Handed::Pins(grant::pins_of(self.guard, file.as_fd()))
-            }
-            (_, Some(file)) => match (out, &request) {
-                (None, _) => Handed::File(file),
-                (Some(out), Ok(request)) => self.judge(received.sender, request, file, out),
-                (Some(_), Err(_)) => Handed::Useless(not_capable()),
-            },
-        };
-        Ok(Some(Said {
-            request,
-            sender: received.sender,
-            handed,
-        }))
-    }
-
-    /// Judges a request of a client without the capability.
-    fn judge(
-        &self,
-        sender: Option<Sender>,
-        request: &Request,
-        file: OwnedFd,
-        out: &Socket,
-    ) -> Handed {
-        let may_be_allowed = matches!(
-            request,
-            Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. }
-        );
-        if !may_be_allowed || self.version < VERSION_WITH_POLICY {
-            return Handed::Useless(not_capable());
-        }
-        let admitted = delegation::admit(self.guard, &self.peer, sender, request, file.as_fd());
-        let passed = admitted.and_then(|admission| {
-            out.send_now(&[&[0]], &[file.as_fd()])
-                .map(|()| admission)
-                .map_err(|errno| system("passing a file on", errno))
-        });
-        match passed {
-            Ok(admission) => Handed::Passed(admission),
-            Err(refusal) => Handed::Useless(refusal),
-        }
-    }
-
     fn answer(&mut self, said: Said) -> Result<(), End> {
         let request = match said.request {
             Ok(request) => request,
@@ -347,100 +265,6 @@ impl<'guard> Session<'guard> {
             },
             &[],
         )?)
-    }
-
-    /// Checks a proof. A proof counts only for the process that made it, and
-    /// only on this connection: if somebody makes a privileged program produce
-    /// the proof, it names that other process.
-    fn prove(&mut self, prover: Option<Prover>, sender: Option<Sender>) -> Result<(), End> {
-        let proven = match prover {
-            Some(prover) => self.require_prover(prover, sender).map(|()| prover),
-            None => Err(not_capable()),
-        };
-        match proven {
-            Ok(prover) => {
-                self.proven = Some(prover);
-                Ok(self.send(&Reply::Done, &[])?)
-            }
-            Err(refusal) => self.refuse(refusal),
-        }
-    }
-
-    fn require_prover(&self, prover: Prover, sender: Option<Sender>) -> Result<(), Refusal> {
-        let sender = self.require_peer(sender)?;
-        let mend = if self.version < VERSION_WITH_POLICY {
-            if prover.pid == sender.pid && proc::start_time(sender.pid) == Ok(prover.mark) {
-                return Ok(());
-            }
-            "prove in the process that asks, in the PID and time namespaces of the guard; a newer \
-             library may do so in any"
-        } else {
-            // The prover names itself as its own PID namespace has it. The
-            // challenge was made after this process connected, so no process
-            // that had the number before can have made the proof.
-            let number = proc_status::ids(sender.pid).map(|ids| ids.own_number());
-            let namespace = proc_status::pid_namespace(Some(sender.pid));
-            if number == Ok(Some(prover.pid))
-                && namespace == Ok(prover.mark)
-                && self.peer.is_there()
-            {
-                return Ok(());
-            }
-            "prove in the process that asks"
-        };
-        Err(refusal(
-            Reason::NotCapable,
-            Errno::ACCESS,
-            format!(
-                "process {} hands in a proof that another made, process {} of its PID namespace",
-                sender.pid, prover.pid
-            ),
-            mend,
-        ))
-    }
-
-    /// The sender of a request, if the kernel says that it is the process that
-    /// connected.
-    fn require_peer(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
-        match sender {
-            Some(sender) if sender.pid > 0 && sender.pid == self.peer.sender.pid => Ok(sender),
-            Some(sender) => Err(refusal(
-                Reason::NotCapable,
-                Errno::ACCESS,
-                format!(
-                    "process {} speaks on the connection of process {}",
-                    sender.pid, self.peer.sender.pid
-                ),
-                "connect again in every process",
-            )),
-            None => Err(refusal(
-                Reason::NotCapable,
-                Errno::ACCESS,
-                "the kernel does not say who asks",
-                "connect again",
-            )),
-        }
-    }
-
-    /// Checks whether the sender of a request may pin: the capability was
-    /// proven on this connection by the very process that speaks now, and that
-    /// process has not given it up since.
-    fn authorise(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
-        if self.proven.is_none() {
-            return Err(not_capable());
-        }
-        let sender = self.require_peer(sender)?;
-        // In a user namespace of its own, every process has all capabilities.
-        let initial = proc::in_initial_user_namespace(sender.pid) == Ok(true);
-        let capable = capget::effective(sender.pid)
-            .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
-        // This check comes last: if the process number still names the process
-        // that made the proof, it also did during the checks before.
-        if initial && capable && self.peer.is_there() {
-            Ok(sender)
-        } else {
-            Err(not_capable())
-        }
     }
 
     /// Carries out an order of somebody with the capability.
@@ -704,22 +528,6 @@ impl Drop for Session<'_> {
         for announcement in &self.announced {
             announcement.take();
         }
-    }
-}
-
-/// Parses a request and checks the number of its descriptors.
-fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
-    if received.truncated {
-        return Err(protocol("the message is too long"));
-    }
-    let bytes = buffer.get(..received.length).unwrap_or_default();
-    let request = Request::decode(bytes).map_err(|error: DecodeError| protocol(error))?;
-    if received.fds.len() == request.descriptors() {
-        Ok(request)
-    } else {
-        Err(protocol(
-            "the message carries another number of descriptors than it must",
-        ))
     }
 }
 

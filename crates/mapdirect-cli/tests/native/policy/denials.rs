@@ -24,7 +24,6 @@ pub(super) fn denials(world: &World) {
     setting.read_again(&rule("main", &setting.place, "read", ""));
     asking.is_refused("pin", &path, ACCESS, "policy", "cannot write");
     asking.is_refused("map", &path, ACCESS, "policy", "cannot write");
-    asking.is_refused("open", &path, ACCESS, "", "");
     asking.holds("pin-read-only", &path);
     asking.says("let-go");
     // No rule for this user.

@@ -93,6 +93,7 @@ enum list {
 #define TEND_DISTURB 1
 #define TEND_QUIET 2
 #define TEND_TELL 3
+#define TEND_DISOWN 4
 #define EVENT_REFUSED 1
 #define EVENT_ENDED 2
 #define EVENT_RAW 3
