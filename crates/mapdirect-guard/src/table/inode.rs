@@ -13,7 +13,7 @@ use mapdirect_sys::fanotify::Object;
 use mapdirect_sys::{Errno, open_tree, proc};
 use rustix::fs::OFlags;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -63,9 +63,6 @@ pub(crate) struct Watched {
     /// A path to the file, as long as the file is behind the fanotify gate.
     anchor: Mutex<Option<Anchor>>,
     grant: Mutex<GrantState>,
-    /// Set when a pin was taken away from a holder that still has the file open:
-    /// what was proven about others is void.
-    is_void: AtomicBool,
     /// Locked while the tripwire has the file open for a look.
     looking: Mutex<()>,
 }
@@ -104,7 +101,6 @@ impl Watched {
             queue: Queue::default(),
             anchor: Mutex::default(),
             grant: Mutex::default(),
-            is_void: AtomicBool::new(false),
             looking: Mutex::default(),
         }
     }
@@ -210,16 +206,6 @@ impl Watched {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
-    }
-
-    /// Makes the next grant prove anew who has the file open.
-    pub(crate) fn void_proof(&self) {
-        self.is_void.store(true, SeqCst);
-    }
-
-    /// Whether everything must be proven anew. This is asked once.
-    pub(crate) fn take_void(&self) -> bool {
-        self.is_void.swap(false, SeqCst)
     }
 
     pub(crate) fn add(&self, pin: &Arc<Pin>) {

@@ -66,9 +66,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     ) -> Self {
         // Marks go with their inode, for example on unmount. An earlier proof
         // is then void.
-        let is_void = granting.watched.take_void();
-        state.closed =
-            state.closed && !is_void && gate.group.has_mark(holder.file.as_fd()) == Ok(true);
+        state.closed = state.closed && gate.group.has_mark(holder.file.as_fd()) == Ok(true);
         if !state.closed {
             granting.watched.notes.forget();
         }
