@@ -25,7 +25,7 @@ pub(crate) const FOR_TESTS: [Needed; 11] = [
 
 /// Programs that know nothing of pins, and that the tests run under them: the
 /// commands, or files of their packages.
-pub(crate) const PROGRAMS: [Needed; 8] = [
+pub(crate) const PROGRAMS: [Needed; 9] = [
     ("/usr/bin/python3", "python3"),
     ("/usr/lib/python3/dist-packages/lmdb", "python3-lmdb"),
     ("/usr/lib/python3/dist-packages/numpy", "python3-numpy"),
@@ -34,6 +34,8 @@ pub(crate) const PROGRAMS: [Needed; 8] = [
     ("fio", "fio"),
     ("go", "golang-go"),
     ("javac", "default-jdk-headless"),
+    // Only x86-64 has it: programs of 32 bits.
+    ("/usr/lib32/libc.a", "gcc-multilib"),
 ];
 
 /// What of these is not installed but laid down where the tests look for it.

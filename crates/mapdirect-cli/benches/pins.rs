@@ -5,8 +5,8 @@
 //! median of the ratios of neighbouring turns, and the range from the tenth
 //! to the ninetieth percentile of those ratios. Needs root and loop devices;
 //! goals are goals, and missing one fails nothing. Names of parts may be given
-//! (`cycles`, `readers`, `threads`, `neighbours`, `many`, `extents`); without
-//! any, all of them run.
+//! (`cycles`, `readers`, `threads`, `neighbours`, `many`, `strengths`,
+//! `extents`); without any, all of them run.
 
 #![expect(
     clippy::unwrap_used,
@@ -15,7 +15,7 @@
 )]
 
 use anyhow::Result;
-use mapdirect::{MapOptions, Pin, PinOptions};
+use mapdirect::{MapOptions, Pin, PinOptions, Strength};
 use mapdirect_testkit::disk;
 use mapdirect_testkit::process::{GuardProcess, Helper, listen, play_role, say};
 use mapdirect_testkit::raw::PlainMap;
@@ -71,6 +71,9 @@ fn main() -> ExitCode {
     }
     if wanted("many") {
         many_files(&xfs);
+    }
+    if wanted("strengths") {
+        strengths(&xfs);
     }
     drop(xfs);
     if wanted("extents") {
@@ -508,6 +511,47 @@ fn scattered(path: &Path, extents: u64) -> File {
         .unwrap();
     file.sync_all().unwrap();
     file
+}
+
+/// A pin of strength stable against one of strength all, on a file with 20,000
+/// holes.
+fn strengths(disk: &Disk) {
+    const HOLES: u64 = 20_000;
+    const BLOCK: u64 = 4096;
+    let file = File::create_new(disk.path("holes")).unwrap();
+    for number in 0..HOLES {
+        file.write_all_at(&[7; 4096], number * 2 * BLOCK).unwrap();
+    }
+    file.set_len(HOLES * 2 * BLOCK).unwrap();
+    file.sync_all().unwrap();
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(disk.path("holes"))
+        .unwrap();
+    let guard = GuardProcess::start_with(Path::new(BINARY), &["--quiet"]).unwrap();
+    let options = |strength| {
+        PinOptions::new()
+            .strength(strength)
+            .guard(guard.client())
+            .patience(Duration::from_secs(2))
+    };
+    let (stable, all) = (options(Strength::Stable), options(Strength::All));
+    for (name, pause, turns) in [
+        ("again", Duration::ZERO, 20),
+        ("for the first time", Duration::from_millis(400), 10),
+    ] {
+        let mut paired = Paired::default();
+        for _ in 0..turns {
+            std::thread::sleep(pause);
+            let ours = each(1, || drop(stable.pin(&file).unwrap()));
+            std::thread::sleep(pause);
+            let peer = each(1, || drop(all.pin(&file).unwrap()));
+            paired.add(ours, peer);
+        }
+        let name = format!("a file of {HOLES} holes pinned {name}, strength stable against all");
+        paired.print(&name, Some(1.0));
+    }
 }
 
 /// A pin in a file of many extents against one of few.

@@ -13,7 +13,7 @@ Exit status:
   3    no guard answers
   4    a pin that was held is lost: nothing keeps it any more
   5    a pin that was held is broken: blocks of it have changed
-`pin -- COMMAND` passes COMMAND's own status on (128 + N if signal N killed it), and ends
+`pin -- COMMAND` and `run` pass COMMAND's own status on (128 + N if signal N killed it), and ends
 with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found,
 124 if the pin was lost while COMMAND ran, 123 if it was broken.
 
@@ -83,6 +83,25 @@ pub enum Command {
     /// unless somebody else has the file open. Interrupted, it leaves the file
     /// as far as it got: run it again to go on.
     Prepare(PrepareArgs),
+    /// Run a program, and pin the files that it maps
+    ///
+    /// Any program, as it is: static, 32-bit, Go, Java. A seccomp filter has
+    /// the kernel ask about shared mappings of files, and about nothing else.
+    /// What COMMAND or a descendant maps of a file that is wanted is pinned
+    /// before the mapping is there. Nobody can take it away from under the
+    /// mapping then, and it stays pinned until the program has unmapped and
+    /// closed the file.
+    ///
+    /// Without --files every file is wanted but those below /usr, /lib*, /bin,
+    /// /sbin, /etc, /proc and /sys, and Java's hsperfdata. What cannot be
+    /// pinned is said on stderr, once for each file and reason, and is mapped
+    /// all the same; with --strict the call fails with ETXTBSY.
+    ///
+    /// Needs what any pin needs. COMMAND gains no privileges by set-user-ID
+    /// programs (no_new_privs), unless root says --keep-privileges. There is
+    /// one such filter to each program: `run` within `run`, and programs that
+    /// install a listener of their own, are told so (EBUSY).
+    Run(RunArgs),
     /// Draw the block map of a file
     ///
     /// With totals by state, the ranges that are pinned, and whether the file
@@ -147,6 +166,33 @@ pub enum ScopeChoice {
     Range,
     /// The whole file, its size included
     File,
+}
+
+/// What a pin holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum StrengthChoice {
+    /// Everything: what is stable stays where it is, and the rest as it is
+    All,
+    /// What is stable or becomes so: holes may be filled, and the file may grow
+    Stable,
+}
+
+impl From<StrengthChoice> for mapdirect::Strength {
+    fn from(choice: StrengthChoice) -> Self {
+        match choice {
+            StrengthChoice::All => Self::All,
+            StrengthChoice::Stable => Self::Stable,
+        }
+    }
+}
+
+/// What a program may do to its own files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OwnChoice {
+    /// Shorten them and punch holes into them, where nobody else has pinned them
+    Allow,
+    /// Nothing that others may not do
+    Refuse,
 }
 
 /// Arguments of `guard`.
@@ -242,27 +288,55 @@ pub struct PolicyArgs {
     pub policy: PathBuf,
 }
 
+/// What to do with COMMAND when its promise is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnLoss {
+    /// End COMMAND and its descendants: SIGTERM, and SIGKILL five seconds later
+    Kill,
+    /// Say so on stderr, and let COMMAND run
+    Warn,
+    /// Let COMMAND run, and end as it does
+    Ignore,
+}
+
 /// Arguments of `pin`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
-Prints the extents, then holds the pin until COMMAND ends, or until SIGINT or SIGTERM.")]
+Without COMMAND the extents are printed, and the pin is held until SIGINT or SIGTERM.
+
+With COMMAND nothing is printed. The pin is held until COMMAND and all its descendants have
+ended. They may open the files for writing, under either gate, and use them as a holder may;
+strangers may not. COMMAND finds the extents as JSON, an array with an object for each file, in
+the file that MAPDIRECT_EXTENTS names, and at the descriptor MAPDIRECT_EXTENTS_FD.")]
 pub struct PinArgs {
     /// The files: all of them are pinned, or none
     #[arg(required = true, value_name = "FILE")]
     pub files: Vec<PathBuf>,
-    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end [default: the whole file as it is
-    /// now]
+    /// Bytes to pin of each, as in 1M:2M; OFFSET: goes to the end, with strength stable however far
+    /// the file grows [default: the whole file as it is now, or as it grows]
     #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
     pub range: Option<ByteRange>,
     /// Pin the range, or the whole file with its size
     #[arg(long, value_enum, default_value = "range")]
     pub scope: ScopeChoice,
+    /// Hold everything in the range, or what is stable or becomes so
+    #[arg(long, value_enum, default_value = "all")]
+    pub strength: StrengthChoice,
     /// How long to wait for others to let go of the file, in milliseconds
     #[arg(long, value_name = "MS", default_value = "100")]
     pub patience: u32,
-    /// Print JSON
+    /// Allocate, write and unshare what is not before it is pinned, as `prepare` does
     #[arg(long)]
+    pub prepare: bool,
+    /// Fail unless every block of the range is stable: allocated, written and not shared
+    #[arg(long)]
+    pub require_stable: bool,
+    /// What happens to COMMAND when the pin is lost or broken
+    #[arg(long, value_enum, default_value = "warn", requires = "command")]
+    pub on_loss: OnLoss,
+    /// Print JSON
+    #[arg(long, conflicts_with = "command")]
     pub json: bool,
     /// Command to run while the pin is held
     #[arg(last = true, value_name = "COMMAND")]
@@ -292,6 +366,38 @@ pub struct PrepareArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Arguments of `run`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+GLOBs are matched with absolute paths without links; a relative one begins in the current
+directory. * stays within a directory, ** does not. Ends as COMMAND does, as `pin` does.")]
+pub struct RunArgs {
+    /// Pin files with such paths
+    #[arg(long, value_name = "GLOB", num_args = 1..)]
+    pub files: Vec<PathBuf>,
+    /// Pin what is mapped privately, too; libraries excepted
+    #[arg(long)]
+    pub private: bool,
+    /// Hold what is stable or becomes so, however far a file grows; or everything, as it is
+    #[arg(long, value_enum, default_value = "stable")]
+    pub strength: StrengthChoice,
+    /// Whether COMMAND may itself shorten files and punch holes (ftruncate, fallocate)
+    #[arg(long, value_enum, default_value = "allow")]
+    pub own: OwnChoice,
+    /// Have every block of a file allocated, written and shared with nobody before it is pinned
+    #[arg(long)]
+    pub prepare: bool,
+    /// Refuse (ETXTBSY) what cannot be pinned
+    #[arg(long)]
+    pub strict: bool,
+    /// Let COMMAND gain privileges by execve(2), as it could without this; needs CAP_SYS_ADMIN
+    #[arg(long)]
+    pub keep_privileges: bool,
+    /// What to run
+    #[arg(last = true, required = true, value_name = "COMMAND")]
+    pub command: Vec<OsString>,
 }
 
 /// Arguments of `show`.

@@ -13,6 +13,7 @@ fn glyph(state: ExtentState) -> char {
         ExtentState::Unwritten => '░',
         ExtentState::Hole => '·',
         ExtentState::Delalloc => '~',
+        ExtentState::Loose => '▒',
         _ => '?',
     }
 }
@@ -115,10 +116,16 @@ pub(crate) fn extent_table(map: &BlockMap) -> String {
         let physical = extent
             .physical
             .map_or_else(|| String::from("-"), |at| at.to_string());
+        // The range of a pin may have no end.
+        let length = if extent.end() == u64::MAX {
+            String::from("-")
+        } else {
+            extent.length.to_string()
+        };
         let _ = writeln!(
             table,
-            "{:>16} {physical:>16} {:>16}  {}",
-            extent.offset, extent.length, extent.state
+            "{:>16} {physical:>16} {length:>16}  {}",
+            extent.offset, extent.state
         );
     }
     table

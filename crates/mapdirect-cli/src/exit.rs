@@ -32,16 +32,28 @@ impl Exit {
     /// `pin -- COMMAND`: there is no COMMAND.
     pub const NOT_FOUND: Self = Self(127);
 
-    /// The status of a command that ended so: its own, or 128 and the number
-    /// of the signal that killed it.
+    /// The status of a command that was waited for: its own, or 128 and the
+    /// number of the signal that killed it.
     #[must_use]
-    pub fn of_command(status: std::process::ExitStatus) -> Self {
-        use std::os::unix::process::ExitStatusExt;
+    pub(crate) fn of_waited(status: rustix::process::WaitStatus) -> Self {
         let number = status
-            .code()
-            .or_else(|| status.signal().map(|signal| 128 + signal))
-            .unwrap_or(1);
-        Self(u8::try_from(number).unwrap_or(u8::MAX))
+            .exit_status()
+            .or_else(|| status.terminating_signal().map(|signal| 128 + signal));
+        Self::from_code(number.unwrap_or(1))
+    }
+
+    /// The status of this number.
+    pub(crate) fn from_code(code: i32) -> Self {
+        Self(u8::try_from(code).unwrap_or(u8::MAX))
+    }
+
+    /// What became of a pin, if it became of it while COMMAND ran.
+    pub(crate) fn under_command(self) -> Self {
+        if self == Self::PIN_BREACHED {
+            Self::BREACHED_UNDER_COMMAND
+        } else {
+            Self::LOST_UNDER_COMMAND
+        }
     }
 
     /// A signal ended it before there was anything to hold.

@@ -1,6 +1,6 @@
 //! The same facts for machines. Offsets and lengths are bytes.
 
-use mapdirect::{BlockMap, Breach, Extent, ExtentState};
+use mapdirect::{BlockMap, Breach, Extent, ExtentState, Strength};
 use serde_json::{Map, Value, json};
 use std::ops::Range;
 
@@ -8,13 +8,26 @@ pub(crate) fn extent(extent: &Extent) -> Value {
     json!({
         "file_offset": extent.offset,
         "physical_offset": extent.physical,
-        "length": extent.length,
+        "length": length(&(extent.offset..extent.end())),
         "state": extent.state.name(),
     })
 }
 
 pub(crate) fn range(range: &Range<u64>) -> Value {
-    json!({ "offset": range.start, "length": range.end - range.start })
+    json!({ "offset": range.start, "length": length(range) })
+}
+
+/// The length of a range; nothing if it has no end.
+pub(crate) fn length(range: &Range<u64>) -> Option<u64> {
+    (range.end != u64::MAX).then_some(range.end - range.start)
+}
+
+/// The name of a strength.
+pub(crate) fn strength(strength: Strength) -> &'static str {
+    match strength {
+        Strength::Stable => "stable",
+        _ => "all",
+    }
 }
 
 /// A breach of a pin. Times are nanoseconds since the epoch.

@@ -6,6 +6,7 @@ pub mod args;
 mod draw;
 mod exit;
 mod json;
+mod keeper;
 mod open;
 mod output;
 pub mod size;
@@ -29,6 +30,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Guard(args) => verbs::guard::run(&args),
         Command::Pin(args) => verbs::pin::run(&args),
         Command::Prepare(args) => verbs::prepare::run(&args),
+        Command::Run(args) => verbs::run::run(&args),
         Command::Show(args) => verbs::show::run(&args),
         Command::Status(args) => verbs::status::run(&args),
         Command::Doctor(args) => verbs::doctor::run(&args),

@@ -1,6 +1,7 @@
 //! Writing to the terminal, where nobody may be listening any more.
 
 use std::io::Write;
+use std::ops::Range;
 
 /// Writes a line to stdout, and makes sure it is out. A reader that has left
 /// is no reason to panic or to let go of a pin.
@@ -13,6 +14,15 @@ pub(crate) fn line(text: &str) {
 /// Writes one complaint to stderr.
 pub(crate) fn complain(text: &str) {
     let _ = writeln!(std::io::stderr().lock(), "mapdirect: {text}");
+}
+
+/// A range of a file in words.
+pub(crate) fn bytes(range: &Range<u64>) -> String {
+    if range.end == u64::MAX {
+        format!("bytes {} to the end, however far it grows,", range.start)
+    } else {
+        format!("bytes {} to {}", range.start, range.end)
+    }
 }
 
 /// Width to draw in: that of the terminal, or 80 columns where there is none.

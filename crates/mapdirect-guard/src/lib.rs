@@ -23,6 +23,7 @@ mod bounded;
 mod busy;
 mod delegation;
 mod exports;
+mod family;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzz;

@@ -18,7 +18,9 @@ mod rights;
 
 use self::hear::understand;
 use crate::delegation::{self, Admission, Peer};
+use crate::family::Family;
 use crate::grant::allocate::{self, Allocated};
+use crate::grant::giving_way::{self, GivenWay};
 use crate::grant::{self, Conversation, Grant, refusal};
 use crate::notice::{Watcher, Whereabouts};
 use crate::places::Place;
@@ -26,7 +28,7 @@ use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
     AllocateRequest, Flags, MAX_MESSAGE, OLDEST_VERSION, PinRequest, PinnedRange, Reason, Refusal,
-    Reply, Request, VERSION, WatchedPin,
+    Reply, Request, VERSION, WatchedPin, YieldRequest,
 };
 use mapdirect_sys::memfd::{self, Prover};
 use mapdirect_sys::unix::{Sender, Socket};
@@ -58,8 +60,13 @@ pub(crate) struct Session<'guard> {
     /// The process that has proven the capability on this connection. It is the
     /// one that connected.
     proven: Option<Prover>,
+    /// The process that connected and its descendants, once it has asked for a
+    /// pin for all of them.
+    family: Option<Arc<Family>>,
     /// Announcements of this client that may still be used.
     announced: Vec<Arc<Announcement>>,
+    /// The pins that give way because of this client.
+    given_way: Vec<GivenWay>,
     /// Set if this connection is for notices only.
     watcher: Option<Arc<Watcher>>,
 }
@@ -119,7 +126,9 @@ impl<'guard> Session<'guard> {
             greeted: false,
             version: OLDEST_VERSION,
             proven: None,
+            family: None,
             announced: Vec::new(),
+            given_way: Vec::new(),
             watcher: None,
         })
     }
@@ -212,9 +221,16 @@ impl<'guard> Session<'guard> {
             (Request::Unpin(pin), Handed::Nothing) => {
                 self.order(sender, || delegation::ends::unpin(self.guard, *pin))
             }
+            (Request::Yield(range), Handed::File(file)) => self.give_way(*range, file, sender),
+            (Request::Keeper { pid }, Handed::Nothing) => self.name_keeper(*pid, sender),
+            (Request::Resume, Handed::Nothing) => {
+                self.hold_again();
+                Ok(self.send(&Reply::Done, &[])?)
+            }
             (
                 Request::Pin(_)
                 | Request::Allocate(_)
+                | Request::Yield(_)
                 | Request::Announce { .. }
                 | Request::Arm(_)
                 | Request::Disarm,
@@ -289,6 +305,7 @@ impl<'guard> Session<'guard> {
         let guard = self.guard;
         let granted = owner.and_then(|owner| {
             self.check_mapping(pin)?;
+            self.begin_family(pin, owner)?;
             let turn = admission.map(|admission| guard.delegation.turn(admission.uid));
             let _turn = turn.transpose()?;
             grant::grant(guard, pin, file, owner, admission, self)
@@ -317,6 +334,45 @@ impl<'guard> Session<'guard> {
             }
             Err(refusal) => self.refuse(refusal),
         }
+    }
+
+    /// Takes an ancestor of the process that asks for the root of its family:
+    /// for a supervisor that is not itself an ancestor of whom it supervises.
+    fn name_keeper(&mut self, pid: i32, sender: Option<Sender>) -> Result<(), End> {
+        let named = self.require_peer(sender).and_then(|sender| {
+            let family = Family::of(pid).map_err(|errno| grant::system("pidfd_open", errno))?;
+            if family.may_have(sender.pid) {
+                return Ok(family);
+            }
+            Err(refusal(
+                Reason::Arguments,
+                Errno::PERM,
+                format!("process {} does not descend from process {pid}", sender.pid),
+                "name an ancestor",
+            ))
+        });
+        match named {
+            Ok(family) => {
+                self.family = Some(Arc::new(family));
+                Ok(self.send(&Reply::Done, &[])?)
+            }
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    /// Gets hold of the process that asks for a pin for its family.
+    fn begin_family(&mut self, pin: &PinRequest, sender: Sender) -> Result<(), Refusal> {
+        if self.family.is_some() || !pin.flags.contains(Flags::FAMILY) {
+            return Ok(());
+        }
+        let family = Family::of(sender.pid).map_err(|errno| grant::system("pidfd_open", errno))?;
+        // If the number names the process that connected now, it has named it
+        // before.
+        if !self.peer.is_there() {
+            return Err(grant::gone());
+        }
+        self.family = Some(Arc::new(family));
+        Ok(())
     }
 
     /// Sends notices about pins on this connection from now on.
@@ -387,13 +443,50 @@ impl<'guard> Session<'guard> {
         }
     }
 
+    fn give_way(
+        &mut self,
+        range: YieldRequest,
+        file: OwnedFd,
+        sender: Option<Sender>,
+    ) -> Result<(), End> {
+        /// The most ranges of one client that give way at a time.
+        const MOST: usize = 256;
+        let given = self.authorise(sender).and_then(|sender| {
+            if self.given_way.len() >= MOST {
+                return Err(refusal(
+                    Reason::Limit,
+                    Errno::AGAIN,
+                    format!("its pins give way in {MOST} ranges already"),
+                    "resume first",
+                ));
+            }
+            giving_way::give_way(self.guard, range, file, sender)
+        });
+        match given {
+            Ok(given) => {
+                self.given_way.push(given);
+                Ok(self.send(&Reply::Done, &[])?)
+            }
+            Err(refusal) => self.refuse(refusal),
+        }
+    }
+
+    /// Has every pin that gives way because of this client hold what is there
+    /// now.
+    fn hold_again(&mut self) {
+        for given in std::mem::take(&mut self.given_way) {
+            given.hold_again(self.guard);
+        }
+    }
+
     /// Makes the checks that `mmap(2)` itself would make.
     fn check_mapping(&self, pin: &PinRequest) -> Result<(), Refusal> {
         if !pin.flags.contains(Flags::MAP) {
             return Ok(());
         }
         let page = mapdirect_sys::mmap::page_size();
-        if pin.length == 0 || !pin.offset.is_multiple_of(page) {
+        let has_length = !matches!(pin.length, 0 | PinRequest::WITHOUT_END);
+        if !has_length || !pin.offset.is_multiple_of(page) {
             return Err(refusal(
                 Reason::Arguments,
                 Errno::INVAL,
@@ -514,6 +607,10 @@ impl Conversation for Session<'_> {
         self.wait_for_swapped()
     }
 
+    fn family(&self) -> Option<Arc<Family>> {
+        self.family.clone()
+    }
+
     fn is_wanted(&self) -> bool {
         self.socket.peer_is_gone() == Ok(false)
     }
@@ -521,6 +618,7 @@ impl Conversation for Session<'_> {
 
 impl Drop for Session<'_> {
     fn drop(&mut self) {
+        self.hold_again();
         if let Some(watcher) = &self.watcher {
             self.guard.notices.forget(watcher);
         }

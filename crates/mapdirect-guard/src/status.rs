@@ -70,15 +70,16 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
         .iter()
         .filter(|pin| !pin.is_dead())
         .filter_map(|pin| Some((pin, pin.settled()?)))
-        .map(|(pin, settled)| PinStatus {
+        .map(|(pin, settled)| (pin, pin.totals(&settled)))
+        .map(|(pin, (stable, frozen))| PinStatus {
             pin: pin.id,
             range: pin.shown.clone(),
             flags: pin.flags,
             pid: pin.pid,
             uid: pin.uid,
             age: pin.since.elapsed().as_secs(),
-            stable: settled.stable,
-            frozen: settled.frozen,
+            stable,
+            frozen,
             breaches: pin.fate.summary().0,
             lost: pin.fate.summary().1.unwrap_or_default(),
             delegated: pin.delegated().map(|delegated| Delegated {

@@ -25,11 +25,16 @@ pub enum ExtentState {
     Encoded,
     /// The filesystem does not say.
     Unknown,
+    /// Written and used by this file alone, but not at rest: a write to a
+    /// shared block nearby may move it, or it lies behind the end of the file.
+    /// FIEMAP never says so. A guard does, of a pin of strength stable, which
+    /// does not hold such a block in its place.
+    Loose,
 }
 
 impl ExtentState {
     /// Every state, in the order of its number.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Written,
         Self::Unwritten,
         Self::Hole,
@@ -38,6 +43,7 @@ impl ExtentState {
         Self::Inline,
         Self::Encoded,
         Self::Unknown,
+        Self::Loose,
     ];
 
     /// Allocated, written and not shared: a store changes the bytes and
@@ -66,6 +72,7 @@ impl ExtentState {
             Self::Inline => "inline",
             Self::Encoded => "encoded",
             Self::Unknown => "unknown",
+            Self::Loose => "loose",
         }
     }
 
@@ -362,7 +369,7 @@ mod tests {
         for state in ExtentState::ALL {
             assert_eq!(ExtentState::from_number(state.number()), Some(state));
         }
-        assert_eq!(ExtentState::from_number(8), None);
+        assert_eq!(ExtentState::from_number(9), None);
     }
 
     #[test]

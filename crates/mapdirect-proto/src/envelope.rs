@@ -33,6 +33,9 @@ pub(crate) mod kind {
     pub(crate) const UNPIN: u16 = 12;
     pub(crate) const ARM: u16 = 13;
     pub(crate) const DISARM: u16 = 14;
+    pub(crate) const YIELD: u16 = 15;
+    pub(crate) const RESUME: u16 = 16;
+    pub(crate) const KEEPER: u16 = 17;
 
     pub(crate) const WELCOME: u16 = 101;
     pub(crate) const DONE: u16 = 102;

@@ -25,6 +25,12 @@
 //!                    ◀───────────────────  Granted + file, or Refused
 //!   Barrier          ───────────────────▶         if the guard must have
 //!                    ◀───────────────────  Done   closed its copy by then
+//!   Yield + file     ───────────────────▶
+//!                    ◀───────────────────  Done, or Refused
+//!   Resume           ───────────────────▶
+//!                    ◀───────────────────  Done
+//!   Keeper           ───────────────────▶         of whom a family is
+//!                    ◀───────────────────  Done, or Refused
 //!   Allocate + file  ───────────────────▶
 //!                    ◀───────────────────  Granted, if anything changed
 //!                    ◀───────────────────  Done, or Refused
@@ -61,10 +67,13 @@ pub use notice::{Breach, Cause, Notice};
 pub use reason::Reason;
 pub use refusal::{Opener, Refusal};
 pub use reply::{Gate, Granted, PinnedRange, Reply};
-pub use request::{AllocateRequest, ArmRequest, Flags, PinRequest, Request, WatchedPin, Who};
+pub use request::{
+    AllocateRequest, ArmRequest, Flags, PinRequest, Request, WatchedPin, Who, YieldRequest,
+};
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
 pub use version::{
-    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_POLICY, settle,
+    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
+    VERSION_WITH_POLICY, settle,
 };
 pub use wire::DecodeError;
 

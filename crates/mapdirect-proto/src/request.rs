@@ -26,6 +26,37 @@ impl Flags {
     /// With [`Flags::MAP`]: the holder does not map the file at blocks that
     /// cannot be stored to as they are.
     pub const SEGMENTS: Self = Self(8);
+    /// Strength stable: only what is stable is held. Everything else in the
+    /// range may become stable, and is held from then on. The range may have no
+    /// end ([`PinRequest::WITHOUT_END`]).
+    pub const STABLE: Self = Self(16);
+    /// Nobody but the holder, and its family if there is one, may open the file
+    /// for writing.
+    pub const DENY_WRITE: Self = Self(32);
+    /// No name of the file may be removed, renamed or replaced.
+    pub const DENY_RENAME: Self = Self(64);
+    /// The process that asks and its descendants have a holder's rights
+    /// together: they may open the file for writing. They are a family.
+    pub const FAMILY: Self = Self(128);
+    /// The pin lives in the description of a program that knows nothing of pins.
+    /// Under the bpf gate that is the very description that comes with the
+    /// request. Under the fanotify gate it is the one that comes with the
+    /// answer, which is open in the same way.
+    pub const IN_PLACE: Self = Self(256);
+    /// What a guard that speaks an older version does not know.
+    pub const NEW_IN_3: Self = Self(
+        Self::STABLE.0
+            | Self::DENY_WRITE.0
+            | Self::DENY_RENAME.0
+            | Self::FAMILY.0
+            | Self::IN_PLACE.0,
+    );
+
+    /// Whether any bit of `other` is set.
+    #[must_use]
+    pub const fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
 
     /// Whether all bits of `other` are set.
     #[must_use]
@@ -39,7 +70,8 @@ impl Flags {
         self.0
     }
 
-    const KNOWN: u32 = Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0;
+    const KNOWN: u32 =
+        Self::MAP.0 | Self::CACHED.0 | Self::WHOLE_FILE.0 | Self::SEGMENTS.0 | Self::NEW_IN_3.0;
 
     /// All bits that this version knows.
     #[cfg(test)]
@@ -74,11 +106,19 @@ pub struct PinRequest {
     /// The first byte.
     pub offset: u64,
     /// Length in bytes; 0 means to the end of the file.
+    /// [`WITHOUT_END`](Self::WITHOUT_END) means that the range has no end.
     pub length: u64,
     /// The properties of the pin.
     pub flags: Flags,
     /// How many milliseconds to wait for others to close the file.
     pub patience_ms: u32,
+}
+
+impl PinRequest {
+    /// The length of a range that goes on however far the file grows. Only a
+    /// pin of strength stable can have one. The end of such a range is
+    /// `u64::MAX`.
+    pub const WITHOUT_END: u64 = u64::MAX;
 }
 
 /// A request of a holder.
@@ -116,8 +156,27 @@ pub enum Request {
     /// description whose life is the pin comes with it. The answer is a
     /// [`Reply::Granted`](crate::Reply::Granted) without that description, if
     /// the block map changed, and then a [`Reply::Done`](crate::Reply::Done) or
-    /// [`Reply::Refused`](crate::Reply::Refused).
+    /// [`Reply::Refused`](crate::Reply::Refused). Nothing is allocated for a pin
+    /// of strength stable: its extents are told as they are now, whatever range
+    /// is given.
     Allocate(AllocateRequest),
+    /// Asks that the pins of strength stable that this process asked for give way
+    /// in a range of a file, so that something there can be freed or moved. Any
+    /// descriptor of the file comes with it. Refused while anybody else has
+    /// something pinned in the range. The pins hold everything again when
+    /// [`Resume`](Self::Resume) is answered, or when this connection ends. Needs
+    /// version 3.
+    Yield(YieldRequest),
+    /// Asks that every pin that gives way because of this connection holds what
+    /// is there now.
+    Resume,
+    /// Names an ancestor of this process. Pins of a family that this connection
+    /// asks for from now on are those of that process and its descendants. The
+    /// answer is [`Reply::Done`](crate::Reply::Done).
+    Keeper {
+        /// The ancestor.
+        pid: i32,
+    },
     /// Says that this process has let go of a pin. If nobody else keeps the
     /// pin, [`Reply::Done`](crate::Reply::Done) comes when the gate judges as
     /// if the pin had never existed.
@@ -198,6 +257,16 @@ pub struct WatchedPin {
     pub inode: u64,
 }
 
+/// The bytes in which pins are to give way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct YieldRequest {
+    /// The first byte.
+    pub offset: u64,
+    /// Length in bytes; [`PinRequest::WITHOUT_END`] means everything from there
+    /// on.
+    pub length: u64,
+}
+
 /// The blocks of a pin to make stable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AllocateRequest {
@@ -235,6 +304,13 @@ struct AnnounceRecord {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
+struct KeeperRecord {
+    pid: I32,
+    reserved: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
 struct WatchRecord {
     count: U32,
     reserved: U32,
@@ -266,6 +342,13 @@ impl From<WatchedPinRecord> for WatchedPin {
             inode: record.inode.get(),
         }
     }
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct YieldRecord {
+    offset: U64,
+    length: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -311,12 +394,15 @@ impl Request {
             | Self::Query
             | Self::Announce { .. }
             | Self::Allocate(_)
+            | Self::Yield(_)
             | Self::Arm(_)
             | Self::Disarm => 1,
             Self::Hello { .. }
             | Self::Swapped
             | Self::Status
             | Self::Barrier
+            | Self::Resume
+            | Self::Keeper { .. }
             | Self::Ended(_)
             | Self::Watch(_)
             | Self::Unpin(_) => 0,
@@ -355,6 +441,21 @@ impl Request {
                     reserved: 0.into(),
                 };
                 message(kind::ANNOUNCE, &record, &[])
+            }
+            Self::Yield(request) => {
+                let record = YieldRecord {
+                    offset: request.offset.into(),
+                    length: request.length.into(),
+                };
+                message(kind::YIELD, &record, &[])
+            }
+            Self::Resume => message(kind::RESUME, &Empty {}, &[]),
+            Self::Keeper { pid } => {
+                let record = KeeperRecord {
+                    pid: (*pid).into(),
+                    reserved: 0.into(),
+                };
+                message(kind::KEEPER, &record, &[])
             }
             Self::Ended(pin) => message(kind::ENDED, &pin.to_wire(), &[]),
             Self::Allocate(request) => {
@@ -437,6 +538,23 @@ impl Request {
                 Self::Announce {
                     tid: record.tid.get(),
                 }
+            }
+            kind::YIELD => {
+                let record: YieldRecord = body.only()?;
+                Self::Yield(YieldRequest {
+                    offset: record.offset.get(),
+                    length: record.length.get(),
+                })
+            }
+            kind::KEEPER => {
+                let record: KeeperRecord = body.only()?;
+                Self::Keeper {
+                    pid: record.pid.get(),
+                }
+            }
+            kind::RESUME => {
+                let Empty {} = body.only()?;
+                Self::Resume
             }
             kind::ENDED => {
                 let record: WatchedPinRecord = body.only()?;

@@ -32,6 +32,10 @@ fn request() -> impl Strategy<Value = Request> {
         Just(Request::Query),
         Just(Request::Status),
         Just(Request::Barrier),
+        Just(Request::Resume),
+        any::<i32>().prop_map(|pid| Request::Keeper { pid }),
+        any::<(u64, u64)>()
+            .prop_map(|(offset, length)| Request::Yield(YieldRequest { offset, length })),
         any::<i32>().prop_map(|tid| Request::Announce { tid }),
         any::<(u64, u64, u64)>()
             .prop_map(|(pin, device, inode)| { Request::Ended(WatchedPin { pin, device, inode }) }),

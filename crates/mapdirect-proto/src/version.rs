@@ -5,7 +5,8 @@ use std::fmt;
 /// The newest version that this crate speaks.
 ///
 /// 1 is the first version of mapdirect. 2 has [`Request::Barrier`]; a holder of
-/// version 1 says hello once more instead. In 3, whoever the guard's policy names
+/// version 1 says hello once more instead. 3 has more [`Flags`](crate::Flags):
+/// [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3). In 3, whoever the guard's policy names
 /// may ask without a proof, a proof names its maker by PID namespace instead of
 /// start time, and there are [`Request::Unpin`], [`Request::Arm`] and
 /// [`Request::Disarm`].
@@ -24,6 +25,9 @@ pub const VERSION_WITH_BARRIER: u32 = 2;
 
 /// The first version with a policy.
 pub const VERSION_WITH_POLICY: u32 = 3;
+
+/// The first version with [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3).
+pub const VERSION_WITH_FAMILIES: u32 = 3;
 
 /// The version to speak with a side whose newest version is `theirs`: the lower
 /// of the two newest versions. Both sides compute it for themselves.

@@ -1,8 +1,12 @@
-//! close_range(2): a descriptor table for one thread alone.
+//! close_range(2): a descriptor table for one thread alone; which descriptors
+//! other processes get.
 
 use crate::{Result, checked};
+use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::Arc;
 use std::thread::{Builder, JoinHandle};
 
@@ -44,6 +48,48 @@ fn unshare_all_but(keep: &[BorrowedFd<'_>]) -> Result<()> {
         first = keep.saturating_add(1);
     }
     Ok(())
+}
+
+/// Lets go of the descriptors that this process was started with: everything
+/// that is not close-on-exec is closed, and nothing stands in the places of
+/// stdin, stdout and stderr.
+///
+/// Whatever this program opens itself is close-on-exec and stays. A descriptor
+/// that somebody has made otherwise, and still uses, must not exist.
+///
+/// # Errors
+///
+/// `ENOENT` without proc(5), and what open(2) of `/dev/null` answers.
+pub fn leave_inherited() -> Result<()> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let null = rustix::fs::open("/dev/null", flags, Mode::empty())?;
+    for standard in 0..=2 {
+        // SAFETY: two integers. The standard streams stay open, as something
+        // else.
+        checked(unsafe { libc::dup2(null.as_raw_fd(), standard) })?;
+    }
+    for number in crate::proc::numbers_in("/proc/self/fd")? {
+        // SAFETY: an integer. If the number is not open, this fails.
+        let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+        if number > 2 && flags >= 0 && flags & libc::FD_CLOEXEC == 0 {
+            // SAFETY: inherited, so nothing in this process owns it: see above.
+            unsafe { libc::close(number) };
+        }
+    }
+    Ok(())
+}
+
+/// Has `command` inherit `file`, under the number that it has here.
+pub fn inherit(command: &mut Command, file: OwnedFd) {
+    let keep = move || {
+        // SAFETY: clears close-on-exec of a descriptor that the closure owns,
+        // in the child alone.
+        checked(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFD, 0) })?;
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes one async-signal-safe
+    // call and neither allocates nor locks.
+    unsafe { command.pre_exec(keep) };
 }
 
 /// Starts a thread that keeps no descriptor of the process open: its table

@@ -14,6 +14,7 @@ compile_error!("mapdirect speaks to Linux interfaces only");
 #[cfg(not(target_pointer_width = "64"))]
 compile_error!("mapdirect needs 64-bit offsets in registers and mappings");
 
+pub mod ancestry;
 pub mod apart;
 pub mod bpf;
 pub mod cache;
@@ -26,6 +27,7 @@ pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;
 pub mod file_handle;
+pub mod fork;
 pub mod fsync;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -46,10 +48,12 @@ pub mod proc_pagemap;
 pub mod proc_status;
 pub mod pthread_atfork;
 pub mod seam;
+pub mod seccomp;
 pub mod setfsuid;
 pub mod shared_words;
 pub mod signal;
 pub mod sync_file_range;
+pub mod umask;
 pub mod uname;
 pub mod unix;
 pub mod userfaultfd;

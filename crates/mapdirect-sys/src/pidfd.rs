@@ -50,6 +50,58 @@ pub fn of_thread(tid: i32) -> Result<OwnedFd> {
     pidfd_open(tid, PidfdFlags::from_bits_retain(THREAD))
 }
 
+/// Opens a pidfd of a process.
+///
+/// # Errors
+///
+/// `ESRCH` when the process is gone, `EINVAL` for invalid ids.
+pub fn of_process(pid: i32) -> Result<OwnedFd> {
+    let pid = Pid::from_raw(pid).ok_or(Errno::INVAL)?;
+    pidfd_open(pid, PidfdFlags::empty())
+}
+
+/// The parent of a process, in the caller's PID namespace; 0 if it has none
+/// there. This waits for nobody.
+///
+/// # Errors
+///
+/// `ESRCH` when the process is gone, or has no parent and is not the first;
+/// `ENOTTY` before Linux 6.13.
+pub fn parent(process: BorrowedFd<'_>) -> Result<i32> {
+    Ok(info(process, 0)?.parent.cast_signed())
+}
+
+/// The process that a thread belongs to, in the caller's PID namespace. This
+/// waits for nobody.
+///
+/// # Errors
+///
+/// As [`parent`].
+pub fn process_of(thread: BorrowedFd<'_>) -> Result<i32> {
+    Ok(info(thread, 0)?.tgid.cast_signed())
+}
+
+/// Sends a signal to a process, and to no other that has got its number since.
+///
+/// # Errors
+///
+/// `ESRCH` when it is gone, `EPERM`, `EINVAL` for a number that has no name.
+pub fn signal(process: BorrowedFd<'_>, number: i32) -> Result<()> {
+    let signal = rustix::process::Signal::from_named_raw(number).ok_or(Errno::INVAL)?;
+    rustix::process::pidfd_send_signal(process, signal)
+}
+
+/// Whether the process of a pidfd has ended: it may still wait to be
+/// collected.
+#[must_use]
+pub fn has_ended(process: BorrowedFd<'_>) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let now = Timespec::default();
+    let mut fds = [PollFd::new(&process, PollFlags::IN)];
+    // What cannot be asked has ended, to be on the safe side.
+    !matches!(poll(&mut fds, Some(&now)), Ok(0))
+}
+
 /// The real user id of a thread, in the caller's user namespace. This is the
 /// owner even while the thread runs a program with the set-user-id bit.
 ///
@@ -57,25 +109,22 @@ pub fn of_thread(tid: i32) -> Result<OwnedFd> {
 ///
 /// `ESRCH` when the thread is gone, `ENOTTY` before Linux 6.13.
 pub fn real_user(thread: BorrowedFd<'_>) -> Result<u32> {
-    let mut info = Info {
-        mask: CREDENTIALS,
-        ..Info::default()
-    };
-    // SAFETY: the request says how large the structure is (its size is part of
-    // the number), and it is ours for the call.
-    checked(unsafe { libc::ioctl(thread.as_raw_fd(), GET_INFO, &raw mut info) })?;
+    let info = info(thread, CREDENTIALS)?;
     if info.mask & CREDENTIALS == 0 {
         return Err(Errno::NOSYS);
     }
     Ok(info.real_uid)
 }
 
-/// Whether the process of a pidfd has ended. Until then its number names no other.
-#[must_use]
-pub fn has_ended(process: BorrowedFd<'_>) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let mut fds = [PollFd::new(&process, PollFlags::IN)];
-    poll(&mut fds, Some(&Timespec::default())) != Ok(0)
+fn info(of: BorrowedFd<'_>, mask: u64) -> Result<Info> {
+    let mut info = Info {
+        mask,
+        ..Info::default()
+    };
+    // SAFETY: the request says how large the structure is (its size is part of
+    // the number), and it is ours for the call.
+    checked(unsafe { libc::ioctl(of.as_raw_fd(), GET_INFO, &raw mut info) })?;
+    Ok(info)
 }
 
 /// A duplicate of descriptor `fd` of a thread (`pidfd_getfd(2)`).

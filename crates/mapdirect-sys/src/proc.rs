@@ -291,6 +291,30 @@ pub fn own_start_time() -> Result<u64> {
     parse_start_time(&read_text(&file)?).ok_or(Errno::INVAL)
 }
 
+/// Opens the directory of a process. It goes with the process: once that has
+/// been collected, nothing can be read below it, whoever has the number.
+///
+/// # Errors
+///
+/// `ENOENT` when the process is gone.
+pub fn open_process(pid: i32) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(format!("/proc/{pid}"), flags, Mode::empty())
+}
+
+/// The number of the parent of a process, given its directory; 0 if it has none
+/// in the namespace of this `/proc`.
+///
+/// # Errors
+///
+/// `ENOENT` or `ESRCH` when the process is gone, `EINVAL` for text of no known
+/// form.
+pub fn parent_of(process: BorrowedFd<'_>) -> Result<i32> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(process, "stat", flags, Mode::empty())?;
+    parse_stat_field(&read_text(&file)?, 4).ok_or(Errno::INVAL)
+}
+
 /// Field 22 of `/proc/<id>/stat`.
 pub(crate) fn parse_start_time(stat: &str) -> Option<u64> {
     parse_stat_field(stat, 22)

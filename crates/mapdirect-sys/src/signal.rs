@@ -37,6 +37,32 @@ impl Signal {
     pub const STOP: i32 = libc::SIGSTOP;
     /// `SIGIO`.
     pub const IO: i32 = libc::SIGIO;
+    /// `SIGWINCH`.
+    pub const WINDOW: i32 = libc::SIGWINCH;
+    /// `SIGURG`.
+    pub const URGENT: i32 = libc::SIGURG;
+    /// `SIGCONT`.
+    pub const CONTINUE: i32 = libc::SIGCONT;
+    /// `SIGTSTP`.
+    pub const TERMINAL_STOP: i32 = libc::SIGTSTP;
+    /// `SIGTTIN`.
+    pub const TERMINAL_INPUT: i32 = libc::SIGTTIN;
+    /// `SIGTTOU`.
+    pub const TERMINAL_OUTPUT: i32 = libc::SIGTTOU;
+
+    /// Whether a fault of the thread that it is delivered to raises it.
+    fn is_fault(number: i32) -> bool {
+        [
+            libc::SIGSEGV,
+            libc::SIGBUS,
+            libc::SIGILL,
+            libc::SIGFPE,
+            libc::SIGTRAP,
+            libc::SIGSYS,
+            libc::SIGABRT,
+        ]
+        .contains(&number)
+    }
 }
 
 /// A signal that arrived.
@@ -82,6 +108,26 @@ impl SignalFd {
         Ok(Self { fd })
     }
 
+    /// Blocks every signal that does not come from a fault of this process
+    /// itself, as [`block`](Self::block) does, and returns the mask from before
+    /// as well. SIGKILL and SIGSTOP cannot be blocked.
+    ///
+    /// # Errors
+    ///
+    /// `EMFILE`, `ENFILE`, `ENOMEM`.
+    pub fn block_all() -> Result<(Self, Before)> {
+        let others = (1..=libc::SIGRTMAX()).filter(|number| !Signal::is_fault(*number));
+        let mut before = signal_set(&[]);
+        // SAFETY: writes the mask; no new one is given.
+        let ret =
+            unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, std::ptr::null(), &raw mut before) };
+        if ret != 0 {
+            return Err(crate::Errno::from_raw_os_error(ret));
+        }
+        let signals = Self::block(&others.collect::<Vec<_>>())?;
+        Ok((signals, Before(before)))
+    }
+
     /// Waits for one of the signals.
     ///
     /// # Errors
@@ -116,10 +162,30 @@ impl std::os::fd::AsFd for SignalFd {
     }
 }
 
+/// The mask of blocked signals from before [`SignalFd::block_all`].
+#[derive(Clone, Copy)]
+pub struct Before(libc::sigset_t);
+
+impl std::fmt::Debug for Before {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Before").finish_non_exhaustive()
+    }
+}
+
+impl Before {
+    /// Makes `command` run with this mask.
+    pub fn in_child(self, command: &mut Command) {
+        mask_in_child(command, self.0);
+    }
+}
+
 /// Makes `command` run with no signal blocked, as programs expect. Otherwise it
 /// would inherit the mask of [`SignalFd::block`].
 pub fn unblocked_in_child(command: &mut Command) {
-    let set = signal_set(&[]);
+    mask_in_child(command, signal_set(&[]));
+}
+
+fn mask_in_child(command: &mut Command, set: libc::sigset_t) {
     let unblock = move || {
         // SAFETY: reads the set only, and is async-signal-safe.
         let ret =
@@ -193,6 +259,31 @@ impl Drop for Mask {
 pub fn kill(pid: i32, signal: i32) -> Result<()> {
     // SAFETY: two integers.
     checked(unsafe { libc::kill(pid, signal) }).map(drop)
+}
+
+/// Stops the calling process as `number` stops one that does not handle it:
+/// SIGSTOP, SIGTSTP, SIGTTIN or SIGTTOU. Returns when it was continued, or at
+/// once if the signal is ignored or the process group is orphaned.
+///
+/// # Errors
+///
+/// `EINVAL` for another signal.
+pub fn stop_by(number: i32) -> Result<()> {
+    let stops = [libc::SIGSTOP, libc::SIGTSTP, libc::SIGTTIN, libc::SIGTTOU];
+    if !stops.contains(&number) {
+        return Err(crate::Errno::INVAL);
+    }
+    // SAFETY: two integers.
+    checked(unsafe { libc::kill(libc::getpid(), number) })?;
+    let set = signal_set(&[number]);
+    let mut before = signal_set(&[]);
+    // The signal is delivered here, if it was blocked.
+    // SAFETY: reads one set and writes the other. Nothing here handles the
+    // signal, so no code runs.
+    unsafe { libc::pthread_sigmask(libc::SIG_UNBLOCK, &raw const set, &raw mut before) };
+    // SAFETY: reads a set that the kernel gave us; it cannot fail.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    Ok(())
 }
 
 fn signal_set(signals: &[i32]) -> libc::sigset_t {

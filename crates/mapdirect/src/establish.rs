@@ -25,6 +25,38 @@ pub enum Scope {
     File,
 }
 
+/// What a pin holds of its range.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Strength {
+    /// Everything: stable blocks stay where they are, and the others stay as
+    /// they are. Nobody can store to those.
+    #[default]
+    All,
+    /// What is stable, and what becomes stable from that moment on. Holes and
+    /// unwritten blocks may be filled by whoever may write to the file, shared
+    /// blocks unshared, and the file may grow. Nobody can free, move or share
+    /// what is held, or cut it off.
+    ///
+    /// A written block near a shared one is held once no copy of that one can
+    /// take it along; until then it is [`ExtentState::Loose`]. With
+    /// [`Scope::File`], such a pin has no end and does not fix the size: it
+    /// follows the file however far that grows.
+    ///
+    /// [`ExtentState::Loose`]: crate::ExtentState::Loose
+    Stable,
+}
+
+impl Strength {
+    /// What a request says of it.
+    pub(crate) const fn flags(self) -> Flags {
+        match self {
+            Self::All => Flags::NONE,
+            Self::Stable => Flags::STABLE,
+        }
+    }
+}
+
 /// What a holder knows of its pin.
 #[derive(Debug)]
 pub(crate) struct Established {
@@ -56,6 +88,7 @@ pub(crate) fn establish(
         patience_ms: u32::try_from(patience.as_millis()).unwrap_or(u32::MAX),
     });
     let connection = connect()?;
+    connection.require_known(flags)?;
     let mut held = None;
     let (granted, mut fds) = connection.converse(&request, file, |talk, reply, mut fds| {
         match reply {
@@ -172,12 +205,25 @@ fn block_map(granted: Granted, sealed: Option<OwnedFd>) -> Result<BlockMap> {
     Ok(BlockMap::new(device, block_size, file_size, range, extents))
 }
 
+/// Why a pin of strength stable allocates nothing.
+pub(crate) fn nothing_is_frozen() -> Error {
+    Error::new(
+        Kind::Arguments,
+        Errno::OPNOTSUPP,
+        "a pin of strength stable freezes nothing, and the guard allocates nothing for it",
+        "write to the blocks, or use fallocate(2): the pin lets you",
+    )
+}
+
 /// The bytes of a range as a request has them; nothing stands for the whole
-/// file.
+/// file. A range up to `u64::MAX` has no end.
 pub(crate) fn offset_and_length(range: Option<&Range<u64>>) -> Result<(u64, u64)> {
     let Some(range) = range else {
         return Ok((0, 0));
     };
+    if range.end == u64::MAX && range.start < range.end {
+        return Ok((range.start, PinRequest::WITHOUT_END));
+    }
     match range.end.checked_sub(range.start) {
         Some(length) if length > 0 => Ok((range.start, length)),
         _ => Err(Error::new(

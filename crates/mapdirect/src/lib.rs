@@ -103,6 +103,7 @@ mod extents;
     reason = "memory is registered, and put in the place of memory that a child lacks"
 )]
 mod frozen;
+mod giving_way;
 mod guard;
 #[expect(
     unsafe_code,
@@ -128,14 +129,15 @@ mod state;
 pub mod status;
 
 pub use error::{Error, Kind, Result};
-pub use establish::Scope;
+pub use establish::{Scope, Strength};
 pub use extents::block_map;
+pub use giving_way::GivingWay;
 pub use guard::Guard;
 pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};
 pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState};
 pub use mapdirect_proto::{Breach, Cause, Gate, Who};
-pub use open::open;
-pub use pin::{Pin, PinOptions};
+pub use open::{announce, open};
+pub use pin::{Pin, PinInPlace, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};
 pub use report::{Opener, PinFlags, PinnedRange};
 pub use state::{EventFd, Integrity, OnBreach, State};

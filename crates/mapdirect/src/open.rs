@@ -35,7 +35,7 @@ pub fn open(path: impl AsRef<Path>, guard: &Guard) -> Result<File> {
         rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
     let mut left = ATTEMPTS;
     loop {
-        announce(known.as_fd(), guard).map_err(asked)?;
+        tell_of(known.as_fd(), guard).map_err(asked)?;
         left -= 1;
         match proc::reopen(known.as_fd(), flags) {
             Err(Errno::TXTBSY) if left > 0 => {}
@@ -48,8 +48,19 @@ pub fn open(path: impl AsRef<Path>, guard: &Guard) -> Result<File> {
 /// runs again, and a grant that has just begun may turn everybody away.
 const ATTEMPTS: u32 = 3;
 
-/// Tells the guard that this thread is about to open a file.
-fn announce(known: BorrowedFd<'_>, guard: &Guard) -> Result<()> {
+/// Tells the guard that this thread is about to open a file, by an `O_PATH`
+/// descriptor of it, as a holder may; see [`open`]. The announcement is good for
+/// one open, for a second. A grant that has just begun may refuse it all the
+/// same.
+///
+/// # Errors
+///
+/// `EACCES` without what a pin needs, `EOPNOTSUPP` when no guard answers.
+pub fn announce(known: impl AsFd, guard: &Guard) -> Result<()> {
+    tell_of(known.as_fd(), guard).map_err(|error| error.asking("announce an open"))
+}
+
+fn tell_of(known: BorrowedFd<'_>, guard: &Guard) -> Result<()> {
     let announcement = Request::Announce {
         tid: rustix::thread::gettid().as_raw_nonzero().get(),
     };

@@ -1,9 +1,15 @@
 //! Pinning without mapping.
 
 mod all;
+mod in_place;
 
+pub use in_place::PinInPlace;
+
+use crate::descriptor::size_of_file;
 use crate::error::Result;
-use crate::establish::{Established, PATIENCE, Scope, establish, offset_and_length};
+use crate::establish::{
+    Established, PATIENCE, Scope, Strength, establish, nothing_is_frozen, offset_and_length,
+};
 use crate::guard::Guard;
 use crate::holder::{Connection, Held, Hold};
 use crate::prepare;
@@ -33,7 +39,10 @@ use std::time::Duration;
 pub struct PinOptions {
     range: Option<Range<u64>>,
     scope: Scope,
+    strength: Strength,
     prepare_first: bool,
+    family: bool,
+    keeper: Option<i32>,
     patience: Duration,
     guard: Option<Guard>,
 }
@@ -51,7 +60,10 @@ impl PinOptions {
         Self {
             range: None,
             scope: Scope::Range,
+            strength: Strength::All,
             prepare_first: false,
+            family: false,
+            keeper: None,
             patience: PATIENCE,
             guard: None,
         }
@@ -59,7 +71,7 @@ impl PinOptions {
 
     /// Pins this range of the file, in bytes. It is extended to whole
     /// filesystem blocks. It may reach beyond the end of the file: then nothing
-    /// can be allocated there.
+    /// can be allocated there, unless [`Strength::Stable`] is asked for.
     pub fn range(mut self, range: Range<u64>) -> Self {
         self.range = Some(range);
         self
@@ -71,11 +83,53 @@ impl PinOptions {
         self
     }
 
+    /// Pins from this byte on, however far the file grows. Only a pin of
+    /// [`Strength::Stable`] can do that: with the other strength, pinning fails
+    /// with `EINVAL`.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use mapdirect::{PinOptions, Strength};
+    ///
+    /// let log = std::fs::File::open("log")?;
+    /// let pin = PinOptions::new()
+    ///     .strength(Strength::Stable)
+    ///     .range_from(0)
+    ///     .pin(&log)?;
+    /// // Whatever is appended now can be read, and is not cut off again.
+    /// # drop(pin);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn range_from(self, start: u64) -> Self {
+        self.range(start..u64::MAX)
+    }
+
+    /// Holds everything in the range (the default), or only what is stable or
+    /// becomes so.
+    pub fn strength(mut self, strength: Strength) -> Self {
+        self.strength = strength;
+        self
+    }
+
     /// Prepares the range before it is pinned
     /// ([`PrepareOptions`](crate::PrepareOptions)): then every block of it that
     /// is in the file is stable. The file must be open for reading and writing.
     pub fn prepare_first(mut self, prepare: bool) -> Self {
         self.prepare_first = prepare;
+        self
+    }
+
+    /// Gives the descendants of this process the rights of a holder, as long as
+    /// this process lives: they may open the file for writing, which the
+    /// fanotify gate refuses everybody else while the file is pinned. What they
+    /// do is judged like everything else.
+    ///
+    /// A process whose parent has ended stays a descendant if this process is a
+    /// subreaper (`PR_SET_CHILD_SUBREAPER` of prctl(2)). More than 64
+    /// generations down, descendants are strangers.
+    pub fn family(mut self, family: bool) -> Self {
+        self.family = family;
         self
     }
 
@@ -121,10 +175,28 @@ impl PinOptions {
         self.pin_range(guard, connect, file).map_err(|error| {
             let path = mapdirect_sys::proc::path_of(file);
             error.asking(match &self.range {
+                Some(range) if range.end == u64::MAX => {
+                    format!("pin {path} from byte {} on", range.start)
+                }
                 Some(range) => format!("pin bytes {} to {} of {path}", range.start, range.end),
                 None => format!("pin {path}"),
             })
         })
+    }
+
+    /// Prepares the range, if that is wanted.
+    fn prepare(&self, file: BorrowedFd<'_>) -> Result<()> {
+        if !self.prepare_first {
+            return Ok(());
+        }
+        let size = size_of_file(file)?;
+        let in_file = self.range.as_ref().filter(|_| self.scope == Scope::Range);
+        // Nobody can prepare what has no end.
+        let in_file = in_file.map(|range| match range.end {
+            u64::MAX => range.start..size.max(range.start),
+            end => range.start..end,
+        });
+        prepare::before_pin(file, in_file.as_ref())
     }
 
     fn pin_range(
@@ -134,14 +206,15 @@ impl PinOptions {
         file: BorrowedFd<'_>,
     ) -> Result<Pin> {
         let range = offset_and_length(self.range.as_ref())?;
-        let flags = match self.scope {
+        let mut flags = match self.scope {
             Scope::Range => Flags::NONE,
             Scope::File => Flags::WHOLE_FILE,
         };
-        if self.prepare_first {
-            let range = self.range.as_ref().filter(|_| self.scope == Scope::Range);
-            prepare::before_pin(file, range)?;
+        flags = flags | self.strength.flags();
+        if self.family {
+            flags = flags | Flags::FAMILY;
         }
+        self.prepare(file)?;
         let Established {
             named,
             map,
@@ -153,9 +226,10 @@ impl PinOptions {
         let mut pin = Pin {
             life,
             description,
+            strength: self.strength,
             held: Held::new(hold, connection, map),
         };
-        if self.prepare_first {
+        if self.prepare_first && self.strength == Strength::All {
             // Somebody may have changed it again before it was pinned.
             let range = pin.range();
             let end = range.end.min(pin.block_map().file_size());
@@ -197,6 +271,7 @@ pub struct Pin {
     life: Option<OwnedFd>,
     /// The description whose life is the pin.
     description: OwnedFd,
+    strength: Strength,
     /// Dropped after that: it tells the guard of the end.
     held: Held,
 }
@@ -224,6 +299,10 @@ impl Pin {
         if range.start == range.end {
             return Ok(());
         }
+        if self.strength == Strength::Stable {
+            return Err(nothing_is_frozen()
+                .asking(format!("allocate bytes {} to {}", range.start, range.end)));
+        }
         let is_frozen = self
             .block_map()
             .frozen()
@@ -240,6 +319,23 @@ impl Pin {
             })
     }
 
+    /// Learns from the guard which blocks a pin of [`Strength::Stable`] holds by
+    /// now: [`block_map`](Self::block_map) tells them afterwards. A pin of the
+    /// other strength holds what it held, and nothing is asked.
+    ///
+    /// # Errors
+    ///
+    /// `EOPNOTSUPP` when the guard is gone, or in a child of `fork(2)`.
+    pub fn refresh(&mut self) -> Result<()> {
+        if self.strength == Strength::All {
+            return Ok(());
+        }
+        let range = self.range();
+        self.held
+            .allocate(&range, self.description.as_fd())
+            .map_err(|error| error.asking("learn what is held"))
+    }
+
     /// Ends this process's part in the pin, and says whether that worked, which
     /// dropping cannot.
     ///
@@ -252,6 +348,7 @@ impl Pin {
         let Self {
             life,
             description,
+            strength: _,
             mut held,
         } = self;
         drop(life);
@@ -272,7 +369,7 @@ impl Pin {
     }
 
     /// The range pinned, in bytes of the file: the one asked for, extended to
-    /// whole filesystem blocks.
+    /// whole filesystem blocks. A range up to `u64::MAX` has no end.
     #[must_use]
     pub fn range(&self) -> Range<u64> {
         self.block_map().range()

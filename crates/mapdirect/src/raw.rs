@@ -1,7 +1,7 @@
 //! The system call as it was proposed.
 
 use crate::error::{Error, Kind, Result};
-use crate::establish::{PATIENCE, Scope};
+use crate::establish::{PATIENCE, Scope, Strength};
 use crate::guard::Guard;
 use crate::map::{How, cached_by_environment};
 use mapdirect_sys::mmap as sys;
@@ -58,6 +58,7 @@ pub unsafe fn mmap(
         flags: flags & !(sys::MAP_TYPE | MAP_DIRECT),
         address,
         scope: Scope::Range,
+        strength: Strength::All,
         cached: cached_by_environment(),
         patience: PATIENCE,
         guard: Guard::from_env(),

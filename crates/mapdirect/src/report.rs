@@ -1,6 +1,7 @@
 //! What the guard tells of others: who has a file open, and which ranges are
 //! pinned.
 
+use crate::establish::Strength;
 use mapdirect_proto::{self as proto, Flags};
 use std::fmt;
 use std::ops::Range;
@@ -95,6 +96,16 @@ impl PinFlags {
     pub const fn is_whole_file(self) -> bool {
         self.0.contains(Flags::WHOLE_FILE)
     }
+
+    /// What it holds of its range.
+    #[must_use]
+    pub const fn strength(self) -> Strength {
+        if self.0.contains(Flags::STABLE) {
+            Strength::Stable
+        } else {
+            Strength::All
+        }
+    }
 }
 
 /// A pinned range of a file, as [`Guard::pinned_ranges`] tells of it.
@@ -105,7 +116,8 @@ impl PinFlags {
 pub struct PinnedRange {
     /// The number by which the guard knows the pin.
     pub pin: u64,
-    /// Bytes of the file, extended to whole filesystem blocks.
+    /// Bytes of the file, extended to whole filesystem blocks. A range up to
+    /// `u64::MAX` has no end.
     pub range: Range<u64>,
     /// What it was asked to be.
     pub flags: PinFlags,

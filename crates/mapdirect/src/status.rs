@@ -27,7 +27,8 @@ pub struct Holder {
 pub struct PinStatus {
     /// The number by which the guard knows the pin.
     pub pin: u64,
-    /// Bytes of the file, extended to whole filesystem blocks.
+    /// Bytes of the file, extended to whole filesystem blocks. A range up to
+    /// `u64::MAX` has no end.
     pub range: Range<u64>,
     /// What it was asked to be.
     pub flags: PinFlags,
@@ -39,7 +40,7 @@ pub struct PinStatus {
     pub age: u64,
     /// Bytes in stable blocks.
     pub stable: u64,
-    /// Bytes in frozen blocks.
+    /// Bytes in frozen blocks: none for a pin of strength stable.
     pub frozen: u64,
     /// How often its blocks were found changed.
     pub breaches: u64,

@@ -4,7 +4,7 @@ use crate::args::ShowArgs;
 use crate::size::human;
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
-use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange};
+use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange, Strength};
 use mapdirect_model::FileFacts;
 use mapdirect_proto::Reason;
 use mapdirect_sys::capget;
@@ -73,13 +73,12 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     }
     for pin in &pins {
         output::line(&format!(
-            "pinned: bytes {} to {}{} by pid {}",
-            pin.range.start,
-            pin.range.end,
-            if pin.flags.is_whole_file() {
-                ", the whole file and its size,"
-            } else {
-                ""
+            "pinned: {}{} by pid {}",
+            output::bytes(&pin.range),
+            match (pin.flags.strength(), pin.flags.is_whole_file()) {
+                (Strength::Stable, _) => ", strength stable,",
+                (_, true) => ", the whole file and its size,",
+                (_, false) => "",
             },
             pin.pid
         ));
@@ -206,7 +205,8 @@ fn as_json(
             json!({
                 "pin": pin.pin,
                 "offset": pin.range.start,
-                "length": pin.range.end - pin.range.start,
+                "length": json::length(&pin.range),
+                "strength": json::strength(pin.flags.strength()),
                 "pid": pin.pid,
                 "whole_file": pin.flags.is_whole_file(),
             })

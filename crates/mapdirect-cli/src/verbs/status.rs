@@ -5,7 +5,7 @@ use crate::size::human;
 use crate::{Exit, json, output};
 use anyhow::Result;
 use mapdirect::status::{Armed, FileStatus, RefusedOperation, Status};
-use mapdirect::{Breach, Guard, Who};
+use mapdirect::{Breach, Guard, Strength, Who};
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -98,6 +98,9 @@ fn tell_file(file: &FileStatus) {
         if pin.flags.is_whole_file() {
             notes.push("whole file");
         }
+        if pin.flags.strength() == Strength::Stable {
+            notes.push("strength stable");
+        }
         if pin.frozen > 0 {
             notes.push("has frozen blocks");
         }
@@ -115,10 +118,9 @@ fn tell_file(file: &FileStatus) {
         });
         notes.extend(by.as_deref());
         output::line(&format!(
-            "    pin {}: bytes {} to {} ({} stable, {} frozen), {} s, by pid {}{}",
+            "    pin {}: {} ({} stable, {} frozen), {} s, by pid {}{}",
             pin.pin,
-            pin.range.start,
-            pin.range.end,
+            output::bytes(&pin.range),
             human(pin.stable),
             human(pin.frozen),
             pin.age,
@@ -267,7 +269,8 @@ fn file_json(file: &FileStatus) -> Value {
             json!({
                 "pin": pin.pin,
                 "offset": pin.range.start,
-                "length": pin.range.end - pin.range.start,
+                "length": json::length(&pin.range),
+                "strength": json::strength(pin.flags.strength()),
                 "mapped": pin.flags.is_mapped(),
                 "cached": pin.flags.is_cached(),
                 "whole_file": pin.flags.is_whole_file(),

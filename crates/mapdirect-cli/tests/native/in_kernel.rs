@@ -53,6 +53,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ],
         ));
         trials.extend(world.trials("in-kernel", &[kind], &crate::again::TESTS));
+        trials.extend(world.trials("in-kernel", &[kind], &crate::stable::attacked::TESTS));
         if kind.is_dax() {
             // They need a filesystem of their own, and there is one of these.
             continue;

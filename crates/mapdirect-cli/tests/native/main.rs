@@ -36,9 +36,11 @@ mod random;
 mod read_only;
 mod segments;
 mod service;
+mod stable;
 mod states;
 mod strangers;
 mod stuck;
+mod supervised;
 mod together;
 mod tripwire;
 mod unmodified;
@@ -73,6 +75,7 @@ fn main() -> ExitCode {
     trials.extend(writers::trials(&world));
     trials.extend(errors::trials(&world));
     trials.extend(grants::trials(&world));
+    trials.extend(supervised::trials(&world));
     trials.extend(together::trials(&world));
     trials.extend(openers::trials(&world));
     trials.extend(lifetime::trials(&world));
@@ -96,6 +99,7 @@ fn main() -> ExitCode {
     trials.extend(strangers::trials(&world));
     trials.extend(unnoticed::trials(&world));
     trials.extend(unmodified::trials(&world));
+    trials.extend(stable::trials(&world));
     let conclusion = libtest_mimic::run(&arguments, trials);
     // A process that nobody can look at disturbs every guard of the system,
     // and so do crowds: these come alone, behind all others.

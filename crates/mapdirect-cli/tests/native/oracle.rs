@@ -36,6 +36,7 @@ pub fn judges_as_the_policy(world: &World) {
                 operation.range = start..start;
             }
             operation.direct = random.below(2) == 0;
+            operation.late = random.below(3) == 0;
             let now = 1 + random.below(70 * BLOCK);
             let told = oracle.refuses(&operation, now).unwrap();
             let expected = layers.refuses(&operation, now, 0);
@@ -75,6 +76,16 @@ fn random_pin(random: &mut Random, file: &Pieces, size: u64, longest: u64) -> Pi
     let first = random.below(40) / 4 * 4;
     let count = 1 + random.below(longest);
     let range = first * block..(first + count) * block;
+    let around = range.start.saturating_sub(5 * block)..range.end + 5 * block;
+    if random.below(3) == 0 {
+        let end = if random.below(2) == 0 {
+            u64::MAX
+        } else {
+            range.end
+        };
+        let window = (random.below(2) == 0).then_some(around);
+        return Pinned::stable(range.start..end, window, block, geometry);
+    }
     let extents = (0..count).map(|at| {
         let state = match random.below(6) {
             0 => ExtentState::Hole,
@@ -107,8 +118,7 @@ fn random_pin(random: &mut Random, file: &Pieces, size: u64, longest: u64) -> Pi
                 at..at + block * (1 + random.below(3))
             })
             .collect(),
-        window: (random.below(2) == 0)
-            .then(|| range.start.saturating_sub(5 * block)..range.end + 5 * block),
+        window: (random.below(2) == 0).then_some(around),
         grows_into: random.below(3) == 0,
         failing_frees: random.below(3) == 0,
         edges: (0..random.below(2))

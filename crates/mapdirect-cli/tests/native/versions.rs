@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use mapdirect::Guard;
 use mapdirect_proto::{
     Flags, Gate, MAX_MESSAGE, OLDEST_VERSION, PinRequest, Reply, Request, VERSION,
-    VERSION_WITH_BARRIER, VERSION_WITH_POLICY,
+    VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, VERSION_WITH_POLICY,
 };
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, memfd};
@@ -28,6 +28,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("newer-holder", newer_holder),
         ("unknown-holder", unknown_holder),
         ("older-guard", older_guard),
+        ("guard-without-strengths", guard_without_strengths),
         ("newer-guard", newer_guard),
         ("unknown-guard", unknown_guard),
     ] {
@@ -257,6 +258,25 @@ fn older_guard(world: &World) {
         let again = relay.heard(|request| *request == Request::Hello { version });
         assert_eq!(again, 1);
     }
+}
+
+/// A guard that does not know what a pin shall be is not asked for it.
+fn guard_without_strengths(world: &World) {
+    let (disk, guard) = (world.disk(Kind::XFS), world.guard());
+    let path = written(&disk, "versions-strength", 65536);
+    let relay = Relay::new(guard.socket(), VERSION_WITH_FAMILIES - 1);
+    let file = open(&path);
+    let refused = mapdirect::PinOptions::new()
+        .strength(mapdirect::Strength::Stable)
+        .guard(Guard::at(&relay.path))
+        .pin(&file)
+        .unwrap_err();
+    assert_eq!(refused.errno(), Errno::OPNOTSUPP.raw_os_error());
+    let said = refused.to_string();
+    assert!(said.contains("version 2 of the protocol"), "{said}");
+    assert_eq!(relay.heard(|request| matches!(request, Request::Pin(_))), 0);
+    assert!(!is_pinned(&path));
+    std::fs::remove_file(&path).unwrap();
 }
 
 fn newer_guard(world: &World) {

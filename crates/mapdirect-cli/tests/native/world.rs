@@ -61,6 +61,7 @@ pub fn roles() -> Vec<Role> {
         ("overlay", mapdirect_testkit::overlay::play),
         ("dump-core", crate::writers::play_dump_core),
         ("sharer", crate::neighbours::play_sharer),
+        ("stable-stranger", crate::stable::hammer::play_stranger),
         ("forked", crate::states::play_forked),
         ("example-log", crate::examples::play_log),
         ("example-reader", crate::examples::play_reader),

@@ -51,7 +51,8 @@ impl Right {
 #[derive(Clone, Copy, Debug, Default)]
 struct Used {
     pins: u64,
-    bytes: u64,
+    /// A pin may be without end, so there may be more than fit into a file.
+    bytes: u128,
 }
 
 #[derive(Debug, Default)]
@@ -91,7 +92,7 @@ struct Claim {
     claims: Arc<Claims>,
     uid: u32,
     rule: Option<Arc<str>>,
-    bytes: u64,
+    bytes: u128,
 }
 
 impl Claim {
@@ -100,11 +101,11 @@ impl Claim {
         usage: &mut Usage,
         uid: u32,
         rule: Option<Arc<str>>,
-        bytes: u64,
+        bytes: u128,
     ) -> Self {
         let used = usage.of.entry((uid, rule.clone())).or_default();
         used.pins += 1;
-        used.bytes = used.bytes.saturating_add(bytes);
+        used.bytes += bytes;
         usage.all += 1;
         Self {
             claims: Arc::clone(claims),
@@ -122,7 +123,7 @@ impl Drop for Claim {
         usage.all = usage.all.saturating_sub(1);
         if let Some(used) = usage.of.get_mut(&key) {
             used.pins = used.pins.saturating_sub(1);
-            used.bytes = used.bytes.saturating_sub(self.bytes);
+            used.bytes -= self.bytes;
             if used.pins == 0 {
                 usage.of.remove(&key);
             }
@@ -176,7 +177,7 @@ pub(super) fn claim(
     admission: &Admission,
     range: &Range<u64>,
 ) -> Result<Delegated, Refusal> {
-    let bytes = range.end - range.start;
+    let bytes = u128::from(range.end.saturating_sub(range.start));
     let uid = admission.uid;
     let mut usage = claims.lock();
     if usage.all >= claims.most {
@@ -216,7 +217,7 @@ pub(super) fn claim(
                 ),
             )
         } else if let Some(most) = right.bytes
-            && pinned.saturating_add(bytes) > most
+            && pinned + bytes > u128::from(most)
         {
             (
                 Errno::AGAIN,
@@ -253,7 +254,7 @@ pub(super) fn claim(
 pub(super) fn claim_again(claims: &Arc<Claims>, uid: u32, bytes: u64, until: u64) -> Delegated {
     let mut usage = claims.lock();
     Delegated {
-        claim: Claim::count(claims, &mut usage, uid, None, bytes),
+        claim: Claim::count(claims, &mut usage, uid, None, bytes.into()),
         until: (until != NO_LIMIT).then_some(until),
         writes: true,
     }

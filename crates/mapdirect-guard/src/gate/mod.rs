@@ -61,11 +61,11 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
     /// up a pin again.
     fn dormancy(&self) -> Option<&dyn Dormancy>;
 
-    /// Whether XFS may have set blocks of a file aside for copies of shared
-    /// blocks.
-    fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
+    /// Whether XFS has set blocks of a file aside for copies of shared blocks,
+    /// or `None` if that cannot be known.
+    fn has_copy_blocks(&self, file: BorrowedFd<'_>) -> Option<bool> {
         let _ = file;
-        true
+        None
     }
 
     /// Whether anybody else may be able to store to a pinned file by a mapping.

@@ -7,9 +7,10 @@
 
 use super::pending::lock;
 use super::survey::write_back;
-use super::{Granting, Judged, Survey, gone, hand_out, judge, refusal, system};
+use super::{Granting, Judged, Survey, gone, hand_out, judge, length_of, refusal, system};
 use crate::policy::{Operation, OperationKind as K};
-use crate::table::{InodeId, Pin};
+use crate::table::{InodeId, Pin, Watched};
+use crate::tripwire::look_now;
 use crate::{Errno, Guard};
 use mapdirect_proto::{
     AllocateRequest, BlockMap, Extent, ExtentState, Granted, PinRequest, Reason, Refusal,
@@ -86,8 +87,13 @@ fn prepare(
         },
         file: file.as_fd(),
     };
-    if !guard.gate.is_the_pin(&allocation.granting, file.as_fd())? {
+    // A pin that lives by a pipe has left no mark on its description.
+    let is_held = pin.pid == owner.pid && pin.is_let_go() == Some(false);
+    if !is_held && !guard.gate.is_the_pin(&allocation.granting, file.as_fd())? {
         return Err(no_pin());
+    }
+    if pin.follows() {
+        return tell(guard, &watched, &pin, file.as_fd());
     }
     let range = allocation.pages_of(&request)?;
     let before = allocation.read()?;
@@ -119,6 +125,22 @@ fn prepare(
     })
 }
 
+/// Tells the holder of a pin of strength stable what the pin holds now. Its
+/// holder makes blocks stable without the guard.
+fn tell(
+    guard: &Guard,
+    watched: &Watched,
+    pin: &Pin,
+    file: BorrowedFd<'_>,
+) -> Result<Allocated, Refusal> {
+    look_now(guard, watched, pin, file);
+    let map = pin.map().ok_or_else(no_pin)?;
+    Ok(Allocated {
+        now: Some(hand_out(pin, &map)?),
+        result: Ok(()),
+    })
+}
+
 fn no_pin() -> Refusal {
     refusal(
         Reason::Arguments,
@@ -129,15 +151,19 @@ fn no_pin() -> Refusal {
 }
 
 /// Judges the pin as if it were requested now.
-fn judge_again(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> Result<Judged, Refusal> {
+pub(super) fn judge_again(
+    guard: &Guard,
+    pin: &Pin,
+    file: BorrowedFd<'_>,
+) -> Result<Judged, Refusal> {
     let request = PinRequest {
         offset: pin.shown.start,
-        length: pin.shown.end - pin.shown.start,
+        length: length_of(&pin.shown),
         flags: pin.flags,
         patience_ms: 0,
     };
     let mut judged = judge(guard, &request, file)?;
-    if judged.open_flags & OFlags::ACCMODE != OFlags::RDWR {
+    if !pin.follows() && judged.open_flags & OFlags::ACCMODE != OFlags::RDWR {
         return Err(refusal(
             Reason::NotReadWrite,
             Errno::ACCESS,

@@ -11,25 +11,29 @@
 //!   pin.
 
 pub(crate) mod allocate;
+pub(crate) mod giving_way;
 mod others;
 pub(crate) mod pending;
 mod refusal;
 mod request;
+mod stable;
 mod survey;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use self::refusal::{gone, lock_refused, refusal, refuse_executed, system};
-pub(crate) use self::request::{Judged, judge};
+pub(crate) use self::request::{Judged, judge, length_of};
+pub(crate) use self::stable::read_now;
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};
 use crate::delegation::{Admission, from_another_namespace};
+use crate::family::Family;
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use crate::{Errno, Guard};
 use mapdirect_proto::{
-    BlockMap, Granted, MAX_INLINE_EXTENTS, PinRequest, PinnedRange, Reason, Refusal, extent,
+    BlockMap, Flags, Granted, MAX_INLINE_EXTENTS, PinRequest, PinnedRange, Reason, Refusal, extent,
 };
 use mapdirect_sys::memfd;
 use mapdirect_sys::unix::Sender;
@@ -57,6 +61,11 @@ pub(crate) struct Grant {
 pub(crate) trait Conversation {
     /// Asks the holder to replace the descriptor it sent with `replacement`.
     fn swap(&mut self, replacement: BorrowedFd<'_>) -> Result<(), Refusal>;
+
+    /// The family of the process that asks.
+    fn family(&self) -> Option<Arc<Family>> {
+        None
+    }
 
     /// Whether the holder still waits for the answer.
     fn is_wanted(&self) -> bool {
@@ -109,8 +118,12 @@ pub(crate) struct Secured {
 }
 
 impl Granting<'_> {
-    /// Opens the description that will be the pin.
+    /// Opens the description that will be the pin. If a program shall have it in
+    /// place of its own, it is open in the same way.
     pub(crate) fn open_for_pin(&self, file: BorrowedFd<'_>) -> Result<OwnedFd, Refusal> {
+        if self.pin.flags.contains(Flags::IN_PLACE) {
+            return self.reopen(file, self.judged.open_flags & KEPT_FLAGS);
+        }
         let access = if self.judged.is_writable() {
             OFlags::RDWR
         } else {
@@ -146,6 +159,8 @@ pub(crate) fn grant(
     let delegation = &guard.delegation;
     let delegated = admission.map(|admission| delegation.claim(admission, &judged.range));
     let mut delegated = delegated.transpose()?;
+    let family = request.flags.contains(Flags::FAMILY).then(|| talk.family());
+    let family = family.flatten();
     // The tripwire is armed first, so that every later change is noticed.
     let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
@@ -158,7 +173,8 @@ pub(crate) fn grant(
             continue;
         }
         let turn = waiting.into_turn();
-        let pin = Arc::new(judged.unsettled(guard.next_id(), request.flags, owner));
+        let pin = judged.unsettled(guard.next_id(), request.flags, owner);
+        let pin = Arc::new(pin.of_family(family.clone()));
         if let Some(delegated) = delegated.take() {
             pin.is_delegated_by(delegated);
         }

@@ -23,6 +23,8 @@ pub(crate) struct Judged {
     pub(crate) mapped: Option<Range<u64>>,
     /// The holder will not map the frozen parts of the file.
     pub(crate) in_segments: bool,
+    /// The pin shall be of strength stable.
+    pub(crate) follows: bool,
     /// Open flags of the holder's description.
     pub(crate) open_flags: OFlags,
 }
@@ -132,8 +134,19 @@ pub(crate) fn judge(
              (option, or MAPDIRECT_CACHED=1)",
         ));
     }
+    if flags.contains(Flags::IN_PLACE | Flags::MAP) {
+        return Err(refusal(
+            Reason::Arguments,
+            Errno::INVAL,
+            "a pin lives in a program's description, or its holder maps it",
+            "ask for one of both",
+        ));
+    }
     let asked = range_of(request, &facts)?;
-    let range = if flags.contains(Flags::WHOLE_FILE) {
+    let follows = flags.contains(Flags::STABLE);
+    let range = if flags.contains(Flags::WHOLE_FILE) && follows {
+        0..u64::MAX
+    } else if flags.contains(Flags::WHOLE_FILE) {
         let block = u64::from(facts.block_size).max(1);
         0..facts.size.max(1).next_multiple_of(block).max(asked.end)
     } else {
@@ -181,8 +194,18 @@ pub(crate) fn judge(
         range,
         mapped: flags.contains(Flags::MAP).then_some(asked),
         in_segments: flags.contains(Flags::SEGMENTS),
+        follows,
         open_flags,
     })
+}
+
+/// The length of a range, as a request has it.
+pub(crate) fn length_of(range: &Range<u64>) -> u64 {
+    if range.end == u64::MAX {
+        PinRequest::WITHOUT_END
+    } else {
+        range.end - range.start
+    }
 }
 
 /// The requested range, extended to whole blocks.
@@ -196,10 +219,22 @@ fn range_of(request: &PinRequest, facts: &FileFacts) -> Result<Range<u64>, Refus
             "give a smaller offset or length",
         )
     };
+    if request.length == PinRequest::WITHOUT_END {
+        if request.flags.contains(Flags::STABLE) {
+            return Ok(request.offset - request.offset % block..u64::MAX);
+        }
+        return Err(refusal(
+            Reason::Arguments,
+            Errno::INVAL,
+            "only the range of a pin of strength stable can go on without an end",
+            "give a length, or ask for strength stable",
+        ));
+    }
     let (start, end) = if request.length > 0 {
         let end = request.offset.checked_add(request.length);
         (request.offset, end.ok_or_else(overflow)?)
     } else if request.flags.contains(Flags::WHOLE_FILE) {
+        // An empty file has a size, too.
         (0, facts.size.max(1))
     } else {
         (request.offset, facts.size)

@@ -5,6 +5,7 @@
 
 use super::Granting;
 use super::refusal::{obstructed, refusal, system};
+use super::stable::require_told;
 use crate::Errno;
 use crate::apart::{self, Held};
 use crate::policy::{Apart, Beside, Pinned, pages_between};
@@ -49,6 +50,9 @@ impl Survey<'_> {
     /// after that.
     pub(crate) fn until_at_rest(&self, at_rest: bool) -> Result<(BlockMap, Findings), Refusal> {
         const TRIES: u32 = 10;
+        if self.granting.judged.follows {
+            return self.of_stable(at_rest);
+        }
         let mut map = self.read(at_rest)?;
         for _ in 0..TRIES {
             self.require_pinnable(&map)?;
@@ -128,12 +132,12 @@ impl Survey<'_> {
     /// because XFS looks there first (`xfs_map_blocks`, fs/xfs/xfs_aops.c). Only
     /// debug kernels show the reservations, so they are freed unseen. XFS frees
     /// them for inodes without dirty pages (`xfs_can_free_cowblocks`).
-    fn free_copy_blocks(&self) -> Result<(), Refusal> {
+    pub(super) fn free_copy_blocks(&self) -> Result<(), Refusal> {
         // Writing back a whole filesystem takes as long as others have written
         // to it, so do it only when there may be something to free.
         let gate = &self.granting.guard.gate;
-        if self.granting.judged.window().is_none() || !gate.may_have_copy_blocks(self.file.as_fd())
-        {
+        let none = gate.has_copy_blocks(self.file.as_fd()) == Some(false);
+        if self.granting.judged.window().is_none() || none {
             return Ok(());
         }
         // syncfs(2), because fsync(2) leaves the inode marked as having dirty
@@ -144,31 +148,14 @@ impl Survey<'_> {
     }
 
     pub(crate) fn require_pinnable(&self, map: &BlockMap) -> Result<(), Refusal> {
-        for (state, reason, text) in [
-            (
-                ExtentState::Inline,
-                Reason::InlineData,
-                "lies inside the inode",
-            ),
-            (
-                ExtentState::Encoded,
-                Reason::Encoded,
-                "is encrypted or compressed",
-            ),
-        ] {
-            if map.total(state) > 0 {
-                return Err(refusal(
-                    reason,
-                    Errno::OPNOTSUPP,
-                    format!("part of the range {text}"),
-                    "",
-                ));
-            }
-        }
+        require_told(map)?;
         if map.is_stable() {
             return Ok(());
         }
-        if let Some(mapped) = &self.granting.judged.mapped
+        // A program that knows nothing of pins does not, either.
+        let in_place = self.granting.pin.flags.contains(Flags::IN_PLACE);
+        let all = in_place.then_some(&self.granting.judged.range);
+        if let Some(mapped) = self.granting.judged.mapped.as_ref().or(all)
             && !self.granting.judged.in_segments
         {
             let under: Vec<_> = map

@@ -1,9 +1,9 @@
 //! Receives requests and their descriptors.
 
 use super::{Handed, Said, Session, protocol};
+use crate::Errno;
 use crate::delegation::{self, not_capable};
 use crate::grant::{self, system};
-use crate::Errno;
 use mapdirect_proto::{DecodeError, Refusal, Request, VERSION_WITH_POLICY};
 use mapdirect_sys::unix::{Received, Sender, Socket};
 use mapdirect_sys::{descriptors, memfd};

@@ -1,9 +1,9 @@
 //! Who may ask for what.
 
 use super::{End, Session};
+use crate::Errno;
 use crate::delegation::not_capable;
 use crate::grant::refusal;
-use crate::Errno;
 use mapdirect_proto::{Reason, Refusal, Reply, VERSION_WITH_POLICY};
 use mapdirect_sys::memfd::Prover;
 use mapdirect_sys::unix::Sender;
@@ -13,7 +13,11 @@ impl Session<'_> {
     /// Checks a proof. A proof counts only for the process that made it, and
     /// only on this connection: if somebody makes a privileged program produce
     /// the proof, it names that other process.
-    pub(super) fn prove(&mut self, prover: Option<Prover>, sender: Option<Sender>) -> Result<(), End> {
+    pub(super) fn prove(
+        &mut self,
+        prover: Option<Prover>,
+        sender: Option<Sender>,
+    ) -> Result<(), End> {
         let proven = match prover {
             Some(prover) => self.require_prover(prover, sender).map(|()| prover),
             None => Err(not_capable()),

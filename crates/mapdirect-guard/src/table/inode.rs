@@ -5,15 +5,17 @@ use super::layered::Layered;
 use super::notes::{Notes, Opens, Passing};
 use super::publish::{Machine, Published};
 use super::{InodeId, Pin};
+use crate::family::Family;
 use crate::grant::pending::Queue;
 use crate::ledger::PinSet;
 use crate::policy::{Operation, RULES};
 use arc_swap::ArcSwap;
 use mapdirect_sys::fanotify::Object;
-use mapdirect_sys::{Errno, open_tree, proc};
+use mapdirect_sys::{Errno, ancestry, open_tree, proc};
 use rustix::fs::OFlags;
+use std::cell::OnceCell;
 use std::os::fd::{BorrowedFd, OwnedFd};
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
@@ -56,6 +58,8 @@ pub(crate) struct Watched {
     pub(crate) opens: Opens,
     /// Threads that may open the file for writing, once each.
     announced: ArcSwap<Vec<Arc<Announcement>>>,
+    /// A pin of a family was added. Stays set.
+    has_families: AtomicBool,
     /// Counts of refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
     /// The requests that wait for a grant.
@@ -97,6 +101,7 @@ impl Watched {
             notes: Notes::default(),
             opens: Opens::default(),
             announced: ArcSwap::default(),
+            has_families: AtomicBool::new(false),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             queue: Queue::default(),
             anchor: Mutex::default(),
@@ -209,6 +214,9 @@ impl Watched {
     }
 
     pub(crate) fn add(&self, pin: &Arc<Pin>) {
+        if pin.family.is_some() {
+            self.has_families.store(true, SeqCst);
+        }
         self.pins.rcu(|pins| pins.with(Arc::clone(pin)));
     }
 
@@ -235,6 +243,39 @@ impl Watched {
         moved: u64,
     ) -> bool {
         self.layered.let_pass(pins, operation, size, moved)
+    }
+
+    /// Whether a process, which does not end meanwhile, belongs to the family of
+    /// a pin. Takes no lock and waits for nobody. `process` is asked only if
+    /// there are families.
+    pub(crate) fn is_in_family(&self, process: impl FnOnce() -> Option<i32>) -> bool {
+        if !self.has_families.load(SeqCst) {
+            return false;
+        }
+        let families = self.families();
+        let root = OnceCell::new();
+        let is_root = |pid| {
+            let family = families.iter().find(|family| family.pid() == pid);
+            family.is_some_and(|family| root.set(Arc::clone(family)).is_ok())
+        };
+        !families.is_empty()
+            && process().is_some_and(|process| ancestry::descends(process, is_root))
+            // Nobody else had the number of a holder that still lives.
+            && root.get().is_some_and(|family| family.lives())
+    }
+
+    /// The families that have pins.
+    pub(crate) fn families(&self) -> Vec<Arc<Family>> {
+        let mut families: Vec<Arc<Family>> = Vec::new();
+        for pin in self.pins.load().iter().filter(|pin| !pin.is_dead()) {
+            if let Some(family) = &pin.family
+                && family.lives()
+                && !families.iter().any(|other| Arc::ptr_eq(other, family))
+            {
+                families.push(Arc::clone(family));
+            }
+        }
+        families
     }
 
     /// Lets a thread open the file for writing, once. Returns `false` when too

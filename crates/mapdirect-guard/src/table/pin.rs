@@ -4,16 +4,18 @@ use super::LOCK_BASE;
 use super::life::{Life, Stage};
 use crate::apart::Held;
 use crate::delegation::Delegated;
+use crate::family::Family;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
 use crate::policy::{Layers, Operation, Pinned};
-use arc_swap::ArcSwapOption;
-use mapdirect_proto::{BlockMap, Flags};
+use arc_swap::{ArcSwap, ArcSwapOption};
+use mapdirect_model::held::{Copied, told_apart};
+use mapdirect_proto::{BlockMap, ExtentState, Flags};
 use mapdirect_sys::fcntl::conflicting_lock;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Instant;
 
 /// One pin.
@@ -31,6 +33,8 @@ pub(crate) struct Pin {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) since: Instant,
+    /// The holder and its descendants, if they have its rights together.
+    pub(crate) family: Option<Arc<Family>>,
     /// The stage of the pin's life.
     life: Life,
     /// What is known of the blocks, or `None` while the pin is unsettled.
@@ -43,10 +47,34 @@ pub(crate) struct Pin {
     /// Grows by one when the holder begins to have blocks allocated, and by one
     /// when the allocation is over.
     changes: AtomicU64,
+    /// Where copies of shared blocks may take blocks along that a pin of strength
+    /// stable would hold otherwise.
+    copied: ArcSwap<Copied>,
+    /// Where a pin of strength stable gives way for now, and where it refuses
+    /// again but nothing is held yet.
+    gives_way: Mutex<GivingWay>,
     /// Whether the promise was kept.
     pub(crate) fate: Fate,
     /// What allowed it to a holder without the capability.
     delegated: OnceLock<Delegated>,
+}
+
+/// Where a pin of strength stable gives way.
+#[derive(Clone, Debug, Default)]
+struct GivingWay {
+    /// What the pin refuses otherwise.
+    whole: Option<Pinned>,
+    /// Nothing is refused here,
+    open: Vec<Range<u64>>,
+    /// and nothing held here.
+    loose: Vec<Range<u64>>,
+}
+
+/// Takes one of several equal ranges out of a list.
+fn take(ranges: &mut Vec<Range<u64>>, range: &Range<u64>) {
+    if let Some(at) = ranges.iter().position(|other| other == range) {
+        ranges.swap_remove(at);
+    }
 }
 
 /// What is known of a pin once its block map is at rest.
@@ -112,11 +140,14 @@ impl Pin {
             pid: owner.pid,
             uid: owner.uid,
             since: Instant::now(),
+            family: None,
             life: Life::at(Stage::Unsettled),
             settled: ArcSwapOption::empty(),
             lifeline: OnceLock::new(),
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
+            copied: ArcSwap::default(),
+            gives_way: Mutex::default(),
             fate: Fate::default(),
             delegated: OnceLock::new(),
         }
@@ -136,6 +167,11 @@ impl Pin {
     /// a mapping of its own over blocks that must not be stored to.
     pub(crate) fn is_of_untrusted_writer(&self) -> bool {
         self.delegated().is_some_and(|delegated| delegated.writes)
+    }
+
+    /// The same pin, of a family.
+    pub(crate) fn of_family(self, family: Option<Arc<Family>>) -> Self {
+        Self { family, ..self }
     }
 
     /// Whether the pin covers any of these bytes.
@@ -158,15 +194,103 @@ impl Pin {
             pid,
             uid: self.uid,
             since: Instant::now(),
+            family: None,
             // Only the process that mapped the file has the description.
             life: Life::at(Stage::HandedOver),
             settled: ArcSwapOption::new(self.settled()),
             lifeline: OnceLock::new(),
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
+            copied: ArcSwap::new(self.copied()),
+            gives_way: Mutex::new(self.giving_way().clone()),
             fate: Fate::default(),
             delegated: OnceLock::new(),
         }
+    }
+
+    /// Whether the pin is of strength stable.
+    pub(crate) fn follows(&self) -> bool {
+        self.flags.contains(Flags::STABLE)
+    }
+
+    /// Records where copies of shared blocks may take blocks along.
+    pub(crate) fn follow(&self, copied: Copied) {
+        self.copied.store(Arc::new(copied));
+    }
+
+    /// Where copies of shared blocks may take blocks along, as far as a pin of
+    /// strength stable is concerned.
+    pub(crate) fn copied(&self) -> Arc<Copied> {
+        self.copied.load_full()
+    }
+
+    fn giving_way(&self) -> MutexGuard<'_, GivingWay> {
+        self.gives_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Where nothing is held although it may be stable: copies of shared blocks
+    /// may take it along, or the pin gives way.
+    pub(crate) fn not_held(&self) -> Copied {
+        self.copied().and(&self.giving_way().loose)
+    }
+
+    /// Refuses nothing in a range for now, and holds nothing there. Nobody may
+    /// look at the blocks meanwhile.
+    pub(crate) fn begin_to_give_way(&self, range: &Range<u64>) {
+        {
+            let mut giving = self.giving_way();
+            giving.open.push(range.clone());
+            giving.loose.push(range.clone());
+            self.judge_by(&giving);
+        }
+        if let Some(map) = self.map() {
+            let range = Copied::NOTHING.and(&[range.clone()]);
+            self.record(&told_apart(&map, &range));
+        }
+    }
+
+    /// Refuses everything in a range again.
+    pub(crate) fn refuse_again(&self, range: &Range<u64>) {
+        let mut giving = self.giving_way();
+        take(&mut giving.open, range);
+        self.judge_by(&giving);
+    }
+
+    /// Holds what is stable in a range again, once that is found out.
+    pub(crate) fn hold_again(&self, range: &Range<u64>) {
+        take(&mut self.giving_way().loose, range);
+    }
+
+    /// Judges by what the pin refuses where it does not give way.
+    fn judge_by(&self, giving: &GivingWay) {
+        let (Some(whole), Some(before)) = (&giving.whole, self.settled()) else {
+            return;
+        };
+        let pinned = whole.clone().giving_way(giving.open.iter().cloned());
+        self.settled.store(Some(Arc::new(Settled {
+            layers: Arc::new(Layers::of(&pinned)),
+            // A pin of strength stable keeps no pages.
+            _kept_pages: None,
+            stable: before.stable,
+            frozen: before.frozen,
+        })));
+    }
+
+    /// Whether the pin covers any of these bytes, settled or not.
+    pub(crate) fn overlaps(&self, range: &Range<u64>) -> bool {
+        self.shown.start.max(range.start) < self.shown.end.min(range.end)
+    }
+
+    /// Bytes in stable and in frozen blocks, now. A pin of strength stable
+    /// freezes nothing.
+    pub(crate) fn totals(&self, settled: &Settled) -> (u64, u64) {
+        if !self.follows() {
+            return (settled.stable, settled.frozen);
+        }
+        let map = self.map();
+        (map.map_or(0, |map| map.total(ExtentState::Written)), 0)
     }
 
     /// The byte on which the pin's description has a lock.
@@ -178,13 +302,18 @@ impl Pin {
     /// that. This is repeated when the holder has blocks allocated, and when
     /// the block map was found to have changed during the grant.
     pub(crate) fn settle(&self, map: &BlockMap, pinned: &Pinned, kept_pages: Option<Held>) {
-        let frozen: u64 = map.frozen().map(|extent| extent.length).sum();
+        let frozen = map
+            .frozen()
+            .fold(0, |sum: u64, extent| sum.saturating_add(extent.length));
         let range = map.range();
         self.record(map);
+        if self.follows() {
+            self.giving_way().whole = Some(pinned.clone());
+        }
         self.settled.store(Some(Arc::new(Settled {
             layers: Arc::new(Layers::of(pinned)),
             _kept_pages: kept_pages,
-            stable: range.end - range.start - frozen,
+            stable: (range.end - range.start).saturating_sub(frozen),
             frozen,
         })));
         // The stage changes after the blocks are stored, so that a thread which

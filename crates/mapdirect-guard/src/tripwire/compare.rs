@@ -4,8 +4,18 @@ use mapdirect_proto::{BlockMap, Extent, ExtentState as S};
 use std::ops::Range;
 
 /// Whether a block may change from one state and place to another without
-/// breaking the promise.
-fn is_kept(before: &Extent, now: &Extent) -> bool {
+/// breaking the promise of a pin.
+fn is_kept(follows: bool, before: &Extent, now: &Extent) -> bool {
+    if follows {
+        // It holds what is stable. Everything else may change, but nothing comes
+        // to be shared.
+        let stays = now.state == S::Written && before.physical == now.physical;
+        return match before.state {
+            S::Written => stays || now.state == S::Loose && before.physical == now.physical,
+            S::Shared => true,
+            _ => now.state != S::Shared,
+        };
+    }
     match (before.state, now.state) {
         // Space is reserved in memory, but no block is chosen yet. When one is
         // chosen, the filesystem raises an event.
@@ -27,8 +37,9 @@ pub(crate) struct Difference {
 }
 
 /// Compares what both maps say about `range`. The maps cover the range, or as
-/// much of it as counts.
+/// much of it as counts. The pin may be one of strength stable (`follows`).
 pub(crate) fn difference(
+    follows: bool,
     before: &BlockMap,
     now: &BlockMap,
     range: &Range<u64>,
@@ -42,7 +53,7 @@ pub(crate) fn difference(
         let end = was.end().min(is.end()).min(range.end);
         let part = at..end;
         if let (Some(was), Some(is)) = (was.clipped(&part), is.clipped(&part))
-            && !is_kept(&was, &is)
+            && !is_kept(follows, &was, &is)
         {
             let stable = was.state.is_stable();
             found = Some(found.map_or_else(
@@ -72,7 +83,7 @@ pub(crate) fn difference_of_stable(
         .iter()
         .filter(|extent| extent.state.is_stable())
         .filter_map(|extent| extent.clipped(range));
-    runs.filter_map(|run| difference(before, now, &(run.offset..run.end())))
+    runs.filter_map(|run| difference(false, before, now, &(run.offset..run.end())))
         .reduce(|first, last| Difference {
             range: first.range.start..last.range.end,
             stable: true,
@@ -96,6 +107,42 @@ pub(crate) fn renewed(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> 
         whole,
         extents,
     )
+}
+
+/// `before`, with everything in `range` that is not stable in it as it is `now`,
+/// or `None` if that is the same.
+pub(crate) fn grown(before: &BlockMap, now: &BlockMap, range: &Range<u64>) -> Option<BlockMap> {
+    let mut extents = Vec::new();
+    let mut is_new = before.file_size() != now.file_size();
+    let mut at = range.start;
+    while at < range.end {
+        let (Some(was), Some(is)) = (before.find(at), now.find(at)) else {
+            break;
+        };
+        let part = at..was.end().min(is.end()).min(range.end);
+        let (was, is) = (was.clipped(&part), is.clipped(&part));
+        let stays = was.filter(|was| was.state.is_stable() || Some(*was) == is);
+        is_new |= stays.is_none();
+        extents.extend(stays.or(is));
+        at = part.end;
+    }
+    is_new.then(|| {
+        let inside = BlockMap::new(
+            now.device(),
+            now.block_size(),
+            now.file_size(),
+            range.clone(),
+            extents,
+        );
+        let grown = renewed(before, &inside, range);
+        BlockMap::new(
+            now.device(),
+            now.block_size(),
+            now.file_size(),
+            grown.range(),
+            grown.extents().iter().copied(),
+        )
+    })
 }
 
 /// The extents of a map inside `range`.
@@ -142,7 +189,51 @@ mod tests {
         }
     }
 
+    fn loosened() -> impl Strategy<Value = Blocks> {
+        blocks().prop_map(|mut blocks| {
+            for (at, block) in blocks.iter_mut().enumerate() {
+                if at % 5 == 0 && block.0 == S::Written {
+                    block.0 = S::Loose;
+                }
+            }
+            blocks
+        })
+    }
+
     proptest! {
+        /// What a pin of strength stable holds stays, and everything else is
+        /// taken as it comes.
+        #[test]
+        fn what_is_stable_is_held_and_what_becomes_so_from_then_on(
+            before in loosened(),
+            now in loosened(),
+            start in 0..END,
+            length in 0..END,
+        ) {
+            let range = start..(start + length).min(END);
+            let broken = |at: &u64| {
+                let at = usize::try_from(*at).unwrap();
+                let (was, is) = (before[at], now[at]);
+                let is_there = matches!(is.0, S::Written | S::Loose) && was.1 == is.1;
+                was.0 == S::Written && !is_there || was.0 != S::Shared && is.0 == S::Shared
+            };
+            let broken: Vec<u64> = range.clone().filter(broken).collect();
+            let found = difference(true, &map(&before), &map(&now), &range);
+            let found = found.map(|found| found.range);
+            let span = broken.first().zip(broken.last()).map(|(first, last)| *first..last + 1);
+            prop_assert_eq!(found, span);
+            let expected: Blocks = (0..END)
+                .map(|at| {
+                    let place = usize::try_from(at).unwrap();
+                    let is_held = before[place].0 == S::Written;
+                    if range.contains(&at) && !is_held { now[place] } else { before[place] }
+                })
+                .collect();
+            let grown = grown(&map(&before), &map(&now), &range);
+            prop_assert_eq!(grown.is_some(), expected != before);
+            prop_assert_eq!(&grown.unwrap_or_else(|| map(&before)), &map(&expected));
+        }
+
         #[test]
         fn it_agrees_with_a_look_at_every_block(
             before in blocks(),
@@ -170,7 +261,7 @@ mod tests {
                 range: *first..last + 1,
                 stable: differing.iter().any(was_stable),
             });
-            prop_assert_eq!(difference(&map(&before), &map(&now), &range), expected);
+            prop_assert_eq!(difference(false, &map(&before), &map(&now), &range), expected);
             let stable: Vec<u64> = differing.iter().copied().filter(was_stable).collect();
             let expected = stable.first().zip(stable.last()).map(|(first, last)| Difference {
                 range: *first..last + 1,
@@ -195,7 +286,7 @@ mod tests {
                 .collect();
             let renewed = renewed(&map(&before), &map(&now), &range);
             prop_assert_eq!(&renewed, &map(&expected));
-            prop_assert_eq!(difference(&renewed, &map(&now), &range), None);
+            prop_assert_eq!(difference(false, &renewed, &map(&now), &range), None);
         }
     }
 }

@@ -13,8 +13,9 @@
 //! a long map piece by piece; each piece is consistent in itself, and only that
 //! is compared.
 
-use super::compare::{self, difference, difference_of_stable, extents_in};
+use super::compare::{self, difference, difference_of_stable, extents_in, grown};
 use super::wires::{Listened, Who};
+use crate::grant::read_now;
 use crate::table::{Pin, Watched};
 use crate::{Errno, Guard};
 use mapdirect_proto::{BlockMap, Breach, Cause};
@@ -59,11 +60,13 @@ pub(super) struct Order {
     pub(super) may_be_dead: bool,
 }
 
-/// The result of a look.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The result of a look. Of several pins the last of these counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Outcome {
     /// Everything is as it was, or the difference has been reported.
     Done,
+    /// Nothing is broken, but more is stable than before.
+    Grown,
     /// Some blocks cannot be judged yet: a grant is under way, or the holder
     /// has blocks allocated.
     Undecided,
@@ -107,6 +110,18 @@ impl Blocks {
             let end = end.max().unwrap_or(u64::MAX);
             self.runs = vec![(first, end - first)];
         }
+    }
+
+    /// These blocks and others.
+    pub(super) fn and(&self, others: &Self) -> Self {
+        let mut both = self.clone();
+        if others.all {
+            both.add(None);
+        }
+        for run in &others.runs {
+            both.add(Some(*run));
+        }
+        both
     }
 
     /// The blocks that lie in a pin, in bytes.
@@ -178,9 +193,7 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let mut outcome = Outcome::Done;
     for pin in alive {
         let found = look_at(guard, order, pin, file.as_fd());
-        if found != Outcome::Done {
-            outcome = found;
-        }
+        outcome = outcome.max(found);
     }
     outcome
 }
@@ -192,10 +205,18 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
     };
     let mut outcome = Outcome::Done;
     for range in order.blocks.of(&map) {
-        let Ok(now) = mapdirect_model::block_map::read(file, range.clone()) else {
+        let now = if pin.follows() {
+            read_now(guard, pin, file, range.clone())
+        } else {
+            mapdirect_model::block_map::read(file, range.clone())
+        };
+        let Ok(now) = now else {
             return Outcome::Failed;
         };
-        let Some(mut found) = difference(&map, &now, &range) else {
+        let Some(mut found) = difference(pin.follows(), &map, &now, &range) else {
+            if pin.follows() && !pin.is_being_granted() {
+                outcome = outcome.max(grow(pin, &now, &range));
+            }
             continue;
         };
         // What is promised is not fully known yet.
@@ -225,13 +246,41 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
         let was = extents_in(&map, &found.range);
         let is = extents_in(&now, &found.range);
         let id = (order.watched.id.device(), order.watched.id.inode);
-        let (time, range) = (since_the_epoch(), found.range.clone());
-        let breach = Breach::new(pin.id, id, "", time, range, (&was, &is)).caused_by(cause);
+        let (time, at) = (since_the_epoch(), found.range.clone());
+        let breach = Breach::new(pin.id, id, "", time, at, (&was, &is)).caused_by(cause);
         // A breach is reported once: from now on this is the reference.
         pin.renew(&map, compare::renewed(&map, &now, &found.range));
+        if pin.follows() {
+            grow(pin, &now, &range);
+        }
         guard.notices.breach(&order.watched, pin, breach);
     }
     outcome
+}
+
+/// Has a pin of strength stable hold what has become stable.
+fn grow(pin: &Pin, now: &BlockMap, range: &Range<u64>) -> Outcome {
+    let map = pin.map();
+    let more = map
+        .as_ref()
+        .and_then(|map| Some((map, grown(map, now, range)?)));
+    let Some((seen, more)) = more else {
+        return Outcome::Done;
+    };
+    pin.renew(seen, more);
+    Outcome::Grown
+}
+
+/// Reads everything that a pin of strength stable holds now, and has the pin
+/// hold it.
+pub(crate) fn look_now(guard: &Guard, watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) {
+    let _looking = watched.look();
+    if let Some(map) = pin.map()
+        && let Ok(now) = read_now(guard, pin, file, map.range())
+        && difference(true, &map, &now, &map.range()).is_none()
+    {
+        grow(pin, &now, &map.range());
+    }
 }
 
 fn has_ended(guard: &Guard, pin: &Pin, file: BorrowedFd<'_>) -> bool {

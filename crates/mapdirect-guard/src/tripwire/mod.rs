@@ -29,6 +29,7 @@ use crate::table::{InodeId, Watched};
 use crate::wake::Waker;
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
+pub(crate) use look::look_now;
 use look::{Blocks, Hit, Order, Outcome};
 use mapdirect_model::facts::Filesystem;
 use mapdirect_sys::{file_handle, proc};
@@ -48,6 +49,10 @@ const ROUND: Duration = Duration::from_millis(20);
 /// pieces does not keep a processor busy.
 const PAUSE: Duration = Duration::from_millis(10);
 const REST: u32 = 3;
+/// The same while files grow under pins of strength stable, which may go on for
+/// hours; but a change is always noticed in time.
+const REST_WHILE_GROWING: u32 = 9;
+const LONGEST_REST: Duration = Duration::from_millis(60);
 /// When to look again after the first look, because an event may come a moment
 /// before the change.
 const AGAIN: [Duration; 3] = [
@@ -55,6 +60,10 @@ const AGAIN: [Duration; 3] = [
     Duration::from_millis(400),
     Duration::from_secs(4),
 ];
+/// The blocks of events are forgotten once they are between once and twice as
+/// old as this and were looked at. A file that grows for hours is not looked at
+/// from the start again and again.
+const FORGET: Duration = Duration::from_secs(5);
 /// When to try again what could not be decided: the pause doubles each time.
 const RETRY: Duration = Duration::from_millis(20);
 const LONGEST_RETRY: Duration = Duration::from_secs(1);
@@ -190,6 +199,11 @@ struct Case {
     watched: Arc<Watched>,
     file: Arc<Listened>,
     blocks: Blocks,
+    /// The blocks of events that are older, but not yet too old: one may come
+    /// before its change.
+    older: Blocks,
+    /// When the events began that are not older.
+    since: Instant,
     hits: Vec<Hit>,
     /// The file's filesystem may have been shut down.
     may_be_dead: bool,
@@ -210,6 +224,8 @@ impl Case {
             watched,
             file,
             blocks: Blocks::default(),
+            older: Blocks::default(),
+            since: Instant::now(),
             hits: Vec::new(),
             may_be_dead: false,
             due: None,
@@ -275,10 +291,19 @@ impl Case {
     fn looked(&mut self, looked: &Looked) {
         let now = Instant::now();
         self.looking = false;
-        self.rests_until = now + PAUSE.max(looked.took * REST);
+        let rest = PAUSE.max(looked.took * REST);
+        self.rests_until = now
+            + match looked.outcome {
+                Outcome::Grown => rest.max((looked.took * REST_WHILE_GROWING).min(LONGEST_REST)),
+                _ => rest,
+            };
         match looked.outcome {
-            Outcome::Done => {
+            Outcome::Done | Outcome::Grown => {
                 self.retry = RETRY;
+                if self.since.elapsed() > FORGET {
+                    self.older = std::mem::take(&mut self.blocks);
+                    self.since = now;
+                }
                 for hit in self
                     .hits
                     .iter_mut()
@@ -456,7 +481,7 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
             tripwire.looks.order(Order {
                 watched: Arc::clone(&case.watched),
                 file: Arc::clone(&case.file),
-                blocks: case.blocks.clone(),
+                blocks: case.blocks.and(&case.older),
                 hits: case.hits.clone(),
                 may_be_dead: case.may_be_dead,
             });

@@ -21,7 +21,8 @@
 //!   begins.
 //! * When several pins are merged, a growing write that fails is judged by the
 //!   largest of their size floors ([`Beside::failing_frees`]), and an insertion
-//!   counts as moving what lies beside any of them ([`Beside::window`]).
+//!   counts as moving what lies beside any of them ([`Beside::window`]). Blocks
+//!   are unshared in pins of strength stable only while no other pin is there.
 //!
 //! [`Beside::failing_frees`]: super::Beside::failing_frees
 //! [`Beside::window`]: super::Beside::window
@@ -82,6 +83,11 @@ pub struct Layers {
     /// file grow and fails frees blocks of a pin; see
     /// [`Beside::failing_frees`](super::Beside::failing_frees).
     pub failing_frees: bool,
+    /// The largest end of the pins of strength stable, or 0 if there is none. A
+    /// size that is smaller than this and than the present one is refused.
+    pub followed_end: u64,
+    /// Whether blocks may be unshared: every pin is of strength stable.
+    pub unshares: bool,
     /// The number of bytes in a block.
     pub block: u64,
     /// The number of bytes in a page.
@@ -97,6 +103,8 @@ impl Layers {
             fixed_size: None,
             largest_size: None,
             failing_frees: false,
+            followed_end: 0,
+            unshares: true,
             block: 1,
             page: 1,
         }
@@ -110,11 +118,18 @@ impl Layers {
             fixed_size: pin.fixed_size,
             largest_size: pin.holds_tail.then_some(pin.file_size),
             failing_frees: pin.beside.failing_frees,
+            followed_end: match pin.firm().last() {
+                Some(last) if pin.follows => last.end,
+                _ => 0,
+            },
+            unshares: pin.follows,
             block: pin.block,
             page: pin.geometry.page,
             ..Self::none()
         };
-        layers.push(List::Pinned, pin.range.clone());
+        for run in pin.firm() {
+            layers.push(List::Pinned, run);
+        }
         layers.push(List::Ahead, pin.ahead());
         layers.add_beside(pin);
         layers.add_frozen(pin);
@@ -147,6 +162,8 @@ impl Layers {
             let largest = all.largest_size.into_iter().chain(pin.largest_size);
             all.largest_size = largest.min();
             all.failing_frees |= pin.failing_frees;
+            all.followed_end = all.followed_end.max(pin.followed_end);
+            all.unshares &= pin.unshares;
             for (list, runs) in all.lists.iter_mut().zip(&pin.lists) {
                 list.extend_from_slice(runs);
             }
@@ -278,10 +295,12 @@ impl Layers {
     /// bytes.
     #[must_use]
     pub fn refuses(&self, operation: &Operation, size: u64, moved: u64) -> bool {
-        operation
-            .ranges()
-            .any(|range| self.refuses_at(operation, range, size))
-            || self.refuses_growth(operation, size)
+        operation.ranges().any(|range| {
+            let late = operation.late && operation.kind == OperationKind::Truncate;
+            // What the file has grown by meanwhile may not be cut off.
+            let size = if late { u64::MAX } else { size };
+            self.refuses_at(operation, range, size)
+        }) || self.refuses_growth(operation, size)
             || operation.brings_shared && self.refuses_sharing(&operation.reach(size), moved)
     }
 
@@ -303,6 +322,9 @@ impl Layers {
     /// Whether an operation reaches blocks that it may not meet.
     fn refuses_reach(&self, kind: OperationKind, range: &Range<u64>, size: u64) -> bool {
         let rule = kind.rule();
+        if kind == OperationKind::UnshareRange && self.unshares {
+            return false;
+        }
         let reach = match rule.reach {
             Reach::Nothing => return false,
             Reach::Everything => return true,
@@ -310,7 +332,7 @@ impl Layers {
             Reach::ToTheEnd => range.start..u64::MAX,
             Reach::BeyondSize => {
                 let resized = self.fixed_size.is_some_and(|size| *range != (size..size));
-                return range.start < self.size_floor || resized;
+                return range.start < self.size_floor.max(self.followed_end.min(size)) || resized;
             }
         };
         let list = match rule.refused_on {

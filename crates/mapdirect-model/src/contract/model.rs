@@ -21,6 +21,10 @@ struct Pin {
     first: u64,
     states: Vec<ExtentState>,
     whole_file: bool,
+    /// It is of strength stable,
+    follows: bool,
+    /// and then gives way in these blocks.
+    gives_way: Vec<Range<u64>>,
     /// Size of the file when it was pinned.
     size: u64,
     /// The blocks that are mapped, from where a page begins, and whether
@@ -113,8 +117,23 @@ impl Pin {
         ways.any(|way| Some(way) != first)
     }
 
+    fn gives_way_at(&self, at: u64) -> bool {
+        self.follows && self.gives_way.iter().any(|run| run.contains(&at))
+    }
+
+    /// The end of the last block in which it does not give way.
+    fn firm_end(&self) -> u64 {
+        if self.whole_file {
+            // What gives way here has an end.
+            return u64::MAX;
+        }
+        let firm = (self.first..self.end()).filter(|at| !self.gives_way_at(*at));
+        firm.last().map_or(0, |last| (last + 1) * self.block)
+    }
+
     fn is_frozen(&self, at: u64) -> bool {
         match self.state(at) {
+            _ if self.follows => false,
             None => false,
             Some(ExtentState::Written) => self.is_copied(at),
             Some(_) => true,
@@ -122,12 +141,12 @@ impl Pin {
     }
 
     fn is_shared(&self, at: u64) -> bool {
-        self.state(at) == Some(ExtentState::Shared)
+        !self.follows && self.state(at) == Some(ExtentState::Shared)
     }
 
     /// Whether it is not pinned, and takes blocks of the pin along.
     fn is_beside(&self, at: u64) -> bool {
-        self.state(at).is_none() && self.beside.iter().any(|run| run.contains(&at))
+        !self.follows && self.state(at).is_none() && self.beside.iter().any(|run| run.contains(&at))
     }
 
     fn is_in_window(&self, at: u64) -> bool {
@@ -137,7 +156,8 @@ impl Pin {
     /// Whether there are pinned blocks behind the end of the file in its last
     /// page, and that page is mapped through the page cache.
     fn holds_tail(&self) -> bool {
-        matches!(self.mapped, Some((_, true)))
+        !self.follows
+            && matches!(self.mapped, Some((_, true)))
             && self
                 .tail_blocks()
                 .any(|at| self.state(at).is_some() && at >= self.end_of_file())
@@ -169,6 +189,9 @@ impl Pin {
 
     /// The least size that does not lose anything.
     fn least_size(&self) -> u64 {
+        if self.follows {
+            return 0;
+        }
         let beyond = self.first >= self.end_of_file();
         (self.first..self.end())
             .map(|at| match () {
@@ -184,6 +207,13 @@ impl Pin {
     fn facts(&self) -> Pinned {
         let bytes = |run: &Range<u64>| run.start * self.block..run.end * self.block;
         let range = bytes(&(self.first..self.end()));
+        if self.follows {
+            let end = if self.whole_file { u64::MAX } else { range.end };
+            let window = self.window.as_ref().map(bytes);
+            let gaps = self.gives_way.iter().map(bytes);
+            return Pinned::stable(range.start..end, window, self.block, self.geometry)
+                .giving_way(gaps);
+        }
         let extents = (self.first..self.end()).map(|at| {
             let state = self.state(at).unwrap();
             let offset = at * self.block;
@@ -268,6 +298,10 @@ impl Question {
     /// Whether it moves, frees, replaces or allocates a block of the pin.
     fn changes(&self, pin: &Pin, at: u64) -> bool {
         let block = unit(at, pin.block);
+        let everything = matches!(self.operation.kind, K::OpenTruncate | K::Unknown);
+        if pin.gives_way_at(at) && !everything {
+            return false;
+        }
         let Some(_) = pin.state(at) else {
             return false;
         };
@@ -278,7 +312,10 @@ impl Question {
             K::Write | K::Allocate | K::AllocateKeepSize => {
                 meet(range, &block) && pin.is_frozen(at)
             }
-            K::Truncate => pin.loses(at, range.start),
+            // See `cuts_off`.
+            K::Truncate => !pin.follows && pin.loses(at, range.start),
+            // A copy of a shared block moves nothing that is held.
+            K::UnshareRange if pin.follows => false,
             // To the end of the page, if behind the end of the file.
             K::PunchHole if range.end > self.size => {
                 let last = unit((range.end - 1) / pin.geometry.page, pin.geometry.page);
@@ -301,13 +338,26 @@ impl Question {
     fn resizes(&self, pin: &Pin) -> bool {
         self.operation.kind == K::Truncate
             && pin.whole_file
+            && !pin.follows
             && self.operation.range != (pin.size..pin.size)
+    }
+
+    /// Whether it cuts off bytes of the file before the end of a pin of strength
+    /// stable. If it is late, there may be bytes up to any size by then.
+    /// Over-refusal: wherever the pin begins.
+    fn cuts_off(&self, pin: &Pin) -> bool {
+        let end = pin.firm_end();
+        pin.follows
+            && self.operation.kind == K::Truncate
+            && self.operation.range.start < end
+            && (self.operation.late || self.operation.range.start < self.size)
     }
 
     /// Over-refusal: a pin that lies wholly behind the end of the file keeps it
     /// from getting shorter.
     fn shortens_before_the_pin(&self, pin: &Pin) -> bool {
-        self.operation.kind == K::Truncate
+        !pin.follows
+            && self.operation.kind == K::Truncate
             && pin.first >= pin.end_of_file()
             && self.operation.range.start < pin.size
     }
@@ -348,7 +398,8 @@ impl Question {
 
     /// Whether a copy that the holder has of a page would not be true any more.
     fn spoils_a_copy(&self, pin: &Pin, at: u64) -> bool {
-        self.zeroes_behind_old_end(pin, at)
+        !pin.follows
+            && self.zeroes_behind_old_end(pin, at)
             && pin.state(at) == Some(ExtentState::Written)
             && pin.is_copied(at)
     }
@@ -356,7 +407,8 @@ impl Question {
     /// Whether a block comes to be unwritten beside an unwritten one of the pin.
     fn joins(&self, pin: &Pin, at: u64) -> bool {
         let block = unit(at, pin.block);
-        pin.edges.iter().any(|edge| edge.contains(&at))
+        !pin.follows
+            && pin.edges.iter().any(|edge| edge.contains(&at))
             && self.any_range(|range| match self.operation.kind {
                 K::Allocate | K::AllocateKeepSize | K::ZeroRange | K::WriteZeroes => {
                     meet(range, &block)
@@ -374,6 +426,7 @@ impl Question {
             pin.end() * pin.block
         };
         pin.grows_into
+            && !pin.follows
             && self.writes_data()
             && self.any_range(|range| meet(range, &(pin.size..end)))
     }
@@ -399,6 +452,7 @@ impl Question {
 
     fn throws_out_held(&self, pin: &Pin) -> bool {
         match &pin.apart {
+            Kept::Held(_) if pin.follows => false,
             Kept::Held(pages) => pages.iter().any(|page| self.throws_out(pin, *page)),
             Kept::No | Kept::Without => false,
         }
@@ -457,7 +511,8 @@ impl Question {
 
     /// Whether it makes a folio dirty that an unwritten block lies in.
     fn dirties(&self, pin: &Pin, at: u64) -> bool {
-        pin.geometry.coarse && pin.state(at) == Some(ExtentState::Unwritten) && {
+        let minds = pin.geometry.coarse && !pin.follows;
+        minds && pin.state(at) == Some(ExtentState::Unwritten) && {
             let dirt = self.dirt(pin.block);
             units(&unit(at, pin.block), pin.geometry.folio)
                 .map(|folio| unit(folio, pin.geometry.folio))
@@ -499,6 +554,7 @@ impl Question {
         };
         let grows_over_tail = pin.holds_tail() && self.grows_to().is_some_and(|end| end > pin.size);
         self.resizes(pin)
+            || self.cuts_off(pin)
             || self.shortens_before_the_pin(pin)
             || self.allocates_into(pin)
             || self.throws_out_held(pin)
@@ -517,7 +573,7 @@ impl Question {
     /// Whether it would make the file grow, may fail, and frees blocks then.
     /// Over-refusal: the largest of all sizes counts.
     fn fails(&self, pins: &[Pin]) -> bool {
-        pins.iter().any(|pin| pin.failing_frees)
+        pins.iter().any(|pin| pin.failing_frees && !pin.follows)
             && self.writes_data()
             && self.grows_to().is_some_and(|end| end > self.size)
             && pins.iter().any(|pin| self.size < pin.least_size())
@@ -535,8 +591,23 @@ impl Question {
             })
     }
 
+    /// Whether it unshares blocks of a pin of strength stable. Over-refusal: a
+    /// pin of the other strength, wherever it is, refuses that.
+    fn unshares(&self) -> bool {
+        self.operation.kind == K::UnshareRange
+            && self.pins.iter().any(|pin| !pin.follows)
+            && self.pins.iter().any(|pin| {
+                all_blocks(pin, self).any(|at| {
+                    pin.state(at).is_some()
+                        && !pin.gives_way_at(at)
+                        && self.any_range(|range| meet(range, &unit(at, pin.block)))
+                })
+            })
+    }
+
     fn is_refused(&self) -> bool {
         self.pins.iter().any(|pin| self.is_refused_by(pin))
+            || self.unshares()
             || self.fails(&self.pins)
             || self.inserts(&self.pins)
     }

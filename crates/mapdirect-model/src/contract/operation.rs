@@ -21,6 +21,8 @@ pub struct Operation {
     pub direct: bool,
     /// Whether it may put shared blocks where there were none.
     pub brings_shared: bool,
+    /// Whether the file may have grown by the time a truncation takes effect.
+    pub late: bool,
 }
 
 impl Operation {
@@ -34,6 +36,7 @@ impl Operation {
             direct: true,
             // An insertion adds a hole, and brings nothing nearer.
             brings_shared: kind.may_bring_shared() && !matches!(kind, OperationKind::InsertRange),
+            late: false,
         }
     }
 

@@ -31,6 +31,12 @@ pub struct Pinned {
     /// grow.
     pub(super) holds_tail: bool,
     pub(super) apart: Apart,
+    /// Whether the pin is of strength stable: blocks that are not stable may
+    /// become so, and the size of the file is followed.
+    pub(super) follows: bool,
+    /// Parts of the range of a pin of strength stable in which it refuses
+    /// nothing for now, but that blocks come to be shared.
+    pub(super) gives_way: Box<[Range<u64>]>,
 }
 
 /// Whether folios of the page cache may contain both frozen blocks of a pin and
@@ -118,7 +124,62 @@ impl Pinned {
             beside: Beside::default(),
             holds_tail: false,
             apart: Apart::No,
+            follows: false,
+            gives_way: Box::default(),
         }
+    }
+
+    /// The facts of a pin of strength stable. It refuses what frees, moves or
+    /// shares blocks anywhere in `range`, which may go to the largest offset:
+    /// a gate does not learn when a block becomes stable. No block may become
+    /// shared in `window`.
+    #[must_use]
+    pub fn stable(
+        range: Range<u64>,
+        window: Option<Range<u64>>,
+        block: u64,
+        geometry: Geometry,
+    ) -> Self {
+        Self {
+            range,
+            size_floor: 0,
+            fixed_size: None,
+            frozen: Box::default(),
+            block: block.max(1),
+            file_size: 0,
+            geometry,
+            beside: Beside {
+                window,
+                ..Beside::default()
+            },
+            holds_tail: false,
+            apart: Apart::Without,
+            follows: true,
+            gives_way: Box::default(),
+        }
+    }
+
+    /// This pin of strength stable, giving way in these ranges: whatever frees
+    /// or moves blocks there is let pass.
+    #[must_use]
+    pub fn giving_way(mut self, ranges: impl IntoIterator<Item = Range<u64>>) -> Self {
+        let mut ranges: Vec<_> = ranges.into_iter().collect();
+        join(&mut ranges);
+        self.gives_way = ranges.into();
+        self
+    }
+
+    /// The parts of the range in which the pin does not give way.
+    pub(super) fn firm(&self) -> Vec<Range<u64>> {
+        let mut firm = Vec::new();
+        let mut at = self.range.start;
+        for gap in &self.gives_way {
+            firm.push(at..gap.start.min(self.range.end));
+            at = at.max(gap.end);
+        }
+        firm.push(at..self.range.end);
+        firm.retain(|run| run.start < run.end);
+        firm
     }
 
     /// This pin, mapped by `plan`, through the page cache if `cached`. Blocks

@@ -2,8 +2,8 @@
 
 use crate::error::{Error, Kind, Result};
 use mapdirect_proto::{
-    Gate, MAX_MESSAGE, Reply, Request, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_POLICY,
-    WatchedPin, settle,
+    Flags, Gate, MAX_MESSAGE, Reply, Request, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
+    VERSION_WITH_POLICY, WatchedPin, settle,
 };
 use mapdirect_sys::memfd::By;
 use mapdirect_sys::unix::Socket;
@@ -106,6 +106,23 @@ impl Connection {
     /// Which gate the guard has.
     pub(crate) fn gate(&self) -> Gate {
         self.gate
+    }
+
+    /// Fails if the guard is too old to know what a pin shall be.
+    pub(crate) fn require_known(&self, flags: Flags) -> Result<()> {
+        if self.version >= VERSION_WITH_FAMILIES || !flags.intersects(Flags::NEW_IN_3) {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Protocol,
+            Errno::OPNOTSUPP,
+            format!(
+                "the guard speaks version {} of the protocol, and knows neither strengths nor \
+                 families nor denials",
+                self.version
+            ),
+            "use the guard of the same version as the library",
+        ))
     }
 
     /// What the guard answers when it is through with everything before.

@@ -2,6 +2,7 @@
 
 use super::{DirectMap, segments};
 use crate::error::{Error, Kind, Result};
+use crate::establish::{Strength, nothing_is_frozen};
 use mapdirect_model::plan::{Access, Pages, Plan};
 use mapdirect_sys::{Errno, mmap};
 use std::ops::Range;
@@ -58,6 +59,9 @@ impl DirectMap {
     fn try_allocate(&mut self, range: &Range<u64>) -> Result<()> {
         self.check_writable("allocate")?;
         self.check_inside(range)?;
+        if self.strength == Strength::Stable {
+            return Err(nothing_is_frozen());
+        }
         let stable = self.plan.obstacle(range.clone(), Access::Store).is_none();
         let Some(frozen) = &self.frozen else {
             return Ok(());

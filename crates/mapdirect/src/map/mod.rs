@@ -21,14 +21,15 @@ pub(crate) use place::How;
 pub use slice::VolatileSlice;
 
 use crate::again;
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
+use crate::establish::Strength;
 use crate::frozen::Frozen;
 use crate::holder::Held;
 use crate::state::{EventFd, Integrity, State};
 use durable::Unsynced;
 use mapdirect_model::plan::Plan;
 use mapdirect_proto::{BlockMap, Extent};
-use mapdirect_sys::mmap;
+use mapdirect_sys::{Errno, mmap};
 use memory::Memory;
 use place::Life;
 use std::fmt;
@@ -71,6 +72,7 @@ pub struct DirectMap {
     durability: Durability,
     unsynced: Unsynced,
     is_read_only: bool,
+    strength: Strength,
     life: Life,
     /// What another mapping must have in common with it to go on from it.
     shape: Option<again::Shape>,
@@ -180,6 +182,38 @@ impl DirectMap {
     #[must_use]
     pub fn extents(&self) -> &[Extent] {
         self.block_map().extents()
+    }
+
+    /// Has calls like [`write_all_at`](Self::write_all_at) reach what a file has
+    /// grown by since it was mapped with [`Strength::Stable`]. `file` is any
+    /// descriptor of it. A mapping of the other strength stays as it is.
+    ///
+    /// [`block_map`](Self::block_map) goes on telling what was held when the pin
+    /// was granted.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if it is another file; errors of `fstat(2)`.
+    pub fn refresh(&mut self, file: impl AsFd) -> Result<()> {
+        if self.strength == Strength::All {
+            return Ok(());
+        }
+        let stat = rustix::fs::fstat(file)
+            .map_err(|errno| Error::system("fstat", errno).asking("look at the file again"))?;
+        let named = self.held.hold().named();
+        if (stat.st_dev, stat.st_ino) != (named.device, named.inode) {
+            return Err(Error::new(
+                Kind::Arguments,
+                Errno::INVAL,
+                "it is not the file that is mapped",
+                "give a descriptor of the file that was mapped",
+            )
+            .asking("look at the file again"));
+        }
+        let size = u64::try_from(stat.st_size).unwrap_or(0);
+        let length = self.len() as u64;
+        self.plan = place::plan_of_size(self.held.block_map(), size, self.offset, length);
+        Ok(())
     }
 
     /// The number by which the guard knows the pin.

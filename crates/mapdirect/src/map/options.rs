@@ -7,7 +7,7 @@ use super::{DirectMap, durability, revoke};
 use crate::again;
 use crate::descriptor::size_of_file;
 use crate::error::{Error, Result};
-use crate::establish::{PATIENCE, Scope};
+use crate::establish::{PATIENCE, Scope, Strength};
 use crate::guard::Guard;
 use crate::holder::{self, Held, Hold};
 use crate::prepare;
@@ -39,6 +39,7 @@ use std::time::Duration;
 pub struct MapOptions {
     range: Option<Range<u64>>,
     scope: Scope,
+    strength: Strength,
     read_only: bool,
     cached: Option<bool>,
     prepare_first: bool,
@@ -61,6 +62,7 @@ impl MapOptions {
         Self {
             range: None,
             scope: Scope::Range,
+            strength: Strength::All,
             read_only: false,
             cached: None,
             prepare_first: false,
@@ -81,6 +83,20 @@ impl MapOptions {
     /// Pins the range (the default), or the whole file and its size.
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
+        self
+    }
+
+    /// Holds everything in the range (the default), or only what is stable or
+    /// becomes so.
+    ///
+    /// With [`Strength::Stable`] the whole range is the file itself: a store to
+    /// a hole allocates, and an access behind the end of the file raises SIGBUS,
+    /// as in any mapping, until the file has grown. Calls like
+    /// [`write_all_at`](DirectMap::write_all_at) fail with `EFAULT` for bytes
+    /// that were behind the end of the file when it was mapped, and
+    /// [`DirectMap::refresh`] has them look again.
+    pub fn strength(mut self, strength: Strength) -> Self {
+        self.strength = strength;
         self
     }
 
@@ -244,11 +260,12 @@ impl MapOptions {
             durability,
             unsynced: Unsynced::default(),
             is_read_only: self.read_only,
+            strength: self.strength,
             life: placed.life,
             shape: self.shape(range, &how),
             released: false,
         };
-        if self.prepare_first && !self.read_only {
+        if self.prepare_first && !self.read_only && self.strength == Strength::All {
             // Somebody may have changed it again before it was pinned.
             map.allocate_in_file()?;
         }
@@ -258,7 +275,8 @@ impl MapOptions {
     /// What a mapping has in common with an earlier one that it may go on
     /// from; only those to store to, of ranges, can.
     fn shape(&self, range: &Range<u64>, how: &How) -> Option<again::Shape> {
-        (self.scope == Scope::Range && !self.read_only).then(|| again::Shape {
+        let can_sleep = self.scope == Scope::Range && self.strength == Strength::All;
+        (can_sleep && !self.read_only).then(|| again::Shape {
             guard: how.guard.clone(),
             range: range.clone(),
             flags: how.flags,
@@ -284,6 +302,7 @@ impl MapOptions {
             durability: known.durability,
             unsynced: Unsynced::default(),
             is_read_only: false,
+            strength: self.strength,
             life: Life::default(),
             shape: Some(shape),
             released: false,
@@ -296,6 +315,7 @@ impl MapOptions {
             flags: if self.populate { mmap::MAP_POPULATE } else { 0 },
             address: 0,
             scope: self.scope,
+            strength: self.strength,
             cached: self.cached.unwrap_or_else(cached_by_environment),
             patience: self.patience,
             guard: self.guard.clone().unwrap_or_default(),

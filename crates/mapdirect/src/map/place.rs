@@ -3,7 +3,7 @@
 use super::segments;
 use crate::descriptor::{require_read_write, require_readable};
 use crate::error::{Error, Kind, Result};
-use crate::establish::{Established, Scope, establish};
+use crate::establish::{Established, Scope, Strength, establish};
 use crate::frozen::Frozen;
 use crate::guard::Guard;
 use crate::holder::Connection;
@@ -22,6 +22,7 @@ pub(crate) struct How {
     pub(crate) flags: i32,
     pub(crate) address: usize,
     pub(crate) scope: Scope,
+    pub(crate) strength: Strength,
     pub(crate) cached: bool,
     pub(crate) patience: Duration,
     pub(crate) guard: Guard,
@@ -65,7 +66,7 @@ impl How {
         check_range(offset, length)?;
         check_prot(self.prot)?;
         require_read_write(file)?;
-        let mut asked = Flags::MAP | Flags::SEGMENTS;
+        let mut asked = Flags::MAP | Flags::SEGMENTS | self.strength.flags();
         if self.cached {
             asked = asked | Flags::CACHED;
         }
@@ -88,15 +89,22 @@ impl How {
             mmap::MAP_SHARED
         };
         let flags = kind | self.flags;
-        let plan = Plan::new(&map, offset, length as u64, mmap::page_size());
+        let plan = match self.strength {
+            Strength::All => Plan::new(&map, offset, length as u64, mmap::page_size()),
+            Strength::Stable => plan_of_file(&map, offset, length as u64),
+        };
         let arguments = segments::Arguments {
             pinned: pinned.as_fd(),
             address: self.address,
             prot: self.prot,
             flags,
         };
-        // SAFETY: the caller answers for MAP_FIXED.
-        let mapped = unsafe { segments::map(&plan, arguments) };
+        let mapped = match self.strength {
+            // SAFETY: the caller answers for MAP_FIXED.
+            Strength::All => unsafe { segments::map(&plan, arguments) },
+            // SAFETY: as above.
+            Strength::Stable => unsafe { segments::map_whole(&plan, arguments, offset, length) },
+        };
         // From here on the mapping alone keeps the description, and with it
         // the pin; if there is none, the pin ends with this descriptor.
         drop(pinned);
@@ -130,6 +138,7 @@ impl How {
             Scope::Range => Flags::NONE,
             Scope::File => Flags::WHOLE_FILE,
         };
+        let asked = asked | self.strength.flags();
         let range = (offset, length as u64);
         let Established {
             named,
@@ -139,12 +148,7 @@ impl How {
             connection,
         } = establish(|| self.guard.connect(), file, range, asked, self.patience)?;
         let flags = mmap::MAP_SHARED | self.flags;
-        let plan = Plan::new(
-            &as_if_written(&map),
-            offset,
-            length as u64,
-            mmap::page_size(),
-        );
+        let plan = plan_of_file(&map, offset, length as u64);
         // By a description that can write, mprotect(2) would make the mapping
         // writable, holes included. So that is kept, and another one mapped.
         let (for_reading, description) = if writable {
@@ -211,19 +215,28 @@ fn check_range(offset: u64, length: usize) -> Result<()> {
     Ok(())
 }
 
-/// The block map, with everything in the file as if it were written: in a
-/// mapping for reading all of that can be accessed.
-fn as_if_written(map: &BlockMap) -> BlockMap {
+/// The plan of a mapping that is the file itself throughout. Whatever is in the
+/// file can be accessed: to read it, and under a pin of strength stable to write
+/// to it as well.
+fn plan_of_file(map: &BlockMap, offset: u64, length: u64) -> Plan {
     let range = map.range();
     let end = map.file_size().min(range.end).max(range.start);
     let all = Extent::new(range.start, None, end - range.start, ExtentState::Written);
-    BlockMap::new(
+    let written = BlockMap::new(
         map.device(),
         map.block_size(),
         map.file_size(),
         range,
         [all],
-    )
+    );
+    Plan::new(&written, offset, length, mmap::page_size())
+}
+
+/// The same for a file that has `size` bytes by now.
+pub(super) fn plan_of_size(map: &BlockMap, size: u64, offset: u64, length: u64) -> Plan {
+    let (device, block) = (map.device(), map.block_size());
+    let now = BlockMap::new(device, block, size, map.range(), []);
+    plan_of_file(&now, offset, length)
 }
 
 fn reopen_for_reading(pinned: BorrowedFd<'_>) -> Result<OwnedFd> {

@@ -166,6 +166,7 @@ pub(super) struct Entry {
     size_floor: u64,
     fixed_size: u64,
     largest_size: u64,
+    followed_end: u64,
     block: u32,
     first: [u32; LISTS + 1],
     runs: [Run; INLINE],
@@ -204,10 +205,12 @@ impl Entry {
                 | flag(FAILING_FREES, layers.failing_frees)
                 | flag(WRITES_PASS, layers.lets_writes_pass())
                 | flag(WINDOWED, !layers.list(List::Window).is_empty())
-                | flag(STABLE, is_stable(layers)),
+                | flag(CAN_SLEEP, can_sleep(layers))
+                | flag(UNSHARES, layers.unshares),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
             largest_size: layers.largest_size.unwrap_or(u64::MAX),
+            followed_end: layers.followed_end,
             block: u32::try_from(layers.block).unwrap_or(0),
             spilled: spilled.into(),
             first,
@@ -217,8 +220,8 @@ impl Entry {
     }
 
     /// Whether the last pin of the inode can become dormant when it ends.
-    pub(super) fn is_stable(&self) -> bool {
-        self.flags & STABLE != 0
+    pub(super) fn can_sleep(&self) -> bool {
+        self.flags & CAN_SLEEP != 0
     }
 
     /// Whether no write is refused anywhere in the file, except untorn ones.
@@ -228,9 +231,12 @@ impl Entry {
 }
 
 /// Whether nothing is frozen, or has to be treated as frozen. What was proven
-/// for such pins stays true as long as nobody does what the pins refuse.
-fn is_stable(layers: &Layers) -> bool {
-    layers.lets_writes_pass()
+/// for such pins stays true as long as nobody does what the pins refuse. Pins
+/// of strength stable end for good: whoever takes a pin up by `mmap(2)` relies
+/// on nothing in it being allocated.
+fn can_sleep(layers: &Layers) -> bool {
+    layers.followed_end == 0
+        && layers.lets_writes_pass()
         && !layers.has_frozen()
         && layers.list(List::Mapped).is_empty()
         && layers.fixed_size.is_none()
@@ -244,6 +250,8 @@ pub(super) struct Holder {
     pub(super) pin: u64,
     pub(super) start: u64,
     pub(super) end: u64,
+    /// Not 0 if it is a program's own, which knows nothing of pins.
+    pub(super) foreign: u64,
 }
 
 /// Identifies one of the guard's open files to the bpf programs, and names the
@@ -277,6 +285,21 @@ pub(super) struct Identity {
     /// Not 0 if XFS has set blocks aside for copies, or if that cannot be found
     /// out.
     pub(super) copies: u32,
+    /// What the file is about to be to the pin, a [`Role`].
+    pub(super) role: u32,
+    pub(super) pad: u32,
+}
+
+/// What a file is about to be to a pin.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub(super) enum Role {
+    /// Its life is the pin's, and whoever has it keeps to what holders promise.
+    Holder = 0,
+    /// Its life is the pin's, and whoever has it knows nothing of pins.
+    Foreign = 1,
+    /// Nothing any more.
+    None = 2,
 }
 
 /// The number of struct files whose lives are pins of an inode.
@@ -365,7 +388,8 @@ pub(super) struct Question {
     pub(super) foreign: u8,
     pub(super) has_or: u8,
     pub(super) has_doubt: u8,
-    pub(super) pad: [u8; 7],
+    pub(super) late: u8,
+    pub(super) pad: [u8; 6],
     pub(super) at: Run,
     pub(super) or_at: Run,
     pub(super) size: u64,
@@ -420,12 +444,13 @@ mod tests {
         same!(
             Entry,
             "entry",
-            version flags spilled size_floor fixed_size largest_size block first runs
+            version flags spilled size_floor fixed_size largest_size followed_end block first
+            runs
         );
         same!(
             Question,
             "question",
-            key kind read_side direct foreign has_or has_doubt pad at or_at size answer
+            key kind read_side direct foreign has_or has_doubt late pad at or_at size answer
         );
         same!(Holder, "holder", key pin start end);
         same!(

@@ -8,7 +8,7 @@ use super::exclude::others_can_store;
 use super::{Found, Gate};
 use crate::Guard;
 use crate::grant::pending::lock;
-use crate::grant::{Granting, Judged, Survey, arm, judge, system};
+use crate::grant::{Granting, Judged, Survey, arm, judge, length_of, system};
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
 use mapdirect_proto::{PinRequest, Refusal};
@@ -94,7 +94,7 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         .map_err(|errno| system("opening it by its handle", errno))?;
     let request = PinRequest {
         offset: found.range.start,
-        length: found.range.end - found.range.start,
+        length: length_of(&found.range),
         flags: found.flags,
         patience_ms: 0,
     };

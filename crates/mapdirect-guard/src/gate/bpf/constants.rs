@@ -29,7 +29,9 @@ pub(super) const WRITES_PASS: u32 = 16;
 /// Flag: untorn writes are refused near the pins.
 pub(super) const WINDOWED: u32 = 32;
 /// Flag: nothing is frozen, so the last pin can become dormant when it ends.
-pub(super) const STABLE: u32 = 64;
+pub(super) const CAN_SLEEP: u32 = 64;
+/// Blocks may be unshared: all pins are of strength stable.
+pub(super) const UNSHARES: u32 = 128;
 
 /// The number of bits in the filter, as a power of two.
 pub(super) const FILTER_BITS: u32 = 18;
@@ -161,7 +163,7 @@ mod tests {
             };
         }
         numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
-        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED STABLE);
+        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED CAN_SLEEP UNSHARES);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
         numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL TEND_DISOWN);
         numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
@@ -195,7 +197,8 @@ mod tests {
             FAILING_FREES,
             WRITES_PASS,
             WINDOWED,
-            STABLE,
+            CAN_SLEEP,
+            UNSHARES,
         ];
         let all = flags.iter().fold(0, |all, flag| all | flag);
         assert_eq!(all.count_ones() as usize, flags.len());

@@ -87,8 +87,8 @@ impl gate::Gate for Gate {
         Some(self)
     }
 
-    fn may_have_copy_blocks(&self, file: BorrowedFd<'_>) -> bool {
-        self.has_copy_blocks(file).unwrap_or(true)
+    fn has_copy_blocks(&self, file: BorrowedFd<'_>) -> Option<bool> {
+        self.has_copy_blocks(file).ok()
     }
 
     fn fate_of(&self, named: &WatchedPin) -> Notice {

@@ -169,7 +169,7 @@ impl Gate {
             && lost.is_none()
             && published
                 .get(&watched.id)
-                .is_some_and(|published| published.stable);
+                .is_some_and(|published| published.can_sleep);
         if !may_sleep {
             // Only now is it certain that the pin has ended for good.
             let tending = self.disturb(key, id);

@@ -15,10 +15,10 @@ use crate::grant::{Findings, Granting, Holder, Secured, Survey, refusal, system}
 use crate::openers::{Openers, kernel_users};
 use crate::thaw;
 use crate::wake::Backoff;
-use mapdirect_proto::{BlockMap, Opener, Reason, Refusal};
+use mapdirect_proto::{BlockMap, DeviceId, Flags, Opener, Reason, Refusal};
 use mapdirect_sys::proc;
 use std::ops::Range;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// One attempt to exclude others.
@@ -27,8 +27,9 @@ pub(super) struct Exclusion<'a, 'h> {
     granting: &'a Granting<'a>,
     /// The holder. Its file is the pin's description already.
     holder: &'a mut Holder<'h>,
-    /// The description with which the pin was requested.
-    of_holder: OwnedFd,
+    /// The description with which the pin was requested, unless the pin's is
+    /// that one.
+    of_holder: Option<OwnedFd>,
     /// Shows later that nothing has happened since the pin was published.
     proof: Proof,
     /// When to give up if the block map keeps changing.
@@ -48,9 +49,17 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             let mend = "see what `mapdirect doctor` says of the bpf gate";
             refusal(Reason::System, Errno::NOEXEC, obstacle, mend)
         })?;
+        let in_place = granting.pin.flags.contains(Flags::IN_PLACE);
+        if in_place {
+            refuse_a_pin(gate, holder.file.as_fd())?;
+        }
         granting.watched.add(granting.pin);
-        let for_pin = granting.open_for_pin(holder.file.as_fd())?;
-        let of_holder = std::mem::replace(&mut holder.file, for_pin);
+        let of_holder = if in_place {
+            None
+        } else {
+            let for_pin = granting.open_for_pin(holder.file.as_fd())?;
+            Some(std::mem::replace(&mut holder.file, for_pin))
+        };
         let proof = gate
             .hold(granting.watched, granting.pin, holder.file.as_fd())
             .map_err(|errno| system("telling the gate whose life the pin is", errno))?;
@@ -66,6 +75,16 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     /// Tells the gate what seems to be pinned until that is what the file has.
     pub(super) fn run(self) -> Result<Secured, Refusal> {
+        let secured = self.secure();
+        if secured.is_err() && self.of_holder.is_none() {
+            // It is open elsewhere, so it would go on being a pin.
+            self.gate
+                .end_life(self.holder.file.as_fd(), self.granting.pin);
+        }
+        secured
+    }
+
+    fn secure(&self) -> Result<Secured, Refusal> {
         let granting = self.granting;
         let survey = Survey {
             granting,
@@ -73,6 +92,9 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             others_can_store: &|frozen| others_can_store(granting, frozen),
         };
         self.wait_for_thaw()?;
+        if granting.judged.follows {
+            return self.follow(&survey);
+        }
         // A preliminary map: unwritten data shows only when the gate is closed.
         let mut map = survey.read(true)?;
         loop {
@@ -107,6 +129,26 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         }
     }
 
+    /// Tells the gate what a pin of strength stable refuses, which depends on no
+    /// block, and then looks what the pin holds.
+    fn follow(&self, survey: &Survey<'_>) -> Result<Secured, Refusal> {
+        let granting = self.granting;
+        let device = DeviceId { major: 0, minor: 0 };
+        let block = granting.judged.facts.block_size;
+        // Nothing is held yet.
+        let nothing = BlockMap::new(device, block, 0, granting.judged.range.clone(), []);
+        let refused = granting.refused_for_stable();
+        granting.pin.settle(&nothing, &refused, None);
+        self.publish()?;
+        if !self.is_alone() {
+            self.wait_for_others(false)?;
+        }
+        let (map, _) = survey.of_stable(true)?;
+        granting.pin.record(&map);
+        self.hints_are_as_they_were()?;
+        Ok(self.secured(map))
+    }
+
     /// The pin needs no lifeline: the kernel itself reports when the
     /// description is gone.
     fn secured(&self, map: BlockMap) -> Secured {
@@ -136,10 +178,16 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     /// Whether there is nobody to wait for. This is by far the most frequent
     /// case, and the cheapest to prove.
+    ///
+    /// Who else has a description that was a program's before it became the pin
+    /// no count can tell.
     fn is_alone(&self) -> bool {
+        let Some(of_holder) = &self.of_holder else {
+            return false;
+        };
         let alone = self
             .gate
-            .is_alone(self.of_holder.as_fd(), self.holder.file.as_fd());
+            .is_alone(of_holder.as_fd(), self.holder.file.as_fd());
         alone == Ok(true) && busy::is_at_rest(self.granting.pin.pid)
     }
 
@@ -199,6 +247,10 @@ impl<'a, 'h> Exclusion<'a, 'h> {
                 }
                 quiet.wait_for_mappings_by(&own)
             })?;
+        }
+        if self.granting.judged.follows && self.granting.judged.window().is_none() {
+            // They fill what is not held, or change nothing but bytes.
+            return Ok(());
         }
         // Asynchronous direct writes have no thread that could be looked at.
         let mut backoff = Backoff::until(
@@ -268,9 +320,12 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     /// maps the file writable does so by a description that is counted as a
     /// writer.
     fn others_may_write(&self) -> Result<bool, Refusal> {
+        let Some(of_holder) = &self.of_holder else {
+            return Ok(true);
+        };
         let alone = self
             .gate
-            .is_sole_writer(self.of_holder.as_fd(), self.holder.file.as_fd());
+            .is_sole_writer(of_holder.as_fd(), self.holder.file.as_fd());
         alone
             .map(|alone| !alone)
             .map_err(|errno| system("asking the gate who writes", errno))
@@ -287,6 +342,20 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             others: users,
             ..Openers::default()
         }))
+    }
+}
+
+/// A description is one pin at most: its end would be that of both.
+fn refuse_a_pin(gate: &Gate, file: BorrowedFd<'_>) -> Result<(), Refusal> {
+    match gate.pin_of(file) {
+        Ok(None) => Ok(()),
+        Ok(Some(_)) => Err(refusal(
+            Reason::Arguments,
+            Errno::EXIST,
+            "this open file description is a pin already",
+            "open the file again, and pin that",
+        )),
+        Err(errno) => Err(system("asking the gate about the description", errno)),
     }
 }
 

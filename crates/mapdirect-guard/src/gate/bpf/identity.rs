@@ -1,6 +1,6 @@
 //! Identifies the guard's own files to the kernel, by asking the programs.
 
-use super::abi::{Holder, Identity, WHO_IS_IT};
+use super::abi::{Holder, Identity, Role, WHO_IS_IT};
 use super::{Gate, errno};
 use crate::Errno;
 use crate::table::Pin;
@@ -10,17 +10,18 @@ use std::os::fd::BorrowedFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 /// Asks the programs to identify a descriptor of this process. If `pin` is
-/// given, the description becomes that pin.
+/// given, the description takes this role in that pin.
 pub(super) fn ask_about(
     identities: &MapHandle,
     file: BorrowedFd<'_>,
-    pin: Option<&Pin>,
+    pin: Option<(&Pin, Role)>,
 ) -> Result<Identity, Errno> {
     let tid = rustix::thread::gettid().as_raw_nonzero().get();
     let key = tid.to_ne_bytes();
-    if let Some(pin) = pin {
+    if let Some((pin, role)) = pin {
         let mut asked = Identity::new_zeroed();
         asked.pin = pin.id;
+        asked.role = role as u32;
         (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
         identities
             .update(&key, asked.as_bytes(), MapFlags::ANY)
@@ -41,11 +42,11 @@ impl Gate {
         self.ask_about(file, None)
     }
 
-    /// The same. If `pin` is given, the description becomes that pin.
+    /// The same. If `pin` is given, the description takes this role in that pin.
     pub(super) fn ask_about(
         &self,
         file: BorrowedFd<'_>,
-        pin: Option<&Pin>,
+        pin: Option<(&Pin, Role)>,
     ) -> Result<Identity, Errno> {
         ask_about(&self.loaded.maps.identities, file, pin)
     }

@@ -75,7 +75,7 @@ impl Gate {
             pins: 1,
             handle: Some(found.handle.clone()),
             kept: true,
-            stable: false,
+            can_sleep: false,
         };
         published.insert(found.inode, kept);
     }

@@ -32,7 +32,7 @@ use crate::delegation::Delegated;
 use crate::policy::RULES;
 use crate::table::{InodeId, Pin, Settled, Watched, together};
 use crate::wake::Backoff;
-use abi::{Entry, Facts, Identity, Key, PinFacts, Run, Settings};
+use abi::{Entry, Facts, Identity, Key, PinFacts, Role, Run, Settings};
 pub(crate) use adopt::adopt;
 use counts::Counts;
 use left::Found;
@@ -87,7 +87,7 @@ struct Published {
     /// it is.
     kept: bool,
     /// Whether the last pin of the inode can become dormant.
-    stable: bool,
+    can_sleep: bool,
 }
 
 /// Shows later that everything is as it was when a pin was granted.
@@ -275,7 +275,7 @@ impl Gate {
             pins: live.len() as u64,
             handle: before.and_then(|before| before.handle),
             kept: false,
-            stable: entry.is_stable(),
+            can_sleep: entry.can_sleep(),
         };
         published.insert(watched.id, now);
         if entry.lets_writes_pass() {
@@ -367,18 +367,30 @@ impl Gate {
     /// Makes a description a pin. This may have to wait for somebody who is
     /// just finding out that there is nothing to take up again.
     fn begin_life(&self, file: BorrowedFd<'_>, pin: &Pin) -> Result<Identity, Errno> {
+        let role = if pin.flags.contains(Flags::IN_PLACE) {
+            Role::Foreign
+        } else {
+            Role::Holder
+        };
         let mut backoff = Backoff::until(
             Instant::now() + Duration::from_millis(500),
             Duration::from_micros(20),
             Duration::from_millis(1),
         );
         loop {
-            let identity = self.ask_about(file, Some(pin))?;
+            let identity = self.ask_about(file, Some((pin, role)))?;
             if identity.held != 0 || backoff.is_over() {
                 return Ok(identity);
             }
             backoff.pause();
         }
+    }
+
+    /// Ends the part that a description has in a pin that is not granted, if it
+    /// stays open elsewhere.
+    fn end_life(&self, file: BorrowedFd<'_>, pin: &Pin) {
+        // Without an answer it stays a pin of nothing until it is closed.
+        let _ = self.ask_about(file, Some((pin, Role::None)));
     }
 
     /// Keeps what a later guard must know.

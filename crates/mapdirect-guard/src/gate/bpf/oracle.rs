@@ -98,6 +98,7 @@ impl Oracle {
         question.key = key;
         question.kind = operation.kind as u32;
         question.direct = operation.direct.into();
+        question.late = operation.late.into();
         question.at = run(&operation.range);
         if let Some(or) = &operation.or {
             question.has_or = 1;

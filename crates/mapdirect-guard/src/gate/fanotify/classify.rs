@@ -190,8 +190,13 @@ pub(crate) fn classify(asked: &Asked<'_>, descriptors: &impl Descriptors) -> Ope
     match hook {
         "rw_verify_area" => classify_rw(asked, caller, range, descriptors),
         "vfs_fallocate" => classify_fallocate(asked, range),
-        "do_ftruncate" | "do_sys_ftruncate" | "ksys_ftruncate" | "vfs_truncate"
-        | "do_sys_truncate" => classify_truncate(asked, &range),
+        "do_ftruncate" | "do_sys_ftruncate" | "ksys_ftruncate" => classify_truncate(asked, &range),
+        // Holders may write, and make the file grow, until this takes effect.
+        // Only holders truncate by a descriptor.
+        "vfs_truncate" | "do_sys_truncate" => Operation {
+            late: true,
+            ..classify_truncate(asked, &range)
+        },
         "remap_verify_area" => classify_remap(caller, range),
         "vm_mmap_pgoff" => classify_mmap(asked, range, descriptors),
         _ => unknown,

@@ -3,6 +3,7 @@
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
 use crate::audit::Refused;
+use crate::family;
 use crate::gate::Gate as _;
 use crate::ledger::PinSet;
 use crate::policy::{Operation, OperationKind as K};
@@ -54,7 +55,7 @@ impl Server<'_> {
             // The operation may append, and the end of the file has moved.
             return Verdict::Again;
         }
-        let verdict = judge_announced(&watched, event.tid, doing, late)
+        let verdict = judge_holder(&watched, event.tid, doing, late)
             .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
         if verdict != Verdict::Refuse {
             return verdict;
@@ -224,20 +225,23 @@ impl Drop for Moving<'_> {
     }
 }
 
-/// Judges an open for writing if it was announced. Existing pins do not refuse
-/// such an open, but a grant under way must learn of it, or be over before the
-/// open goes on.
-fn judge_announced(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
+/// Judges an open for writing by a holder: one that was announced, or one by a
+/// family. Existing pins do not refuse such an open, but a grant under way must
+/// learn of it, or be over before the open goes on.
+fn judge_holder(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
     if doing.operation.kind != K::OpenWrite {
         return None;
     }
     // What counts is when the thread came: the gate may have kept it waiting.
     let came = Instant::now().checked_sub(late)?;
-    let announcement = watched.announced(tid, came, || doing.began)?;
+    let announcement = watched.announced(tid, came, || doing.began);
+    if announcement.is_none() && !watched.is_in_family(|| family::process_of(tid)) {
+        return None;
+    }
     let mut granting = false;
     let goes_on = watched.let_writer_through(|pins| {
         granting = pins.iter().any(|pin| pin.is_being_granted());
-        !granting && announcement.take()
+        !granting && announcement.is_none_or(|announcement| announcement.take())
     });
     if goes_on {
         return Some(Verdict::Allow);

@@ -21,7 +21,7 @@ use crate::grant::{
 use crate::openers::Openers;
 use crate::table::{GrantState, Notes, Published};
 use crate::wake::Backoff;
-use mapdirect_proto::{BlockMap, Opener, Reason, Refusal};
+use mapdirect_proto::{BlockMap, Flags, Opener, Reason, Refusal};
 use mapdirect_sys::fcntl::{
     Lease, LockKind, LockOwner, conflicting_lock, lease_holds, lock_byte_shared, set_lock,
 };
@@ -231,7 +231,12 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     /// description comes with a pipe, whose other end goes to the holder.
     fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
         let pin = self.granting.pin;
-        if !self.granting.judged.is_writable() {
+        // Programs of a family lock whole files. The lock of a pin that is not
+        // mapped need not be in their way, unless the description itself is what
+        // the pin shall live by.
+        let in_place = pin.flags.contains(Flags::IN_PLACE);
+        let is_in_the_way = pin.family.is_some() && pin.mapped.is_none() && !in_place;
+        if !self.granting.judged.is_writable() || is_in_the_way {
             let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
             let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
             pin.lives_by(ours);
@@ -396,10 +401,13 @@ impl Exclusion<'_, '_> {
             }
             self.mark_own_description()?;
             let mut found = self.granting.openers(Some(self.mark.byte));
-            // Holders of pins may have the file open for writing, because the
-            // gate has judged them. So may the processes whose requests wait.
+            // Holders of pins and their families may have the file open for
+            // writing, because the gate has judged them. So may the processes
+            // whose requests wait.
+            let families = self.granting.watched.families();
             let is_holder = |opener: &Opener| {
                 pins.iter().any(|pin| pin.pid == opener.pid)
+                    || families.iter().any(|family| family.may_have(opener.pid))
                     || self
                         .granting
                         .watched

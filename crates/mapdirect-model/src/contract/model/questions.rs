@@ -64,9 +64,9 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
         proptest::bool::weighted(0.2),
         size,
         mapped,
-        (runs(3), runs(2)),
+        (runs(3), runs(2), runs(3)),
         window,
-        any::<(bool, bool)>(),
+        (any::<bool>(), any::<bool>(), proptest::bool::weighted(0.3)),
         apart,
     )
         .prop_map(
@@ -75,7 +75,7 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
                 whole_file,
                 size,
                 mapped,
-                (beside, edges),
+                (beside, edges, gives_way),
                 window,
                 flags,
                 apart,
@@ -103,6 +103,8 @@ fn pin(block: u64, geometry: Geometry) -> impl Strategy<Value = Pin> {
                     first,
                     states,
                     whole_file,
+                    follows: flags.2,
+                    gives_way,
                     size,
                     mapped,
                     beside,
@@ -152,6 +154,7 @@ prop_compose! {
         length in prop_oneof![1..3u64, 1..6 * sizes.0],
         appends in any::<bool>(),
         direct in any::<bool>(),
+        late in proptest::bool::weighted(0.3),
         is_known in any::<bool>(),
         brings_shared in proptest::bool::weighted(0.8),
         moved in prop_oneof![Just(0), 1..20 * sizes.0],
@@ -171,6 +174,7 @@ prop_compose! {
             operation.or = Some(start..start + length);
         }
         operation.direct = direct;
+        operation.late = late && kind == K::Truncate;
         operation.brings_shared &= brings_shared;
         Question { pins, operation, size, moved }
     }

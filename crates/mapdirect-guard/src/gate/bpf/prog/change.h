@@ -12,6 +12,11 @@ static __always_inline int judge_size(struct dentry *dentry, struct iattr *attr)
 	struct question q = {};
 	name(&q.key, inode);
 	q.size = inode->i_size;
+	// Whoever truncates has the inode's lock, and so its size stays; but XFS
+	// does not hold it until an asynchronous direct write has made the file
+	// grow, and waits for that after this hook (xfs_setattr_size,
+	// fs/xfs/xfs_iops.c).
+	q.late = inode->i_sb->s_magic == XFS_MAGIC && inode->i_dio_count.counter;
 	q.kind = TRUNCATE;
 	q.at.start = q.at.end = attr->ia_size;
 	return decide(&q);

@@ -83,7 +83,8 @@ enum list {
 #define FAILING_FREES 8
 #define WRITES_PASS 16
 #define WINDOWED 32
-#define STABLE 64
+#define CAN_SLEEP 64
+#define UNSHARES 128
 #define FILTER_BITS 18
 #define FILTER_WORDS 4096
 #define EASY 1

@@ -58,6 +58,7 @@ struct entry {
 	u64 size_floor;
 	u64 fixed_size;
 	u64 largest_size;
+	u64 followed_end;	// of the pins of strength stable, or 0
 	u32 block;
 	u32 first[LISTS + 1];
 	struct run runs[INLINE];
@@ -71,7 +72,8 @@ struct question {
 	u8 foreign;	// a mapping of a file that is no pin's
 	u8 has_or;
 	u8 has_doubt;	// a write may be an untorn one
-	u8 pad[7];
+	u8 late;	// the file may have grown by the time a truncation takes effect
+	u8 pad[6];
 	struct run at;
 	struct run or_at;
 	u64 size;
@@ -143,6 +145,8 @@ struct holder {
 	u64 pin;
 	u64 start;
 	u64 end;
+	// Whoever maps it is no holder that keeps to what holders promise.
+	u64 foreign;
 };
 
 struct event {
@@ -178,4 +182,11 @@ struct identity {
 	int readers;	// those that can only read
 	int preemption;	// preempt_dynamic_mode, kernel/sched/core.c
 	u32 copies;	// XFS has set blocks aside for copies, or that cannot be told
+	u32 role;	// which the file shall have with the pin
+	u32 pad;
 };
+
+// Roles: a holder's; a program's that knows nothing of pins; none any more.
+#define ROLE_HOLDER 0
+#define ROLE_FOREIGN 1
+#define ROLE_NONE 2

@@ -65,7 +65,7 @@ static __always_inline struct pin_facts *may_go_on(struct inode *inode, struct k
 		return 0;
 	// From here on nobody takes the entry away.
 	struct entry *e = bpf_map_lookup_elem(&entries, &name);
-	if (!e || !(e->flags & STABLE) || !covers(e, PINNED, at->start, at->end))
+	if (!e || !(e->flags & CAN_SLEEP) || !covers(e, PINNED, at->start, at->end))
 		return 0;
 	return facts;
 }

@@ -77,10 +77,12 @@ __noinline int meets(struct entry *e, u32 list, u64 start, u64 end)
 }
 
 // What is judged of one range of an operation. Layers::refuses_range.
-__noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind, struct run *at, u64 size)
+__noinline int refuses_range(struct entry *e, struct rule *rule, struct question *q,
+			     struct run *at, u32 kind)
 {
-	if (!e || !rule || !at)
+	if (!e || !rule || !q || !at)
 		return 1;
+	u64 size = q->size;
 	u64 block = e->block;
 	u64 start = at->start, end = at->end;
 	u64 from = start, to = end;
@@ -101,13 +103,16 @@ __noinline int refuses_range(struct entry *e, struct rule *rule, u32 kind, struc
 	case BEYOND_SIZE:
 		if (start < e->size_floor)
 			return 1;
+		if (start < e->followed_end && (q->late || start < size))
+			return 1;
 		if (e->fixed_size != END && (start != e->fixed_size || end != e->fixed_size))
 			return 1;
 		from = to = 0;
 		break;
 	}
 	u32 list = rule->refused_on == MEETS_ANY ? PINNED : kind == MAP_WRITE ? MAPPED : FROZEN;
-	if (meets(e, list, from, to))
+	bool unshares = kind == UNSHARE_RANGE && (e->flags & UNSHARES);
+	if (!unshares && meets(e, list, from, to))
 		return 1;
 	if (!block || (block & (block - 1)))
 		return 1;
@@ -219,9 +224,9 @@ __noinline int judge(struct entry *e, struct question *q)
 
 	if (meets_nothing(e, rule, q))
 		return 0;
-	if (refuses_range(e, rule, kind, &q->at, size))
+	if (refuses_range(e, rule, q, &q->at, kind))
 		return 1;
-	if (q->has_or && refuses_range(e, rule, kind, &q->or_at, size))
+	if (q->has_or && refuses_range(e, rule, q, &q->or_at, kind))
 		return 1;
 	u64 largest = q->at.end;
 	if (q->has_or && q->or_at.end > largest)

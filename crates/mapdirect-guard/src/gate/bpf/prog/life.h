@@ -103,22 +103,10 @@ static __always_inline bool disown(struct holder *holder, u64 pin)
 	return pin && __sync_val_compare_and_swap(&holder->pin, pin, 0) == pin;
 }
 
-// Whether a struct file is a pin.
-static __always_inline bool is_pin(struct file *file)
+// A struct file is no pin any more.
+static __noinline int end_life(u64 file)
 {
-	u64 pointer = (u64)file;
-	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
-
-	return holder && *(volatile u64 *)&holder->pin;
-}
-
-// The last mapping of a pin is gone, or somebody else's file, mostly.
-// A hook where hooks call programs: those are never left out.
-SEC("lsm/file_free_security")
-int BPF_PROG(file_free, struct file *file)
-{
-	// Its inode may be gone.
-	u64 pointer = (u64)file;
+	u64 pointer = file;
 	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
 	if (!holder)
 		return 0;
@@ -158,4 +146,13 @@ int BPF_PROG(file_free, struct file *file)
 	event->pin = pin;
 	bpf_ringbuf_submit(event, 0);
 	return 0;
+}
+
+// The last mapping of a pin is gone, or somebody else's file, mostly.
+// A hook where hooks call programs: those are never left out.
+SEC("lsm/file_free_security")
+int BPF_PROG(file_free, struct file *file)
+{
+	// Its inode may be gone.
+	return end_life((u64)file);
 }

@@ -45,6 +45,9 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	if (!e)
 		return -EOPNOTSUPP;
 	u64 version = *(volatile u64 *)&e->version;
+	// In a pin of strength stable a store to a hole allocates.
+	if (e->followed_end)
+		return -EOPNOTSUPP;
 	if (!(inode->i_flags & S_DAX) && !(e->flags & CACHED))
 		return -EOPNOTSUPP;
 	// A store to a frozen block would have to raise SIGBUS: that takes a
@@ -126,7 +129,9 @@ static __noinline int may_store(struct file *file, u64 start, u64 end)
 	q.kind = MAP_WRITE;
 	q.at.start = start;
 	q.at.end = end;
-	q.foreign = !is_pin(file);
+	u64 pointer = (u64)file;
+	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
+	q.foreign = !holder || !*(volatile u64 *)&holder->pin || holder->foreign;
 	return decide(&q);
 }
 
@@ -260,6 +265,7 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 		identity.pin = asked->pin;
 		identity.start = asked->start;
 		identity.end = asked->end;
+		identity.role = asked->role;
 	}
 	name(&identity.key, inode);
 	identity.file = (u64)file;
@@ -280,12 +286,18 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 		identity.references = BPF_CORE_READ(referenced, f_ref.refcnt.counter) + 1;
 	else
 		identity.references = 1LL << 62;
-	if (identity.pin) {
+	if (identity.pin && identity.role == ROLE_NONE) {
+		u64 pointer = identity.file;
+		struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
+		if (holder && holder->pin == identity.pin)
+			end_life(pointer);
+	} else if (identity.pin) {
 		struct holder holder = {
 			.key = identity.key,
 			.pin = identity.pin,
 			.start = identity.start,
 			.end = identity.end,
+			.foreign = identity.role == ROLE_FOREIGN,
 		};
 		identity.held = become_pin(identity.file, &holder, 1);
 		struct key key = identity.key;

@@ -1,0 +1,112 @@
+//! What no gate refuses, guards that die, and who asks for what.
+
+use super::{end, follow, told_by_status, truncate, wait_until_held};
+use crate::world::{BINARY, OnKind, World, kinds, open, patience, written};
+use libtest_mimic::Trial;
+use mapdirect::{ExtentState, State};
+use mapdirect_sys::Errno;
+use mapdirect_testkit::Kind;
+use mapdirect_testkit::contract::{Gate, Subject};
+use mapdirect_testkit::process::{GuardProcess, wait_for};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::Duration;
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    let all = kinds(&[Kind::XFS, Kind::EXT4]);
+    if Gate::under_test() == Gate::Fanotify {
+        // The other gate refuses what the test does.
+        return world.trials("stable", &all, &[("breach", breach)]);
+    }
+    Vec::new()
+}
+
+/// Those of the bpf gate.
+pub const TESTS: [(&str, OnKind); 2] = [
+    ("stable-adopted", killed_and_adopted),
+    ("stable-ends-for-good", ends_for_good),
+];
+
+/// A held block that moves is a breach, also one that was filled under the pin.
+fn breach(world: &World, kind: Kind) {
+    let guard = world.guard();
+    let subject = Subject::new(&world.disk(kind), "stable-breach", false);
+    let file = open(&subject.path);
+    // What is moved later was a hole when it was pinned.
+    let (at, length) = (18 * kind.block(), kind.block());
+    super::punch(&file, at, length).unwrap();
+    file.sync_all().unwrap();
+    let mut pin = follow(&guard.client(), &file, 0);
+    let before = pin.block_map().total(ExtentState::Written);
+    file.write_all_at(&vec![7; usize::try_from(length).unwrap()], at)
+        .unwrap();
+    file.sync_all().unwrap();
+    wait_until_held(&mut pin, before + length);
+    assert!(pin.integrity().is_intact());
+    if let Err(errno) = subject.move_blocks(kind, &file) {
+        assert!(kind.is_dax(), "{errno}");
+        world.unavailable(format!("moving blocks on {kind}: {errno}"));
+        return;
+    }
+    let found = wait_for(patience(), || {
+        let status = guard.client().status().unwrap();
+        let mut breaches = status.breaches.into_iter();
+        Ok(breaches.find(|breach| breach.pin == pin.pin_id()))
+    })
+    .unwrap();
+    assert!(
+        found.range.start <= at && found.range.end >= at + length,
+        "{found:?}"
+    );
+    wait_for(patience(), || {
+        Ok((!pin.integrity().is_intact()).then_some(()))
+    })
+    .unwrap();
+}
+
+/// A guard that comes later goes on with what an earlier one has left: what
+/// was filled meanwhile is held, and the file is followed.
+fn killed_and_adopted(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "stable-adopted", 65536);
+    let file = open(&path);
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let mut pin = follow(&guard.client(), &file, 0);
+    let gate = guard.kill_and_keep().unwrap();
+    file.write_all_at(&[1; 8192], 65536).unwrap();
+    assert_eq!(truncate(&file, 65536), Err(Errno::TXTBSY));
+    file.sync_all().unwrap();
+    let guard = GuardProcess::start_at(Path::new(BINARY), &[], gate).unwrap();
+    wait_for(
+        patience(),
+        || Ok((pin.state() == State::Kept).then_some(())),
+    )
+    .unwrap();
+    assert_eq!(told_by_status(&guard, pin.pin_id()), 65536 + 8192);
+    file.write_all_at(&[1; 8192], 65536 + 8192).unwrap();
+    assert_eq!(truncate(&file, 65536 + 8192), Err(Errno::TXTBSY));
+    file.sync_all().unwrap();
+    wait_until_held(&mut pin, 65536 + 16_384);
+    drop(file);
+    end(pin, &path);
+}
+
+/// What has ended is not taken up again by mmap(2), where a store to a hole
+/// would have to fault.
+fn ends_for_good(world: &World, kind: Kind) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let path = written(&world.disk(kind), "stable-ends", 65536);
+    let file = open(&path);
+    let pin = follow(&guard.client(), &file, 0);
+    let direct = mapdirect_testkit::raw::map_direct_once;
+    assert_eq!(
+        direct(std::os::fd::AsFd::as_fd(&file)),
+        Err(Errno::OPNOTSUPP)
+    );
+    drop(pin);
+    wait_for(Duration::from_secs(5), || Ok(truncate(&file, 4096).ok())).unwrap();
+    assert_eq!(
+        direct(std::os::fd::AsFd::as_fd(&file)),
+        Err(Errno::OPNOTSUPP)
+    );
+    std::fs::remove_file(&path).unwrap();
+}

@@ -1,0 +1,179 @@
+//! Has pins of strength stable give way for a while, so that their own holder
+//! can shrink or punch the file.
+//!
+//! What a pin gives way in is neither refused nor held: whatever becomes of
+//! blocks there is no breach. When that is over, the gate refuses again first.
+//! Then everybody is waited for who may be in the middle of something that it
+//! let pass, and only then is the block map read again.
+
+use super::allocate::judge_again;
+use super::pending::lock;
+use super::{Granting, refusal, system};
+use crate::ledger::PinSet;
+use crate::table::{InodeId, Pin, Watched};
+use crate::tripwire::look_now;
+use crate::{Errno, Guard};
+use mapdirect_proto::{PinRequest, Reason, Refusal, YieldRequest};
+use mapdirect_sys::unix::Sender;
+use std::ops::Range;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long others may take to finish with the same file.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Pins that give way.
+#[derive(Debug)]
+pub(crate) struct GivenWay {
+    watched: Arc<Watched>,
+    pins: Vec<Arc<Pin>>,
+    range: Range<u64>,
+    /// A description of the file.
+    file: OwnedFd,
+}
+
+/// Has every pin of strength stable that `owner` asked for on a file give way in
+/// a range.
+pub(crate) fn give_way(
+    guard: &Guard,
+    request: YieldRequest,
+    file: OwnedFd,
+    owner: Sender,
+) -> Result<GivenWay, Refusal> {
+    let stat = rustix::fs::fstat(&file).map_err(|errno| system("fstat", errno))?;
+    let range = range_of(request, u64::try_from(stat.st_blksize).unwrap_or(1))?;
+    let Some(watched) = guard.table.get(InodeId::from(&stat)) else {
+        return Err(no_pin());
+    };
+    let state = lock(&watched, PATIENCE)?;
+    let pins = watched.pins.load_full();
+    let pins = own_pins(guard, &watched, &pins, &range, &file, owner)?;
+    if pins.is_empty() || state.retired {
+        return Err(no_pin());
+    }
+    let given = GivenWay {
+        watched: Arc::clone(&watched),
+        pins,
+        range,
+        file,
+    };
+    for pin in &given.pins {
+        let _looking = watched.look();
+        pin.begin_to_give_way(&given.range);
+    }
+    if let Err(errno) = guard.gate.publish(guard, &watched) {
+        drop(state);
+        given.hold_again(guard);
+        return Err(system("telling the gate", errno));
+    }
+    Ok(given)
+}
+
+/// The pins that shall give way; or why they may not.
+fn own_pins(
+    guard: &Guard,
+    watched: &Watched,
+    pins: &PinSet<Pin>,
+    range: &Range<u64>,
+    file: &OwnedFd,
+    owner: Sender,
+) -> Result<Vec<Arc<Pin>>, Refusal> {
+    let mut own = Vec::new();
+    for pin in pins
+        .iter()
+        .filter(|pin| !pin.is_dead() && pin.overlaps(range))
+    {
+        let is_own = pin.pid == owner.pid && pin.uid == owner.uid;
+        if is_own && pin.follows() && pin.is_handed_over() {
+            own.push(Arc::clone(pin));
+        } else if pin.settled().is_some() && guard.gate.has_ended(pin, file.as_fd()) {
+            // Only the notice of its end has not arrived yet.
+            guard.gate.end(watched, pin);
+        } else {
+            let obstacle = if is_own {
+                String::from("a pin of strength all does not give way")
+            } else {
+                format!("process {} has something of it pinned, too", pin.pid)
+            };
+            return Err(refusal(
+                Reason::FrozenBlocks,
+                Errno::TXTBSY,
+                obstacle,
+                "have that pin end first",
+            ));
+        }
+    }
+    Ok(own)
+}
+
+fn no_pin() -> Refusal {
+    refusal(
+        Reason::Arguments,
+        Errno::INVAL,
+        "this process has asked for no pin of strength stable there",
+        "name a range that it has pinned",
+    )
+}
+
+/// The range, extended to whole blocks.
+fn range_of(request: YieldRequest, block: u64) -> Result<Range<u64>, Refusal> {
+    let block = block.max(1);
+    let start = request.offset - request.offset % block;
+    let end = match request.length {
+        PinRequest::WITHOUT_END => Some(u64::MAX),
+        length => request
+            .offset
+            .checked_add(length)
+            .and_then(|end| end.checked_next_multiple_of(block)),
+    };
+    end.filter(|end| request.length > 0 && *end > start)
+        .map(|end| start..end)
+        .ok_or_else(|| {
+            refusal(
+                Reason::Arguments,
+                Errno::INVAL,
+                "the range is empty, or ends beyond the largest file",
+                "give a range of at least one byte",
+            )
+        })
+}
+
+impl GivenWay {
+    /// Has the pins hold what is there now. If somebody does not finish in time
+    /// with what the gate let pass, it stays unknown what becomes of the blocks
+    /// in the range: the gate refuses again, but they are not held.
+    pub(crate) fn hold_again(self, guard: &Guard) {
+        let Self {
+            watched,
+            pins,
+            range,
+            file,
+        } = self;
+        // Without the lock another grant would only read an older map.
+        let _state = lock(&watched, PATIENCE).ok();
+        for pin in &pins {
+            pin.refuse_again(&range);
+        }
+        // If this fails, the gate refuses less than it should: the tripwire
+        // notices what comes of it.
+        let _ = guard.gate.publish(guard, &watched);
+        for pin in pins.iter().filter(|pin| !pin.is_dead()) {
+            let Ok(judged) = judge_again(guard, pin, file.as_fd()) else {
+                continue;
+            };
+            let granting = Granting {
+                guard,
+                judged: &judged,
+                watched: &watched,
+                pin,
+                patience: PATIENCE,
+            };
+            let quiet = granting.quietly(file.as_fd(), |quiet| quiet.wait_for_changes());
+            if quiet.is_ok() {
+                pin.hold_again(&range);
+                look_now(guard, &watched, pin, file.as_fd());
+            }
+        }
+    }
+}
