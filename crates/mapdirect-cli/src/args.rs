@@ -71,8 +71,8 @@ pub enum Command {
     /// once, and once more when a guard is back. When the pin is lost (under
     /// the fanotify gate with the guard, under the bpf gate with the gate) or
     /// broken (its blocks have changed by a way that no gate refuses), this says
-    /// so and ends, with a status of its own. It lets COMMAND run to its end,
-    /// and ends with such a status then.
+    /// so and ends, with a status of its own. What becomes of COMMAND then is
+    /// said by --on-loss; the status is such a one when it has ended.
     Pin(PinArgs),
     /// Have every block of a file allocated, written, and shared with nobody
     ///
@@ -189,7 +189,8 @@ impl From<StrengthChoice> for mapdirect::Strength {
 /// What a program may do to its own files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OwnChoice {
-    /// Shorten them and punch holes into them, where nobody else has pinned them
+    /// Shorten them and punch holes into them, where nobody else has pinned them; at that moment
+    /// nobody else is refused there, either
     Allow,
     /// Nothing that others may not do
     Refuse,
@@ -288,6 +289,15 @@ pub struct PolicyArgs {
     pub policy: PathBuf,
 }
 
+/// What a pin denies beside what would break it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Denial {
+    /// Opening the files for writing, by anybody but this command and COMMAND with its descendants
+    Write,
+    /// Removing, renaming or replacing a name of the files, by anybody (fanotify gate: noticed)
+    Rename,
+}
+
 /// What to do with COMMAND when its promise is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLoss {
@@ -332,6 +342,9 @@ pub struct PinArgs {
     /// Fail unless every block of the range is stable: allocated, written and not shared
     #[arg(long)]
     pub require_stable: bool,
+    /// Deny more than what would break the pin; can be given twice
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub deny: Vec<Denial>,
     /// What happens to COMMAND when the pin is lost or broken
     #[arg(long, value_enum, default_value = "warn", requires = "command")]
     pub on_loss: OnLoss,
@@ -384,7 +397,7 @@ pub struct RunArgs {
     #[arg(long, value_enum, default_value = "stable")]
     pub strength: StrengthChoice,
     /// Whether COMMAND may itself shorten files and punch holes (ftruncate, fallocate)
-    #[arg(long, value_enum, default_value = "allow")]
+    #[arg(long, value_enum, default_value = "refuse")]
     pub own: OwnChoice,
     /// Have every block of a file allocated, written and shared with nobody before it is pinned
     #[arg(long)]

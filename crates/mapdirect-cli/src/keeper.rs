@@ -365,7 +365,7 @@ impl Keeper {
                 (wait(&fds, limit)?, first)
             };
             if ready[events..].contains(&true) {
-                let lost = kept.notice(&mut |line| self.say(line));
+                let lost = self.notice(kept, on_loss);
                 if lost.is_some() && on_loss == OnLoss::Kill {
                     ending.get_or_insert_with(Ending::new);
                 }
@@ -380,19 +380,34 @@ impl Keeper {
             let some_are_left = self.collect(&mut children);
             if let Some(status) = children.status {
                 // It may have been found just now.
-                let lost = kept.notice(&mut |line| self.say(line));
+                let lost = self.notice(kept, on_loss);
+                if lost.is_some() && on_loss == OnLoss::Kill {
+                    ending.get_or_insert_with(Ending::new);
+                }
                 let exit = lost
                     .filter(|_| on_loss != OnLoss::Ignore)
                     .map_or_else(|| Exit::of_waited(status), Exit::under_command);
                 if !some_are_left {
                     return Ok(exit);
                 }
-                self.end(exit);
+                // Whoever wants them killed hears of it when they are.
+                if ending.is_none() {
+                    self.end(exit);
+                }
             }
             if let Some(ending) = &mut ending {
                 ending.go_on();
             }
         }
+    }
+
+    /// Looks what has happened to what is kept, and says so if that is wanted.
+    fn notice(&mut self, kept: &mut dyn Kept, on_loss: OnLoss) -> Option<Exit> {
+        kept.notice(&mut |line| {
+            if on_loss != OnLoss::Ignore {
+                self.say(line);
+            }
+        })
     }
 
     /// Does what the front asks for.

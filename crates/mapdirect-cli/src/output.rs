@@ -19,7 +19,7 @@ pub(crate) fn complain(text: &str) {
 /// A range of a file in words.
 pub(crate) fn bytes(range: &Range<u64>) -> String {
     if range.end == u64::MAX {
-        format!("bytes {} to the end, however far it grows,", range.start)
+        format!("bytes {} to the end (however far it grows)", range.start)
     } else {
         format!("bytes {} to {}", range.start, range.end)
     }

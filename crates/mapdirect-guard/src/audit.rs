@@ -34,6 +34,8 @@ pub(crate) struct Refused {
 pub(crate) struct Audit {
     ring: ArrayQueue<Refused>,
     lost: AtomicU64,
+    /// What pins give way to.
+    words: ArrayQueue<String>,
     judged: AtomicU64,
     refused: [AtomicU64; RULES.len()],
     recent: Mutex<VecDeque<RefusedOperation>>,
@@ -46,6 +48,7 @@ impl Audit {
         Self {
             ring: ArrayQueue::new(4096),
             lost: AtomicU64::new(0),
+            words: ArrayQueue::new(1024),
             judged: AtomicU64::new(0),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             recent: Mutex::default(),
@@ -67,6 +70,19 @@ impl Audit {
         if let Some(thread) = self.thread.get() {
             thread.unpark();
         }
+    }
+
+    /// Records in words that pins give way, or hold again. Of more than fit, the
+    /// newest stay.
+    pub(crate) fn gives_way(&self, words: String) {
+        let _ = self.words.force_push(words);
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+
+    pub(crate) fn next_words(&self) -> Option<String> {
+        self.words.pop()
     }
 
     pub(crate) fn total_judged(&self) -> u64 {

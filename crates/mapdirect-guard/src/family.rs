@@ -2,13 +2,15 @@
 //! together.
 
 use crate::Errno;
-use mapdirect_sys::{ancestry, pidfd};
+use mapdirect_sys::{ancestry, pidfd, proc};
 use std::os::fd::{AsFd, OwnedFd};
 
 /// A holder, as the root of a family.
 #[derive(Debug)]
 pub(crate) struct Family {
     pid: i32,
+    /// When it started, in clock ticks since boot.
+    began: u64,
     process: OwnedFd,
 }
 
@@ -17,7 +19,26 @@ impl Family {
     /// process before and afterwards.
     pub(crate) fn of(pid: i32) -> Result<Self, Errno> {
         let process = pidfd::of_process(pid)?;
-        Ok(Self { pid, process })
+        let began = proc::start_time(pid)?;
+        Ok(Self {
+            pid,
+            began,
+            process,
+        })
+    }
+
+    /// The family of the process with this number that started then; of none if
+    /// it has ended, or never was.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) fn that_began(pid: i32, began: u64) -> Option<Self> {
+        let family = Self::of(pid).ok().filter(|_| began != 0)?;
+        (family.began == began && family.lives()).then_some(family)
+    }
+
+    /// When the holder started, in clock ticks since boot.
+    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    pub(crate) fn began(&self) -> u64 {
+        self.began
     }
 
     /// The number of the holder.

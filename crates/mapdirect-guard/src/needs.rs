@@ -10,7 +10,7 @@ use mapdirect_sys::capget::{
     CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_LEASE, CAP_SETUID, CAP_SYS_ADMIN, CAP_SYS_PTRACE,
     CAP_SYSLOG, contains, effective,
 };
-use mapdirect_sys::proc;
+use mapdirect_sys::{kcmp, proc};
 
 /// A capability that a gate needs.
 struct Need {
@@ -150,6 +150,14 @@ pub(crate) fn missing(gate: Gate) -> Vec<StartError> {
                 help: format!("mount proc(5) at /proc, on a kernel with {option}"),
             });
         }
+    }
+    if gate == Gate::Fanotify && !kcmp::same_descriptors(own, own) {
+        lacks.push(StartError::Missing {
+            what: String::from(
+                "kcmp(2) does not work, so a holder's descriptor could not be told from others",
+            ),
+            help: String::from("boot a kernel with CONFIG_KCMP"),
+        });
     }
     let leases = std::fs::read_to_string("/proc/sys/fs/leases-enable");
     if gate == Gate::Fanotify && leases.is_ok_and(|value| value.trim() == "0") {

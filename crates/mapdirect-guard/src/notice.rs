@@ -7,7 +7,7 @@
 //! told what has happened to each of its pins so far. So each pin records that
 //! in its own [`Fate`].
 
-use crate::table::{InodeId, Pin, Table, Watched};
+use crate::table::{Pin, Table, Watched};
 use crossbeam_queue::ArrayQueue;
 use mapdirect_proto::{Breach, Notice, Reply, WatchedPin};
 use mapdirect_sys::proc;
@@ -31,8 +31,9 @@ const UNTOLD: usize = 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Fate {
     inner: Mutex<Inner>,
-    /// The start time of the process that asked for the pin.
-    holder: OnceLock<u64>,
+    /// The process that asked for the pin, and its start time. Others may hold
+    /// the pin later.
+    asker: OnceLock<(i32, u64)>,
 }
 
 #[derive(Debug, Default)]
@@ -40,6 +41,8 @@ struct Inner {
     count: u64,
     first: Vec<Breach>,
     lost: Option<String>,
+    /// What became of names of the file, if the pin denies that; the first few.
+    renamed: Vec<String>,
 }
 
 impl Fate {
@@ -47,10 +50,17 @@ impl Fate {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Records the start time of the process that asked for the pin, because
+    /// Records the process that asked for the pin, and its start time, because
     /// process ids are used again.
-    pub(crate) fn belongs_to(&self, start: u64) {
-        let _ = self.holder.set(start);
+    pub(crate) fn asked_by(&self, pid: i32, start: u64) {
+        let _ = self.asker.set((pid, start));
+    }
+
+    /// Whether this process asked for the pin.
+    fn was_asked_by(&self, pid: i32) -> bool {
+        self.asker
+            .get()
+            .is_some_and(|(asker, start)| *asker == pid && proc::start_time(pid) == Ok(*start))
     }
 
     /// The notices for a holder that asks now.
@@ -58,7 +68,9 @@ impl Fate {
         let inner = self.lock();
         let lost = inner.lost.clone().map(|why| Notice::Lost { pin, why });
         let breaches = inner.first.iter().cloned().map(Notice::Breach);
-        breaches.chain(lost).collect()
+        let renamed = inner.renamed.iter().cloned();
+        let renamed = renamed.map(|how| Notice::Renamed { pin, how });
+        breaches.chain(renamed).chain(lost).collect()
     }
 
     /// The number of breaches, and why the pin is lost, if it is.
@@ -109,24 +121,20 @@ impl Watcher {
         }
     }
 
-    /// Whether the other end may get notices about a pin: it is the pin's
-    /// holder, the same user, or root.
+    /// Whether the other end may get notices about a pin: it asked for the pin
+    /// and holds it, or is the user who holds the pin, or root.
     fn may_hear_of(&self, pin: &Pin) -> bool {
         self.peer.uid == 0
             || self.peer.uid == pin.uid
-            || self.peer.pid == pin.pid
-                && pin
-                    .fate
-                    .holder
-                    .get()
-                    .is_some_and(|start| proc::start_time(pin.pid) == Ok(*start))
+            || self.peer.pid == pin.pid && pin.fate.was_asked_by(self.peer.pid)
     }
 }
 
 /// The watchers of one pin.
 #[derive(Debug)]
 struct Audience {
-    pin: Weak<Pin>,
+    /// Lives as long as the pin does, dormant or not, whoever holds it.
+    fate: Weak<Fate>,
     watchers: Vec<Arc<Watcher>>,
 }
 
@@ -206,6 +214,19 @@ impl Notices {
         self.tell(&audiences, Notice::Breach(breach));
     }
 
+    /// Records that a name of the file of a pin is gone, and tells the holder.
+    pub(crate) fn renamed(&self, pin: &Pin, how: &str) {
+        let audiences = self.lock();
+        {
+            let mut fate = pin.fate.lock();
+            if fate.renamed.len() < OF_A_PIN {
+                fate.renamed.push(how.to_owned());
+            }
+        }
+        let how = how.to_owned();
+        self.tell(&audiences, Notice::Renamed { pin: pin.id, how });
+    }
+
     /// Records that nothing keeps a pin any more, and tells its holder once.
     pub(crate) fn lost(&self, pin: &Pin, why: &str) {
         let audiences = self.lock();
@@ -247,22 +268,16 @@ impl Notices {
     }
 
     /// Makes `watcher` get the notices about these pins from now on, and tells
-    /// it at once what has happened before. `absent` says what became of a pin
-    /// that is not in the table, unless the pin may be taken up again.
+    /// it at once what has happened before. `find` looks for the pin, also among
+    /// those that may be taken up again, or says what became of it.
     pub(crate) fn watch(
         &self,
-        table: &Table,
         watcher: &Arc<Watcher>,
         pins: &[WatchedPin],
-        absent: impl Fn(&WatchedPin) -> Whereabouts,
+        find: impl Fn(&WatchedPin) -> Whereabouts,
     ) {
         for named in pins {
-            let found = table.get(InodeId::from(named)).and_then(|watched| {
-                let pins = watched.pins.load();
-                let mut alive = pins.iter().filter(|pin| !pin.is_dead());
-                alive.find(|pin| pin.id == named.pin).cloned()
-            });
-            match found.map_or_else(|| absent(named), Whereabouts::Known) {
+            match find(named) {
                 Whereabouts::Known(pin) if watcher.may_hear_of(&pin) => {
                     self.watch_one(watcher, &pin)
                 }
@@ -282,11 +297,11 @@ impl Notices {
         if audiences.of.len() >= audiences.enough {
             audiences
                 .of
-                .retain(|_, audience| audience.pin.strong_count() > 0);
+                .retain(|_, audience| audience.fate.strong_count() > 0);
             audiences.enough = 2 * audiences.of.len() + 64;
         }
         let audience = audiences.of.entry(pin.id).or_insert_with(|| Audience {
-            pin: Arc::downgrade(pin),
+            fate: Arc::downgrade(&pin.fate),
             watchers: Vec::new(),
         });
         if audience
@@ -347,7 +362,7 @@ impl Notices {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::table::Abilities;
+    use crate::table::{Abilities, InodeId};
     use mapdirect_proto::{Cause, DeviceId, Extent, ExtentState, Flags, MAX_MESSAGE};
 
     /// A pin, and a client that watches it.
@@ -389,13 +404,18 @@ mod tests {
                 device: ID.dev,
                 inode: ID.inode,
             };
-            self.notices
-                .watch(&self.table, &self.watcher, &[named], |named| {
-                    Whereabouts::Told(Box::new(Notice::Lost {
-                        pin: named.pin,
-                        why: String::from("unknown"),
-                    }))
-                });
+            self.notices.watch(&self.watcher, &[named], |named| {
+                let pins = self.watched.pins.load();
+                let mut alive = pins.iter().filter(|pin| !pin.is_dead());
+                let unknown = || Notice::Lost {
+                    pin: named.pin,
+                    why: String::from("unknown"),
+                };
+                alive.find(|pin| pin.id == named.pin).map_or_else(
+                    || Whereabouts::Told(Box::new(unknown())),
+                    |pin| Whereabouts::Known(Arc::clone(pin)),
+                )
+            });
         }
 
         fn hear(&self) -> Option<Notice> {
@@ -503,7 +523,7 @@ mod tests {
             };
             let pin = Pin::unsettled(10, 0..8192, None, 0..8192, Flags::NONE, owner);
             if let Some(start) = told {
-                pin.fate.belongs_to(start);
+                pin.fate.asked_by(own, start);
             }
             setting.pin = Arc::new(pin);
             setting.watched.add(&setting.pin);
@@ -512,6 +532,48 @@ mod tests {
             let heard = setting.hear();
             assert_eq!(matches!(heard, Some(Notice::Breach(_))), hears, "{heard:?}");
         }
+    }
+
+    /// Somebody else takes it up, and lets go of it, and then its first holder,
+    /// who is not told anew that it should watch.
+    #[test]
+    fn whoever_watches_a_pin_hears_of_it_whoever_has_it() {
+        let mut setting = setting(Sender { pid: 5, uid: 1000 });
+        setting.watch(9);
+        for owner in [Sender { pid: 6, uid: 1001 }, Sender { pid: 5, uid: 1000 }] {
+            let passed = Arc::new(setting.pin.passed_to(owner));
+            assert_eq!(
+                (passed.id, passed.pid, passed.uid),
+                (9, owner.pid, owner.uid)
+            );
+            setting.watched.remove(|pin| pin.id == 9);
+            setting.watched.add(&passed);
+            setting.pin = passed;
+        }
+        // Audiences of pins that are over are forgotten now and then.
+        for id in 100..1100 {
+            let owner = Sender { pid: 5, uid: 1000 };
+            let pin = Pin::unsettled(id, 0..8192, None, 0..8192, Flags::NONE, owner);
+            setting.watched.add(&Arc::new(pin));
+            setting.watch(id);
+            setting.watched.remove(|pin| pin.id == id);
+        }
+        setting.breach(1);
+        assert!(matches!(setting.hear(), Some(Notice::Breach(breach)) if breach.pin == 9));
+    }
+
+    /// The rights to hear of a pin go with it.
+    #[test]
+    fn who_has_taken_up_a_pin_may_hear_of_it() {
+        let mut setting = setting(Sender { pid: 6, uid: 1001 });
+        setting.watch(9);
+        assert!(matches!(setting.hear(), Some(Notice::Unattended { .. })));
+        setting.pin = Arc::new(setting.pin.passed_to(Sender { pid: 6, uid: 1001 }));
+        setting.watched.remove(|pin| pin.id == 9);
+        setting.watched.add(&setting.pin);
+        setting.breach(1);
+        setting.watch(9);
+        assert!(matches!(setting.hear(), Some(Notice::Breach(_))));
     }
 
     #[test]

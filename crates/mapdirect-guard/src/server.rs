@@ -33,6 +33,9 @@ pub struct Config {
     pub on_notice: Box<OnNotice>,
     /// Called when somebody has tampered with the gate, with the result.
     pub on_tampering: Box<OnTampering>,
+    /// Called when pins give way for their holder, or hold again, with words
+    /// about it, by the thread that calls `on_refusal`.
+    pub on_giving_way: Box<OnGivingWay>,
 }
 
 /// Which gate to use.
@@ -54,6 +57,9 @@ pub type OnNotice = dyn Fn(&Notice) + Send;
 
 /// The type of [`Config::on_tampering`].
 pub type OnTampering = dyn Fn(&str) + Send;
+
+/// The type of [`Config::on_giving_way`].
+pub type OnGivingWay = dyn Fn(&str) + Send;
 
 /// Why a guard did not start.
 #[derive(Debug, thiserror::Error)]
@@ -249,6 +255,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         }),
     )?;
     let (tell, tell_notice) = (config.on_refusal, config.on_notice);
+    let tell_giving_way = config.on_giving_way;
     spawn(
         "audit",
         Box::new(move |shared| {
@@ -257,6 +264,9 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             shared.guard.audit.run(&*tell, &|| {
                 while let Some(notice) = notices.next() {
                     tell_notice(&notice);
+                }
+                while let Some(words) = shared.guard.audit.next_words() {
+                    tell_giving_way(&words);
                 }
             });
         }),

@@ -221,7 +221,17 @@ impl<'guard> Session<'guard> {
             (Request::Unpin(pin), Handed::Nothing) => {
                 self.order(sender, || delegation::ends::unpin(self.guard, *pin))
             }
-            (Request::Yield(range), Handed::File(file)) => self.give_way(*range, file, sender),
+            (Request::Yield(range), Handed::File(file)) => {
+                let owner = self.authorise(sender);
+                self.give_way(*range, file, owner)
+            }
+            (Request::Yield(range), Handed::Admitted(file, admission)) => {
+                let owner = self.require_peer(sender);
+                match self.guard.delegation.turn(admission.uid) {
+                    Ok(_turn) => self.give_way(*range, file, owner),
+                    Err(refusal) => self.refuse(refusal),
+                }
+            }
             (Request::Keeper { pid }, Handed::Nothing) => self.name_keeper(*pid, sender),
             (Request::Resume, Handed::Nothing) => {
                 self.hold_again();
@@ -306,12 +316,10 @@ impl<'guard> Session<'guard> {
         let granted = owner.and_then(|owner| {
             self.check_mapping(pin)?;
             self.begin_family(pin, owner)?;
-            let turn = admission.map(|admission| guard.delegation.turn(admission.uid));
-            let _turn = turn.transpose()?;
             grant::grant(guard, pin, file, owner, admission, self)
         });
         if let (Ok(grant), Some(start)) = (&granted, self.peer.start) {
-            grant.pin.fate.belongs_to(start);
+            grant.pin.fate.asked_by(self.peer.sender.pid, start);
         }
         match granted {
             Ok(Grant {
@@ -337,10 +345,13 @@ impl<'guard> Session<'guard> {
     }
 
     /// Takes an ancestor of the process that asks for the root of its family:
-    /// for a supervisor that is not itself an ancestor of whom it supervises.
+    /// for a supervisor that is not itself an ancestor of whom it supervises. The
+    /// number is the one that the ancestor has in the sender's PID namespace.
     fn name_keeper(&mut self, pid: i32, sender: Option<Sender>) -> Result<(), End> {
         let named = self.require_peer(sender).and_then(|sender| {
-            let family = Family::of(pid).map_err(|errno| grant::system("pidfd_open", errno))?;
+            let known = proc_status::ancestor_known_as(sender.pid, pid);
+            let known = known.map_err(|errno| grant::system("finding an ancestor", errno))?;
+            let family = Family::of(known).map_err(|errno| grant::system("pidfd_open", errno))?;
             if family.may_have(sender.pid) {
                 return Ok(family);
             }
@@ -360,9 +371,10 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// Gets hold of the process that asks for a pin for its family.
+    /// Gets hold of the process that asks for a pin for its family, or for one
+    /// that denies writing to everybody else.
     fn begin_family(&mut self, pin: &PinRequest, sender: Sender) -> Result<(), Refusal> {
-        if self.family.is_some() || !pin.flags.contains(Flags::FAMILY) {
+        if self.family.is_some() || !pin.flags.intersects(Flags::FAMILY | Flags::DENY_WRITE) {
             return Ok(());
         }
         let family = Family::of(sender.pid).map_err(|errno| grant::system("pidfd_open", errno))?;
@@ -384,25 +396,17 @@ impl<'guard> Session<'guard> {
         let watcher = self
             .watcher
             .get_or_insert_with(|| Watcher::new(Arc::clone(&self.socket), peer));
-        let Guard { notices, table, .. } = self.guard;
-        notices.watch(table, watcher, pins, |named| {
-            let inode = InodeId::from(named);
-            let Guard { gate, table, .. } = self.guard;
-            // A dormant pin may be taken up right now.
-            let taken_up = || {
-                let watched = table.get(inode)?;
-                let pins = watched.pins.load();
-                let mut found = pins.iter().filter(|pin| pin.id == named.pin);
-                found.next().cloned()
-            };
-            self.guard
-                .sleeper(inode)
-                .filter(|pin| pin.id == named.pin)
-                .or_else(taken_up)
-                .map_or_else(
-                    || Whereabouts::Told(Box::new(gate.fate_of(named))),
-                    Whereabouts::Known,
-                )
+        let guard = self.guard;
+        guard.notices.watch(watcher, pins, |named| {
+            let found = guard.table.get(InodeId::from(named)).and_then(|watched| {
+                let pins = guard.pins_awake_or_asleep(&watched);
+                let mut alive = pins.into_iter().filter(|pin| !pin.is_dead());
+                alive.find(|pin| pin.id == named.pin)
+            });
+            found.map_or_else(
+                || Whereabouts::Told(Box::new(guard.gate.fate_of(named))),
+                Whereabouts::Known,
+            )
         });
         let directory = self.guard.gate.directory();
         let fds: Vec<_> = directory.iter().map(AsFd::as_fd).collect();
@@ -447,11 +451,11 @@ impl<'guard> Session<'guard> {
         &mut self,
         range: YieldRequest,
         file: OwnedFd,
-        sender: Option<Sender>,
+        owner: Result<Sender, Refusal>,
     ) -> Result<(), End> {
         /// The most ranges of one client that give way at a time.
         const MOST: usize = 256;
-        let given = self.authorise(sender).and_then(|sender| {
+        let given = owner.and_then(|sender| {
             if self.given_way.len() >= MOST {
                 return Err(refusal(
                     Reason::Limit,

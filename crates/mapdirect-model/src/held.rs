@@ -26,7 +26,8 @@ impl Copied {
     /// Everything may be copied.
     #[must_use]
     pub fn everything() -> Self {
-        Self(vec![0..u64::MAX])
+        let all = 0..u64::MAX;
+        Self(vec![all])
     }
 
     /// The surroundings of the shared blocks of `map`. `window` says how far

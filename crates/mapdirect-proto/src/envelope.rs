@@ -48,6 +48,7 @@ pub(crate) mod kind {
     pub(crate) const LOST: u16 = 109;
     pub(crate) const UNATTENDED: u16 = 110;
     pub(crate) const WATCHING: u16 = 111;
+    pub(crate) const RENAMED: u16 = 112;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]

@@ -84,6 +84,13 @@ use std::time::Duration;
 /// fails with `EALREADY` if the file is that pin. Without the programs the call
 /// returns flags.
 pub const IS_IT_PIN: u64 = 0x6d64 << 48;
+/// The argument of `fcntl(F_GETFL)` that asks the same programs whether a pin
+/// that has ended could be taken up again by this file; the pin's number is in
+/// the bits below. The call fails with `EALREADY` if the pin is the last one of
+/// the file's inode and has ended, the file is open for reading and writing, and
+/// nobody has record locks on the inode. Whether anything has been done to its
+/// blocks meanwhile only `mmap(2)` finds out.
+pub const MAY_TAKE_UP: u64 = 0x6d65 << 48;
 /// The bits of the pin's number.
 pub const PIN_NUMBER: u64 = (1 << 48) - 1;
 

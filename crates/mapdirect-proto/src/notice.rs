@@ -69,6 +69,14 @@ pub enum Notice {
         /// The reason, for a person.
         why: String,
     },
+    /// A name of the file was removed, renamed or replaced. Only a pin that
+    /// denies that, by a gate that cannot refuse it, has such a notice.
+    Renamed {
+        /// The number of the pin.
+        pin: u64,
+        /// What happened, for a person.
+        how: String,
+    },
 }
 
 impl Notice {
@@ -77,7 +85,9 @@ impl Notice {
     pub const fn pin(&self) -> u64 {
         match self {
             Self::Breach(breach) => breach.pin,
-            Self::Lost { pin, .. } | Self::Unattended { pin, .. } => *pin,
+            Self::Lost { pin, .. } | Self::Unattended { pin, .. } | Self::Renamed { pin, .. } => {
+                *pin
+            }
         }
     }
 }
@@ -170,11 +180,7 @@ pub(crate) struct FateRecord {
 /// The lengths of the longest texts.
 pub(crate) const MAX_PATH: usize = 4096;
 pub(crate) const MAX_WHY: usize = 1024;
-const MAX_WORD: usize = 256;
-
-/// The number of bytes of the longest breach.
-pub(crate) const LONGEST: usize =
-    size_of::<BreachRecord>() + MAX_PATH + 2 * MAX_WORD + 2 * MAX_BREACH_EXTENTS * EXTENT_RECORD;
+pub(crate) const MAX_WORD: usize = 256;
 
 impl Breach {
     pub(crate) fn to_wire(&self) -> (BreachRecord, Vec<u8>) {

@@ -182,7 +182,9 @@ const _: () = {
     assert!(HEADER + granted <= MAX_MESSAGE);
     let pins = size_of::<PinsRecord>() + MAX_PINS * size_of::<PinnedRangeRecord>();
     assert!(HEADER + pins <= MAX_MESSAGE);
-    assert!(HEADER + notice::LONGEST <= MAX_MESSAGE);
+    let texts = notice::MAX_PATH + 2 * notice::MAX_WORD;
+    let breach = size_of::<BreachRecord>() + texts + 2 * notice::MAX_BREACH_EXTENTS * EXTENT_RECORD;
+    assert!(HEADER + breach <= MAX_MESSAGE);
     assert!(HEADER + size_of::<FateRecord>() + notice::MAX_WHY <= MAX_MESSAGE);
 };
 
@@ -253,7 +255,9 @@ impl Reply {
                 let Empty {} = body.only()?;
                 Self::Watching
             }
-            kind::BREACH | kind::LOST | kind::UNATTENDED => Self::Notice(decode_notice(body)?),
+            kind::BREACH | kind::LOST | kind::UNATTENDED | kind::RENAMED => {
+                Self::Notice(decode_notice(body)?)
+            }
             other => return Err(DecodeError::Kind(other)),
         })
     }
@@ -267,6 +271,7 @@ fn encode_notice(notice: &Notice) -> Vec<u8> {
         }
         Notice::Lost { pin, why } => (kind::LOST, pin, why),
         Notice::Unattended { pin, why } => (kind::UNATTENDED, pin, why),
+        Notice::Renamed { pin, how } => (kind::RENAMED, pin, how),
     };
     let record = FateRecord { pin: (*pin).into() };
     message(kind, &record, clipped(why, notice::MAX_WHY).as_bytes())
@@ -286,10 +291,10 @@ fn decode_notice(body: Body<'_>) -> Result<Notice, DecodeError> {
     let (record, mut rest): (FateRecord, _) = body.first()?;
     let pin = record.pin.get();
     let why = rest.text(rest.remaining())?;
-    Ok(if kind == kind::LOST {
-        Notice::Lost { pin, why }
-    } else {
-        Notice::Unattended { pin, why }
+    Ok(match kind {
+        kind::LOST => Notice::Lost { pin, why },
+        kind::RENAMED => Notice::Renamed { pin, how: why },
+        _ => Notice::Unattended { pin, why },
     })
 }
 

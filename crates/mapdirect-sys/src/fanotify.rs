@@ -33,6 +33,10 @@ impl Mask {
     pub const CLOSE_WRITE: Self = Self(0x0000_0008);
     /// `FAN_CLOSE_NOWRITE`: a description open for reading was closed for good.
     pub const CLOSE_NOWRITE: Self = Self(0x0000_0010);
+    /// The attributes of the file change, the number of its names among them.
+    pub const ATTRIBUTES: Self = Self(0x0000_0004);
+    /// The file gets another name in place of one that it had.
+    pub const MOVE_SELF: Self = Self(0x0000_0800);
     /// `FAN_Q_OVERFLOW`: events were lost.
     pub const OVERFLOW: Self = Self(0x0000_4000);
     /// `FAN_OPEN_PERM`: may this open go on?

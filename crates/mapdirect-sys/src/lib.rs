@@ -47,6 +47,7 @@ pub mod proc_mountinfo;
 pub mod proc_pagemap;
 pub mod proc_status;
 pub mod pthread_atfork;
+pub mod reopen;
 pub mod seam;
 pub mod seccomp;
 pub mod setfsuid;

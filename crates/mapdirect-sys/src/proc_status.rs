@@ -1,6 +1,7 @@
 //! proc_pid_status(5): who a process is.
 
-use crate::{Errno, Result, proc};
+use crate::{Errno, Result, ancestry, proc};
+use std::cell::Cell;
 
 /// The ids of a process, as the reader's namespaces have them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -85,6 +86,34 @@ pub fn thread_known_as(pid: i32, tid: i32) -> Result<i32> {
     threads.into_iter().find(is_it).ok_or(Errno::SRCH)
 }
 
+/// The process that has this number in the PID namespace of process `pid`, if
+/// `pid` is that process or descends from it. In the reader's own namespace a
+/// number needs no translation, and is returned as it is.
+///
+/// # Errors
+///
+/// `ESRCH` if there is none, `ENOENT` or `ESRCH` when `pid` is gone.
+pub fn ancestor_known_as(pid: i32, number: i32) -> Result<i32> {
+    let level = ids(pid)?.numbers.len().saturating_sub(1);
+    if level == 0 {
+        return Ok(number);
+    }
+    // The namespaces of ancestors are those of the process, or around them. So
+    // one that has a number at the same level is in the same one.
+    let found = Cell::new(None);
+    let is_it = |ancestor: i32| {
+        let is_it = ids(ancestor).is_ok_and(|ids| ids.numbers.get(level) == Some(&number));
+        if is_it {
+            found.set(Some(ancestor));
+        }
+        is_it
+    };
+    if ancestry::descends_by_proc(pid, is_it) {
+        return found.get().ok_or(Errno::SRCH);
+    }
+    Err(Errno::SRCH)
+}
+
 /// The identity of a PID namespace as long as it exists: that of process `pid`,
 /// or of the caller.
 ///
@@ -133,5 +162,6 @@ mod tests {
         let tid = rustix::thread::gettid().as_raw_nonzero().get();
         assert_eq!(thread_known_as(own, tid), Ok(tid));
         assert_eq!(thread_known_as(own, i32::MAX), Err(Errno::SRCH));
+        assert_eq!(ancestor_known_as(own, 77), Ok(77));
     }
 }

@@ -273,8 +273,7 @@ pub fn stop_by(number: i32) -> Result<()> {
     if !stops.contains(&number) {
         return Err(crate::Errno::INVAL);
     }
-    // SAFETY: two integers.
-    checked(unsafe { libc::kill(libc::getpid(), number) })?;
+    kill(std::process::id().cast_signed(), number)?;
     let set = signal_set(&[number]);
     let mut before = signal_set(&[]);
     // The signal is delivered here, if it was blocked.

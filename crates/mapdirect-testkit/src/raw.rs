@@ -14,7 +14,7 @@ use mapdirect_sys::Errno;
 pub use memory::*;
 use rustix::fs::{Mode, OFlags};
 use std::ffi::CString;
-use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::Path;
 pub use uring::*;
 
@@ -565,6 +565,61 @@ struct BpfElement {
     flags: u64,
 }
 
+/// Does something to an element of a map, or to its place: `key` and `value` are
+/// addresses.
+fn on_bpf_map(map: BorrowedFd<'_>, command: i32, key: u64, value: u64) -> Result<()> {
+    let mut element = BpfElement {
+        map: map.as_raw_fd().cast_unsigned(),
+        key,
+        value,
+        ..BpfElement::default()
+    };
+    // SAFETY: reads the attributes, and what they point to: a key and a value of
+    // the callers, longer than any of these maps has.
+    let ret = unsafe {
+        libc::syscall(
+            libc::SYS_bpf,
+            command,
+            &raw mut element,
+            size_of::<BpfElement>(),
+        )
+    };
+    checked(ret).map(drop)
+}
+
+/// Reads every element of a map of the bpf filesystem that is a hash, and writes
+/// back those that `change` says it has changed. Returns how many those were.
+pub fn change_bpf_map(
+    path: &std::path::Path,
+    mut change: impl FnMut(&mut [u64]) -> bool,
+) -> Result<u32> {
+    const MAP_LOOKUP_ELEM: i32 = 1;
+    const MAP_UPDATE_ELEM: i32 = 2;
+    const MAP_GET_NEXT_KEY: i32 = 4;
+    let map = mapdirect_sys::bpf::get(path)?;
+    let call = |command, key, value| on_bpf_map(map.as_fd(), command, key, value);
+    let (mut key, mut value) = ([0u64; 8], [0u64; 128]);
+    let (mut from, mut changed) = (0, 0);
+    loop {
+        let at = key.as_mut_ptr() as u64;
+        match call(MAP_GET_NEXT_KEY, from, at) {
+            Ok(()) => {}
+            Err(Errno::NOENT) => return Ok(changed),
+            Err(errno) => return Err(errno),
+        }
+        from = at;
+        match call(MAP_LOOKUP_ELEM, at, value.as_mut_ptr() as u64) {
+            Ok(()) if change(&mut value) => {
+                call(MAP_UPDATE_ELEM, at, value.as_ptr() as u64)?;
+                changed += 1;
+            }
+            // It may be gone by now.
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+}
+
 /// Deletes every key from a map of the bpf filesystem; sets every element of
 /// one that is an array to zeros. Returns how many there were.
 pub fn empty_bpf_map(path: &std::path::Path) -> Result<u32> {
@@ -572,25 +627,7 @@ pub fn empty_bpf_map(path: &std::path::Path) -> Result<u32> {
     const MAP_DELETE_ELEM: i32 = 3;
     const MAP_GET_NEXT_KEY: i32 = 4;
     let map = mapdirect_sys::bpf::get(path)?;
-    let call = |command: i32, key: u64, value: u64| {
-        let mut element = BpfElement {
-            map: map.as_raw_fd().cast_unsigned(),
-            key,
-            value,
-            ..BpfElement::default()
-        };
-        // SAFETY: reads the attributes, and what they point to: a key and a
-        // value of the callers, longer than any of these maps has.
-        let ret = unsafe {
-            libc::syscall(
-                libc::SYS_bpf,
-                command,
-                &raw mut element,
-                size_of::<BpfElement>(),
-            )
-        };
-        checked(ret).map(drop)
-    };
+    let call = |command, key, value| on_bpf_map(map.as_fd(), command, key, value);
     let zeros = vec![0u8; 1 << 20];
     let mut key = [0u8; 64];
     let mut emptied = 0;

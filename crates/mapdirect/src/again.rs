@@ -18,8 +18,8 @@ use crate::map::{Durability, revoke, segments};
 use crate::raw::MAP_DIRECT;
 use crate::state::OnBreach;
 use mapdirect_model::plan::Plan;
-use mapdirect_proto::{IS_IT_PIN, PIN_NUMBER};
-use mapdirect_sys::{Errno, fcntl, mmap, proc};
+use mapdirect_proto::{IS_IT_PIN, MAY_TAKE_UP, PIN_NUMBER};
+use mapdirect_sys::{Errno, fcntl, mmap, reopen};
 use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -92,23 +92,51 @@ pub(crate) fn keep(known: Known) {
     drop(gone);
 }
 
-/// Takes out what is known of a mapping of this shape.
+/// Takes out what is known of a mapping of this shape, if the file lets its pin
+/// be taken up again.
 fn take(file: BorrowedFd<'_>, shape: &Shape) -> Option<Known> {
     if COUNT.load(Relaxed) == 0 {
         return None;
     }
-    let stat = rustix::fs::fstat(file).ok()?;
+    // Most programs map no two files in one way, and then the programs in the
+    // kernel say by one answer what would take several calls.
+    let pin = only_one(shape)
+        .filter(|pin| asks(file, MAY_TAKE_UP, *pin))
+        .or_else(|| find(file, shape))?;
     let mut kept = KEPT.try_lock().ok()?;
     let at = kept.iter().position(|kept| {
-        let named = kept.known.held.hold().named();
-        (named.device, named.inode) == (stat.st_dev, stat.st_ino)
-            && kept.known.held.hold().is_own()
-            && kept.known.shape == *shape
+        let hold = kept.known.held.hold();
+        hold.id() == pin && kept.known.shape == *shape && hold.is_own()
     })?;
     let found = kept.remove(at);
     COUNT.store(kept.len(), Relaxed);
     drop(kept);
     (found.since.elapsed() < LINGER).then_some(found.known)
+}
+
+/// The pin of a mapping of this shape, if there was only one such mapping.
+fn only_one(shape: &Shape) -> Option<u64> {
+    let kept = KEPT.try_lock().ok()?;
+    let mut alike = kept.iter().filter(|kept| kept.known.shape == *shape);
+    let first = alike.next()?;
+    alike.next().is_none().then(|| first.known.held.hold().id())
+}
+
+/// The pin of a mapping of this shape and file.
+fn find(file: BorrowedFd<'_>, shape: &Shape) -> Option<u64> {
+    let stat = rustix::fs::fstat(file).ok()?;
+    let pin = {
+        let kept = KEPT.try_lock().ok()?;
+        let found = kept.iter().find(|kept| {
+            let named = kept.known.held.hold().named();
+            (named.device, named.inode) == (stat.st_dev, stat.st_ino) && kept.known.shape == *shape
+        })?;
+        found.known.held.hold().id()
+    };
+    // What is opened here is closed again, and with that go such locks.
+    require_read_write(file).ok()?;
+    locks::refuse_posix_locks(file).ok()?;
+    Some(pin)
 }
 
 /// Maps a range again that was mapped before, and returns the address; nothing
@@ -119,11 +147,8 @@ pub(crate) fn map(
     on_breach: OnBreach,
 ) -> Option<(usize, Known)> {
     let mut known = take(file, shape)?;
-    // What is opened here is closed again, and with that go such locks.
-    require_read_write(file).ok()?;
-    locks::refuse_posix_locks(file).ok()?;
     // The pin lives as long as this description does, so it is one of its own.
-    let pinned = proc::reopen(file, OFlags::RDWR).ok()?;
+    let pinned = reopen::reopen(file, OFlags::RDWR).ok()?;
     let arguments = segments::Arguments {
         pinned: pinned.as_fd(),
         address: 0,
@@ -140,7 +165,8 @@ pub(crate) fn map(
         length,
         stable: Some(address),
     };
-    if is_pin(pinned.as_fd(), known.held.hold().id()) && known.held.wake(memory, on_breach) {
+    if asks(pinned.as_fd(), IS_IT_PIN, known.held.hold().id()) && known.held.wake(memory, on_breach)
+    {
         return Some((address, known));
     }
     // SAFETY: mapped above, and handed to nobody.
@@ -148,7 +174,8 @@ pub(crate) fn map(
     None
 }
 
-/// Whether a description is a pin, as the programs in the kernel know it.
-fn is_pin(file: BorrowedFd<'_>, pin: u64) -> bool {
-    fcntl::get_flags_with(file, IS_IT_PIN | pin & PIN_NUMBER) == Err(Errno::ALREADY)
+/// Asks the programs in the kernel about a description and a pin; whether they
+/// say yes.
+fn asks(file: BorrowedFd<'_>, question: u64, pin: u64) -> bool {
+    fcntl::get_flags_with(file, question | pin & PIN_NUMBER) == Err(Errno::ALREADY)
 }

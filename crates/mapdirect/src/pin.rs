@@ -41,7 +41,7 @@ pub struct PinOptions {
     scope: Scope,
     strength: Strength,
     prepare_first: bool,
-    family: bool,
+    also: Flags,
     keeper: Option<i32>,
     patience: Duration,
     guard: Option<Guard>,
@@ -62,7 +62,7 @@ impl PinOptions {
             scope: Scope::Range,
             strength: Strength::All,
             prepare_first: false,
-            family: false,
+            also: Flags::NONE,
             keeper: None,
             patience: PATIENCE,
             guard: None,
@@ -129,7 +129,31 @@ impl PinOptions {
     /// subreaper (`PR_SET_CHILD_SUBREAPER` of prctl(2)). More than 64
     /// generations down, descendants are strangers.
     pub fn family(mut self, family: bool) -> Self {
-        self.family = family;
+        self.also = with(self.also, Flags::FAMILY, family);
+        self
+    }
+
+    /// Denies writing to everybody else: nobody but this process and its
+    /// descendants may open the file for writing, or truncate it by path, as with
+    /// a running program (`ETXTBSY`). The pin is refused while somebody else has
+    /// it open for writing.
+    ///
+    /// The fanotify gate refuses others to open a pinned file for writing in any
+    /// case. With this it refuses holders of other pins as well.
+    pub fn deny_write(mut self, deny: bool) -> Self {
+        self.also = with(self.also, Flags::DENY_WRITE, deny);
+        self
+    }
+
+    /// Denies that a name of the file is removed, renamed or replaced by another
+    /// file (`ETXTBSY`), by anybody, this process included. It is about every
+    /// name that the file has, also those that it gets by `link(2)` meanwhile;
+    /// directories above can be renamed.
+    ///
+    /// The fanotify gate cannot refuse this, but tells
+    /// ([`Pin::renames`](Pin::renames)).
+    pub fn deny_rename(mut self, deny: bool) -> Self {
+        self.also = with(self.also, Flags::DENY_RENAME, deny);
         self
     }
 
@@ -206,14 +230,11 @@ impl PinOptions {
         file: BorrowedFd<'_>,
     ) -> Result<Pin> {
         let range = offset_and_length(self.range.as_ref())?;
-        let mut flags = match self.scope {
+        let scope = match self.scope {
             Scope::Range => Flags::NONE,
             Scope::File => Flags::WHOLE_FILE,
         };
-        flags = flags | self.strength.flags();
-        if self.family {
-            flags = flags | Flags::FAMILY;
-        }
+        let flags = scope | self.also | self.strength.flags();
         self.prepare(file)?;
         let Established {
             named,
@@ -236,6 +257,15 @@ impl PinOptions {
             pin.allocate(range.start..end.max(range.start))?;
         }
         Ok(pin)
+    }
+}
+
+/// `flags` with or without some of them.
+pub(crate) fn with(flags: Flags, some: Flags, wanted: bool) -> Flags {
+    if wanted {
+        flags | some
+    } else {
+        Flags::from_known_bits(flags.bits() & !some.bits())
     }
 }
 
@@ -411,6 +441,14 @@ impl Pin {
     #[must_use]
     pub fn integrity(&self) -> Integrity {
         self.held.hold().integrity()
+    }
+
+    /// What has become of names of the file, for a person, if the pin denies that
+    /// ([`PinOptions::deny_rename`]) and the gate could not refuse it: the first
+    /// 16 of them.
+    #[must_use]
+    pub fn renames(&self) -> Vec<String> {
+        self.held.hold().renames()
     }
 
     /// A descriptor that becomes readable when [`state`](Self::state) or

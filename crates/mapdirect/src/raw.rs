@@ -4,6 +4,7 @@ use crate::error::{Error, Kind, Result};
 use crate::establish::{PATIENCE, Scope, Strength};
 use crate::guard::Guard;
 use crate::map::{How, cached_by_environment};
+use mapdirect_proto::Flags;
 use mapdirect_sys::mmap as sys;
 use mapdirect_sys::{Errno, mmap};
 use std::os::fd::BorrowedFd;
@@ -58,6 +59,7 @@ pub unsafe fn mmap(
         flags: flags & !(sys::MAP_TYPE | MAP_DIRECT),
         address,
         scope: Scope::Range,
+        also: Flags::NONE,
         strength: Strength::All,
         cached: cached_by_environment(),
         patience: PATIENCE,

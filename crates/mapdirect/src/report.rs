@@ -97,6 +97,24 @@ impl PinFlags {
         self.0.contains(Flags::WHOLE_FILE)
     }
 
+    /// Whether the descendants of its holder have a holder's rights.
+    #[must_use]
+    pub const fn is_for_family(self) -> bool {
+        self.0.contains(Flags::FAMILY)
+    }
+
+    /// Whether it denies everybody else to open the file for writing.
+    #[must_use]
+    pub const fn denies_write(self) -> bool {
+        self.0.contains(Flags::DENY_WRITE)
+    }
+
+    /// Whether it denies that a name of the file goes.
+    #[must_use]
+    pub const fn denies_rename(self) -> bool {
+        self.0.contains(Flags::DENY_RENAME)
+    }
+
     /// What it holds of its range.
     #[must_use]
     pub const fn strength(self) -> Strength {

@@ -43,6 +43,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         }),
         on_notice: Box::new(tell_notice),
         on_tampering: Box::new(output::complain),
+        on_giving_way: Box::new(output::complain),
     })?;
     output::line(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",
@@ -157,6 +158,7 @@ fn tell_notice(notice: &Notice) {
                 breach.pin,
             ));
         }
+        Notice::Renamed { pin, how } => output::complain(&format!("pin {pin}: {how}")),
         Notice::Lost { pin, why } => output::complain(&format!("pin {pin} is lost: {why}")),
         _ => {}
     }

@@ -5,6 +5,7 @@ use crate::size::human;
 use crate::{Exit, open, output};
 use anyhow::{Context, Result};
 use mapdirect_guard::{Account, Policy, Rule, would_allow};
+use mapdirect_proto::Flags;
 use rustix::fs::OFlags;
 use std::os::fd::AsFd;
 
@@ -67,7 +68,7 @@ fn tell(rule: &Rule) {
         .flatten()
         .collect();
     output::line(&format!(
-        "{} ({}:{}): {} may {} {}; {} pins, {}, {}, each",
+        "{} ({}:{}): {} may {} {}{}; {} pins, {}, {}, each",
         rule.name,
         rule.file.display(),
         rule.line,
@@ -78,6 +79,15 @@ fn tell(rule: &Rule) {
             "pin, by descriptors that can only read,"
         },
         rule.paths().join(", "),
+        match (
+            rule.denies.contains(Flags::DENY_WRITE),
+            rule.denies.contains(Flags::DENY_RENAME)
+        ) {
+            (false, false) => "",
+            (true, false) => ", and deny others to write",
+            (false, true) => ", and deny others to rename",
+            (true, true) => ", and deny others to write or rename",
+        },
         rule.pins,
         rule.bytes
             .map_or_else(|| String::from("any number of bytes"), human),

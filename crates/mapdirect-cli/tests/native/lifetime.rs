@@ -8,6 +8,7 @@ use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{GuardProcess, Helper, listen, say, wait_for};
 use mapdirect_testkit::{Disk, Kind, raw};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -37,6 +38,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("many-files", many_files),
             ("unmount-at-once", unmount_at_once),
             ("again-and-again", again_and_again),
+            ("late-guard", late_guard),
             ("opened-as-it-ends", opened_as_it_ends),
             ("guard-killed", guard_killed),
             ("guard-ended", guard_ended),
@@ -501,6 +503,40 @@ fn again_and_again(world: &World, kind: Kind) {
     }
     drop(file);
     freed_at_once(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// The guard gets so little time that a pin is often over before the guard has
+/// finished to hand it over. The file is free then all the same.
+fn late_guard(world: &World, kind: Kind) {
+    let (_disk, path) = subject(world, kind, "late");
+    let mut first = CpuSet::new();
+    let all = sched_getaffinity(None).unwrap();
+    let cpu = (0..CpuSet::MAX_CPU).find(|cpu| all.is_set(*cpu)).unwrap();
+    first.set(cpu);
+    // What this thread starts runs on this processor, too.
+    sched_setaffinity(None, &first).unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let over = AtomicBool::new(false);
+    let until = Instant::now() + Duration::from_secs(60);
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !over.load(SeqCst) && Instant::now() < until {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        let file = open(&path);
+        let late = (0..100).filter(|_| {
+            drop(map(&guard.client(), &file, 0..65536));
+            is_pinned(&path)
+        });
+        let late = late.count();
+        over.store(true, SeqCst);
+        assert_eq!(late, 0, "still pinned after that many of 100 pins");
+    });
+    sched_setaffinity(None, &all).unwrap();
     std::fs::remove_file(&path).unwrap();
 }
 

@@ -19,6 +19,7 @@ mod dax;
 mod doors;
 mod errors;
 mod examples;
+mod family;
 mod grants;
 mod hammer;
 mod in_kernel;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
     trials.extend(abuse::trials(&world));
     trials.extend(versions::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(tripwire::trials(&world));
     trials.extend(states::trials(&world));

@@ -332,10 +332,11 @@ impl Pinned {
             .spawn()
             .unwrap();
         let stdout = child.stdout.take().unwrap();
-        // The table of extents is out when it holds the pin.
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        // The table of extents is out when it holds the pin; where there is a
+        // command, all of the output is the command's.
         let mut line = String::new();
         BufReader::new(stdout).read_line(&mut line).unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
         assert!(line.starts_with("pinned"), "{line}");
         Self { child, stderr }
     }
@@ -362,7 +363,7 @@ fn broken_under_the_command_line(world: &World, kind: Kind) {
     // Whoever has a pin may have it open for writing.
     let held = map_subject(&guard.client(), &subject, &file, OnBreach::Tell);
     let alone = Pinned::start(guard.socket(), &subject.path, &[]);
-    let command = ["--", "sh", "-c", "sleep 3; exit 7"];
+    let command = ["--", "sh", "-c", "echo pinned; sleep 3; exit 7"];
     let with_command = Pinned::start(guard.socket(), &subject.path, &command);
     subject.move_blocks(kind, &file).unwrap();
     let (status, said) = alone.end();

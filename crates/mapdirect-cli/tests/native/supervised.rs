@@ -10,6 +10,7 @@ use mapdirect_testkit::{Disk, Kind, raw};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -75,7 +76,8 @@ fn source(name: &str) -> PathBuf {
 
 /// A program compiled once; nothing if that cannot be done here.
 fn compiled(name: &str, compile: impl FnOnce(&Path) -> Command) -> Option<PathBuf> {
-    static ALL: OnceLock<Mutex<Vec<(String, Option<PathBuf>)>>> = OnceLock::new();
+    type Built = Vec<(String, Option<PathBuf>)>;
+    static ALL: OnceLock<Mutex<Built>> = OnceLock::new();
     let mut all = ALL
         .get_or_init(Mutex::default)
         .lock()
@@ -317,7 +319,11 @@ fn own(world: &World, kind: Kind) {
     let disk = world.disk(kind);
     let path = written(&disk, "run-own", MEGABYTE);
     let map = format!("map {} rw 0", path.display());
-    let command = supervised(guard.socket(), &[&all_of(&disk)], &[told()]);
+    let command = supervised(
+        guard.socket(),
+        &["--own", "allow", &all_of(&disk)],
+        &[told()],
+    );
     let mut running = Running::start(command);
     assert_eq!(running.ask(&map), "mapped");
     assert_eq!(
@@ -492,6 +498,15 @@ fn both(of: i32) -> Vec<i32> {
     .unwrap()
 }
 
+/// The worker, once it is another one than `last`, which may still be there for
+/// a moment. It is the watcher's child, and so the younger of both.
+fn worker(of: i32, last: i32) -> i32 {
+    wait_for(Duration::from_secs(20), || {
+        Ok(both(of).into_iter().max().filter(|worker| *worker != last))
+    })
+    .unwrap()
+}
+
 /// Whoever is killed, and whenever: the program does not notice.
 fn killed_supervisor(world: &World, kind: Kind) {
     let guard = world.guard();
@@ -511,7 +526,8 @@ fn killed_supervisor(world: &World, kind: Kind) {
         attack(&path, kind);
         assert_eq!(running.ask("touch"), "alive");
     }
-    // The one that was started; the others go on.
+    // The one that was started; the others go on. Under the fanotify gate it is
+    // the root of the family that has the pins, so nothing new is pinned.
     let all = both(of);
     kill(of);
     assert_eq!(running.ask(&map), "mapped");
@@ -519,7 +535,9 @@ fn killed_supervisor(world: &World, kind: Kind) {
     assert_eq!(running.ask("unmap"), "unmapped");
     wait_until_free(&path);
     assert_eq!(running.ask(&map), "mapped");
-    assert!(is_pinned(&path));
+    if Gate::under_test() == Gate::Bpf {
+        assert!(is_pinned(&path));
+    }
     let _ = running.end();
     wait_until_free(&path);
     wait_for(Duration::from_secs(20), || {
@@ -539,12 +557,14 @@ fn killed_worker(world: &World, kind: Kind) {
         .collect();
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &[told()]));
     let of = running.helper.pid();
+    // Before that, the one that starts the program is a child as well.
+    assert_eq!(running.ask("touch"), "alive");
+    let mut last = 0;
     for round in 0..3_u64 {
-        let workers = both(of);
+        last = worker(of, last);
         let killer = std::thread::spawn(move || {
             std::thread::sleep(Duration::from_micros(700 * round * round));
-            // The worker is the watcher's child, and so the younger of both.
-            kill(workers.into_iter().max().unwrap());
+            kill(last);
         });
         for path in &paths {
             assert_eq!(
@@ -560,7 +580,8 @@ fn killed_worker(world: &World, kind: Kind) {
     }
     // It is killed too often: the rest is let pass, and that is said.
     for _ in 0..2 {
-        kill(both(of).into_iter().max().unwrap());
+        last = worker(of, last);
+        kill(last);
     }
     running.hears("nothing new is pinned from here on");
     for path in &paths {
@@ -622,13 +643,13 @@ fn storm(world: &World, kind: Kind) {
     let disk = world.disk(kind);
     let path = written(&disk, "run-storm", 8192);
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &[told()]));
-    let count = if is_brief() { 100 } else { 1250 };
+    let (threads, count) = if is_brief() { (4, 100) } else { (16, 1250) };
     for before in ["touch", "timers"] {
         running.ask(before);
         let begun = Instant::now();
-        let answer = running.ask(&format!("storm {} 16 {count}", path.display()));
+        let answer = running.ask(&format!("storm {} {threads} {count}", path.display()));
         assert_eq!(answer, "0 failed");
-        println!("{} mappings in {:?}", 16 * count, begun.elapsed());
+        println!("{} mappings in {:?}", threads * count, begun.elapsed());
     }
     running.end_quietly();
     wait_until_free(&path);
@@ -683,7 +704,7 @@ fn unlinked(world: &World, kind: Kind) {
     let guard = world.guard();
     let disk = world.disk(kind);
     let path = written(&disk, "run-unlinked", 8192);
-    let file = File::open(&path).unwrap();
+    let inode = std::fs::metadata(&path).unwrap().ino();
     let script = format!(
         "import mmap, os, sys\n\
          f = open({0:?}, 'r+b'); os.unlink({0:?})\n\
@@ -699,7 +720,8 @@ fn unlinked(world: &World, kind: Kind) {
     ];
     let mut running = Running::start(supervised(guard.socket(), &[&all_of(&disk)], &command));
     assert_eq!(running.helper.hear().unwrap(), "mapped");
-    let pins = guard.client().pinned_ranges(&file).unwrap();
-    assert_eq!(pins.len(), 1);
+    let files = guard.client().status().unwrap().files;
+    let mut pinned = files.iter().filter(|file| !file.pins.is_empty());
+    assert!(pinned.any(|file| file.inode == inode));
     running.end_quietly();
 }

@@ -9,7 +9,7 @@ use crate::world::{World, is_pinned, map, open, wait_until_free, written};
 use libtest_mimic::Trial;
 use mapdirect::Guard;
 use mapdirect_proto::{
-    Flags, Gate, MAX_MESSAGE, OLDEST_VERSION, PinRequest, Reply, Request, VERSION,
+    Flags, Gate, Granted, MAX_MESSAGE, OLDEST_VERSION, PinRequest, Reply, Request, VERSION,
     VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, VERSION_WITH_POLICY,
 };
 use mapdirect_sys::unix::Socket;
@@ -63,12 +63,21 @@ fn ask(
     hear(socket)
 }
 
-/// Pins a file, word by word as a holder does who speaks `version`.
-fn converse(world: &World, version: u32) {
-    let (disk, guard) = (world.disk(Kind::XFS), world.guard());
-    let path = written(&disk, &format!("versions-holder-{version}"), 65536);
-    let file = open(&path);
-    let socket = connect(guard.socket());
+/// A pin that was asked for word by word.
+pub(crate) struct Asked {
+    pub(crate) socket: Socket,
+    pub(crate) granted: Granted,
+    /// The descriptors that came with the answer; the first is the pin's.
+    pub(crate) fds: Vec<OwnedFd>,
+    /// What the guard gave in place of the descriptor that was sent, or that
+    /// itself.
+    pub(crate) file: OwnedFd,
+}
+
+/// Pins the first 65536 bytes of a file, word by word as a holder does who
+/// speaks `version`.
+pub(crate) fn ask_for_pin(guard: &Path, version: u32, file: OwnedFd, flags: Flags) -> Asked {
+    let socket = connect(guard);
     let hello = Request::Hello { version };
     let Some((
         Reply::Welcome {
@@ -96,18 +105,38 @@ fn converse(world: &World, version: u32) {
     let request = Request::Pin(PinRequest {
         offset: 0,
         length: 65536,
-        flags: Flags::NONE,
+        flags,
         patience_ms: 1000,
     });
     let mut answer = ask(&socket, &request, &[file.as_fd()]).unwrap();
     let mut file = file;
     while matches!(answer.0, Reply::Swap) {
-        file = answer.1.pop().unwrap().into();
+        file = answer.1.pop().unwrap();
         answer = ask(&socket, &Request::Swapped, &[]).unwrap();
     }
-    let (Reply::Granted(granted), pinned) = answer else {
+    let (Reply::Granted(granted), fds) = answer else {
         panic!("{answer:?}");
     };
+    Asked {
+        socket,
+        granted,
+        fds,
+        file,
+    }
+}
+
+/// Pins a file as a holder does who speaks `version`.
+fn converse(world: &World, version: u32) {
+    let (disk, guard) = (world.disk(Kind::XFS), world.guard());
+    let path = written(&disk, &format!("versions-holder-{version}"), 65536);
+    let file = open(&path).into();
+    let Asked {
+        socket,
+        granted,
+        fds: pinned,
+        file,
+    } = ask_for_pin(guard.socket(), version, file, Flags::NONE);
+    let hello = Request::Hello { version };
     assert_eq!(granted.range, 0..65536);
     let settled = version.min(VERSION);
     if settled >= VERSION_WITH_BARRIER {

@@ -30,6 +30,7 @@ struct Inner {
 /// Programs this binary can play besides the tests.
 pub fn roles() -> Vec<Role> {
     vec![
+        ("member", crate::family::play_member),
         ("hold", crate::lifetime::play_holder),
         ("random", crate::random::play_attacker),
         ("mmap", crate::errors::play_mmap),
@@ -63,6 +64,7 @@ pub fn roles() -> Vec<Role> {
         ("sharer", crate::neighbours::play_sharer),
         ("stable-stranger", crate::stable::hammer::play_stranger),
         ("forked", crate::states::play_forked),
+        ("locks", crate::grants::play_locks),
         ("example-log", crate::examples::play_log),
         ("example-reader", crate::examples::play_reader),
         ("example-raw-reader", crate::examples::play_raw_reader),

@@ -6,7 +6,7 @@
 
 use super::claims::Right;
 use crate::Errno;
-use crate::grant::refusal;
+use crate::grant::{refusal, system};
 use crate::table::InodeId;
 use mapdirect_proto::status::Armed as Shown;
 use mapdirect_proto::{ArmRequest, Reason, Refusal, Who};
@@ -97,12 +97,17 @@ impl Arms {
             )
         })?;
         let (id, handle) = identify(file)?;
+        // Pins are of whole blocks.
+        let statfs = rustix::fs::fstatfs(file).map_err(|errno| system("fstatfs", errno))?;
+        let block = u64::try_from(statfs.f_bsize).unwrap_or(1).max(1);
+        let start = request.offset - request.offset % block;
+        let end = end.checked_next_multiple_of(block).unwrap_or(u64::MAX);
         let armed = Armed {
             id,
             handle,
             path: proc::path_of(file),
             who: request.who,
-            range: request.offset..end,
+            range: start..end,
             until: Instant::now() + Duration::from_secs(request.seconds.into()),
         };
         let mut all = self.lock();
@@ -168,9 +173,8 @@ impl Arms {
 
 fn identify(file: BorrowedFd<'_>) -> Result<(InodeId, FileHandle), Refusal> {
     super::door::require_local_file(file)?;
-    let stat = rustix::fs::fstat(file).map_err(|errno| crate::grant::system("fstat", errno))?;
-    let handle =
-        file_handle::of(file).map_err(|errno| crate::grant::system("name_to_handle_at", errno))?;
+    let stat = rustix::fs::fstat(file).map_err(|errno| system("fstat", errno))?;
+    let handle = file_handle::of(file).map_err(|errno| system("name_to_handle_at", errno))?;
     Ok((InodeId::from(&stat), handle))
 }
 

@@ -5,7 +5,7 @@ use super::door::Admission;
 use super::file::Rule;
 use crate::Errno;
 use crate::grant::refusal;
-use mapdirect_proto::{Reason, Refusal};
+use mapdirect_proto::{Flags, Reason, Refusal};
 use rustix::time::{ClockId, clock_gettime};
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,6 +22,8 @@ pub(crate) struct Right {
     pins: u32,
     bytes: Option<u64>,
     seconds: Option<u32>,
+    /// What the pin may deny to others.
+    denies: Flags,
     /// The bytes of the file that may be pinned.
     range: Range<u64>,
 }
@@ -33,6 +35,7 @@ impl Right {
             pins: rule.pins,
             bytes: rule.bytes,
             seconds: rule.seconds,
+            denies: rule.denies,
             range: 0..u64::MAX,
         }
     }
@@ -43,6 +46,7 @@ impl Right {
             pins: ARMED_PINS,
             bytes: None,
             seconds: None,
+            denies: Flags::NONE,
             range,
         }
     }
@@ -175,6 +179,7 @@ impl Delegated {
 pub(super) fn claim(
     claims: &Arc<Claims>,
     admission: &Admission,
+    flags: Flags,
     range: &Range<u64>,
 ) -> Result<Delegated, Refusal> {
     let bytes = u128::from(range.end.saturating_sub(range.start));
@@ -208,6 +213,19 @@ pub(super) fn claim(
                     right.range.start, right.range.end, range.start, range.end
                 ),
             )
+        } else if let Some(denial) = [Flags::DENY_WRITE, Flags::DENY_RENAME]
+            .into_iter()
+            .find(|denial| flags.contains(*denial) && !right.denies.contains(*denial))
+        {
+            let what = if denial == Flags::DENY_WRITE {
+                "write"
+            } else {
+                "rename"
+            };
+            (
+                Errno::ACCESS,
+                format!("rule {rule:?} lets no pin deny others to {what} (deny in the policy)"),
+            )
         } else if pins >= right.pins.into() {
             (
                 Errno::AGAIN,
@@ -221,10 +239,17 @@ pub(super) fn claim(
         {
             (
                 Errno::AGAIN,
-                format!(
-                    "rule {rule:?} allows {most} pinned bytes, user {uid} has {pinned}, and this \
-                     would be {bytes} more"
-                ),
+                if range.end == u64::MAX {
+                    format!(
+                        "rule {rule:?} allows {most} pinned bytes, and this range has no end: it \
+                         would follow the file's growth"
+                    )
+                } else {
+                    format!(
+                        "rule {rule:?} allows {most} pinned bytes, user {uid} has {pinned}, and \
+                         this would be {bytes} more"
+                    )
+                },
             )
         } else {
             let rule = Some(Arc::clone(rule));
@@ -246,7 +271,7 @@ pub(super) fn claim(
             "let go of pins, or ask root to raise the limit",
         )
     } else {
-        (Reason::Policy, "pin less of it")
+        (Reason::Policy, "ask for less")
     };
     Err(refusal(reason, errno, why, mend))
 }
@@ -331,6 +356,7 @@ mod tests {
             pins,
             bytes,
             seconds: Some(60),
+            denies: Flags::DENY_RENAME,
             range,
         }
     }
@@ -347,25 +373,39 @@ mod tests {
     fn what_is_let_go_of_can_be_had_again() {
         let claims = Arc::new(Claims::new(8000));
         let by = admission(7, vec![right("a", 2, Some(100), 0..u64::MAX)]);
-        let one = claim(&claims, &by, &(0..60)).unwrap();
-        let refused = claim(&claims, &by, &(0..50)).unwrap_err();
+        let one = claim(&claims, &by, Flags::NONE, &(0..60)).unwrap();
+        let refused = claim(&claims, &by, Flags::NONE, &(0..50)).unwrap_err();
         assert_eq!(refused.errno, Errno::AGAIN.raw_os_error());
         assert!(
             refused
                 .obstacle
                 .contains("allows 100 pinned bytes, user 7 has 60")
         );
-        let two = claim(&claims, &by, &(0..40)).unwrap();
-        let refused = claim(&claims, &by, &(0..0)).unwrap_err();
+        let two = claim(&claims, &by, Flags::NONE, &(0..40)).unwrap();
+        let refused = claim(&claims, &by, Flags::NONE, &(0..0)).unwrap_err();
         assert!(refused.obstacle.contains("allows 2 pins, and user 7 has 2"));
         // Another user has a share of its own.
         let other = admission(8, by.rights.clone());
-        assert!(claim(&claims, &other, &(0..100)).is_ok());
+        assert!(claim(&claims, &other, Flags::NONE, &(0..100)).is_ok());
         drop(one);
-        assert!(claim(&claims, &by, &(0..60)).is_ok());
+        assert!(claim(&claims, &by, Flags::NONE, &(0..60)).is_ok());
         assert!(two.left().is_some_and(|left| (59..=60).contains(&left)));
         drop(two);
         assert!(claims.lock().of.is_empty());
+        assert_eq!(claims.lock().all, 0);
+    }
+
+    #[test]
+    fn a_rule_says_what_may_be_denied() {
+        let claims = Arc::new(Claims::new(8000));
+        let by = admission(7, vec![right("a", 9, Some(1 << 20), 0..u64::MAX)]);
+        assert!(claim(&claims, &by, Flags::DENY_RENAME, &(0..1)).is_ok());
+        let both = Flags::DENY_RENAME | Flags::DENY_WRITE;
+        let refused = claim(&claims, &by, both, &(0..1)).unwrap_err();
+        assert_eq!(refused.reason, Reason::Policy);
+        assert!(refused.obstacle.contains("deny others to write"));
+        let refused = claim(&claims, &by, Flags::STABLE, &(0..u64::MAX)).unwrap_err();
+        assert!(refused.obstacle.contains("has no end"));
         assert_eq!(claims.lock().all, 0);
     }
 
@@ -379,14 +419,14 @@ mod tests {
                 right("b", 1, None, 0..u64::MAX),
             ],
         );
-        let one = claim(&claims, &by, &(0..50)).unwrap();
-        let two = claim(&claims, &by, &(0..50)).unwrap();
+        let one = claim(&claims, &by, Flags::NONE, &(0..50)).unwrap();
+        let two = claim(&claims, &by, Flags::NONE, &(0..50)).unwrap();
         assert_eq!((one.rule(), two.rule()), (Some("a"), Some("b")));
         drop((one, two));
-        let far = claim(&claims, &by, &(50..150)).unwrap();
+        let far = claim(&claims, &by, Flags::NONE, &(50..150)).unwrap();
         assert_eq!(far.rule(), Some("b"));
         let only = admission(7, vec![right("a", 1, None, 0..100)]);
-        let refused = claim(&claims, &only, &(50..150)).unwrap_err();
+        let refused = claim(&claims, &only, Flags::NONE, &(50..150)).unwrap_err();
         assert_eq!(refused.errno, Errno::ACCESS.raw_os_error());
     }
 
@@ -396,20 +436,22 @@ mod tests {
         let adopted = claim_again(&claims, 7, 10, NO_LIMIT);
         assert_eq!((adopted.left(), adopted.wire()), (None, NO_LIMIT));
         let by = admission(7, vec![right("a", 1, None, 0..u64::MAX)]);
-        assert!(claim(&claims, &by, &(0..1)).is_err());
+        assert!(claim(&claims, &by, Flags::NONE, &(0..1)).is_err());
         let over = claim_again(&claims, 7, 10, 1);
         assert_eq!((over.left(), over.wire()), (Some(0), 1));
         drop((adopted, over));
-        assert!(claim(&claims, &by, &(0..1)).is_ok());
+        assert!(claim(&claims, &by, Flags::NONE, &(0..1)).is_ok());
     }
 
     #[test]
     fn descriptors_are_left_for_others() {
         let claims = Arc::new(Claims::new(16));
         let by = admission(7, vec![right("a", 9, None, 0..u64::MAX)]);
-        let _held = [0, 1].map(|_| claim(&claims, &by, &(0..1)).unwrap());
+        let _held = [0, 1].map(|_| claim(&claims, &by, Flags::NONE, &(0..1)).unwrap());
         assert_eq!(
-            claim(&claims, &by, &(0..1)).unwrap_err().reason,
+            claim(&claims, &by, Flags::NONE, &(0..1))
+                .unwrap_err()
+                .reason,
             Reason::Limit
         );
     }

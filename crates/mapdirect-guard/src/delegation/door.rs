@@ -16,6 +16,7 @@
 use super::claims::Right;
 use super::{Account, Policy, Rule, place};
 use crate::grant::{refusal, system};
+use crate::table::Pin;
 use crate::{Errno, Guard};
 use mapdirect_model::facts::Filesystem;
 use mapdirect_proto::{Reason, Refusal, Request};
@@ -190,18 +191,19 @@ pub(crate) fn admit(
     let caller = Caller::of(peer, sender)?;
     let groups = caller.groups();
     match request {
-        Request::Allocate(request) if !has_pin(guard, request.pin, caller.uid) => {
-            return Err(not_capable());
-        }
-        Request::Allocate(_) => {}
+        // The pins themselves say that they were allowed.
+        Request::Allocate(request)
+            if has_pin(guard, |pin| pin.id == request.pin && pin.uid == caller.uid) => {}
+        Request::Yield(_)
+            if has_pin(guard, |pin| pin.pid == sender.pid && pin.uid == caller.uid) => {}
+        Request::Allocate(_) | Request::Yield(_) => return Err(not_capable()),
         _ if guard.delegation.names(caller.uid, &groups) => {}
         _ => return Err(not_capable()),
     }
     require_local_file(file)?;
     let access = access_of(request, file)?;
     let rights = match request {
-        // The pin itself says that it was allowed.
-        Request::Allocate(_) => Vec::new(),
+        Request::Allocate(_) | Request::Yield(_) => Vec::new(),
         _ => rights(guard, &caller, &groups, access, file)?,
     };
     setfsuid::become_for_good(caller.uid, caller.gid, &caller.others).map_err(|errno| {
@@ -239,12 +241,12 @@ pub(crate) fn admit(
     })
 }
 
-/// Whether a user has the pin with this number, by the policy.
-fn has_pin(guard: &Guard, id: u64, uid: u32) -> bool {
+/// Whether there is such a pin by the policy.
+fn has_pin(guard: &Guard, is_such: impl Fn(&Pin) -> bool) -> bool {
     guard.table.all().iter().any(|watched| {
         let pins = watched.pins.load();
         pins.iter()
-            .any(|pin| pin.id == id && pin.uid == uid && pin.delegated().is_some())
+            .any(|pin| pin.delegated().is_some() && is_such(pin))
     })
 }
 

@@ -2,6 +2,7 @@
 
 use super::names::Names;
 use super::paths::Pattern;
+use mapdirect_proto::Flags;
 use serde::Deserialize;
 use std::fmt;
 use std::ops::Range;
@@ -24,6 +25,8 @@ pub struct Rule {
     pub groups: Vec<u32>,
     /// Whether files may be pinned by descriptors that can write.
     pub writes: bool,
+    /// What pins may deny to others ([`Flags::DENY_WRITE`], [`Flags::DENY_RENAME`]).
+    pub denies: Flags,
     /// The most pins that one user may have by this rule.
     pub pins: u32,
     /// The most bytes that one user may have pinned by this rule.
@@ -96,6 +99,8 @@ struct Written {
     groups: Vec<Spanned<Id>>,
     paths: Spanned<Vec<Spanned<String>>>,
     access: Access,
+    #[serde(default)]
+    deny: Vec<Denial>,
     pins: Option<Spanned<u32>>,
     bytes: Option<Spanned<Size>>,
     seconds: Option<Spanned<u32>>,
@@ -106,6 +111,13 @@ struct Written {
 enum Access {
     Read,
     Write,
+}
+
+#[derive(Clone, Copy, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Denial {
+    Write,
+    Rename,
 }
 
 #[derive(Deserialize)]
@@ -250,6 +262,14 @@ impl Reader<'_> {
             users: self.ids(&rule.users, "user", |name| names.user(name)),
             groups: self.ids(&rule.groups, "group", |name| names.group(name)),
             writes: matches!(rule.access, Access::Write),
+            denies: rule
+                .deny
+                .iter()
+                .map(|denial| match denial {
+                    Denial::Write => Flags::DENY_WRITE,
+                    Denial::Rename => Flags::DENY_RENAME,
+                })
+                .fold(Flags::NONE, |all, one| all | one),
             pins: self
                 .at_least_one(rule.pins.as_ref(), "pins")
                 .unwrap_or(PINS),
@@ -318,6 +338,7 @@ users = [1000, "root"]
 groups = ["root"]
 paths = ["/srv/db/", "/home/*/db/*.img"]
 access = "write"
+deny = ["rename"]
 pins = 3
 bytes = "2M"
 seconds = 60
@@ -336,6 +357,7 @@ seconds = 60
             (rule.writes, rule.pins, rule.bytes, rule.seconds),
             (true, 3, Some(2 << 20), Some(60))
         );
+        assert_eq!(rule.denies, Flags::DENY_RENAME);
         assert!(rule.names(1000, &[]) && rule.names(7, &[8, 0]) && !rule.names(7, &[8]));
         assert!(rule.covers(Path::new("/home/u/db/a.img")));
         assert!(!rule.covers(Path::new("/home/u/db/a.txt")));
@@ -373,18 +395,24 @@ seconds = 60
                 "\"srv\"",
                 "p.toml:7:10: a path begins with /",
             ),
-            ("\"2M\"", "\"2X\"", "p.toml:10:9: a size is a number"),
-            ("\"2M\"", "\"99999999T\"", "p.toml:10:9: a size is a number"),
-            ("\"2M\"", "-5", "p.toml:10:9: expected a number of bytes"),
+            ("\"2M\"", "\"2X\"", "p.toml:11:9: a size is a number"),
+            ("\"2M\"", "\"99999999T\"", "p.toml:11:9: a size is a number"),
+            ("\"2M\"", "-5", "p.toml:11:9: expected a number of bytes"),
             (
                 "pins = 3",
                 "pins = 0",
-                "p.toml:9:8: `pins` = 0 allows nothing",
+                "p.toml:10:8: `pins` = 0 allows nothing",
             ),
+            (
+                "[\"rename\"]",
+                "[\"delete\"]",
+                "p.toml:9:9: unknown variant `delete`",
+            ),
+            ("[\"rename\"]", "7", "p.toml:9:8: invalid type"),
             (
                 "seconds = 60",
                 "seconds = \"x\"",
-                "p.toml:11:11: invalid type",
+                "p.toml:12:11: invalid type",
             ),
             ("[[rule]]", "[rule", "p.toml:3:"),
             (
@@ -408,7 +436,7 @@ seconds = 60
         let twice = read(&format!("{GOOD}{GOOD}")).unwrap_err();
         assert_eq!(
             twice,
-            ["p.toml:15:8: line 3 has a rule \"databases\" already"]
+            ["p.toml:16:8: line 3 has a rule \"databases\" already"]
         );
         let nobody = GOOD.replace("users = [1000, \"root\"]\ngroups = [\"root\"]\n", "");
         let errors = read(&nobody).unwrap_err();

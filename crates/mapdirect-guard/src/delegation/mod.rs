@@ -33,8 +33,8 @@ use self::armed::Arms;
 use self::claims::{Claims, Turns};
 use self::ends::Deadlines;
 use arc_swap::ArcSwap;
-use mapdirect_proto::Refusal;
 use mapdirect_proto::status::PolicyStatus;
+use mapdirect_proto::{Flags, Refusal};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -103,9 +103,10 @@ impl Delegation {
     pub(crate) fn claim(
         &self,
         admission: &Admission,
+        flags: Flags,
         range: &Range<u64>,
     ) -> Result<Delegated, Refusal> {
-        claims::claim(&self.claims, admission, range)
+        claims::claim(&self.claims, admission, flags, range)
     }
 
     /// Counts a pin that an earlier guard has granted.

@@ -35,7 +35,8 @@ pub fn host_path(file: BorrowedFd<'_>) -> Option<PathBuf> {
         .filter(|mount| (mount.major, mount.minor) == device)
         .take(MOST_MOUNTS)
         .find_map(|mount| {
-            let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
+            // A file that is mounted over another is nothing to open.
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
             let place = rustix::fs::open(mount.mount_point.as_str(), flags, Mode::empty()).ok()?;
             let found = file_handle::open(place.as_fd(), &handle, OFlags::PATH).ok()?;
             let path = proc::own_path_of(found.as_fd()).ok()?;

@@ -85,6 +85,11 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
     /// known of them.
     fn publish(&self, guard: &Guard, watched: &Watched) -> Result<(), Errno>;
 
+    /// Lets others share a pin that was granted just now, by `mmap(2)` alone.
+    fn granted(&self, watched: &Watched) {
+        let _ = watched;
+    }
+
     /// Undoes what a failed grant has done, after its pin has left the table.
     /// `file` is any description of the inode. The pin `was_last` if nothing
     /// else is pinned on the inode; the inode then leaves the table, too.

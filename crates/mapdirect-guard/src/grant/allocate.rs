@@ -88,7 +88,7 @@ fn prepare(
         file: file.as_fd(),
     };
     // A pin that lives by a pipe has left no mark on its description.
-    let is_held = pin.pid == owner.pid && pin.is_let_go() == Some(false);
+    let is_held = pin.pid == owner.pid && pin.is_held_by_pipe();
     if !is_held && !guard.gate.is_the_pin(&allocation.granting, file.as_fd())? {
         return Err(no_pin());
     }

@@ -14,7 +14,9 @@ use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::look_now;
 use crate::{Errno, Guard};
 use mapdirect_proto::{PinRequest, Reason, Refusal, YieldRequest};
+use mapdirect_sys::proc;
 use mapdirect_sys::unix::Sender;
+use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -67,6 +69,9 @@ pub(crate) fn give_way(
         given.hold_again(guard);
         return Err(system("telling the gate", errno));
     }
+    guard
+        .audit
+        .gives_way(format!("{given} give way for process {}", owner.pid));
     Ok(given)
 }
 
@@ -139,11 +144,26 @@ fn range_of(request: YieldRequest, block: u64) -> Result<Range<u64>, Refusal> {
         })
 }
 
+impl fmt::Display for GivenWay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let numbers: Vec<String> = self.pins.iter().map(|pin| pin.id.to_string()).collect();
+        let range = &self.range;
+        write!(f, "in bytes {} to ", range.start)?;
+        match range.end {
+            u64::MAX => f.write_str("the end")?,
+            end => write!(f, "{end}")?,
+        }
+        let path = proc::printable(&self.watched.path);
+        write!(f, " of {path} the pins {}", numbers.join(", "))
+    }
+}
+
 impl GivenWay {
     /// Has the pins hold what is there now. If somebody does not finish in time
     /// with what the gate let pass, it stays unknown what becomes of the blocks
     /// in the range: the gate refuses again, but they are not held.
     pub(crate) fn hold_again(self, guard: &Guard) {
+        guard.audit.gives_way(format!("{self} hold again"));
         let Self {
             watched,
             pins,

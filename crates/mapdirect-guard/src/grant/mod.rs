@@ -22,6 +22,7 @@ mod survey;
 mod tests;
 
 pub(crate) use self::refusal::{gone, lock_refused, refusal, refuse_executed, system};
+use self::request::judge_from;
 pub(crate) use self::request::{Judged, judge, length_of};
 pub(crate) use self::stable::read_now;
 pub(crate) use self::survey::{Findings, Survey};
@@ -144,12 +145,12 @@ pub(crate) fn grant(
     talk: &mut dyn Conversation,
 ) -> Result<Grant, Refusal> {
     let mut file = file;
-    let mut judged = judge(guard, request, file.as_fd())?;
-    if guard.table.get(judged.id).is_none()
-        && let Some(path) = from_another_namespace(owner.pid, file.as_fd())
-    {
-        judged.path = Arc::from(path.to_string_lossy());
-    }
+    let judged = judge_from(guard, request, file.as_fd(), || {
+        from_another_namespace(owner.pid, file.as_fd())
+    })?;
+    // Before this, only the caller itself waits for what it has handed in.
+    let turn = admission.map(|admission| guard.delegation.turn(admission.uid));
+    let _turn = turn.transpose()?;
     let most = if admission.is_some() {
         MOST_PATIENCE_BY_POLICY
     } else {
@@ -157,10 +158,12 @@ pub(crate) fn grant(
     };
     let patience = Duration::from_millis(request.patience_ms.into()).min(most);
     let delegation = &guard.delegation;
-    let delegated = admission.map(|admission| delegation.claim(admission, &judged.range));
+    let delegated =
+        admission.map(|admission| delegation.claim(admission, request.flags, &judged.range));
     let mut delegated = delegated.transpose()?;
-    let family = request.flags.contains(Flags::FAMILY).then(|| talk.family());
-    let family = family.flatten();
+    let family = talk
+        .family()
+        .filter(|_| request.flags.intersects(Flags::FAMILY | Flags::DENY_WRITE));
     // The tripwire is armed first, so that every later change is noticed.
     let _armed = arm(guard, &judged, file.as_fd())?;
     loop {
@@ -171,6 +174,9 @@ pub(crate) fn grant(
         })?;
         if state.retired {
             continue;
+        }
+        if judged.is_writable() {
+            nobody_denies(&watched, owner.pid)?;
         }
         let turn = waiting.into_turn();
         let pin = judged.unsettled(guard.next_id(), request.flags, owner);
@@ -192,7 +198,9 @@ pub(crate) fn grant(
             Ok((granted, extents, secured.lifeline))
         });
         let file = holder.file;
-        if granted.is_err() {
+        if granted.is_ok() {
+            guard.gate.granted(&watched);
+        } else {
             watched.remove(|other| other.id == pin.id);
             let was_last = watched.pins.load().is_empty();
             // Withdraw from the gate first: once the entry is out of the table,
@@ -216,6 +224,26 @@ pub(crate) fn grant(
             lifeline,
         });
     }
+}
+
+/// Fails if a pin denies this process to have a description that can write.
+fn nobody_denies(watched: &Watched, process: i32) -> Result<(), Refusal> {
+    let pins = watched.pins.load();
+    let denies = |pin: &&Arc<Pin>| {
+        pin.denies_write() && !pin.is_dead() && !pin.belongs_to(|family| family.may_have(process))
+    };
+    let Some(pin) = pins.iter().find(denies) else {
+        return Ok(());
+    };
+    Err(refusal(
+        Reason::OpenElsewhere,
+        Errno::TXTBSY,
+        format!(
+            "process {} has pinned it so that nobody else may write to it",
+            pin.pid
+        ),
+        "ask with a descriptor that can only read, or when that pin has ended",
+    ))
 }
 
 /// Makes the tripwire watch a file.

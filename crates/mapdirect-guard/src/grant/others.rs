@@ -5,7 +5,7 @@ use super::refusal::{refusal, still_changing, stuck, system};
 use crate::Errno;
 use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
-use crate::openers::{Openers, Wanted, openers_before};
+use crate::openers::{Mark, Openers, Wanted, openers_before};
 use crate::suspicion::Prefix;
 use crate::table::{Notes, Published};
 use crate::wake::Backoff;
@@ -71,7 +71,7 @@ impl Granting<'_> {
         still_changing(&wait(&quiet).map_err(stuck)?)
     }
 
-    pub(crate) fn openers(&self, mark: Option<u64>) -> Openers {
+    pub(crate) fn openers(&self, mark: Option<Mark>) -> Openers {
         let wanted = Wanted {
             id: self.judged.id,
             path: &self.judged.path,

@@ -15,13 +15,14 @@ use self::process::{Process, Socket, device_behind, never_writable};
 use crate::bounded::{self, Looking, Retries, within};
 use crate::table::{InodeId, LOCK_BASE};
 use mapdirect_proto::Opener;
+use mapdirect_sys::kcmp;
 use mapdirect_sys::proc::{self, FdInfo};
 use mapdirect_sys::proc_locks;
 use rustix::event::EventfdFlags;
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, StatxFlags};
 use std::collections::HashMap;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, RawFd};
 use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,9 +33,40 @@ pub(crate) struct Wanted<'a> {
     pub(crate) id: InodeId,
     /// The path at which the file was last seen.
     pub(crate) path: &'a str,
-    /// Descriptors whose description holds a lock on this byte are listed
-    /// separately.
-    pub(crate) mark: Option<u64>,
+    /// Descriptors of the description with this mark are listed separately.
+    pub(crate) mark: Option<Mark>,
+}
+
+/// What tells one open file description from the others of its file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mark {
+    /// A descriptor of the guard refers to it, too. The guard keeps this
+    /// descriptor open for as long as anybody waits for the findings.
+    Descriptor(RawFd),
+    /// It holds a lock on this byte.
+    Lock(u64),
+}
+
+impl Mark {
+    /// Whether a descriptor, whose `info` was read, is of the marked
+    /// description.
+    ///
+    /// To compare descriptors waits for a process in the middle of `execve(2)`.
+    /// There, `can_compare` is not set, and no descriptor counts as marked.
+    fn is_on(self, (table, fd): (i32, i32), info: &FdInfo, can_compare: bool) -> bool {
+        match self {
+            Self::Descriptor(own) => {
+                let guard = std::process::id().cast_signed();
+                can_compare && kcmp::same_description((guard, own), (table, fd))
+            }
+            // Neighbouring locks of one description are merged.
+            Self::Lock(byte) => info.locks.iter().any(|lock| {
+                lock.kind == proc_locks::Kind::Description
+                    && (LOCK_BASE..=byte).contains(&lock.start)
+                    && lock.last.is_none_or(|last| last >= byte)
+            }),
+        }
+    }
 }
 
 /// What is known about who has a file open.
@@ -150,7 +182,7 @@ struct Search {
 struct Sought {
     id: InodeId,
     path: String,
-    mark: Option<u64>,
+    mark: Option<Mark>,
 }
 
 impl Search {
@@ -338,7 +370,6 @@ impl Search {
         if !is_ring && wanted.next().is_none() {
             return false;
         }
-        let link = format!("/proc/{table}/fd/{fd}");
         let Ok(text) = proc::read_task_file(table, &format!("fdinfo/{fd}")) else {
             return false;
         };
@@ -346,7 +377,7 @@ impl Search {
         if is_ring {
             self.look_into_ring(process, table, fd, info);
         } else {
-            self.note_descriptor(process, &link, fd, &info);
+            self.note_descriptor(process, (table, fd), &info, true);
         }
         false
     }
@@ -361,7 +392,7 @@ impl Search {
         if text.contains("\nSqMask:") {
             self.look_into_ring(process, table, fd, info);
         } else {
-            self.note_descriptor(process, &format!("/proc/{table}/fd/{fd}"), fd, &info);
+            self.note_descriptor(process, (table, fd), &info, false);
         }
         text.contains("\nscm_fds:")
     }
@@ -387,13 +418,19 @@ impl Search {
         self.note(at, |found| found.others.push(opener));
     }
 
-    fn note_descriptor(&self, process: &mut Process, link: &str, fd: i32, info: &FdInfo) {
+    fn note_descriptor(
+        &self,
+        process: &mut Process,
+        (table, fd): (i32, i32),
+        info: &FdInfo,
+        can_compare: bool,
+    ) {
         if info.is_path() {
             return;
         }
         for &at in self.by_inode.get(&info.inode).into_iter().flatten() {
             let wanted = &self.wanted[at];
-            if !is_inode(link, wanted.id) {
+            if !is_inode(&format!("/proc/{table}/fd/{fd}"), wanted.id) {
                 continue;
             }
             let opener = Opener {
@@ -403,14 +440,9 @@ impl Search {
                 mapped: false,
                 command: process.command(),
             };
-            let is_marked = wanted.mark.is_some_and(|byte| {
-                // Neighbouring locks of one description are merged.
-                info.locks.iter().any(|lock| {
-                    lock.kind == proc_locks::Kind::Description
-                        && (LOCK_BASE..=byte).contains(&lock.start)
-                        && lock.last.is_none_or(|last| last >= byte)
-                })
-            });
+            let is_marked = wanted
+                .mark
+                .is_some_and(|mark| mark.is_on((table, fd), info, can_compare));
             self.note(at, |found| {
                 if is_marked {
                     found.marked.push(opener);

@@ -79,7 +79,7 @@ impl Session<'_> {
     ) -> Handed {
         let may_be_allowed = matches!(
             request,
-            Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. }
+            Request::Pin(_) | Request::Allocate(_) | Request::Announce { .. } | Request::Yield(_)
         );
         if !may_be_allowed || self.version < VERSION_WITH_POLICY {
             return Handed::Useless(not_capable());

@@ -10,6 +10,7 @@ use crate::grant::pending::Queue;
 use crate::ledger::PinSet;
 use crate::policy::{Operation, RULES};
 use arc_swap::ArcSwap;
+use mapdirect_proto::Flags;
 use mapdirect_sys::fanotify::Object;
 use mapdirect_sys::{Errno, ancestry, open_tree, proc};
 use rustix::fs::OFlags;
@@ -58,7 +59,9 @@ pub(crate) struct Watched {
     pub(crate) opens: Opens,
     /// Threads that may open the file for writing, once each.
     announced: ArcSwap<Vec<Arc<Announcement>>>,
-    /// A pin of a family was added. Stays set.
+    /// How many names the file had when that was last looked at.
+    names: AtomicU64,
+    /// A pin that knows its family was added. Stays set.
     has_families: AtomicBool,
     /// Counts of refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
@@ -101,6 +104,7 @@ impl Watched {
             notes: Notes::default(),
             opens: Opens::default(),
             announced: ArcSwap::default(),
+            names: AtomicU64::new(0),
             has_families: AtomicBool::new(false),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             queue: Queue::default(),
@@ -264,11 +268,42 @@ impl Watched {
             && root.get().is_some_and(|family| family.lives())
     }
 
+    /// Records how many names the file has, and returns how many it had.
+    pub(crate) fn has_names(&self, names: u64) -> u64 {
+        self.names.swap(names, SeqCst)
+    }
+
+    /// Whether a pin denies it to a process, which does not end meanwhile, to
+    /// open the file for writing. `file` is a description of the file. Takes no
+    /// lock and waits for nobody.
+    pub(crate) fn denies_write_to(
+        &self,
+        process: impl FnOnce() -> Option<i32>,
+        file: BorrowedFd<'_>,
+    ) -> bool {
+        if !self.has_families.load(SeqCst) {
+            return false;
+        }
+        let pins = self.pins.load();
+        let mut denying = pins
+            .iter()
+            .filter(|pin| pin.denies_write() && pin.is_handed_over())
+            .peekable();
+        if denying.peek().is_none() {
+            return false;
+        }
+        let Some(process) = process() else {
+            return true;
+        };
+        denying.any(|pin| !pin.belongs_to(|family| family.has(process)) && pin.is_alive(file))
+    }
+
     /// The families that have pins.
     pub(crate) fn families(&self) -> Vec<Arc<Family>> {
         let mut families: Vec<Arc<Family>> = Vec::new();
         for pin in self.pins.load().iter().filter(|pin| !pin.is_dead()) {
             if let Some(family) = &pin.family
+                && pin.flags.contains(Flags::FAMILY)
                 && family.lives()
                 && !families.iter().any(|other| Arc::ptr_eq(other, family))
             {

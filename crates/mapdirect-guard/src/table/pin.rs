@@ -11,7 +11,8 @@ use crate::policy::{Layers, Operation, Pinned};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use mapdirect_model::held::{Copied, told_apart};
 use mapdirect_proto::{BlockMap, ExtentState, Flags};
-use mapdirect_sys::fcntl::conflicting_lock;
+use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
+use mapdirect_sys::unix::Sender;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
@@ -33,15 +34,15 @@ pub(crate) struct Pin {
     pub(crate) pid: i32,
     pub(crate) uid: u32,
     pub(crate) since: Instant,
-    /// The holder and its descendants, if they have its rights together.
+    /// The holder and its descendants, if they have its rights together, or if
+    /// the pin denies something to all others.
     pub(crate) family: Option<Arc<Family>>,
     /// The stage of the pin's life.
     life: Life,
     /// What is known of the blocks, or `None` while the pin is unsettled.
     settled: ArcSwapOption<Settled>,
-    /// The guard's end of a pipe whose other end the holders have. Only a pin
-    /// that was requested with a description that cannot write has one.
-    lifeline: OnceLock<OwnedFd>,
+    /// What the pin lives by, under the fanotify gate.
+    carrier: OnceLock<Carrier>,
     /// Where the blocks are, as the holder was told.
     map: ArcSwapOption<BlockMap>,
     /// Grows by one when the holder begins to have blocks allocated, and by one
@@ -53,10 +54,31 @@ pub(crate) struct Pin {
     /// Where a pin of strength stable gives way for now, and where it refuses
     /// again but nothing is held yet.
     gives_way: Mutex<GivingWay>,
-    /// Whether the promise was kept.
-    pub(crate) fate: Fate,
+    /// Whether the promise was kept: that of the pin, whoever holds it.
+    pub(crate) fate: Arc<Fate>,
     /// What allowed it to a holder without the capability.
     delegated: OnceLock<Delegated>,
+}
+
+/// What a pin lives by under the fanotify gate: something that only its holders
+/// have, and that shows when it goes.
+#[derive(Debug)]
+pub(crate) enum Carrier {
+    /// A lock on a byte of its own, which the pin's description has. The
+    /// description can write, and is mapped.
+    ///
+    /// The lock is shared, because readers lock whole files and an exclusive
+    /// lock would keep them out. So readers can lock the same byte; but they
+    /// cannot write.
+    Lock,
+    /// The guard's end of a pipe whose other end goes to the holder, with a
+    /// description that is not mapped or cannot write. The pipe goes where the
+    /// description goes: to children, and away on `execve(2)`.
+    Pipe(OwnedFd),
+    /// All descriptions that can write. While the file is pinned, only holders
+    /// can get one. A program that knows nothing of pins has the pin's
+    /// description in place of its own, and may lock the whole file.
+    Writers,
 }
 
 /// Where a pin of strength stable gives way.
@@ -128,7 +150,7 @@ impl Pin {
         mapped: Option<Range<u64>>,
         reach: Range<u64>,
         flags: Flags,
-        owner: mapdirect_sys::unix::Sender,
+        owner: Sender,
     ) -> Self {
         let whole_file = flags.contains(Flags::WHOLE_FILE);
         Self {
@@ -143,12 +165,12 @@ impl Pin {
             family: None,
             life: Life::at(Stage::Unsettled),
             settled: ArcSwapOption::empty(),
-            lifeline: OnceLock::new(),
+            carrier: OnceLock::new(),
             map: ArcSwapOption::empty(),
             changes: AtomicU64::new(0),
             copied: ArcSwap::default(),
             gives_way: Mutex::default(),
-            fate: Fate::default(),
+            fate: Arc::default(),
             delegated: OnceLock::new(),
         }
     }
@@ -174,6 +196,16 @@ impl Pin {
         Self { family, ..self }
     }
 
+    /// Whether nobody but the holder's family may open the file for writing.
+    pub(crate) fn denies_write(&self) -> bool {
+        self.flags.contains(Flags::DENY_WRITE)
+    }
+
+    /// Whether `is_member` says yes of the holder's family.
+    pub(crate) fn belongs_to(&self, is_member: impl Fn(&Family) -> bool) -> bool {
+        self.family.as_deref().is_some_and(is_member)
+    }
+
     /// Whether the pin covers any of these bytes.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn meets(&self, range: &Range<u64>) -> bool {
@@ -185,25 +217,40 @@ impl Pin {
     /// A new pin, of process `pid`, on what this one pins.
     #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn joined(&self, id: u64, pid: i32) -> Self {
+        let uid = self.uid;
+        self.with(id, Sender { pid, uid }, Arc::default())
+    }
+
+    /// The same pin, which somebody else holds from now on. Whoever is told of
+    /// the pin still is.
+    #[cfg_attr(
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
+    )]
+    pub(crate) fn passed_to(&self, owner: Sender) -> Self {
+        self.with(self.id, owner, Arc::clone(&self.fate))
+    }
+
+    fn with(&self, id: u64, owner: Sender, fate: Arc<Fate>) -> Self {
         Self {
             id,
             range: self.range.clone(),
             shown: self.shown.clone(),
             mapped: self.mapped.clone(),
             flags: self.flags,
-            pid,
-            uid: self.uid,
+            pid: owner.pid,
+            uid: owner.uid,
             since: Instant::now(),
             family: None,
             // Only the process that mapped the file has the description.
             life: Life::at(Stage::HandedOver),
             settled: ArcSwapOption::new(self.settled()),
-            lifeline: OnceLock::new(),
+            carrier: OnceLock::new(),
             map: ArcSwapOption::new(self.map()),
             changes: AtomicU64::new(self.changes.load(SeqCst)),
             copied: ArcSwap::new(self.copied()),
             gives_way: Mutex::new(self.giving_way().clone()),
-            fate: Fate::default(),
+            fate,
             delegated: OnceLock::new(),
         }
     }
@@ -246,7 +293,7 @@ impl Pin {
             self.judge_by(&giving);
         }
         if let Some(map) = self.map() {
-            let range = Copied::NOTHING.and(&[range.clone()]);
+            let range = Copied::NOTHING.and(std::slice::from_ref(range));
             self.record(&told_apart(&map, &range));
         }
     }
@@ -377,27 +424,32 @@ impl Pin {
         self.life.stage() == Stage::Dead
     }
 
-    /// Makes the pin live as long as the other end of this pipe.
-    pub(crate) fn lives_by(&self, lifeline: OwnedFd) {
-        let _ = self.lifeline.set(lifeline);
+    /// Decides what the pin lives by.
+    pub(crate) fn lives_by(&self, carrier: Carrier) {
+        let _ = self.carrier.set(carrier);
     }
 
-    /// Whether the holders have closed their end of the pipe that the pin lives
-    /// by, or `None` if there is no pipe.
-    pub(crate) fn is_let_go(&self) -> Option<bool> {
-        self.lifeline
-            .get()
-            .map(|lifeline| crate::wake::has_hung_up(lifeline.as_fd()))
+    /// What the pin lives by.
+    pub(crate) fn carrier(&self) -> &Carrier {
+        self.carrier.get().unwrap_or(&Carrier::Lock)
+    }
+
+    /// Whether the holders still have their end of the pipe that the pin lives
+    /// by. `false` if there is no pipe.
+    pub(crate) fn is_held_by_pipe(&self) -> bool {
+        matches!(self.carrier(), Carrier::Pipe(pipe) if !crate::wake::has_hung_up(pipe.as_fd()))
     }
 
     /// Whether the pin is still held. `file` must be a description of the file
-    /// that is not the pin's own. Without a pipe, the pin's record lock tells;
-    /// somebody else's lock can hide that it is gone. Then the pin counts as
-    /// alive until the lifetime thread has looked further.
+    /// that is not the pin's own and cannot write. Somebody else's lock can hide
+    /// that a pin's lock is gone, and an open that waits for its refusal counts
+    /// as a writer. Then the pin counts as alive until the lifetime thread has
+    /// looked further.
     pub(crate) fn is_alive(&self, file: BorrowedFd<'_>) -> bool {
-        match self.is_let_go() {
-            Some(let_go) => !let_go,
-            None => conflicting_lock(file, self.lock_byte(), 1) != Ok(None),
+        match self.carrier() {
+            Carrier::Pipe(_) => self.is_held_by_pipe(),
+            Carrier::Lock => conflicting_lock(file, self.lock_byte(), 1) != Ok(None),
+            Carrier::Writers => lease_holds(file, Lease::NoWriter) != Ok(true),
         }
     }
 

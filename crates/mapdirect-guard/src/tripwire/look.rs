@@ -176,9 +176,12 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     let holders: Vec<i32> = alive.iter().map(|pin| pin.pid).collect();
     let file = match guard.own.during(|| open(&order.file, &holders)) {
         Ok(file) => file,
-        // The inode is gone, and so is every pin on it.
+        // The inode is gone, and so is every pin on it. Pins of a file that has
+        // its number now are none of it.
         Err(Errno::STALE) => {
-            guard.spoil(watched.id);
+            if guard.tripwire.is_current(&order.file) {
+                guard.spoil(watched.id);
+            }
             return Outcome::Done;
         }
         Err(_) if order.may_be_dead && is_shut_down(&order.file, &holders) => {

@@ -60,6 +60,10 @@ const AGAIN: [Duration; 3] = [
     Duration::from_millis(400),
     Duration::from_secs(4),
 ];
+/// How long a file counts as growing, and how often the rings are read at most
+/// while one does: each event wakes the thread.
+const WHILE_GROWING: Duration = Duration::from_secs(1);
+const PACE: Duration = Duration::from_millis(5);
 /// The blocks of events are forgotten once they are between once and twice as
 /// old as this and were looked at. A file that grows for hours is not looked at
 /// from the start again and again.
@@ -148,6 +152,16 @@ impl Tripwire {
         }
     }
 
+    /// Whether the number of this inode is still this file's, as far as is known:
+    /// another file that has it now is listened to before anything of it is
+    /// pinned.
+    fn is_current(&self, file: &Arc<Listened>) -> bool {
+        let wires = self.wires.as_ref();
+        wires
+            .and_then(|wires| lock(wires).listened(file.id))
+            .is_none_or(|now| Arc::ptr_eq(&now, file))
+    }
+
     /// Why changes that the gate does not refuse go unnoticed, if they do.
     pub(crate) fn missing(&self) -> Option<String> {
         lock(&self.missing).clone()
@@ -204,6 +218,8 @@ struct Case {
     older: Blocks,
     /// When the events began that are not older.
     since: Instant,
+    /// When a look last found that more is stable.
+    grew: Option<Instant>,
     hits: Vec<Hit>,
     /// The file's filesystem may have been shut down.
     may_be_dead: bool,
@@ -226,6 +242,7 @@ impl Case {
             blocks: Blocks::default(),
             older: Blocks::default(),
             since: Instant::now(),
+            grew: None,
             hits: Vec::new(),
             may_be_dead: false,
             due: None,
@@ -284,6 +301,12 @@ impl Case {
         }
     }
 
+    /// Whether the file grows under a pin of strength stable, and so raises
+    /// events without end.
+    fn is_growing(&self) -> bool {
+        self.grew.is_some_and(|grew| grew.elapsed() < WHILE_GROWING)
+    }
+
     fn is_due(&self, now: Instant) -> bool {
         !self.looking && self.due.is_some_and(|due| due <= now)
     }
@@ -297,6 +320,9 @@ impl Case {
                 Outcome::Grown => rest.max((looked.took * REST_WHILE_GROWING).min(LONGEST_REST)),
                 _ => rest,
             };
+        if looked.outcome == Outcome::Grown {
+            self.grew = Some(now);
+        }
         match looked.outcome {
             Outcome::Done | Outcome::Grown => {
                 self.retry = RETRY;
@@ -465,6 +491,9 @@ pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
     let mut is_behind = false;
     while !guard.is_stopping() {
         wait(tripwire, wires, &cases, is_behind)?;
+        if cases.values().any(Case::is_growing) {
+            std::thread::sleep(PACE);
+        }
         tripwire.waker.clear();
         while let Some(looked) = tripwire.looks.taken.pop() {
             if let Some(case) = cases.get_mut(&looked.id) {

@@ -127,8 +127,8 @@ impl Pin {
             // What gives way here has an end.
             return u64::MAX;
         }
-        let firm = (self.first..self.end()).filter(|at| !self.gives_way_at(*at));
-        firm.last().map_or(0, |last| (last + 1) * self.block)
+        let mut firm = (self.first..self.end()).filter(|at| !self.gives_way_at(*at));
+        firm.next_back().map_or(0, |last| (last + 1) * self.block)
     }
 
     fn is_frozen(&self, at: u64) -> bool {
@@ -307,6 +307,8 @@ impl Question {
         };
         self.any_range(|range| match self.operation.kind {
             K::Read | K::OpenRead | K::MapRead | K::OpenWrite | K::MapWrite => false,
+            // Names are not blocks.
+            K::Unlink | K::Rename => false,
             K::OpenTruncate | K::Unknown => true,
             // In place, if there is such.
             K::Write | K::Allocate | K::AllocateKeepSize => {
@@ -373,7 +375,9 @@ impl Question {
             | K::OpenTruncate
             | K::Unknown
             | K::CollapseRange
-            | K::InsertRange => false,
+            | K::InsertRange
+            | K::Unlink
+            | K::Rename => false,
             // The new end of the file is inside.
             K::Truncate => range.start < block.end && range.end > block.start,
             _ => meet(range, &block),

@@ -56,6 +56,12 @@ pub enum OperationKind {
     Exchange,
     /// An operation that could not be identified.
     Unknown,
+    /// Removes a name of the file. No block moves by that: a gate refuses it
+    /// only for a pin that denies it.
+    Unlink,
+    /// Gives a name of the file another place, or takes that place for another
+    /// file. Refused as [`Unlink`](Self::Unlink) is.
+    Rename,
 }
 
 /// The bytes that an operation reaches.
@@ -116,7 +122,7 @@ const fn rule(
 }
 
 /// The contract, in the order of [`OperationKind`].
-pub const RULES: [Rule; 23] = {
+pub const RULES: [Rule; 25] = {
     use Meets::{Any, Frozen};
     use OperationKind as K;
     use Reach::{BeyondSize, Everything, Nothing, Range, ToTheEnd};
@@ -150,6 +156,8 @@ pub const RULES: [Rule; 23] = {
         rule(K::CopyRange, "copy-range", Range, Any, true),
         rule(K::Exchange, "exchange-range", Range, Any, false),
         rule(K::Unknown, "unknown", Everything, Any, false),
+        rule(K::Unlink, "unlink", Nothing, Any, false),
+        rule(K::Rename, "rename", Nothing, Any, false),
     ]
 };
 

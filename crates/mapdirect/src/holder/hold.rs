@@ -112,6 +112,11 @@ impl Hold {
         .unwrap_or_default()
     }
 
+    /// What became of names of the file.
+    pub(crate) fn renames(&self) -> Vec<String> {
+        self.look(|entry| entry.renames.clone()).unwrap_or_default()
+    }
+
     /// Has the thread connect again now, if no guard tends the pin, and waits
     /// for what comes of it.
     pub(crate) fn reconnect(&self) -> Result<State> {
@@ -333,8 +338,11 @@ impl Hold {
         };
         self.enter(&mut shared, number);
         let thread = &mut shared.threads[number];
+        // While there are others that it does not know of, it has an order to
+        // look for them.
+        let is_ordered = !thread.new.is_empty();
         thread.new.push(self.named);
-        if let Some(orders) = &thread.orders {
+        if !is_ordered && let Some(orders) = &thread.orders {
             // If its orders do not fit there is one it has not read.
             let _ = orders.send_now(&[&NEW_PINS], &[]);
         }
@@ -353,6 +361,7 @@ impl Hold {
             state: State::Kept,
             count: 0,
             breaches: Vec::new(),
+            renames: Vec::new(),
             event: Weak::new(),
             asleep: false,
         };

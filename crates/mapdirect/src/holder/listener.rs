@@ -44,6 +44,11 @@ pub(super) const LATER: Duration = Duration::from_millis(200);
 /// just starting may put it back.
 pub(super) const MISSING: Duration = Duration::from_secs(1);
 
+/// How long to wait for more pins before the guard is told of new ones. A pin
+/// that is over by then costs the guard nothing. What happens to a pin meanwhile
+/// is told when the guard hears of it.
+const TOGETHER: Duration = Duration::from_millis(1);
+
 /// The order to connect again.
 pub(super) const RECONNECT: [u8; 1] = [1];
 /// The order to look for new pins.
@@ -288,8 +293,10 @@ impl Listener {
                 {
                     self.keep_event(u64::from_ne_bytes(order), event);
                 }
-                if received.length == 1 && order[..1] == RECONNECT {
-                    self.link = None;
+                match order.get(..received.length) {
+                    Some(order) if order == RECONNECT => self.link = None,
+                    Some(order) if order == NEW_PINS => std::thread::sleep(TOGETHER),
+                    _ => {}
                 }
             }
             _ => self.has_orders = false,
@@ -318,7 +325,7 @@ impl Listener {
         self.events.retain(|pin, _| shared.pins.contains_key(pin));
         // It may have changed while this was on its way.
         let entry = shared.pins.get(&pin);
-        if entry.is_some_and(|entry| !entry.state.is_kept()) {
+        if entry.is_some_and(|entry| !entry.state.is_kept() || !entry.renames.is_empty()) {
             signal_event(&event);
         }
         drop(shared);
@@ -358,6 +365,7 @@ impl Listener {
                     Notice::Breach(breach) => entry.breached(breach),
                     Notice::Unattended { why, .. } => entry.become_(State::Unattended { why }),
                     Notice::Lost { why, .. } => entry.become_(State::Lost { why }),
+                    Notice::Renamed { how, .. } => entry.renamed(how),
                     _ => false,
                 },
                 _ => false,

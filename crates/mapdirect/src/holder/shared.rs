@@ -46,6 +46,8 @@ pub(super) struct Entry {
     pub(super) state: State,
     pub(super) count: u64,
     pub(super) breaches: Vec<Breach>,
+    /// What became of names of the file, if the pin denies that; the first few.
+    pub(super) renames: Vec<String>,
     pub(super) event: Weak<OwnedFd>,
     /// The pin is over, and may be taken up again.
     pub(super) asleep: bool,
@@ -59,6 +61,15 @@ impl Entry {
         }
         self.state = state;
         true
+    }
+
+    /// Says whether it was not known before.
+    pub(super) fn renamed(&mut self, how: String) -> bool {
+        let is_news = self.renames.len() < KEPT && !self.renames.contains(&how);
+        if is_news {
+            self.renames.push(how);
+        }
+        is_news
     }
 
     /// Says whether it was not known before.

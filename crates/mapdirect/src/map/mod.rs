@@ -242,6 +242,13 @@ impl DirectMap {
         self.held.hold().integrity()
     }
 
+    /// What has become of names of the file; see
+    /// [`Pin::renames`](crate::Pin::renames).
+    #[must_use]
+    pub fn renames(&self) -> Vec<String> {
+        self.held.hold().renames()
+    }
+
     /// Connects to the guard again now, if none tends the pin; see
     /// [`Pin::reconnect`](crate::Pin::reconnect).
     ///

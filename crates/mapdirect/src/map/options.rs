@@ -10,8 +10,10 @@ use crate::error::{Error, Result};
 use crate::establish::{PATIENCE, Scope, Strength};
 use crate::guard::Guard;
 use crate::holder::{self, Held, Hold};
+use crate::pin::with;
 use crate::prepare;
 use crate::state::OnBreach;
+use mapdirect_proto::Flags;
 use mapdirect_sys::{Errno, mmap};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -39,6 +41,7 @@ use std::time::Duration;
 pub struct MapOptions {
     range: Option<Range<u64>>,
     scope: Scope,
+    also: Flags,
     strength: Strength,
     read_only: bool,
     cached: Option<bool>,
@@ -62,6 +65,7 @@ impl MapOptions {
         Self {
             range: None,
             scope: Scope::Range,
+            also: Flags::NONE,
             strength: Strength::All,
             read_only: false,
             cached: None,
@@ -83,6 +87,27 @@ impl MapOptions {
     /// Pins the range (the default), or the whole file and its size.
     pub fn scope(mut self, scope: Scope) -> Self {
         self.scope = scope;
+        self
+    }
+
+    /// Gives the descendants of this process the rights of a holder; see
+    /// [`PinOptions::family`](crate::PinOptions::family).
+    pub fn family(mut self, family: bool) -> Self {
+        self.also = with(self.also, Flags::FAMILY, family);
+        self
+    }
+
+    /// Denies writing to everybody but this process and its descendants; see
+    /// [`PinOptions::deny_write`](crate::PinOptions::deny_write).
+    pub fn deny_write(mut self, deny: bool) -> Self {
+        self.also = with(self.also, Flags::DENY_WRITE, deny);
+        self
+    }
+
+    /// Denies that a name of the file goes; see
+    /// [`PinOptions::deny_rename`](crate::PinOptions::deny_rename).
+    pub fn deny_rename(mut self, deny: bool) -> Self {
+        self.also = with(self.also, Flags::DENY_RENAME, deny);
         self
     }
 
@@ -275,7 +300,9 @@ impl MapOptions {
     /// What a mapping has in common with an earlier one that it may go on
     /// from; only those to store to, of ranges, can.
     fn shape(&self, range: &Range<u64>, how: &How) -> Option<again::Shape> {
-        let can_sleep = self.scope == Scope::Range && self.strength == Strength::All;
+        let can_sleep = self.scope == Scope::Range
+            && self.strength == Strength::All
+            && self.also == Flags::NONE;
         (can_sleep && !self.read_only).then(|| again::Shape {
             guard: how.guard.clone(),
             range: range.clone(),
@@ -315,6 +342,7 @@ impl MapOptions {
             flags: if self.populate { mmap::MAP_POPULATE } else { 0 },
             address: 0,
             scope: self.scope,
+            also: self.also,
             strength: self.strength,
             cached: self.cached.unwrap_or_else(cached_by_environment),
             patience: self.patience,

@@ -22,6 +22,8 @@ pub(crate) struct How {
     pub(crate) flags: i32,
     pub(crate) address: usize,
     pub(crate) scope: Scope,
+    /// What else the pin shall be.
+    pub(crate) also: Flags,
     pub(crate) strength: Strength,
     pub(crate) cached: bool,
     pub(crate) patience: Duration,
@@ -66,7 +68,7 @@ impl How {
         check_range(offset, length)?;
         check_prot(self.prot)?;
         require_read_write(file)?;
-        let mut asked = Flags::MAP | Flags::SEGMENTS | self.strength.flags();
+        let mut asked = Flags::MAP | Flags::SEGMENTS | self.also | self.strength.flags();
         if self.cached {
             asked = asked | Flags::CACHED;
         }
@@ -134,11 +136,11 @@ impl How {
     ) -> Result<Placed> {
         check_range(offset, length)?;
         let writable = require_readable(file)?;
-        let asked = match self.scope {
+        let scope = match self.scope {
             Scope::Range => Flags::NONE,
             Scope::File => Flags::WHOLE_FILE,
         };
-        let asked = asked | self.strength.flags();
+        let asked = scope | self.also | self.strength.flags();
         let range = (offset, length as u64);
         let Established {
             named,

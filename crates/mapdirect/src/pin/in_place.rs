@@ -55,13 +55,13 @@ impl PinOptions {
             Scope::Range => Flags::IN_PLACE,
             Scope::File => Flags::IN_PLACE | Flags::WHOLE_FILE,
         };
-        let flags = flags | self.strength.flags();
+        let flags = flags | self.also | self.strength.flags();
         let connection = guard.connect()?;
         connection.require_known(flags)?;
         // Without an ancestor that lives it is a pin of nobody but this process.
         let keeper = self.keeper.map(|pid| Request::Keeper { pid });
         let is_family = keeper.is_some_and(|keeper| connection.call(&keeper, &[]).is_ok());
-        let flags = if is_family || self.family {
+        let flags = if is_family {
             flags | Flags::FAMILY
         } else {
             flags

@@ -6,7 +6,7 @@ mod watch;
 pub(crate) use self::watch::breach_line;
 
 use self::watch::AllHeld;
-use crate::args::{PinArgs, ScopeChoice, StrengthChoice};
+use crate::args::{Denial, PinArgs, ScopeChoice, StrengthChoice};
 use crate::keeper::{self, Keeper, Kept};
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
@@ -142,6 +142,8 @@ fn options(args: &PinArgs, files: &[File]) -> Result<PinOptions> {
     let options = PinOptions::new()
         .patience(Duration::from_millis(args.patience.into()))
         .prepare_first(args.prepare)
+        .deny_write(args.deny.contains(&Denial::Write))
+        .deny_rename(args.deny.contains(&Denial::Rename))
         .scope(match args.scope {
             ScopeChoice::Range => Scope::Range,
             ScopeChoice::File => Scope::File,

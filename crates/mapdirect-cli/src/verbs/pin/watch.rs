@@ -58,6 +58,8 @@ struct Held<'a> {
     event: EventFd,
     /// It was said that no guard is there.
     is_unattended: bool,
+    /// How many of its names were told of.
+    renames: usize,
     /// It was said that it is over.
     ending: Option<Exit>,
 }
@@ -69,6 +71,7 @@ impl<'a> Held<'a> {
             name,
             event: pin.event_fd()?,
             is_unattended: false,
+            renames: 0,
             ending: None,
         })
     }
@@ -77,6 +80,11 @@ impl<'a> Held<'a> {
     /// is over. A breach is more than a loss.
     fn tell(&mut self, say: &mut dyn FnMut(&str)) -> Option<Exit> {
         let name = &self.name;
+        let renames = self.pin.renames();
+        for how in renames.iter().skip(self.renames) {
+            say(&format!("{name}{}", printable(how)));
+        }
+        self.renames = renames.len();
         match self.pin.state() {
             State::Kept if self.is_unattended => {
                 self.is_unattended = false;

@@ -69,8 +69,7 @@ impl Files {
     pub(crate) fn matching(&self, path: &OsStr) -> Option<u64> {
         if self.globs.is_empty() {
             let is_under = |place: &&str| path.as_bytes().starts_with(place.as_bytes());
-            let wanted =
-                path.as_bytes().starts_with(b"/") && !LEFT_ALONE.iter().any(|at| is_under(&at));
+            let wanted = path.as_bytes().starts_with(b"/") && !LEFT_ALONE.iter().any(is_under);
             return wanted.then_some(0);
         }
         let path = path.to_string_lossy();

@@ -25,11 +25,15 @@ use std::time::{Duration, Instant};
 pub(crate) const AT_ONCE: usize = 64;
 /// How long a refusal is remembered: a program that maps the same file again and
 /// again does not wait for the guard each time.
-const REMEMBERED: Duration = Duration::from_secs(1);
+const REMEMBERED: Duration = Duration::from_secs(3);
 /// How long it is remembered that a file is pinned, under the fanotify gate.
 const AGAIN: Duration = Duration::from_millis(20);
-/// How long the guard may wait for others to let go of a file.
-const PATIENCE: Duration = Duration::from_millis(50);
+/// How long the guard may wait for others to let go of a file, under the
+/// fanotify gate.
+const PATIENCE: Duration = Duration::from_millis(100);
+/// How long it may take to look at everybody, under the bpf gate, where nobody
+/// has to let go of anything.
+const LOOKING: Duration = Duration::from_secs(5);
 /// The inodes of which something is known.
 const INODES: usize = 4096;
 /// The pins of an inode that are known: one for each description.
@@ -40,7 +44,7 @@ const LINES: usize = 4096;
 const LOOK: Duration = Duration::from_millis(500);
 /// How long a program waits for a decision, at most: a guard that is stopped
 /// answers nothing.
-const LONGEST: Duration = Duration::from_secs(5);
+const LONGEST: Duration = Duration::from_secs(20);
 
 /// The words of the journal that are no notifications.
 pub(crate) mod word {
@@ -65,6 +69,9 @@ pub(crate) struct Rules {
     pub(crate) keeper: i32,
 }
 
+/// Files by device and number.
+type Inodes = HashMap<(u64, u64), Arc<Mutex<Inode>>>;
+
 /// Everything that the threads of the worker share.
 #[derive(Debug)]
 pub(crate) struct Supervisor<'a> {
@@ -79,7 +86,7 @@ pub(crate) struct Supervisor<'a> {
     next: AtomicUsize,
     /// Since when each slot waits for its decision.
     since: Vec<Mutex<Option<Instant>>>,
-    inodes: Mutex<HashMap<(u64, u64), Arc<Mutex<Inode>>>>,
+    inodes: Mutex<Inodes>,
     /// The worker's own.
     pub(crate) rights: OnceLock<Rights>,
     said: Mutex<HashSet<String>>,
@@ -503,7 +510,11 @@ impl<'a> Supervisor<'a> {
         let options = PinOptions::new()
             .strength(self.rules.strength)
             .family_of(self.rules.keeper)
-            .patience(PATIENCE);
+            .patience(if self.rules.gate == Gate::Bpf {
+                LOOKING
+            } else {
+                PATIENCE
+            });
         let options = match self.rules.strength {
             Strength::Stable => options.range_from(0),
             _ => options,

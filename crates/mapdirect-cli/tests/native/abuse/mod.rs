@@ -325,8 +325,10 @@ fn ranges(world: &World) {
     let connection = proven(&guard);
     for (offset, length, errno) in [
         (u64::MAX, 1, Errno::OVERFLOW),
-        (1, u64::MAX, Errno::OVERFLOW),
-        (0, u64::MAX, Errno::OVERFLOW),
+        (2, u64::MAX - 1, Errno::OVERFLOW),
+        (0, u64::MAX - 1, Errno::OVERFLOW),
+        // Without an end, and not of strength stable.
+        (0, u64::MAX, Errno::INVAL),
         (0, i64::MAX.cast_unsigned(), Errno::OVERFLOW),
         (65536, 0, Errno::INVAL),
         (u64::MAX, 0, Errno::INVAL),

@@ -1,9 +1,11 @@
 //! Grants: a promise is made only when it can be kept.
 
 mod blocks;
+mod locks;
 mod open;
 
 pub(crate) use self::blocks::*;
+pub(crate) use self::locks::*;
 pub(crate) use self::open::*;
 
 use crate::world::{
@@ -50,6 +52,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("description", description),
             ("record-locks", record_locks),
             ("foreign-locks", foreign_locks),
+            ("whole-file-locks", whole_file_locks),
             ("at-once", at_once),
             ("many-extents", many_extents),
             ("rounding", rounding),

@@ -276,63 +276,6 @@ pub(crate) fn description(world: &World, kind: Kind) {
     std::fs::remove_file(&path).unwrap();
 }
 
-pub(crate) fn record_locks(world: &World, kind: Kind) {
-    let (_disk, path) = subject(world, kind, "locks");
-    let guard = world.guard().client();
-    let file = open(&path);
-    // To the end of all offsets, where pins are marked.
-    let exclusive = LockKind::Exclusive;
-    set_lock(file.as_fd(), LockOwner::Description, exclusive, 100, 0).unwrap();
-    rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).unwrap();
-    let held = impatient(&guard).pin(&file).unwrap();
-    let stranger = File::open(&path).unwrap();
-    let found = conflicting_lock(stranger.as_fd(), 100, 1).unwrap();
-    assert!(found.is_some(), "the lock is still there");
-    let shared = rustix::fs::FlockOperation::NonBlockingLockShared;
-    assert_eq!(rustix::fs::flock(&stranger, shared), Err(Errno::AGAIN));
-    drop((held, file, stranger));
-    wait_until_free(&path);
-    // POSIX locks would be lost, and that is said.
-    let file = open(&path);
-    set_lock(file.as_fd(), LockOwner::Process, exclusive, 0, 10).unwrap();
-    let error = refused(impatient(&guard).pin(&file));
-    assert_eq!(error.kind(), Reason::Locked, "{error:#}");
-    let stranger = File::open(&path).unwrap();
-    let found = conflicting_lock(stranger.as_fd(), 0, 10).unwrap();
-    assert!(found.is_some(), "and the lock is still there");
-    // Dropping the stranger costs this process the lock.
-    drop((stranger, file));
-    std::fs::remove_file(&path).unwrap();
-}
-
-/// Somebody's shared lock to the end of all offsets covers the marks.
-pub(crate) fn foreign_locks(world: &World, kind: Kind) {
-    let (_disk, path) = subject(world, kind, "foreign");
-    let guard = world.guard().client();
-    let file = open(&path);
-    let held = impatient(&guard).pin(&file).unwrap();
-    let reader = File::open(&path).unwrap();
-    set_lock(
-        reader.as_fd(),
-        LockOwner::Description,
-        LockKind::Shared,
-        0,
-        0,
-    )
-    .unwrap();
-    let second = PinOptions::new()
-        .range(65536..131_072)
-        .guard(guard.clone())
-        .pin(&file)
-        .unwrap();
-    drop(held);
-    assert!(is_pinned(&path), "one is left");
-    drop((second, file));
-    wait_until_free(&path);
-    drop(reader);
-    std::fs::remove_file(&path).unwrap();
-}
-
 /// Many threads pin one file at the same time.
 pub(crate) fn at_once(world: &World, kind: Kind) {
     let (_disk, path) = subject(world, kind, "at-once");

@@ -4,18 +4,18 @@
 mod containers;
 mod denials;
 mod orders;
+mod ways;
 
 use crate::world::{BINARY, World, open, patience, written};
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
-use mapdirect::{Guard, MapOptions, PinOptions, State};
+use mapdirect::{Guard, MapOptions, PinOptions, State, Strength};
 use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_testkit::process::{GuardProcess, Helper, ScratchDirectory, listen, say, wait_for};
 use mapdirect_testkit::raw::{self, NOBODY};
 use mapdirect_testkit::{Disk, Kind};
 use rustix::io::Errno;
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -37,7 +37,12 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("armed", orders::armed),
         ("unpin", orders::unpin),
         ("storm", orders::storm),
+        ("strength-and-denials", ways::strength_and_denials),
+        ("run", ways::run),
+        ("next-guard", ways::next_guard),
         ("containers", containers::containers),
+        ("nspawn", containers::nspawn),
+        ("run-in-container", containers::supervised),
         ("privileged-container", containers::privileged),
     ] {
         trials.push(world.trial(format!("policy::{name}"), run));
@@ -189,6 +194,32 @@ pub fn play_asks(arguments: &[String]) -> Result<()> {
     Ok(())
 }
 
+fn ranged() -> PinOptions {
+    PinOptions::new().range(0..65536)
+}
+
+/// How to pin by a word.
+fn options_of(word: &str) -> Option<PinOptions> {
+    Some(match word {
+        "pin" | "pin-read-only" => ranged(),
+        "pin-stable" => ranged().strength(Strength::Stable),
+        "pin-growth" => PinOptions::new().strength(Strength::Stable).range_from(0),
+        "pin-deny-write" => ranged().deny_write(true),
+        "pin-deny-rename" => ranged().deny_rename(true),
+        "pin-family" => ranged().family(true),
+        _ => return None,
+    })
+}
+
+fn refusal(error: &mapdirect::Error) -> String {
+    format!(
+        "refused {} {} {}",
+        error.errno(),
+        error.kind().key(),
+        error.to_string().replace('\n', " ")
+    )
+}
+
 #[derive(Default)]
 struct Held {
     pins: Vec<mapdirect::Pin>,
@@ -198,61 +229,77 @@ struct Held {
 impl Held {
     fn obey(&mut self, guard: &Guard, before: Option<&File>, order: &str) -> Result<String> {
         let (verb, path) = order.split_once(' ').unwrap_or((order, ""));
-        let opened = |write: bool| File::options().read(true).write(write).open(path);
+        // A file that is pinned already may be opened by whoever may pin it.
+        let opened = |write: bool| {
+            if write {
+                mapdirect::open(path, guard).map_err(|error| {
+                    if error.kind() == mapdirect::Kind::System {
+                        format!("not opened: {error}").replace('\n', " ")
+                    } else {
+                        refusal(&error)
+                    }
+                })
+            } else {
+                File::open(path).map_err(|error| format!("not opened: {error}"))
+            }
+        };
         let done = match verb {
-            "pin" | "pin-read-only" => match opened(verb == "pin") {
-                Ok(file) => self.pin(guard, &file),
-                Err(error) => return Ok(format!("not opened: {error}")),
+            "let-go" => {
+                self.pins.clear();
+                self.maps.clear();
+                return Ok(String::from("gone"));
+            }
+            "state" => return Ok(self.states()),
+            "storm" => return storm(guard, path),
+            "pin-opened" => self.pin(guard, before.context("nothing is open")?, ranged()),
+            _ => match opened(verb != "pin-read-only") {
+                Err(said) => return Ok(said),
+                Ok(file) => self.ask(guard, verb, file)?,
             },
-            "pin-opened" => self.pin(guard, before.context("nothing is open")?),
+        };
+        Ok(match done {
+            Ok(id) => format!("held {id}"),
+            Err(error) => refusal(&error),
+        })
+    }
+
+    fn ask(&mut self, guard: &Guard, verb: &str, file: File) -> Result<mapdirect::Result<u64>> {
+        Ok(match verb {
             "map" => {
                 let options = MapOptions::new().accept_page_cache(true).range(0..65536);
-                let map = options
-                    .patience(patience())
-                    .guard(guard.clone())
-                    .map(opened(true)?);
+                let map = options.patience(patience()).guard(guard.clone()).map(file);
                 map.map(|map| {
                     let id = map.pin_id();
                     self.maps.push(map);
                     id
                 })
             }
-            "open" => {
-                let opened = mapdirect::open(path, guard);
-                opened.map(|file| u64::from(file.as_fd().try_clone_to_owned().is_ok()))
+            "open" => Ok(0),
+            "give-way" => guard.give_way(&file, 4096..u64::MAX).and_then(|giving| {
+                file.set_len(4096).unwrap();
+                giving.resume().map(|()| 0)
+            }),
+            other => {
+                let options = options_of(other).with_context(|| format!("what is {other}?"))?;
+                self.pin(guard, &file, options)
             }
-            "let-go" => {
-                self.pins.clear();
-                self.maps.clear();
-                return Ok(String::from("gone"));
-            }
-            "state" => {
-                let pins = self.pins.iter().map(mapdirect::Pin::state);
-                let states = pins.chain(self.maps.iter().map(mapdirect::DirectMap::state));
-                let states: Vec<_> = states
-                    .map(|state| match state {
-                        State::Lost { why } => format!("lost: {why}"),
-                        other => format!("{other:?}"),
-                    })
-                    .collect();
-                return Ok(states.join("; "));
-            }
-            "storm" => return storm(guard, path),
-            other => bail!("what is {other}?"),
-        };
-        Ok(match done {
-            Ok(id) => format!("held {id}"),
-            Err(error) => format!(
-                "refused {} {} {}",
-                error.errno(),
-                error.kind().key(),
-                error.to_string().replace('\n', " ")
-            ),
         })
     }
 
-    fn pin(&mut self, guard: &Guard, file: &File) -> mapdirect::Result<u64> {
-        let options = PinOptions::new().range(0..65536).patience(patience());
+    fn states(&self) -> String {
+        let pins = self.pins.iter().map(mapdirect::Pin::state);
+        let states = pins.chain(self.maps.iter().map(mapdirect::DirectMap::state));
+        let states: Vec<_> = states
+            .map(|state| match state {
+                State::Lost { why } => format!("lost: {why}"),
+                other => format!("{other:?}"),
+            })
+            .collect();
+        states.join("; ")
+    }
+
+    fn pin(&mut self, guard: &Guard, file: &File, options: PinOptions) -> mapdirect::Result<u64> {
+        let options = options.patience(patience());
         let pin = options.guard(guard.clone()).pin(file)?;
         let id = pin.pin_id();
         self.pins.push(pin);
@@ -266,7 +313,7 @@ fn storm(guard: &Guard, path: &str) -> Result<String> {
         let (guard, path) = (guard.clone(), path.to_owned());
         std::thread::spawn(move || {
             loop {
-                if let Ok(file) = File::options().read(true).write(true).open(&path) {
+                if let Ok(file) = mapdirect::open(&path, &guard) {
                     let options = PinOptions::new().range(0..65536).guard(guard.clone());
                     drop(options.pin_all(&[&file, &file]));
                 }

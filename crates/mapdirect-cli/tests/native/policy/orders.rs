@@ -33,23 +33,21 @@ pub(super) fn limits(world: &World) {
     crate::world::wait_until_free(&path);
     other.holds("pin", &path);
     // Root is not counted.
-    drop(crate::world::pin(
-        &setting.guard.client(),
-        &open(&path),
-        0..65536,
-    ));
+    let guard = setting.guard.client();
+    let file = mapdirect::open(&path, &guard).unwrap();
+    drop(crate::world::pin(&guard, &file, 0..65536));
 }
 
 /// When the time is over the pin ends, its holder is told, and anybody may do
 /// what the pin refused.
 pub(super) fn time_is_over(world: &World) {
     for how in ["pin", "pin-read-only", "map"] {
-        let setting = Setting::new(world, Kind::XFS, "time", "seconds = 2");
+        let setting = Setting::new(world, Kind::XFS, "time", "seconds = 1");
         let path = setting.file("a", 0o666);
         let mut asking = setting.nobody();
         let id = asking.holds(how, &path);
         assert!(crate::world::is_pinned(&path));
-        wait_for(Duration::from_secs(2) + patience(), || {
+        wait_for(Duration::from_secs(1) + patience(), || {
             Ok(asking.says("state").starts_with("lost:").then_some(()))
         })
         .unwrap();
@@ -266,7 +264,7 @@ pub(super) fn unpin(world: &World) {
 
 /// A user whom the policy names asks as fast as it can; root's pins are granted.
 pub(super) fn storm(world: &World) {
-    let setting = Setting::new(world, Kind::XFS, "storm", "");
+    let setting = Setting::new(world, Kind::XFS, "storm", "pins = 4");
     let path = setting.file("a", 0o666);
     let other = setting.file("b", 0o600);
     let mut storms = [setting.nobody(), setting.nobody()];
@@ -292,4 +290,16 @@ pub(super) fn storm(world: &World) {
     for storm in storms {
         storm.0.kill().unwrap();
     }
+    // What was under way when they were killed is counted no more.
+    crate::world::wait_until_free(&path);
+    let mut asking = setting.nobody();
+    wait_for(patience(), || {
+        let said = asking.says(&format!("pin {}", path.display()));
+        Ok(said.starts_with("held").then_some(()))
+    })
+    .unwrap();
+    for _ in 1..4 {
+        asking.holds("pin", &path);
+    }
+    asking.is_refused("pin", &path, Errno::AGAIN, "limit", "allows 4 pins");
 }

@@ -69,13 +69,13 @@ fn breach(world: &World, kind: Kind) {
 fn killed_and_adopted(world: &World, kind: Kind) {
     let path = written(&world.disk(kind), "stable-adopted", 65536);
     let file = open(&path);
-    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
     let mut pin = follow(&guard.client(), &file, 0);
-    let gate = guard.kill_and_keep().unwrap();
+    guard.kill().unwrap();
     file.write_all_at(&[1; 8192], 65536).unwrap();
     assert_eq!(truncate(&file, 65536), Err(Errno::TXTBSY));
     file.sync_all().unwrap();
-    let guard = GuardProcess::start_at(Path::new(BINARY), &[], gate).unwrap();
+    guard.start_again(Path::new(BINARY)).unwrap();
     wait_for(
         patience(),
         || Ok((pin.state() == State::Kept).then_some(())),

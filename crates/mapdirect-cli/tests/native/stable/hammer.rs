@@ -5,13 +5,13 @@
 //! `MAPDIRECT_HAMMER_TRIES` says how many steps the holder takes.
 
 use super::follow;
-use crate::world::{World, is_emulated, kinds, open, wait_until_free, written};
+use crate::world::{World, is_emulated, kinds, open, patience, wait_until_free, written};
 use libtest_mimic::Trial;
 use mapdirect::{BlockMap, ExtentState};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{clone_range, dedupe};
 use mapdirect_testkit::hammer::TRIES_VARIABLE;
-use mapdirect_testkit::process::{Helper, say};
+use mapdirect_testkit::process::{Helper, say, wait_for};
 use mapdirect_testkit::random::Random;
 use mapdirect_testkit::{Kind, raw};
 use std::fs::File;
@@ -123,7 +123,16 @@ fn hammer(world: &World, kind: Kind) {
                 // Grows when it is done, which is not when it is asked for.
                 let at = size.next_multiple_of(BLOCK);
                 page.fill(5);
-                raw::aio_write(direct.as_ref().unwrap().as_fd(), page, at, 0).unwrap();
+                let direct = direct.as_ref().unwrap().as_fd();
+                wait_for(patience(), || {
+                    match raw::aio_write(direct, page, at, 0) {
+                        // The first one may be an untorn one to the bpf gate,
+                        // until it has writes noted.
+                        Err(Errno::TXTBSY) => Ok(None),
+                        written => Ok(Some(written.unwrap())),
+                    }
+                })
+                .unwrap();
                 at + page.len() as u64
             }
             4 => {

@@ -12,7 +12,7 @@ use mapdirect::{BlockMap, ExtentState, Guard, Kind as Reason, MapOptions, Pin, P
 use mapdirect::{Scope, Strength};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::fault::{Access, load, store};
+use mapdirect_testkit::fault::{Access, load};
 use mapdirect_testkit::process::{GuardProcess, wait_for};
 use mapdirect_testkit::{Kind, raw};
 use std::fs::File;
@@ -88,7 +88,7 @@ fn told_by_status(guard: &GuardProcess, pin: u64) -> u64 {
 
 fn end(pin: Pin, path: &Path) {
     assert!(pin.integrity().is_intact() && pin.state().is_kept());
-    pin.unpin().unwrap();
+    drop(pin);
     wait_until_free(path);
     std::fs::remove_file(path).unwrap();
 }
@@ -194,9 +194,8 @@ fn maps_what_is_not_there_yet(world: &World, kind: Kind) {
     let mut held = map(false).unwrap();
     let at = |byte: usize| held.as_ptr() as usize + byte;
     assert_eq!(load(at(16_384)), Access::Went(0));
-    // SAFETY: memory of this mapping, which nobody borrows.
-    let stored = unsafe { store(at(16_384), 5) };
-    assert_eq!(stored, Access::Went(5));
+    raw::store_into(&held, 16_384, 5);
+    assert_eq!(load(at(16_384)), Access::Went(5));
     assert_eq!(load(at(70_000)), Access::BUS_ADRERR);
     held.write_all_at(b"filled", 20_480).unwrap();
     let refused = held.write_all_at(b"x", 70_000).unwrap_err();
@@ -205,9 +204,7 @@ fn maps_what_is_not_there_yet(world: &World, kind: Kind) {
     assert_eq!(allocated.errno_name(), "EOPNOTSUPP");
     // The file grows under the mapping.
     truncate(&file, 131_072).unwrap();
-    // SAFETY: memory of this mapping, which nobody borrows.
-    let stored = unsafe { store(held.as_ptr() as usize + 70_000, 6) };
-    assert_eq!(stored, Access::Went(6));
+    raw::store_into(&held, 70_000, 6);
     held.refresh(&file).unwrap();
     held.write_all_at(b"x", 70_001).unwrap();
     held.flush().unwrap();
@@ -308,7 +305,7 @@ fn shared_blocks(world: &World, kind: Kind) {
     assert_eq!(punch(&file, 2 * MIB + 4096, 4096), Err(Errno::TXTBSY));
     assert_eq!(truncate(&file, 2 * MIB), Err(Errno::TXTBSY));
     let reader = File::open(&path).unwrap();
-    let into = File::options().write(true).open(&sharer).unwrap();
+    let into = open(&sharer);
     for offset in [0, MIB, 2 * MIB] {
         assert_eq!(
             clone(&into, &reader, offset),

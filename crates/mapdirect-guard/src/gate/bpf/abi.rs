@@ -177,6 +177,58 @@ pub(super) struct Entry {
 pub(super) struct Facts {
     pub(super) reflink: bool,
     pub(super) cached: bool,
+    /// What pins deny beside what would break them.
+    pub(super) denials: Denials,
+    /// A pin of the inode is being granted.
+    pub(super) granting: bool,
+    /// A holder lacks the capability, so what it leaves behind is for nobody.
+    pub(super) delegated: bool,
+}
+
+/// What the pins of an inode deny.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Denials {
+    /// Only this process and its descendants may open the file for writing.
+    pub(super) write: Option<Root>,
+    /// No name of the file may go.
+    pub(super) rename: bool,
+}
+
+/// A process as the programs know it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Root {
+    /// When it started, in clock ticks since boot.
+    began: u64,
+    pid: u32,
+    pad: u32,
+}
+
+impl Root {
+    /// No process.
+    pub(super) const NOBODY: Self = Self {
+        began: 0,
+        pid: 0,
+        pad: 0,
+    };
+
+    pub(super) fn new(pid: i32, began: u64) -> Self {
+        let pid = u32::try_from(pid).unwrap_or(0);
+        Self { began, pid, pad: 0 }
+    }
+}
+
+impl Denials {
+    /// What is denied if this process and its descendants alone may open the
+    /// file. If two processes claim that, nobody may.
+    pub(super) fn deny_write(&mut self, root: Root) {
+        let is_other = self.write.is_some_and(|other| other != root);
+        self.write = Some(if is_other { Root::NOBODY } else { root });
+    }
+
+    fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 impl Entry {
@@ -202,10 +254,16 @@ impl Entry {
             flags: flag(REFLINK, facts.reflink)
                 | flag(HAS_FROZEN, layers.has_frozen())
                 | flag(CACHED, facts.cached)
+                | flag(GRANTING, facts.granting)
                 | flag(FAILING_FREES, layers.failing_frees)
                 | flag(WRITES_PASS, layers.lets_writes_pass())
                 | flag(WINDOWED, !layers.list(List::Window).is_empty())
-                | flag(CAN_SLEEP, can_sleep(layers))
+                | flag(DENIES_WRITE, facts.denials.write.is_some())
+                | flag(DENIES_RENAME, facts.denials.rename)
+                | flag(
+                    CAN_SLEEP,
+                    can_sleep(layers) && facts.denials.is_none() && !facts.delegated,
+                )
                 | flag(UNSHARES, layers.unshares),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
@@ -254,6 +312,9 @@ pub(super) struct Holder {
     pub(super) foreign: u64,
 }
 
+/// A pin began where all others were gone.
+pub(super) const ANEW: u64 = 2;
+
 /// Identifies one of the guard's open files to the bpf programs, and names the
 /// pin it is about to become.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -268,7 +329,7 @@ pub(super) struct Identity {
     pub(super) pin: u64,
     pub(super) start: u64,
     pub(super) end: u64,
-    /// Not 0 if the file is a pin.
+    /// Not 0 if the file is a pin; [`ANEW`] if the inode had none before.
     pub(super) held: u64,
     /// The number of notes on the inode by then.
     pub(super) stamp: u64,
@@ -324,6 +385,9 @@ pub(super) struct Tending {
     /// The struct file whose life is the pin, or 0 if the pin has ended.
     pub(super) file: u64,
     pub(super) revived: u64,
+    /// The user who holds the pin, or held it last.
+    pub(super) uid: u32,
+    pad: u32,
 }
 
 /// An event at the gate.
@@ -372,6 +436,9 @@ pub(super) struct PinFacts {
     /// 0 if the holder has the capability. Otherwise what
     /// [`Delegated::wire`](crate::delegation::Delegated::wire) says.
     pub(super) until: u64,
+    /// When the process `pid` started, in clock ticks since boot; 0 if that is
+    /// not known.
+    pub(super) began: u64,
     pub(super) handle: [u8; HANDLE],
 }
 
@@ -452,11 +519,13 @@ mod tests {
             "question",
             key kind read_side direct foreign has_or has_doubt late pad at or_at size answer
         );
-        same!(Holder, "holder", key pin start end);
+        same!(Root, "root", began pid pad);
+        same!(Holder, "holder", key pin start end foreign);
         same!(
             Identity,
             "identity",
-            key file generation direct pin start end held stamp references writers readers preemption copies
+            key file generation direct pin start end held stamp references writers readers preemption
+            copies role pad
         );
         same!(
             Event,
@@ -467,13 +536,13 @@ mod tests {
             PinFacts,
             "pin_facts",
             key id file quiet revived stamp start end mapped_start mapped_end generation flags pid
-            uid handle_type handle_length until handle
+            uid handle_type handle_length until began handle
         );
         same!(Life, "life", lives disturbed last);
         same!(
             Tending,
             "tending",
-            key pin what pid lives stamp file revived
+            key pin what pid lives stamp file revived uid pad
         );
         let (filter, places) = members(&btf, "filter");
         assert_eq!(filter, SHARED_WORDS * size_of::<u64>());

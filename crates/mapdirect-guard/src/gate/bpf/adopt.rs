@@ -7,6 +7,7 @@
 use super::exclude::others_can_store;
 use super::{Found, Gate};
 use crate::Guard;
+use crate::family::Family;
 use crate::grant::pending::lock;
 use crate::grant::{Granting, Judged, Survey, arm, judge, length_of, system};
 use crate::table::{InodeId, Pin, Watched};
@@ -45,7 +46,7 @@ pub(crate) fn adopt(guard: &Guard, gate: &Gate) {
         if let Some(watched) = guard.table.get(found.inode) {
             guard.table.remove(&watched);
         }
-        gate.keep(found);
+        gate.keep(found.inode, Some(&found.handle));
     }
     for watched in guard.table.all() {
         // The maps had room for these pins before, and have it again.
@@ -107,7 +108,9 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
         pid: found.pid,
         uid: found.uid,
     };
-    let pin = Arc::new(judged.unsettled(found.id, found.flags, owner));
+    let pin = judged.unsettled(found.id, found.flags, owner);
+    let family = Family::that_began(found.pid, found.began);
+    let pin = Arc::new(pin.of_family(family.map(Arc::new)));
     if found.until != 0 {
         let bytes = found.range.end - found.range.start;
         let delegation = &guard.delegation;

@@ -30,8 +30,21 @@ pub(super) const WRITES_PASS: u32 = 16;
 pub(super) const WINDOWED: u32 = 32;
 /// Flag: nothing is frozen, so the last pin can become dormant when it ends.
 pub(super) const CAN_SLEEP: u32 = 64;
-/// Blocks may be unshared: all pins are of strength stable.
-pub(super) const UNSHARES: u32 = 128;
+/// Flag: one of the pins is being granted, so nobody may join yet.
+pub(super) const GRANTING: u32 = 128;
+/// Flag: only a family may open the file for writing.
+pub(super) const DENIES_WRITE: u32 = 256;
+/// Flag: no name of the file may go.
+pub(super) const DENIES_RENAME: u32 = 512;
+/// Flag: blocks may be unshared, since all pins are of strength stable.
+pub(super) const UNSHARES: u32 = 1024;
+
+/// The most generations between a process and the holder that it descends from.
+#[cfg_attr(not(test), expect(dead_code, reason = "for the programs"))]
+pub(super) const ANCESTORS: usize = mapdirect_sys::ancestry::MOST_GENERATIONS;
+/// The nanoseconds of a clock tick, as /proc counts start times (`USER_HZ`).
+#[cfg_attr(not(test), expect(dead_code, reason = "for the programs"))]
+pub(super) const TICK: u64 = 10_000_000;
 
 /// The number of bits in the filter, as a power of two.
 pub(super) const FILTER_BITS: u32 = 18;
@@ -50,9 +63,9 @@ pub(super) const WAKING: u64 = 1 << 62;
 
 /// The number of bytes kept of a pin: 256 with what the kernel adds.
 pub(super) const PIN_FACTS: usize = 192;
-/// The largest size of a file handle. Those of XFS and ext4 have 24 bytes, with
-/// the handle of the parent.
-pub(super) const HANDLE: usize = 72;
+/// The largest size of a file handle, which is kept behind 128 bytes of other
+/// facts. Those of XFS and ext4 have 24 bytes, with the handle of the parent.
+pub(super) const HANDLE: usize = PIN_FACTS - 128;
 
 /// Question: tell the state of the inode.
 pub(super) const TEND_LOOK: u32 = 0;
@@ -62,8 +75,12 @@ pub(super) const TEND_DISTURB: u32 = 1;
 pub(super) const TEND_QUIET: u32 = 2;
 /// Question: the guard wants to be told of the pin's end.
 pub(super) const TEND_TELL: u32 = 3;
+/// Question: a pin is about to be granted, so nobody may join.
+pub(super) const TEND_GRANTING: u32 = 4;
+/// Question: the pin that was being granted is, so others may join.
+pub(super) const TEND_GRANTED: u32 = 5;
 /// Question: the description of the pin is none any more, though it is there.
-pub(super) const TEND_DISOWN: u32 = 4;
+pub(super) const TEND_DISOWN: u32 = 6;
 
 /// Event: an operation was refused.
 pub(super) const EVENT_REFUSED: u32 = 1;
@@ -87,7 +104,7 @@ mod tests {
     use super::*;
     use crate::policy::layers::{LISTS, List};
     use crate::policy::{LARGEST_BLOCK, LetsGo, Meets, OperationKind, RULES, Reach};
-    use mapdirect_proto::{IS_IT_PIN, PIN_NUMBER};
+    use mapdirect_proto::{IS_IT_PIN, MAY_TAKE_UP, PIN_NUMBER};
     use std::fmt::Write as _;
 
     /// Has the test write the header, instead of comparing it.
@@ -163,12 +180,14 @@ mod tests {
             };
         }
         numbers!(LISTS KINDS UNTOLD FUNCTIONS INLINE);
-        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED CAN_SLEEP UNSHARES);
+        numbers!(REFLINK HAS_FROZEN CACHED FAILING_FREES WRITES_PASS WINDOWED CAN_SLEEP GRANTING);
+        numbers!(DENIES_WRITE DENIES_RENAME UNSHARES ANCESTORS);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
-        numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL TEND_DISOWN);
+        numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL);
+        numbers!(TEND_GRANTING TEND_GRANTED TEND_DISOWN);
         numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
-        long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN PIN_NUMBER PAGE);
-        long_numbers!(LARGEST_BLOCK);
+        long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN MAY_TAKE_UP PIN_NUMBER);
+        long_numbers!(PAGE LARGEST_BLOCK TICK);
         text
     }
 
@@ -198,7 +217,10 @@ mod tests {
             WRITES_PASS,
             WINDOWED,
             CAN_SLEEP,
+            GRANTING,
             UNSHARES,
+            DENIES_WRITE,
+            DENIES_RENAME,
         ];
         let all = flags.iter().fold(0, |all, flag| all | flag);
         assert_eq!(all.count_ones() as usize, flags.len());

@@ -51,7 +51,12 @@ impl gate::Gate for Gate {
         self.publish(watched)
     }
 
+    fn granted(&self, watched: &Watched) {
+        self.grant_is_over(watched, true);
+    }
+
     fn withdraw(&self, watched: &Watched, _file: BorrowedFd<'_>, _was_last: bool) {
+        self.grant_is_over(watched, false);
         // If this fails, the entry still contains more than is pinned, so it
         // only refuses more.
         let _ = self.publish(watched);

@@ -14,15 +14,16 @@
 
 use super::Gate;
 use super::abi::{
-    DEAD, Key, STIRRED, TEND_DISOWN, TEND_DISTURB, TEND_LOOK, TEND_QUIET, TEND_TELL, Tending,
-    WAKING,
+    DEAD, Key, STIRRED, TEND_DISOWN, TEND_DISTURB, TEND_GRANTED, TEND_GRANTING, TEND_LOOK,
+    TEND_QUIET, TEND_TELL, Tending, WAKING,
 };
-use super::events::let_go;
+use super::events::{end_what_is_over, let_go};
 use crate::table::{InodeId, Pin, Watched};
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use libbpf_rs::{MapCore, ProgramInput};
-use std::collections::HashMap;
+use mapdirect_sys::unix::Sender;
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -44,6 +45,9 @@ pub(super) struct Dormant {
     sleepers: Mutex<HashMap<InodeId, Sleeper>>,
     /// The value of `STIRRED` when the dormant pins were last checked.
     seen: AtomicU64,
+    /// Inodes of which the guard could not find out whether a pin was just
+    /// being taken up. They count as if one was, until that is known.
+    undecided: Mutex<HashSet<InodeId>>,
 }
 
 #[derive(Clone, Debug)]
@@ -59,6 +63,12 @@ struct Sleeper {
 impl Dormant {
     fn lock(&self) -> MutexGuard<'_, HashMap<InodeId, Sleeper>> {
         self.sleepers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn undecided(&self) -> MutexGuard<'_, HashSet<InodeId>> {
+        self.undecided
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     fn get(&self, id: InodeId) -> Option<Sleeper> {
@@ -88,7 +98,7 @@ impl Dormant {
 }
 
 /// Whether an inode had no pin in the kernel when it was looked at.
-fn is_dead(tending: &Tending) -> bool {
+pub(super) fn is_dead(tending: &Tending) -> bool {
     tending.lives & DEAD != 0
 }
 
@@ -113,8 +123,36 @@ impl Gate {
         Ok(tending)
     }
 
+    /// Lets nobody join the pins of an inode from now on, by the entry that is
+    /// there.
+    pub(super) fn tell_granting(&self, key: Key) -> Result<(), Errno> {
+        self.tend(key, 0, TEND_GRANTING).map(drop)
+    }
+
+    /// Lets others join them again.
+    pub(super) fn tell_granted(&self, key: Key) {
+        // If this fails, nobody joins until the next entry is written.
+        let _ = self.tend(key, 0, TEND_GRANTED);
+    }
+
+    /// Whether this pin has ended, and nobody is just about to take it up. If
+    /// that is not known, the guard looks again soon.
+    pub(super) fn is_at_rest(&self, key: Key, pin: u64) -> bool {
+        match self.tend(key, pin, TEND_LOOK) {
+            Ok(tending) if tending.lives & WAKING == 0 => tending.file == 0,
+            _ => {
+                self.look_again(key.inode());
+                false
+            }
+        }
+    }
+
     /// Makes sure that no dormant pin on an inode can be taken up from now on.
     /// Returns the state of the inode once nobody is just about to take one up.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` when somebody still is: it may yet take the pin up.
     pub(super) fn disturb(&self, key: Key, pin: u64) -> Result<Tending, Errno> {
         let mut backoff = Backoff::until(
             Instant::now() + WAKING_UP,
@@ -155,7 +193,9 @@ impl Gate {
         let Some(pin) = pins.iter().find(|pin| pin.id == id) else {
             // The pin is dormant, and may have been taken up before the guard
             // knew that it was.
-            self.wake(watched.id);
+            if self.wake(watched.id).is_err() {
+                return self.look_again(watched.id);
+            }
             let pins = watched.pins.load();
             return pins.iter().any(|pin| pin.id == id) || self.sleeps(watched.id, id);
         };
@@ -164,7 +204,6 @@ impl Gate {
         let (breaches, lost) = pin.fate.summary();
         let may_sleep = is_last
             && self.revives
-            && pin.delegated().is_none()
             && breaches == 0
             && lost.is_none()
             && published
@@ -172,8 +211,9 @@ impl Gate {
                 .is_some_and(|published| published.can_sleep);
         if !may_sleep {
             // Only now is it certain that the pin has ended for good.
-            let tending = self.disturb(key, id);
-            return tending.is_ok_and(|tending| tending.file != 0);
+            return self
+                .disturb(key, id)
+                .map_or_else(|_| self.look_again(watched.id), |tending| tending.file != 0);
         }
         match self.send_to_sleep(key, id) {
             Ok(Some(asleep)) => {
@@ -190,7 +230,41 @@ impl Gate {
                 true
             }
             Ok(None) => true,
-            Err(_) => false,
+            Err(_) => self.look_again(watched.id),
+        }
+    }
+
+    /// Orders another look at an inode, because what is known now does not say
+    /// whether a pin of it is over. So it counts as one that is not: returns
+    /// `true`.
+    pub(super) fn look_again(&self, id: InodeId) -> bool {
+        self.dormant.undecided().insert(id);
+        true
+    }
+
+    /// Looks again at the inodes that were left undecided.
+    fn decide(&self, guard: &Guard) {
+        let undecided = std::mem::take(&mut *self.dormant.undecided());
+        for id in undecided {
+            match guard.table.get(id) {
+                Some(watched) => end_what_is_over(guard, self, &watched),
+                None => self.decide_left(id),
+            }
+        }
+    }
+
+    /// Looks again at an inode that an earlier guard has left.
+    fn decide_left(&self, id: InodeId) {
+        let key = Key::new(id);
+        // From here on the end of the pin is reported, should it live.
+        let told = self.tend(key, 0, TEND_TELL);
+        match told.and_then(|_| self.tend(key, 0, TEND_LOOK)) {
+            Ok(tending) if tending.lives & WAKING == 0 => {
+                if is_dead(&tending) {
+                    self.clean(id, tending.pin);
+                }
+            }
+            _ => drop(self.look_again(id)),
         }
     }
 
@@ -210,15 +284,18 @@ impl Gate {
     }
 
     /// Registers the dormant pin of an inode as alive if it was taken up and
-    /// still lives. The caller must hold the lock of the shard.
-    fn wake(&self, id: InodeId) -> bool {
+    /// still lives; says whether it does. The caller must hold the lock of the
+    /// shard.
+    ///
+    /// # Errors
+    ///
+    /// When the programs do not say: then nothing has changed.
+    fn wake(&self, id: InodeId) -> Result<bool, Errno> {
         let Some(sleeper) = self.dormant.get(id) else {
-            return false;
+            return Ok(false);
         };
         let (key, pin) = (Key::new(id), &sleeper.pin);
-        let Ok(tending) = self.tend(key, pin.id, TEND_LOOK) else {
-            return false;
-        };
+        let tending = self.tend(key, pin.id, TEND_LOOK)?;
         if tending.revived != sleeper.revived
             && let Some(sleeper) = self.dormant.lock().get_mut(&id)
         {
@@ -226,23 +303,25 @@ impl Gate {
             sleeper.revived = tending.revived;
         }
         if tending.file == 0 {
-            return false;
+            return Ok(false);
         }
-        let Ok(tending) = self.tend(key, pin.id, TEND_TELL) else {
-            return false;
-        };
-        if tending.file == 0 && !matches!(self.send_to_sleep(key, pin.id), Ok(None)) {
-            return false;
+        let tending = self.tend(key, pin.id, TEND_TELL)?;
+        if tending.file == 0 && self.send_to_sleep(key, pin.id)?.is_some() {
+            return Ok(false);
         }
         let pin = if tending.pid == pin.pid {
             Arc::clone(pin)
         } else {
             // The pin belongs to another process now.
-            Arc::new(pin.joined(pin.id, tending.pid))
+            let owner = Sender {
+                pid: tending.pid,
+                uid: tending.uid,
+            };
+            Arc::new(pin.passed_to(owner))
         };
         sleeper.watched.add(&pin);
         self.dormant.lock().remove(&id);
-        true
+        Ok(true)
     }
 
     /// Whether this pin of an inode is dormant.
@@ -254,7 +333,7 @@ impl Gate {
     /// joins it.
     pub(super) fn sleeping(&self, id: InodeId) -> Option<Arc<Pin>> {
         let _published = self.lock_shard(id);
-        self.wake(id);
+        let _ = self.wake(id);
         self.dormant.get(id).map(|sleeper| sleeper.pin)
     }
 
@@ -266,7 +345,7 @@ impl Gate {
             return Ok(());
         };
         self.disturb(Key::new(id), sleeper.pin.id)?;
-        if !self.wake(id) {
+        if !self.wake(id)? {
             self.dormant.lock().remove(&id);
             self.drop_facts(sleeper.pin.id);
         }
@@ -296,7 +375,9 @@ impl Gate {
                     published.remove(&id);
                 }
             } else {
-                self.wake(id);
+                // It stays dormant if that is not known: the next look will
+                // tell.
+                let _ = self.wake(id);
             }
             is_over
         };
@@ -312,7 +393,8 @@ impl Gate {
         }
     }
 
-    /// Makes sure that nobody takes up a pin whose blocks have changed.
+    /// Makes sure that nobody takes up a pin whose blocks have changed. Whoever
+    /// is still in the middle of that counts as a holder ([`Gate::is_over`]).
     pub(super) fn disturb_inode(&self, id: InodeId) {
         let _ = self.disturb(Key::new(id), 0);
     }
@@ -331,7 +413,10 @@ impl Gate {
         for sleeper in self.dormant.all() {
             let id = sleeper.watched.id;
             let _published = self.lock_shard(id);
-            self.wake(id);
+            if self.wake(id).is_err() {
+                // It is looked at again soon.
+                return;
+            }
         }
         self.dormant.seen.store(stirred, SeqCst);
     }
@@ -339,6 +424,7 @@ impl Gate {
     /// The same, and forgets the pins whose time is over.
     pub(super) fn tend_dormant(&self, guard: &Guard) {
         self.take_note();
+        self.decide(guard);
         for id in self.dormant.due() {
             self.forget_dormant(guard, id);
         }
@@ -354,15 +440,23 @@ impl Gate {
     }
 
     /// Makes sure that no pin which an earlier guard left dormant can be taken
-    /// up.
+    /// up. Where somebody is still in the middle of that, the inode is left
+    /// undecided.
     pub(super) fn disturb_all(&self) {
         use zerocopy::FromBytes;
         let keys: Vec<Vec<u8>> = self.loaded.maps.lives.keys().collect();
         for key in keys {
-            if let Ok(key) = Key::read_from_bytes(&key) {
-                let _ = self.disturb(key, 0);
+            if let Ok(key) = Key::read_from_bytes(&key)
+                && self.disturb(key, 0).is_err()
+            {
+                self.look_again(key.inode());
             }
         }
+    }
+
+    /// The inodes that were left undecided.
+    pub(super) fn undecided(&self) -> Vec<InodeId> {
+        self.dormant.undecided().iter().copied().collect()
     }
 
     /// Makes the programs report the end of a pin that an earlier guard had

@@ -57,11 +57,16 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
 /// Ends the pins whose ends could not be reported.
 fn end_untold(guard: &Guard, gate: &Gate) {
     for watched in guard.table.all() {
-        let pins = watched.pins.load_full();
-        for pin in pins.iter().filter(|pin| !pin.is_being_granted()) {
-            if gate.is_over(pin.id) {
-                end(guard, gate, &watched, pin.id);
-            }
+        end_what_is_over(guard, gate, &watched);
+    }
+}
+
+/// Ends the pins of an inode that are over.
+pub(super) fn end_what_is_over(guard: &Guard, gate: &Gate, watched: &Arc<Watched>) {
+    let pins = watched.pins.load_full();
+    for pin in pins.iter().filter(|pin| !pin.is_being_granted()) {
+        if gate.is_over(pin.id) {
+            end(guard, gate, watched, pin.id);
         }
     }
 }
@@ -172,13 +177,13 @@ pub(super) fn remove(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u6
     let_go(guard, watched);
 }
 
-/// Forgets an inode without pins.
+/// Forgets an inode without pins, dormant or not.
 pub(crate) fn let_go(guard: &Guard, watched: &Arc<Watched>) {
     // A grant under way has a pin, or comes here itself.
     let Some(mut state) = watched.try_grant() else {
         return;
     };
-    if !state.retired && watched.pins.load().is_empty() {
+    if !state.retired && guard.pins_awake_or_asleep(watched).is_empty() {
         state.retired = true;
         guard.table.remove(watched);
     }

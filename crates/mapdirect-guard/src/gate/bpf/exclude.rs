@@ -111,6 +111,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             if !self.is_alone() {
                 self.wait_for_others(!frozen.is_empty())?;
             }
+            self.no_other_writer()?;
             others_can_store(granting, &frozen)?;
             let again = survey.read(false)?;
             if again == map && survey.look_beside(&again)? == beside {
@@ -310,6 +311,39 @@ impl<'a, 'h> Exclusion<'a, 'h> {
                     ),
                     "unmount the overlay, or stop what else has it open",
                 ));
+            }
+            backoff.pause();
+        }
+    }
+
+    /// If the pin denies writing, waits until nobody but the holder's family has
+    /// the file open for writing. From here on the gate lets nobody else open it
+    /// so.
+    fn no_other_writer(&self) -> Result<(), Refusal> {
+        let pin = self.granting.pin;
+        if !pin.denies_write() || !self.others_may_write()? {
+            return Ok(());
+        }
+        let mut backoff = self.granting.patiently();
+        loop {
+            // A descriptor may be on its way into a table, by an open that the
+            // gate was asked about before it knew of the pin.
+            self.quietly(|quiet| quiet.wait_for_opens())?;
+            let mut found = self.granting.openers(None);
+            found.others.retain(|opener| {
+                let is_own = pin.belongs_to(|family| family.may_have(opener.pid));
+                (opener.writable || opener.pid == 0) && !is_own
+            });
+            let hidden = self
+                .gate
+                .writers(self.holder.file.as_fd())
+                .map(Writers::hidden)
+                .map_err(|errno| system("counting who can write to it", errno))?;
+            if found.others.is_empty() && !found.unseen && hidden == 0 {
+                return Ok(());
+            }
+            if backoff.is_over() {
+                return Err(self.granting.open_elsewhere(found));
             }
             backoff.pause();
         }

@@ -23,6 +23,8 @@ pub(crate) struct Found {
     pub(crate) uid: u32,
     /// See [`PinFacts::until`].
     pub(crate) until: u64,
+    /// When that process started, in clock ticks since boot.
+    pub(crate) began: u64,
     pub(crate) handle: FileHandle,
 }
 
@@ -41,6 +43,7 @@ pub(super) fn found(facts: &PinFacts) -> Found {
         pid: facts.pid,
         uid: facts.uid,
         until: facts.until,
+        began: facts.began,
         handle: FileHandle {
             kind: facts.handle_type,
             bytes: slice(&facts.handle, facts.handle_length),
@@ -50,15 +53,12 @@ pub(super) fn found(facts: &PinFacts) -> Found {
 
 impl Gate {
     /// Leaves an inode as an earlier guard has left it.
-    pub(crate) fn keep(&self, found: &Found) {
-        let mut published = self
-            .shard(found.inode)
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if published.contains_key(&found.inode) {
+    pub(crate) fn keep(&self, id: InodeId, handle: Option<&FileHandle>) {
+        let mut published = self.lock_shard(id);
+        if published.contains_key(&id) {
             return;
         }
-        let key = Key::new(found.inode);
+        let key = Key::new(id);
         let entry = self
             .loaded
             .maps
@@ -73,11 +73,12 @@ impl Gate {
             version: entry.map_or(0, |entry| entry.version),
             spilled: entry.is_some_and(|entry| entry.spilled != 0),
             pins: 1,
-            handle: Some(found.handle.clone()),
+            handle: handle.cloned(),
             kept: true,
             can_sleep: false,
+            granting: false,
         };
-        published.insert(found.inode, kept);
+        published.insert(id, kept);
     }
 
     /// The live pins that an earlier guard has left. The kernel itself has
@@ -107,10 +108,22 @@ impl Gate {
     /// inodes. The rest of the maps counts from now on.
     pub(crate) fn take_over(&self, known: &[InodeId]) {
         let maps = &self.loaded.maps;
+        // A pin that somebody is still taking up may need all of it.
+        let undecided = self.undecided();
+        for id in &undecided {
+            self.keep(*id, None);
+        }
+        let known: Vec<InodeId> = known.iter().copied().chain(undecided).collect();
         let entries: Vec<Vec<u8>> = maps.entries.keys().collect();
         for key in entries {
             if Key::read_from_bytes(&key).is_ok_and(|key| !known.contains(&key.inode())) {
                 let _ = maps.entries.delete(&key);
+            }
+        }
+        let roots: Vec<Vec<u8>> = maps.roots.keys().collect();
+        for key in roots {
+            if Key::read_from_bytes(&key).is_ok_and(|key| !known.contains(&key.inode())) {
+                let _ = maps.roots.delete(&key);
             }
         }
         let lives: Vec<Vec<u8>> = maps.lives.keys().collect();
@@ -164,7 +177,7 @@ impl Gate {
             };
             match self.facts(pin) {
                 Ok(Some(facts)) if facts.file != 0 => self.listen_for_end(facts.key, pin),
-                Ok(Some(_)) => self.drop_facts(pin),
+                Ok(Some(facts)) if self.is_at_rest(facts.key, pin) => self.drop_facts(pin),
                 _ => {}
             }
         }

@@ -30,11 +30,12 @@ const OBJECT: &[u8] = include_bytes!("prog/mapdirect.bpf.o");
 const HASH: &str = include_str!("prog/mapdirect.bpf.hash");
 
 /// The maps that user space uses.
-pub(super) const BPF_MAPS: [&str; 12] = [
+pub(super) const BPF_MAPS: [&str; 13] = [
     "settings",
     "filter",
     "entries",
     "spill",
+    "roots",
     "holders",
     "lives",
     "devices",
@@ -133,6 +134,7 @@ pub(super) struct Maps {
     pub(super) filter: SharedWords,
     pub(super) entries: MapHandle,
     pub(super) spill: MapHandle,
+    pub(super) roots: MapHandle,
     pub(super) holders: MapHandle,
     pub(super) lives: MapHandle,
     pub(super) devices: MapHandle,
@@ -154,6 +156,7 @@ impl Maps {
                 .map_err(|errno| failed("mapping the filter", errno))?,
             entries: map("entries")?,
             spill: map("spill")?,
+            roots: map("roots")?,
             holders: map("holders")?,
             lives: map("lives")?,
             devices: map("devices")?,
@@ -349,10 +352,13 @@ fn choose(name: &str, section: &str, offers: &Offers<'_>) -> Choice {
     };
     let when = |wanted: bool, otherwise: Choice| if wanted { otherwise } else { Choice::Leave };
     let three = offers.function(&offers.hook("inode_setattr")) == Some(3);
+    let four = offers.function(&offers.hook("inode_rename")) == Some(4);
     let inlined = !offers.has("remap_verify_area");
     match name {
         "inode_setattr" => when(three, needed(&offers.hook("inode_setattr"))),
         "inode_setattr_2" => when(!three, needed(&offers.hook("inode_setattr"))),
+        "inode_rename" => when(four, needed(&offers.hook("inode_rename"))),
+        "inode_rename_5" => when(!four, needed(&offers.hook("inode_rename"))),
         // Without this program nothing is taken up again.
         "inode_free" => when(
             offers.has(&offers.hook("inode_free_security")),

@@ -32,7 +32,7 @@ use crate::delegation::Delegated;
 use crate::policy::RULES;
 use crate::table::{InodeId, Pin, Settled, Watched, together};
 use crate::wake::Backoff;
-use abi::{Entry, Facts, Identity, Key, PinFacts, Role, Run, Settings};
+use abi::{Denials, Entry, Facts, Identity, Key, PinFacts, Role, Root, Run, Settings};
 pub(crate) use adopt::adopt;
 use counts::Counts;
 use left::Found;
@@ -88,6 +88,9 @@ struct Published {
     kept: bool,
     /// Whether the last pin of the inode can become dormant.
     can_sleep: bool,
+    /// Whether a pin of the inode is being granted. There is never more than
+    /// one.
+    granting: bool,
 }
 
 /// Shows later that everything is as it was when a pin was granted.
@@ -127,6 +130,21 @@ fn errno(error: &libbpf_rs::Error) -> Errno {
         libbpf_rs::ErrorKind::TooBig => Errno::TOOBIG,
         _ => Errno::IO,
     }
+}
+
+/// What pins deny beside what would break them.
+fn denials_of(pins: &[&Arc<Pin>]) -> Denials {
+    let mut denials = Denials::default();
+    for pin in pins {
+        denials.rename |= pin.flags.contains(Flags::DENY_RENAME);
+        if pin.flags.contains(Flags::DENY_WRITE) {
+            let family = pin.family.as_ref();
+            denials.deny_write(family.map_or(Root::NOBODY, |family| {
+                Root::new(family.pid(), family.began())
+            }));
+        }
+    }
+    denials
 }
 
 impl Gate {
@@ -241,6 +259,9 @@ impl Gate {
         let facts = Facts {
             reflink: watched.abilities.reflink,
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),
+            denials: denials_of(&live),
+            granting: before.as_ref().is_some_and(|before| before.granting),
+            delegated: live.iter().any(|pin| pin.delegated().is_some()),
         };
         let version = self.versions.fetch_add(1, Relaxed);
         let (entry, runs) = Entry::new(version, &layers, facts);
@@ -252,6 +273,10 @@ impl Gate {
         }
         let maps = &self.loaded.maps;
         let put = || -> Result<(), libbpf_rs::Error> {
+            if let Some(root) = &facts.denials.write {
+                maps.roots
+                    .update(key.as_bytes(), root.as_bytes(), MapFlags::ANY)?;
+            }
             if let Some(runs) = &runs {
                 spill(&maps.spill, version, runs)?;
             }
@@ -276,6 +301,7 @@ impl Gate {
             handle: before.and_then(|before| before.handle),
             kept: false,
             can_sleep: entry.can_sleep(),
+            granting: facts.granting,
         };
         published.insert(watched.id, now);
         if entry.lets_writes_pass() {
@@ -303,6 +329,7 @@ impl Gate {
         }
         let maps = &self.loaded.maps;
         let _ = maps.entries.delete(key.as_bytes());
+        let _ = maps.roots.delete(key.as_bytes());
         let _ = maps.lives.delete(key.as_bytes());
         self.burden(key);
         self.counts().noted.remove(&key.inode());
@@ -333,14 +360,28 @@ impl Gate {
             let mut published = self.lock_shard(watched.id);
             self.prepare(&mut published, watched.id, &handle)?;
             self.end_sleep(watched.id)?;
-            if self.lay_to_rest(key) {
+            if dormant::is_dead(&self.disturb(key, 0)?) {
                 // Otherwise the entry of pins that are gone would count again.
                 let _ = self.loaded.maps.entries.delete(key.as_bytes());
             }
+            // Until it is granted nobody else joins it. That is said before it
+            // lives: these pins may end just before, and then anything may have
+            // passed that their entry refuses.
+            published.entry(watched.id).or_default().granting = true;
+            self.tell_granting(key)?;
             self.begin_life(file, pin)?
         };
         if identity.key != key || identity.held == 0 {
             return Err(Errno::STALE);
+        }
+        if identity.held == abi::ANEW {
+            // The others are over, which is about to be reported. What they
+            // refused anybody may have done since.
+            let pins = watched.pins.load();
+            let others = pins.iter().filter(|other| other.id != pin.id);
+            others
+                .filter(|other| !self.keeps(other.id))
+                .for_each(|other| other.end());
         }
         let proof = Proof {
             stamp: identity.stamp,
@@ -361,6 +402,18 @@ impl Gate {
             let pins = &self.loaded.maps.pins;
             // If this fails, the guard is asked for the next pin.
             let _ = pins.update(&pin.to_ne_bytes(), facts.as_bytes(), MapFlags::EXIST);
+        }
+    }
+
+    /// Marks that no pin of an inode is being granted any more. The entry that
+    /// is there says so only if the grant `succeeded`.
+    fn grant_is_over(&self, watched: &Watched, succeeded: bool) {
+        let mut published = self.lock_shard(watched.id);
+        if let Some(published) = published.get_mut(&watched.id) {
+            published.granting = false;
+        }
+        if succeeded {
+            self.tell_granted(Key::new(watched.id));
         }
     }
 
@@ -420,6 +473,7 @@ impl Gate {
             handle_type: handle.kind,
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
             until: pin.delegated().map_or(0, Delegated::wire),
+            began: pin.family.as_ref().map_or(0, |family| family.began()),
             handle: [0; abi::HANDLE],
         };
         facts
@@ -452,10 +506,12 @@ impl Gate {
         Ok(())
     }
 
-    /// Whether the description is gone whose life a pin was.
+    /// Whether the description is gone whose life a pin was, and nobody is just
+    /// about to take the pin up.
     pub(crate) fn is_over(&self, pin: u64) -> bool {
         match self.facts(pin) {
-            Ok(facts) => facts.is_none_or(|facts| facts.file == 0),
+            Ok(Some(facts)) if facts.file == 0 => self.is_at_rest(facts.key, pin),
+            Ok(facts) => facts.is_none(),
             Err(_) => false,
         }
     }
@@ -474,15 +530,17 @@ impl Gate {
         Ok(bytes.and_then(|bytes| PinFacts::read_from_bytes(&bytes).ok()))
     }
 
-    /// Removes what is left of an inode without pins.
+    /// Removes what is left of an inode without pins, and of a pin of it.
     fn clean(&self, id: InodeId, pin: u64) {
-        if self.is_over(pin) {
-            self.drop_facts(pin);
+        let mut published = self.lock_shard(id);
+        match self.disturb(Key::new(id), pin) {
+            Ok(tending) if tending.file == 0 => self.drop_facts(pin),
+            Ok(_) => {}
+            Err(_) => {
+                self.look_again(id);
+                return;
+            }
         }
-        let mut published = self
-            .shard(id)
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
         if let Some(before) = published.get(&id)
             && self.forget(Key::new(id), before)
         {

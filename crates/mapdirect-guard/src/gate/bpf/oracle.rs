@@ -69,6 +69,9 @@ impl Oracle {
         let facts = Facts {
             reflink,
             cached: false,
+            denials: super::abi::Denials::default(),
+            granting: false,
+            delegated: false,
         };
         let (entry, runs) = Entry::new(self.version, layers, facts);
         if let Some(runs) = &runs {

@@ -55,7 +55,7 @@ impl Server<'_> {
             // The operation may append, and the end of the file has moved.
             return Verdict::Again;
         }
-        let verdict = judge_holder(&watched, event.tid, doing, late)
+        let verdict = judge_holder(&watched, waiting, doing)
             .unwrap_or_else(|| self.judge(&watched, waiting, doing, size));
         if verdict != Verdict::Refuse {
             return verdict;
@@ -74,6 +74,11 @@ impl Server<'_> {
             return Verdict::Allow;
         }
         let (file, late) = (waiting.file.as_fd(), waiting.since.elapsed());
+        if doing.operation.kind == K::Truncate
+            && watched.denies_write_to(|| family::process_of(waiting.event.tid), file)
+        {
+            return Verdict::Refuse;
+        }
         let mut operation = doing.operation.clone();
         let moving = Moving::new(watched, &operation);
         operation.brings_shared &= match operation.kind {
@@ -226,9 +231,11 @@ impl Drop for Moving<'_> {
 }
 
 /// Judges an open for writing by a holder: one that was announced, or one by a
-/// family. Existing pins do not refuse such an open, but a grant under way must
-/// learn of it, or be over before the open goes on.
-fn judge_holder(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> Option<Verdict> {
+/// family. Existing pins do not refuse such an open, unless they deny it to all
+/// but another family. But a grant under way must learn of it, or be over before
+/// the open goes on.
+fn judge_holder(watched: &Watched, waiting: &Waiting, doing: &Doing) -> Option<Verdict> {
+    let (tid, late) = (waiting.event.tid, waiting.since.elapsed());
     if doing.operation.kind != K::OpenWrite {
         return None;
     }
@@ -241,7 +248,9 @@ fn judge_holder(watched: &Watched, tid: i32, doing: &Doing, late: Duration) -> O
     let mut granting = false;
     let goes_on = watched.let_writer_through(|pins| {
         granting = pins.iter().any(|pin| pin.is_being_granted());
-        !granting && announcement.is_none_or(|announcement| announcement.take())
+        !granting
+            && !watched.denies_write_to(|| family::process_of(tid), waiting.file.as_fd())
+            && announcement.is_none_or(|announcement| announcement.take())
     });
     if goes_on {
         return Some(Verdict::Allow);

@@ -18,8 +18,8 @@ use crate::grant::{
     Findings, Granting, Holder, KEPT_FLAGS, Secured, Survey, gone, lock_refused, refusal,
     refuse_executed, system,
 };
-use crate::openers::Openers;
-use crate::table::{GrantState, Notes, Published};
+use crate::openers::{Mark, Openers};
+use crate::table::{Carrier, GrantState, Notes, Published};
 use crate::wake::Backoff;
 use mapdirect_proto::{BlockMap, Flags, Opener, Reason, Refusal};
 use mapdirect_sys::fcntl::{
@@ -27,9 +27,8 @@ use mapdirect_sys::fcntl::{
 };
 use rustix::fs::SeekFrom;
 use rustix::pipe::PipeFlags;
-use std::cell::Cell;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// The least number of times to ask for a lease, however little patience there
@@ -48,13 +47,6 @@ pub(super) struct Exclusion<'a, 'h> {
     /// Notes on what was let through before the gate could see the pin.
     notes: Published<'a, Notes>,
     holder: &'a mut Holder<'h>,
-    mark: Mark,
-}
-
-/// A lock that tells the holder's own description from others.
-struct Mark {
-    byte: u64,
-    is_set: Cell<bool>,
 }
 
 impl<'a, 'h> Exclusion<'a, 'h> {
@@ -75,23 +67,23 @@ impl<'a, 'h> Exclusion<'a, 'h> {
             granting,
             notes: granting.watched.publish(granting.pin),
             holder,
-            mark: Mark {
-                byte: granting.guard.next_lock_byte(),
-                is_set: Cell::new(false),
-            },
         }
     }
 
     /// Excludes others, surveys the blocks and settles the pin.
     pub(super) fn run(mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
         let secured = self.secure(state);
-        self.unmark();
         self.granting.watched.opens.reset();
         secured
     }
 
     fn secure(&mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
         let at_rest = self.exclude(state.closed)?;
+        if self.granting.pin.flags.contains(Flags::DENY_RENAME) {
+            let file = self.holder.file.as_fd();
+            let watched = self.gate.lifetime.watch_names(self.granting.watched, file);
+            watched.map_err(|errno| system("fanotify_mark", errno))?;
+        }
         let lifeline = self.begin_life()?;
         state.closed = true;
         let (map, found) = self.survey(at_rest)?;
@@ -120,9 +112,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         if !was_closed && (judged.is_writable() || judged.facts.reflink) {
             self.replace_description()?;
         } else {
-            let for_pin = self.granting.open_for_pin(self.holder.file.as_fd())?;
-            self.unmark();
-            self.holder.file = for_pin;
+            self.holder.file = self.granting.open_for_pin(self.holder.file.as_fd())?;
         }
         Ok(at_rest)
     }
@@ -185,32 +175,21 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         self.granting.quietly(self.holder.file.as_fd(), wait)
     }
 
-    /// Marks the holder's description with a lock, to tell it from others.
-    fn mark_own_description(&self) -> Result<(), Refusal> {
-        let (file, byte) = (self.holder.file.as_fd(), self.mark.byte);
-        lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
-        self.mark.is_set.set(true);
-        Ok(())
-    }
-
-    /// Removes the mark from a description that stays.
-    fn unmark(&self) {
-        if self.mark.is_set.take() {
-            // If unlocking fails, the mark that stays does no harm.
-            let _ = set_lock(
-                self.holder.file.as_fd(),
-                LockOwner::Description,
-                LockKind::Unlock,
-                self.mark.byte,
-                1,
-            );
-        }
+    /// Looks who has the file open. Descriptors of the holder's own description
+    /// are listed separately.
+    fn openers(&self) -> Openers {
+        let own = Mark::Descriptor(self.holder.file.as_raw_fd());
+        self.granting.openers(Some(own))
     }
 
     /// Proves that nothing that was let in since the last proof can still
     /// matter. Says whether nothing was let in at all.
     fn prove_again(&self) -> Result<bool, Refusal> {
         let writers = self.notes.writers(|| self.no_other_writer())?;
+        if self.granting.pin.denies_write() {
+            // Also by those who were no obstacle to earlier pins.
+            self.no_other_writer()?;
+        }
         // These threads are known, so nobody else can be changing the file.
         let changes = self.notes.changes(|threads| {
             self.quietly(|quiet| {
@@ -224,27 +203,25 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         Ok(!writers && !changes)
     }
 
-    /// Ties the life of the pin to something that only its holders have. A
-    /// description that can write is such a thing: nobody else has one while
-    /// the file is pinned, and the lock on it shows when it goes. Every reader
-    /// could hold the same lock as a description that cannot write. So such a
-    /// description comes with a pipe, whose other end goes to the holder.
+    /// Ties the life of the pin to something that only its holders have, and
+    /// that shows when it goes: see [`Carrier`].
     fn begin_life(&self) -> Result<Option<OwnedFd>, Refusal> {
         let pin = self.granting.pin;
-        // Programs of a family lock whole files. The lock of a pin that is not
-        // mapped need not be in their way, unless the description itself is what
-        // the pin shall live by.
-        let in_place = pin.flags.contains(Flags::IN_PLACE);
-        let is_in_the_way = pin.family.is_some() && pin.mapped.is_none() && !in_place;
-        if !self.granting.judged.is_writable() || is_in_the_way {
-            let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
-            let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
-            pin.lives_by(ours);
-            return Ok(Some(theirs));
+        let writable = self.granting.judged.is_writable();
+        if writable && pin.flags.contains(Flags::IN_PLACE) {
+            pin.lives_by(Carrier::Writers);
+            return Ok(None);
         }
-        let (file, byte) = (self.holder.file.as_fd(), pin.lock_byte());
-        lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
-        Ok(None)
+        if writable && pin.mapped.is_some() {
+            let (file, byte) = (self.holder.file.as_fd(), pin.lock_byte());
+            lock_byte_shared(file, byte).map_err(|errno| lock_refused(file, errno, byte))?;
+            pin.lives_by(Carrier::Lock);
+            return Ok(None);
+        }
+        let flags = PipeFlags::CLOEXEC | PipeFlags::NONBLOCK;
+        let (ours, theirs) = rustix::pipe::pipe_with(flags).map_err(|e| system("pipe2", e))?;
+        pin.lives_by(Carrier::Pipe(ours));
+        Ok(Some(theirs))
     }
 }
 
@@ -291,8 +268,7 @@ impl Exclusion<'_, '_> {
         if !self.granting.watched.opens.any_waits() {
             return Ok(false);
         }
-        self.mark_own_description()?;
-        let found = self.granting.openers(Some(self.mark.byte));
+        let found = self.openers();
         if !found.others.is_empty() || !found.hidden.is_empty() {
             return Ok(false);
         }
@@ -305,10 +281,9 @@ impl Exclusion<'_, '_> {
     /// has come behind the gate.
     fn only_those_who_wait(&self) -> Result<bool, Refusal> {
         let turn = &self.holder.turn;
-        if !turn.bring_others() {
+        if self.granting.pin.denies_write() || !turn.bring_others() {
             return Ok(false);
         }
-        self.mark_own_description()?;
         let harmless = |found: &Openers| {
             found.hidden.is_empty()
                 && found.others.iter().all(|opener| {
@@ -318,12 +293,12 @@ impl Exclusion<'_, '_> {
                             && opener.pid != 0
                 })
         };
-        if !harmless(&self.granting.openers(Some(self.mark.byte))) {
+        if !harmless(&self.openers()) {
             return Ok(false);
         }
         // Look a second time, as with readers: see `look_around`.
         self.quietly(|quiet| quiet.wait_for_opens())?;
-        let again = self.granting.openers(Some(self.mark.byte));
+        let again = self.openers();
         if !harmless(&again) {
             return Ok(false);
         }
@@ -337,14 +312,13 @@ impl Exclusion<'_, '_> {
     /// own descriptor from writers. Returns the openers that stand in the way,
     /// or `None` if there are none.
     fn look_around(&self) -> Result<Option<Openers>, Refusal> {
-        self.mark_own_description()?;
         let harmless = |found: &Openers| {
             // The lease says that somebody has the file open. An opener that is
             // not seen may be anything.
             let explained = !found.others.is_empty() && found.hidden.is_empty();
             !self.granting.judged.facts.reflink && explained && !found.has_writer()
         };
-        let found = self.granting.openers(Some(self.mark.byte));
+        let found = self.openers();
         if !harmless(&found) {
             return Ok(Some(found));
         }
@@ -353,7 +327,7 @@ impl Exclusion<'_, '_> {
         // from an open or to a child. Such opens are over now, and a child is
         // seen beside its parent.
         self.quietly(|quiet| quiet.wait_for_opens())?;
-        let again = self.granting.openers(Some(self.mark.byte));
+        let again = self.openers();
         if !harmless(&again) {
             return Ok(Some(again));
         }
@@ -399,13 +373,16 @@ impl Exclusion<'_, '_> {
             if self.lease_proves()? {
                 return Ok(());
             }
-            self.mark_own_description()?;
-            let mut found = self.granting.openers(Some(self.mark.byte));
+            let mut found = self.openers();
             // Holders of pins and their families may have the file open for
             // writing, because the gate has judged them. So may the processes
             // whose requests wait.
             let families = self.granting.watched.families();
+            let own = self.granting.pin;
             let is_holder = |opener: &Opener| {
+                if own.denies_write() {
+                    return own.belongs_to(|family| family.may_have(opener.pid));
+                }
                 pins.iter().any(|pin| pin.pid == opener.pid)
                     || families.iter().any(|family| family.may_have(opener.pid))
                     || self
@@ -440,25 +417,31 @@ impl Exclusion<'_, '_> {
     /// Replaces the holder's description by one from behind the gate, and makes
     /// sure that the old one is gone.
     fn replace_description(&mut self) -> Result<(), Refusal> {
-        // The old description is marked by a lock, which goes when the
-        // description does.
-        self.mark_own_description()?;
         let flags = self.granting.judged.open_flags & KEPT_FLAGS;
-        let replacement = self.granting.reopen(self.holder.file.as_fd(), flags)?;
-        let position = rustix::fs::seek(&self.holder.file, SeekFrom::Current(0))
+        let old = self.holder.file.as_fd();
+        let replacement = self.granting.reopen(old, flags)?;
+        let position = rustix::fs::seek(old, SeekFrom::Current(0))
             .and_then(|at| rustix::fs::seek(&replacement, SeekFrom::Start(at)));
         position.map_err(|errno| system("lseek", errno))?;
-        let for_pin = self.granting.open_for_pin(self.holder.file.as_fd())?;
+        let for_pin = self.granting.open_for_pin(old)?;
         let _held = HoldOpens::new(self.granting);
-        self.holder.talk.swap(replacement.as_fd())?;
+        // A lock goes when its description does: when nobody has it open or
+        // mapped any more, and no operation is under way by it. Nobody else can
+        // take a lock meanwhile.
+        let byte = self.granting.guard.next_lock_byte();
+        lock_byte_shared(old, byte).map_err(|errno| lock_refused(old, errno, byte))?;
+        if let Err(refusal) = self.holder.talk.swap(replacement.as_fd()) {
+            // If this fails, the lock that stays does no harm.
+            let _ = set_lock(old, LockOwner::Description, LockKind::Unlock, byte, 1);
+            return Err(refusal);
+        }
         // This assignment closes the guard's own copy. From now on the pin's
         // description stands for the inode.
         self.holder.file = for_pin;
-        self.mark.is_set.set(false);
-        if self.is_gone()? {
+        if is_unlocked_soon(self.holder.file.as_fd(), byte)? {
             return Ok(());
         }
-        let mut found = self.granting.openers(Some(self.mark.byte));
+        let mut found = self.granting.openers(Some(Mark::Lock(byte)));
         found.marked.extend(
             found
                 .others
@@ -477,25 +460,26 @@ impl Exclusion<'_, '_> {
             )
         })
     }
+}
 
-    /// Whether the marked description is gone.
-    fn is_gone(&self) -> Result<bool, Refusal> {
-        let mut backoff = Backoff::until(
-            Instant::now() + LETTING_GO,
-            Duration::from_micros(20),
-            Duration::from_millis(10),
-        );
-        loop {
-            let found = conflicting_lock(self.holder.file.as_fd(), self.mark.byte, 1)
-                .map_err(|errno| system("F_OFD_GETLK", errno))?;
-            if found.is_none() {
-                return Ok(true);
-            }
-            if backoff.is_over() {
-                return Ok(false);
-            }
-            backoff.pause();
+/// Whether the lock that another description has on a byte goes away in a
+/// moment.
+fn is_unlocked_soon(file: BorrowedFd<'_>, byte: u64) -> Result<bool, Refusal> {
+    let mut backoff = Backoff::until(
+        Instant::now() + LETTING_GO,
+        Duration::from_micros(20),
+        Duration::from_millis(10),
+    );
+    loop {
+        let found =
+            conflicting_lock(file, byte, 1).map_err(|errno| system("F_OFD_GETLK", errno))?;
+        if found.is_none() {
+            return Ok(true);
         }
+        if backoff.is_over() {
+            return Ok(false);
+        }
+        backoff.pause();
     }
 }
 

@@ -7,19 +7,12 @@
 //! stands is checked once more.
 //!
 //! The check uses something that no reader of the file can have, because
-//! otherwise every reader could keep a pin alive:
-//!
-//! * A description that can write has a lock on a byte of its own. The lock is
-//!   shared, because readers lock whole files and an exclusive lock would keep
-//!   them out. So readers can lock the same byte; but they cannot write. While
-//!   a reader's lock may hide that a pin has ended, a lease decides that is
-//!   given only when nobody can write ([`Lease::NoWriter`]). An open that waits
-//!   to be refused counts as a writer, so the lease is asked for several times.
-//!   If it is never given, a search for descriptors and mappings that can write
-//!   decides.
-//! * A description that cannot write comes with the end of a pipe, and the pin
-//!   ends when that end is closed everywhere. The pipe goes where the
-//!   description goes: to children, and away on `execve(2)`.
+//! otherwise every reader could keep a pin alive: see [`Carrier`]. Two of these
+//! can mislead for a while. A reader's lock may hide that a pin's lock is gone,
+//! and an open that waits to be refused counts as a writer. So a lease is asked
+//! for several times that is given only when nobody can write
+//! ([`Lease::NoWriter`]). If it is never given, a search for descriptors and
+//! mappings that can write decides.
 //!
 //! An inode whose last pin has ended stays behind the gate for a while if
 //! somebody still has it open. A new pin then finds the gate closed and the
@@ -32,15 +25,17 @@
 //! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
 use super::{Gate, MASK, is_final};
-use crate::openers::{Wanted, openers};
-use crate::table::{InodeId, LOCK_BASE, Pin, Watched};
+use crate::openers::{Mark, Wanted, openers};
+use crate::table::{Carrier, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard};
 use crossbeam_queue::SegQueue;
+use mapdirect_proto::Flags;
 use mapdirect_sys::fanotify::{Group, Mask, Object};
-use mapdirect_sys::fcntl::{Lease, conflicting_lock, lease_holds};
-use mapdirect_sys::{proc, proc_locks};
+use mapdirect_sys::fcntl::{Lease, lease_holds};
+use mapdirect_sys::{pidfd, proc, proc_locks};
 use rustix::fs::{Mode, OFlags};
+use std::cell::{Cell, OnceCell};
 use std::collections::hash_map::Entry;
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -51,6 +46,12 @@ use std::time::{Duration, Instant};
 /// The close events that the group gets.
 const CLOSES: Mask = Mask::from_bits(Mask::CLOSE_WRITE.bits() | Mask::CLOSE_NOWRITE.bits());
 
+/// The events that tell of the names of a file, which the group gets for pins
+/// that deny others to touch these.
+const NAMES: Mask = Mask::from_bits(Mask::ATTRIBUTES.bits() | Mask::MOVE_SELF.bits());
+/// Everything that the group may get for a file.
+const EVERYTHING: Mask = Mask::from_bits(CLOSES.bits() | NAMES.bits());
+
 /// How long an inode without pins stays behind the gate while others have it
 /// open.
 const LINGER: Duration = Duration::from_millis(250);
@@ -58,9 +59,9 @@ const LINGER: Duration = Duration::from_millis(250);
 const ROUND: Duration = Duration::from_micros(300);
 /// When to check pins again whose lock still stood after a close.
 const SECOND_LOOK: Duration = Duration::from_millis(20);
-/// The longest pause before a further check; each pause is twice as long as the
-/// one before.
-const LAST_LOOK: Duration = Duration::from_millis(320);
+/// The pause before the last check, unless a foreign lock is seen; each pause is
+/// twice as long as the one before.
+const LAST_LOOK: Duration = Duration::from_millis(160);
 /// When to look for pins that ended without a notice, after the notice of a
 /// close was lost. The lock may stand a moment longer.
 const SWEEPS: [Duration; 4] = [
@@ -108,6 +109,13 @@ impl Lifetime {
         self.closes.add(CLOSES, file)
     }
 
+    /// Learns from now on when a name of a file goes.
+    pub(super) fn watch_names(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+        self.closes.add(NAMES, file)?;
+        watched.has_names(rustix::fs::fstat(file)?.st_nlink);
+        Ok(())
+    }
+
     /// Forgets a file whose close events do not come any more.
     fn forget(&self, watched: &Watched) {
         let Some(object) = watched.weigh_anchor() else {
@@ -140,7 +148,7 @@ impl Lifetime {
     /// Stops the close events of a file, and then forgets the file. A mark that
     /// is gone already is as good as a removed one.
     pub(super) fn let_go(&self, watched: &Watched, file: BorrowedFd<'_>) {
-        let _ = self.closes.remove(CLOSES, file);
+        let _ = self.closes.remove(EVERYTHING, file);
         self.forget(watched);
     }
 }
@@ -231,12 +239,22 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
             }
         }
         let mut closed: HashMap<InodeId, bool> = HashMap::new();
+        let mut renamed: HashMap<InodeId, (bool, Option<i32>)> = HashMap::new();
         let read = lifetime.closes.read(&mut buffer, |event| {
             let objects = lifetime.objects();
             let ids = event.object.and_then(|object| objects.get(&object));
             let could_write = event.mask.intersects(Mask::CLOSE_WRITE);
             for id in ids.into_iter().flatten() {
-                *closed.entry(*id).or_insert(false) |= could_write;
+                if event.mask.intersects(CLOSES) {
+                    *closed.entry(*id).or_insert(false) |= could_write;
+                }
+                if event.mask.intersects(NAMES) {
+                    let moved = event.mask.intersects(Mask::MOVE_SELF);
+                    let first = (false, Some(event.tid));
+                    let (any_moved, by) = renamed.entry(*id).or_insert(first);
+                    *any_moved |= moved;
+                    *by = by.filter(|tid| *tid == event.tid);
+                }
             }
         });
         match read {
@@ -250,6 +268,9 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
                 keeper.sweep.soon();
                 std::thread::sleep(ROUND);
             }
+        }
+        for (id, (moved, by)) in renamed {
+            keeper.tell_of_names(id, moved, by);
         }
         let busy = !closed.is_empty();
         for (id, could_write) in closed {
@@ -285,7 +306,7 @@ impl Gate {
     /// Removes the marks of a file that can be reached only by a path.
     fn unmark_at(&self, path: BorrowedFd<'_>) {
         let _ = self.group.remove_at(MASK, path);
-        let _ = self.lifetime.closes.remove_at(CLOSES, path);
+        let _ = self.lifetime.closes.remove_at(EVERYTHING, path);
     }
 }
 
@@ -295,6 +316,42 @@ impl Keeper<'_> {
         let looks = self.second_looks.values().map(|look| look.at);
         let due = lingering.chain(looks).fold(self.sweep.at, Instant::min);
         due.saturating_duration_since(Instant::now())
+    }
+
+    /// Tells holders whose pins deny it that a name of their file has `moved`, or
+    /// that there are fewer than there were. One thread did it all, or several.
+    fn tell_of_names(&self, id: InodeId, moved: bool, by: Option<i32>) {
+        let Some(watched) = self.guard.table.get(id) else {
+            return;
+        };
+        let links = watched
+            .anchor()
+            .and_then(|path| rustix::fs::fstat(path).ok())
+            .map(|stat| stat.st_nlink);
+        let fewer = links.is_some_and(|links| watched.has_names(links) > links);
+        let process =
+            |tid| pidfd::of_thread(tid).and_then(|thread| pidfd::process_of(thread.as_fd()));
+        let who = match by.map(|tid| (tid, process(tid))) {
+            Some((_, Ok(process))) => format!("process {process}"),
+            // It may be gone by now.
+            Some((tid, Err(_))) => format!("thread {tid}"),
+            None => String::from("several threads"),
+        };
+        // What was neither was something else.
+        let moved = moved.then(|| format!("a name of the file was changed by {who}"));
+        let fewer = fewer.then(|| {
+            format!(
+                "a name of the file was removed or given to another file by {who}; names left: {}",
+                links.unwrap_or(0)
+            )
+        });
+        for pin in watched.pins.load().iter() {
+            if pin.flags.contains(Flags::DENY_RENAME) && !pin.is_dead() {
+                for how in moved.iter().chain(&fewer) {
+                    self.guard.notices.renamed(pin, how);
+                }
+            }
+        }
     }
 
     /// Opens an inode behind the gate without raising events.
@@ -324,13 +381,22 @@ impl Keeper<'_> {
                 continue;
             };
             let is_last = look.after >= LAST_LOOK;
+            let unsure = Cell::new(false);
             let settled = self.tend_with(id, file.as_fd(), |watched, pin, file| {
-                has_ended_for_sure(watched, pin, file, look.could_write, is_last)
+                let can_be_found = || {
+                    let found = search(watched, pin);
+                    unsure.set(unsure.get() || found.is_none());
+                    found != Some(false)
+                };
+                has_ended_for_sure(watched, pin, file, look.could_write, is_last, can_be_found)
             });
             // There may be no further notice of the end.
-            if !settled && !is_last && (look.could_write || self.has_foreign_locks(id)) {
-                look.after *= 2;
-                look.at = now + look.after;
+            let again = !is_last && look.could_write || unsure.get() || self.has_foreign_locks(id);
+            if !settled && again {
+                if !unsure.get() {
+                    look.after = (look.after * 2).min(SWEEP);
+                }
+                look.at = Instant::now() + look.after;
                 self.second_looks.entry(id).or_insert(look);
             }
         }
@@ -395,9 +461,15 @@ impl Keeper<'_> {
                 );
                 listed.contains(&key)
             };
-            let has_ended = |pin: &Pin| match pin.is_let_go() {
-                Some(let_go) => let_go,
-                None => !is_listed(pin) && !can_be_found(&watched, pin),
+            let file = OnceCell::new();
+            let is_alive_by = |pin: &Pin| {
+                let file = file.get_or_init(|| self.open(watched.id)).as_ref();
+                file.is_some_and(|file| pin.is_alive(file.as_fd()))
+            };
+            let has_ended = |pin: &Pin| match pin.carrier() {
+                Carrier::Pipe(_) => !pin.is_held_by_pipe(),
+                Carrier::Lock => !is_listed(pin) && search(&watched, pin) == Some(false),
+                Carrier::Writers => !is_alive_by(pin) && search(&watched, pin) == Some(false),
             };
             let ended: HashSet<u64> = pins
                 .iter()
@@ -437,7 +509,7 @@ impl Keeper<'_> {
     /// `false` when pins are left, because the close may have been about any of
     /// them.
     fn tend(&mut self, id: InodeId, file: BorrowedFd<'_>) -> bool {
-        self.tend_with(id, file, has_ended)
+        self.tend_with(id, file, |_, pin, file| !pin.is_alive(file))
     }
 
     fn has_foreign_locks(&self, id: InodeId) -> bool {
@@ -522,36 +594,28 @@ impl Keeper<'_> {
     }
 }
 
-/// Whether nothing holds a pin any more, as far as that can be found out at
-/// once. `file` is another description of the same inode.
-fn has_ended(_watched: &Watched, pin: &Pin, file: BorrowedFd<'_>) -> bool {
-    match pin.is_let_go() {
-        Some(let_go) => let_go,
-        None => conflicting_lock(file, pin.lock_byte(), 1) == Ok(None),
-    }
-}
-
-/// Like [`has_ended`], for a lock that may not be the pin's: after a process
-/// that `could_write` has closed the file, or when a foreign lock is seen. The
-/// pin's description can write, so as long as it exists somebody can write.
-/// Searching for the description takes long, so that is done only when a
-/// foreign lock is seen, or at the last check: the lock that is left may look
-/// just like the pin's.
+/// Whether a pin has ended although it seems to be alive: after a process that
+/// `could_write` has closed the file, or when a foreign lock is seen. The pin's
+/// description can write, so as long as it exists somebody can write. Searching
+/// for the description takes long, so that is done only when a foreign lock is
+/// seen, or at the last check: the lock that is left may look just like the
+/// pin's.
 fn has_ended_for_sure(
     watched: &Watched,
     pin: &Pin,
     file: BorrowedFd<'_>,
     could_write: bool,
     is_last: bool,
+    can_be_found: impl Fn() -> bool,
 ) -> bool {
-    if has_ended(watched, pin, file) {
+    if !pin.is_alive(file) {
         return true;
     }
-    if pin.is_let_go().is_some() {
+    if matches!(pin.carrier(), Carrier::Pipe(_)) {
         return false;
     }
     let nobody_writes = || lease_holds(file, Lease::NoWriter) == Ok(true);
-    let is_gone = || !can_be_found(watched, pin);
+    let is_gone = || !can_be_found();
     if could_write {
         nobody_writes() || (is_last || may_be_foreign(watched, pin)) && is_gone()
     } else {
@@ -559,12 +623,14 @@ fn has_ended_for_sure(
     }
 }
 
-/// Whether some process may have the pin's description, which can write.
-fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
+/// Whether some process has the pin's description, which can write, or `None` if
+/// that cannot be found out just now.
+fn search(watched: &Watched, pin: &Pin) -> Option<bool> {
+    let by_writers = matches!(pin.carrier(), Carrier::Writers);
     let found = openers(Wanted {
         id: watched.id,
         path: &watched.path,
-        mark: Some(pin.lock_byte()),
+        mark: (!by_writers).then(|| Mark::Lock(pin.lock_byte())),
     });
     // Readers' descriptors and mappings do not count.
     let is_mapped = |bytes: &Range<u64>| {
@@ -572,20 +638,28 @@ fn can_be_found(watched: &Watched, pin: &Pin) -> bool {
             .as_ref()
             .is_some_and(|mapped| mapped.start.max(bytes.start) < mapped.end.min(bytes.end))
     };
-    // The holder may not have received the description yet.
-    found.unseen
-        || found.in_flight.contains(&pin.pid)
+    let has = by_writers && found.has_writer()
         || found.marked.iter().any(|opener| opener.writable)
         || found
             .writable_mappings
             .iter()
-            .any(|(_, bytes)| is_mapped(bytes))
+            .any(|(_, bytes)| is_mapped(bytes));
+    // The holder may not have received the description yet.
+    let unsure = found.unseen
+        || by_writers && !found.hidden.is_empty()
+        || found.in_flight.contains(&pin.pid);
+    match (has, unsure) {
+        (true, _) => Some(true),
+        (false, true) => None,
+        (false, false) => Some(false),
+    }
 }
 
 /// Whether the lock on a pin's byte may be foreign: its owner is gone, there is
-/// more than one lock, or a lock is not on this byte alone.
+/// more than one lock, or a lock is not on this byte alone or not a
+/// description's.
 fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
-    if pin.is_let_go().is_some() {
+    if !matches!(pin.carrier(), Carrier::Lock) {
         return false;
     }
     let (device, byte) = (watched.id.device(), pin.lock_byte());
@@ -602,7 +676,9 @@ fn may_be_foreign(watched: &Watched, pin: &Pin) -> bool {
                 proc_locks::Kind::Description | proc_locks::Kind::Posix
             )
     });
-    let is_own = |lock: &proc_locks::Lock| (lock.start, lock.last) == (byte, Some(byte));
+    let is_own = |lock: &proc_locks::Lock| {
+        lock.kind == proc_locks::Kind::Description && (lock.start, lock.last) == (byte, Some(byte))
+    };
     let only = there.next().is_none_or(is_own) && there.next().is_none();
     !only || proc::start_time(pin.pid).is_err()
 }

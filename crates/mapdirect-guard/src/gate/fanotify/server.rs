@@ -450,9 +450,22 @@ impl Server<'_> {
 
     /// Keeps an event until a grant is over.
     fn hold(&mut self, mut waiting: Waiting) {
-        waiting.keep_as_path();
+        if self.may_be_proving(waiting.question.id) {
+            waiting.keep_as_path();
+        }
         waiting.due = Instant::now() + HELD_PAUSE;
         self.held.push(waiting);
+    }
+
+    /// Whether a grant may have to prove that nobody has the file open. When all
+    /// pins are settled, only the hand-over is left. An event that waits for
+    /// that keeps its description, because the pin may be over by then, and
+    /// only a description can ask for the pin's lock.
+    fn may_be_proving(&self, id: InodeId) -> bool {
+        self.guard.table.get(id).is_some_and(|watched| {
+            let pins = watched.pins.load();
+            watched.opens.are_held() || pins.iter().any(|pin| pin.settled().is_none())
+        })
     }
 
     /// How long to let the waiting threads run before the next answers.

@@ -21,12 +21,21 @@ enum Design {
     StampAnew,
     /// The pin lives at once, and is taken back if something was noted.
     WithoutWaking,
-    /// Whoever takes it up looks for notes first, and makes it live then.
-    LooksFirst,
+    /// Whoever takes it up looks for notes first, and not again when the inode
+    /// is WAKING.
+    LooksOnlyFirst,
+    /// Whoever takes it up looks for notes only when the inode is WAKING.
+    WakesForNothing,
     /// Whoever passes makes a note, and does not look again.
     PassesBlindly,
     /// The guard takes things away without waiting for who is WAKING.
     GuardHurries,
+    /// The guard says that it grants a pin only when that lives already.
+    SaysSoLate,
+    /// Whoever joins does not mind that a pin is being granted.
+    JoinsEarly,
+    /// Whoever joins does not look whether it was judged by what is there now.
+    JoinsBlindly,
 }
 
 /// Somebody, what it has done so far, and what it has seen.
@@ -35,7 +44,12 @@ struct Actor {
     role: Role,
     step: u8,
     seen: u8,
+    /// The version of the entry by which it was judged, or [`NOBODY`].
+    judged: u8,
 }
+
+/// Nobody relied on the pin that this actor leaves.
+const NOBODY: u8 = 255;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Role {
@@ -53,6 +67,8 @@ enum Role {
     Evicts,
     /// The guard grants another pin of the inode.
     Grants,
+    /// The guard begins to grant another pin of the inode, and refuses it.
+    Refuses,
 }
 
 const DONE: u8 = 100;
@@ -67,8 +83,10 @@ struct State {
     /// The pin ended last; else it cannot be taken up.
     is_last: bool,
     has_entry: bool,
-    /// The entry is that of another pin.
-    is_another: bool,
+    /// Of the entry.
+    version: u8,
+    /// The entry says that a pin is being granted.
+    is_granting: bool,
     has_facts: bool,
     has_life: bool,
     /// Somebody did what the entry refuses, since the pin was granted.
@@ -95,6 +113,7 @@ impl State {
                 _ => 0,
             },
             seen: 0,
+            judged: 0,
         };
         let holders = u8::try_from(holders).unwrap();
         Self {
@@ -105,7 +124,8 @@ impl State {
             stamp: 3,
             is_last: holders == 0,
             has_entry: true,
-            is_another: false,
+            version: 0,
+            is_granting: false,
             has_facts: true,
             has_life: true,
             passed: false,
@@ -162,7 +182,7 @@ fn step(design: Design, state: &State, number: usize) -> Option<Result<State, Fa
         Role::Attacker => attack(design, &mut next, actor),
         Role::Exchanger => exchange(design, &mut next, actor),
         Role::Evicts => evict(design, &mut next, actor),
-        Role::Grants => grant(design, &mut next, actor),
+        Role::Grants | Role::Refuses => grant(design, &mut next, actor),
     };
     match moved {
         Ok(None) => None,
@@ -181,6 +201,16 @@ impl Actor {
         Ok(Some(Self { step, ..self }))
     }
 
+    /// Leaves a pin before anybody relies on it.
+    fn gives_up(self) -> Moved {
+        Ok(Some(Self {
+            step: LEAVE,
+            seen: DONE,
+            judged: NOBODY,
+            ..self
+        }))
+    }
+
     fn seeing(self, seen: u8, step: u8) -> Moved {
         Ok(Some(Self { step, seen, ..self }))
     }
@@ -190,7 +220,9 @@ impl Actor {
 fn leave(design: Design, state: &mut State, actor: Actor, then: u8, is_pin: bool) -> Moved {
     match actor.step - LEAVE {
         0 => {
-            state.relied_on -= 1;
+            if actor.judged != NOBODY {
+                state.relied_on -= 1;
+            }
             if design == Design::StampAnew && is_pin {
                 state.stamp = state.disturbed + state.upheavals;
             }
@@ -231,14 +263,23 @@ fn hold(design: Design, state: &mut State, actor: Actor) -> Moved {
             if !state.has_life || state.lives != DEAD {
                 return actor.to(DONE);
             }
-            if design == Design::LooksFirst && state.stamp != state.disturbed + state.upheavals {
-                return actor.to(DONE);
-            }
-            actor.to(TAKE_UP + 1)
+            // Whether it is too late already, for the check below.
+            let noted = state.stamp != state.disturbed + state.upheavals;
+            let step = if design == Design::WakesForNothing {
+                1
+            } else {
+                8
+            };
+            actor.seeing(noted.into(), TAKE_UP + step)
         }
+        18 if state.stamp != state.disturbed + state.upheavals => actor.to(DONE),
+        18 => actor.to(TAKE_UP + 1),
         11 => {
             if state.lives != DEAD {
                 return actor.to(DONE);
+            }
+            if actor.seen != 0 {
+                return Err("an inode is WAKING for somebody who came too late");
             }
             state.lives = if design == Design::WithoutWaking {
                 1
@@ -254,7 +295,7 @@ fn hold(design: Design, state: &mut State, actor: Actor) -> Moved {
         13 => actor.seeing(state.disturbed, TAKE_UP + 4),
         14 => {
             let is_same =
-                design == Design::LooksFirst || state.stamp == actor.seen + state.upheavals;
+                design == Design::LooksOnlyFirst || state.stamp == actor.seen + state.upheavals;
             let may = is_same && state.is_last && state.has_facts && state.has_entry;
             actor.to(TAKE_UP + if may { 5 } else { 6 })
         }
@@ -293,7 +334,14 @@ fn hold(design: Design, state: &mut State, actor: Actor) -> Moved {
 fn join(design: Design, state: &mut State, actor: Actor) -> Moved {
     match actor.step {
         LEAVE..TAKE_UP if actor.seen == DONE => leave(design, state, actor, DONE, false),
-        0 => {
+        0 if !state.has_entry => actor.to(DONE),
+        0 if state.is_granting && design != Design::JoinsEarly => actor.to(DONE),
+        0 => Ok(Some(Actor {
+            step: 1,
+            judged: state.version,
+            ..actor
+        })),
+        1 => {
             state.devices += 1;
             actor.to(TAKE_UP)
         }
@@ -311,10 +359,14 @@ fn join(design: Design, state: &mut State, actor: Actor) -> Moved {
             actor.to(TAKE_UP + 3)
         }
         // Whether the entry is the one it was judged by.
-        13 if !state.has_entry || state.is_another => {
-            state.relied_on += 1;
-            actor.seeing(DONE, LEAVE)
+        13 if design != Design::JoinsBlindly
+            && (!state.has_entry
+                || state.version != actor.judged
+                || state.is_granting && design != Design::JoinsEarly) =>
+        {
+            actor.gives_up()
         }
+        13 if state.is_granting => Err("somebody has joined what is not granted yet"),
         13 => {
             state.rely()?;
             actor.seeing(DONE, LEAVE)
@@ -411,6 +463,10 @@ fn grant(design: Design, state: &mut State, actor: Actor) -> Moved {
             actor.to(3)
         }
         3 => {
+            state.is_granting = design != Design::SaysSoLate;
+            actor.to(8)
+        }
+        8 => {
             state.devices += 1;
             actor.to(4)
         }
@@ -420,9 +476,19 @@ fn grant(design: Design, state: &mut State, actor: Actor) -> Moved {
             actor.to(5)
         }
         5 => {
-            state.is_another = !state.has_entry;
             state.has_entry = true;
+            state.version += 1;
+            state.is_granting = true;
             actor.to(6)
+        }
+        6 if actor.role == Role::Refuses => {
+            // If there are no others, what is there stays until the
+            // description is gone, which nobody relied on.
+            if state.lives > 1 {
+                state.version += 1;
+                state.is_granting = false;
+            }
+            actor.gives_up()
         }
         // The proof: whoever is in the middle of something is waited for, and
         // the block map is read after that.
@@ -433,6 +499,10 @@ fn grant(design: Design, state: &mut State, actor: Actor) -> Moved {
                 // The pin of before is none that could be taken up.
                 state.is_last = false;
             }
+            actor.to(7)
+        }
+        7 => {
+            state.is_granting = false;
             state.rely()?;
             actor.seeing(DONE, LEAVE)
         }
@@ -459,7 +529,7 @@ fn search(design: Design, roles: &[Role]) -> Result<usize, Fault> {
     Ok(known.len())
 }
 
-const SCENES: [&[Role]; 11] = [
+const SCENES: [&[Role]; 15] = [
     &[Role::Holder(3), Role::Attacker, Role::Attacker],
     &[
         Role::Holder(2),
@@ -491,6 +561,10 @@ const SCENES: [&[Role]; 11] = [
         Role::Evicts,
         Role::Attacker,
     ],
+    &[Role::Holder(1), Role::Joiner, Role::Grants, Role::Joiner],
+    &[Role::Holder(1), Role::Joiner, Role::Refuses, Role::Joiner],
+    &[Role::Holder(1), Role::Joiner, Role::Refuses, Role::Attacker],
+    &[Role::Stranger, Role::Refuses, Role::Joiner, Role::Attacker],
 ];
 
 #[test]
@@ -509,9 +583,13 @@ fn the_search_finds_what_is_wrong_with_other_designs() {
     for design in [
         Design::StampAnew,
         Design::WithoutWaking,
-        Design::LooksFirst,
+        Design::LooksOnlyFirst,
+        Design::WakesForNothing,
         Design::PassesBlindly,
         Design::GuardHurries,
+        Design::SaysSoLate,
+        Design::JoinsEarly,
+        Design::JoinsBlindly,
     ] {
         let faults: Vec<_> = SCENES
             .iter()

@@ -263,7 +263,9 @@ int BPF_PROG(file_open, struct file *file, int before)
 	if (before || !(file->f_mode & FMODE_WRITE))
 		return before;
 	struct inode *inode = file->f_inode;
-	if (!behind(inode) || may_open(file))
+	if (!behind(inode))
 		return 0;
-	return refuse_pinned(inode, OPEN_WRITE);
+	if (!may_open(file))
+		return refuse_pinned(inode, OPEN_WRITE);
+	return judge_by_itself(inode, OPEN_WRITE);
 }

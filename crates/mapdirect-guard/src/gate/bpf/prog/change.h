@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: (MIT OR Apache-2.0) OR GPL-2.0
 //
-// Hooks of what changes a file's size, its blocks by ioctl(2), and its hints.
+// Hooks of what changes a file's size, its names, its blocks by ioctl(2), and its
+// hints.
 
 static __always_inline int judge_size(struct dentry *dentry, struct iattr *attr)
 {
@@ -135,9 +136,10 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		}
 		return refuse_exchange(inode, EXCHANGE);
 	}
-	// By its generation an inode is told from one that had its number before.
+	// By its generation an inode is told from one that had its number before:
+	// both have one name here, and one life.
 	if (magic == EXT4_MAGIC && (number == EXT4_SETVERSION || number == FS_SETVERSION))
-		__sync_fetch_and_add(&filter.upheavals, 1);
+		disturb(inode);
 	// It writes its tree behind the end of the file, and frees what is there.
 	if (number == ENABLE_VERITY && behind(inode))
 		return refuse_pinned(inode, UNKNOWN);
@@ -177,4 +179,33 @@ int BPF_PROG(inode_file_setattr, struct dentry *dentry, struct file_kattr *attr,
 	if (inode->i_sb->s_magic != XFS_MAGIC)
 		return 0;
 	return sets_hint(inode, attr->fsx_xflags, attr->fsx_extsize, attr->fsx_cowextsize);
+}
+
+static __always_inline int judge_name(struct dentry *dentry, u32 kind)
+{
+	struct inode *inode = dentry->d_inode;
+
+	return inode && behind(inode) ? judge_by_itself(inode, kind) : 0;
+}
+
+SEC("lsm/inode_unlink")
+int BPF_PROG(inode_unlink, struct inode *dir, struct dentry *dentry, int before)
+{
+	return before ?: judge_name(dentry, UNLINK);
+}
+
+// An exchange comes here twice, once for each name.
+SEC("lsm/inode_rename")
+int BPF_PROG(inode_rename, struct inode *from, struct dentry *old, struct inode *to,
+	     struct dentry *new, int before)
+{
+	return before ?: judge_name(old, RENAME) ?: judge_name(new, RENAME);
+}
+
+// The function from which that is called: one call for an exchange.
+SEC("lsm/inode_rename")
+int BPF_PROG(inode_rename_5, struct inode *from, struct dentry *old, struct inode *to,
+	     struct dentry *new, unsigned int flags, int before)
+{
+	return before ?: judge_name(old, RENAME) ?: judge_name(new, RENAME);
 }

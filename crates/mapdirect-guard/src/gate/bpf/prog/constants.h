@@ -27,6 +27,8 @@ enum kind {
 	COPY_RANGE = 20,
 	EXCHANGE = 21,
 	UNKNOWN = 22,
+	UNLINK = 23,
+	RENAME = 24,
 };
 
 enum reach {
@@ -84,17 +86,23 @@ enum list {
 #define WRITES_PASS 16
 #define WINDOWED 32
 #define CAN_SLEEP 64
-#define UNSHARES 128
+#define GRANTING 128
+#define DENIES_WRITE 256
+#define DENIES_RENAME 512
+#define UNSHARES 1024
+#define ANCESTORS 64
 #define FILTER_BITS 18
 #define FILTER_WORDS 4096
 #define EASY 1
 #define PIN_FACTS 192
-#define HANDLE 72
+#define HANDLE 64
 #define TEND_LOOK 0
 #define TEND_DISTURB 1
 #define TEND_QUIET 2
 #define TEND_TELL 3
-#define TEND_DISOWN 4
+#define TEND_GRANTING 4
+#define TEND_GRANTED 5
+#define TEND_DISOWN 6
 #define EVENT_REFUSED 1
 #define EVENT_ENDED 2
 #define EVENT_RAW 3
@@ -104,6 +112,8 @@ enum list {
 #define WAKING 0x4000000000000000ULL
 #define WHO_IS_IT 0x6d61706469726563ULL
 #define IS_IT_PIN 0x6d64000000000000ULL
+#define MAY_TAKE_UP 0x6d65000000000000ULL
 #define PIN_NUMBER 0xffffffffffffULL
 #define PAGE 0x1000ULL
 #define LARGEST_BLOCK 0x10000ULL
+#define TICK 0x989680ULL

@@ -64,6 +64,14 @@ struct entry {
 	struct run runs[INLINE];
 };
 
+// The process that, with its descendants, may open a file that is DENIES_WRITE;
+// nobody if it is 0.
+struct root {
+	u64 began;	// in ticks since boot
+	u32 pid;
+	u32 pad;
+};
+
 struct question {
 	struct key key;
 	u32 kind;
@@ -98,7 +106,8 @@ struct record {
 };
 
 // What is kept of a pin. The guard writes it, for one that comes later; of what
-// programs change no two are in one word.
+// programs change no two are in one word, but those that one of them changes at a
+// time.
 struct pin_facts {
 	struct key key;
 	u64 id;
@@ -117,6 +126,7 @@ struct pin_facts {
 	int handle_type;
 	u32 handle_length;
 	u64 until;	// the guard's own: see abi.rs
+	u64 began;	// of the process `pid`, in ticks since boot
 	u8 handle[HANDLE];
 };
 
@@ -131,13 +141,15 @@ struct life {
 // What the guard asks about an inode, and about a pin of it or the last one.
 struct tending {
 	struct key key;
-	u64 pin;
+	u64 pin;	// 0 for the last one; the answer says which that is
 	u32 what;
 	int pid;
 	u64 lives;
 	u64 stamp;
 	u64 file;
 	u64 revived;
+	u32 uid;
+	u32 pad;
 };
 
 struct holder {
@@ -175,7 +187,7 @@ struct identity {
 	u64 pin;
 	u64 start;
 	u64 end;
-	u64 held;	// it is
+	u64 held;	// it is; 2 if the inode had no pin before
 	u64 stamp;	// of its inode by then
 	s64 references;	// to the struct file
 	int writers;	// descriptions of the inode that can write

@@ -15,6 +15,9 @@
 //	passes:   disturbed += 1;           lives is DEAD?    else it is refused
 //	takes up: lives: DEAD -> WAKING;    disturbed == stamp?  else DEAD again
 //
+// Whoever takes it up looks before that as well. It proves nothing, but keeps
+// those out who could not take it up: as long as an inode is WAKING, others wait.
+//
 // `stamp` is the sum of the notes when the pin was granted, and stays what it
 // was, however often it is taken up: a note that comes between two lives of the
 // pin is seen by every later one. Were it read anew with each life, somebody who
@@ -48,26 +51,20 @@ __noinline int covers(struct entry *e, u32 list, u64 start, u64 end)
 	return find(e, list, start, &run) > 0 && run.start <= start && run.end >= end;
 }
 
-// Whether nothing is in the way of taking up a pin, with its inode WAKING.
-static __always_inline struct pin_facts *may_go_on(struct inode *inode, struct key *key,
-						   struct life *life, struct run *at)
+// What is kept of the pin that ended last, if nothing has been noted of its
+// inode since it was granted, and if it holds this range.
+static __always_inline struct pin_facts *undisturbed(struct life *life, struct key *name,
+						     u32 generation, struct run *at)
 {
-	struct key name = *key;
 	u64 pin = *(volatile u64 *)&life->last;
 	struct pin_facts *facts = bpf_map_lookup_elem(&pins, &pin);
 
-	if (!facts || facts->stamp != stamp_of(life) || facts->generation != inode->i_generation)
+	if (!facts || facts->stamp != stamp_of(life) || facts->generation != generation)
 		return 0;
 	// The element may have been another inode's when it was found.
-	if (facts->key.ino != name.ino || facts->key.dev != name.dev)
+	if (facts->key.ino != name->ino || facts->key.dev != name->dev)
 		return 0;
-	if (at->start < facts->start || at->end > facts->end)
-		return 0;
-	// From here on nobody takes the entry away.
-	struct entry *e = bpf_map_lookup_elem(&entries, &name);
-	if (!e || !(e->flags & CAN_SLEEP) || !covers(e, PINNED, at->start, at->end))
-		return 0;
-	return facts;
+	return at->start >= facts->start && at->end <= facts->end ? facts : 0;
 }
 
 static __noinline int take_up(struct file *file, struct key *key, struct run *at)
@@ -81,14 +78,23 @@ static __noinline int take_up(struct file *file, struct key *key, struct run *at
 		return -EOPNOTSUPP;
 	if (*(volatile u64 *)&life->lives != DEAD)
 		return -ETXTBSY;
+	// Read before the inode is WAKING: whoever sets it makes a note first, so
+	// one that was set before this is noted, and one set later is not seen.
+	u32 generation = file->f_inode->i_generation;
+	// Who comes for nothing goes again without a trace: others would have to
+	// wait for it.
+	if (!undisturbed(life, &name, generation, at))
+		return -EOPNOTSUPP;
 	if (__sync_val_compare_and_swap(&life->lives, DEAD, WAKING) != DEAD)
 		return -ETXTBSY;
 	if (!count_pin(name.dev)) {
 		__sync_val_compare_and_swap(&life->lives, WAKING, DEAD);
 		return -EOPNOTSUPP;
 	}
-	struct pin_facts *facts = may_go_on(file->f_inode, &name, life, at);
-	if (facts) {
+	struct pin_facts *facts = undisturbed(life, &name, generation, at);
+	// From here on nobody takes the entry away.
+	struct entry *e = bpf_map_lookup_elem(&entries, &name);
+	if (facts && e && (e->flags & CAN_SLEEP) && covers(e, PINNED, at->start, at->end)) {
 		u64 pointer = (u64)file;
 		struct holder holder = {
 			.key = name,
@@ -98,6 +104,7 @@ static __noinline int take_up(struct file *file, struct key *key, struct run *at
 		};
 		if (!bpf_map_update_elem(&holders, &pointer, &holder, BPF_NOEXIST)) {
 			facts->pid = bpf_get_current_pid_tgid() >> 32;
+			facts->uid = bpf_get_current_uid_gid();
 			facts->revived++;
 			__sync_lock_test_and_set(&facts->file, pointer);
 			__sync_val_compare_and_swap(&life->lives, WAKING, 1);
@@ -115,15 +122,7 @@ static __noinline int take_up(struct file *file, struct key *key, struct run *at
 SEC("lsm/inode_free_security")
 int BPF_PROG(inode_free, struct inode *inode)
 {
-	struct super_block *sb = inode->i_sb;
-	if (!sb || !may_be_pinned(sb->s_dev, inode->i_ino))
-		return 0;
-	struct key key;
-	name(&key, inode);
-	struct life *life = bpf_map_lookup_elem(&lives, &key);
-	if (life)
-		__sync_fetch_and_add(&life->disturbed, 1);
-	return 0;
+	return inode->i_sb ? disturb(inode) : 0;
 }
 
 // What the guard does about a dormant inode.
@@ -138,6 +137,14 @@ int tend(struct tending *t)
 	t->lives = DEAD;
 	t->stamp = t->file = t->revived = 0;
 	t->pid = 0;
+	t->uid = 0;
+	if (what == TEND_GRANTING || what == TEND_GRANTED) {
+		struct entry *e = bpf_map_lookup_elem(&entries, &key);
+		u32 flags = e ? e->flags & ~GRANTING : 0;
+		if (e)
+			*(volatile u32 *)&e->flags =
+				what == TEND_GRANTING ? flags | GRANTING : flags;
+	}
 	if (life) {
 		if (what == TEND_DISTURB)
 			__sync_fetch_and_add(&life->disturbed, 1);
@@ -146,6 +153,7 @@ int tend(struct tending *t)
 		if (!pin)
 			pin = *(volatile u64 *)&life->last;
 	}
+	t->pin = pin;
 	struct pin_facts *facts = bpf_map_lookup_elem(&pins, &pin);
 	if (!facts)
 		return 0;
@@ -165,5 +173,6 @@ int tend(struct tending *t)
 	t->file = *(volatile u64 *)&facts->file;
 	t->revived = facts->revived;
 	t->pid = facts->pid;
+	t->uid = facts->uid;
 	return 0;
 }

@@ -196,6 +196,44 @@ __noinline int dirties_folios(struct entry *e, u32 kind, struct run *at)
 				     (to != end && meets(e, COARSE, end, to)));
 }
 
+// Whether the thread's process is one, or descends from it. Every parent that
+// a process ever has is one of those it descends from (find_new_reaper,
+// kernel/exit.c), so nobody needs to stand still for this.
+__noinline int is_in_family(struct key *key)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+
+	if (!key)
+		return 0;
+	struct key name = *key;
+	struct root *root = bpf_map_lookup_elem(&roots, &name);
+	if (!root)
+		return 0;
+	u32 pid = root->pid;
+	u64 began = root->began;
+	if (!pid)
+		return 0;
+	for (int generation = 0; generation <= ANCESTORS; generation++) {
+		struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+		u32 tgid = BPF_CORE_READ(leader, tgid);
+		if (tgid == pid && BPF_CORE_READ(leader, start_boottime) / TICK == began)
+			return 1;
+		if (tgid <= 1)
+			return 0;
+		task = BPF_CORE_READ(leader, real_parent);
+	}
+	return 0;
+}
+
+// What a pin denies beside what would break it.
+static __always_inline bool is_denied(struct entry *e, u32 kind, struct key *key)
+{
+	if (kind == UNLINK || kind == RENAME)
+		return e->flags & DENIES_RENAME;
+	return (kind == OPEN_WRITE || kind == TRUNCATE) && (e->flags & DENIES_WRITE) &&
+	       !is_in_family(key);
+}
+
 // Layers::refuses.
 __noinline int judge(struct entry *e, struct question *q)
 {
@@ -215,6 +253,10 @@ __noinline int judge(struct entry *e, struct question *q)
 		kind = WRITE;
 	if (kind >= KINDS)
 		return 1;
+	if (is_denied(e, kind, &q->key))
+		return 1;
+	if (kind == OPEN_WRITE || kind == UNLINK || kind == RENAME)
+		return 0;
 	// Wherever it begins, it could be grown over frozen blocks by mremap(2),
 	// which no hook sees.
 	if (kind == MAP_WRITE && q->foreign && (e->flags & HAS_FROZEN))
@@ -341,6 +383,20 @@ static __noinline int tell(struct question *q)
 	return 0;
 }
 
+// Notes of one inode what nobody refuses, for who would take up a pin of it.
+static __noinline int disturb(struct inode *inode)
+{
+	struct key key;
+
+	if (!behind(inode))
+		return 0;
+	name(&key, inode);
+	struct life *life = bpf_map_lookup_elem(&lives, &key);
+	if (life)
+		__sync_fetch_and_add(&life->disturbed, 1);
+	return 0;
+}
+
 // Whether there is anything to refuse for; tells the guard of it.
 __noinline int is_refused(struct question *q)
 {
@@ -380,4 +436,15 @@ static __noinline int refuse_pinned(struct inode *inode, u32 kind)
 	q.kind = kind;
 	q.at.end = END;
 	return is_refused(&q) ? -ETXTBSY : 0;
+}
+
+// Refuses what pins deny, which has no range.
+static __noinline int judge_by_itself(struct inode *inode, u32 kind)
+{
+	struct question q = {};
+
+	name(&q.key, inode);
+	q.kind = kind;
+	q.at.end = END;
+	return decide(&q);
 }

@@ -3,7 +3,7 @@
 // The life of a pin, from the struct file that becomes one to the end of that.
 
 // One more struct file is a pin of the inode. Only the guard begins anew where
-// all were gone.
+// all were gone; then this is 2.
 static __noinline int join(struct key *key, int anew)
 {
 	struct key name = *key;
@@ -28,7 +28,7 @@ static __noinline int join(struct key *key, int anew)
 			then = 1;
 		}
 		if (__sync_val_compare_and_swap(&life->lives, now, then) == now)
-			return 1;
+			return now & DEAD ? 2 : 1;
 	}
 	return 0;
 }
@@ -74,7 +74,7 @@ static __noinline int uncount_pin(u32 dev)
 	return 0;
 }
 
-// A struct file becomes a pin; says whether it did.
+// A struct file becomes a pin; says whether it did, as `join` does.
 static __noinline int become_pin(u64 file, struct holder *holder, int anew)
 {
 	if (!holder)
@@ -84,12 +84,13 @@ static __noinline int become_pin(u64 file, struct holder *holder, int anew)
 
 	if (!count_pin(key.dev))
 		return 0;
-	if (!join(&key, anew)) {
+	int joined = join(&key, anew);
+	if (!joined) {
 		uncount_pin(key.dev);
 		return 0;
 	}
 	if (!bpf_map_update_elem(&holders, &file, &copy, BPF_NOEXIST))
-		return 1;
+		return joined;
 	leave(&key, copy.pin);
 	uncount_pin(key.dev);
 	return 0;

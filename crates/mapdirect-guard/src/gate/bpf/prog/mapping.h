@@ -69,6 +69,10 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 			       end <= known->end ?
 			       0 :
 			       -EOPNOTSUPP;
+	// What is being granted may be refused yet: then nobody would know of who
+	// has joined.
+	if (*(volatile u32 *)&e->flags & GRANTING)
+		return -ETXTBSY;
 	struct life *life = bpf_map_lookup_elem(&lives, &key);
 	if (life && (*(volatile u64 *)&life->lives & DEAD))
 		return take_up(file, &key, at);
@@ -77,9 +81,11 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	if (!become_pin(pointer, &holder, 0))
 		return -ETXTBSY;
 	// Those it was judged by may have ended before it joined, and another pin
-	// have begun: then it has joined one that knows nothing of it.
+	// have begun: then it has joined one that knows nothing of it. The guard
+	// says that it grants one before that begins.
 	now = bpf_map_lookup_elem(&entries, &key);
-	if (!now || *(volatile u64 *)&now->version != version) {
+	if (!now || *(volatile u64 *)&now->version != version ||
+	    (*(volatile u32 *)&now->flags & GRANTING)) {
 		bpf_map_delete_elem(&holders, &pointer);
 		leave(&key, holder.pin);
 		uncount_pin(key.dev);
@@ -203,6 +209,36 @@ static __noinline int says_pin(struct file *file, u64 value)
 	return (holder->pin & PIN_NUMBER) == (value & PIN_NUMBER) ? -EALREADY : 0;
 }
 
+// Whether anybody has record locks on an inode. The process that has them
+// loses some when it closes a description of the inode.
+static __noinline int has_locks(struct inode *inode)
+{
+	struct file_lock_context *locks = inode->i_flctx;
+
+	if (!locks)
+		return 0;
+	void *list = (void *)locks + bpf_core_field_offset(struct file_lock_context, flc_posix);
+	return BPF_CORE_READ(locks, flc_posix.next) != list;
+}
+
+// fcntl(fd, F_GETFL, MAY_TAKE_UP | number) by anybody: EALREADY if it is worth
+// trying.
+static __noinline int says_dormant(struct file *file, u64 value)
+{
+	struct inode *inode = file->f_inode;
+	struct key key;
+
+	if ((file->f_mode & (FMODE_READ | FMODE_WRITE)) != (FMODE_READ | FMODE_WRITE))
+		return 0;
+	if (!behind(inode) || has_locks(inode))
+		return 0;
+	name(&key, inode);
+	struct life *life = bpf_map_lookup_elem(&lives, &key);
+	if (!life || *(volatile u64 *)&life->lives != DEAD)
+		return 0;
+	return (*(volatile u64 *)&life->last ^ value) & PIN_NUMBER ? 0 : -EALREADY;
+}
+
 // A write that has been judged takes its flags from the file afterwards: so
 // where it matters where it goes, or how it is made, these do not change.
 static __noinline int sets_flags(struct file *file, u64 value)
@@ -247,6 +283,8 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 		return sets_flags(file, value);
 	if (command == F_GETFL && (value & ~PIN_NUMBER) == IS_IT_PIN)
 		return says_pin(file, value);
+	if (command == F_GETFL && (value & ~PIN_NUMBER) == MAY_TAKE_UP)
+		return says_dormant(file, value);
 	if (command != F_GETFL || value != WHO_IS_IT)
 		return 0;
 	struct settings *s = the_settings();

@@ -37,6 +37,15 @@ struct {
 	__type(value, struct entry);
 } entries SEC(".maps");
 
+// Who may open what is DENIES_WRITE.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 20);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct key);
+	__type(value, struct root);
+} roots SEC(".maps");
+
 struct many_runs {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, 1);

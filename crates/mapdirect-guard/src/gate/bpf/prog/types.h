@@ -36,6 +36,15 @@ struct address_space {
 	atomic_t i_mmap_writable;
 } CORE;
 
+struct list_head {
+	struct list_head *next;
+} CORE;
+
+// include/linux/filelock.h; until 6.2 include/linux/fs.h
+struct file_lock_context {
+	struct list_head flc_posix;
+} CORE;
+
 struct inode {
 	u32 i_flags;
 	u16 i_mode;
@@ -47,6 +56,7 @@ struct inode {
 	atomic_t i_readcount;
 	struct super_block *i_sb;
 	struct address_space *i_mapping;
+	struct file_lock_context *i_flctx;
 } CORE;
 
 struct dentry {
@@ -158,6 +168,7 @@ struct task_struct {
 	unsigned int flags;
 	u64 start_boottime;
 	struct task_struct *group_leader;
+	struct task_struct *real_parent;
 	struct files_struct *files;
 	const struct cred *cred;
 } CORE;
