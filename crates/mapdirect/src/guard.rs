@@ -278,4 +278,7 @@ impl Guard {
 
 /// The connections of this process, by where their guard listens, and whether
 /// they are for threads with the capability.
-static OPEN: OnceLock<Mutex<HashMap<(PathBuf, bool), Arc<Connection>>>> = OnceLock::new();
+static OPEN: OnceLock<Mutex<HashMap<Named, Arc<Connection>>>> = OnceLock::new();
+
+/// Where a guard listens, and whether it is for threads with the capability.
+type Named = (PathBuf, bool);

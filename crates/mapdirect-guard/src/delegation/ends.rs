@@ -10,10 +10,13 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+/// When a pin must end: its number, and device and number of its inode.
+type Deadline = (Instant, u64, (u64, u64));
+
 /// When pins must end.
 #[derive(Debug, Default)]
 pub(crate) struct Deadlines {
-    all: Mutex<BTreeSet<(Instant, u64, (u64, u64))>>,
+    all: Mutex<BTreeSet<Deadline>>,
     changed: Condvar,
 }
 
@@ -21,7 +24,7 @@ pub(crate) struct Deadlines {
 const PAUSE: Duration = Duration::from_secs(1);
 
 impl Deadlines {
-    fn lock(&self) -> MutexGuard<'_, BTreeSet<(Instant, u64, (u64, u64))>> {
+    fn lock(&self) -> MutexGuard<'_, BTreeSet<Deadline>> {
         self.all.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
