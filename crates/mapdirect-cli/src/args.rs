@@ -51,8 +51,10 @@ pub enum Command {
     /// namespace; with the fanotify gate also CAP_LEASE, with the bpf gate also
     /// CAP_DAC_READ_SEARCH and CAP_SYSLOG.
     ///
-    /// SIGHUP has it read again what it was told by files, which is nothing yet,
-    /// and say so. SIGQUIT, SIGUSR1 and SIGUSR2 do nothing.
+    /// SIGHUP has it read its policy again (mapdirect-policy(5)) and say what came
+    /// of it: a policy with a mistake changes nothing. Pins stay in any case.
+    /// SIGQUIT, SIGUSR1 and SIGUSR2 do nothing. Whoever is to pin by the policy
+    /// needs a guard that has CAP_SETGID, too.
     ///
     /// A user other than root has a limited number of connections, and all of
     /// them together leave places for root. Whoever finds none is told so
@@ -119,6 +121,30 @@ pub enum Command {
     /// gate cannot refuse. Runs for everybody; what only root can find out says
     /// so. Ends with status 1 if files cannot be pinned here.
     Doctor(DoctorArgs),
+    /// Let somebody without CAP_LINUX_IMMUTABLE pin a file for a while
+    ///
+    /// The permission is for the file itself, whatever its name becomes, and is
+    /// kept by the guard alone. Whoever uses it must be able to open the file.
+    /// Pins that were granted stay when the time is over. `mapdirect status` shows
+    /// what is armed. What is to last belongs into the policy:
+    /// mapdirect-policy(5).
+    Arm(ArmArgs),
+    /// Take back what `arm` has permitted for a file
+    ///
+    /// Pins that were granted stay; `mapdirect unpin` ends them.
+    Disarm(DisarmArgs),
+    /// End a pin, whoever holds it
+    ///
+    /// Its holder is told that the pin is lost. What the holder maps stays mapped,
+    /// and from then on anybody may change the blocks under it.
+    Unpin(UnpinArgs),
+    /// What the policy of the guard says, and whom it would let pin a file
+    ///
+    /// `policy check` reads the policy as the guard does and says what is wrong
+    /// with it, or what it allows. With --as and a file, it says whether that user
+    /// may pin the file, and by which rule; what is armed is not considered. Only
+    /// root can tell whether the user may open the file.
+    Policy(PolicyArgs),
 }
 
 /// Which gate to use.
@@ -231,9 +257,75 @@ pub struct GuardArgs {
     /// Take away a bpf gate that a guard has left behind, and with it the pins it keeps, and end
     #[arg(long)]
     pub unload: bool,
+    /// Who may pin without CAP_LINUX_IMMUTABLE: this file, and the directory beside it whose
+    /// name ends in .d
+    #[arg(long, value_name = "PATH", default_value = mapdirect_guard::DEFAULT_POLICY)]
+    pub policy: PathBuf,
     /// Do not print refusals
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// Arguments of `arm`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.")]
+pub struct ArmArgs {
+    /// The file
+    pub file: PathBuf,
+    /// The user who may pin it, by number or name
+    #[arg(long, value_name = "USER", required_unless_present = "allow_gid")]
+    pub allow_uid: Option<String>,
+    /// The group whose members may pin it, by number or name
+    #[arg(long, value_name = "GROUP", conflicts_with = "allow_uid")]
+    pub allow_gid: Option<String>,
+    /// Bytes that may be pinned, as in 1M:2M; OFFSET: goes on without end [default: all]
+    #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
+    pub range: Option<ByteRange>,
+    /// For how long, at most 86400
+    #[arg(long, value_name = "N", default_value = "60")]
+    pub seconds: u32,
+}
+
+/// Arguments of `disarm`.
+#[derive(Debug, Args)]
+pub struct DisarmArgs {
+    /// The file
+    pub file: PathBuf,
+}
+
+/// Arguments of `unpin`.
+#[derive(Debug, Args)]
+pub struct UnpinArgs {
+    /// The number of the pin, as `mapdirect status` shows it
+    pub id: u64,
+}
+
+/// What to do with a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PolicyVerb {
+    /// Read it and say what it says
+    Check,
+}
+
+/// Arguments of `policy`.
+#[derive(Debug, Args)]
+pub struct PolicyArgs {
+    /// What to do
+    #[arg(value_enum)]
+    pub verb: PolicyVerb,
+    /// A file that somebody is to pin
+    #[arg(requires = "as_user")]
+    pub file: Option<PathBuf>,
+    /// The user who is to pin it, by number or name
+    #[arg(long = "as", value_name = "USER", requires = "file")]
+    pub as_user: Option<String>,
+    /// By a descriptor that can only read
+    #[arg(long, requires = "file")]
+    pub read_only: bool,
+    /// The policy
+    #[arg(long, value_name = "PATH", default_value = mapdirect_guard::DEFAULT_POLICY)]
+    pub policy: PathBuf,
 }
 
 /// What a pin denies beside what would break it.

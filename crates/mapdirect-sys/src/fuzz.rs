@@ -73,6 +73,13 @@ pub const TARGETS: [Target; 16] = [
         seeds: &[b"7 (a) b) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 33333 4 5 6 7 8 9\n"],
     },
     Target {
+        name: "proc-status",
+        run: proc_status_ids,
+        seeds: &[
+            b"Name:\tdb\nUid:\t7\t7\t7\t7\nGid:\t8\t8\t8\t8\nGroups:\t8 9 \nNSpid:\t70\t1\n",
+        ],
+    },
+    Target {
         name: "proc-fdinfo",
         run: proc_fdinfo,
         seeds: &[
@@ -234,6 +241,14 @@ fn proc_stat(bytes: &[u8]) {
     let _ = proc::parse_start_time(&text);
     for field in 0..60 {
         let _ = proc::parse_stat_field::<i64>(&text, field);
+    }
+}
+
+fn proc_status_ids(bytes: &[u8]) {
+    if let Some(ids) = crate::proc_status::parse(&text(bytes)) {
+        let is_one = ids.users.iter().all(|user| *user == ids.users[0]);
+        assert_eq!(ids.only_user().is_some(), is_one);
+        assert!(ids.others.len() + ids.numbers.len() <= bytes.len());
     }
 }
 

@@ -137,7 +137,7 @@ pub use giving_way::GivingWay;
 pub use guard::Guard;
 pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};
 pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState, RawAccess};
-pub use mapdirect_proto::{Breach, Cause, Gate};
+pub use mapdirect_proto::{Breach, Cause, Gate, Who};
 pub use open::{announce, open};
 pub use pin::{Pin, PinInPlace, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};

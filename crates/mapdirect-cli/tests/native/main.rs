@@ -31,6 +31,7 @@ mod openers;
 #[cfg(feature = "bpf")]
 mod oracle;
 mod patience;
+mod policy;
 mod prepare;
 mod programs;
 mod random;
@@ -110,6 +111,7 @@ fn main() -> ExitCode {
     let mut alone = stuck::trials(&world);
     alone.extend(strangers::alone(&world));
     alone.extend(patience::trials(&world));
+    alone.extend(policy::trials(&world));
     arguments.test_threads = Some(1);
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));

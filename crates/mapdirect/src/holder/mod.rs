@@ -9,6 +9,6 @@ mod shared;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use connection::{Connection, ENDED, environment, require_capability, unexpected};
+pub(crate) use connection::{Connection, ENDED, environment, is_capable, unexpected};
 pub(crate) use held::Held;
 pub(crate) use hold::Hold;
