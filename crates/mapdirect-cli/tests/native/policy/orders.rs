@@ -169,6 +169,9 @@ pub(super) fn armed(world: &World) {
         "{said}"
     );
     asking.holds("pin", &path);
+    let (_, shown) = mapdirect(&setting, &["status", "--json"]);
+    let shown = serde_json::from_str(&shown).unwrap();
+    crate::extents::schemas::validate(world, &[("status", shown)]);
     // The file itself is meant, whatever its name.
     let moved = setting.disk.path("policy-armed-moved");
     std::fs::rename(&path, &moved).unwrap();
