@@ -498,8 +498,8 @@ Examples:
   mapdirect show swapfile --format resume-offset
 
 The place on the disk is found through partitions, and through what device-mapper maps linearly
-(LVM; only root can read its tables). Where it cannot be known, that is said. What csv, dmsetup and
-resume-offset tell is written to the device before. Of a file that nobody has pinned it may be false
+(LVM; only root can read its tables). Where it cannot be known, that is said. Before a form other
+than json is printed the file is written to its device (fsync). Of a file that nobody has pinned it may be false
 a moment later: `pin` has the same forms.")]
 pub struct ShowArgs {
     /// The file

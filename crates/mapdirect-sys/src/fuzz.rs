@@ -16,7 +16,7 @@ pub struct Target {
 }
 
 /// The parsers of this crate.
-pub const TARGETS: [Target; 16] = [
+pub const TARGETS: [Target; 17] = [
     Target {
         name: "fanotify-events",
         run: fanotify_events,

@@ -18,6 +18,8 @@ if [ "${1-}" = --pinned ]; then
     shift 2
     name=pinned-$$
     dmsetup create "$name" "$MAPDIRECT_EXTENTS"
+    # Where no udev has made the device file.
+    [ -b "/dev/mapper/$name" ] || dmsetup mknodes "$name"
     status=0
     DEVICE=/dev/mapper/$name SIZE=$(stat -c %s "$file") "$@" || status=$?
     # What is in the cache of the device goes to the disk first.

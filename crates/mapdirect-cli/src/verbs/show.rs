@@ -37,9 +37,7 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     let facts = FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
     let regular = file.metadata()?.is_file();
     anyhow::ensure!(regular, "{name} is not a regular file");
-    if let Some(format) = args.format
-        && !matches!(format, Format::Json | Format::Table)
-    {
+    if let Some(format) = args.format.filter(|format| *format != Format::Json) {
         return say(args, format, &file, &facts);
     }
     let map = if facts.size == 0 {
@@ -53,11 +51,10 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     let pins = pins.unwrap_or_default();
     if args.json || args.format == Some(Format::Json) {
         let mut value = as_json(&name, &facts, map.as_ref(), &pins, &hindrances);
-        if let Some(map) = &map {
-            let extents = Extents::of(&file, map);
-            value["extents"] = extents.list();
-            extents.add_devices(&mut value);
-        }
+        let none = BlockMap::new(facts.device, facts.block_size, 0, 0..0, []);
+        let extents = Extents::of(&file, map.as_ref().unwrap_or(&none));
+        value["extents"] = extents.list();
+        extents.add_devices(&mut value);
         output::line(&value.to_string());
         return Ok(Exit::SUCCESS);
     }
@@ -71,7 +68,7 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     if let Some(map) = &map {
         let ranges: Vec<Range<u64>> = pins.iter().map(|pin| pin.range.clone()).collect();
         output::line(draw::block_map(map, &ranges, output::width()).trim_end());
-        if args.extents || args.format == Some(Format::Table) {
+        if args.extents {
             output::line(Extents::of(&file, map).table().trim_end());
         }
         output::line(&totals(map));
@@ -256,7 +253,7 @@ fn as_json(
         "device": facts.device.to_string(),
         "inode": facts.inode,
         "dax": facts.dax,
-        "extents": [],
+        "extents": Value::Null,
         "stable": stable,
         "frozen": frozen,
         "totals": map.map_or_else(|| json!({}), json::totals),
@@ -266,8 +263,5 @@ fn as_json(
             "cached": hindrances.iter().all(|hindrance| hindrance.cured_by_cache),
             "reasons": reasons,
         },
-        "block_device": Value::Null,
-        "disks": [],
-        "disk_unknown": Value::Null,
     })
 }

@@ -100,7 +100,7 @@ mod tests {
 
     fn map(extents: &[(u64, Option<u64>, ExtentState)]) -> BlockMap {
         let device = DeviceId { major: 7, minor: 0 };
-        let length = extents.len() as u64 * 4096;
+        let length = extents.last().map_or(4096, |(at, ..)| at + 4096);
         let extents = extents
             .iter()
             .map(|(at, physical, state)| Extent::new(*at, *physical, 4096, *state));

@@ -84,13 +84,25 @@ pub fn partition(world: &World) {
     wait_until_free(&path);
 }
 
+/// Tells libdevmapper that nobody but itself makes device files: it thinks that a
+/// udev runs where there is the directory of one.
+const NO_UDEV: (&str, &str) = ("DM_DISABLE_UDEV", "1");
+
 /// Makes a mapped device; taken away when the second is dropped.
 fn mapped(name: &str, table: &str) -> (PathBuf, Made) {
     let name = format!("mapdirect-{name}-{}", std::process::id());
     let mut create = Command::new("dmsetup");
-    run(create.args(["create", &name, "--table", table])).unwrap();
+    create.args(["create", &name, "--table", table]);
+    run(create.env(NO_UDEV.0, NO_UDEV.1)).unwrap();
     let device = Path::new("/dev/mapper").join(&name);
-    let remove = ["dmsetup", "remove", "--retry", &name];
+    let remove = [
+        "env",
+        "DM_DISABLE_UDEV=1",
+        "dmsetup",
+        "remove",
+        "--retry",
+        &name,
+    ];
     (device, Made(remove.map(str::to_owned).into()))
 }
 
@@ -197,6 +209,7 @@ pub fn table_over_a_pin(world: &World) {
             .arg(script)
             .args([name, "sh", "-c", work])
             .env("COPY", &copy)
+            .env(NO_UDEV.0, NO_UDEV.1)
             .env("PATH", format!("{}:{search}", directory.display()))
             .env("MAPDIRECT_SOCKET", guard.socket())
             .output()

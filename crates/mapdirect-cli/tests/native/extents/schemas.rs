@@ -1,6 +1,7 @@
 //! What the command prints as JSON is what `docs/schemas` says, no more and no
 //! less.
 
+use super::forms::device_of;
 use super::{mapdirect, said};
 use crate::segments::{State as Block, make};
 use crate::world::{World, open, wait_until_free, written};
@@ -66,7 +67,10 @@ fn of_files(world: &World, guard: &GuardProcess) -> Vec<(&'static str, Value)> {
         let name = |path: &PathBuf| path.to_str().unwrap().to_owned();
         let (mixed_name, empty_name, new_name) = (name(&mixed), name(&empty), name(&new));
         for path in [&mixed_name, &empty_name] {
-            documents.push(("show", parsed(&said(guard, &["show", path, "--json"]))));
+            let shown = parsed(&said(guard, &["show", path, "--json"]));
+            let device = &shown["block_device"];
+            assert_eq!(device["path"], device_of(&disk).to_str().unwrap());
+            documents.push(("show", shown));
         }
         for arguments in [
             &["--size", "1M", "--contiguous", "--json"][..],
