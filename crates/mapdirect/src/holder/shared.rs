@@ -87,6 +87,7 @@ impl Entry {
         {
             // Before it is done: whoever finds it done must be told why.
             self.revoked.store(true, SeqCst);
+            ANY_REVOKED.store(true, SeqCst);
             // SAFETY: the mapping of the DirectMap whose pin this is. Before
             // that is unmapped this entry goes, under the lock that is held
             // here.
@@ -102,6 +103,14 @@ impl Entry {
 }
 
 /// A breach in one line.
+/// Whether a mapping of this process was ever revoked.
+static ANY_REVOKED: AtomicBool = AtomicBool::new(false);
+
+#[inline]
+pub(crate) fn any_revoked() -> bool {
+    ANY_REVOKED.load(Acquire)
+}
+
 pub(crate) fn describe(breach: &Breach) -> String {
     let cause = breach
         .cause
