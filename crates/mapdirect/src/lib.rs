@@ -146,3 +146,8 @@ pub use state::{EventFd, Integrity, OnBreach, State};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct Readme;
+
+/// The Rust of the page for those who use it, which the tests compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/using.md")]
+struct Using;

@@ -158,7 +158,7 @@ fn pieces() -> Vec<Piece> {
             goal: HAMMER_TRIES,
         });
     }
-    for (kernel, _) in super::KERNELS {
+    for kernel in super::KERNELS {
         for kind in [Kind::XFS, Kind::XFS_PLAIN, Kind::EXT4] {
             pieces.push(Piece {
                 name: format!("bpf gate, Linux {kernel}, {kind}: random"),

@@ -12,6 +12,7 @@ use super::{Granting, refusal, system};
 use crate::ledger::PinSet;
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::look_now;
+use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect_proto::{PinRequest, Reason, Refusal, YieldRequest};
 use mapdirect_sys::proc;
@@ -20,7 +21,7 @@ use std::fmt;
 use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// How long others may take to finish with the same file.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -48,8 +49,24 @@ pub(crate) fn give_way(
     let Some(watched) = guard.table.get(InodeId::from(&stat)) else {
         return Err(no_pin());
     };
-    let state = lock(&watched, PATIENCE)?;
-    let pins = watched.pins.load_full();
+    // A holder that is quick has its pin before the guard has let go of it.
+    let mut backoff = Backoff::until(
+        Instant::now() + PATIENCE,
+        Duration::from_micros(50),
+        Duration::from_millis(5),
+    );
+    let (state, pins) = loop {
+        let state = lock(&watched, PATIENCE)?;
+        let pins = watched.pins.load_full();
+        let under_way = pins
+            .iter()
+            .any(|pin| is_own(pin, owner) && pin.overlaps(&range) && pin.is_being_granted());
+        if !under_way || backoff.is_over() {
+            break (state, pins);
+        }
+        drop(state);
+        backoff.pause();
+    };
     let pins = own_pins(guard, &watched, &pins, &range, &file, owner)?;
     if pins.is_empty() || state.retired {
         return Err(no_pin());
@@ -89,17 +106,19 @@ fn own_pins(
         .iter()
         .filter(|pin| !pin.is_dead() && pin.overlaps(range))
     {
-        let is_own = pin.pid == owner.pid && pin.uid == owner.uid;
+        let is_own = is_own(pin, owner);
         if is_own && pin.follows() && pin.is_handed_over() {
             own.push(Arc::clone(pin));
         } else if pin.settled().is_some() && guard.gate.has_ended(pin, file.as_fd()) {
             // Only the notice of its end has not arrived yet.
             guard.gate.end(watched, pin);
         } else {
-            let obstacle = if is_own {
-                String::from("a pin of strength all does not give way")
-            } else {
+            let obstacle = if !is_own {
                 format!("process {} has something of it pinned, too", pin.pid)
+            } else if pin.follows() {
+                String::from("a pin there is still being granted")
+            } else {
+                String::from("a pin of strength all does not give way")
             };
             return Err(refusal(
                 Reason::FrozenBlocks,
@@ -110,6 +129,10 @@ fn own_pins(
         }
     }
     Ok(own)
+}
+
+fn is_own(pin: &Pin, owner: Sender) -> bool {
+    pin.pid == owner.pid && pin.uid == owner.uid
 }
 
 fn no_pin() -> Refusal {

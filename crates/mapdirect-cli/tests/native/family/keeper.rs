@@ -9,6 +9,7 @@ use mapdirect_testkit::Kind;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{GuardProcess, wait_for};
 use mapdirect_testkit::raw;
+use std::io::Read;
 use std::os::fd::AsFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -126,7 +127,9 @@ fn interrupted(world: &World) {
         std::thread::sleep(Duration::from_millis(300));
         let begun = Instant::now();
         signal::kill(front.id().cast_signed(), number).unwrap();
-        assert_eq!(front.wait().unwrap().code(), Some(128 + number));
+        let code = front.wait().unwrap().code();
+        let said = rest_of(front.stderr.take().unwrap());
+        assert_eq!(code, Some(128 + number), "{said}");
         assert!(begun.elapsed() < patience() / 2, "{:?}", begun.elapsed());
     }
     drop((mapped, file));
@@ -146,10 +149,10 @@ fn signals(world: &World) {
         ("USR1", Signal::USER_1),
         ("QUIT", Signal::QUIT),
     ] {
-        let script = format!("trap 'exit {number}' {name}; while :; do sleep 0.05; done");
+        let script = format!("trap 'exit {number}' {name}; echo; while :; do sleep 0.05; done");
         let mut front = start(pin_command(world, &path, &[], &["sh", "-c", &script]));
-        running(&front);
-        std::thread::sleep(Duration::from_millis(100));
+        // It says a line when it can be interrupted.
+        front.stdout.as_mut().unwrap().read_exact(&mut [0]).unwrap();
         signal::kill(front.id().cast_signed(), number).unwrap();
         assert_eq!(front.wait().unwrap().code(), Some(number), "{name}");
     }

@@ -107,9 +107,6 @@ const PROGRAMS: [Program; 13] = [
     },
 ];
 
-/// Those that have their file mapped from beginning to end.
-const KEPT_OPEN: [&str; 5] = ["plain", "lmdb", "lmdb_writemap", "go", "java"];
-
 /// How a program is kept.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum How {
@@ -140,9 +137,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 if how == How::Alone && (kind != Kind::XFS || !program.dies) {
                     continue;
                 }
-                // The others close their file and open it again, or map it late:
-                // between that nobody keeps it.
-                if how == How::Run && !(program.maps && KEPT_OPEN.contains(&program.name)) {
+                // Under `run` a file is kept while it is mapped.
+                if how == How::Run && !program.maps {
                     continue;
                 }
                 let name = format!("unmodified::{kind}::{word}::{}", program.name);

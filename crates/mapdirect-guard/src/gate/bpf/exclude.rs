@@ -395,8 +395,8 @@ fn refuse_a_pin(gate: &Gate, file: BorrowedFd<'_>) -> Result<(), Refusal> {
 
 /// With frozen blocks nobody may have a writable mapping anywhere in the file:
 /// `mremap(2)` could grow it over the frozen blocks, and no hook sees that.
-/// Holders of pins are trusted not to do so. Says whether any holder has such a
-/// mapping.
+/// Holders of pins are trusted not to do so. Waits for those who may let go of
+/// one in time, and says whether any holder has such a mapping.
 pub(super) fn others_can_store(
     granting: &Granting<'_>,
     frozen: &[Range<u64>],
@@ -404,6 +404,16 @@ pub(super) fn others_can_store(
     if frozen.is_empty() {
         return Ok(false);
     }
+    let mut backoff = granting.patiently();
+    loop {
+        match others_can_store_now(granting, frozen) {
+            Err(_) if !backoff.is_over() => backoff.pause(),
+            result => return result,
+        }
+    }
+}
+
+fn others_can_store_now(granting: &Granting<'_>, frozen: &[Range<u64>]) -> Result<bool, Refusal> {
     let found = granting.openers(None);
     // Descriptors are judged when they are used, wherever they hide.
     if found.unseen {

@@ -508,31 +508,32 @@ pub(super) fn others_can_store(
     if !mapped {
         return Ok(false);
     }
+    let over = |mapped: &Range<u64>| {
+        frozen
+            .iter()
+            .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end))
+    };
     let mut backoff = granting.patiently();
-    let found = loop {
+    let (opener, mapped) = loop {
         let found = granting.openers(None);
-        if found.hidden.is_empty() {
-            break found;
+        let mut mappings = found.writable_mappings.iter();
+        let in_the_way = mappings.find(|(_, mapped)| over(mapped));
+        if found.hidden.is_empty() && in_the_way.is_none() {
+            return Ok(!found.writable_mappings.is_empty());
         }
-        if backoff.is_over() {
+        if !backoff.is_over() {
+            backoff.pause();
+        } else if let Some((opener, mapped)) = in_the_way {
+            break (opener.clone(), mapped.clone());
+        } else {
             return Err(granting.open_elsewhere(Openers {
                 hidden: found.hidden,
                 ..Openers::default()
             }));
         }
-        backoff.pause();
-    };
-    let mappings = found.writable_mappings;
-    let over = mappings.iter().find(|(_, mapped)| {
-        frozen
-            .iter()
-            .any(|run| run.start.max(mapped.start) < run.end.min(mapped.end))
-    });
-    let Some((opener, mapped)) = over else {
-        return Ok(!mappings.is_empty());
     };
     Err(Refusal {
-        openers: vec![opener.clone()],
+        openers: vec![opener],
         ..refusal(
             Reason::OpenElsewhere,
             Errno::TXTBSY,
