@@ -56,7 +56,6 @@ fn header(_: &World) {
         ("gcc", "c", "-std=c17"),
         ("g++", "c++", "-std=c++11"),
         ("g++", "c++", "-std=c++20"),
-        ("clang", "c", "-std=c11"),
     ] {
         let source = scratch().join(format!("header.{language}"));
         std::fs::write(&source, "#include <mapdirect.h>\n#include <mapdirect.h>\n").unwrap();

@@ -119,7 +119,7 @@ fn without_the_library(world: &World) {
     let expected = format!("errno {}", libc::EOPNOTSUPP);
     let is_installed = Path::new("/usr/local/lib/libmapdirect.so.0").exists();
     assert!(is_installed || error.contains(&expected), "{error}");
-    let mut other = Command::new("python3");
+    let mut other = Command::new("/usr/bin/python3");
     other.args([
         "-c",
         "import mmap, ctypes; mmap.mmap(-1, 1 << 20).close(); print(1)",

@@ -28,14 +28,14 @@ fn interpreter() -> &'static Path {
         let copy = scratch().join("python");
         run(Command::new("cp").arg("-r").arg(package).arg(&copy)).unwrap();
         let wheels = scratch().join("wheels");
-        run(Command::new("python3")
+        run(Command::new("/usr/bin/python3")
             .args(["-m", "pip", "wheel", "--quiet", "--no-index", "--no-deps"])
             .args(["--no-build-isolation", "--wheel-dir"])
             .args([&wheels, &copy]))
         .unwrap();
         let wheel = wheels.join("mapdirect-0.2.0-py3-none-any.whl");
         let environment = scratch().join("venv");
-        run(Command::new("python3")
+        run(Command::new("/usr/bin/python3")
             .args(["-m", "venv"])
             .arg(&environment))
         .unwrap();
