@@ -1,7 +1,7 @@
 //! The guard, as a holder knows it.
 
 use crate::error::{Error, Kind, Result};
-use crate::holder::{Connection, ENDED, environment, unexpected};
+use crate::holder::{self, Connection, ENDED, environment, unexpected};
 use crate::report::PinnedRange;
 use crate::status::Status;
 use mapdirect_proto::status as wire;
@@ -9,10 +9,9 @@ use mapdirect_proto::{
     DEFAULT_SOCKET, Gate, MAX_STATUS, Reply, Request, SOCKET_VARIABLE, WatchedPin, decode_status,
 };
 use mapdirect_sys::{Errno, memfd};
-use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 
 /// A guard to ask, named by the socket that it listens at.
 ///
@@ -154,8 +153,7 @@ impl Guard {
 
     /// The connection of this process, made if there is none that works.
     pub(crate) fn connect(&self) -> Result<Arc<Connection>> {
-        let open = OPEN.get_or_init(Mutex::default);
-        let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = holder::connections();
         if let Some(connection) = open.get(&self.socket)
             && connection.is_usable()
         {
@@ -168,8 +166,7 @@ impl Guard {
 
     /// The connection of this process, if there is one that works.
     fn connection(&self) -> Option<Arc<Connection>> {
-        let open = OPEN.get_or_init(Mutex::default);
-        let open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = holder::connections();
         let connection = open.get(&self.socket)?;
         connection.is_usable().then(|| Arc::clone(connection))
     }
@@ -202,6 +199,3 @@ impl Guard {
         ))
     }
 }
-
-/// The connections of this process, by where their guard listens.
-static OPEN: OnceLock<Mutex<HashMap<PathBuf, Arc<Connection>>>> = OnceLock::new();

@@ -42,6 +42,7 @@ __all__ = [
     "Refused",
     "Status",
     "map",
+    "patience",
     "pin",
     "prepare",
     "supported",
@@ -424,6 +425,12 @@ def prepare(
     mapped. Not a byte changes."""
     flags = int(grow) | int(huge) << 1
     checked(library.mapdirect_prepare(_number(file), offset, length, flags))
+
+
+def patience(seconds: float) -> None:
+    """How long calls of this process wait for others who have a file open or change it: a
+    tenth of a second at first, a minute at most."""
+    checked(library.mapdirect_patience(int(min(max(seconds, 0), 60) * 1000)))
 
 
 def supported(file: File) -> str:

@@ -62,6 +62,7 @@ def _load() -> ctypes.CDLL:
         "durability": (c_int, c_void_p),
         "allocate": (c_int, c_void_p, c_size_t),
         "accept_page_cache": (c_int, c_int),
+        "patience": (c_int, c_uint),
         "prepare": (c_int, c_int, off_t, c_uint64, c_uint),
         "supported": (c_int, c_int),
         "extents": (c_ssize_t, c_void_p, POINTER(ExtentRecord), c_size_t, c_size_t),

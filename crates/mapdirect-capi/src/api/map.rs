@@ -9,8 +9,9 @@ use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
 use std::ops::Range;
 use std::sync::Once;
-use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicU32, AtomicUsize};
+use std::time::Duration;
 
 /// A flag for mmap: use it with MAP_SHARED_VALIDATE.
 pub const MAP_DIRECT: c_int = 0x200_0000;
@@ -27,6 +28,9 @@ const FAILED: *mut c_void = std::ptr::without_provenance_mut(usize::MAX);
 /// How many mappings there are, and how many that take msync(2) to flush.
 static LIVE: AtomicUsize = AtomicUsize::new(0);
 pub(super) static SYNCED: AtomicUsize = AtomicUsize::new(0);
+
+/// As `MapOptions` has it.
+static PATIENCE: AtomicU32 = AtomicU32::new(100);
 
 thread_local! {
     static CACHED: Cell<Option<bool>> = const { Cell::new(None) };
@@ -264,6 +268,19 @@ pub extern "C" fn mapdirect_accept_page_cache(accept: c_int) -> c_int {
     })
 }
 
+/// How long, in milliseconds, calls of this process wait for others who have a file
+/// open or change it: a tenth of a second at first, a minute at most.
+#[unsafe(no_mangle)]
+pub extern "C" fn mapdirect_patience(milliseconds: c_uint) -> c_int {
+    PATIENCE.store(milliseconds, Relaxed);
+    0
+}
+
+/// The same for a call.
+pub(super) fn patience() -> Duration {
+    Duration::from_millis(PATIENCE.load(Relaxed).into())
+}
+
 /// Has the guard allocate, initialise and unshare the blocks under length bytes of
 /// a mapping, while it is pinned: then they can be stored to. EINVAL if they are
 /// not all in one mapping; ENOSPC; ETXTBSY if somebody else has pinned them.
@@ -305,7 +322,9 @@ pub unsafe extern "C" fn mapdirect_prepare(
             ));
         }
         let range = range_of(file, offset, length)?;
-        let mut options = PrepareOptions::new().huge(flags & MAPDIRECT_HUGE != 0);
+        let mut options = PrepareOptions::new()
+            .patience(patience())
+            .huge(flags & MAPDIRECT_HUGE != 0);
         if flags & MAPDIRECT_GROW != 0 && range.end > size_of(file)? {
             options = options.size(range.end);
         }
@@ -369,7 +388,7 @@ pub unsafe extern "C" fn mapdirect_supported(fd: c_int) -> c_int {
 
 /// How mappings of this thread are made.
 fn options() -> MapOptions {
-    let options = MapOptions::new();
+    let options = MapOptions::new().patience(patience());
     match CACHED.get() {
         Some(cached) => options.accept_page_cache(cached),
         None => options,

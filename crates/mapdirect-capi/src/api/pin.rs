@@ -1,6 +1,6 @@
 //! Pins without a mapping.
 
-use super::map::range_of;
+use super::map::{patience, range_of};
 use super::{PINS, Told, descriptor, end_of, invalid, off_t, prepare_for_forks};
 use crate::boundary::{Failure, call};
 use mapdirect::{PinOptions, Scope, Strength};
@@ -62,6 +62,7 @@ pub unsafe extern "C" fn mapdirect_pin_fd(
             return Err(invalid("a flag is not known", "use those of mapdirect.h"));
         }
         let options = PinOptions::new()
+            .patience(patience())
             .deny_write(has(MAPDIRECT_PIN_DENY_WRITE))
             .deny_rename(has(MAPDIRECT_PIN_DENY_RENAME))
             .family(has(MAPDIRECT_PIN_FAMILY))

@@ -12,7 +12,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long to wait for a guard that is told of an end.
@@ -142,18 +142,18 @@ impl Connection {
         request: &Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>)> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
+        let _turn = self.take_turn()?;
         self.whole(|talk| {
             talk.say(request, fds)?;
             talk.hear()
         })
     }
 
-    /// Hears what nobody has waited for. Nothing can be asked where a
-    /// conversation was left in the middle, nor by a child of the process
-    /// that began it.
-    fn catch_up(&self, turn: &mut Turn) -> Result<()> {
+    /// Waits until nobody else asks, and hears what nobody has waited for. Nothing
+    /// can be asked where a conversation was left in the middle, nor by a child of
+    /// the process that began it: there, whoever has the turn may be no thread of
+    /// its own.
+    fn take_turn(&self) -> Result<MutexGuard<'_, Turn>> {
         if self.pid != std::process::id() {
             return Err(Error::new(
                 Kind::NoGuard,
@@ -162,6 +162,7 @@ impl Connection {
                 "do it in the process that asked for the pin, or pin the file again",
             ));
         }
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if self.broken.load(Relaxed) {
             return Err(lost(&Errno::PIPE));
         }
@@ -169,7 +170,7 @@ impl Connection {
             self.whole(|talk| talk.hear())?;
             turn.owed -= 1;
         }
-        Ok(())
+        Ok(turn)
     }
 
     /// Asks for something that needs the capability; `more` answers what the
@@ -180,8 +181,7 @@ impl Connection {
         file: BorrowedFd<'_>,
         mut more: impl FnMut(&Talk<'_>, Reply, Vec<OwnedFd>) -> Result<Option<T>>,
     ) -> Result<T> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
+        let mut turn = self.take_turn()?;
         if !turn.proven {
             let proof = memfd::prove_immutable_capability(&self.challenge).map_err(not_capable)?;
             self.whole(|talk| {

@@ -12,4 +12,4 @@ mod tests;
 pub(crate) use connection::{Connection, ENDED, environment, require_capability, unexpected};
 pub(crate) use held::Held;
 pub(crate) use hold::Hold;
-pub(crate) use shared::any_revoked;
+pub(crate) use shared::{any_revoked, connections};

@@ -1,6 +1,7 @@
 //! What is known of the pins of this process, and how the threads that hear
 //! of them are reached.
 
+use super::connection::Connection;
 use super::listener::{KEPT, serve};
 use crate::guard::Guard;
 use crate::map::revoke::{self, Keeper, Memory};
@@ -10,6 +11,7 @@ use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, signal};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicPtr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -23,6 +25,9 @@ pub(super) struct Watching {
     pub(super) starting: Mutex<()>,
     /// A thread has tried to connect.
     pub(super) tried: Condvar,
+    /// The connections of this process, by where their guard listens. A child of
+    /// fork(2) could wait for ever for a lock on those of its parent.
+    pub(super) connections: Mutex<HashMap<PathBuf, Arc<Connection>>>,
 }
 
 #[derive(Debug, Default)]
@@ -149,6 +154,7 @@ pub(super) fn watching() -> &'static Watching {
             shared: Mutex::default(),
             starting: Mutex::default(),
             tried: Condvar::new(),
+            connections: Mutex::default(),
         }));
         if CURRENT
             .compare_exchange(there, new, AcqRel, Acquire)
@@ -161,6 +167,11 @@ pub(super) fn watching() -> &'static Watching {
 }
 
 /// How to reach a thread.
+/// The connections of this process.
+pub(crate) fn connections() -> MutexGuard<'static, HashMap<PathBuf, Arc<Connection>>> {
+    lock(&watching().connections)
+}
+
 #[derive(Debug)]
 pub(super) struct Thread {
     pub(super) guard: Guard,

@@ -272,6 +272,10 @@ impl MapOptions {
         };
         place::check_range(offset, length)?;
         place::check_prot(prot)?;
+        let is_page = (address as u64).is_multiple_of(mmap::page_size());
+        if flags & (mmap::MAP_FIXED | mmap::MAP_FIXED_NOREPLACE) != 0 && !is_page {
+            return Err(Error::system("mmap", Errno::INVAL));
+        }
         // SAFETY: the caller's promise.
         unsafe { self.map_range(file, &(offset..offset + length as u64), how) }
     }

@@ -394,6 +394,8 @@ int main(int argc, char **argv)
 
 	if (argc < 3)
 		return 2;
+	/* The machine may be busy. */
+	must(mapdirect_patience(20000) == 0);
 	for (size_t at = 0; at < sizeof(checks) / sizeof(*checks); at++)
 		if (!strcmp(argv[1], checks[at].name)) {
 			checks[at].run(argv + 2);

@@ -149,5 +149,7 @@ def hold(path):
         input()
 
 
+# The machine may be busy.
+mapdirect.patience(20)
 {"use": use, "hold": hold}[sys.argv[1]](*sys.argv[2:])
 print("done")

@@ -34,6 +34,21 @@
 		}                                                                                  \
 	} while (0)
 
+/* The machine may be busy, and the guard then has no time to look. */
+static char *pinned(int fd)
+{
+	void *memory;
+
+	for (int tries = 0; tries < 200; tries++) {
+		memory = mmap(NULL, 4 * PAGE, BOTH, DIRECT, fd, 0);
+		if (memory != MAP_FAILED || errno != ETXTBSY)
+			break;
+		usleep(100000);
+	}
+	must(memory != MAP_FAILED);
+	return memory;
+}
+
 static void *early, *earliest;
 
 static void *anonymous(size_t length)
@@ -100,8 +115,7 @@ static void use(char **argv)
 	must(mmap(NULL, PAGE, BOTH, MAP_PRIVATE | MAP_DIRECT, fd, 0) == MAP_FAILED);
 	must(errno == EINVAL);
 	must(mmap64(NULL, PAGE, PROT_READ, DIRECT, fd, 0) == MAP_FAILED && errno == EACCES);
-	char *memory = mmap(NULL, 4 * PAGE, BOTH, DIRECT, fd, 0);
-	must(memory != MAP_FAILED);
+	char *memory = pinned(fd);
 	must(ftruncate(fd, PAGE) == -1 && errno == ETXTBSY);
 	/* Sizes and places. */
 	must(mremap(memory, 4 * PAGE, 8 * PAGE, MREMAP_MAYMOVE) == MAP_FAILED && errno == EINVAL);
@@ -125,8 +139,8 @@ static void use(char **argv)
 	/* Protection. */
 	must(mprotect(memory, PAGE, PROT_READ) == 0 && store_ends_by(memory) == SIGSEGV);
 	must(mprotect(memory, PAGE, BOTH) == 0 && store_ends_by(memory) == 0);
-	char *holes = mmap(NULL, 4 * PAGE, BOTH, DIRECT, sparse, 0);
-	must(holes != MAP_FAILED && store_ends_by(holes + PAGE) == SIGBUS);
+	char *holes = pinned(sparse);
+	must(store_ends_by(holes + PAGE) == SIGBUS);
 	must(mprotect(holes, 4 * PAGE, PROT_READ) == 0);
 	must(mprotect(holes, 4 * PAGE, BOTH | PROT_EXEC) == 0);
 	must(holes[PAGE] == 0 && store_ends_by(holes + PAGE) == SIGBUS && store_ends_by(holes) == 0);
@@ -186,8 +200,8 @@ int main(int argc, char **argv)
 		return 0;
 	} else if (!strcmp(argv[1], "hold")) {
 		int fd = open(argv[2], O_RDWR);
-		char *memory = mmap(NULL, 4 * PAGE, BOTH, DIRECT, fd, 0);
-		must(memory != MAP_FAILED && close(fd) == 0);
+		char *memory = pinned(fd);
+		must(close(fd) == 0);
 		printf("mapped\n");
 		fflush(stdout);
 		must(fgets(line, sizeof(line), stdin));
