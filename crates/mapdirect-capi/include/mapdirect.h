@@ -272,6 +272,12 @@ int mapdirect_munmap(void *address, size_t length);
 int mapdirect_accept_page_cache(int accept);
 
 /*
+ How long, in milliseconds, calls of this process wait for others who have a file
+ open or change it: a tenth of a second at first, a minute at most.
+ */
+int mapdirect_patience(unsigned int milliseconds);
+
+/*
  Has the guard allocate, initialise and unshare the blocks under length bytes of
  a mapping, while it is pinned: then they can be stored to. EINVAL if they are
  not all in one mapping; ENOSPC; ETXTBSY if somebody else has pinned them.

@@ -2,12 +2,12 @@
 //!
 //! Each function is a few lines around the crate `mapdirect`: arguments are
 //! checked, what is at an address or behind a number is looked up in a table
-//! ([`table`]), the crate is called, and its error becomes an errno and words
-//! ([`boundary`]). `include/mapdirect.h` is generated from this source, and
+//! (`table`), the crate is called, and its error becomes an errno and words
+//! (`boundary`). `include/mapdirect.h` is generated from this source, and
 //! `man/mapdirect.3` is the manual.
 //!
 //! No lock of this crate is held while a thread calls fork(2) that the child
-//! could miss: see [`table`].
+//! could miss: see `table`.
 
 #![deny(unsafe_code)]
 

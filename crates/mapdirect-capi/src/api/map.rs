@@ -3,7 +3,7 @@
 use super::{MAPS, Told, descriptor, end_of, invalid, off_t, prepare_for_forks};
 use crate::boundary::{Failure, call};
 use crate::hints;
-use mapdirect::{Durability, MapOptions, PrepareOptions, Strength, raw};
+use mapdirect::{Durability, MapOptions, PrepareOptions, raw};
 use mapdirect_sys::{dlsym, errno, mmap};
 use std::cell::Cell;
 use std::ffi::{c_int, c_uint, c_void};
@@ -376,10 +376,8 @@ pub unsafe extern "C" fn mapdirect_supported(fd: c_int) -> c_int {
     call(0, || {
         let place = (0, rustix::param::page_size());
         let access = (mmap::PROT_READ | mmap::PROT_WRITE, mmap::MAP_SHARED);
-        // What is frozen stays usable for others.
-        let options = options().strength(Strength::Stable);
         // SAFETY: no MAP_FIXED, and nobody learns of it.
-        let map = unsafe { raw::map(&options, place, access, file, 0) }?;
+        let map = unsafe { raw::map(&options(), place, access, file, 0) }?;
         // When the guard confirms the end is of no interest.
         let _ = map.unmap();
         Ok(1)

@@ -6,8 +6,10 @@ mod preload;
 pub mod python;
 
 use crate::segments::{State as Block, make};
+use crate::versions::Relay;
 use crate::world::{BINARY, World, is_pinned, kinds, wait_until_free, written};
 use libtest_mimic::Trial;
+use mapdirect_proto::OLDEST_VERSION;
 use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::disk::run;
@@ -33,6 +35,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     ));
     trials.push(world.trial("capi::no-guard", no_guard));
     trials.push(world.trial("capi::guard-ends", guard_ends));
+    trials.push(world.trial("capi::other-versions", other_versions));
     trials
 }
 
@@ -231,7 +234,20 @@ fn forks(world: &World, kind: Kind) {
     finish(&files);
 }
 
-/// No guard, and one that speaks of things that make no sense.
+/// A guard that is too old for the library is told from one that is not there.
+fn other_versions(world: &World) {
+    let files = files(world, Kind::EXT4, "versions");
+    let [stable, _] = names(&files);
+    let guard = world.guard();
+    let unknown = Relay::new(guard.socket(), OLDEST_VERSION - 1);
+    let expected = libc::EPROTONOSUPPORT.to_string();
+    let mut command = check(world, &["refused", stable, &expected]);
+    let words = said(command.env("MAPDIRECT_SOCKET", &unknown.path));
+    assert!(words.contains("help:"), "{words}");
+    finish(&files);
+}
+
+/// No guard at all.
 fn no_guard(world: &World) {
     let files = files(world, Kind::XFS, "no-guard");
     let [stable, _] = names(&files);
