@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 pub(crate) type Needed = (&'static str, &'static str);
 
 /// What tests and demo need.
-pub(crate) const FOR_TESTS: [Needed; 14] = [
+pub(crate) const FOR_TESTS: [Needed; 18] = [
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),
@@ -25,6 +25,14 @@ pub(crate) const FOR_TESTS: [Needed; 14] = [
     ("g++", "g++"),
     ("readelf", "binutils"),
     ("/usr/share/doc/python3-venv", "python3-venv"),
+    ("addpart", "util-linux"),
+    ("filefrag", "e2fsprogs"),
+    ("dmsetup", "dmsetup"),
+    // Checks what is printed against docs/schemas.
+    (
+        "/usr/lib/python3/dist-packages/jsonschema",
+        "python3-jsonschema",
+    ),
 ];
 
 /// Programs that know nothing of pins, and that the tests run under them: the

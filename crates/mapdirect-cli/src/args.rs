@@ -51,8 +51,10 @@ pub enum Command {
     /// namespace; with the fanotify gate also CAP_LEASE, with the bpf gate also
     /// CAP_DAC_READ_SEARCH and CAP_SYSLOG.
     ///
-    /// SIGHUP has it read again what it was told by files, which is nothing yet,
-    /// and say so. SIGQUIT, SIGUSR1 and SIGUSR2 do nothing.
+    /// SIGHUP has it read its policy again (mapdirect-policy(5)) and say what came
+    /// of it: a policy with a mistake changes nothing. Pins stay in any case.
+    /// SIGQUIT, SIGUSR1 and SIGUSR2 do nothing. Whoever is to pin by the policy
+    /// needs a guard that has CAP_SETGID, too.
     ///
     /// A user other than root has a limited number of connections, and all of
     /// them together leave places for root. Whoever finds none is told so
@@ -119,6 +121,30 @@ pub enum Command {
     /// gate cannot refuse. Runs for everybody; what only root can find out says
     /// so. Ends with status 1 if files cannot be pinned here.
     Doctor(DoctorArgs),
+    /// Let somebody without CAP_LINUX_IMMUTABLE pin a file for a while
+    ///
+    /// The permission is for the file itself, whatever its name becomes, and is
+    /// kept by the guard alone. Whoever uses it must be able to open the file.
+    /// Pins that were granted stay when the time is over. `mapdirect status` shows
+    /// what is armed. What is to last belongs into the policy:
+    /// mapdirect-policy(5).
+    Arm(ArmArgs),
+    /// Take back what `arm` has permitted for a file
+    ///
+    /// Pins that were granted stay; `mapdirect unpin` ends them.
+    Disarm(DisarmArgs),
+    /// End a pin, whoever holds it
+    ///
+    /// Its holder is told that the pin is lost. What the holder maps stays mapped,
+    /// and from then on anybody may change the blocks under it.
+    Unpin(UnpinArgs),
+    /// What the policy of the guard says, and whom it would let pin a file
+    ///
+    /// `policy check` reads the policy as the guard does and says what is wrong
+    /// with it, or what it allows. With --as and a file, it says whether that user
+    /// may pin the file, and by which rule; what is armed is not considered. Only
+    /// root can tell whether the user may open the file.
+    Policy(PolicyArgs),
 }
 
 /// Which gate to use.
@@ -131,6 +157,45 @@ pub enum GateChoice {
     /// Programs in the kernel: Linux 6.1 and later; judges every operation, and stays when the
     /// guard dies
     Bpf,
+}
+
+/// Forms of the extents of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A table for people
+    Table,
+    /// JSON: docs/schemas has what is in it
+    Json,
+    /// A table of linear targets for dmsetup(8), in sectors of 512 bytes; only of what is stable
+    Dmsetup,
+    /// The page where a swap file begins on its device, for the kernel's resume_offset=
+    ResumeOffset,
+    /// A line for each run of bytes, with a heading (RFC 4180)
+    Csv,
+}
+
+/// Forms of the extents of a pin. A pinned file cannot be swap space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PinFormat {
+    /// A table for people
+    Table,
+    /// JSON: docs/schemas has what is in it
+    Json,
+    /// A table of linear targets for dmsetup(8), in sectors of 512 bytes; only of what is stable
+    Dmsetup,
+    /// A line for each run of bytes, with a heading (RFC 4180)
+    Csv,
+}
+
+impl From<PinFormat> for Format {
+    fn from(format: PinFormat) -> Self {
+        match format {
+            PinFormat::Table => Self::Table,
+            PinFormat::Json => Self::Json,
+            PinFormat::Dmsetup => Self::Dmsetup,
+            PinFormat::Csv => Self::Csv,
+        }
+    }
 }
 
 /// How much a pin covers.
@@ -192,9 +257,75 @@ pub struct GuardArgs {
     /// Take away a bpf gate that a guard has left behind, and with it the pins it keeps, and end
     #[arg(long)]
     pub unload: bool,
+    /// Who may pin without CAP_LINUX_IMMUTABLE: this file, and the directory beside it whose
+    /// name ends in .d
+    #[arg(long, value_name = "PATH", default_value = mapdirect_guard::DEFAULT_POLICY)]
+    pub policy: PathBuf,
     /// Do not print refusals
     #[arg(long, short)]
     pub quiet: bool,
+}
+
+/// Arguments of `arm`.
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.")]
+pub struct ArmArgs {
+    /// The file
+    pub file: PathBuf,
+    /// The user who may pin it, by number or name
+    #[arg(long, value_name = "USER", required_unless_present = "allow_gid")]
+    pub allow_uid: Option<String>,
+    /// The group whose members may pin it, by number or name
+    #[arg(long, value_name = "GROUP", conflicts_with = "allow_uid")]
+    pub allow_gid: Option<String>,
+    /// Bytes that may be pinned, as in 1M:2M; OFFSET: goes on without end [default: all]
+    #[arg(long, value_name = "OFFSET:LENGTH", value_parser = parse_range)]
+    pub range: Option<ByteRange>,
+    /// For how long, at most 86400
+    #[arg(long, value_name = "N", default_value = "60")]
+    pub seconds: u32,
+}
+
+/// Arguments of `disarm`.
+#[derive(Debug, Args)]
+pub struct DisarmArgs {
+    /// The file
+    pub file: PathBuf,
+}
+
+/// Arguments of `unpin`.
+#[derive(Debug, Args)]
+pub struct UnpinArgs {
+    /// The number of the pin, as `mapdirect status` shows it
+    pub id: u64,
+}
+
+/// What to do with a policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PolicyVerb {
+    /// Read it and say what it says
+    Check,
+}
+
+/// Arguments of `policy`.
+#[derive(Debug, Args)]
+pub struct PolicyArgs {
+    /// What to do
+    #[arg(value_enum)]
+    pub verb: PolicyVerb,
+    /// A file that somebody is to pin
+    #[arg(requires = "as_user")]
+    pub file: Option<PathBuf>,
+    /// The user who is to pin it, by number or name
+    #[arg(long = "as", value_name = "USER", requires = "file")]
+    pub as_user: Option<String>,
+    /// By a descriptor that can only read
+    #[arg(long, requires = "file")]
+    pub read_only: bool,
+    /// The policy
+    #[arg(long, value_name = "PATH", default_value = mapdirect_guard::DEFAULT_POLICY)]
+    pub policy: PathBuf,
 }
 
 /// What a pin denies beside what would break it.
@@ -226,7 +357,17 @@ Without COMMAND the extents are printed, and the pin is held until SIGINT or SIG
 With COMMAND nothing is printed. The pin is held until COMMAND and all its descendants have
 ended. They may open the files for writing, under either gate, and use them as a holder may;
 strangers may not. COMMAND finds the extents as JSON, an array with an object for each file, in
-the file that MAPDIRECT_EXTENTS names, and at the descriptor MAPDIRECT_EXTENTS_FD.")]
+the file that MAPDIRECT_EXTENTS names, and at the descriptor MAPDIRECT_EXTENTS_FD. With --format
+they are there in another form.
+
+Examples:
+  mapdirect pin image.raw --range 1M:2M
+  mapdirect pin image.raw --format csv -- sh -c 'cat $MAPDIRECT_EXTENTS'
+  mapdirect pin image.raw --format dmsetup --device /dev/loop7 -- \\
+    sh -c 'dmsetup create raw $MAPDIRECT_EXTENTS && copier /dev/mapper/raw; dmsetup remove raw'
+
+A filesystem's device is busy for device-mapper while it is mounted. A loop device over it is not:
+--device names it in the table. docs/raw-access.md says what to flush and what to drop.")]
 pub struct PinArgs {
     /// The files: all of them are pinned, or none
     #[arg(required = true, value_name = "FILE")]
@@ -259,6 +400,12 @@ pub struct PinArgs {
     /// Print JSON
     #[arg(long, conflicts_with = "command")]
     pub json: bool,
+    /// Print the extents in this form; with COMMAND, hand them to it so
+    #[arg(long, value_enum, value_name = "FORMAT", conflicts_with = "json")]
+    pub format: Option<PinFormat>,
+    /// Name this device in a table for dmsetup, in place of the filesystem's, of which it shows all
+    #[arg(long, value_name = "DEVICE", requires = "format")]
+    pub device: Option<PathBuf>,
     /// Command to run while the pin is held
     #[arg(last = true, value_name = "COMMAND")]
     pub command: Vec<OsString>,
@@ -268,7 +415,19 @@ pub struct PinArgs {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
-Says what was done and draws the block map. A bar on the terminal shows how far it has got.")]
+Says what was done and draws the block map. A bar on the terminal shows how far it has got.
+
+Examples:
+  mapdirect prepare image.raw --size 4G --huge
+  mapdirect prepare image.raw --size 4G --contiguous
+  mapdirect prepare swapfile --size 8G --contiguous && mkswap swapfile &&
+    mapdirect show swapfile --format resume-offset
+
+With --contiguous each hole is asked for as a whole, and what is there already stays where it is:
+for one run give a new file. A run cannot reach over the end of an allocation group of XFS, nor
+over the metadata that ext4 keeps in some groups of 32,768 blocks (128 MiB of blocks of 4 KiB). It
+may be several records for filefrag(8): ext4 has at most 32,768 blocks in one (32,767 that are
+unwritten), XFS 2,097,151.")]
 pub struct PrepareArgs {
     /// The file; with --size it is made if there is none, and removed again if that fails
     pub file: PathBuf,
@@ -284,9 +443,18 @@ pub struct PrepareArgs {
     /// Place new blocks so that huge pages (2 MiB) can map them, where the filesystem can
     #[arg(long)]
     pub huge: bool,
+    /// Place new blocks in one run on the device, or say in how many they are and why
+    #[arg(long, conflicts_with = "huge")]
+    pub contiguous: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Print the extents in this form, and nothing else
+    #[arg(long, value_enum, value_name = "FORMAT", conflicts_with = "json")]
+    pub format: Option<Format>,
+    /// Name this device in a table for dmsetup, in place of the filesystem's, of which it shows all
+    #[arg(long, value_name = "DEVICE", requires = "format")]
+    pub device: Option<PathBuf>,
 }
 
 /// Arguments of `run`.
@@ -323,6 +491,16 @@ pub struct RunArgs {
 
 /// Arguments of `show`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  mapdirect show image.raw
+  mapdirect show image.raw --format csv
+  mapdirect show swapfile --format resume-offset
+
+The place on the disk is found through partitions, and through what device-mapper maps linearly
+(LVM; only root can read its tables). Where it cannot be known, that is said. What csv, dmsetup and
+resume-offset tell is written to the device before. Of a file that nobody has pinned it may be false
+a moment later: `pin` has the same forms.")]
 pub struct ShowArgs {
     /// The file
     pub file: PathBuf,
@@ -332,6 +510,12 @@ pub struct ShowArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+    /// Print the extents in this form, and nothing else
+    #[arg(long, value_enum, value_name = "FORMAT", conflicts_with_all = ["json", "extents"])]
+    pub format: Option<Format>,
+    /// Name this device in a table for dmsetup, in place of the filesystem's, of which it shows all
+    #[arg(long, value_name = "DEVICE", requires = "format")]
+    pub device: Option<PathBuf>,
 }
 
 /// Arguments of `status`.

@@ -1,7 +1,7 @@
 //! Block maps as pictures.
 
 use crate::size::human;
-use mapdirect::{BlockMap, ExtentState};
+use mapdirect::{BlockMap, Extent, ExtentState};
 use std::fmt::Write;
 use std::ops::Range;
 
@@ -106,11 +106,11 @@ fn state_of(map: &BlockMap, bytes: &Range<u64>) -> char {
     found.map_or(' ', glyph)
 }
 
-/// The extents as a table.
-pub(crate) fn extent_table(map: &BlockMap) -> String {
+/// The extents as a table; `places` says where each is on disks.
+pub(crate) fn extent_table(map: &BlockMap, places: impl Fn(&Extent) -> String) -> String {
     let mut table = format!(
-        "{:>16} {:>16} {:>16}  state\n",
-        "file offset", "physical offset", "length"
+        "{:>16} {:>16} {:>16}  {:<9}  disk and offset\n",
+        "file offset", "physical offset", "length", "state"
     );
     for extent in map.extents() {
         let physical = extent
@@ -122,11 +122,13 @@ pub(crate) fn extent_table(map: &BlockMap) -> String {
         } else {
             extent.length.to_string()
         };
-        let _ = writeln!(
-            table,
-            "{:>16} {physical:>16} {length:>16}  {}",
-            extent.offset, extent.state
+        let line = format!(
+            "{:>16} {physical:>16} {length:>16}  {:<9}  {}",
+            extent.offset,
+            extent.state,
+            places(extent)
         );
+        let _ = writeln!(table, "{}", line.trim_end());
     }
     table
 }
@@ -134,7 +136,7 @@ pub(crate) fn extent_table(map: &BlockMap) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mapdirect::{DeviceId, Extent};
+    use mapdirect::DeviceId;
     use proptest::prelude::*;
 
     fn map(range: Range<u64>, extents: Vec<Extent>) -> BlockMap {

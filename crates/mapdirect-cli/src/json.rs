@@ -50,10 +50,6 @@ pub(crate) fn breach(breach: &Breach) -> Value {
     })
 }
 
-pub(crate) fn extents(map: &BlockMap) -> Value {
-    map.extents().iter().map(extent).collect()
-}
-
 /// Bytes by state, every state named.
 pub(crate) fn totals(map: &BlockMap) -> Value {
     let totals: Map<String, Value> = ExtentState::ALL

@@ -5,6 +5,7 @@
 pub mod args;
 mod draw;
 mod exit;
+mod extents;
 mod json;
 mod keeper;
 mod open;
@@ -34,6 +35,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Show(args) => verbs::show::run(&args),
         Command::Status(args) => verbs::status::run(&args),
         Command::Doctor(args) => verbs::doctor::run(&args),
+        Command::Arm(args) => verbs::arm::arm(&args),
+        Command::Disarm(args) => verbs::arm::disarm(&args),
+        Command::Unpin(args) => verbs::unpin::run(&args),
+        Command::Policy(args) => verbs::policy::run(&args),
     };
     result.unwrap_or_else(|error| exit::explain(&error))
 }

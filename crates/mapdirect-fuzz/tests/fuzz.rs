@@ -276,5 +276,7 @@ fn a_status() -> status::Status {
         }],
         breached: 0,
         breaches: Vec::new(),
+        policy: None,
+        armed: Vec::new(),
     }
 }

@@ -51,8 +51,9 @@ impl Pages {
         }
     }
 
-    /// Permission to hold `count` more pages, if the limit permits that.
-    pub(crate) fn take(&self, count: usize) -> Option<Budget> {
+    /// Permission to hold `count` more pages, if the limit permits that. A quarter
+    /// of everything is for holders that are not `trusted`.
+    pub(crate) fn take(&self, count: usize, trusted: bool) -> Option<Budget> {
         let pipes = vmsplice::pipes_for(count);
         let take = |of: &Arc<AtomicUsize>, count: usize, most: usize| {
             let taken = of.fetch_update(SeqCst, SeqCst, |held| {
@@ -60,8 +61,9 @@ impl Pages {
             });
             taken.ok().map(|_| (Arc::clone(of), count))
         };
-        let pages = take(&self.held, count, MOST_PAGES)?;
-        let Some(pipes) = take(&self.pipes, pipes, self.most_pipes) else {
+        let share = if trusted { 1 } else { 4 };
+        let pages = take(&self.held, count, MOST_PAGES / share)?;
+        let Some(pipes) = take(&self.pipes, pipes, self.most_pipes / share) else {
             pages.0.fetch_sub(count, SeqCst);
             return None;
         };

@@ -2,7 +2,7 @@
 //! returns. The seeds are bytes such as the kernel and other programs write.
 
 use crate::tripwire::fuzz as tripwire;
-use crate::{exports, listeners};
+use crate::{delegation, exports, listeners};
 use mapdirect_sys::fuzz::Target;
 
 /// The parsers of this crate.
@@ -39,10 +39,47 @@ pub fn targets() -> Vec<Target> {
             run: tripwire::processors,
             seeds: &[b"0-3,5\n"],
         },
+        Target {
+            name: "policy",
+            run: policy,
+            seeds: &[
+                b"[[rule]]\nname = \"db\"\nusers = [7, \"root\"]\ngroups = [8]\npaths = \
+                  [\"/srv/*\"]\naccess = \"write\"\npins = 2\nbytes = \"1G\"\nseconds = 9\n",
+                b"rule = [{name = 'a', users = [1], paths = ['/'], access = 'read'}] # \xc3\xa4\n",
+            ],
+        },
     ];
     #[cfg(feature = "bpf")]
     targets.extend(crate::gate::bpf::fuzz::TARGETS);
     targets
+}
+
+/// Every rule that is understood names somebody and some path, and no two have
+/// the same name; whatever is wrong is on a line of the text.
+fn policy(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    let path = std::path::Path::new("policy.toml");
+    match delegation::parse(path, &text, &delegation::Names::of_machine()) {
+        Ok(rules) => {
+            for (at, rule) in rules.iter().enumerate() {
+                assert!(!rule.paths().is_empty() && rule.pins > 0);
+                assert!(rules[..at].iter().all(|other| other.name != rule.name));
+                for path in rule.paths() {
+                    // Without a star a path covers itself.
+                    assert!(path.contains('*') || rule.covers(std::path::Path::new(&path)));
+                    let again = delegation::Pattern::parse(&path);
+                    assert_eq!(again.map(|again| again.to_string()), Ok(path));
+                }
+            }
+        }
+        Err(errors) => {
+            assert!(!errors.is_empty());
+            let lines = text.split('\n').count();
+            for (line, column) in errors.iter().filter_map(|error| error.place) {
+                assert!(line <= lines && column <= text.len() + 1);
+            }
+        }
+    }
 }
 
 fn exports(bytes: &[u8]) {

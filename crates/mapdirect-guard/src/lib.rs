@@ -21,6 +21,7 @@ mod apart;
 mod audit;
 mod bounded;
 mod busy;
+mod delegation;
 mod exports;
 mod family;
 #[cfg(feature = "fuzzing")]
@@ -51,6 +52,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
+pub use delegation::{
+    Account, DEFAULT as DEFAULT_POLICY, Policy, PolicyError, Rule, group_number, host_path,
+    user_number, would_allow,
+};
 #[cfg(feature = "bpf")]
 pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
@@ -94,6 +99,7 @@ pub(crate) struct Guard {
     scans: busy::Scans,
     pages: apart::Pages,
     places: Arc<places::Places>,
+    delegation: delegation::Delegation,
     tripwire: tripwire::Tripwire,
     /// Operations that wait for the outcome of a grant.
     waiting: waiting::WaitingRoom,
@@ -135,7 +141,11 @@ impl Guard {
         all
     }
 
-    fn new(gate: Arc<dyn gate::Gate>, limits: places::Limits) -> Result<Self, Errno> {
+    fn new(
+        gate: Arc<dyn gate::Gate>,
+        limits: places::Limits,
+        delegation: delegation::Delegation,
+    ) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks on
         // their bytes. So begin with other numbers.
         let mut random = [0; 8];
@@ -152,6 +162,7 @@ impl Guard {
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
             places: places::Places::new(limits),
+            delegation,
             tripwire: tripwire::Tripwire::new()?,
             waiting: waiting::WaitingRoom::new()?,
             next: AtomicU64::new(first),

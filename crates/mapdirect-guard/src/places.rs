@@ -1,12 +1,13 @@
 //! Places for clients: who may connect when there is a crowd.
 //!
 //! Anybody may connect, and every client costs a thread, descriptors and
-//! memory. So there are three kinds of clients, and each leaves room for the
+//! memory. So there are four kinds of clients, and each leaves room for the
 //! kinds above it. Root may take every place. A process of another user that
 //! has `CAP_LINUX_IMMUTABLE` leaves a quarter of all places to root. A process
 //! without the capability gets a place only in the quarter that is for
-//! strangers, and each user gets only a small part of that quarter. So no
-//! number of users can take more than the quarter together.
+//! strangers, or in a quarter of their own if the policy names its user or one of
+//! its groups. Each user gets only a small part of these quarters. So no number of
+//! users can take more than that together.
 
 use mapdirect_proto::{Reason, Refusal};
 use mapdirect_sys::unix::Sender;
@@ -23,6 +24,8 @@ pub(crate) enum Standing {
     Root,
     /// A process of another user that has the capability to pin.
     Capable,
+    /// A process without the capability whose user or groups the policy names.
+    Named,
     /// Any other process.
     Stranger,
 }
@@ -31,7 +34,7 @@ impl Standing {
     /// The kind of the process that connected. The process may run another
     /// program since, so this decides only who waits for whom, never who may
     /// pin.
-    pub(crate) fn of(peer: Sender) -> Self {
+    pub(crate) fn of(peer: Sender, is_named: impl FnOnce() -> bool) -> Self {
         if peer.uid == 0 {
             return Self::Root;
         }
@@ -40,6 +43,8 @@ impl Standing {
         // In a user namespace of its own, every process has all capabilities.
         if capable && proc::in_initial_user_namespace(peer.pid) == Ok(true) {
             Self::Capable
+        } else if is_named() {
+            Self::Named
         } else {
             Self::Stranger
         }
@@ -55,6 +60,10 @@ pub(crate) struct Limits {
     others: usize,
     /// Capable clients of one user other than root.
     of_capable_user: usize,
+    /// Clients whom the policy names.
+    named: usize,
+    /// Clients of one user whom the policy names.
+    of_named: usize,
     /// Clients without the capability.
     strangers: usize,
     /// Clients of one user without the capability.
@@ -91,6 +100,8 @@ impl Limits {
             all,
             others: all - all / 4,
             of_capable_user: all / 4,
+            named: all / 4,
+            of_named: (all / 16).max(1),
             strangers,
             of_stranger: (strangers / 8).max(1),
         }
@@ -139,6 +150,7 @@ pub(crate) struct Places {
 struct Taken {
     all: usize,
     others: usize,
+    named: usize,
     strangers: usize,
     /// The number of clients of each user other than root.
     users: HashMap<u32, usize>,
@@ -169,6 +181,7 @@ impl Places {
         let own_limit = match standing {
             Standing::Root => usize::MAX,
             Standing::Capable => limits.of_capable_user,
+            Standing::Named => limits.of_named,
             Standing::Stranger => limits.of_stranger,
         };
         if of_user >= own_limit {
@@ -177,6 +190,7 @@ impl Places {
         let room = match standing {
             Standing::Root => true,
             Standing::Capable => taken.others < limits.others,
+            Standing::Named => taken.others < limits.others && taken.named < limits.named,
             Standing::Stranger => {
                 taken.others < limits.others && taken.strangers < limits.strangers
             }
@@ -188,6 +202,9 @@ impl Places {
         if standing != Standing::Root {
             taken.others += 1;
             *taken.users.entry(uid).or_default() += 1;
+        }
+        if standing == Standing::Named {
+            taken.named += 1;
         }
         if standing == Standing::Stranger {
             taken.strangers += 1;
@@ -241,6 +258,9 @@ impl Drop for Place {
                     taken.users.remove(&self.uid);
                 }
             }
+        }
+        if self.standing == Standing::Named {
+            taken.named -= 1;
         }
         if self.standing == Standing::Stranger {
             taken.strangers -= 1;
@@ -311,6 +331,12 @@ mod tests {
         }
         assert_eq!(held.len(), 64);
         for uid in 1..=1000 {
+            while let Ok(place) = places.take(uid, Standing::Named) {
+                held.push(place);
+            }
+        }
+        assert_eq!(held.len(), 128);
+        for uid in 1..=1000 {
             while let Ok(place) = places.take(uid, Standing::Capable) {
                 held.push(place);
             }
@@ -348,11 +374,14 @@ mod tests {
     #[test]
     fn this_process_has_a_standing() {
         let pid = std::process::id().cast_signed();
-        assert_eq!(Standing::of(Sender { pid, uid: 0 }), Standing::Root);
+        let by_policy = |named: bool| move || named;
+        let root = Sender { pid, uid: 0 };
+        assert_eq!(Standing::of(root, by_policy(true)), Standing::Root);
         let nobody = Sender {
             pid: i32::MAX,
             uid: 65534,
         };
-        assert_eq!(Standing::of(nobody), Standing::Stranger);
+        assert_eq!(Standing::of(nobody, by_policy(false)), Standing::Stranger);
+        assert_eq!(Standing::of(nobody, by_policy(true)), Standing::Named);
     }
 }

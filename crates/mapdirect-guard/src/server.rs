@@ -1,5 +1,6 @@
 //! Starts and stops a guard, and accepts clients.
 
+use crate::delegation::{self, Delegation, PolicyError};
 use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
@@ -23,6 +24,8 @@ pub struct Config {
     pub gate: GateChoice,
     /// The directory in which the bpf gate is pinned.
     pub bpf_directory: PathBuf,
+    /// The policy: [`Policy::load`](crate::Policy::load).
+    pub policy: PathBuf,
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
     pub on_refusal: Box<OnRefusal>,
@@ -99,6 +102,12 @@ pub enum StartError {
     /// The bpf gate could not be loaded.
     #[error("the bpf gate cannot be had: {0}")]
     NoBpf(String),
+    /// The policy is wrong. Every mistake is on a line of its own.
+    #[error(
+        "the policy is wrong:\n  {0}\n  \
+         help: mend it (mapdirect policy check), or move it away"
+    )]
+    Policy(String),
     /// Another guard is running already.
     #[error("another guard listens at {0}; end it first, or give another --socket")]
     AlreadyRunning(PathBuf),
@@ -166,6 +175,11 @@ impl Shared {
     }
 }
 
+fn list(errors: &[PolicyError]) -> String {
+    let lines: Vec<_> = errors.iter().map(ToString::to_string).collect();
+    lines.join("\n  ")
+}
+
 /// The stack size of a client's thread: a grant needs some 40 KiB.
 const SESSION_STACK: usize = 256 * 1024;
 
@@ -185,8 +199,11 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         errno,
     })?;
     let limits = Limits::of_process(raise_descriptor_limit());
+    let delegation = Delegation::new(config.policy.clone(), descriptor_limit())
+        .map_err(|errors| StartError::Policy(list(&errors)))?;
     let opened = open_gate(&config)?;
-    let guard = Guard::new(opened.gate(), limits).map_err(|errno| StartError::System {
+    let guard = Guard::new(opened.gate(), limits, delegation);
+    let guard = guard.map_err(|errno| StartError::System {
         call: "preparing to start",
         errno,
     })?;
@@ -254,6 +271,10 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             });
         }),
     )?;
+    spawn(
+        "policy",
+        Box::new(|shared| delegation::ends::run(&shared.guard)),
+    )?;
     let accepting = Arc::clone(&shared);
     spawn(
         "accept",
@@ -293,6 +314,15 @@ impl Running {
     #[must_use]
     pub fn without_tripwire(&self) -> Option<String> {
         self.shared.guard.tripwire.missing()
+    }
+
+    /// Reads the policy again, and returns the number of its rules.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is wrong with it. The policy then stays as it was.
+    pub fn reload_policy(&self) -> Result<usize, Vec<PolicyError>> {
+        self.shared.guard.delegation.reload()
     }
 
     /// The gate that the guard has.
@@ -489,7 +519,12 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
         let Ok(peer) = socket.peer() else {
             continue;
         };
-        let place = match places.take(peer.uid, Standing::of(peer)) {
+        // Nothing of this is read from /proc, where a stranger could make it wait.
+        let is_named = || {
+            let groups = socket.peer_groups().unwrap_or_default();
+            shared.guard.delegation.names(peer.uid, &groups)
+        };
+        let place = match places.take(peer.uid, Standing::of(peer, is_named)) {
             Ok(place) => place,
             Err(refusal) => {
                 refuse(&socket, refusal);
@@ -505,7 +540,7 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
             .name(String::from("session"))
             .stack_size(SESSION_STACK)
             .spawn(move || {
-                if place.standing() == Standing::Stranger {
+                if matches!(place.standing(), Standing::Stranger | Standing::Named) {
                     let own = rustix::thread::gettid();
                     // If this fails, the client is served all the same.
                     let _ = rustix::process::setpriority_process(Some(own), LEAST_URGENT);
@@ -529,8 +564,8 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
     }
 }
 
-/// The nice value of threads that serve strangers: a crowd of strangers must
-/// not keep the processors from clients that pin.
+/// The nice value of threads that serve clients without the capability: a crowd of
+/// them must not keep the processors from clients that have it.
 const LEAST_URGENT: i32 = 19;
 
 /// Tells a client that it is not served. A client that has already said hello

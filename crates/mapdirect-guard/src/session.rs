@@ -10,8 +10,14 @@
 //! would keep all descriptors of a killed guard open, and so its gate, at which
 //! nobody answers any more. So the descriptors of a client without the
 //! capability are received, looked at and closed by a thread that has no other
-//! descriptors.
+//! descriptors. A file comes out of it only if the policy allows the request, and
+//! the file is one of XFS or ext4.
 
+mod hear;
+mod rights;
+
+use self::hear::understand;
+use crate::delegation::{self, Admission, Peer};
 use crate::family::Family;
 use crate::grant::allocate::{self, Allocated};
 use crate::grant::giving_way::{self, GivenWay};
@@ -21,12 +27,12 @@ use crate::places::Place;
 use crate::table::{Announcement, InodeId};
 use crate::{Errno, Guard, status};
 use mapdirect_proto::{
-    AllocateRequest, DecodeError, Flags, MAX_MESSAGE, PinRequest, PinnedRange, Reason, Refusal,
+    AllocateRequest, Flags, MAX_MESSAGE, OLDEST_VERSION, PinRequest, PinnedRange, Reason, Refusal,
     Reply, Request, VERSION, WatchedPin, YieldRequest,
 };
 use mapdirect_sys::memfd::{self, Prover};
-use mapdirect_sys::unix::{Received, Sender, Socket};
-use mapdirect_sys::{capget, descriptors, proc};
+use mapdirect_sys::unix::{Sender, Socket};
+use mapdirect_sys::{proc, proc_status};
 use rustix::fs::OFlags;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -45,10 +51,12 @@ const IDLE: Duration = Duration::from_secs(10);
 pub(crate) struct Session<'guard> {
     guard: &'guard Guard,
     socket: Arc<Socket>,
-    /// The process that connected, and its user at that time.
-    peer: Sender,
+    /// The process that connected.
+    peer: Peer,
     challenge: [u8; 32],
     greeted: bool,
+    /// The version of the protocol that both sides speak.
+    version: u32,
     /// The process that has proven the capability on this connection. It is the
     /// one that connected.
     proven: Option<Prover>,
@@ -77,9 +85,14 @@ enum Handed {
     File(OwnedFd),
     Proof(Option<Prover>),
     Pins(Result<Vec<PinnedRange>, Refusal>),
-    /// A descriptor that is of no use without the capability, and that is
-    /// closed already.
-    Useless,
+    /// What allows a request of a client without the capability. The file is on
+    /// its way out of a thread apart.
+    Passed(Admission),
+    /// The same, with the file.
+    Admitted(OwnedFd, Admission),
+    /// A descriptor that is of no use to a client without the capability, and
+    /// that is closed already.
+    Useless(Refusal),
 }
 
 /// Why a conversation ends.
@@ -102,7 +115,7 @@ impl<'guard> Session<'guard> {
         socket.tell_senders()?;
         socket.set_send_timeout(SEND_PATIENCE)?;
         socket.set_receive_timeout(Some(IDLE))?;
-        let peer = socket.peer()?;
+        let peer = Peer::of(&socket)?;
         let mut challenge = [0; 32];
         rustix::rand::getrandom(&mut challenge, rustix::rand::GetRandomFlags::empty())?;
         Ok(Self {
@@ -111,6 +124,7 @@ impl<'guard> Session<'guard> {
             peer,
             challenge,
             greeted: false,
+            version: OLDEST_VERSION,
             proven: None,
             family: None,
             announced: Vec::new(),
@@ -147,49 +161,6 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    /// Waits for a message of the client. Returns `None` when the client is
-    /// gone.
-    fn listen(&self, buffer: &mut [u8]) -> Result<Option<Said>, Errno> {
-        if self.proven.is_none() && self.socket.next_has_descriptors()? {
-            let builder = std::thread::Builder::new()
-                .name(String::from("doorman"))
-                .stack_size(256 * 1024);
-            return descriptors::apart(builder, self.socket.as_fd(), || self.hear(buffer, false))
-                .map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::NOMEM))?;
-        }
-        self.hear(buffer, true)
-    }
-
-    /// Receives a message. A descriptor is closed again if it has told
-    /// everything at once, or if it is not to be kept (`keep`).
-    fn hear(&self, buffer: &mut [u8], keep: bool) -> Result<Option<Said>, Errno> {
-        let mut received = self.socket.receive(buffer)?;
-        if let Some(dormancy) = self.guard.gate.dormancy() {
-            dormancy.catch_up();
-        }
-        if received.length == 0 {
-            return Ok(None);
-        }
-        let request = understand(buffer, &received);
-        let handed = match (&request, received.fds.pop()) {
-            (_, None) => Handed::Nothing,
-            (Ok(Request::Prove), Some(proof)) => {
-                let prover = memfd::check_immutable_capability(proof.as_fd(), &self.challenge);
-                Handed::Proof(prover.unwrap_or_default())
-            }
-            (Ok(Request::Query), Some(file)) => {
-                Handed::Pins(grant::pins_of(self.guard, file.as_fd()))
-            }
-            (_, Some(file)) if keep => Handed::File(file),
-            _ => Handed::Useless,
-        };
-        Ok(Some(Said {
-            request,
-            sender: received.sender,
-            handed,
-        }))
-    }
-
     fn answer(&mut self, said: Said) -> Result<(), End> {
         let request = match said.request {
             Ok(request) => request,
@@ -212,14 +183,55 @@ impl<'guard> Session<'guard> {
             }
             (Request::Prove, Handed::Proof(prover)) => self.prove(prover, sender),
             (Request::Query, Handed::Pins(pins)) => self.tell_pins(pins),
-            (Request::Pin(pin), Handed::File(file)) => self.pin(pin, file, sender),
+            (Request::Pin(pin), Handed::File(file)) => {
+                let owner = self.authorise(sender);
+                self.pin(pin, file, owner, None)
+            }
+            (Request::Pin(pin), Handed::Admitted(file, admission)) => {
+                let owner = self.require_peer(sender);
+                self.pin(pin, file, owner, Some(&admission))
+            }
             (Request::Allocate(allocate), Handed::File(file)) => {
-                self.allocate(*allocate, file, sender)
+                let owner = self.authorise(sender);
+                self.allocate(*allocate, file, owner)
+            }
+            (Request::Allocate(allocate), Handed::Admitted(file, admission)) => {
+                let owner = self.require_peer(sender);
+                match self.guard.delegation.turn(admission.uid) {
+                    Ok(_turn) => self.allocate(*allocate, file, owner),
+                    Err(refusal) => self.refuse(refusal),
+                }
             }
             (Request::Announce { tid }, Handed::File(file)) => {
-                self.announce(*tid, file.as_fd(), sender)
+                let owner = self.authorise(sender);
+                self.announce(*tid, file.as_fd(), owner)
             }
-            (Request::Yield(range), Handed::File(file)) => self.give_way(*range, file, sender),
+            (Request::Announce { tid }, Handed::Admitted(file, _)) => {
+                let owner = self.require_peer(sender);
+                self.announce(*tid, file.as_fd(), owner)
+            }
+            (Request::Arm(arm), Handed::File(file)) => {
+                let arms = &self.guard.delegation.arms;
+                self.order(sender, || arms.arm(arm, file.as_fd()))
+            }
+            (Request::Disarm, Handed::File(file)) => {
+                let arms = &self.guard.delegation.arms;
+                self.order(sender, || arms.disarm(file.as_fd()))
+            }
+            (Request::Unpin(pin), Handed::Nothing) => {
+                self.order(sender, || delegation::ends::unpin(self.guard, *pin))
+            }
+            (Request::Yield(range), Handed::File(file)) => {
+                let owner = self.authorise(sender);
+                self.give_way(*range, file, owner)
+            }
+            (Request::Yield(range), Handed::Admitted(file, admission)) => {
+                let owner = self.require_peer(sender);
+                match self.guard.delegation.turn(admission.uid) {
+                    Ok(_turn) => self.give_way(*range, file, owner),
+                    Err(refusal) => self.refuse(refusal),
+                }
+            }
             (Request::Keeper { pid }, Handed::Nothing) => self.name_keeper(*pid, sender),
             (Request::Resume, Handed::Nothing) => {
                 self.hold_again();
@@ -229,9 +241,11 @@ impl<'guard> Session<'guard> {
                 Request::Pin(_)
                 | Request::Allocate(_)
                 | Request::Yield(_)
-                | Request::Announce { .. },
-                Handed::Useless,
-            ) => self.refuse(not_capable()),
+                | Request::Announce { .. }
+                | Request::Arm(_)
+                | Request::Disarm,
+                Handed::Useless(refusal),
+            ) => self.refuse(refusal),
             (Request::Status, Handed::Nothing) => self.status(),
             (Request::Barrier, Handed::Nothing) => Ok(self.send(&Reply::Done, &[])?),
             (Request::Ended(pin), Handed::Nothing) => self.ended(*pin),
@@ -267,6 +281,7 @@ impl<'guard> Session<'guard> {
             return Err(End::Nonsense);
         }
         self.greeted = true;
+        self.version = version.min(VERSION);
         Ok(self.send(
             &Reply::Welcome {
                 version: VERSION,
@@ -278,92 +293,33 @@ impl<'guard> Session<'guard> {
         )?)
     }
 
-    /// Checks a proof. A proof counts only for the process that made it, and
-    /// only on this connection: if somebody makes a privileged program produce
-    /// the proof, it names that other process.
-    fn prove(&mut self, prover: Option<Prover>, sender: Option<Sender>) -> Result<(), End> {
-        let proven = match prover {
-            Some(prover) => self.require_prover(prover, sender).map(|()| prover),
-            None => Err(not_capable()),
-        };
-        match proven {
-            Ok(prover) => {
-                self.proven = Some(prover);
-                Ok(self.send(&Reply::Done, &[])?)
-            }
+    /// Carries out an order of somebody with the capability.
+    fn order(
+        &self,
+        sender: Option<Sender>,
+        order: impl FnOnce() -> Result<(), Refusal>,
+    ) -> Result<(), End> {
+        match self.authorise(sender).and_then(|_| order()) {
+            Ok(()) => Ok(self.send(&Reply::Done, &[])?),
             Err(refusal) => self.refuse(refusal),
         }
     }
 
-    fn require_prover(&self, prover: Prover, sender: Option<Sender>) -> Result<(), Refusal> {
-        let sender = self.require_peer(sender)?;
-        if prover.pid == sender.pid && proc::start_time(sender.pid) == Ok(prover.start) {
-            return Ok(());
-        }
-        Err(refusal(
-            Reason::NotCapable,
-            Errno::ACCESS,
-            format!(
-                "process {} hands in a proof that another made, process {} of its PID namespace",
-                sender.pid, prover.pid
-            ),
-            "prove in the process that asks, in the PID and time namespaces of the guard",
-        ))
-    }
-
-    /// The sender of a request, if the kernel says that it is the process that
-    /// connected.
-    fn require_peer(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
-        match sender {
-            Some(sender) if sender.pid > 0 && sender.pid == self.peer.pid => Ok(sender),
-            Some(sender) => Err(refusal(
-                Reason::NotCapable,
-                Errno::ACCESS,
-                format!(
-                    "process {} speaks on the connection of process {}",
-                    sender.pid, self.peer.pid
-                ),
-                "connect again in every process",
-            )),
-            None => Err(refusal(
-                Reason::NotCapable,
-                Errno::ACCESS,
-                "the kernel does not say who asks",
-                "connect again",
-            )),
-        }
-    }
-
-    /// Checks whether the sender of a request may pin: the capability was
-    /// proven on this connection by the very process that speaks now, and that
-    /// process has not given it up since.
-    fn authorise(&self, sender: Option<Sender>) -> Result<Sender, Refusal> {
-        let Some(prover) = self.proven else {
-            return Err(not_capable());
-        };
-        let sender = self.require_peer(sender)?;
-        // In a user namespace of its own, every process has all capabilities.
-        let initial = proc::in_initial_user_namespace(sender.pid) == Ok(true);
-        let capable = capget::effective(sender.pid)
-            .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE));
-        // This check comes last: if the process number still names the process
-        // that made the proof, it also did during the checks before.
-        let same = proc::start_time(sender.pid) == Ok(prover.start);
-        if initial && capable && same {
-            Ok(sender)
-        } else {
-            Err(not_capable())
-        }
-    }
-
-    fn pin(&mut self, pin: &PinRequest, file: OwnedFd, sender: Option<Sender>) -> Result<(), End> {
-        let granted = self.authorise(sender).and_then(|sender| {
+    fn pin(
+        &mut self,
+        pin: &PinRequest,
+        file: OwnedFd,
+        owner: Result<Sender, Refusal>,
+        admission: Option<&Admission>,
+    ) -> Result<(), End> {
+        let guard = self.guard;
+        let granted = owner.and_then(|owner| {
             self.check_mapping(pin)?;
-            self.begin_family(pin, sender)?;
-            grant::grant(self.guard, pin, file, sender, self)
+            self.begin_family(pin, owner)?;
+            grant::grant(guard, pin, file, owner, admission, self)
         });
-        if let (Ok(grant), Some(prover)) = (&granted, self.proven) {
-            grant.pin.fate.asked_by(prover.pid, prover.start);
+        if let (Ok(grant), Some(start)) = (&granted, self.peer.start) {
+            grant.pin.fate.asked_by(self.peer.sender.pid, start);
         }
         match granted {
             Ok(Grant {
@@ -389,10 +345,13 @@ impl<'guard> Session<'guard> {
     }
 
     /// Takes an ancestor of the process that asks for the root of its family:
-    /// for a supervisor that is not itself an ancestor of whom it supervises.
+    /// for a supervisor that is not itself an ancestor of whom it supervises. The
+    /// number is the one that the ancestor has in the sender's PID namespace.
     fn name_keeper(&mut self, pid: i32, sender: Option<Sender>) -> Result<(), End> {
         let named = self.require_peer(sender).and_then(|sender| {
-            let family = Family::of(pid).map_err(|errno| grant::system("pidfd_open", errno))?;
+            let known = proc_status::ancestor_known_as(sender.pid, pid);
+            let known = known.map_err(|errno| grant::system("finding an ancestor", errno))?;
+            let family = Family::of(known).map_err(|errno| grant::system("pidfd_open", errno))?;
             if family.may_have(sender.pid) {
                 return Ok(family);
             }
@@ -419,9 +378,11 @@ impl<'guard> Session<'guard> {
             return Ok(());
         }
         let family = Family::of(sender.pid).map_err(|errno| grant::system("pidfd_open", errno))?;
-        // If the number names the process that proved the capability now, it
-        // has named it before.
-        self.authorise(Some(sender))?;
+        // If the number names the process that connected now, it has named it
+        // before.
+        if !self.peer.is_there() {
+            return Err(grant::gone());
+        }
         self.family = Some(Arc::new(family));
         Ok(())
     }
@@ -467,9 +428,9 @@ impl<'guard> Session<'guard> {
         &mut self,
         request: AllocateRequest,
         file: OwnedFd,
-        sender: Option<Sender>,
+        owner: Result<Sender, Refusal>,
     ) -> Result<(), End> {
-        let Allocated { now, result } = match self.authorise(sender) {
+        let Allocated { now, result } = match owner {
             Ok(sender) => {
                 let is_wanted = || self.socket.peer_is_gone() == Ok(false);
                 allocate::allocate(self.guard, request, file, sender, &is_wanted)
@@ -490,11 +451,11 @@ impl<'guard> Session<'guard> {
         &mut self,
         range: YieldRequest,
         file: OwnedFd,
-        sender: Option<Sender>,
+        owner: Result<Sender, Refusal>,
     ) -> Result<(), End> {
         /// The most ranges of one client that give way at a time.
         const MOST: usize = 256;
-        let given = self.authorise(sender).and_then(|sender| {
+        let given = owner.and_then(|sender| {
             if self.given_way.len() >= MOST {
                 return Err(refusal(
                     Reason::Limit,
@@ -544,11 +505,9 @@ impl<'guard> Session<'guard> {
         &mut self,
         tid: i32,
         path: BorrowedFd<'_>,
-        sender: Option<Sender>,
+        owner: Result<Sender, Refusal>,
     ) -> Result<(), End> {
-        let announced = self
-            .authorise(sender)
-            .and_then(|sender| self.let_in(tid, path, sender));
+        let announced = owner.and_then(|owner| self.let_in(tid, path, owner));
         match announced {
             Ok(announcement) => {
                 let now = Instant::now();
@@ -568,6 +527,13 @@ impl<'guard> Session<'guard> {
         path: BorrowedFd<'_>,
         sender: Sender,
     ) -> Result<Option<Arc<Announcement>>, Refusal> {
+        // The thread gave its number as its own PID namespace has it.
+        let tid = match proc_status::ids(sender.pid) {
+            Ok(ids) if ids.numbers.len() > 1 => {
+                proc_status::thread_known_as(sender.pid, tid).unwrap_or(0)
+            }
+            _ => tid,
+        };
         let start = proc::thread_start_time(sender.pid, tid).ok();
         let is_path = rustix::fs::fcntl_getfl(path).is_ok_and(|flags| flags.contains(OFlags::PATH));
         let (Some(start), true) = (start.filter(|_| tid > 0), is_path) else {
@@ -599,8 +565,9 @@ impl<'guard> Session<'guard> {
     }
 
     fn status(&self) -> Result<(), End> {
-        let privileged = self.proven.is_some() || self.peer.uid == 0;
-        let status = status::gather(self.guard, (!privileged).then_some(self.peer.uid));
+        let uid = self.peer.sender.uid;
+        let privileged = self.proven.is_some() || uid == 0;
+        let status = status::gather(self.guard, (!privileged).then_some(uid));
         match memfd::sealed("mapdirect-status", &mapdirect_proto::encode_status(&status)) {
             Ok(file) => Ok(self.send(&Reply::Status, &[file.as_fd()])?),
             Err(errno) => self.refuse(refusal(
@@ -666,22 +633,6 @@ impl Drop for Session<'_> {
     }
 }
 
-/// Parses a request and checks the number of its descriptors.
-fn understand(buffer: &[u8], received: &Received) -> Result<Request, Refusal> {
-    if received.truncated {
-        return Err(protocol("the message is too long"));
-    }
-    let bytes = buffer.get(..received.length).unwrap_or_default();
-    let request = Request::decode(bytes).map_err(|error: DecodeError| protocol(error))?;
-    if received.fds.len() == request.descriptors() {
-        Ok(request)
-    } else {
-        Err(protocol(
-            "the message carries another number of descriptors than it must",
-        ))
-    }
-}
-
 /// The help for a client that speaks another version of the protocol.
 const OTHER_VERSION: &str = "use the library of the same version as the guard";
 
@@ -691,14 +642,5 @@ fn protocol(what: impl std::fmt::Display) -> Refusal {
         Errno::PROTO,
         what.to_string(),
         OTHER_VERSION,
-    )
-}
-
-fn not_capable() -> Refusal {
-    refusal(
-        Reason::NotCapable,
-        Errno::ACCESS,
-        "the caller lacks CAP_LINUX_IMMUTABLE in the initial user namespace",
-        "run it as root, or give it the capability: setcap cap_linux_immutable+ep PROGRAM",
     )
 }

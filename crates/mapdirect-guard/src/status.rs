@@ -3,7 +3,7 @@
 use crate::Guard;
 use crate::openers::{Openers, Wanted, processes_of};
 use crate::table::Watched;
-use mapdirect_proto::status::{FileStatus, Holder, PinStatus, Status};
+use mapdirect_proto::status::{Delegated, FileStatus, Holder, PinStatus, Status};
 use std::collections::BTreeMap;
 
 /// Gathers the state. For a caller without privileges, names, processes and
@@ -55,6 +55,12 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         recent,
         breached,
         breaches,
+        policy: Some(guard.delegation.status(only_uid.is_none())),
+        armed: if only_uid.is_none() {
+            guard.delegation.arms.status()
+        } else {
+            Vec::new()
+        },
     }
 }
 
@@ -76,6 +82,10 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
             frozen,
             breaches: pin.fate.summary().0,
             lost: pin.fate.summary().1.unwrap_or_default(),
+            delegated: pin.delegated().map(|delegated| Delegated {
+                rule: delegated.rule().unwrap_or_default().to_owned(),
+                left: delegated.left(),
+            }),
         })
         .collect();
     if live.is_empty() {

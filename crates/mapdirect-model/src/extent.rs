@@ -60,6 +60,19 @@ impl ExtentState {
         matches!(self, Self::Unwritten | Self::Hole | Self::Shared)
     }
 
+    /// What an agent may do to blocks in this state by itself, on the device,
+    /// while a pin of strength `all` keeps them there. (A pin of strength `stable`
+    /// holds no shared blocks.)
+    #[must_use]
+    pub const fn raw_access(self) -> RawAccess {
+        match self {
+            Self::Written => RawAccess::ReadWrite,
+            // A write would change the other files, too.
+            Self::Shared => RawAccess::Read,
+            _ => RawAccess::None,
+        }
+    }
+
     /// The name of the state in output and documentation.
     #[must_use]
     pub const fn name(self) -> &'static str {
@@ -93,6 +106,32 @@ impl ExtentState {
 impl fmt::Display for ExtentState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(self.name())
+    }
+}
+
+/// What may be done to blocks of a file by going to the device itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum RawAccess {
+    /// The bytes there are those of the file, and its alone.
+    ReadWrite,
+    /// The bytes there are those of the file, and of others.
+    Read,
+    /// There are no blocks, or the bytes there are not those of the file. In
+    /// blocks that were never written they may be those of somebody else's
+    /// deleted file.
+    None,
+}
+
+impl RawAccess {
+    /// The name in output and documentation.
+    #[must_use]
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::ReadWrite => "read-write",
+            Self::Read => "read",
+            Self::None => "none",
+        }
     }
 }
 

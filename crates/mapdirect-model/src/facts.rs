@@ -115,6 +115,23 @@ impl Obstacle {
     }
 }
 
+impl Filesystem {
+    /// The filesystem of a file. The server of a filesystem may make this wait.
+    ///
+    /// # Errors
+    ///
+    /// Any error of `fstatfs(2)`.
+    pub fn of(file: BorrowedFd<'_>) -> Result<Self, Errno> {
+        rustix::fs::fstatfs(file).map(|statfs| filesystem_of(&statfs))
+    }
+}
+
+fn filesystem_of(statfs: &rustix::fs::StatFs) -> Filesystem {
+    // f_type is a signed long, and some magic numbers do not fit into it.
+    // So only the lower half is compared.
+    filesystem(u64::from_ne_bytes(statfs.f_type.to_ne_bytes()) & 0xffff_ffff)
+}
+
 fn filesystem(magic: u64) -> Filesystem {
     // Magic numbers of include/uapi/linux/magic.h and of the filesystems.
     let name = match magic {
@@ -154,10 +171,7 @@ impl FileFacts {
     pub fn read(file: BorrowedFd<'_>) -> Result<Self, Errno> {
         let stat = rustix::fs::fstat(file)?;
         let statfs = rustix::fs::fstatfs(file)?;
-        // f_type is a signed long, and some magic numbers do not fit into it.
-        // So only the lower half is compared.
-        let magic = u64::from_ne_bytes(statfs.f_type.to_ne_bytes()) & 0xffff_ffff;
-        let filesystem = filesystem(magic);
+        let filesystem = filesystem_of(&statfs);
         let file_type = FileType::from_raw_mode(stat.st_mode);
         let statx = rustix::fs::statx(
             file,

@@ -17,5 +17,5 @@ pub mod facts;
 pub mod held;
 pub mod plan;
 
-pub use extent::{BlockMap, DeviceId, Extent, ExtentState};
+pub use extent::{BlockMap, DeviceId, Extent, ExtentState, RawAccess};
 pub use facts::{FileFacts, Filesystem, Obstacle, ObstacleKind};

@@ -30,6 +30,9 @@ pub(crate) mod kind {
     pub(crate) const ENDED: u16 = 9;
     pub(crate) const WATCH: u16 = 10;
     pub(crate) const BARRIER: u16 = 11;
+    pub(crate) const UNPIN: u16 = 12;
+    pub(crate) const ARM: u16 = 13;
+    pub(crate) const DISARM: u16 = 14;
     pub(crate) const YIELD: u16 = 15;
     pub(crate) const RESUME: u16 = 16;
     pub(crate) const KEEPER: u16 = 17;

@@ -15,8 +15,8 @@
 //!   Hello (version)  ───────────────────▶
 //!                    ◀───────────────────  Welcome (version, challenge),
 //!                                          or Refused
-//!   Prove + memfd    ───────────────────▶         once per connection
-//!                    ◀───────────────────  Done
+//!   Prove + memfd    ───────────────────▶         once per connection, unless
+//!                    ◀───────────────────  Done   the policy is to decide
 //!   Pin + file       ───────────────────▶
 //!                    ◀───────────────────  Swap + file      only if the
 //!   Swapped          ───────────────────▶                   file was opened
@@ -33,6 +33,8 @@
 //!                    ◀───────────────────  Done, or Refused
 //!   Allocate + file  ───────────────────▶
 //!                    ◀───────────────────  Granted, if anything changed
+//!                    ◀───────────────────  Done, or Refused
+//!   Arm, Disarm + file, Unpin ──────────▶
 //!                    ◀───────────────────  Done, or Refused
 //!
 //! on a connection of its own, by which the guard speaks unasked:
@@ -65,10 +67,13 @@ pub use notice::{Breach, Cause, Notice};
 pub use reason::Reason;
 pub use refusal::{Opener, Refusal};
 pub use reply::{Gate, Granted, PinnedRange, Reply};
-pub use request::{AllocateRequest, Flags, PinRequest, Request, WatchedPin, YieldRequest};
+pub use request::{
+    AllocateRequest, ArmRequest, Flags, PinRequest, Request, WatchedPin, Who, YieldRequest,
+};
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
 pub use version::{
-    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, settle,
+    OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
+    VERSION_WITH_POLICY, settle,
 };
 pub use wire::DecodeError;
 

@@ -108,6 +108,8 @@ reasons! {
     NoSpace = 29, "no-space";
     /// Blocks of the pin have changed, and the mapping was revoked.
     Breached = 40, "breached";
+    /// The guard's policy does not allow it to this caller.
+    Policy = 50, "policy";
 }
 
 impl fmt::Display for Reason {

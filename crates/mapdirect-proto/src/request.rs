@@ -3,6 +3,7 @@
 use crate::MAGIC;
 use crate::envelope::{Body, Empty, HEADER, kind, message};
 use crate::wire::{DecodeError, wire_len};
+use std::fmt;
 use std::ops::BitOr;
 use zerocopy::little_endian::{I32, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -188,6 +189,61 @@ pub enum Request {
     /// at any time. The guard never waits for a reader: if it cannot deliver a
     /// notice, it closes the connection.
     Watch(Vec<WatchedPin>),
+    /// Asks to end the pin with this number. Needs the capability, as the two
+    /// requests below do, and version 3.
+    Unpin(u64),
+    /// Asks to let somebody else pin a file for a while. The file comes with it.
+    Arm(ArmRequest),
+    /// Asks to take back every such permission for a file, which comes with it.
+    Disarm,
+}
+
+/// Somebody who may pin without the capability.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Who {
+    /// A user, by number.
+    User(u32),
+    /// Everybody in a group, by number.
+    Group(u32),
+}
+
+/// Lets somebody pin a file for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ArmRequest {
+    /// Who may pin it.
+    pub who: Who,
+    /// The first byte that may be pinned.
+    pub offset: u64,
+    /// The number of bytes; 0 means without end.
+    pub length: u64,
+    /// For how many seconds from now.
+    pub seconds: u32,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User(uid) => write!(f, "user {uid}"),
+            Self::Group(gid) => write!(f, "group {gid}"),
+        }
+    }
+}
+
+impl Who {
+    pub(crate) const fn to_wire(self) -> (u32, u32) {
+        match self {
+            Self::User(uid) => (1, uid),
+            Self::Group(gid) => (2, gid),
+        }
+    }
+
+    pub(crate) const fn from_wire(kind: u32, id: u32) -> Result<Self, DecodeError> {
+        match kind {
+            1 => Ok(Self::User(id)),
+            2 => Ok(Self::Group(id)),
+            _ => Err(DecodeError::Newer),
+        }
+    }
 }
 
 /// A pin, and the file by which the guard finds it.
@@ -303,6 +359,23 @@ struct AllocateRecord {
     length: U64,
 }
 
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct UnpinRecord {
+    pin: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct ArmRecord {
+    kind: U32,
+    id: U32,
+    offset: U64,
+    length: U64,
+    seconds: U32,
+    reserved: U32,
+}
+
 /// The most pins that one request to watch can name.
 pub const MAX_WATCHED: usize = 1024;
 
@@ -320,8 +393,10 @@ impl Request {
             | Self::Pin(_)
             | Self::Query
             | Self::Announce { .. }
+            | Self::Allocate(_)
             | Self::Yield(_)
-            | Self::Allocate(_) => 1,
+            | Self::Arm(_)
+            | Self::Disarm => 1,
             Self::Hello { .. }
             | Self::Swapped
             | Self::Status
@@ -329,7 +404,8 @@ impl Request {
             | Self::Resume
             | Self::Keeper { .. }
             | Self::Ended(_)
-            | Self::Watch(_) => 0,
+            | Self::Watch(_)
+            | Self::Unpin(_) => 0,
         }
     }
 
@@ -391,6 +467,23 @@ impl Request {
                 message(kind::ALLOCATE, &record, &[])
             }
             Self::Watch(pins) => encode_watch(pins),
+            Self::Unpin(pin) => {
+                let record = UnpinRecord { pin: (*pin).into() };
+                message(kind::UNPIN, &record, &[])
+            }
+            Self::Arm(arm) => {
+                let (who, id) = arm.who.to_wire();
+                let record = ArmRecord {
+                    kind: who.into(),
+                    id: id.into(),
+                    offset: arm.offset.into(),
+                    length: arm.length.into(),
+                    seconds: arm.seconds.into(),
+                    reserved: 0.into(),
+                };
+                message(kind::ARM, &record, &[])
+            }
+            Self::Disarm => message(kind::DISARM, &Empty {}, &[]),
         }
     }
 
@@ -476,6 +569,23 @@ impl Request {
                 })
             }
             kind::WATCH => Self::Watch(decode_watch(body)?),
+            kind::UNPIN => {
+                let record: UnpinRecord = body.only()?;
+                Self::Unpin(record.pin.get())
+            }
+            kind::ARM => {
+                let record: ArmRecord = body.only()?;
+                Self::Arm(ArmRequest {
+                    who: Who::from_wire(record.kind.get(), record.id.get())?,
+                    offset: record.offset.get(),
+                    length: record.length.get(),
+                    seconds: record.seconds.get(),
+                })
+            }
+            kind::DISARM => {
+                let Empty {} = body.only()?;
+                Self::Disarm
+            }
             other => return Err(DecodeError::Kind(other)),
         })
     }

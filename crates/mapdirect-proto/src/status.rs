@@ -4,7 +4,7 @@
 use crate::extent::DeviceId;
 use crate::notice::Breach;
 use crate::reply::Gate;
-use crate::request::Flags;
+use crate::request::{Flags, Who};
 use std::ops::Range;
 
 /// A process that uses a pinned file.
@@ -43,6 +43,44 @@ pub struct PinStatus {
     pub breaches: u64,
     /// Why the pin is kept no longer. Empty as long as it is kept.
     pub lost: String,
+    /// What allowed it to a holder without the capability.
+    pub delegated: Option<Delegated>,
+}
+
+/// What allowed a pin to a holder without the capability.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delegated {
+    /// The name of the rule. Empty if it is not known any more.
+    pub rule: String,
+    /// How many seconds the pin may still last. `None` means as long as it is
+    /// held.
+    pub left: Option<u64>,
+}
+
+/// A file that somebody without the capability may pin for a while.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Armed {
+    /// Device of the filesystem.
+    pub device: DeviceId,
+    /// Inode number.
+    pub inode: u64,
+    /// The path when the file was armed.
+    pub path: String,
+    /// Who may pin it.
+    pub who: Who,
+    /// The bytes that may be pinned.
+    pub range: Range<u64>,
+    /// For how many more seconds.
+    pub left: u64,
+}
+
+/// The guard's policy, as far as everybody may know it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PolicyStatus {
+    /// The number of rules.
+    pub rules: u32,
+    /// What was wrong when the policy was last read. Empty if nothing was.
+    pub error: String,
 }
 
 /// A file with pins.
@@ -105,4 +143,8 @@ pub struct Status {
     pub breached: u64,
     /// The latest breaches, oldest first.
     pub breaches: Vec<Breach>,
+    /// The policy. `None` from a guard that knows none.
+    pub policy: Option<PolicyStatus>,
+    /// What is armed.
+    pub armed: Vec<Armed>,
 }

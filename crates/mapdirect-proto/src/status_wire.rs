@@ -5,8 +5,10 @@
 use crate::extent::DeviceId;
 use crate::notice::{Breach, BreachRecord};
 use crate::reply::Gate;
-use crate::request::Flags;
-use crate::status::{FileStatus, Holder, PinStatus, RefusedOperation, Status};
+use crate::request::{Flags, Who};
+use crate::status::{
+    Armed, Delegated, FileStatus, Holder, PinStatus, PolicyStatus, RefusedOperation, Status,
+};
 use crate::wire::{DecodeError, Reader, clipped, wire_len};
 use zerocopy::little_endian::{I32, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -32,6 +34,9 @@ mod kind {
     pub(super) const HOLDER: u16 = 5;
     pub(super) const RECENT: u16 = 6;
     pub(super) const BREACH: u16 = 7;
+    pub(super) const DELEGATED: u16 = 8;
+    pub(super) const ARMED: u16 = 9;
+    pub(super) const POLICY: u16 = 10;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -74,6 +79,34 @@ struct PinRecord {
     stable: U64,
     frozen: U64,
     breaches: U64,
+}
+
+/// Belongs to the pin before it; the text is the rule.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct DelegatedRecord {
+    /// `u64::MAX` if there is no limit.
+    left: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct ArmedRecord {
+    major: U32,
+    minor: U32,
+    inode: U64,
+    kind: U32,
+    id: U32,
+    start: U64,
+    end: U64,
+    left: U64,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct PolicyRecord {
+    rules: U32,
+    reserved: U32,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -175,6 +208,13 @@ impl Status {
             for pin in &file.pins {
                 let lost = clipped(&pin.lost, MAX_TEXT);
                 put(&mut bytes, kind::PIN, &pin_record(pin), &[lost.as_bytes()]);
+                if let Some(delegated) = &pin.delegated {
+                    let record = DelegatedRecord {
+                        left: delegated.left.unwrap_or(u64::MAX).into(),
+                    };
+                    let rule = clipped(&delegated.rule, MAX_TEXT);
+                    put(&mut bytes, kind::DELEGATED, &record, &[rule.as_bytes()]);
+                }
             }
             for holder in &file.holders {
                 let record = HolderRecord {
@@ -213,6 +253,29 @@ impl Status {
             let (record, tail) = breach.to_wire();
             put(&mut bytes, kind::BREACH, &record, &[&tail]);
         }
+        if let Some(policy) = &self.policy {
+            let record = PolicyRecord {
+                rules: policy.rules.into(),
+                reserved: 0.into(),
+            };
+            let error = clipped(&policy.error, MAX_TEXT);
+            put(&mut bytes, kind::POLICY, &record, &[error.as_bytes()]);
+        }
+        for armed in &self.armed {
+            let (who, id) = armed.who.to_wire();
+            let record = ArmedRecord {
+                major: armed.device.major.into(),
+                minor: armed.device.minor.into(),
+                inode: armed.inode.into(),
+                kind: who.into(),
+                id: id.into(),
+                start: armed.range.start.into(),
+                end: armed.range.end.into(),
+                left: armed.left.into(),
+            };
+            let path = clipped(&armed.path, MAX_TEXT);
+            put(&mut bytes, kind::ARMED, &record, &[path.as_bytes()]);
+        }
         bytes
     }
 
@@ -235,6 +298,8 @@ impl Status {
             recent: Vec::new(),
             breached: 0,
             breaches: Vec::new(),
+            policy: None,
+            armed: Vec::new(),
         };
         while !reader.is_empty() {
             let header: RecordHeader = reader.record()?;
@@ -290,6 +355,37 @@ impl Status {
                     frozen: record.frozen.get(),
                     breaches: record.breaches.get(),
                     lost: body.text(body.remaining())?,
+                    delegated: None,
+                });
+            }
+            kind::DELEGATED => {
+                let record: DelegatedRecord = body.extensible(fixed)?;
+                let file = self.files.last_mut().ok_or(DecodeError::Value("file"))?;
+                let pin = file.pins.last_mut().ok_or(DecodeError::Value("pin"))?;
+                pin.delegated = Some(Delegated {
+                    rule: body.text(body.remaining())?,
+                    left: Some(record.left.get()).filter(|left| *left != u64::MAX),
+                });
+            }
+            kind::POLICY => {
+                let record: PolicyRecord = body.extensible(fixed)?;
+                self.policy = Some(PolicyStatus {
+                    rules: record.rules.get(),
+                    error: body.text(body.remaining())?,
+                });
+            }
+            kind::ARMED => {
+                let record: ArmedRecord = body.extensible(fixed)?;
+                self.armed.push(Armed {
+                    device: DeviceId {
+                        major: record.major.get(),
+                        minor: record.minor.get(),
+                    },
+                    inode: record.inode.get(),
+                    who: Who::from_wire(record.kind.get(), record.id.get())?,
+                    range: record.start.get()..record.end.get(),
+                    left: record.left.get(),
+                    path: body.text(body.remaining())?,
                 });
             }
             kind::HOLDER => {
@@ -374,6 +470,10 @@ mod tests {
                     frozen: 0,
                     breaches: 2,
                     lost: "the gate was taken away".into(),
+                    delegated: Some(Delegated {
+                        rule: "databases".into(),
+                        left: Some(17),
+                    }),
                 }],
                 holders: vec![Holder {
                     pid: 77,
@@ -394,6 +494,18 @@ mod tests {
             }],
             breached: 2,
             breaches: vec![breach()],
+            policy: Some(PolicyStatus {
+                rules: 3,
+                error: "policy.toml:4:1: unknown field `path`".into(),
+            }),
+            armed: vec![Armed {
+                device: DeviceId { major: 7, minor: 0 },
+                inode: 132,
+                path: "/mnt/b".into(),
+                who: Who::Group(5),
+                range: 0..u64::MAX,
+                left: 59,
+            }],
         }
     }
 

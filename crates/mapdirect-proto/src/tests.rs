@@ -44,6 +44,26 @@ fn request() -> impl Strategy<Value = Request> {
             let watched = pins.map(|(pin, device, inode)| WatchedPin { pin, device, inode });
             Request::Watch(watched.collect())
         }),
+        any::<u64>().prop_map(Request::Unpin),
+        Just(Request::Disarm),
+        (
+            any::<bool>(),
+            any::<u32>(),
+            any::<(u64, u64)>(),
+            any::<u32>()
+        )
+            .prop_map(|(is_user, id, (offset, length), seconds)| {
+                Request::Arm(ArmRequest {
+                    who: if is_user {
+                        Who::User(id)
+                    } else {
+                        Who::Group(id)
+                    },
+                    offset,
+                    length,
+                    seconds,
+                })
+            }),
         any::<(u64, u64, u64)>().prop_map(|(pin, offset, length)| {
             Request::Allocate(AllocateRequest {
                 pin,

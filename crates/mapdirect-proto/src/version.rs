@@ -6,8 +6,14 @@ use std::fmt;
 ///
 /// 1 is the first version of mapdirect. 2 has [`Request::Barrier`]; a holder of
 /// version 1 says hello once more instead. 3 has more [`Flags`](crate::Flags):
-/// [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3).
+/// [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3). In 3, whoever the guard's policy names
+/// may ask without a proof, a proof names its maker by PID namespace instead of
+/// start time, and there are [`Request::Unpin`], [`Request::Arm`] and
+/// [`Request::Disarm`].
 ///
+/// [`Request::Unpin`]: crate::Request::Unpin
+/// [`Request::Arm`]: crate::Request::Arm
+/// [`Request::Disarm`]: crate::Request::Disarm
 /// [`Request::Barrier`]: crate::Request::Barrier
 pub const VERSION: u32 = 3;
 
@@ -16,6 +22,9 @@ pub const OLDEST_VERSION: u32 = 1;
 
 /// The first version with [`Request::Barrier`](crate::Request::Barrier).
 pub const VERSION_WITH_BARRIER: u32 = 2;
+
+/// The first version with a policy.
+pub const VERSION_WITH_POLICY: u32 = 3;
 
 /// The first version with [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3).
 pub const VERSION_WITH_FAMILIES: u32 = 3;

@@ -27,13 +27,27 @@ const UNSHARE: libc::c_uint = 1 << 1;
 /// After this the thread may use no descriptors but `keep` and those that it
 /// opens itself. No other thread may use or close the latter.
 pub unsafe fn unshare(keep: BorrowedFd<'_>) -> Result<()> {
-    let keep = keep.as_raw_fd().cast_unsigned();
+    unshare_all_but(&[keep])
+}
+
+/// [`unshare`] for several descriptors, with the same promise.
+fn unshare_all_but(keep: &[BorrowedFd<'_>]) -> Result<()> {
+    let mut keep: Vec<_> = keep
+        .iter()
+        .map(|keep| keep.as_raw_fd().cast_unsigned())
+        .collect();
+    keep.sort_unstable();
     // This call comes first: descriptors that it closes are not even copied.
-    close_range(keep.saturating_add(1), libc::c_uint::MAX, UNSHARE)?;
-    match keep.checked_sub(1) {
-        Some(last) => close_range(0, last, 0),
-        None => Ok(()),
+    let behind = keep.last().map_or(0, |last| last.saturating_add(1));
+    close_range(behind, libc::c_uint::MAX, UNSHARE)?;
+    let mut first = 0;
+    for keep in keep {
+        if let Some(last) = keep.checked_sub(1).filter(|last| *last >= first) {
+            close_range(first, last, 0)?;
+        }
+        first = keep.saturating_add(1);
     }
+    Ok(())
 }
 
 /// Lets go of the descriptors that this process was started with: everything
@@ -122,15 +136,15 @@ pub fn spawn_apart<T: Send + 'static>(
 /// When no such thread can be started.
 pub fn apart<T: Send>(
     builder: Builder,
-    keep: BorrowedFd<'_>,
+    keep: &[BorrowedFd<'_>],
     run: impl FnOnce() -> T + Send,
 ) -> io::Result<T> {
     std::thread::scope(|scope| {
         let thread = builder.spawn_scoped(scope, move || {
-            // SAFETY: the thread has not used any descriptor yet, `keep` is
-            // borrowed for as long as it runs, and what `run` may do with
-            // others is said at `spawn_apart`.
-            unsafe { unshare(keep) }.map(|()| run())
+            // The promise of `unshare` is kept: the thread has not used any
+            // descriptor yet, those of `keep` are borrowed for as long as it
+            // runs, and what `run` may do with others is said at `spawn_apart`.
+            unshare_all_but(keep).map(|()| run())
         })?;
         match thread.join() {
             Ok(result) => Ok(result?),
@@ -167,6 +181,18 @@ mod tests {
             assert_eq!(there.unwrap().join().unwrap(), Some([keeps, false]));
         }
         assert!(rustix::io::fcntl_getfd(&other).is_ok());
+    }
+
+    #[test]
+    fn a_thread_apart_keeps_several() {
+        let files = [(); 6].map(|()| File::open("/dev/zero").unwrap());
+        let numbers = [0, 1, 2, 3, 4, 5].map(|at: usize| files[at].as_raw_fd());
+        let keep = [files[4].as_fd(), files[1].as_fd(), files[2].as_fd()];
+        let there = apart(Builder::new(), &keep, || {
+            // SAFETY: asks about a number, which need not be open.
+            numbers.map(|fd| unsafe { libc::fcntl(fd, libc::F_GETFD) } >= 0)
+        });
+        assert_eq!(there.unwrap(), [false, true, true, false, true, false]);
     }
 
     #[test]

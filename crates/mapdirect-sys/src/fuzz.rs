@@ -1,7 +1,7 @@
 //! The fuzz targets: every parser of this crate, with checks of what it
 //! returns. The seeds are bytes such as the kernel writes.
 
-use crate::{fanotify, fiemap, memfd, perf_event, proc, proc_locks, proc_mountinfo};
+use crate::{dm_table, fanotify, fiemap, memfd, perf_event, proc, proc_locks, proc_mountinfo};
 use crate::{uname, userfaultfd};
 
 /// A parser of untrusted bytes.
@@ -16,7 +16,7 @@ pub struct Target {
 }
 
 /// The parsers of this crate.
-pub const TARGETS: [Target; 15] = [
+pub const TARGETS: [Target; 16] = [
     Target {
         name: "fanotify-events",
         run: fanotify_events,
@@ -73,6 +73,13 @@ pub const TARGETS: [Target; 15] = [
         seeds: &[b"7 (a) b) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 33333 4 5 6 7 8 9\n"],
     },
     Target {
+        name: "proc-status",
+        run: proc_status_ids,
+        seeds: &[
+            b"Name:\tdb\nUid:\t7\t7\t7\t7\nGid:\t8\t8\t8\t8\nGroups:\t8 9 \nNSpid:\t70\t1\n",
+        ],
+    },
+    Target {
         name: "proc-fdinfo",
         run: proc_fdinfo,
         seeds: &[
@@ -106,6 +113,11 @@ pub const TARGETS: [Target; 15] = [
         ],
     },
     Target {
+        name: "dm-tables",
+        run: dm_tables,
+        seeds: &[&DM_TABLE],
+    },
+    Target {
         name: "names",
         run: names,
         seeds: &[b"a\\040b\\134c", b"\x1b[31mred\x07"],
@@ -116,6 +128,21 @@ pub const TARGETS: [Target; 15] = [
         seeds: &[b"6.1.0-31-amd64", b"7.3"],
     },
 ];
+
+/// A linear target of eight sectors.
+const DM_TABLE: [u8; 56] =
+    *b"\0\0\0\0\0\0\0\0\x08\0\0\0\0\0\0\0\0\0\0\0\x38\0\0\0linear\0\0\0\0\0\0\0\0\0\08:1 2048\0\0\0\0\0\0\0\0";
+
+fn dm_tables(bytes: &[u8]) {
+    for count in 0..3 {
+        if let Some(targets) = dm_table::parse(bytes, count) {
+            assert_eq!(targets.len(), usize::try_from(count).unwrap_or(usize::MAX));
+            for target in targets {
+                assert!(target.linear().is_none_or(|(_, _, start)| start % 512 == 0));
+            }
+        }
+    }
+}
 
 /// An event with a range, as fanotify(7) lays it out.
 const FANOTIFY_RANGE: [u8; 48] = {
@@ -214,6 +241,14 @@ fn proc_stat(bytes: &[u8]) {
     let _ = proc::parse_start_time(&text);
     for field in 0..60 {
         let _ = proc::parse_stat_field::<i64>(&text, field);
+    }
+}
+
+fn proc_status_ids(bytes: &[u8]) {
+    if let Some(ids) = crate::proc_status::parse(&text(bytes)) {
+        let is_one = ids.users.iter().all(|user| *user == ids.users[0]);
+        assert_eq!(ids.only_user().is_some(), is_one);
+        assert!(ids.others.len() + ids.numbers.len() <= bytes.len());
     }
 }
 

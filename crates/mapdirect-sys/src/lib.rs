@@ -21,14 +21,17 @@ pub mod cache;
 pub mod capget;
 pub mod descriptors;
 pub mod dlsym;
+pub mod dm_table;
 pub mod dup;
 pub mod errno;
+pub mod faccessat2;
 pub mod fallocate;
 pub mod fanotify;
 pub mod fcntl;
 pub mod fiemap;
 pub mod file_handle;
 pub mod fork;
+pub mod fsmap;
 pub mod fsync;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
@@ -46,6 +49,7 @@ pub mod proc;
 pub mod proc_locks;
 pub mod proc_mountinfo;
 pub mod proc_pagemap;
+pub mod proc_status;
 pub mod pthread_atfork;
 pub mod reopen;
 pub mod seam;

@@ -2,7 +2,7 @@
 //! privilege that the kernel itself checks.
 
 use crate::inode_flags::{self, IMMUTABLE};
-use crate::{Errno, Result, proc};
+use crate::{Errno, Result, proc, proc_status};
 use rustix::fs::{MemfdFlags, SealFlags};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -79,14 +79,27 @@ pub fn read_sealed(file: BorrowedFd<'_>, limit: usize) -> Result<Vec<u8>> {
 ///
 /// `EPERM` without the capability, `ENOTTY` or `EOPNOTSUPP` when tmpfs lacks
 /// the flag, `ENOENT` without proc(5).
-pub fn prove_immutable_capability(challenge: &[u8]) -> Result<OwnedFd> {
+pub fn prove_immutable_capability(challenge: &[u8], by: By) -> Result<OwnedFd> {
     let prover = Prover {
         pid: std::process::id().cast_signed(),
-        start: proc::own_start_time()?,
+        mark: match by {
+            By::StartTime => proc::own_start_time()?,
+            By::Namespace => proc_status::pid_namespace(None)?,
+        },
     };
     let file = sealed("mapdirect-proof", &prover.sign(challenge))?;
     inode_flags::set_flags(file.as_fd(), IMMUTABLE)?;
     Ok(file)
+}
+
+/// How the process that makes a proof names itself, beside its number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum By {
+    /// By its start time. A process in another PID or time namespace than the
+    /// receiver has other numbers than the receiver sees.
+    StartTime,
+    /// By its PID namespace, in which its number is meant.
+    Namespace,
 }
 
 /// The process that made a proof, according to itself.
@@ -94,8 +107,9 @@ pub fn prove_immutable_capability(challenge: &[u8]) -> Result<OwnedFd> {
 pub struct Prover {
     /// The process id.
     pub pid: i32,
-    /// The start time, see [`proc::start_time`].
-    pub start: u64,
+    /// The start time, see [`proc::start_time`], or the PID namespace, see
+    /// [`proc_status::pid_namespace`].
+    pub mark: u64,
 }
 
 impl Prover {
@@ -104,17 +118,17 @@ impl Prover {
 
     pub(crate) fn sign(self, challenge: &[u8]) -> Vec<u8> {
         let pid = self.pid.to_le_bytes();
-        let start = self.start.to_le_bytes();
-        [challenge, &pid, &start].concat()
+        let mark = self.mark.to_le_bytes();
+        [challenge, &pid, &mark].concat()
     }
 
     /// Takes apart what [`sign`](Self::sign) has put together.
     pub(crate) fn signed(content: &[u8], challenge: &[u8]) -> Option<Self> {
         let signature = content.strip_prefix(challenge)?;
-        let (pid, start) = signature.split_first_chunk()?;
+        let (pid, mark) = signature.split_first_chunk()?;
         Some(Self {
             pid: i32::from_le_bytes(*pid),
-            start: u64::from_le_bytes(start.try_into().ok()?),
+            mark: u64::from_le_bytes(mark.try_into().ok()?),
         })
     }
 }
@@ -160,7 +174,7 @@ mod tests {
     fn a_signature_comes_back_whole_or_not_at_all() {
         let prover = Prover {
             pid: 7,
-            start: u64::MAX - 1,
+            mark: u64::MAX - 1,
         };
         let content = prover.sign(b"challenge");
         assert_eq!(Prover::signed(&content, b"challenge"), Some(prover));
@@ -176,7 +190,7 @@ mod tests {
     fn a_proof_needs_the_act_and_the_challenge() {
         let me = Prover {
             pid: std::process::id().cast_signed(),
-            start: proc::own_start_time().unwrap(),
+            mark: proc::own_start_time().unwrap(),
         };
         let plain = sealed("test", &me.sign(b"challenge")).unwrap();
         assert_eq!(
@@ -187,7 +201,7 @@ mod tests {
             crate::capget::effective(0).unwrap(),
             crate::capget::CAP_LINUX_IMMUTABLE,
         );
-        match prove_immutable_capability(b"challenge") {
+        match prove_immutable_capability(b"challenge", By::StartTime) {
             Ok(proof) => {
                 assert!(capable);
                 let check = |challenge| check_immutable_capability(proof.as_fd(), challenge);

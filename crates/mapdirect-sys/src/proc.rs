@@ -197,6 +197,18 @@ pub fn path_of(file: BorrowedFd<'_>) -> String {
     )
 }
 
+/// The path at which a descriptor of the calling thread was last seen, as the
+/// namespace of the descriptor's mount has it. The thread may have a descriptor
+/// table of its own.
+///
+/// # Errors
+///
+/// `ENOENT` without proc(5).
+pub fn own_path_of(file: BorrowedFd<'_>) -> Result<std::path::PathBuf> {
+    let name = format!("/proc/thread-self/fd/{}", file.as_raw_fd());
+    std::fs::read_link(name).map_err(|error| Errno::from_io_error(&error).unwrap_or(Errno::IO))
+}
+
 /// Opens a file below `/proc/<id>`, for processes and threads alike.
 ///
 /// # Errors

@@ -199,6 +199,47 @@ impl Socket {
         })
     }
 
+    /// The groups that the process that connected was in at that time, its own
+    /// first (`SO_PEERGROUPS`).
+    ///
+    /// # Errors
+    ///
+    /// `ENOTCONN`.
+    pub fn peer_groups(&self) -> Result<Vec<u32>> {
+        const SO_PEERGROUPS: libc::c_int = 59;
+        let own = rustix::net::sockopt::socket_peercred(&self.fd)?
+            .gid
+            .as_raw();
+        let mut groups = vec![0_u32; 64];
+        loop {
+            let bytes = groups.len() * size_of::<u32>();
+            let mut length = libc::socklen_t::try_from(bytes).map_err(|_| Errno::INVAL)?;
+            // SAFETY: the option writes group ids, at most `length` bytes of
+            // them, and says how many there are.
+            let got = checked(unsafe {
+                libc::getsockopt(
+                    self.fd.as_raw_fd(),
+                    libc::SOL_SOCKET,
+                    SO_PEERGROUPS,
+                    groups.as_mut_ptr().cast(),
+                    &raw mut length,
+                )
+            });
+            let count = usize::try_from(length).unwrap_or(0) / size_of::<u32>();
+            match got {
+                Ok(_) => {
+                    groups.truncate(count);
+                    groups.insert(0, own);
+                    return Ok(groups);
+                }
+                Err(Errno::RANGE) if count > groups.len() => groups.resize(count, 0),
+                // The other end of a pair, which nobody connected.
+                Err(Errno::NODATA) => return Ok(vec![own]),
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
     /// Sends one message with descriptors.
     ///
     /// # Errors
@@ -400,6 +441,10 @@ mod tests {
         let client = Socket::connect(&path).unwrap();
         client.send(&[b"before"], &[]).unwrap();
         let accepted = listening.accept().unwrap();
+        let groups = accepted.peer_groups().unwrap();
+        assert_eq!(groups[0], rustix::process::getegid().as_raw());
+        let others = rustix::process::getgroups().unwrap();
+        assert_eq!(groups.len(), 1 + others.len());
         client.send(&[b"after"], &[]).unwrap();
         for _ in 0..2 {
             let received = accepted.receive(&mut [0; 16]).unwrap();

@@ -24,6 +24,8 @@ pub struct GuardProcess {
     directory: ScratchDirectory,
     /// Where its gate is, if it has one in the kernel; gone when it is.
     gate: Option<BpfDirectory>,
+    /// What it was told besides.
+    arguments: Vec<String>,
     /// It was told to end, or killed.
     ended: bool,
 }
@@ -44,7 +46,9 @@ impl GuardProcess {
     pub fn start_at(binary: &Path, arguments: &[&str], gate: BpfDirectory) -> Result<Self> {
         let mut command = Command::new(binary);
         command.arg("guard").args(arguments);
-        Self::spawn(command, gate)
+        let mut guard = Self::spawn(command, gate)?;
+        guard.arguments = arguments.iter().map(ToString::to_string).collect();
+        Ok(guard)
     }
 
     /// The same with no more than so many descriptors.
@@ -67,6 +71,7 @@ impl GuardProcess {
             socket,
             directory,
             gate: Some(gate),
+            arguments: Vec::new(),
             ended: false,
         };
         ensure!(
@@ -83,7 +88,7 @@ impl GuardProcess {
         ensure!(self.ended, "the first one still runs");
         let gate = self.gate.as_ref().context("it has no gate")?;
         let mut command = Command::new(binary);
-        command.arg("guard");
+        command.arg("guard").args(&self.arguments);
         let (child, line) = run_guard(command, &self.directory, &self.socket, gate)?;
         self.child = child;
         self.ended = false;
@@ -117,9 +122,15 @@ impl GuardProcess {
         self.child.id().cast_signed()
     }
 
-    fn last_words(&self) -> String {
+    /// What it has said on stderr.
+    #[must_use]
+    pub fn said(&self) -> String {
         let path = self.directory.path().join("stderr");
-        let text = std::fs::read_to_string(path).unwrap_or_default();
+        std::fs::read_to_string(path).unwrap_or_default()
+    }
+
+    fn last_words(&self) -> String {
+        let text = self.said();
         let lines: Vec<_> = text.lines().collect();
         lines[lines.len().saturating_sub(5)..].join("\n")
     }

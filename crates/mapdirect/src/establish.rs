@@ -2,7 +2,7 @@
 
 use crate::descriptor::locks;
 use crate::error::{Error, Kind, Result};
-use crate::holder::{self, Connection, Hold, unexpected};
+use crate::holder::{Connection, Hold, unexpected};
 use mapdirect_proto::{
     AllocateRequest, BlockMap, Flags, Gate, Granted, PinRequest, Reply, Request, WatchedPin,
     extent, extent::EXTENT_RECORD,
@@ -80,7 +80,6 @@ pub(crate) fn establish(
     flags: Flags,
     patience: Duration,
 ) -> Result<Established> {
-    holder::require_capability()?;
     locks::refuse_posix_locks(file)?;
     let request = Request::Pin(PinRequest {
         offset: range.0,
@@ -159,7 +158,6 @@ fn ask_to_allocate(
     pinned: BorrowedFd<'_>,
     mut changed: impl FnMut(Granted, Option<OwnedFd>) -> Result<()>,
 ) -> Result<()> {
-    holder::require_capability()?;
     // The guard that has it now may be another than the one that granted it.
     // A child of the process that asked for it is a stranger to both.
     let connection = if hold.is_own() {

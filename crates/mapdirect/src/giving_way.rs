@@ -3,7 +3,7 @@
 use crate::error::{Error, Result};
 use crate::establish::offset_and_length;
 use crate::guard::Guard;
-use crate::holder::{Connection, unexpected};
+use crate::holder::{Connection, is_capable, unexpected};
 use mapdirect_proto::{Flags, Reply, Request, YieldRequest};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -55,7 +55,7 @@ impl Guard {
     fn ask_to_give_way(&self, file: BorrowedFd<'_>, range: &Range<u64>) -> Result<GivingWay> {
         let (offset, length) = offset_and_length(Some(range))?;
         // A connection of its own: when it ends, the pins hold again.
-        let connection = Connection::open(self.socket(), None)?;
+        let connection = Connection::open(self.socket(), None, is_capable())?;
         connection.require_known(Flags::STABLE)?;
         let request = Request::Yield(YieldRequest { offset, length });
         connection.converse(&request, file, |_, reply, _| match reply {

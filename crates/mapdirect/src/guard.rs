@@ -1,14 +1,17 @@
 //! The guard, as a holder knows it.
 
 use crate::error::{Error, Kind, Result};
-use crate::holder::{self, Connection, ENDED, environment, unexpected};
+use crate::establish::offset_and_length;
+use crate::holder::{self, Connection, ENDED, environment, is_capable, unexpected};
 use crate::report::PinnedRange;
 use crate::status::Status;
 use mapdirect_proto::status as wire;
 use mapdirect_proto::{
-    DEFAULT_SOCKET, Gate, MAX_STATUS, Reply, Request, SOCKET_VARIABLE, WatchedPin, decode_status,
+    ArmRequest, DEFAULT_SOCKET, Gate, MAX_STATUS, Reply, Request, SOCKET_VARIABLE,
+    VERSION_WITH_POLICY, WatchedPin, Who, decode_status,
 };
 use mapdirect_sys::{Errno, memfd};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -151,24 +154,94 @@ impl Guard {
         Ok(self.connect()?.gate())
     }
 
-    /// The connection of this process, made if there is none that works.
+    /// Ends a pin, whoever holds it. Its holder is told that the pin is lost, and
+    /// anybody may change the blocks from then on. Needs `CAP_LINUX_IMMUTABLE` in
+    /// the initial user namespace.
+    ///
+    /// # Errors
+    ///
+    /// `EACCES`, `ENOENT` if there is no such pin, `EOPNOTSUPP` when no guard
+    /// answers or the guard is too old.
+    pub fn unpin(&self, pin: u64) -> Result<()> {
+        self.order(&Request::Unpin(pin), None, "end a pin")
+            .map_err(|error| error.asking(format!("end pin {pin}")))
+    }
+
+    /// Lets somebody without the capability pin a file for some seconds. `file`
+    /// may be open in any way, `O_PATH` included. The permission is for the file
+    /// itself, whatever its name becomes, and for `range` of it, extended to
+    /// whole blocks. Whoever uses it must be able to open the file. Pins that
+    /// were granted stay when the time is over. Needs `CAP_LINUX_IMMUTABLE` in
+    /// the initial user namespace.
+    ///
+    /// # Errors
+    ///
+    /// `EACCES`, `EINVAL` for an empty range or no time at all, `EAGAIN` when too
+    /// much is armed, `EOPNOTSUPP` when no guard answers, the guard is too old, or
+    /// the file's filesystem has no pins.
+    pub fn arm(
+        &self,
+        file: impl AsFd,
+        who: Who,
+        range: Option<Range<u64>>,
+        seconds: u32,
+    ) -> Result<()> {
+        let asked = |error: Error| error.asking("arm a file");
+        let (offset, length) = offset_and_length(range.as_ref()).map_err(asked)?;
+        let request = Request::Arm(ArmRequest {
+            who,
+            offset,
+            length,
+            seconds,
+        });
+        self.order(&request, Some(file.as_fd()), "arm files")
+            .map_err(asked)
+    }
+
+    /// Takes back what [`arm`](Self::arm) has permitted for a file. Pins that
+    /// were granted stay.
+    ///
+    /// # Errors
+    ///
+    /// As [`arm`](Self::arm); `ENOENT` if the file is not armed.
+    pub fn disarm(&self, file: impl AsFd) -> Result<()> {
+        self.order(&Request::Disarm, Some(file.as_fd()), "arm files")
+            .map_err(|error| error.asking("disarm a file"))
+    }
+
+    fn order(&self, request: &Request, file: Option<BorrowedFd<'_>>, what: &str) -> Result<()> {
+        let connection = self.connect()?;
+        connection.require_version(VERSION_WITH_POLICY, what)?;
+        match connection.ask(request, file)? {
+            Reply::Done => Ok(()),
+            _ => Err(unexpected()),
+        }
+    }
+
+    /// The connection of this process for threads like the calling one, made if
+    /// there is none that works.
     pub(crate) fn connect(&self) -> Result<Arc<Connection>> {
+        let capable = is_capable();
         let mut open = holder::connections();
-        if let Some(connection) = open.get(&self.socket)
+        let name = (self.socket.clone(), capable);
+        if let Some(connection) = open.get(&name)
             && connection.is_usable()
         {
             return Ok(Arc::clone(connection));
         }
-        let connection = Arc::new(Connection::open(&self.socket, None)?);
-        open.insert(self.socket.clone(), Arc::clone(&connection));
+        let connection = Arc::new(Connection::open(&self.socket, None, capable)?);
+        open.insert(name, Arc::clone(&connection));
         Ok(connection)
     }
 
     /// The connection of this process, if there is one that works.
     fn connection(&self) -> Option<Arc<Connection>> {
         let open = holder::connections();
-        let connection = open.get(&self.socket)?;
-        connection.is_usable().then(|| Arc::clone(connection))
+        let mut usable = [true, false]
+            .into_iter()
+            .filter_map(|capable| open.get(&(self.socket.clone(), capable)))
+            .filter(|connection| connection.is_usable());
+        usable.next().cloned()
     }
 
     /// Says that a pin has been let go of, and waits until the guard confirms
@@ -184,7 +257,7 @@ impl Guard {
         }
         // A guard that has taken over has not been spoken to yet.
         let connection = self.connection().or_else(|| {
-            Connection::open(&self.socket, Some(ENDED))
+            Connection::open(&self.socket, Some(ENDED), is_capable())
                 .ok()
                 .map(Arc::new)
         });

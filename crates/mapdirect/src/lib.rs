@@ -95,6 +95,7 @@
 #[expect(unsafe_code, reason = "a mapping is made again here")]
 mod again;
 mod descriptor;
+mod device;
 mod error;
 mod establish;
 mod extents;
@@ -128,14 +129,15 @@ mod report;
 mod state;
 pub mod status;
 
+pub use device::{BlockDevice, DiskLayout, DiskRun, Place};
 pub use error::{Error, Kind, Result};
 pub use establish::{Scope, Strength};
 pub use extents::block_map;
 pub use giving_way::GivingWay;
 pub use guard::Guard;
 pub use map::{Advice, Atomic, DirectMap, Durability, Flusher, MapOptions, VolatileSlice};
-pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState};
-pub use mapdirect_proto::{Breach, Cause, Gate};
+pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState, RawAccess};
+pub use mapdirect_proto::{Breach, Cause, Gate, Who};
 pub use open::{announce, open};
 pub use pin::{Pin, PinInPlace, PinOptions};
 pub use prepare::{HugePieces, PrepareOptions, Prepared, Progress, prepare};
@@ -151,3 +153,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/using.md")]
 struct Using;
+
+/// The Rust of the page about porting.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/porting.md")]
+struct Porting;

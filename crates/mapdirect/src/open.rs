@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::guard::Guard;
-use crate::holder::{require_capability, unexpected};
+use crate::holder::unexpected;
 use mapdirect_proto::{Reply, Request};
 use mapdirect_sys::{Errno, proc};
 use rustix::fs::{Mode, OFlags};
@@ -31,7 +31,6 @@ pub fn open(path: impl AsRef<Path>, guard: &Guard) -> Result<File> {
         Err(Errno::TXTBSY) => {}
         Err(other) => return Err(failed(other)),
     }
-    require_capability().map_err(asked)?;
     let known =
         rustix::fs::open(path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(failed)?;
     let mut left = ATTEMPTS;

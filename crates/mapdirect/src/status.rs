@@ -4,7 +4,7 @@
 
 use crate::report::PinFlags;
 use mapdirect_proto::status as wire;
-use mapdirect_proto::{Breach, DeviceId, Gate};
+use mapdirect_proto::{Breach, DeviceId, Gate, Who};
 use std::ops::Range;
 
 /// A process that holds a pin, or has the pinned file open.
@@ -46,6 +46,47 @@ pub struct PinStatus {
     pub breaches: u64,
     /// Why it is kept no longer, for a person; empty while it is kept.
     pub lost: String,
+    /// What allowed it to a holder without the capability.
+    pub delegated: Option<Delegated>,
+}
+
+/// What allowed a pin to a holder without the capability.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Delegated {
+    /// The name of the rule; empty if it is not known any more.
+    pub rule: String,
+    /// How many seconds the pin may still last; `None` is as long as it is held.
+    pub left: Option<u64>,
+}
+
+/// A file that somebody without the capability may pin for a while.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Armed {
+    /// Device of the filesystem.
+    pub device: DeviceId,
+    /// Inode number.
+    pub inode: u64,
+    /// Its path when it was armed.
+    pub path: String,
+    /// Who may pin it.
+    pub who: Who,
+    /// The bytes that may be pinned.
+    pub range: Range<u64>,
+    /// For how many more seconds.
+    pub left: u64,
+}
+
+/// The guard's policy: who else may pin.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct PolicyStatus {
+    /// How many rules it has.
+    pub rules: u32,
+    /// What was wrong when the guard last read it, and why it therefore goes by
+    /// the one before; empty if nothing was.
+    pub error: String,
 }
 
 /// A file with pins.
@@ -122,6 +163,11 @@ pub struct Status {
     pub breached: u64,
     /// The latest breaches, oldest first.
     pub breaches: Vec<Breach>,
+    /// The guard's policy; `None` from a guard that knows none. Whoever is
+    /// neither root nor capable of pinning is not told what is wrong with it.
+    pub policy: Option<PolicyStatus>,
+    /// The files that are armed; empty for callers that may not know.
+    pub armed: Vec<Armed>,
 }
 
 impl Status {
@@ -141,6 +187,11 @@ impl Status {
                 .collect(),
             breached: status.breached,
             breaches: status.breaches,
+            policy: status.policy.map(|policy| PolicyStatus {
+                rules: policy.rules,
+                error: policy.error,
+            }),
+            armed: status.armed.into_iter().map(Armed::of).collect(),
         }
     }
 }
@@ -170,6 +221,23 @@ impl PinStatus {
             frozen: pin.frozen,
             breaches: pin.breaches,
             lost: pin.lost,
+            delegated: pin.delegated.map(|delegated| Delegated {
+                rule: delegated.rule,
+                left: delegated.left,
+            }),
+        }
+    }
+}
+
+impl Armed {
+    fn of(armed: wire::Armed) -> Self {
+        Self {
+            device: armed.device,
+            inode: armed.inode,
+            path: armed.path,
+            who: armed.who,
+            range: armed.range,
+            left: armed.left,
         }
     }
 }

@@ -336,7 +336,7 @@ fn holder_capability() -> Finding {
             MEND,
         );
     }
-    match memfd::prove_immutable_capability(b"doctor") {
+    match memfd::prove_immutable_capability(b"doctor", memfd::By::Namespace) {
         Ok(_) => Finding::good(
             NAME,
             "this process has CAP_LINUX_IMMUTABLE and can prove it",

@@ -35,6 +35,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             GateChoice::Bpf => mapdirect_guard::GateChoice::Bpf,
         },
         bpf_directory: args.bpf_directory.clone(),
+        policy: args.policy.clone(),
         on_refusal: Box::new(move |refused, lost| {
             if !quiet && let Ok(mut log) = log.lock() {
                 log.tell(refused, lost);
@@ -90,9 +91,18 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
                 Signal::TERMINATE | Signal::INTERRUPT => {}
                 // What a supervisor sends to have a service reload.
                 Signal::HANGUP => {
-                    output::complain(&format!(
-                        "SIGHUP: there is nothing to read again; {pins} pins stay as they are"
-                    ));
+                    match running.reload_policy() {
+                        Ok(rules) => output::complain(&format!(
+                            "SIGHUP: read the policy again: {rules} rules; {pins} pins stay as \
+                             they are"
+                        )),
+                        Err(errors) => {
+                            for error in errors {
+                                output::complain(&format!("SIGHUP: {error}"));
+                            }
+                            output::complain("SIGHUP: the policy stays as it was");
+                        }
+                    }
                     continue;
                 }
                 // Whoever sends one of these by mistake ends no pin by it.

@@ -1,6 +1,7 @@
 //! `mapdirect prepare`: every block allocated, written, and the file's own.
 
-use crate::args::PrepareArgs;
+use crate::args::{Format, PrepareArgs};
+use crate::extents::Extents;
 use crate::size::human;
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
@@ -68,6 +69,7 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     // The description was made here, and nobody else has it.
     let mut options = PrepareOptions::new()
         .huge(args.huge)
+        .contiguous(args.contiguous)
         .exclusive(true)
         .patience(Duration::from_millis(args.patience.into()));
     if let Some(size) = args.size {
@@ -76,7 +78,7 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     if let Some(range) = &args.range {
         options = options.range(range.resolve(args.size.unwrap_or(old_size)));
     }
-    let bar = Bar::new(args.json);
+    let bar = Bar::new(args.json || args.format.is_some());
     let mut told = false;
     let prepared = options.prepare_with(&subject.file, |progress| {
         bar.tell(progress);
@@ -92,8 +94,7 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
         }
     });
     bar.0.finish_and_clear();
-    tell(args, subject.created, old_size, &prepared?);
-    Ok(())
+    tell(args, subject, old_size, &prepared?)
 }
 
 /// How long to wait without a word.
@@ -121,12 +122,19 @@ impl Bar {
     }
 }
 
-fn tell(args: &PrepareArgs, created: bool, old_size: u64, prepared: &Prepared) {
+fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepared) -> Result<()> {
+    let created = subject.created;
     let map = prepared.block_map();
     let range = map.range();
     let huge = prepared.huge_pieces();
-    if args.json {
-        let value = json!({
+    let extents = Extents::of(&subject.file, map);
+    if let Some(format) = args.format.filter(|format| *format != Format::Json) {
+        let device = args.device.as_deref();
+        output::line(extents.say(format, Some(&subject.file), device)?.trim_end());
+        return Ok(());
+    }
+    if args.json || args.format.is_some() {
+        let mut value = json!({
             "file": args.file.to_string_lossy(),
             "created": created,
             "file_size": map.file_size(),
@@ -139,10 +147,13 @@ fn tell(args: &PrepareArgs, created: bool, old_size: u64, prepared: &Prepared) {
             "converted": prepared.converted(),
             "unshared": prepared.unshared(),
             "huge_pieces": { "pieces": huge.pieces, "aligned": huge.aligned },
-            "extents": json::extents(map),
+            "runs": prepared.runs(),
+            "why_not_contiguous": prepared.why_not_contiguous(),
+            "extents": extents.list(),
         });
+        extents.add_devices(&mut value);
         output::line(&value.to_string());
-        return;
+        return Ok(());
     }
     let done: Vec<_> = [
         (prepared.allocated(), "allocated"),
@@ -177,4 +188,14 @@ fn tell(args: &PrepareArgs, created: bool, old_size: u64, prepared: &Prepared) {
             huge.aligned, huge.pieces
         ));
     }
+    if args.contiguous {
+        output::line(&match prepared.why_not_contiguous() {
+            None => String::from("it is contiguous: one run of blocks on the device"),
+            Some(why) => format!(
+                "it is not contiguous: {} runs of blocks; {why}",
+                prepared.runs()
+            ),
+        });
+    }
+    Ok(())
 }

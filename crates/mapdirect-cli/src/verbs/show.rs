@@ -1,13 +1,14 @@
 //! `mapdirect show`: the block map of a file, drawn.
 
-use crate::args::ShowArgs;
+use crate::args::{Format, ShowArgs};
+use crate::extents::Extents;
 use crate::size::human;
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
 use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange, Strength};
 use mapdirect_model::FileFacts;
 use mapdirect_proto::Reason;
-use mapdirect_sys::capget;
+use mapdirect_sys::{capget, fsync};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -36,6 +37,11 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     let facts = FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
     let regular = file.metadata()?.is_file();
     anyhow::ensure!(regular, "{name} is not a regular file");
+    if let Some(format) = args.format
+        && !matches!(format, Format::Json | Format::Table)
+    {
+        return say(args, format, &file, &facts);
+    }
     let map = if facts.size == 0 {
         None
     } else {
@@ -45,8 +51,13 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     let pins = guard.pinned_ranges(&file);
     let hindrances = hindrances(&facts, map.as_ref(), pins.as_ref().err());
     let pins = pins.unwrap_or_default();
-    if args.json {
-        let value = as_json(&name, &facts, map.as_ref(), &pins, &hindrances);
+    if args.json || args.format == Some(Format::Json) {
+        let mut value = as_json(&name, &facts, map.as_ref(), &pins, &hindrances);
+        if let Some(map) = &map {
+            let extents = Extents::of(&file, map);
+            value["extents"] = extents.list();
+            extents.add_devices(&mut value);
+        }
         output::line(&value.to_string());
         return Ok(Exit::SUCCESS);
     }
@@ -60,8 +71,8 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     if let Some(map) = &map {
         let ranges: Vec<Range<u64>> = pins.iter().map(|pin| pin.range.clone()).collect();
         output::line(draw::block_map(map, &ranges, output::width()).trim_end());
-        if args.extents {
-            output::line(draw::extent_table(map).trim_end());
+        if args.extents || args.format == Some(Format::Table) {
+            output::line(Extents::of(&file, map).table().trim_end());
         }
         output::line(&totals(map));
         if !map.is_stable() {
@@ -84,6 +95,22 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
         ));
     }
     tell_verdict(&hindrances);
+    Ok(Exit::SUCCESS)
+}
+
+/// The extents, as they are on the device, and nothing else.
+fn say(args: &ShowArgs, format: Format, file: &File, facts: &FileFacts) -> Result<Exit> {
+    let name = args.file.display();
+    anyhow::ensure!(facts.size > 0, "{name} is empty, and has no extents");
+    // Only then do the blocks show that are not chosen yet, and have the bytes
+    // that the file has.
+    fsync::fsync(file.as_fd()).with_context(|| format!("cannot write {name} to its device"))?;
+    let end = facts
+        .size
+        .next_multiple_of(u64::from(facts.block_size.max(1)));
+    let map = mapdirect::block_map(file, 0..end)?;
+    let said = Extents::of(file, &map).say(format, Some(file), args.device.as_deref());
+    output::line(&said.with_context(|| name.to_string())?);
     Ok(Exit::SUCCESS)
 }
 
@@ -229,7 +256,7 @@ fn as_json(
         "device": facts.device.to_string(),
         "inode": facts.inode,
         "dax": facts.dax,
-        "extents": map.map_or_else(|| json!([]), json::extents),
+        "extents": [],
         "stable": stable,
         "frozen": frozen,
         "totals": map.map_or_else(|| json!({}), json::totals),
@@ -239,5 +266,8 @@ fn as_json(
             "cached": hindrances.iter().all(|hindrance| hindrance.cured_by_cache),
             "reasons": reasons,
         },
+        "block_device": Value::Null,
+        "disks": [],
+        "disk_unknown": Value::Null,
     })
 }

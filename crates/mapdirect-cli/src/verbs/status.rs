@@ -4,8 +4,8 @@ use crate::args::StatusArgs;
 use crate::size::human;
 use crate::{Exit, json, output};
 use anyhow::Result;
-use mapdirect::status::{FileStatus, RefusedOperation, Status};
-use mapdirect::{Breach, Guard, Strength};
+use mapdirect::status::{Armed, FileStatus, RefusedOperation, Status};
+use mapdirect::{Breach, Guard, Strength, Who};
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -28,6 +28,32 @@ pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
     output::line(&format!("pins: {pins} on {} files", status.files.len()));
     for file in &status.files {
         tell_file(file);
+    }
+    if let Some(policy) = status
+        .policy
+        .as_ref()
+        .filter(|policy| policy.rules > 0 || !policy.error.is_empty())
+    {
+        output::line(&format!("policy: {} rules", policy.rules));
+        if !policy.error.is_empty() {
+            let error = printable(&policy.error);
+            output::line(&format!(
+                "  could not be read again, and stays as it was: {error}"
+            ));
+        }
+    }
+    for armed in &status.armed {
+        output::line(&format!(
+            "armed: {} for {}, bytes {}, {} s more",
+            printable(&armed.path),
+            armed.who,
+            if armed.range.end == u64::MAX {
+                format!("from {}", armed.range.start)
+            } else {
+                format!("{} to {}", armed.range.start, armed.range.end)
+            },
+            armed.left
+        ));
     }
     if status.refused.is_empty() {
         output::line("refused: nothing");
@@ -84,8 +110,16 @@ fn tell_file(file: &FileStatus) {
         if !pin.lost.is_empty() {
             notes.push("LOST");
         }
+        let by = pin.delegated.as_ref().map(|delegated| {
+            let left = delegated
+                .left
+                .map_or_else(String::new, |left| format!(", {left} s more"));
+            format!("policy: {}{left}", printable(&delegated.rule))
+        });
+        notes.extend(by.as_deref());
         output::line(&format!(
-            "    {} ({} stable, {} frozen), {} s, by pid {}{}",
+            "    pin {}: {} ({} stable, {} frozen), {} s, by pid {}{}",
+            pin.pin,
             output::bytes(&pin.range),
             human(pin.stable),
             human(pin.frozen),
@@ -202,6 +236,28 @@ fn as_json(status: &Status) -> Value {
         "recent": recent,
         "breached": status.breached,
         "breaches": status.breaches.iter().map(json::breach).collect::<Vec<_>>(),
+        "policy": status.policy.as_ref().map(|policy| json!({
+            "rules": policy.rules,
+            "error": (!policy.error.is_empty()).then_some(&policy.error),
+        })),
+        "armed": status.armed.iter().map(armed_json).collect::<Vec<_>>(),
+    })
+}
+
+fn armed_json(armed: &Armed) -> Value {
+    let (user, group) = match armed.who {
+        Who::User(uid) => (Some(uid), None),
+        Who::Group(gid) => (None, Some(gid)),
+    };
+    json!({
+        "file": armed.path,
+        "device": armed.device.to_string(),
+        "inode": armed.inode,
+        "uid": user,
+        "gid": group,
+        "offset": armed.range.start,
+        "length": (armed.range.end != u64::MAX).then(|| armed.range.end - armed.range.start),
+        "seconds_left": armed.left,
     })
 }
 
@@ -225,6 +281,8 @@ fn file_json(file: &FileStatus) -> Value {
                 "frozen": pin.frozen,
                 "breaches": pin.breaches,
                 "lost": (!pin.lost.is_empty()).then_some(&pin.lost),
+                "rule": pin.delegated.as_ref().map(|delegated| &delegated.rule),
+                "seconds_left": pin.delegated.as_ref().and_then(|delegated| delegated.left),
             })
         })
         .collect();

@@ -20,6 +20,7 @@ mod dax;
 mod doors;
 mod errors;
 mod examples;
+mod extents;
 mod family;
 mod grants;
 mod hammer;
@@ -31,6 +32,7 @@ mod openers;
 #[cfg(feature = "bpf")]
 mod oracle;
 mod patience;
+mod policy;
 mod prepare;
 mod programs;
 mod random;
@@ -84,6 +86,7 @@ fn main() -> ExitCode {
     trials.extend(read_only::trials(&world));
     trials.extend(api::trials(&world));
     trials.extend(examples::trials(&world));
+    trials.extend(extents::trials(&world));
     trials.extend(beside::trials(&world));
     trials.extend(programs::trials(&world));
     trials.extend(dax::trials(&world));
@@ -110,6 +113,7 @@ fn main() -> ExitCode {
     let mut alone = stuck::trials(&world);
     alone.extend(strangers::alone(&world));
     alone.extend(patience::trials(&world));
+    alone.extend(policy::trials(&world));
     arguments.test_threads = Some(1);
     if mapdirect_testkit::contract::Gate::under_test() == mapdirect_testkit::contract::Gate::Bpf {
         alone.extend(in_kernel::trials(&world));

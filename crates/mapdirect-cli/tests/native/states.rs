@@ -390,6 +390,7 @@ fn broken_under_the_command_line(world: &World, kind: Kind) {
     let breach = &value["breaches"][0];
     assert_eq!(breach["file"], subject.path.to_str().unwrap());
     assert_ne!(breach["before"], breach["after"]);
+    crate::extents::schemas::validate(world, &[("status", value)]);
     drop((held, file));
     wait_until_free(&subject.path);
 }

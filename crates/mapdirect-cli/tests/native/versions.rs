@@ -10,7 +10,7 @@ use libtest_mimic::Trial;
 use mapdirect::Guard;
 use mapdirect_proto::{
     Flags, Gate, Granted, MAX_MESSAGE, OLDEST_VERSION, PinRequest, Reply, Request, VERSION,
-    VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
+    VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES, VERSION_WITH_POLICY,
 };
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, memfd};
@@ -91,7 +91,15 @@ pub(crate) fn ask_for_pin(guard: &Path, version: u32, file: OwnedFd, flags: Flag
         panic!("no welcome");
     };
     assert_eq!(theirs, VERSION, "a guard says its newest version");
-    let proof = memfd::prove_immutable_capability(&challenge).unwrap();
+    let proof = memfd::prove_immutable_capability(
+        &challenge,
+        if version < VERSION_WITH_POLICY {
+            memfd::By::StartTime
+        } else {
+            memfd::By::Namespace
+        },
+    )
+    .unwrap();
     let proven = ask(&socket, &Request::Prove, &[proof.as_fd()]);
     assert!(matches!(proven, Some((Reply::Done, _))), "{proven:?}");
     let request = Request::Pin(PinRequest {

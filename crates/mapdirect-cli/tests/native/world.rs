@@ -36,6 +36,7 @@ pub fn roles() -> Vec<Role> {
         ("mmap", crate::errors::play_mmap),
         ("pin", crate::errors::play_pin),
         ("own-namespace", crate::abuse::play_own_namespace),
+        ("asks-by-policy", crate::policy::play_asks),
         ("headless", crate::openers::play_headless),
         ("many-mappings", crate::openers::play_many_mappings),
         ("stuck", crate::stuck::play_stuck),

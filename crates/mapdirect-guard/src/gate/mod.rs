@@ -106,6 +106,10 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
     /// leaves the table soon after.
     fn end(&self, watched: &Watched, pin: &Pin);
 
+    /// Ends a pin whose holder still has its description. From then on the
+    /// description is like any other.
+    fn take_away(&self, guard: &Guard, watched: &Arc<Watched>, pin: &Pin);
+
     /// Whether operations may still be refused for an ended pin with this
     /// number, until the pin leaves the table.
     fn refuses_for_ended(&self, pin: u64) -> bool;

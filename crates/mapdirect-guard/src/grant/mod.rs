@@ -22,11 +22,13 @@ mod survey;
 mod tests;
 
 pub(crate) use self::refusal::{gone, lock_refused, refusal, refuse_executed, system};
+use self::request::judge_from;
 pub(crate) use self::request::{Judged, judge, length_of};
 pub(crate) use self::stable::read_now;
 pub(crate) use self::survey::{Findings, Survey};
 
 use self::pending::{Queue, Turn, lock_meanwhile};
+use crate::delegation::{Admission, from_another_namespace};
 use crate::family::Family;
 use crate::table::{InodeId, Pin, Watched};
 use crate::tripwire::Armed;
@@ -74,6 +76,9 @@ pub(crate) trait Conversation {
 
 /// The longest patience that a request can ask for.
 pub(crate) const MOST_PATIENCE: Duration = Duration::from_secs(60);
+
+/// The same for a caller without the capability: others wait for its turn.
+const MOST_PATIENCE_BY_POLICY: Duration = Duration::from_secs(5);
 
 /// The open flags that a description keeps when it replaces another.
 pub(crate) const KEPT_FLAGS: OFlags = OFlags::ACCMODE
@@ -136,11 +141,26 @@ pub(crate) fn grant(
     request: &PinRequest,
     file: OwnedFd,
     owner: Sender,
+    admission: Option<&Admission>,
     talk: &mut dyn Conversation,
 ) -> Result<Grant, Refusal> {
     let mut file = file;
-    let judged = judge(guard, request, file.as_fd())?;
-    let patience = Duration::from_millis(request.patience_ms.into()).min(MOST_PATIENCE);
+    let judged = judge_from(guard, request, file.as_fd(), || {
+        from_another_namespace(owner.pid, file.as_fd())
+    })?;
+    // Before this, only the caller itself waits for what it has handed in.
+    let turn = admission.map(|admission| guard.delegation.turn(admission.uid));
+    let _turn = turn.transpose()?;
+    let most = if admission.is_some() {
+        MOST_PATIENCE_BY_POLICY
+    } else {
+        MOST_PATIENCE
+    };
+    let patience = Duration::from_millis(request.patience_ms.into()).min(most);
+    let delegation = &guard.delegation;
+    let delegated =
+        admission.map(|admission| delegation.claim(admission, request.flags, &judged.range));
+    let mut delegated = delegated.transpose()?;
     let family = talk
         .family()
         .filter(|_| request.flags.intersects(Flags::FAMILY | Flags::DENY_WRITE));
@@ -161,6 +181,9 @@ pub(crate) fn grant(
         let turn = waiting.into_turn();
         let pin = judged.unsettled(guard.next_id(), request.flags, owner);
         let pin = Arc::new(pin.of_family(family.clone()));
+        if let Some(delegated) = delegated.take() {
+            pin.is_delegated_by(delegated);
+        }
         let granting = Granting {
             guard,
             judged: &judged,
@@ -192,6 +215,7 @@ pub(crate) fn grant(
         // Operations that waited for the outcome are judged by it now.
         guard.waiting.decided();
         let (granted, extents, lifeline) = granted?;
+        delegation.deadlines.add(judged.id, &pin);
         return Ok(Grant {
             pin,
             granted,

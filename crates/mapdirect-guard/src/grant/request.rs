@@ -10,6 +10,7 @@ use mapdirect_sys::{proc, uname};
 use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 /// What the request and the file say by themselves.
@@ -90,6 +91,17 @@ pub(crate) fn judge(
     request: &PinRequest,
     file: BorrowedFd<'_>,
 ) -> Result<Judged, Refusal> {
+    judge_from(guard, request, file, || None)
+}
+
+/// [`judge`] for somebody who may call the file by another name than the guard;
+/// `place` says where it is here, then.
+pub(crate) fn judge_from(
+    guard: &Guard,
+    request: &PinRequest,
+    file: BorrowedFd<'_>,
+    place: impl FnOnce() -> Option<PathBuf>,
+) -> Result<Judged, Refusal> {
     let flags = request.flags;
     let open_flags = rustix::fs::fcntl_getfl(file).map_err(|errno| system("F_GETFL", errno))?;
     if open_flags.contains(OFlags::PATH) {
@@ -164,7 +176,12 @@ pub(crate) fn judge(
         .get(id)
         .map(|watched| Arc::clone(&watched.path))
         .filter(|path| above(path).is_none());
-    let path = known.unwrap_or_else(|| Arc::from(proc::path_of(file)));
+    let path = known.unwrap_or_else(|| {
+        place().map_or_else(
+            || Arc::from(proc::path_of(file)),
+            |place| Arc::from(place.to_string_lossy()),
+        )
+    });
     if let Some(mount_point) = above(&path) {
         return Err(refusal(
             Reason::OverlayUpper,

@@ -246,6 +246,7 @@ impl Survey<'_> {
             pinned = pinned.mapped(&plan, !dax);
         }
         let frozen = pinned.frozen_pages(&beside);
+        self.require_trust(&frozen)?;
         let stored_to = (self.others_can_store)(&frozen)?;
         let (apart, kept_pages) = if dax {
             (Apart::Without, None)
@@ -262,6 +263,46 @@ impl Survey<'_> {
             kept_pages,
             frozen,
             beside,
+        })
+    }
+
+    /// Refuses frozen blocks beside a holder that can write and lacks the
+    /// capability, unless both are of the same user. Such a holder is not trusted
+    /// to leave blocks alone that a mapping of its own could be grown over.
+    fn require_trust(&self, frozen: &[Range<u64>]) -> Result<(), Refusal> {
+        let own = self.granting.pin;
+        let pins = self.granting.watched.pins.load();
+        let obstacle = pins
+            .iter()
+            .filter(|pin| pin.id != own.id && pin.uid != own.uid && !pin.is_dead())
+            .find_map(|pin| {
+                let has_frozen = pin.settled().is_some_and(|settled| settled.frozen > 0);
+                if own.is_of_untrusted_writer() && has_frozen {
+                    return Some(format!(
+                        "pin {} of user {} has blocks that must not be stored to, and whoever \
+                         lacks CAP_LINUX_IMMUTABLE is not trusted beside them with a descriptor \
+                         that can write",
+                        pin.id, pin.uid
+                    ));
+                }
+                let untrusted = pin.is_of_untrusted_writer() && !frozen.is_empty();
+                untrusted.then(|| {
+                    format!(
+                        "user {}, who lacks CAP_LINUX_IMMUTABLE, has pin {} with a descriptor \
+                         that can write, and is not trusted beside blocks that must not be \
+                         stored to",
+                        pin.uid, pin.id
+                    )
+                })
+            });
+        obstacle.map_or(Ok(()), |obstacle| {
+            Err(refusal(
+                Reason::OpenElsewhere,
+                Errno::TXTBSY,
+                obstacle,
+                "make the range stable first (mapdirect prepare), or end the other pin \
+                 (mapdirect unpin)",
+            ))
         })
     }
 
@@ -294,7 +335,8 @@ impl Survey<'_> {
                 pages.len()
             )));
         }
-        let Some(budget) = self.granting.guard.pages.take(pages.len()) else {
+        let trusted = self.granting.pin.delegated().is_none();
+        let Some(budget) = self.granting.guard.pages.take(pages.len(), trusted) else {
             return Err(too_many(String::from(
                 "others have so many ranges with frozen blocks mapped that the guard keeps no \
                  more pages of page cache apart",

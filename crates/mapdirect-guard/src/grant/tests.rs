@@ -2,6 +2,7 @@
 //! behind then. They need root and a loop device.
 
 use super::*;
+use crate::delegation::Delegation;
 use crate::gate::{Gate, fanotify};
 use crate::table::LOCK_BASE;
 use mapdirect_proto::Flags;
@@ -10,7 +11,7 @@ use mapdirect_sys::seam::{self, Call};
 use mapdirect_sys::{Errno, dup};
 use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// A guard without a socket, its gate, and its threads.
 fn with_guard(run: impl FnOnce(&Guard, &fanotify::Gate)) {
@@ -18,7 +19,8 @@ fn with_guard(run: impl FnOnce(&Guard, &fanotify::Gate)) {
     mapdirect_sys::signal::ignore(libc::SIGIO).unwrap();
     let gate = Arc::new(fanotify::Gate::new().unwrap());
     let limits = crate::places::Limits::of_process(Some(1024));
-    let guard = Guard::new(Arc::clone(&gate) as Arc<dyn Gate>, limits).unwrap();
+    let delegation = Delegation::new(PathBuf::from("/nonexistent/policy.toml"), 1024).unwrap();
+    let guard = Guard::new(Arc::clone(&gate) as Arc<dyn Gate>, limits, delegation).unwrap();
     std::thread::scope(|scope| {
         for task in Arc::clone(&gate).tasks(Box::new(|_| {})) {
             let guard = &guard;
@@ -65,7 +67,7 @@ fn ask(guard: &Guard, file: &File, flags: Flags, refuses: bool) -> Result<Grant,
         uid: 0,
     };
     let mut holder = Holder { file, refuses };
-    grant(guard, &request(flags), passed, owner, &mut holder)
+    grant(guard, &request(flags), passed, owner, None, &mut holder)
 }
 
 /// The inode is as if nobody had ever asked for a pin.

@@ -40,6 +40,17 @@ impl Passing {
             shares: operation.brings_shared,
         }
     }
+
+    /// What a process has that is no holder any more: a description that can
+    /// write, and mappings of it.
+    pub(crate) fn left_with(pid: i32) -> Self {
+        Self {
+            tid: pid,
+            writer: true,
+            maps: true,
+            ..Self::default()
+        }
+    }
 }
 
 /// The notes on one inode. Only [`Published`] permits a grant to read them.

@@ -3,6 +3,7 @@
 use super::LOCK_BASE;
 use super::life::{Life, Stage};
 use crate::apart::Held;
+use crate::delegation::Delegated;
 use crate::family::Family;
 use crate::ledger::Ranged;
 use crate::notice::Fate;
@@ -55,6 +56,8 @@ pub(crate) struct Pin {
     gives_way: Mutex<GivingWay>,
     /// Whether the promise was kept: that of the pin, whoever holds it.
     pub(crate) fate: Arc<Fate>,
+    /// What allowed it to a holder without the capability.
+    delegated: OnceLock<Delegated>,
 }
 
 /// What a pin lives by under the fanotify gate: something that only its holders
@@ -168,7 +171,24 @@ impl Pin {
             copied: ArcSwap::default(),
             gives_way: Mutex::default(),
             fate: Arc::default(),
+            delegated: OnceLock::new(),
         }
+    }
+
+    /// Marks that the holder lacks the capability.
+    pub(crate) fn is_delegated_by(&self, delegated: Delegated) {
+        let _ = self.delegated.set(delegated);
+    }
+
+    /// What allowed the pin to a holder without the capability.
+    pub(crate) fn delegated(&self) -> Option<&Delegated> {
+        self.delegated.get()
+    }
+
+    /// Whether the holder can write to the file but is not trusted: it could grow
+    /// a mapping of its own over blocks that must not be stored to.
+    pub(crate) fn is_of_untrusted_writer(&self) -> bool {
+        self.delegated().is_some_and(|delegated| delegated.writes)
     }
 
     /// The same pin, of a family.
@@ -231,6 +251,7 @@ impl Pin {
             copied: ArcSwap::new(self.copied()),
             gives_way: Mutex::new(self.giving_way().clone()),
             fate,
+            delegated: OnceLock::new(),
         }
     }
 

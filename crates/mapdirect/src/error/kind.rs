@@ -109,6 +109,9 @@ kinds! {
     NoSpace, "no-space";
     /// Blocks of the pin have changed, and the mapping was revoked.
     Breached, "breached";
+    /// The guard's policy does not allow it to the caller, who lacks
+    /// `CAP_LINUX_IMMUTABLE` in the initial user namespace.
+    Policy, "policy";
 }
 
 impl fmt::Display for Kind {

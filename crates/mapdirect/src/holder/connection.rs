@@ -3,8 +3,9 @@
 use crate::error::{Error, Kind, Result};
 use mapdirect_proto::{
     Flags, Gate, MAX_MESSAGE, Reply, Request, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
-    WatchedPin, settle,
+    VERSION_WITH_POLICY, WatchedPin, settle,
 };
+use mapdirect_sys::memfd::By;
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, capget, getauxval, memfd};
 use std::cell::Cell;
@@ -30,6 +31,9 @@ pub(crate) struct Connection {
     /// Whoever is asking holds this until the answer is there.
     turn: Mutex<Turn>,
     challenge: [u8; 32],
+    /// Whether it is for threads that have the capability. Others ask without a
+    /// proof, and the guard's policy decides.
+    capable: bool,
     /// A conversation was left in the middle: what comes next would be an
     /// answer to something else.
     broken: AtomicBool,
@@ -38,7 +42,7 @@ pub(crate) struct Connection {
 /// Where a conversation stands.
 #[derive(Debug, Default)]
 struct Turn {
-    /// The capability was proven.
+    /// The capability was proven, or cannot be in this user namespace.
     proven: bool,
     /// Answers still to come that nobody waits for.
     owed: u32,
@@ -47,7 +51,7 @@ struct Turn {
 impl Connection {
     /// Connects; waits for the guard's first answer for ever, or no longer
     /// than `patience`.
-    pub(crate) fn open(path: &Path, patience: Option<Duration>) -> Result<Self> {
+    pub(crate) fn open(path: &Path, patience: Option<Duration>, capable: bool) -> Result<Self> {
         let socket = Socket::connect(path).map_err(|errno| no_guard(path, errno))?;
         let limited = |limit| {
             socket
@@ -90,6 +94,7 @@ impl Connection {
             version,
             turn: Mutex::default(),
             challenge,
+            capable,
             broken: AtomicBool::new(false),
         })
     }
@@ -173,8 +178,70 @@ impl Connection {
         Ok(turn)
     }
 
-    /// Asks for something that needs the capability; `more` answers what the
-    /// guard asks back, until it returns something.
+    /// Requires that the guard knows requests of a version of the protocol.
+    pub(crate) fn require_version(&self, version: u32, what: &str) -> Result<()> {
+        if self.version >= version {
+            return Ok(());
+        }
+        Err(Error::new(
+            Kind::Protocol,
+            Errno::OPNOTSUPP,
+            format!(
+                "the guard is too old to {what}: it speaks version {} of the protocol, and this \
+                 needs {version}",
+                self.version
+            ),
+            "run the guard of the same version as the library",
+        ))
+    }
+
+    /// Proves the capability, once. Where it counts for nothing (in another user
+    /// namespace than the initial one) the guard's policy is left to decide.
+    fn prove(&self, turn: &mut Turn) -> Result<()> {
+        if turn.proven {
+            return Ok(());
+        }
+        let has_policy = self.version >= VERSION_WITH_POLICY;
+        if !self.capable {
+            return if has_policy {
+                Ok(())
+            } else {
+                Err(missing_capability())
+            };
+        }
+        let by = if has_policy {
+            By::Namespace
+        } else {
+            By::StartTime
+        };
+        match memfd::prove_immutable_capability(&self.challenge, by) {
+            Ok(proof) => {
+                self.whole(|talk| {
+                    talk.say(&Request::Prove, &[proof.as_fd()])?;
+                    talk.hear()
+                })?;
+            }
+            Err(Errno::PERM) if has_policy => {}
+            Err(errno) => return Err(not_capable(errno)),
+        }
+        turn.proven = true;
+        Ok(())
+    }
+
+    /// Asks for something that needs the capability or a rule of the guard's
+    /// policy, and answers nothing back.
+    pub(crate) fn ask(&self, request: &Request, file: Option<BorrowedFd<'_>>) -> Result<Reply> {
+        let mut turn = self.take_turn()?;
+        self.prove(&mut turn)?;
+        self.whole(|talk| {
+            talk.say(request, file.as_slice())?;
+            talk.hear().map(|(reply, _)| reply)
+        })
+    }
+
+    /// Asks for something that needs the capability or a rule of the guard's
+    /// policy; `more` answers what the guard asks back, until it returns
+    /// something.
     pub(crate) fn converse<T>(
         &self,
         request: &Request,
@@ -182,14 +249,7 @@ impl Connection {
         mut more: impl FnMut(&Talk<'_>, Reply, Vec<OwnedFd>) -> Result<Option<T>>,
     ) -> Result<T> {
         let mut turn = self.take_turn()?;
-        if !turn.proven {
-            let proof = memfd::prove_immutable_capability(&self.challenge).map_err(not_capable)?;
-            self.whole(|talk| {
-                talk.say(&Request::Prove, &[proof.as_fd()])?;
-                talk.hear()
-            })?;
-            turn.proven = true;
-        }
+        self.prove(&mut turn)?;
         self.whole(|talk| {
             talk.say(request, &[file])?;
             loop {
@@ -361,11 +421,9 @@ fn missing_capability() -> Error {
     )
 }
 
-/// The capability of the calling thread, which may have given it up since the
-/// connection was made.
-pub(crate) fn require_capability() -> Result<()> {
-    match capget::effective(0) {
-        Ok(effective) if capget::contains(effective, capget::CAP_LINUX_IMMUTABLE) => Ok(()),
-        _ => Err(missing_capability()),
-    }
+/// Whether the calling thread has the capability, which it may have given up since
+/// a connection was made.
+pub(crate) fn is_capable() -> bool {
+    capget::effective(0)
+        .is_ok_and(|effective| capget::contains(effective, capget::CAP_LINUX_IMMUTABLE))
 }

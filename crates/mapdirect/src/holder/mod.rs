@@ -9,7 +9,7 @@ mod shared;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use connection::{Connection, ENDED, environment, require_capability, unexpected};
+pub(crate) use connection::{Connection, ENDED, environment, is_capable, unexpected};
 pub(crate) use held::Held;
 pub(crate) use hold::Hold;
 pub(crate) use shared::{any_revoked, connections};

@@ -25,9 +25,9 @@ pub(super) struct Watching {
     pub(super) starting: Mutex<()>,
     /// A thread has tried to connect.
     pub(super) tried: Condvar,
-    /// The connections of this process, by where their guard listens. A child of
-    /// fork(2) could wait for ever for a lock on those of its parent.
-    pub(super) connections: Mutex<HashMap<PathBuf, Arc<Connection>>>,
+    /// The connections of this process. A child of fork(2) could wait for ever for
+    /// a lock on those of its parent.
+    pub(super) connections: Mutex<Connections>,
 }
 
 #[derive(Debug, Default)]
@@ -167,8 +167,12 @@ pub(super) fn watching() -> &'static Watching {
 }
 
 /// How to reach a thread.
+/// Connections, by where their guard listens, and whether they are for threads with
+/// the capability.
+pub(crate) type Connections = HashMap<(PathBuf, bool), Arc<Connection>>;
+
 /// The connections of this process.
-pub(crate) fn connections() -> MutexGuard<'static, HashMap<PathBuf, Arc<Connection>>> {
+pub(crate) fn connections() -> MutexGuard<'static, Connections> {
     lock(&watching().connections)
 }
 

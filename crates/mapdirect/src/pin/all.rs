@@ -3,7 +3,7 @@
 use super::{Pin, PinOptions};
 use crate::error::Result;
 use crate::guard::Guard;
-use crate::holder::Connection;
+use crate::holder::{Connection, is_capable};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -68,7 +68,7 @@ impl PinOptions {
             for _ in 0..helpers {
                 let by_its_own = || {
                     // Where there is no room for it, fewer ask at once.
-                    if let Ok(connection) = Connection::open(guard.socket(), None) {
+                    if let Ok(connection) = Connection::open(guard.socket(), None, is_capable()) {
                         let connection = Arc::new(connection);
                         batch.work(|| Ok(Arc::clone(&connection)));
                     }

@@ -1,5 +1,6 @@
 //! A preparation under way, and taking back what one that failed has done.
 
+use super::contiguous::Before;
 use super::plan::{self, Work};
 use super::room::Scratch;
 use super::{Prepared, Progress};
@@ -44,6 +45,9 @@ pub(super) struct Job<'call> {
     /// The size it shall have, at least.
     pub(super) size: u64,
     pub(super) huge: bool,
+    pub(super) contiguous: bool,
+    /// What there was before anything was done, if it shall be contiguous.
+    pub(super) before: Option<Before>,
     pub(super) exclusive: bool,
     pub(super) dax: bool,
     /// How long one call may wait for others.
@@ -72,6 +76,7 @@ impl Job<'_> {
                 allocated: self.allocated,
                 converted: self.converted,
                 unshared: self.unshared,
+                before: self.before,
             }),
             Err(error) => Err(match self.give_back() {
                 Some(note) => error.noting(&note),
@@ -87,6 +92,7 @@ impl Job<'_> {
             let work = Work::of(&map);
             if pass == 0 {
                 self.check_space(work.space())?;
+                self.before = self.contiguous.then(|| Before::read(self.file, &map));
                 self.beyond_the_end = self.has_blocks_beyond_the_end();
             } else if map.file_size() < self.size {
                 return Err(truncated(map.file_size()));
@@ -188,8 +194,15 @@ impl Job<'_> {
                 _ => self.allocate_in_powers_of_two(holes),
             };
         }
+        // Asked for a part, the filesystem may find a place that has no room for
+        // the rest.
+        let most = if self.contiguous {
+            u64::MAX
+        } else {
+            ALLOCATION
+        };
         for hole in holes {
-            for piece in plan::pieces(hole, ALLOCATION) {
+            for piece in plan::pieces(hole, most) {
                 self.allocate_piece(piece)?;
             }
         }

@@ -15,6 +15,7 @@
 //! somebody a byte is giving blocks back when it fails: see
 //! [`Job::give_back`].
 
+mod contiguous;
 mod job;
 mod plan;
 mod room;
@@ -75,6 +76,7 @@ pub struct PrepareOptions {
     range: Option<Range<u64>>,
     size: Option<u64>,
     huge: bool,
+    contiguous: bool,
     exclusive: bool,
     patience: Option<Duration>,
 }
@@ -107,6 +109,25 @@ impl PrepareOptions {
     /// that are there already stay where they are.
     pub fn huge(mut self, huge: bool) -> Self {
         self.huge = huge;
+        self
+    }
+
+    /// Tries to place what has to be allocated in one run on the device: each
+    /// hole is asked for by one call, as a whole, so that the filesystem looks
+    /// for a run of free blocks that takes it. [`Prepared::runs`] tells what came
+    /// of it, and [`Prepared::why_not_contiguous`] why. Blocks that are there
+    /// already stay where they are: nothing that can be done from outside the
+    /// kernel moves them without a doubt while others may store to them. For one
+    /// run prepare a new file, and copy the data to it.
+    ///
+    /// A run cannot be longer than what the filesystem keeps in one piece. XFS
+    /// divides its device into allocation groups; ext4 has metadata at the
+    /// beginning of some groups of 32,768 blocks (128 MiB with blocks of 4 KiB).
+    /// A run may be described by several records (FIEMAP, `filefrag`): one of
+    /// ext4 has at most 32,768 blocks, of unwritten ones 32,767, one of XFS
+    /// 2,097,151. A [`BlockMap`] joins them.
+    pub fn contiguous(mut self, contiguous: bool) -> Self {
+        self.contiguous = contiguous;
         self
     }
 
@@ -217,6 +238,8 @@ impl PrepareOptions {
             old_size,
             size,
             huge: self.huge,
+            contiguous: self.contiguous,
+            before: None,
             exclusive: self.exclusive,
             dax: facts.dax,
             patience: self.patience.unwrap_or(PATIENCE),
@@ -330,6 +353,7 @@ pub struct Prepared {
     allocated: u64,
     converted: u64,
     unshared: u64,
+    before: Option<contiguous::Before>,
 }
 
 impl Prepared {
@@ -356,6 +380,20 @@ impl Prepared {
     #[must_use]
     pub fn unshared(&self) -> u64 {
         self.unshared
+    }
+
+    /// How many runs of blocks on the device the range consists of; 1 if it is
+    /// contiguous.
+    #[must_use]
+    pub fn runs(&self) -> u64 {
+        contiguous::runs(&self.map)
+    }
+
+    /// Why the range is not contiguous, if [`PrepareOptions::contiguous`] was
+    /// asked for, and it is not.
+    #[must_use]
+    pub fn why_not_contiguous(&self) -> Option<String> {
+        self.before.as_ref()?.why(&self.map)
     }
 
     /// How many pieces of 2 MiB the range has, and how many of them a huge

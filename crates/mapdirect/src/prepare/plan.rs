@@ -78,7 +78,7 @@ pub(super) fn pieces(run: &Range<u64>, grid: u64) -> impl Iterator<Item = Range<
     let mut at = run.start;
     std::iter::from_fn(move || {
         let start = at;
-        at = end.min(start - start % grid + grid);
+        at = end.min((start - start % grid).saturating_add(grid));
         (start < end).then_some(start..at)
     })
 }

@@ -6,9 +6,10 @@ mod watch;
 pub(crate) use self::watch::breach_line;
 
 use self::watch::AllHeld;
-use crate::args::{Denial, PinArgs, ScopeChoice, StrengthChoice};
+use crate::args::{Denial, Format, PinArgs, ScopeChoice, StrengthChoice};
+use crate::extents::Extents;
 use crate::keeper::{self, Keeper, Kept};
-use crate::{Exit, draw, json, output};
+use crate::{Exit, json, output};
 use anyhow::{Context, Result};
 use mapdirect::{Pin, PinOptions, Scope};
 use mapdirect_sys::signal::{Signal, SignalFd};
@@ -25,6 +26,7 @@ use std::process::Command;
 use std::time::Duration;
 
 pub(crate) fn run(args: &PinArgs) -> Result<Exit> {
+    one_table(args)?;
     if args.command.is_empty() {
         return hold(args);
     }
@@ -49,9 +51,9 @@ fn hold(args: &PinArgs) -> Result<Exit> {
     };
     require_stable(args, &pins)?;
     for (path, pin) in args.files.iter().zip(&pins) {
-        tell(args, path, pin);
+        tell(args, path, pin)?;
     }
-    if !args.json {
+    if form(args) == Format::Table {
         output::line("held until SIGINT or SIGTERM");
     }
     let mut held = AllHeld::new(&args.files, &pins)?;
@@ -87,15 +89,12 @@ fn keep_for_command(args: &PinArgs, keeper: &mut Keeper) -> Result<Exit> {
     // The pins do not need them, and a duplicate would be in their way.
     drop(files);
     require_stable(args, &pins)?;
-    let extents = args.files.iter().zip(&pins);
-    let extents: Vec<Value> = extents
-        .map(|(path, pin)| describe(args, path, pin))
-        .collect();
+    let extents = described(args, &pins)?;
     let mut held = AllHeld::new(&args.files, &pins)?;
     let (program, arguments) = args.command.split_first().context("no command")?;
     let mut command = Command::new(program);
     command.args(arguments);
-    hand_out(&mut command, &Value::from(extents))?;
+    hand_out(&mut command, &extents)?;
     match keeper.start(&mut command)? {
         Ok(pid) => keeper.attend(pid, &mut held, args.on_loss),
         Err(exit) => Ok(exit),
@@ -104,9 +103,8 @@ fn keep_for_command(args: &PinArgs, keeper: &mut Keeper) -> Result<Exit> {
 
 /// Has a command find the extents of the pins: in a memory file that nobody can
 /// change, and that goes with the last descriptor of it.
-fn hand_out(command: &mut Command, extents: &Value) -> Result<()> {
-    let file = memfd::sealed("mapdirect-extents", extents.to_string().as_bytes())
-        .context("memfd_create")?;
+fn hand_out(command: &mut Command, extents: &str) -> Result<()> {
+    let file = memfd::sealed("mapdirect-extents", extents.as_bytes()).context("memfd_create")?;
     let file = out_of_the_way(file)?;
     let number = file.as_raw_fd();
     command.env("MAPDIRECT_EXTENTS", format!("/proc/self/fd/{number}"));
@@ -248,10 +246,56 @@ fn ask(options: PinOptions, files: Vec<File>, signals: &SignalFd) -> Result<Aske
     }
 }
 
+/// The form that the extents shall have.
+fn form(args: &PinArgs) -> Format {
+    match (args.format, args.json || !args.command.is_empty()) {
+        (Some(format), _) => format.into(),
+        (None, true) => Format::Json,
+        (None, false) => Format::Table,
+    }
+}
+
+/// What a command is told: an array with an object for each file, or what comes
+/// of each file in another form.
+fn described(args: &PinArgs, pins: &[Pin]) -> Result<String> {
+    let pinned = args.files.iter().zip(pins);
+    if form(args) == Format::Json {
+        let all: Vec<Value> = pinned
+            .map(|(path, pin)| describe(args, path, pin))
+            .collect();
+        return Ok(Value::from(all).to_string());
+    }
+    let mut text = String::new();
+    for (_, pin) in pinned {
+        text += &said(args, pin)?;
+        text.push('\n');
+    }
+    Ok(text)
+}
+
+/// Nothing in a form but JSON says which file it is of.
+fn one_table(args: &PinArgs) -> Result<()> {
+    let many = args.files.len() > 1 && matches!(form(args), Format::Csv | Format::Dmsetup);
+    anyhow::ensure!(
+        !many,
+        "in this form nothing says which file an extent is of\n\
+         help: pin the files one by one, or take JSON"
+    );
+    Ok(())
+}
+
+/// The extents of a pin in a form other than JSON.
+fn said(args: &PinArgs, pin: &Pin) -> Result<String> {
+    let map = pin.block_map();
+    let extents = Extents::pinned(map, args.strength.into());
+    extents.say(form(args), None, args.device.as_deref())
+}
+
 /// A pin, for programs.
 fn describe(args: &PinArgs, path: &Path, pin: &Pin) -> Value {
     let map = pin.block_map();
-    json!({
+    let extents = Extents::pinned(map, args.strength.into());
+    let mut value = json!({
         "file": path.to_string_lossy(),
         "pin": pin.pin_id(),
         "pid": std::process::id(),
@@ -265,16 +309,25 @@ fn describe(args: &PinArgs, path: &Path, pin: &Pin) -> Value {
         "block_size": map.block_size(),
         "device": map.device().to_string(),
         "stable": map.is_stable(),
-        "extents": json::extents(map),
-    })
+        "extents": extents.list(),
+    });
+    extents.add_devices(&mut value);
+    value
 }
 
-fn tell(args: &PinArgs, path: &Path, pin: &Pin) {
+fn tell(args: &PinArgs, path: &Path, pin: &Pin) -> Result<()> {
     let map = pin.block_map();
     let range = pin.range();
-    if args.json {
-        output::line(&describe(args, path, pin).to_string());
-        return;
+    match form(args) {
+        Format::Table => {}
+        Format::Json => {
+            output::line(&describe(args, path, pin).to_string());
+            return Ok(());
+        }
+        _ => {
+            output::line(&said(args, pin)?);
+            return Ok(());
+        }
     }
     output::line(&format!(
         "pinned {} of {} (blocks of {} bytes on device {})",
@@ -288,5 +341,6 @@ fn tell(args: &PinArgs, path: &Path, pin: &Pin) {
             "held is what is written, and what is written from now on; the rest may change",
         );
     }
-    output::line(draw::extent_table(map).trim_end());
+    output::line(said(args, pin)?.trim_end());
+    Ok(())
 }

@@ -155,7 +155,7 @@ fn proven(guard: &GuardProcess) -> Socket {
 fn proven_to(path: &Path) -> Socket {
     let socket = connect_to(path);
     let challenge = greet(&socket);
-    let proof = memfd::prove_immutable_capability(&challenge).unwrap();
+    let proof = memfd::prove_immutable_capability(&challenge, memfd::By::Namespace).unwrap();
     assert_eq!(
         ask(&socket, &Request::Prove, &[proof.as_fd()]),
         Some(Reply::Done)

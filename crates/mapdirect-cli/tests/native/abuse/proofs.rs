@@ -13,7 +13,7 @@ pub(crate) fn unproven(world: &World) {
     // A memory file that holds nothing, one that is not immutable, and one
     // made for another connection.
     let other = proven(&guard);
-    let stale = memfd::prove_immutable_capability(&[0; 32]).unwrap();
+    let stale = memfd::prove_immutable_capability(&[0; 32], memfd::By::Namespace).unwrap();
     for proof in [
         memfd::sealed("x", b"").unwrap(),
         memfd::sealed("x", &[0; 32]).unwrap(),
@@ -43,7 +43,7 @@ pub(crate) fn relayed_proof(world: &World) {
     let challenge = greet(&socket);
     let (ours, theirs) = Socket::pair().unwrap();
     let child = mapdirect_testkit::raw::fork(|| {
-        let sent = memfd::prove_immutable_capability(&challenge)
+        let sent = memfd::prove_immutable_capability(&challenge, memfd::By::Namespace)
             .and_then(|proof| theirs.send(&[b"proof"], &[proof.as_fd()]));
         i32::from(sent.is_err())
     })

@@ -331,14 +331,33 @@ def fio_make(directory):
     assert fio_run(directory, "--rw=write").wait() == 0
 
 
+def is_mapped(path):
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/maps") as maps:
+                if path in maps.read():
+                    return True
+        except OSError:
+            pass
+    return False
+
+
 def fio_use(directory):
+    import signal
     import time
 
-    process = fio_run(directory, "--time_based", "--runtime=3")
-    time.sleep(1)
-    assert process.poll() is None
+    process = fio_run(directory, "--time_based", "--runtime=300")
+    path = f"{directory}/fio.data"
+    while not is_mapped(path):
+        assert process.poll() is None
+        time.sleep(0.05)
     pause()
-    assert process.wait() == 0
+    time.sleep(0.5)
+    assert is_mapped(path), "it has ended"
+    # So it ends when it is interrupted, and in no other way.
+    process.send_signal(signal.SIGINT)
+    status = process.wait()
+    assert status == 128, status
     done()
 
 

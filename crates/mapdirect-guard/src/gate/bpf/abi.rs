@@ -181,6 +181,8 @@ pub(super) struct Facts {
     pub(super) denials: Denials,
     /// A pin of the inode is being granted.
     pub(super) granting: bool,
+    /// A holder lacks the capability, so what it leaves behind is for nobody.
+    pub(super) delegated: bool,
 }
 
 /// What the pins of an inode deny.
@@ -258,7 +260,10 @@ impl Entry {
                 | flag(WINDOWED, !layers.list(List::Window).is_empty())
                 | flag(DENIES_WRITE, facts.denials.write.is_some())
                 | flag(DENIES_RENAME, facts.denials.rename)
-                | flag(CAN_SLEEP, can_sleep(layers) && facts.denials.is_none())
+                | flag(
+                    CAN_SLEEP,
+                    can_sleep(layers) && facts.denials.is_none() && !facts.delegated,
+                )
                 | flag(UNSHARES, layers.unshares),
             size_floor: layers.size_floor,
             fixed_size: layers.fixed_size.unwrap_or(u64::MAX),
@@ -428,6 +433,9 @@ pub(super) struct PinFacts {
     pub(super) uid: u32,
     pub(super) handle_type: i32,
     pub(super) handle_length: u32,
+    /// 0 if the holder has the capability. Otherwise what
+    /// [`Delegated::wire`](crate::delegation::Delegated::wire) says.
+    pub(super) until: u64,
     /// When the process `pid` started, in clock ticks since boot; 0 if that is
     /// not known.
     pub(super) began: u64,
@@ -528,7 +536,7 @@ mod tests {
             PinFacts,
             "pin_facts",
             key id file quiet revived stamp start end mapped_start mapped_end generation flags pid
-            uid handle_type handle_length began handle
+            uid handle_type handle_length until began handle
         );
         same!(Life, "life", lives disturbed last);
         same!(

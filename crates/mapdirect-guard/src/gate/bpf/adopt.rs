@@ -111,6 +111,12 @@ fn recognise(guard: &Guard, found: &Found) -> Result<Recognised, Refusal> {
     let pin = judged.unsettled(found.id, found.flags, owner);
     let family = Family::that_began(found.pid, found.began);
     let pin = Arc::new(pin.of_family(family.map(Arc::new)));
+    if found.until != 0 {
+        let bytes = found.range.end - found.range.start;
+        let delegation = &guard.delegation;
+        pin.is_delegated_by(delegation.claim_again(found.uid, bytes, found.until));
+        delegation.deadlines.add(found.inode, &pin);
+    }
     watched.add(&pin);
     Ok(Recognised {
         judged,

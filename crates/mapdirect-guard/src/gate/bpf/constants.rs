@@ -63,9 +63,9 @@ pub(super) const WAKING: u64 = 1 << 62;
 
 /// The number of bytes kept of a pin: 256 with what the kernel adds.
 pub(super) const PIN_FACTS: usize = 192;
-/// The largest size of a file handle, which is kept behind 120 bytes of other
+/// The largest size of a file handle, which is kept behind 128 bytes of other
 /// facts. Those of XFS and ext4 have 24 bytes, with the handle of the parent.
-pub(super) const HANDLE: usize = PIN_FACTS - 120;
+pub(super) const HANDLE: usize = PIN_FACTS - 128;
 
 /// Question: tell the state of the inode.
 pub(super) const TEND_LOOK: u32 = 0;
@@ -79,6 +79,8 @@ pub(super) const TEND_TELL: u32 = 3;
 pub(super) const TEND_GRANTING: u32 = 4;
 /// Question: the pin that was being granted is, so others may join.
 pub(super) const TEND_GRANTED: u32 = 5;
+/// Question: the description of the pin is none any more, though it is there.
+pub(super) const TEND_DISOWN: u32 = 6;
 
 /// Event: an operation was refused.
 pub(super) const EVENT_REFUSED: u32 = 1;
@@ -182,7 +184,7 @@ mod tests {
         numbers!(DENIES_WRITE DENIES_RENAME UNSHARES ANCESTORS);
         numbers!(FILTER_BITS FILTER_WORDS EASY PIN_FACTS HANDLE);
         numbers!(TEND_LOOK TEND_DISTURB TEND_QUIET TEND_TELL);
-        numbers!(TEND_GRANTING TEND_GRANTED);
+        numbers!(TEND_GRANTING TEND_GRANTED TEND_DISOWN);
         numbers!(EVENT_REFUSED EVENT_ENDED EVENT_RAW EVENT_DOUBT);
         long_numbers!(FILTER_MULTIPLIER DEAD WAKING WHO_IS_IT IS_IT_PIN MAY_TAKE_UP PIN_NUMBER);
         long_numbers!(PAGE LARGEST_BLOCK TICK);

@@ -76,6 +76,12 @@ impl gate::Gate for Gate {
         pin.end();
     }
 
+    fn take_away(&self, guard: &Guard, watched: &Arc<Watched>, pin: &Pin) {
+        self.disown(watched.id, pin.id);
+        pin.end();
+        events::remove(guard, self, watched, pin.id);
+    }
+
     /// When an inode has several pins, only the guard removes one that has
     /// ended.
     fn refuses_for_ended(&self, pin: u64) -> bool {

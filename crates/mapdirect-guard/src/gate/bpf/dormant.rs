@@ -14,8 +14,8 @@
 
 use super::Gate;
 use super::abi::{
-    DEAD, Key, STIRRED, TEND_DISTURB, TEND_GRANTED, TEND_GRANTING, TEND_LOOK, TEND_QUIET,
-    TEND_TELL, Tending, WAKING,
+    DEAD, Key, STIRRED, TEND_DISOWN, TEND_DISTURB, TEND_GRANTED, TEND_GRANTING, TEND_LOOK,
+    TEND_QUIET, TEND_TELL, Tending, WAKING,
 };
 use super::events::{end_what_is_over, let_go};
 use crate::table::{InodeId, Pin, Watched};
@@ -173,6 +173,15 @@ impl Gate {
     /// The same, and says whether the inode has no pin.
     pub(super) fn lay_to_rest(&self, key: Key) -> bool {
         self.disturb(key, 0).is_ok_and(|tending| is_dead(&tending))
+    }
+
+    /// Ends a pin whose description is still there: the programs take that for any
+    /// other from now on.
+    pub(super) fn disown(&self, id: InodeId, pin: u64) {
+        let key = Key::new(id);
+        // Nobody may take the pin up again.
+        let _ = self.disturb(key, pin);
+        let _ = self.tend(key, pin, TEND_DISOWN);
     }
 
     /// Handles the kernel's report that a pin has ended. Returns `true` if the

@@ -163,6 +163,11 @@ fn end(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     for ended in watched.pins.load().iter().filter(|other| other.id == pin) {
         ended.end();
     }
+    remove(guard, gate, watched, pin);
+}
+
+/// Removes a pin that has ended.
+pub(super) fn remove(guard: &Guard, gate: &Gate, watched: &Arc<Watched>, pin: u64) {
     // If this fails, the entry still contains more than is pinned, so it only
     // refuses more.
     let _ = gate.publish(watched);

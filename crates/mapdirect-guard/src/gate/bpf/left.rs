@@ -21,6 +21,8 @@ pub(crate) struct Found {
     pub(crate) flags: Flags,
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+    /// See [`PinFacts::until`].
+    pub(crate) until: u64,
     /// When that process started, in clock ticks since boot.
     pub(crate) began: u64,
     pub(crate) handle: FileHandle,
@@ -40,6 +42,7 @@ pub(super) fn found(facts: &PinFacts) -> Found {
         flags: Flags::from_known_bits(facts.flags),
         pid: facts.pid,
         uid: facts.uid,
+        until: facts.until,
         began: facts.began,
         handle: FileHandle {
             kind: facts.handle_type,

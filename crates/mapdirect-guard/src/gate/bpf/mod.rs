@@ -28,6 +28,7 @@ pub mod oracle;
 mod watch;
 
 use crate::Errno;
+use crate::delegation::Delegated;
 use crate::policy::RULES;
 use crate::table::{InodeId, Pin, Settled, Watched, together};
 use crate::wake::Backoff;
@@ -260,6 +261,7 @@ impl Gate {
             cached: live.iter().any(|pin| pin.flags.contains(Flags::CACHED)),
             denials: denials_of(&live),
             granting: before.as_ref().is_some_and(|before| before.granting),
+            delegated: live.iter().any(|pin| pin.delegated().is_some()),
         };
         let version = self.versions.fetch_add(1, Relaxed);
         let (entry, runs) = Entry::new(version, &layers, facts);
@@ -470,6 +472,7 @@ impl Gate {
             uid: pin.uid,
             handle_type: handle.kind,
             handle_length: u32::try_from(handle.bytes.len()).unwrap_or(0),
+            until: pin.delegated().map_or(0, Delegated::wire),
             began: pin.family.as_ref().map_or(0, |family| family.began()),
             handle: [0; abi::HANDLE],
         };

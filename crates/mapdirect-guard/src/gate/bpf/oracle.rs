@@ -71,6 +71,7 @@ impl Oracle {
             cached: false,
             denials: super::abi::Denials::default(),
             granting: false,
+            delegated: false,
         };
         let (entry, runs) = Entry::new(self.version, layers, facts);
         if let Some(runs) = &runs {

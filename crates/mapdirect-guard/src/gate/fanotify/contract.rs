@@ -5,7 +5,7 @@ use super::{Gate, MASK, lifetime, server};
 use crate::gate::{self, Dormancy, Task};
 use crate::grant::{Granting, Holder, Secured, system};
 use crate::server::OnTampering;
-use crate::table::{GrantState, Pin, Watched};
+use crate::table::{GrantState, Passing, Pin, Watched};
 use crate::{Errno, Guard};
 use mapdirect_proto::{Notice, Refusal, WatchedPin};
 use mapdirect_sys::fcntl::conflicting_lock;
@@ -98,6 +98,14 @@ impl gate::Gate for Gate {
     fn end(&self, watched: &Watched, pin: &Pin) {
         pin.end();
         self.lifetime.take_out_dead(watched.id);
+    }
+
+    /// Before the pin is out of the table, it is noted what its holder keeps. The
+    /// lifetime thread lets the inode go if nothing else is pinned.
+    fn take_away(&self, _guard: &Guard, watched: &Arc<Watched>, pin: &Pin) {
+        let _ = watched.note(Passing::left_with(pin.pid));
+        watched.remove(|other| other.id == pin.id);
+        self.end(watched, pin);
     }
 
     /// This gate asks whether a pin is alive before it refuses anything for the

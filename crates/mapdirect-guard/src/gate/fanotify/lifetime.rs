@@ -283,8 +283,15 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
         while let Some(id) = lifetime.with_dead.pop() {
             // The gate found pins dead. The close event that came with their
             // end provides a description with which to let the inode go.
-            if let Some(watched) = guard.table.get(id) {
-                watched.remove(Pin::is_dead);
+            let Some(watched) = guard.table.get(id) else {
+                continue;
+            };
+            watched.remove(Pin::is_dead);
+            // A pin that was taken away from its holder leaves no close event.
+            if watched.pins.load().is_empty()
+                && let Some(file) = keeper.open(id)
+            {
+                keeper.tend(id, file.as_fd());
             }
         }
         keeper.look_at_what_is_due();

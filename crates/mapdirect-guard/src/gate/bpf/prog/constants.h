@@ -95,13 +95,14 @@ enum list {
 #define FILTER_WORDS 4096
 #define EASY 1
 #define PIN_FACTS 192
-#define HANDLE 72
+#define HANDLE 64
 #define TEND_LOOK 0
 #define TEND_DISTURB 1
 #define TEND_QUIET 2
 #define TEND_TELL 3
 #define TEND_GRANTING 4
 #define TEND_GRANTED 5
+#define TEND_DISOWN 6
 #define EVENT_REFUSED 1
 #define EVENT_ENDED 2
 #define EVENT_RAW 3

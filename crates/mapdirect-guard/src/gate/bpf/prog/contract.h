@@ -125,6 +125,7 @@ struct pin_facts {
 	u32 uid;
 	int handle_type;
 	u32 handle_length;
+	u64 until;	// the guard's own: see abi.rs
 	u64 began;	// of the process `pid`, in ticks since boot
 	u8 handle[HANDLE];
 };

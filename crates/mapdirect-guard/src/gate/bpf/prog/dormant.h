@@ -161,6 +161,15 @@ int tend(struct tending *t)
 		__sync_lock_test_and_set(&facts->quiet, 1);
 	if (what == TEND_TELL)
 		__sync_lock_test_and_set(&facts->quiet, 0);
+	if (what == TEND_DISOWN) {
+		u64 pointer = *(volatile u64 *)&facts->file;
+		struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
+		if (holder && disown(holder, pin)) {
+			__sync_lock_test_and_set(&facts->file, 0);
+			leave(&key, pin);
+			uncount_pin(key.dev);
+		}
+	}
 	t->file = *(volatile u64 *)&facts->file;
 	t->revived = facts->revived;
 	t->pid = facts->pid;

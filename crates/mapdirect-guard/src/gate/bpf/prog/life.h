@@ -96,6 +96,14 @@ static __noinline int become_pin(u64 file, struct holder *holder, int anew)
 	return 0;
 }
 
+// A struct file that stays is no pin any more. Its element stays as long as it
+// does, as one of no pin: an element that was freed and used again has another
+// number by then, and numbers are not used again.
+static __always_inline bool disown(struct holder *holder, u64 pin)
+{
+	return pin && __sync_val_compare_and_swap(&holder->pin, pin, 0) == pin;
+}
+
 // A struct file is no pin any more.
 static __noinline int end_life(u64 file)
 {
@@ -104,8 +112,12 @@ static __noinline int end_life(u64 file)
 	if (!holder)
 		return 0;
 	struct key key = holder->key;
-	u64 pin = holder->pin;
+	u64 pin = *(volatile u64 *)&holder->pin;
+	// The guard may disown it just now: one of both does the rest.
+	bool is_ours = disown(holder, pin);
 	bpf_map_delete_elem(&holders, &pointer);
+	if (!is_ours)
+		return 0;
 	// Until `leave` the guard takes nothing of it away. It asks for quiet, and
 	// then looks whether the pin is over; here it is over, and then this looks
 	// whether there is quiet. So one of them sees the other.

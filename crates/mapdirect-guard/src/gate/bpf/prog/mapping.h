@@ -65,7 +65,10 @@ static __noinline int map_direct(struct file *file, struct run *at, u32 prot, u3
 	struct holder *known = bpf_map_lookup_elem(&holders, &pointer);
 	if (known)
 		// What else is pinned need not stay so for as long as this file.
-		return start >= known->start && end <= known->end ? 0 : -EOPNOTSUPP;
+		return *(volatile u64 *)&known->pin && start >= known->start &&
+			       end <= known->end ?
+			       0 :
+			       -EOPNOTSUPP;
 	// What is being granted may be refused yet: then nobody would know of who
 	// has joined.
 	if (*(volatile u32 *)&e->flags & GRANTING)
@@ -134,7 +137,7 @@ static __noinline int may_store(struct file *file, u64 start, u64 end)
 	q.at.end = end;
 	u64 pointer = (u64)file;
 	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
-	q.foreign = !holder || holder->foreign;
+	q.foreign = !holder || !*(volatile u64 *)&holder->pin || holder->foreign;
 	return decide(&q);
 }
 
@@ -201,7 +204,7 @@ static __noinline int says_pin(struct file *file, u64 value)
 	u64 pointer = (u64)file;
 	struct holder *holder = bpf_map_lookup_elem(&holders, &pointer);
 
-	if (!holder || (holder->pin & DEAD))
+	if (!holder || !holder->pin || (holder->pin & DEAD))
 		return 0;
 	return (holder->pin & PIN_NUMBER) == (value & PIN_NUMBER) ? -EALREADY : 0;
 }
