@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, dependencies, man, packages, public_api, vm};
+use crate::{bpf, build, capi, dependencies, man, packages, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -105,6 +105,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             "the public API is what its list says",
             public_api::check,
         ));
+        ran.push(checked(
+            "the header of the C library is what its source says",
+            capi::check_header,
+        ));
         ran.push(tests(
             "units and properties",
             build::cargo(&[
@@ -123,6 +127,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         )?);
         ran.push(documentation()?);
     }
+    // Tests that run programs in C and Python look for them.
+    ran.push(told("the C library builds", || {
+        capi::stage().map(|root| root.display().to_string())
+    }));
     let mut native = build::cargo(&[
         "test",
         "--package=mapdirect-cli",
