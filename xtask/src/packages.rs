@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 pub(crate) type Needed = (&'static str, &'static str);
 
 /// What tests and demo need.
-pub(crate) const FOR_TESTS: [Needed; 18] = [
+pub(crate) const FOR_TESTS: [Needed; 19] = [
+    ("systemd-nspawn", "systemd-container"),
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),

@@ -198,7 +198,14 @@ const OFTEN: [(&str, &str, &[&str]); 4] = [
     (
         "7.3",
         "bpf gate",
-        &["in-kernel", "hammer::xfs", "tripwire::xfs::", "writers::"],
+        &[
+            "in-kernel",
+            "hammer::xfs",
+            "tripwire::xfs::",
+            "writers::",
+            "policy::unpin",
+            "policy::next-guard",
+        ],
     ),
     (
         "6.1",
@@ -220,7 +227,7 @@ const OFTEN: [(&str, &str, &[&str]); 4] = [
 const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
 
 /// The tests that a precise gate can be put to.
-const WITH_EITHER_GATE: [&str; 15] = [
+const WITH_EITHER_GATE: [&str; 16] = [
     "contract::",
     "doors::",
     "writers::",
@@ -236,6 +243,7 @@ const WITH_EITHER_GATE: [&str; 15] = [
     "::pinned",
     "random::",
     "tripwire::",
+    "policy::",
 ];
 
 /// All of them on each kernel, on loop devices and on persistent memory.
