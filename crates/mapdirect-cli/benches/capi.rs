@@ -151,10 +151,8 @@ fn from_c() {
         report(&format!("memcpy_persist {size} from C"), &c, &rust);
     }
     // SAFETY: nothing refers to it any more.
-    assert_eq!(
-        unsafe { mapdirect_capi::mapdirect_munmap(memory, LENGTH) },
-        0
-    );
+    let unmapped = unsafe { mapdirect_capi::mapdirect_munmap(memory, LENGTH) };
+    assert_eq!(unmapped, 0);
 }
 
 /// mmap and munmap of a program, with and without the preloaded functions.
