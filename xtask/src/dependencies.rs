@@ -21,7 +21,11 @@ pub(crate) fn check() -> Result<String> {
     let (allowed, doubles) = (list(&rules, "allow")?, list(&rules, "skip")?);
     let wrong: Vec<_> = packages
         .iter()
-        .filter_map(|package| complaint(package, &allowed))
+        .filter_map(|package| {
+            let mut allowed = allowed.clone();
+            allowed.extend(exceptions(&rules, &package.name));
+            complaint(package, &allowed)
+        })
         .chain(more_than_once(&packages, &doubles))
         .collect();
     ensure!(wrong.is_empty(), "{}", wrong.join("; "));
@@ -92,6 +96,17 @@ fn list(rules: &str, name: &str) -> Result<BTreeSet<String>> {
         .take_while(|line| line.trim() != "]")
         .filter_map(|line| Some(line.trim().strip_prefix('"')?.split_once('"')?.0.to_owned()))
         .collect())
+}
+
+/// The licences that deny.toml allows one package.
+fn exceptions(rules: &str, package: &str) -> Vec<String> {
+    let is_about = |line: &&str| line.contains(&format!("crate = \"{package}\""));
+    let lines = rules.lines().filter(is_about);
+    lines
+        .filter_map(|line| line.split_once('[')?.1.split_once(']'))
+        .flat_map(|(licences, _)| licences.split(','))
+        .map(|licence| licence.trim().trim_matches('"').to_owned())
+        .collect()
 }
 
 /// What is wrong with a package, if anything is.
@@ -288,6 +303,13 @@ mod tests {
         let twice = [good(), good()];
         assert_eq!(more_than_once(&twice, &allowed()).len(), 1);
         assert!(more_than_once(&twice, &[String::from("one")].into()).is_empty());
+    }
+
+    #[test]
+    fn an_exception_is_for_one_package() {
+        let rules = "exceptions = [\n    { allow = [\"MPL-2.0\"], crate = \"one\" },\n]\n";
+        assert_eq!(exceptions(rules, "one"), ["MPL-2.0"]);
+        assert!(exceptions(rules, "on").is_empty());
     }
 
     #[test]

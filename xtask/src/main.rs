@@ -5,6 +5,7 @@
 
 mod bpf;
 mod build;
+mod capi;
 mod demo;
 mod dependencies;
 mod man;
@@ -39,6 +40,10 @@ enum Task {
     Bpf(bpf::BpfArgs),
     /// List the public API of the library, or compare it with the list
     PublicApi(public_api::PublicApiArgs),
+    /// Write the header of the C library, or compare it with the source
+    Header(capi::HeaderArgs),
+    /// Install the libraries for C, the command and the manual pages
+    Install(capi::InstallArgs),
     /// Write the manual pages from the command line's own description
     Man,
 }
@@ -54,6 +59,8 @@ fn main() -> ExitCode {
         Task::Vm(args) => vm::run(&args),
         Task::Bpf(args) => bpf::run(&args),
         Task::PublicApi(args) => public_api::run(&args),
+        Task::Header(args) => capi::header(&args),
+        Task::Install(args) => capi::install(&args),
         Task::Man => man::write(),
     };
     result.unwrap_or_else(|error| {

@@ -50,6 +50,15 @@ fn contract_page() -> Result<(PathBuf, String, String)> {
     Ok((path, there, wanted))
 }
 
+/// All pages there are.
+pub(crate) fn files() -> Result<Vec<PathBuf>> {
+    let mut files: Vec<_> = fs::read_dir(directory())?
+        .map(|entry| Ok(entry?.path()))
+        .collect::<Result<_>>()?;
+    files.sort();
+    Ok(files)
+}
+
 /// Writes the pages.
 pub(crate) fn write() -> Result<ExitCode> {
     fs::create_dir_all(directory())?;

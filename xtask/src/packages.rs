@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 pub(crate) type Needed = (&'static str, &'static str);
 
 /// What tests and demo need.
-pub(crate) const FOR_TESTS: [Needed; 15] = [
+pub(crate) const FOR_TESTS: [Needed; 19] = [
+    ("systemd-nspawn", "systemd-container"),
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),
@@ -21,6 +22,10 @@ pub(crate) const FOR_TESTS: [Needed; 15] = [
     ("losetup", "mount"),
     ("python3", "python3-minimal"),
     ("script", "bsdutils"),
+    // The header is for C++, too.
+    ("g++", "g++"),
+    ("readelf", "binutils"),
+    ("/usr/share/doc/python3-venv", "python3-venv"),
     ("addpart", "util-linux"),
     ("filefrag", "e2fsprogs"),
     ("dmsetup", "dmsetup"),
@@ -33,8 +38,15 @@ pub(crate) const FOR_TESTS: [Needed; 15] = [
 
 /// Programs that know nothing of pins, and that the tests run under them: the
 /// commands, or files of their packages.
-pub(crate) const PROGRAMS: [Needed; 9] = [
+pub(crate) const PROGRAMS: [Needed; 12] = [
     ("/usr/bin/python3", "python3"),
+    // The package for Python is built with these.
+    ("/usr/lib/python3/dist-packages/pip", "python3-pip"),
+    (
+        "/usr/lib/python3/dist-packages/setuptools",
+        "python3-setuptools",
+    ),
+    ("/usr/lib/python3/dist-packages/wheel", "python3-wheel"),
     ("/usr/lib/python3/dist-packages/lmdb", "python3-lmdb"),
     ("/usr/lib/python3/dist-packages/numpy", "python3-numpy"),
     ("rrdtool", "rrdtool"),

@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, dependencies, man, packages, public_api, vm};
+use crate::{bpf, build, capi, dependencies, man, packages, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -105,6 +105,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             "the public API is what its list says",
             public_api::check,
         ));
+        ran.push(checked(
+            "the header of the C library is what its source says",
+            capi::check_header,
+        ));
         ran.push(tests(
             "units and properties",
             build::cargo(&[
@@ -123,6 +127,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         )?);
         ran.push(documentation()?);
     }
+    // Tests that run programs in C and Python look for them.
+    ran.push(told("the C library builds", || {
+        capi::stage().map(|root| root.display().to_string())
+    }));
     let mut native = build::cargo(&[
         "test",
         "--package=mapdirect-cli",
@@ -190,7 +198,14 @@ const OFTEN: [(&str, &str, &[&str]); 4] = [
     (
         "7.3",
         "bpf gate",
-        &["in-kernel", "hammer::xfs", "tripwire::xfs::", "writers::"],
+        &[
+            "in-kernel",
+            "hammer::xfs",
+            "tripwire::xfs::",
+            "writers::",
+            "policy::unpin",
+            "policy::next-guard",
+        ],
     ),
     (
         "6.1",
@@ -212,7 +227,7 @@ const OFTEN: [(&str, &str, &[&str]); 4] = [
 const BRIEF: (&str, &str) = ("MAPDIRECT_BRIEF", "1");
 
 /// The tests that a precise gate can be put to.
-const WITH_EITHER_GATE: [&str; 15] = [
+const WITH_EITHER_GATE: [&str; 16] = [
     "contract::",
     "doors::",
     "writers::",
@@ -228,6 +243,7 @@ const WITH_EITHER_GATE: [&str; 15] = [
     "::pinned",
     "random::",
     "tripwire::",
+    "policy::",
 ];
 
 /// All of them on each kernel, on loop devices and on persistent memory.

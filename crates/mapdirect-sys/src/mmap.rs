@@ -1,4 +1,7 @@
 //! mmap(2): raw mappings of files.
+//!
+//! The system calls are made by their numbers: a program may have functions of
+//! their names of its own, and libmapdirect-mmap.so is one that calls this.
 
 use crate::seam::{self, Call};
 use crate::{Result, checked, last_errno};
@@ -84,14 +87,9 @@ pub unsafe fn map(
 ) -> Result<usize> {
     seam::check(Call::Mmap)?;
     let offset = i64::try_from(offset).map_err(|_| crate::Errno::OVERFLOW)?;
-    let address = std::ptr::without_provenance_mut(address);
     // SAFETY: the caller answers for MAP_FIXED; otherwise mmap only adds a
     // mapping where there is none.
-    let mapped = unsafe { libc::mmap(address, length, prot, flags, file.as_raw_fd(), offset) };
-    if mapped == libc::MAP_FAILED {
-        return Err(last_errno());
-    }
-    Ok(mapped.expose_provenance())
+    unsafe { call(address, length, prot, flags, file.as_raw_fd(), offset) }
 }
 
 /// `mmap(2)` of memory without a file.
@@ -105,14 +103,34 @@ pub unsafe fn map(
 /// As [`map`].
 pub unsafe fn map_anonymous(address: usize, length: usize, prot: i32, flags: i32) -> Result<usize> {
     seam::check(Call::Mmap)?;
-    let address = std::ptr::without_provenance_mut(address);
     let flags = flags | MAP_ANONYMOUS;
     // SAFETY: as in `map`.
-    let mapped = unsafe { libc::mmap(address, length, prot, flags, -1, 0) };
-    if mapped == libc::MAP_FAILED {
+    unsafe { call(address, length, prot, flags, -1, 0) }
+}
+
+/// `mmap(2)` with any arguments.
+///
+/// # Errors
+///
+/// As in the manual page.
+///
+/// # Safety
+///
+/// As [`map`].
+pub unsafe fn call(
+    address: usize,
+    length: usize,
+    prot: i32,
+    flags: i32,
+    fd: i32,
+    offset: i64,
+) -> Result<usize> {
+    // SAFETY: the caller's promise.
+    let mapped = unsafe { libc::syscall(libc::SYS_mmap, address, length, prot, flags, fd, offset) };
+    if mapped == -1 {
         return Err(last_errno());
     }
-    Ok(mapped.expose_provenance())
+    Ok(mapped.cast_unsigned().try_into().unwrap_or(usize::MAX))
 }
 
 /// Makes memory that was mapped `PROT_NONE` readable and writable, and unlocks
@@ -144,9 +162,45 @@ pub unsafe fn open_up(address: usize, length: usize) -> Result<()> {
 ///
 /// Nothing may refer to `length` bytes at `address` any more.
 pub unsafe fn unmap(address: usize, length: usize) -> Result<()> {
-    let address = std::ptr::with_exposed_provenance_mut(address);
     // SAFETY: the caller's promise.
-    checked(unsafe { libc::munmap(address, length) }).map(drop)
+    let done = unsafe { libc::syscall(libc::SYS_munmap, address, length) };
+    if done == -1 {
+        return Err(last_errno());
+    }
+    Ok(())
+}
+
+/// `mremap(2)`.
+///
+/// # Errors
+///
+/// As in the manual page.
+///
+/// # Safety
+///
+/// Nothing may refer to what is unmapped or moved.
+pub unsafe fn remap(
+    address: usize,
+    length: usize,
+    new_length: usize,
+    flags: i32,
+    new_address: usize,
+) -> Result<usize> {
+    // SAFETY: the caller's promise.
+    let moved = unsafe {
+        libc::syscall(
+            libc::SYS_mremap,
+            address,
+            length,
+            new_length,
+            flags,
+            new_address,
+        )
+    };
+    if moved == -1 {
+        return Err(last_errno());
+    }
+    Ok(moved.cast_unsigned().try_into().unwrap_or(usize::MAX))
 }
 
 /// `msync(2)` with `MS_SYNC`: writes back the pages that meet the range, and

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Kind, Result};
 use crate::establish::offset_and_length;
-use crate::holder::{Connection, ENDED, environment, is_capable, unexpected};
+use crate::holder::{self, Connection, ENDED, environment, is_capable, unexpected};
 use crate::report::PinnedRange;
 use crate::status::Status;
 use mapdirect_proto::status as wire;
@@ -11,11 +11,10 @@ use mapdirect_proto::{
     VERSION_WITH_POLICY, WatchedPin, Who, decode_status,
 };
 use mapdirect_sys::{Errno, memfd};
-use std::collections::HashMap;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::Arc;
 
 /// A guard to ask, named by the socket that it listens at.
 ///
@@ -223,8 +222,7 @@ impl Guard {
     /// there is none that works.
     pub(crate) fn connect(&self) -> Result<Arc<Connection>> {
         let capable = is_capable();
-        let open = OPEN.get_or_init(Mutex::default);
-        let mut open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = holder::connections();
         let name = (self.socket.clone(), capable);
         if let Some(connection) = open.get(&name)
             && connection.is_usable()
@@ -238,8 +236,7 @@ impl Guard {
 
     /// The connection of this process, if there is one that works.
     fn connection(&self) -> Option<Arc<Connection>> {
-        let open = OPEN.get_or_init(Mutex::default);
-        let open = open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = holder::connections();
         let mut usable = [true, false]
             .into_iter()
             .filter_map(|capable| open.get(&(self.socket.clone(), capable)))
@@ -275,10 +272,3 @@ impl Guard {
         ))
     }
 }
-
-/// The connections of this process, by where their guard listens, and whether
-/// they are for threads with the capability.
-static OPEN: OnceLock<Mutex<HashMap<Named, Arc<Connection>>>> = OnceLock::new();
-
-/// Where a guard listens, and whether it is for threads with the capability.
-type Named = (PathBuf, bool);

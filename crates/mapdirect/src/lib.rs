@@ -135,7 +135,7 @@ pub use establish::{Scope, Strength};
 pub use extents::block_map;
 pub use giving_way::GivingWay;
 pub use guard::Guard;
-pub use map::{Advice, Atomic, DirectMap, Durability, MapOptions, VolatileSlice};
+pub use map::{Advice, Atomic, DirectMap, Durability, Flusher, MapOptions, VolatileSlice};
 pub use mapdirect_model::{BlockMap, DeviceId, Extent, ExtentState, RawAccess};
 pub use mapdirect_proto::{Breach, Cause, Gate, Who};
 pub use open::{announce, open};

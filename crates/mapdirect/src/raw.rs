@@ -3,7 +3,7 @@
 use crate::error::{Error, Kind, Result};
 use crate::establish::{PATIENCE, Scope, Strength};
 use crate::guard::Guard;
-use crate::map::{How, cached_by_environment};
+use crate::map::{DirectMap, How, MapOptions, cached_by_environment};
 use mapdirect_proto::Flags;
 use mapdirect_sys::mmap as sys;
 use mapdirect_sys::{Errno, mmap};
@@ -70,6 +70,47 @@ pub unsafe fn mmap(
     placed
         .map(|placed| placed.address)
         .map_err(|error| error.asking(asked()))
+}
+
+/// The same with an object that tells what becomes of the pin, unmaps the range
+/// when it is dropped, and takes it away after a breach: for wrappers of this
+/// library that keep a table of mappings. `options` has the rest; its range is
+/// not looked at. `MAP_DIRECT` is understood, among the flags or not.
+///
+/// # Errors
+///
+/// As [`mmap`].
+///
+/// # Safety
+///
+/// As [`mmap`]; and nobody may unmap the range, or put something in its place,
+/// but by way of the object.
+pub unsafe fn map(
+    options: &MapOptions,
+    (address, length): (usize, usize),
+    (prot, flags): (i32, i32),
+    fd: BorrowedFd<'_>,
+    offset: u64,
+) -> Result<DirectMap> {
+    let flags = check_flags(flags | MAP_DIRECT).map(|()| flags & !(sys::MAP_TYPE | MAP_DIRECT));
+    let map = flags.and_then(|flags| {
+        // SAFETY: the caller's promise.
+        unsafe { options.map_as_asked((address, length), (prot, flags), fd, offset) }
+    });
+    map.map_err(|error| {
+        let path = mapdirect_sys::proc::path_of(fd);
+        error.asking(format!(
+            "map {length} bytes at {offset} of {path} MAP_DIRECT"
+        ))
+    })
+}
+
+/// Whether any mapping of this process was ever taken away after a breach. Then
+/// a [`Flusher`](crate::Flusher) must not be used any more.
+#[inline]
+#[must_use]
+pub fn any_revoked() -> bool {
+    crate::holder::any_revoked()
 }
 
 fn check_flags(flags: i32) -> Result<()> {

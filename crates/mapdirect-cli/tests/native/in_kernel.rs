@@ -4,18 +4,20 @@
 use crate::world::{BINARY, World, is_inside, is_pinned, kinds, map, open, pin, written};
 use libtest_mimic::Trial;
 use mapdirect::{Gate, Kind as Reason, PinOptions};
-use mapdirect_sys::Errno;
 use mapdirect_sys::fanotify::Group;
+use mapdirect_sys::{Errno, uname};
 use mapdirect_testkit::attack::{Attack, Door, Row};
 use mapdirect_testkit::contract::{Gate as UnderTest, Place, Subject};
 use mapdirect_testkit::disk::{Frozen, run};
 use mapdirect_testkit::process::{GuardProcess, Helper, ScratchDirectory, Stranger, wait_for};
+use mapdirect_testkit::raw::PageBuffer;
 use mapdirect_testkit::{Disk, Kind, raw};
+use rustix::fs::OFlags;
 use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -44,6 +46,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 ("killed-and-adopted", killed_and_adopted),
                 ("ends-without-a-guard", ends_without_a_guard),
                 ("writers-stay", writers_stay),
+                ("direct-aio", direct_aio),
                 ("stale-notes", stale_notes),
                 ("unnoticed-writes", unnoticed_writes),
                 ("older-mappings", older_mappings),
@@ -318,6 +321,30 @@ fn writers_stay(world: &World, kind: Kind) {
     held.read_exact_at(&mut seen, 70_000 - 65_536).unwrap();
     assert_eq!(&seen, b"stable");
     drop((held, file, writer, appender));
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Asynchronous direct writes to what is stable pass. Where one can be untorn, the
+/// first is refused, until the gate sees what they are.
+fn direct_aio(world: &World, kind: Kind) {
+    // RWF_ATOMIC for any file of an XFS with reflink: Linux 6.16.
+    let can_be_untorn = kind.reflink() && uname::version() >= (6, 16);
+    let path = written(&world.disk(kind), "in-kernel-direct-aio", 1 << 20);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlags::DIRECT.bits().cast_signed())
+        .open(&path)
+        .unwrap();
+    let guard = world.guard().client();
+    let pin = pin(&guard, &open(&path), 0..1 << 20);
+    let mut buffer = PageBuffer::new(65_536);
+    let mut write = || raw::aio_write(file.as_fd(), buffer.bytes(), 65_536, 0);
+    if can_be_untorn {
+        wait_for(Duration::from_secs(5), || Ok(write().ok())).unwrap();
+    }
+    assert_eq!(write(), Ok(65_536));
+    drop((pin, file));
     std::fs::remove_file(&path).unwrap();
 }
 

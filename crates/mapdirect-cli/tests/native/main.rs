@@ -13,6 +13,7 @@ mod abuse;
 mod again;
 mod api;
 mod beside;
+mod capi;
 mod cli;
 mod contract;
 mod dax;
@@ -91,6 +92,7 @@ fn main() -> ExitCode {
     trials.extend(dax::trials(&world));
     trials.extend(abuse::trials(&world));
     trials.extend(versions::trials(&world));
+    trials.extend(capi::trials(&world));
     trials.extend(cli::trials(&world));
     trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
@@ -122,6 +124,7 @@ fn main() -> ExitCode {
         world.report();
     }
     drop(world);
+    capi::clean();
     if conclusion.has_failed() {
         return conclusion.exit_code();
     }

@@ -190,8 +190,8 @@ fn names_both_versions(said: &str) {
 }
 
 /// A guard that says it is of another version.
-struct Relay {
-    path: PathBuf,
+pub struct Relay {
+    pub path: PathBuf,
     heard: Arc<Mutex<Vec<Request>>>,
     _directory: ScratchDirectory,
 }
@@ -199,7 +199,7 @@ struct Relay {
 impl Relay {
     /// The holder is told that the gate is the one beside which it needs a
     /// barrier.
-    fn new(guard: &Path, version: u32) -> Self {
+    pub fn new(guard: &Path, version: u32) -> Self {
         let directory = ScratchDirectory::new("versions").unwrap();
         let path = directory.path().join("guard.sock");
         let listener = Socket::listen(&path, 8).unwrap();

@@ -170,7 +170,10 @@ impl Delegated {
     }
 
     /// What a later guard must know: never 0.
-    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
+    #[cfg_attr(
+        all(not(feature = "bpf"), not(test)),
+        expect(dead_code, reason = "for the bpf gate")
+    )]
     pub(crate) fn wire(&self) -> u64 {
         self.until.map_or(NO_LIMIT, |until| until.max(1))
     }

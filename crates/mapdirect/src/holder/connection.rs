@@ -13,7 +13,7 @@ use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How long to wait for a guard that is told of an end.
@@ -147,18 +147,18 @@ impl Connection {
         request: &Request,
         fds: &[BorrowedFd<'_>],
     ) -> Result<(Reply, Vec<OwnedFd>)> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
+        let _turn = self.take_turn()?;
         self.whole(|talk| {
             talk.say(request, fds)?;
             talk.hear()
         })
     }
 
-    /// Hears what nobody has waited for. Nothing can be asked where a
-    /// conversation was left in the middle, nor by a child of the process
-    /// that began it.
-    fn catch_up(&self, turn: &mut Turn) -> Result<()> {
+    /// Waits until nobody else asks, and hears what nobody has waited for. Nothing
+    /// can be asked where a conversation was left in the middle, nor by a child of
+    /// the process that began it: there, whoever has the turn may be no thread of
+    /// its own.
+    fn take_turn(&self) -> Result<MutexGuard<'_, Turn>> {
         if self.pid != std::process::id() {
             return Err(Error::new(
                 Kind::NoGuard,
@@ -167,6 +167,7 @@ impl Connection {
                 "do it in the process that asked for the pin, or pin the file again",
             ));
         }
+        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
         if self.broken.load(Relaxed) {
             return Err(lost(&Errno::PIPE));
         }
@@ -174,7 +175,7 @@ impl Connection {
             self.whole(|talk| talk.hear())?;
             turn.owed -= 1;
         }
-        Ok(())
+        Ok(turn)
     }
 
     /// Requires that the guard knows requests of a version of the protocol.
@@ -230,8 +231,7 @@ impl Connection {
     /// Asks for something that needs the capability or a rule of the guard's
     /// policy, and answers nothing back.
     pub(crate) fn ask(&self, request: &Request, file: Option<BorrowedFd<'_>>) -> Result<Reply> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
+        let mut turn = self.take_turn()?;
         self.prove(&mut turn)?;
         self.whole(|talk| {
             talk.say(request, file.as_slice())?;
@@ -248,8 +248,7 @@ impl Connection {
         file: BorrowedFd<'_>,
         mut more: impl FnMut(&Talk<'_>, Reply, Vec<OwnedFd>) -> Result<Option<T>>,
     ) -> Result<T> {
-        let mut turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
-        self.catch_up(&mut turn)?;
+        let mut turn = self.take_turn()?;
         self.prove(&mut turn)?;
         self.whole(|talk| {
             talk.say(request, &[file])?;

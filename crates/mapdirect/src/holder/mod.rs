@@ -12,3 +12,4 @@ mod tests;
 pub(crate) use connection::{Connection, ENDED, environment, is_capable, unexpected};
 pub(crate) use held::Held;
 pub(crate) use hold::Hold;
+pub(crate) use shared::{any_revoked, connections};

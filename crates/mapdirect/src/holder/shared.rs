@@ -1,6 +1,7 @@
 //! What is known of the pins of this process, and how the threads that hear
 //! of them are reached.
 
+use super::connection::Connection;
 use super::listener::{KEPT, serve};
 use crate::guard::Guard;
 use crate::map::revoke::{self, Keeper, Memory};
@@ -10,6 +11,7 @@ use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, signal};
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicPtr};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
@@ -23,6 +25,9 @@ pub(super) struct Watching {
     pub(super) starting: Mutex<()>,
     /// A thread has tried to connect.
     pub(super) tried: Condvar,
+    /// The connections of this process. A child of fork(2) could wait for ever for
+    /// a lock on those of its parent.
+    pub(super) connections: Mutex<Connections>,
 }
 
 #[derive(Debug, Default)]
@@ -87,6 +92,7 @@ impl Entry {
         {
             // Before it is done: whoever finds it done must be told why.
             self.revoked.store(true, SeqCst);
+            ANY_REVOKED.store(true, SeqCst);
             // SAFETY: the mapping of the DirectMap whose pin this is. Before
             // that is unmapped this entry goes, under the lock that is held
             // here.
@@ -102,6 +108,14 @@ impl Entry {
 }
 
 /// A breach in one line.
+/// Whether a mapping of this process was ever revoked.
+static ANY_REVOKED: AtomicBool = AtomicBool::new(false);
+
+#[inline]
+pub(crate) fn any_revoked() -> bool {
+    ANY_REVOKED.load(Acquire)
+}
+
 pub(crate) fn describe(breach: &Breach) -> String {
     let cause = breach
         .cause
@@ -140,6 +154,7 @@ pub(super) fn watching() -> &'static Watching {
             shared: Mutex::default(),
             starting: Mutex::default(),
             tried: Condvar::new(),
+            connections: Mutex::default(),
         }));
         if CURRENT
             .compare_exchange(there, new, AcqRel, Acquire)
@@ -152,6 +167,15 @@ pub(super) fn watching() -> &'static Watching {
 }
 
 /// How to reach a thread.
+/// Connections, by where their guard listens, and whether they are for threads with
+/// the capability.
+pub(crate) type Connections = HashMap<(PathBuf, bool), Arc<Connection>>;
+
+/// The connections of this process.
+pub(crate) fn connections() -> MutexGuard<'static, Connections> {
+    lock(&watching().connections)
+}
+
 #[derive(Debug)]
 pub(super) struct Thread {
     pub(super) guard: Guard,

@@ -1,6 +1,7 @@
 //! Making what was stored durable.
 
 use super::bytes::length_of;
+use super::memory::Memory;
 use super::{DirectMap, Durability};
 use crate::error::{Error, Result};
 use mapdirect_model::plan::{Access, Pages};
@@ -192,6 +193,15 @@ impl DirectMap {
         Ok(())
     }
 
+    /// What makes stores to this mapping durable without a look at it; `None` if
+    /// each call has to look: the page cache, frozen blocks, a mapping that is
+    /// read-only.
+    #[must_use]
+    pub fn flusher(&self) -> Option<Flusher> {
+        let looks = self.is_read_only || !self.plan.is_stable();
+        (!looks).then_some(self.durability).and_then(Flusher::new)
+    }
+
     /// Checks a range to flush, and returns its length.
     #[inline]
     fn check_flush(&self, range: &Range<usize>) -> Result<usize> {
@@ -243,6 +253,80 @@ impl DirectMap {
             Error::system("msync", errno)
                 .asking(format!("flush bytes {} to {}", range.start, range.end))
         })
+    }
+}
+
+/// Makes stores durable as a [`DirectMap`] does, at an address. For tables that
+/// find mappings by address; everybody else uses the mapping itself.
+///
+/// It knows nothing of a breach: see [`raw::any_revoked`](crate::raw::any_revoked).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Flusher {
+    writes_back: bool,
+}
+
+impl Flusher {
+    /// For mappings of this durability; `None` if that takes a system call.
+    #[must_use]
+    pub const fn new(durability: Durability) -> Option<Self> {
+        match durability {
+            Durability::CacheFlush => Some(Self { writes_back: true }),
+            Durability::Automatic => Some(Self { writes_back: false }),
+            Durability::Msync => None,
+        }
+    }
+
+    /// What it was made of.
+    #[must_use]
+    pub const fn durability(self) -> Durability {
+        if self.writes_back {
+            Durability::CacheFlush
+        } else {
+            Durability::Automatic
+        }
+    }
+
+    /// As [`DirectMap::flush_async_range`].
+    ///
+    /// # Safety
+    ///
+    /// The memory must belong to a mapping whose
+    /// [`flusher`](DirectMap::flusher) this is.
+    #[inline]
+    pub unsafe fn flush_async(self, address: usize, length: usize) {
+        if self.writes_back {
+            // SAFETY: the caller's promise.
+            unsafe { cache::write_back(address, length) };
+        }
+    }
+
+    /// As [`DirectMap::drain`].
+    #[inline]
+    pub fn drain() {
+        cache::drain();
+    }
+
+    /// As [`DirectMap::write_persist_at`].
+    ///
+    /// # Safety
+    ///
+    /// As [`flush_async`](Self::flush_async), for as many bytes as `from` has.
+    #[inline]
+    pub unsafe fn write_persist(self, address: usize, from: &[u8]) {
+        let skip = address % size_of::<u64>();
+        let base = std::ptr::with_exposed_provenance_mut(address - skip);
+        let Some(base) = std::ptr::NonNull::new(base) else {
+            return;
+        };
+        // SAFETY: a mapping consists of whole pages, so the word that the first
+        // byte lies in does as well; the rest is the caller's promise.
+        let memory = unsafe { Memory::new(base, skip + from.len()) };
+        if self.writes_back {
+            memory.stream(skip, from);
+        } else {
+            memory.write(skip, from);
+        }
+        cache::drain();
     }
 }
 

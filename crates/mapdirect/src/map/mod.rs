@@ -15,6 +15,7 @@ mod slice;
 pub use advise::Advice;
 pub use bytes::Atomic;
 pub use durability::Durability;
+pub use durable::Flusher;
 pub use options::MapOptions;
 pub(crate) use options::cached_by_environment;
 pub(crate) use place::How;

@@ -3,7 +3,7 @@
 use super::durable::Unsynced;
 use super::memory::Memory;
 use super::place::{How, Life, Placed, too_large};
-use super::{DirectMap, durability, revoke};
+use super::{DirectMap, durability, place, revoke};
 use crate::again;
 use crate::descriptor::size_of_file;
 use crate::error::{Error, Result};
@@ -240,7 +240,10 @@ impl MapOptions {
             Some(range) => range.clone(),
             None => 0..size_of_file(file)?,
         };
-        self.map_range(file, &range).map_err(|error| {
+        let how = self.how();
+        // SAFETY: without MAP_FIXED a mapping takes no place that is in use.
+        let mapped = unsafe { self.map_range(file, &range, how) };
+        mapped.map_err(|error| {
             let path = mapdirect_sys::proc::path_of(file);
             error.asking(format!(
                 "map bytes {} to {} of {path} MAP_DIRECT",
@@ -249,10 +252,45 @@ impl MapOptions {
         })
     }
 
-    fn map_range(&self, file: BorrowedFd<'_>, range: &Range<u64>) -> Result<DirectMap> {
+    /// The same with the arguments of `mmap(2)`.
+    ///
+    /// # Safety
+    ///
+    /// With `MAP_FIXED` nothing may refer to what was mapped at `address`.
+    pub(crate) unsafe fn map_as_asked(
+        &self,
+        (address, length): (usize, usize),
+        (prot, flags): (i32, i32),
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<DirectMap> {
+        let how = How {
+            prot: prot | mmap::PROT_READ,
+            flags,
+            address,
+            ..self.how()
+        };
+        place::check_range(offset, length)?;
+        place::check_prot(prot)?;
+        let is_page = (address as u64).is_multiple_of(mmap::page_size());
+        if flags & (mmap::MAP_FIXED | mmap::MAP_FIXED_NOREPLACE) != 0 && !is_page {
+            return Err(Error::system("mmap", Errno::INVAL));
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.map_range(file, &(offset..offset + length as u64), how) }
+    }
+
+    /// # Safety
+    ///
+    /// With `MAP_FIXED` as [`map_as_asked`](Self::map_as_asked).
+    unsafe fn map_range(
+        &self,
+        file: BorrowedFd<'_>,
+        range: &Range<u64>,
+        how: How,
+    ) -> Result<DirectMap> {
         let length = range.end.saturating_sub(range.start);
         let length = usize::try_from(length).map_err(|_| too_large())?;
-        let how = self.how();
         if let Some(map) = self.map_again(file, range, &how) {
             return Ok(map);
         }
@@ -263,8 +301,7 @@ impl MapOptions {
         let placed = if self.read_only {
             how.place_for_reading(file, range.start, length)?
         } else {
-            // SAFETY: without MAP_FIXED a mapping takes no place that is in
-            // use.
+            // SAFETY: the caller's promise.
             unsafe { how.place(file, range.start, length) }?
         };
         let base = NonNull::new(std::ptr::with_exposed_provenance_mut(placed.address))
@@ -302,7 +339,10 @@ impl MapOptions {
     fn shape(&self, range: &Range<u64>, how: &How) -> Option<again::Shape> {
         let can_sleep = self.scope == Scope::Range
             && self.strength == Strength::All
-            && self.also == Flags::NONE;
+            && self.also == Flags::NONE
+            && how.address == 0
+            && how.flags & !mmap::MAP_POPULATE == 0
+            && how.prot == mmap::PROT_READ | mmap::PROT_WRITE;
         (can_sleep && !self.read_only).then(|| again::Shape {
             guard: how.guard.clone(),
             range: range.clone(),

@@ -183,7 +183,7 @@ impl How {
 }
 
 /// What `mmap(2)` checks before it looks at the file.
-fn check_range(offset: u64, length: usize) -> Result<()> {
+pub(super) fn check_range(offset: u64, length: usize) -> Result<()> {
     let page = mmap::page_size();
     let invalid = |text: &str| {
         Error::new(
@@ -253,7 +253,7 @@ fn reopen_for_reading(pinned: BorrowedFd<'_>) -> Result<OwnedFd> {
     })
 }
 
-fn check_prot(prot: i32) -> Result<()> {
+pub(super) fn check_prot(prot: i32) -> Result<()> {
     if prot & mmap::PROT_WRITE == 0 {
         return Err(Error::new(
             Kind::NotReadWrite,

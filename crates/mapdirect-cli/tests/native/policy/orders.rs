@@ -42,12 +42,12 @@ pub(super) fn limits(world: &World) {
 /// what the pin refused.
 pub(super) fn time_is_over(world: &World) {
     for how in ["pin", "pin-read-only", "map"] {
-        let setting = Setting::new(world, Kind::XFS, "time", "seconds = 1");
+        let setting = Setting::new(world, Kind::XFS, "time", "seconds = 2");
         let path = setting.file("a", 0o666);
         let mut asking = setting.nobody();
         let id = asking.holds(how, &path);
         assert!(crate::world::is_pinned(&path));
-        wait_for(Duration::from_secs(1) + patience(), || {
+        wait_for(Duration::from_secs(2) + patience(), || {
             Ok(asking.says("state").starts_with("lost:").then_some(()))
         })
         .unwrap();

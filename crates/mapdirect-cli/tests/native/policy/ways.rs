@@ -125,46 +125,46 @@ pub(super) fn next_guard(world: &World) {
         ));
         return;
     }
-    let more = "pins = 2\nseconds = 20";
-    let mut setting = Setting::new(world, Kind::XFS, "next", more);
-    let (path, other) = (setting.file("a", 0o666), setting.file("b", 0o666));
-    let taken = setting.file("c", 0o666);
+    let mut setting = Setting::new(world, Kind::XFS, "next", "pins = 2");
+    let [brief, taken, other, path] = ["brief", "a", "b", "c"].map(|it| setting.file(it, 0o666));
+    let rules = [
+        rule("brief", &brief, "write", "seconds = 20"),
+        rule("main", &setting.place, "write", "pins = 2"),
+    ];
+    setting.read_again(&rules.concat());
     let mut asking = setting.nobody();
     let begun = Instant::now();
-    asking.holds("pin", &path);
+    asking.holds("pin", &brief);
     let id = asking.holds("pin-stable", &taken);
     setting.guard.client().unpin(id).unwrap();
     crate::world::wait_until_free(&taken);
     let id = asking.holds("pin-growth", &other);
+    asking.holds("pin", &path);
     setting.guard.kill().unwrap();
     assert!(crate::world::is_pinned(&path) && crate::world::is_pinned(&other));
     assert!(!crate::world::is_pinned(&taken));
     setting.guard.start_again(Path::new(BINARY)).unwrap();
     wait_for(patience(), || {
-        let states = asking.says("state");
-        let back = states.starts_with("Kept") && states.ends_with("Kept");
-        Ok(back.then_some(()))
+        Ok(asking.says("state").ends_with("; Kept; Kept").then_some(()))
     })
     .unwrap();
     assert!(!crate::world::is_pinned(&taken));
-    let status = setting.guard.client().status().unwrap();
-    let pins: Vec<_> = status.files.iter().flat_map(|file| &file.pins).collect();
-    assert_eq!(pins.len(), 2, "{status:?}");
     let mut nobody = setting.nobody();
     nobody.is_refused("pin", &taken, Errno::AGAIN, "limit", "allows 2 pins");
-    // It ends what the other one granted.
+    // It ends what the other one granted: by order, and in time.
     setting.guard.client().unpin(id).unwrap();
     crate::world::wait_until_free(&other);
-    nobody.holds("pin", &taken);
+    let mut state = String::new();
     wait_for(Duration::from_secs(20) + patience(), || {
-        let over = asking
-            .says("state")
-            .contains("the time that the policy allows");
+        state = asking.says("state");
+        let over = state.starts_with("lost: the time that the policy allows");
         Ok(over.then_some(()))
     })
-    .unwrap();
+    .unwrap_or_else(|error| panic!("{error}: {state}"));
     assert!(begun.elapsed() >= Duration::from_secs(19));
-    crate::world::wait_until_free(&path);
+    crate::world::wait_until_free(&brief);
+    nobody.holds("pin", &taken);
     drop((asking, nobody));
+    crate::world::wait_until_free(&path);
     crate::world::wait_until_free(&taken);
 }

@@ -115,9 +115,10 @@ static __noinline int ask_about_write(void *ctx, struct file *file, struct quest
 		rwf = noted.rwf & (RWF_APPEND | RWF_ATOMIC);
 		if (!(rwf & RWF_APPEND))
 			rwf |= RWF_NOAPPEND;
-	} else if (flags & O_DIRECT) {
+	} else if ((flags & O_DIRECT) && (file->f_mode & FMODE_CAN_ATOMIC_WRITE)) {
 		// Nobody knows how. An untorn write is direct
-		// (generic_atomic_write_valid).
+		// (generic_atomic_write_valid), and only for files of which their
+		// filesystem has said at open that it can (kiocb_set_rw_flags).
 		q->has_doubt = 1;
 	}
 	if (ours && call == PWRITE) {

@@ -209,6 +209,7 @@ struct mnt_idmap;
 #define MAY_WRITE 2
 #define MAY_READ 4
 #define FMODE_READ 1
+#define FMODE_CAN_ATOMIC_WRITE 0x80
 #define FMODE_WRITE 2
 #define FMODE_NOACCOUNT (1 << 29)
 #define ATTR_SIZE (1 << 3)
