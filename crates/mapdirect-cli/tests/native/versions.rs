@@ -214,8 +214,16 @@ impl Relay {
                     (Arc::clone(&holder), Arc::clone(&guard), Arc::clone(&noted));
                 std::thread::spawn(move || {
                     pass(&from, &to, |bytes| {
-                        noted.lock().unwrap().push(Request::decode(&bytes).unwrap());
-                        bytes
+                        let said = Request::decode(&bytes).unwrap();
+                        noted.lock().unwrap().push(said.clone());
+                        match said {
+                            // The guard behind it settles on what it claims.
+                            Request::Hello { version: theirs } => {
+                                let settled = theirs.min(version).max(OLDEST_VERSION);
+                                Request::Hello { version: settled }.encode()
+                            }
+                            _ => bytes,
+                        }
                     });
                 });
                 std::thread::spawn(move || pass(&guard, &holder, |bytes| claim(bytes, version)));
