@@ -32,12 +32,15 @@ pub(crate) use self::{file::parse, names::Names, paths::Pattern};
 use self::armed::Arms;
 use self::claims::{Claims, Turns};
 use self::ends::Deadlines;
+use crate::Errno;
+use crate::wake::Backoff;
 use arc_swap::ArcSwap;
 use mapdirect_proto::status::PolicyStatus;
 use mapdirect_proto::{Flags, Refusal};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Everything about pins of those who lack the capability.
 #[derive(Debug)]
@@ -95,7 +98,9 @@ impl Delegation {
         self.policy.load().names(uid, groups) || self.arms.name(uid, groups)
     }
 
-    /// Counts a pin that is about to be granted.
+    /// Counts a pin that is about to be granted. What is used up may be free in a
+    /// moment, when the guard has heard of the end of another pin: as long as the
+    /// caller has patience.
     ///
     /// # Errors
     ///
@@ -105,8 +110,23 @@ impl Delegation {
         admission: &Admission,
         flags: Flags,
         range: &Range<u64>,
+        patience: Duration,
     ) -> Result<Delegated, Refusal> {
-        claims::claim(&self.claims, admission, flags, range)
+        let mut backoff = Backoff::until(
+            Instant::now() + patience,
+            Duration::from_millis(1),
+            Duration::from_millis(20),
+        );
+        loop {
+            match claims::claim(&self.claims, admission, flags, range) {
+                Err(refusal)
+                    if refusal.errno == Errno::AGAIN.raw_os_error() && !backoff.is_over() =>
+                {
+                    backoff.pause();
+                }
+                result => return result,
+            }
+        }
     }
 
     /// Counts a pin that an earlier guard has granted.

@@ -158,8 +158,8 @@ pub(crate) fn grant(
     };
     let patience = Duration::from_millis(request.patience_ms.into()).min(most);
     let delegation = &guard.delegation;
-    let delegated =
-        admission.map(|admission| delegation.claim(admission, request.flags, &judged.range));
+    let delegated = admission
+        .map(|admission| delegation.claim(admission, request.flags, &judged.range, patience));
     let mut delegated = delegated.transpose()?;
     let family = talk
         .family()
