@@ -113,6 +113,8 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             "units and properties",
             build::cargo(&[
                 "test",
+                // Better to know of all at once.
+                "--no-fail-fast",
                 "--workspace",
                 "--lib",
                 "--bins",
