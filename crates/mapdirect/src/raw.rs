@@ -79,11 +79,11 @@ pub unsafe fn mmap(
 ///
 /// # Errors
 ///
-/// As [`mmap`].
+/// As [`mmap()`].
 ///
 /// # Safety
 ///
-/// As [`mmap`]; and nobody may unmap the range, or put something in its place,
+/// As [`mmap()`]; and nobody may unmap the range, or put something in its place,
 /// but by way of the object.
 pub unsafe fn map(
     options: &MapOptions,

@@ -107,7 +107,6 @@ impl Entry {
     }
 }
 
-/// A breach in one line.
 /// Whether a mapping of this process was ever revoked.
 static ANY_REVOKED: AtomicBool = AtomicBool::new(false);
 
@@ -116,6 +115,7 @@ pub(crate) fn any_revoked() -> bool {
     ANY_REVOKED.load(Acquire)
 }
 
+/// A breach in one line.
 pub(crate) fn describe(breach: &Breach) -> String {
     let cause = breach
         .cause
