@@ -11,7 +11,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The binary under test.
 pub const BINARY: &str = env!("CARGO_BIN_EXE_mapdirect");
@@ -285,13 +285,16 @@ pub fn is_pinned(path: &Path) -> bool {
     }
 }
 
-/// Waits until nothing of a file is pinned any more; a second at most.
+/// Waits until nothing of a file is pinned any more. That is soon, unless a child
+/// that another test has just forked still shares the descriptors of this process.
 pub fn wait_until_free(path: &Path) {
-    for _ in 0..500 {
-        if !is_pinned(path) {
-            return;
-        }
+    let deadline = Instant::now() + patience();
+    while is_pinned(path) {
+        assert!(
+            Instant::now() < deadline,
+            "{} is still pinned",
+            path.display()
+        );
         std::thread::sleep(Duration::from_millis(2));
     }
-    panic!("{} is still pinned", path.display());
 }
