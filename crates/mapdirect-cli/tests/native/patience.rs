@@ -41,6 +41,16 @@ pub fn trials(world: &World) -> Vec<Trial> {
     trials
 }
 
+/// Of a crowd everybody wants a processor, and whoever wakes many at once has to
+/// wait for one as well.
+fn longest(attack: Attack) -> Duration {
+    if attack == Attack::Crowd {
+        5 * LONGEST
+    } else {
+        LONGEST
+    }
+}
+
 pub fn play_stranger(arguments: &[String]) -> Result<()> {
     if let Err(error) = hostile::play(arguments) {
         say(&format!("cannot: {error:#}"));
@@ -143,8 +153,9 @@ fn attacked(world: &World, kind: Kind, attack: Attack) {
             "{kind} {}: {done} reads of {which} file, the slowest {slowest:?}",
             attack.name()
         );
-        assert!(slowest < LONGEST, "{which} file: {slowest:?}");
-        assert!(done > 3, "{which} file: {done} reads");
+        assert!(slowest < longest(attack), "{which} file: {slowest:?}");
+        let enough = if attack == Attack::Crowd { 1 } else { 4 };
+        assert!(done >= enough, "{which} file: {done} reads");
         assert_eq!(reader.0.failed.load(SeqCst), 0, "{which} file");
     }
     // What hangs in a grant's look at all processes must not keep the guard
@@ -170,14 +181,8 @@ fn attacked(world: &World, kind: Kind, attack: Attack) {
         signal::kill(stranger.pid(), Signal::STOP).unwrap();
     }
     while reader.done() < before.0 + 2 || same.done() < before.1 + 2 {
-        // The kernel wakes each of a crowd, and they all want a processor.
-        let limit = if attack == Attack::Crowd {
-            5 * LONGEST
-        } else {
-            LONGEST
-        };
         assert!(
-            killed.elapsed() < limit,
+            killed.elapsed() < longest(attack),
             "SIGKILL of the guard frees nobody"
         );
         std::thread::sleep(Duration::from_millis(1));

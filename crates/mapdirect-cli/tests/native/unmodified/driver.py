@@ -364,8 +364,21 @@ def fio_use(directory):
 # etcd: maps its database, 10 GiB of it.
 
 
+ETCD = None
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 def etcd_start(directory):
-    client, peer = (f"http://127.0.0.1:{port}" for port in (23790, 23800))
+    global ETCD
+    client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))
+    ETCD = client
     process = subprocess.Popen(
         ["etcd", "--data-dir", f"{directory}/etcd", "--log-level", "error"]
         + ["--listen-client-urls", client, "--advertise-client-urls", client]
@@ -391,7 +404,7 @@ def etcd_ask(what, body):
     import urllib.request
 
     request = urllib.request.Request(
-        f"http://127.0.0.1:23790/v3/kv/{what}", json.dumps(body).encode()
+        f"{ETCD}/v3/kv/{what}", json.dumps(body).encode()
     )
     with urllib.request.urlopen(request, timeout=20) as answer:
         return json.load(answer)
