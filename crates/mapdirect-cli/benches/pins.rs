@@ -524,6 +524,7 @@ fn strengths(disk: &Disk) {
     }
     file.set_len(HOLES * 2 * BLOCK).unwrap();
     file.sync_all().unwrap();
+    drop(file);
     let file = File::options()
         .read(true)
         .write(true)
