@@ -87,6 +87,15 @@ impl Backoff {
         }
     }
 
+    /// Waits for other programs, as long as whoever asks has patience.
+    pub(crate) fn patiently(patience: Duration) -> Self {
+        Self::until(
+            Instant::now() + patience,
+            Duration::from_millis(1),
+            Duration::from_millis(20),
+        )
+    }
+
     pub(crate) fn is_over(&self) -> bool {
         Instant::now() >= self.deadline
     }

@@ -40,7 +40,7 @@ use mapdirect_proto::{Flags, Refusal};
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// Everything about pins of those who lack the capability.
 #[derive(Debug)]
@@ -112,11 +112,7 @@ impl Delegation {
         range: &Range<u64>,
         patience: Duration,
     ) -> Result<Delegated, Refusal> {
-        let mut backoff = Backoff::until(
-            Instant::now() + patience,
-            Duration::from_millis(1),
-            Duration::from_millis(20),
-        );
+        let mut backoff = Backoff::patiently(patience);
         loop {
             match claims::claim(&self.claims, admission, flags, range) {
                 Err(refusal)

@@ -39,11 +39,7 @@ impl Granting<'_> {
     }
 
     pub(crate) fn patiently(&self) -> Backoff {
-        Backoff::until(
-            Instant::now() + self.patience,
-            Duration::from_millis(1),
-            Duration::from_millis(20),
-        )
+        Backoff::patiently(self.patience)
     }
 
     /// Runs `wait`, which waits for other users of the file, and refuses the

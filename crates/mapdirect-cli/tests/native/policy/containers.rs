@@ -22,12 +22,15 @@ const NAMESPACES: &[&str] = &[
 
 /// A program in namespaces of its own.
 fn inside(setting: &Setting, more: &[&str], how: &str) -> Asking {
-    let mut command = Command::new("unshare");
+    asks_inside(Command::new("unshare"), setting, more, how)
+}
+
+/// The same, with a command that ends in `unshare`.
+fn asks_inside(mut command: Command, setting: &Setting, more: &[&str], how: &str) -> Asking {
     command
         .args(more)
         .args(NAMESPACES)
-        .arg(std::env::current_exe().unwrap());
-    command
+        .arg(std::env::current_exe().unwrap())
         .args([HELPER, "asks-by-policy"])
         .arg(setting.guard.socket())
         .arg(how);
@@ -100,15 +103,7 @@ pub(super) fn containers(world: &World) {
             "--clear-groups",
             "unshare",
         ]);
-        command
-            .args(as_root)
-            .args(NAMESPACES)
-            .arg(std::env::current_exe().unwrap());
-        command
-            .args([HELPER, "asks-by-policy"])
-            .arg(setting.guard.socket())
-            .arg(how);
-        Asking::of(Helper::spawn(command).unwrap())
+        asks_inside(command, &setting, &as_root, how)
     };
     let mut asking = unprivileged("root");
     for how in ["pin", "map"] {

@@ -286,11 +286,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     fn no_hidden_writers(&self) -> Result<(), Refusal> {
         // A truncation by path counts only while it is under way, and a
         // descriptor on its way through a socket arrives soon.
-        let mut backoff = Backoff::until(
-            Instant::now() + self.granting.patience.max(Duration::from_millis(200)),
-            Duration::from_millis(1),
-            Duration::from_millis(20),
-        );
+        let patience = self.granting.patience.max(Duration::from_millis(200));
+        let mut backoff = Backoff::patiently(patience);
         loop {
             let hidden = self
                 .gate
