@@ -6,6 +6,7 @@ pub mod args;
 mod draw;
 mod exit;
 mod extents;
+mod journal;
 mod json;
 mod keeper;
 mod open;

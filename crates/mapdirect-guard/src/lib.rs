@@ -60,6 +60,7 @@ pub use delegation::{
 pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
+pub use audit::journald::SOCKET as JOURNAL_SOCKET;
 pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
@@ -93,6 +94,7 @@ pub(crate) struct Guard {
     table: table::Table,
     own: table::OwnOpens,
     audit: audit::Audit,
+    journal: audit::journal::Journal,
     notices: notice::Notices,
     overlays: overlay::Overlays,
     exports: exports::Exports,
@@ -156,6 +158,7 @@ impl Guard {
             table: table::Table::new(),
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
+            journal: audit::journal::Journal::default(),
             notices: notice::Notices::new(),
             overlays: overlay::Overlays::default(),
             exports: exports::Exports::default(),

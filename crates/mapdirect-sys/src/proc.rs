@@ -484,6 +484,25 @@ pub fn parse_fdinfo(text: &str) -> FdInfo {
     info
 }
 
+/// The control group of a process, from the text of `/proc/<pid>/cgroup`: that
+/// of the unified hierarchy, or else of the first one that says anything.
+#[must_use]
+pub fn parse_cgroup(text: &str) -> Option<&str> {
+    let mut first = None;
+    for line in text.lines() {
+        // The path is the rest: it may contain colons.
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        if number == "0" && controllers.is_empty() {
+            return Some(path);
+        }
+        if first.is_none() && path != "/" {
+            first = Some(path);
+        }
+    }
+    first
+}
+
 /// How many mappings a process may have (`/proc/sys/vm/max_map_count`).
 ///
 /// # Errors
