@@ -3,14 +3,18 @@
 use crate::args::StatusArgs;
 use crate::size::human;
 use crate::{Exit, json, output};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use mapdirect::status::{Armed, FileStatus, RefusedOperation, Status};
 use mapdirect::{Breach, Guard, Strength, Who};
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
+    if args.metrics || args.metrics_file.is_some() {
+        return metrics(args.metrics_file.as_deref());
+    }
     let status = Guard::from_env().status()?;
     if args.json {
         output::line(&as_json(&status).to_string());
@@ -77,11 +81,25 @@ pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
     Ok(Exit::SUCCESS)
 }
 
+/// Prints metrics, or replaces a file by them.
+fn metrics(path: Option<&Path>) -> Result<Exit> {
+    let status = Guard::from_env().status();
+    let Some(path) = path else {
+        output::line(crate::metrics::text(Some(&status?)).trim_end());
+        return Ok(Exit::SUCCESS);
+    };
+    // A collector shall see that there is no guard.
+    let text = crate::metrics::text(status.as_ref().ok());
+    crate::metrics::write(path, &text).with_context(|| path.display().to_string())?;
+    status?;
+    Ok(Exit::SUCCESS)
+}
+
 fn name_of(file: &FileStatus) -> String {
     if file.path.is_empty() {
         format!("inode {} of {}", file.inode, file.device)
     } else {
-        printable(&file.path)
+        printable(&file.name.to_string())
     }
 }
 
@@ -234,6 +252,7 @@ fn as_json(status: &Status) -> Value {
         "files": files,
         "refused": refused,
         "recent": recent,
+        "unrecorded": status.unrecorded,
         "breached": status.breached,
         "breaches": status.breaches.iter().map(json::breach).collect::<Vec<_>>(),
         "policy": status.policy.as_ref().map(|policy| json!({
@@ -300,6 +319,8 @@ fn file_json(file: &FileStatus) -> Value {
         .collect();
     json!({
         "file": file.path,
+        "former": (!file.name.former.is_empty()).then_some(&file.name.former),
+        "name": super::records::states(&file.name),
         "device": file.device.to_string(),
         "inode": file.inode,
         "pins": pins,
