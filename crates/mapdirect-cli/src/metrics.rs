@@ -99,8 +99,16 @@ pub(crate) fn text(status: Option<&Status>) -> String {
         "Pins whose blocks have changed.",
         pins().filter(|pin| pin.breaches > 0).count() as u64,
     );
-    text.gauge("pinned_files", "Files with pins.", status.files.len() as u64);
-    text.family("pinned_bytes", Kind::Gauge, "Pinned bytes, by the state of their blocks.");
+    text.gauge(
+        "pinned_files",
+        "Files with pins.",
+        status.files.len() as u64,
+    );
+    text.family(
+        "pinned_bytes",
+        Kind::Gauge,
+        "Pinned bytes, by the state of their blocks.",
+    );
     text.sample(
         "pinned_bytes",
         &[("state", "stable")],
@@ -111,7 +119,11 @@ pub(crate) fn text(status: Option<&Status>) -> String {
         &[("state", "frozen")],
         pins().map(|pin| pin.frozen).sum(),
     );
-    text.gauge("armed_files", "Files that are armed.", status.armed.len() as u64);
+    text.gauge(
+        "armed_files",
+        "Files that are armed.",
+        status.armed.len() as u64,
+    );
     if let Some(policy) = &status.policy {
         text.gauge("policy_rules", "Rules of the policy.", policy.rules.into());
         text.gauge(
@@ -142,7 +154,11 @@ pub(crate) fn text(status: Option<&Status>) -> String {
     text.family("file_pins", Kind::Gauge, "Pins of a file.");
     for file in &status.files {
         let (device, inode) = (file.device.to_string(), file.inode.to_string());
-        let labels = [("device", &*device), ("file", &file.path), ("inode", &inode)];
+        let labels = [
+            ("device", &*device),
+            ("file", &file.path),
+            ("inode", &inode),
+        ];
         text.sample("file_pins", &labels, file.pins.len() as u64);
     }
     text.end()

@@ -52,6 +52,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
+pub use audit::journald::SOCKET as JOURNAL_SOCKET;
 pub use delegation::{
     Account, DEFAULT as DEFAULT_POLICY, Policy, PolicyError, Rule, group_number, host_path,
     user_number, would_allow,
@@ -60,7 +61,6 @@ pub use delegation::{
 pub use gate::bpf::{
     DIRECTORY as BPF_DIRECTORY, LoadError, oracle::Oracle, probe as probe_bpf, unload,
 };
-pub use audit::journald::SOCKET as JOURNAL_SOCKET;
 pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};

@@ -79,7 +79,8 @@ pub use record::{Actor, Event, Name, NameState, Owner, Record};
 pub use refusal::{Opener, Refusal};
 pub use reply::{Gate, Granted, PinnedRange, Reply};
 pub use request::{
-    AllocateRequest, ArmRequest, Flags, FollowRequest, PinRequest, Request, WatchedPin, Who, YieldRequest,
+    AllocateRequest, ArmRequest, Flags, FollowRequest, PinRequest, Request, WatchedPin, Who,
+    YieldRequest,
 };
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
 pub use version::{

@@ -357,7 +357,10 @@ impl Record {
         record: &RecordRecord,
         rest: &mut Reader<'_>,
     ) -> Result<Self, DecodeError> {
-        let mut texts = record.lengths.map(|length| length.get() as usize).into_iter();
+        let mut texts = record
+            .lengths
+            .map(|length| length.get() as usize)
+            .into_iter();
         let mut text = |rest: &mut Reader<'_>| rest.text(texts.next().unwrap_or(0));
         let (path, former) = (text(rest)?, text(rest)?);
         let (executable, cgroup) = (text(rest)?, text(rest)?);

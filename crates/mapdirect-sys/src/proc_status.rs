@@ -67,7 +67,11 @@ pub fn parse(text: &str) -> Option<Ids> {
 #[must_use]
 pub fn process_in(text: &str) -> Option<i32> {
     let mut lines = text.lines();
-    lines.find_map(|line| line.strip_prefix("Tgid:"))?.trim().parse().ok()
+    lines
+        .find_map(|line| line.strip_prefix("Tgid:"))?
+        .trim()
+        .parse()
+        .ok()
 }
 
 /// Reads the ids of a process or thread. This waits for nobody.

@@ -52,9 +52,7 @@ impl Wanted {
     fn is(&self, record: &Record) -> bool {
         let identity = (record.device.major, record.device.minor, record.inode);
         let named = |name: &str| Path::new(name) == self.path;
-        self.identity == Some(identity)
-            || named(&record.name.path)
-            || named(&record.name.former)
+        self.identity == Some(identity) || named(&record.name.path) || named(&record.name.former)
     }
 }
 

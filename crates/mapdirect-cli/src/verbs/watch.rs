@@ -85,7 +85,9 @@ fn wait(signals: &SignalFd, records: Option<&Records>) -> Result<(bool, bool)> {
 /// Writes a line to stdout, and says whether anybody may still read.
 pub(super) fn output_line(text: &str) -> bool {
     let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{text}").and_then(|()| stdout.flush()).is_ok()
+    writeln!(stdout, "{text}")
+        .and_then(|()| stdout.flush())
+        .is_ok()
 }
 
 struct Teller {
@@ -103,9 +105,7 @@ impl Teller {
             return self.tell(&json!({ "event": "missed", "count": count }));
         }
         let records = if count == 1 { "record" } else { "records" };
-        output_line(&format!(
-            "{count} {records} missed: they came too fast"
-        ))
+        output_line(&format!("{count} {records} missed: they came too fast"))
     }
 
     fn guard(&self, event: &str, words: &str) -> bool {

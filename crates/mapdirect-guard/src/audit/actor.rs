@@ -63,7 +63,10 @@ mod tests {
         assert!(find(own, Some(began + 1)).is_some());
         assert_eq!(find(i32::MAX, None), None);
         // A kernel thread runs no program.
-        assert_eq!(find(2, None).map(|actor| actor.executable), Some(String::new()));
+        assert_eq!(
+            find(2, None).map(|actor| actor.executable),
+            Some(String::new())
+        );
     }
 
     #[test]

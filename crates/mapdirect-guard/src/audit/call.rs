@@ -18,7 +18,7 @@ enum Argument {
     FallocateMode,
 }
 
-use Argument::{Fd, FallocateMode, Hex, Number, OpenFlags, Skip};
+use Argument::{FallocateMode, Fd, Hex, Number, OpenFlags, Skip};
 
 /// The call, or nothing if its number is not known.
 pub(crate) fn words(call: &Syscall) -> String {
@@ -62,7 +62,11 @@ fn bits(value: u64, names: &[(u64, &str)]) -> String {
         }
     }
     if left != 0 {
-        let _ = write!(words, "{}{left:#x}", if words.is_empty() { "" } else { "|" });
+        let _ = write!(
+            words,
+            "{}{left:#x}",
+            if words.is_empty() { "" } else { "|" }
+        );
     }
     words
 }
@@ -126,7 +130,10 @@ type Meaning = (&'static str, &'static [Argument]);
 const OPENAT: Meaning = ("openat", &[Skip, Skip, OpenFlags]);
 const OPENAT2: Meaning = ("openat2", &[]);
 const BY_HANDLE: Meaning = ("open_by_handle_at", &[Fd("mount"), Skip, OpenFlags]);
-const PWRITE: Meaning = ("pwrite64", &[Fd("fd"), Skip, Number("count"), Number("offset")]);
+const PWRITE: Meaning = (
+    "pwrite64",
+    &[Fd("fd"), Skip, Number("count"), Number("offset")],
+);
 const WRITE: Meaning = ("write", &[Fd("fd"), Skip, Number("count")]);
 const WRITEV: Meaning = ("writev", &[Fd("fd")]);
 const PWRITEV: Meaning = ("pwritev", &[Fd("fd"), Skip, Skip, Number("offset")]);
@@ -140,7 +147,10 @@ const FALLOCATE: Meaning = (
 );
 const TRUNCATE: Meaning = ("truncate", &[Skip, Number("size")]);
 const FTRUNCATE: Meaning = ("ftruncate", &[Fd("fd"), Number("size")]);
-const MADVISE: Meaning = ("madvise", &[Hex("address"), Number("length"), Number("advice")]);
+const MADVISE: Meaning = (
+    "madvise",
+    &[Hex("address"), Number("length"), Number("advice")],
+);
 const MMAP: Meaning = (
     "mmap",
     &[
@@ -154,7 +164,10 @@ const MMAP: Meaning = (
 );
 const IOCTL: Meaning = ("ioctl", &[Fd("fd"), Hex("request")]);
 const SENDFILE: Meaning = ("sendfile", &[Fd("out"), Fd("in"), Skip, Number("count")]);
-const SPLICE: Meaning = ("splice", &[Fd("in"), Skip, Fd("out"), Skip, Number("length")]);
+const SPLICE: Meaning = (
+    "splice",
+    &[Fd("in"), Skip, Fd("out"), Skip, Number("length")],
+);
 const COPY: Meaning = (
     "copy_file_range",
     &[Fd("in"), Skip, Fd("out"), Skip, Number("length")],
@@ -249,7 +262,10 @@ mod tests {
             said(285, [4, 3, 0, 4096, 0, 0]),
             "fallocate(fd 4, mode KEEP_SIZE|PUNCH_HOLE, offset 0, length 4096)"
         );
-        assert_eq!(said(77, [u64::MAX, 5, 0, 0, 0, 0]), "ftruncate(fd -1, size 5)");
+        assert_eq!(
+            said(77, [u64::MAX, 5, 0, 0, 0, 0]),
+            "ftruncate(fd -1, size 5)"
+        );
         assert_eq!(said(437, [1; 6]), "openat2()");
         assert_eq!(said(99_999, [1; 6]), "");
     }

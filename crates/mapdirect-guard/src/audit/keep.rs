@@ -5,8 +5,8 @@
 //! it waited (fanotify), or is looked up now, within a limit (bpf): a process
 //! that is gone by then stays without a user and a program.
 
-use super::names::{self, Question};
 use super::journald::Journald;
+use super::names::{self, Question};
 use super::{Refused, Who, actor, call};
 use crate::Guard;
 use crate::bounded::within;
@@ -226,7 +226,10 @@ fn look_up(records: &mut [Record], unknown: impl IntoIterator<Item = (usize, u64
             record.actor.command = command;
         }
     }
-    for owner in records.iter_mut().filter_map(|record| record.owner.as_mut()) {
+    for owner in records
+        .iter_mut()
+        .filter_map(|record| record.owner.as_mut())
+    {
         if let Some(command) = commands.get(&owner.pid) {
             owner.command.clone_from(command);
         }
@@ -252,7 +255,9 @@ impl Files {
         let names = names::find_all(questions.collect(), LIMIT);
         let files = watched.into_iter().zip(names);
         Self {
-            of: files.map(|(watched, name)| (watched.id, (name, watched))).collect(),
+            of: files
+                .map(|(watched, name)| (watched.id, (name, watched)))
+                .collect(),
         }
     }
 

@@ -219,7 +219,10 @@ mod tests {
         let asked = question(&at("a"), id);
         let now = || find_all(vec![asked.clone()], Duration::from_secs(5)).remove(0);
         let is = |name: &Name, path: &str, state: NameState| {
-            assert_eq!((name.path.as_str(), name.state), (at(path).to_str().unwrap(), state));
+            assert_eq!(
+                (name.path.as_str(), name.state),
+                (at(path).to_str().unwrap(), state)
+            );
         };
         is(&now(), "a", NameState::PRESENT);
         std::fs::rename(at("a"), at("b")).unwrap();

@@ -28,10 +28,13 @@ pub(crate) fn of(record: &Record) -> String {
         pin => format!("; pin {pin}"),
     };
     let line = match record.event {
-        Event::Breach => format!(
-            "breach: blocks under a pin have changed: {file}{range}{pin}; by {who}"
+        Event::Breach => {
+            format!("breach: blocks under a pin have changed: {file}{range}{pin}; by {who}")
+        }
+        _ => format!(
+            "refused {} by {who} on {file}{range}{pin}",
+            record.operation
         ),
-        _ => format!("refused {} by {who} on {file}{range}{pin}", record.operation),
     };
     printable(&line)
 }

@@ -24,7 +24,9 @@ impl Session<'_> {
     /// for.
     pub(super) fn follow(&mut self, request: FollowRequest, place: &Place) -> Result<(), End> {
         if self.version < VERSION_WITH_RECORDS || self.watcher.is_some() {
-            self.refuse(protocol("records need version 4, and a connection of their own"))?;
+            self.refuse(protocol(
+                "records need version 4, and a connection of their own",
+            ))?;
             return Err(End::Nonsense);
         }
         let waker = Waker::new()?;
