@@ -116,6 +116,13 @@ pub enum Command {
     /// whose blocks have changed all the same. Others than root see details of
     /// their own pins only.
     Status(StatusArgs),
+    /// Pins, holders, refusals and block maps on one screen
+    ///
+    /// The files with pins, how many operations are refused in a second, the
+    /// block map of the selected file, and the last refusals and breaches. Needs
+    /// a terminal; 80 columns and 24 lines are enough. `?` shows the keys. When
+    /// the guard goes away this says so, and goes on when one is back.
+    Top(TopArgs),
     /// Refusals and breaches as they happen
     ///
     /// A line for each: when, what was refused, of which file under its present
@@ -547,6 +554,15 @@ pub struct StatusArgs {
     /// a guard they say so
     #[arg(long, value_name = "PATH", conflicts_with_all = ["json", "metrics"])]
     pub metrics_file: Option<PathBuf>,
+}
+
+/// Arguments of `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often to ask the guard
+    #[arg(long, value_name = "SECONDS", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub interval: u32,
 }
 
 /// What a record tells of.

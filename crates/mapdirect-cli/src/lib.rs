@@ -37,6 +37,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Run(args) => verbs::run::run(&args),
         Command::Show(args) => verbs::show::run(&args),
         Command::Status(args) => verbs::status::run(&args),
+        Command::Top(args) => verbs::top::run(&args),
         Command::Watch(args) => verbs::watch::run(&args),
         Command::Log(args) => verbs::log::run(&args),
         Command::Doctor(args) => verbs::doctor::run(&args),

@@ -588,6 +588,20 @@ pub fn parse_maps_line(line: &str) -> Option<MapsEntry> {
 }
 
 #[cfg(test)]
+mod cgroup_tests {
+    use super::parse_cgroup;
+
+    #[test]
+    fn the_group_of_the_unified_hierarchy_counts() {
+        assert_eq!(parse_cgroup("0::/a.slice/b:c\n"), Some("/a.slice/b:c"));
+        assert_eq!(parse_cgroup("3:pids:/x\n0::/y\n"), Some("/y"));
+        assert_eq!(parse_cgroup("3:pids:/\n1:name=systemd:/z\n"), Some("/z"));
+        assert_eq!(parse_cgroup(""), None);
+        assert_eq!(parse_cgroup("nonsense"), None);
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

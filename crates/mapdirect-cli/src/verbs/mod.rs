@@ -11,5 +11,7 @@ mod records;
 pub(crate) mod run;
 pub(crate) mod show;
 pub(crate) mod status;
+#[cfg_attr(not(feature = "tui"), path = "top_missing.rs")]
+pub(crate) mod top;
 pub(crate) mod unpin;
 pub(crate) mod watch;

@@ -7,7 +7,7 @@ use mapdirect::records::Heard;
 use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::process::{GuardProcess, Helper};
+use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
 use serde_json::Value;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -212,6 +212,11 @@ pub fn without_a_guard(_: &World) {
         .spawn()
         .unwrap();
     drop(watch.stdout.take());
+    // This process and the one that watches.
+    wait_for(Duration::from_secs(20), || {
+        Ok((guard.client().status()?.clients >= 2).then_some(()))
+    })
+    .unwrap();
     drop(guard);
     // It says that the guard is gone, on stderr, and goes on.
     std::thread::sleep(Duration::from_millis(300));

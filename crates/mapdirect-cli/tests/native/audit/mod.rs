@@ -5,6 +5,7 @@ mod follow;
 mod journal;
 mod metrics;
 mod names;
+mod top;
 
 use crate::extents::schemas::validate;
 use crate::world::{BINARY, World, open, pin, wait_until_free, written};
@@ -32,6 +33,8 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("without-a-guard", follow::without_a_guard),
         ("metrics", metrics::metrics),
         ("journal", journal::journal),
+        ("top", top::top),
+        ("terminal", top::terminal),
     ] {
         trials.push(world.trial(format!("audit::{name}"), run));
     }
