@@ -36,9 +36,11 @@ mod notice;
 mod openers;
 mod overlay;
 mod places;
+mod pulse;
 mod server;
 mod session;
 mod status;
+mod store;
 mod suspicion;
 mod table;
 mod thaw;
@@ -62,6 +64,7 @@ pub use gate::bpf::{
 };
 pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
+pub use store::Starter;
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 
 /// Checks whether this kernel lets a guard notice what its gate cannot refuse,
@@ -99,6 +102,9 @@ pub(crate) struct Guard {
     scans: busy::Scans,
     pages: apart::Pages,
     places: Arc<places::Places>,
+    pulse: pulse::Pulse,
+    /// Whoever started this process.
+    starter: Arc<store::Starter>,
     delegation: delegation::Delegation,
     tripwire: tripwire::Tripwire,
     /// Operations that wait for the outcome of a grant.
@@ -145,6 +151,7 @@ impl Guard {
         gate: Arc<dyn gate::Gate>,
         limits: places::Limits,
         delegation: delegation::Delegation,
+        starter: Arc<store::Starter>,
     ) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks on
         // their bytes. So begin with other numbers.
@@ -162,6 +169,8 @@ impl Guard {
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
             places: places::Places::new(limits),
+            pulse: pulse::Pulse::new()?,
+            starter,
             delegation,
             tripwire: tripwire::Tripwire::new()?,
             waiting: waiting::WaitingRoom::new()?,
@@ -195,6 +204,7 @@ impl Guard {
         self.stopping.store(true, SeqCst);
         self.stopped.wake();
         self.waiting.wake();
+        self.pulse.waker.wake();
         self.tripwire.wake();
         self.audit.stop();
     }
