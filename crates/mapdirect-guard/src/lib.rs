@@ -64,8 +64,8 @@ pub use gate::bpf::{
 };
 pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
-pub use store::Starter;
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
+pub use store::Starter;
 
 /// Checks whether this kernel lets a guard notice what its gate cannot refuse,
 /// and says why not.
@@ -104,6 +104,7 @@ pub(crate) struct Guard {
     places: Arc<places::Places>,
     pulse: pulse::Pulse,
     /// Whoever started this process.
+    #[expect(dead_code, reason = "nothing is kept yet")]
     starter: Arc<store::Starter>,
     delegation: delegation::Delegation,
     tripwire: tripwire::Tripwire,

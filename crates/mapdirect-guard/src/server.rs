@@ -530,10 +530,7 @@ fn listen_or_go_on(config: &Config) -> Result<(Socket, Option<(u64, u64)>), Star
     }
     let socket = listen(path)?;
     let identity = rustix::fs::lstat(path);
-    Ok((
-        socket,
-        identity.ok().map(|stat| (stat.st_dev, stat.st_ino)),
-    ))
+    Ok((socket, identity.ok().map(|stat| (stat.st_dev, stat.st_ino))))
 }
 
 fn is_socket(path: &Path) -> bool {
@@ -546,8 +543,8 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
     while !shared.guard.is_stopping() {
         let pulse = &shared.guard.pulse;
         pulse.accept_beats();
-        let [_, woken] = wait_any(&[listener.as_fd(), pulse.waker.as_fd()], None)
-            .unwrap_or_default();
+        let [_, woken] =
+            wait_any(&[listener.as_fd(), pulse.waker.as_fd()], None).unwrap_or_default();
         if woken {
             pulse.waker.clear();
             continue;

@@ -50,6 +50,7 @@ impl Line {
     }
 }
 
+#[expect(dead_code, reason = "nothing is kept yet")]
 impl Starter {
     /// The one that the environment of this process names. Call this before
     /// anything else: it takes over descriptors by their numbers.
@@ -63,8 +64,13 @@ impl Starter {
         let line = supervisor
             .map(Line::Supervisor)
             .or_else(|| systemd().map(Line::Systemd));
-        let number = |name| std::env::var(name).ok().and_then(|value| value.parse().ok());
-        let is_meant = number("WATCHDOG_PID").is_none_or(|pid: u64| pid == std::process::id().into());
+        let number = |name| {
+            std::env::var(name)
+                .ok()
+                .and_then(|value| value.parse().ok())
+        };
+        let is_meant =
+            number("WATCHDOG_PID").is_none_or(|pid: u64| pid == std::process::id().into());
         let watchdog = number("WATCHDOG_USEC").filter(|_| is_meant && line.is_some());
         Self {
             line,
@@ -127,7 +133,9 @@ impl Starter {
     }
 
     pub(crate) fn send(&self, text: &str, fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
-        self.line.as_ref().map_or(Ok(()), |line| line.send(text, fd))
+        self.line
+            .as_ref()
+            .map_or(Ok(()), |line| line.send(text, fd))
     }
 
     /// Whether what is [kept](Self::keep) outlives this process.
