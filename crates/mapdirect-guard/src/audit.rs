@@ -51,7 +51,7 @@ pub(crate) struct Refused {
 #[derive(Debug)]
 pub(crate) enum Who {
     /// Somebody looked while the thread waited.
-    Known(Actor),
+    Known(Box<Actor>),
     /// A thread that must be looked up.
     Thread {
         tid: i32,

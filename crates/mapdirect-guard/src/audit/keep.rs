@@ -81,7 +81,7 @@ fn keep_refusals(guard: &Guard, refused: Vec<Refused>, lost: u64, tellers: &Tell
             record.owner = Some(Owner::new(met.pid, met.uid));
         }
         match one.who {
-            Who::Known(actor) => record.actor = actor,
+            Who::Known(actor) => record.actor = *actor,
             Who::Thread {
                 tid,
                 pid,

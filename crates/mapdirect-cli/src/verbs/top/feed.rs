@@ -65,7 +65,11 @@ impl Feed {
     /// Says whose block map to look at, again and again.
     pub(super) fn show_map_of(&self, file: Option<(FileId, &str)>) {
         let file = file.map(|(id, path)| (id, PathBuf::from(path)));
-        let mut wish = self.wish.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut wish = self
+            .wish
+            .file
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if *wish != file {
             *wish = file;
             self.wish.changed.notify_all();

@@ -192,7 +192,11 @@ impl Model {
     pub(super) fn move_by(&mut self, by: isize) {
         let files = self.files();
         let last = files.len().saturating_sub(1);
-        let place = self.place().unwrap_or(0).saturating_add_signed(by).min(last);
+        let place = self
+            .place()
+            .unwrap_or(0)
+            .saturating_add_signed(by)
+            .min(last);
         self.selected = files.get(place).map(|file| id_of(file));
     }
 

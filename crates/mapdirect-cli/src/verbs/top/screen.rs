@@ -235,8 +235,7 @@ fn name_of(file: &FileStatus) -> String {
 }
 
 fn show_rates(frame: &mut Frame<'_>, model: &Model, area: Rect) {
-    let [head, bars] =
-        Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(area);
+    let [head, bars] = Layout::vertical([Constraint::Length(1), Constraint::Min(1)]).areas(area);
     let now = model.rates.back().copied().unwrap_or(0);
     let most = model.rates.iter().copied().max().unwrap_or(0);
     let missed = match model.missed {
@@ -282,7 +281,10 @@ fn show_map(frame: &mut Frame<'_>, model: &Model, area: Rect) {
             lines.push(Line::raw(legend));
         }
         Some((id, Err(why))) if *id == id_of(file) => {
-            lines.push(Line::raw(format!("cannot be looked at: {}", printable(why))));
+            lines.push(Line::raw(format!(
+                "cannot be looked at: {}",
+                printable(why)
+            )));
         }
         _ => lines.push(Line::raw("...")),
     }
@@ -316,7 +318,11 @@ fn show_records(
 ) {
     let mut lines = vec![title(words)];
     let room = usize::from(area.height).saturating_sub(1);
-    let mut records = model.records.iter().filter(|record| wanted(record)).peekable();
+    let mut records = model
+        .records
+        .iter()
+        .filter(|record| wanted(record))
+        .peekable();
     if records.peek().is_none() {
         lines.push(Line::raw("none"));
     }
@@ -355,7 +361,10 @@ fn details(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let half = usize::from(area.height / 4).max(2);
     lines.extend(file.pins.iter().take(half).map(pin_line));
     if file.pins.len() > half {
-        lines.push(Line::raw(format!("  and {} more pins", file.pins.len() - half)));
+        lines.push(Line::raw(format!(
+            "  and {} more pins",
+            file.pins.len() - half
+        )));
     }
     for holder in file.holders.iter().take(half) {
         lines.push(Line::raw(format!(
@@ -381,7 +390,13 @@ fn details(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     frame.render_widget(Paragraph::new(lines), top);
     show_map(frame, model, picture);
     let of_file = |record: &Record| (record.device, record.inode) == id;
-    show_records(frame, model, last, of_file, "refusals and breaches of this file");
+    show_records(
+        frame,
+        model,
+        last,
+        of_file,
+        "refusals and breaches of this file",
+    );
 }
 
 fn pin_line(pin: &PinStatus) -> Line<'static> {

@@ -15,7 +15,7 @@ type Samples = BTreeMap<(String, BTreeMap<String, String>), f64>;
 /// Reads OpenMetrics text, and complains about whatever the specification does
 /// not allow.
 fn strictly_read(text: &str) -> Samples {
-    let text = text.strip_suffix("# EOF\n").expect("no end");
+    let text = text.strip_suffix("# EOF\n").unwrap();
     assert!(text.ends_with('\n'));
     let mut types: BTreeMap<String, String> = BTreeMap::new();
     let mut samples = Samples::new();

@@ -21,7 +21,17 @@ impl Terminal {
             server: format!("mapdirect-{name}-{}", std::process::id()),
         };
         terminal.tmux(&[
-            "-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "24", "sh", "-c", script,
+            "-f",
+            "/dev/null",
+            "new-session",
+            "-d",
+            "-x",
+            "80",
+            "-y",
+            "24",
+            "sh",
+            "-c",
+            script,
         ]);
         terminal
     }
@@ -120,7 +130,13 @@ pub fn top(world: &World) {
     terminal.press(&["s"]);
     terminal.wait_for(&["sort: pins"]);
     terminal.press(&["Enter"]);
-    terminal.wait_for(&["pin ", "bytes 0 to 65536", "held by pid", "of this file", "━"]);
+    terminal.wait_for(&[
+        "pin ",
+        "bytes 0 to 65536",
+        "held by pid",
+        "of this file",
+        "━",
+    ]);
     terminal.press(&["Enter"]);
     terminal.press(&["Escape"]);
     // The terminal changes its size.
@@ -174,9 +190,8 @@ pub fn terminal(_: &World) {
     let words = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(words.contains("top needs a terminal"), "{words}");
     // Without a guard it ends as other verbs do.
-    let script = format!(
-        "MAPDIRECT_SOCKET=/nonexistent/guard.sock {BINARY} top; echo status $?; sleep 600"
-    );
+    let script =
+        format!("MAPDIRECT_SOCKET=/nonexistent/guard.sock {BINARY} top; echo status $?; sleep 600");
     let terminal = Terminal::new("guardless", &script);
     terminal.wait_for(&["no guard answers", "status 3"]);
 }

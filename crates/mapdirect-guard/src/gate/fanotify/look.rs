@@ -103,7 +103,7 @@ pub(crate) struct Doing {
     pub(crate) operation: Operation,
     /// Who it is, if a refusal is likely or the question asked for it, and if
     /// that could be found out.
-    pub(crate) actor: Option<Actor>,
+    pub(crate) actor: Option<Box<Actor>>,
     /// The system call that the thread is in, if that is certain.
     pub(crate) call: Option<Syscall>,
     /// The word for the operation, if there is a better one than that of its
@@ -438,7 +438,7 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
     Doing {
         // The thread waits for the answer, so it is the one that has this number.
         actor: is_refused
-            .then(|| actor::find(question.tid, None))
+            .then(|| actor::find(question.tid, None).map(Box::new))
             .flatten(),
         call,
         word: classify::word(operation.kind, call.as_ref(), functions),
