@@ -7,6 +7,7 @@
 
 pub(crate) mod actor;
 pub(crate) mod call;
+mod few;
 pub(crate) mod journal;
 pub(crate) mod journald;
 pub(crate) mod keep;
@@ -16,6 +17,7 @@ pub(crate) mod words;
 use crate::policy::{OperationKind, RULES};
 use crate::table::InodeId;
 use crossbeam_queue::ArrayQueue;
+use mapdirect_proto::Name;
 use mapdirect_proto::record::Actor;
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_sys::proc::Syscall;
@@ -24,7 +26,7 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Refusals kept for `mapdirect status`.
 const RECENT: usize = 64;
@@ -93,6 +95,9 @@ pub(crate) struct Audit {
     recent: Mutex<VecDeque<RefusedOperation>>,
     thread: OnceLock<Thread>,
     stop: AtomicBool,
+    /// Looks at processes, and for names of files.
+    actors: few::Few,
+    names: few::Few,
 }
 
 impl Audit {
@@ -107,6 +112,8 @@ impl Audit {
             recent: Mutex::default(),
             thread: OnceLock::new(),
             stop: AtomicBool::new(false),
+            actors: few::Few::new(16),
+            names: few::Few::new(8),
         }
     }
 
@@ -155,6 +162,11 @@ impl Audit {
     pub(crate) fn recent(&self) -> Vec<RefusedOperation> {
         let recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
         recent.iter().cloned().collect()
+    }
+
+    /// Finds the present names of files. Waits no longer than `limit`.
+    pub(crate) fn names_of(&self, questions: Vec<names::Question>, limit: Duration) -> Vec<Name> {
+        names::find_all(&self.names, questions, limit)
     }
 
     /// Ends [`keep::run`].

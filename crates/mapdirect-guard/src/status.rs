@@ -42,7 +42,7 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         .iter()
         .map(|at| names::Question::about(known[*at]))
         .collect();
-    for (at, name) in told.iter().zip(names::find_all(asked, NAMES)) {
+    for (at, name) in told.iter().zip(guard.audit.names_of(asked, NAMES)) {
         let file = &mut files[*at];
         (file.path, file.former, file.name_state) = (name.path, name.former, name.state);
     }

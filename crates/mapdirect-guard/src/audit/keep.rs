@@ -6,10 +6,9 @@
 //! that is gone by then stays without a user and a program.
 
 use super::journald::Journald;
-use super::names::{self, Question};
+use super::names::Question;
 use super::{Refused, Who, actor, call};
 use crate::Guard;
-use crate::bounded::within;
 use crate::table::{InodeId, Watched};
 use mapdirect_proto::record::{Actor, Event};
 use mapdirect_proto::status::RefusedOperation;
@@ -96,7 +95,7 @@ fn keep_refusals(guard: &Guard, refused: Vec<Refused>, lost: u64, tellers: &Tell
         }
         records.push(record);
     }
-    look_up(&mut records, unknown);
+    look_up(guard, &mut records, unknown);
     let mut lost = lost;
     for record in records {
         let id = InodeId::of(record.device, record.inode);
@@ -142,9 +141,10 @@ fn keep_breach(guard: &Guard, breach: &Breach, tellers: &Tellers) -> bool {
         // It was seen before this record was made.
         unknown = (cause.pid > 0).then(|| (0, ticks_now() + 1));
     }
-    look_up(&mut records, unknown);
+    look_up(guard, &mut records, unknown);
     let [record] = records;
-    let kept = guard.journal.add(record, files.owners(id), 0);
+    let lost = guard.notices.take_lost();
+    let kept = guard.journal.add(record, files.owners(id), lost);
     tellers.journal_takes(&kept.record)
 }
 
@@ -166,7 +166,7 @@ pub(crate) fn ticks_now() -> u64 {
 
 /// Adds what is not known of the processes in some records. `unknown` are the
 /// records whose actor must be looked up, and when that had begun at the latest.
-fn look_up(records: &mut [Record], unknown: impl IntoIterator<Item = (usize, u64)>) {
+fn look_up(guard: &Guard, records: &mut [Record], unknown: impl IntoIterator<Item = (usize, u64)>) {
     let wanted: Vec<_> = unknown
         .into_iter()
         .filter_map(|(at, before)| {
@@ -186,7 +186,7 @@ fn look_up(records: &mut [Record], unknown: impl IntoIterator<Item = (usize, u64
         return;
     }
     let asked = wanted.clone();
-    let found = within(LIMIT, move |looking| {
+    let found = guard.audit.actors.within(LIMIT, move |looking| {
         let mut known: HashMap<(i32, u64), Option<Actor>> = HashMap::new();
         let actors: Vec<_> = asked
             .iter()
@@ -205,7 +205,7 @@ fn look_up(records: &mut [Record], unknown: impl IntoIterator<Item = (usize, u64
             .collect();
         (actors, commands)
     });
-    let Ok((actors, commands)) = found else {
+    let Some((actors, commands)) = found else {
         return;
     };
     for ((at, ..), actor) in wanted.into_iter().zip(actors) {
@@ -252,7 +252,7 @@ impl Files {
             }
         }
         let questions = watched.iter().map(|watched| Question::about(watched));
-        let names = names::find_all(questions.collect(), LIMIT);
+        let names = guard.audit.names_of(questions.collect(), LIMIT);
         let files = watched.into_iter().zip(names);
         Self {
             of: files

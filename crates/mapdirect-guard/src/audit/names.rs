@@ -4,7 +4,8 @@
 //! mounts. So whoever must not wait looks at what the kernel remembers
 //! ([`glance`]), and everybody else runs [`find`] within a limit.
 
-use crate::bounded::within;
+use super::few::Few;
+use crate::bounded::Looking;
 use crate::table::{InodeId, Watched};
 use mapdirect_proto::{Name, NameState};
 use mapdirect_sys::{Errno, proc};
@@ -73,19 +74,13 @@ impl Question {
 }
 
 /// Finds the names of files. Waits no longer than `limit` for all of them.
-pub(crate) fn find_all(questions: Vec<Question>, limit: Duration) -> Vec<Name> {
+pub(super) fn find_all(few: &Few, questions: Vec<Question>, limit: Duration) -> Vec<Name> {
     let mut names: Vec<_> = questions.iter().map(at_once).collect();
     let open: Vec<_> = (0..names.len()).filter(|at| names[*at].is_none()).collect();
     if !open.is_empty() {
         let asked: Vec<_> = open.iter().map(|at| questions[*at].clone()).collect();
-        let found = within(limit, move |looking| {
-            let find = |question: &Question| {
-                for pid in &question.holders {
-                    // If that process is in execve(2), the look may hang.
-                    let _ = looking.at(*pid);
-                }
-                find(question)
-            };
+        let found = few.within(limit, move |looking| {
+            let find = |question: &Question| find(question, looking);
             asked.iter().map(find).collect::<Vec<_>>()
         });
         for (at, name) in open.into_iter().zip(found.unwrap_or_default()) {
@@ -105,7 +100,7 @@ fn at_once(question: &Question) -> Option<Name> {
 }
 
 /// Finds the name of a file. This may hang.
-fn find(question: &Question) -> Name {
+fn find(question: &Question, looking: &Looking) -> Name {
     let path = &*question.path;
     let is_it = |path: &str| leads_to(path, question.id);
     let state = match is_it(path) {
@@ -118,7 +113,12 @@ fn find(question: &Question) -> Name {
     };
     let mut nameless = question.nameless == Some(true);
     let mut holders = question.holders.iter();
-    if let Some(seen) = holders.find_map(|pid| name_of_holder(*pid, question.id)) {
+    let seen = holders.find_map(|pid| {
+        // In the middle of execve(2) it cannot be looked at.
+        looking.at(*pid).ok()?;
+        name_of_holder(*pid, question.id)
+    });
+    if let Some(seen) = seen {
         nameless |= seen.links == Some(0);
         let (now, is_deleted) = match seen.path.strip_suffix(DELETED) {
             Some(now) => (now, true),
@@ -217,7 +217,7 @@ mod tests {
         let file = std::fs::File::create(at("a")).unwrap();
         let id = InodeId::from(&rustix::fs::fstat(&file).unwrap());
         let asked = question(&at("a"), id);
-        let now = || find_all(vec![asked.clone()], Duration::from_secs(5)).remove(0);
+        let now = || find_all(&Few::new(1), vec![asked.clone()], Duration::from_secs(5)).remove(0);
         let is = |name: &Name, path: &str, state: NameState| {
             assert_eq!(
                 (name.path.as_str(), name.state),
@@ -240,7 +240,7 @@ mod tests {
             holders: Vec::new(),
             ..asked
         };
-        let name = find_all(vec![elsewhere], Duration::from_secs(5)).remove(0);
+        let name = find_all(&Few::new(1), vec![elsewhere], Duration::from_secs(5)).remove(0);
         is(&name, "a", NameState::UNKNOWN);
         assert_eq!(glance(at("b").to_str().unwrap(), id), None);
         drop(file);

@@ -7,10 +7,12 @@ use mapdirect::records::Heard;
 use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
+use mapdirect_testkit::process::{GuardProcess, Helper};
 use serde_json::Value;
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 /// Tries something once that every pin refuses, and says whether it was refused.
@@ -61,17 +63,23 @@ pub fn live(world: &World) {
 
 /// Does something again and again until a line comes of it.
 fn hear(watch: &mut Helper, act: impl Fn() + Sync) -> Value {
-    let over = std::sync::atomic::AtomicBool::new(false);
+    let line = until(act, || watch.hear().unwrap());
+    serde_json::from_str(&line).unwrap()
+}
+
+/// Does something again and again until something else is done.
+fn until<T>(act: impl Fn() + Sync, done: impl FnOnce() -> T) -> T {
+    let over = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+            while !over.load(Relaxed) {
                 act();
                 std::thread::sleep(Duration::from_millis(50));
             }
         });
-        let line = watch.hear();
-        over.store(true, std::sync::atomic::Ordering::Relaxed);
-        serde_json::from_str(&line.unwrap()).unwrap()
+        let result = done();
+        over.store(true, Relaxed);
+        result
     })
 }
 
@@ -203,26 +211,32 @@ pub fn without_a_guard(_: &World) {
         let words = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(words.contains("no guard answers"), "{words}");
     }
-    // A reader that leaves ends it without a word of panic.
+}
+
+/// A reader that leaves ends it, without a word of panic.
+pub fn reader_that_leaves(world: &World) {
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
-    let mut command = mapdirect(&guard, &["watch"]);
-    let mut watch = command
+    let path = written(&world.disk(Kind::EXT4), "audit-leaves", 65536);
+    let pinned = pin(&guard.client(), &open(&path), 0..65536);
+    let mut watch = mapdirect(&guard, &["watch", "--json"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    drop(watch.stdout.take());
-    // This process and the one that watches.
-    wait_for(Duration::from_secs(20), || {
-        Ok((guard.client().status()?.clients >= 2).then_some(()))
-    })
-    .unwrap();
-    drop(guard);
-    // It says that the guard is gone, on stderr, and goes on.
-    std::thread::sleep(Duration::from_millis(300));
-    kill(watch.id().cast_signed(), Signal::INTERRUPT).unwrap();
-    let output = watch.wait_with_output().unwrap();
-    let words = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!words.contains("panicked"), "{words}");
-    assert_eq!(output.status.code(), Some(0), "{words}");
+    let mut lines = BufReader::new(watch.stdout.take().unwrap()).lines();
+    until(
+        || assert!(try_once(&path)),
+        || lines.next().unwrap().unwrap(),
+    );
+    drop(lines);
+    let status = until(
+        || assert!(try_once(&path)),
+        || watch.wait_with_output().unwrap(),
+    );
+    let words = String::from_utf8_lossy(&status.stderr).into_owned();
+    assert_eq!(status.status.code(), Some(0), "{words}");
+    assert_eq!(words, "");
+    drop(pinned);
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
 }

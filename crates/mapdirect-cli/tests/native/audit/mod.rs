@@ -31,6 +31,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("filters", follow::filters),
         ("slow-reader", follow::slow_reader),
         ("without-a-guard", follow::without_a_guard),
+        ("reader-that-leaves", follow::reader_that_leaves),
         ("metrics", metrics::metrics),
         ("journal", journal::journal),
         ("top", top::top),
