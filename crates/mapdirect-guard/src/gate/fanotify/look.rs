@@ -427,13 +427,15 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
         }
         _ => 0,
     };
-    // Holders open, write and map all the time, and are mostly let in. So it is
-    // looked up who they are only when they are refused.
-    let is_refused = match operation.kind {
-        K::Write | K::MapWrite => question.named,
-        K::OpenWrite => question.named || !question.announced,
-        kind => !kind.is_harmless(),
-    };
+    // Who it is takes several looks at `/proc`. Most operations are let in, so
+    // that is found out for those that hardly ever are, and when it is known
+    // that another will be refused.
+    let is_refused = question.named
+        || match operation.kind {
+            K::OpenWrite => !question.announced,
+            K::OpenTruncate | K::Unknown => true,
+            _ => false,
+        };
     let call = classify::own_registers(syscall, functions).copied();
     Doing {
         // The thread waits for the answer, so it is the one that has this number.
