@@ -1,5 +1,6 @@
 //! The command line.
 
+use crate::columns::{ShowColumn, StatusColumn};
 use crate::size::{ByteRange, parse_range, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -502,11 +503,22 @@ The place on the disk is found through partitions, and through what device-mappe
 than json is printed the file is written to its device (fsync). Of a file that nobody has pinned it may be false
 a moment later: `pin` has the same forms.")]
 pub struct ShowArgs {
-    /// The file
-    pub file: PathBuf,
+    /// The files: one that cannot be shown does not stop the others
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
     /// List every extent, too
     #[arg(long, short)]
     pub extents: bool,
+    /// Print a row for each extent and nothing else, with these columns, separated by commas
+    #[arg(long, short = 'o', value_enum, value_name = "COLUMN,...", value_delimiter = ',',
+          conflicts_with_all = ["json", "extents", "format"])]
+    pub columns: Vec<ShowColumn>,
+    /// Print no headings of columns
+    #[arg(long, short, requires = "columns")]
+    pub no_headings: bool,
+    /// Write what is only in memory yet to the device first (fsync), as a pin does
+    #[arg(long)]
+    pub sync: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -521,6 +533,22 @@ pub struct ShowArgs {
 /// Arguments of `status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Only these files: ends with status 1 if one of them is not pinned
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Print a row for each pin and nothing else, with these columns, separated by commas
+    #[arg(
+        long,
+        short = 'o',
+        value_enum,
+        value_name = "COLUMN,...",
+        value_delimiter = ',',
+        conflicts_with = "json"
+    )]
+    pub columns: Vec<StatusColumn>,
+    /// Print no headings of columns
+    #[arg(long, short, requires = "columns")]
+    pub no_headings: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

@@ -22,7 +22,7 @@
 //! alone are passed on.
 
 use crate::args::OnLoss;
-use crate::{Exit, output};
+use crate::{Exit, output, terminal};
 use anyhow::{Context, Result};
 use mapdirect_sys::fork::{Side, fork};
 use mapdirect_sys::signal::{self, Before, Received, Signal, SignalFd};
@@ -31,6 +31,7 @@ use mapdirect_sys::{Errno, ancestry, descriptors, pidfd, proc};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{WaitOptions, WaitStatus};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -318,7 +319,8 @@ impl Keeper {
                 Ok(Ok(child.id().cast_signed()))
             }
             Err(error) => {
-                output::complain(&format!("{}: {error}", command.get_program().display()));
+                let program = terminal::name(Path::new(command.get_program()));
+                output::complain(&format!("{program}: {error}"));
                 Ok(Err(if error.kind() == std::io::ErrorKind::NotFound {
                     Exit::NOT_FOUND
                 } else {

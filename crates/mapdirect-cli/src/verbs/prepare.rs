@@ -3,6 +3,7 @@
 use crate::args::{Format, PrepareArgs};
 use crate::extents::Extents;
 use crate::size::human;
+use crate::terminal;
 use crate::{Exit, draw, json, output};
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -33,7 +34,7 @@ impl Subject {
             created = opened.is_ok();
         }
         let file = opened.with_context(|| {
-            let name = path.display();
+            let name = terminal::name(path);
             let hint = if create { "" } else { " (--size makes a file)" };
             format!("cannot open {name} for reading and writing{hint}")
         })?;
@@ -88,7 +89,7 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
                 output::complain(&format!(
                     "waiting for I/O of others that uses pages of {} (a page in a pipe, or direct \
                      I/O by way of a mapping)",
-                    args.file.display()
+                    terminal::name(&args.file)
                 ));
             });
         }
@@ -135,7 +136,7 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
     }
     if args.json || args.format.is_some() {
         let mut value = json!({
-            "file": args.file.to_string_lossy(),
+            "file": json::name(&args.file),
             "created": created,
             "file_size": map.file_size(),
             "old_size": old_size,
@@ -152,7 +153,7 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
             "extents": extents.list(),
         });
         extents.add_devices(&mut value);
-        output::line(&value.to_string());
+        output::json(&value);
         return Ok(());
     }
     let done: Vec<_> = [
@@ -164,9 +165,9 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
     .filter(|(bytes, _)| *bytes > 0)
     .map(|(bytes, what)| format!("{} {what}", human(bytes)))
     .collect();
-    output::line(&format!(
+    output::prose(&format!(
         "{}: bytes {} to {} are stable: {}",
-        args.file.display(),
+        terminal::name(&args.file),
         range.start,
         range.end,
         if done.is_empty() {
@@ -177,23 +178,24 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
     ));
     let size = map.file_size();
     if created {
-        output::line(&format!("made, with {size} bytes"));
+        output::line(&format!("made, with {}", output::count(size, "byte")));
     } else if size != old_size {
         output::line(&format!("made longer, from {old_size} to {size} bytes"));
     }
-    output::line(draw::block_map(map, &[], output::width()).trim_end());
+    output::line(draw::block_map(map, &[]).trim_end());
     if args.huge {
-        output::line(&format!(
-            "{} of {} pieces of 2 MiB can be mapped with huge pages",
-            huge.aligned, huge.pieces
+        output::prose(&format!(
+            "{} of {} of 2 MiB can be mapped with huge pages",
+            huge.aligned,
+            output::count(huge.pieces, "piece")
         ));
     }
     if args.contiguous {
-        output::line(&match prepared.why_not_contiguous() {
+        output::prose(&match prepared.why_not_contiguous() {
             None => String::from("it is contiguous: one run of blocks on the device"),
             Some(why) => format!(
-                "it is not contiguous: {} runs of blocks; {why}",
-                prepared.runs()
+                "it is not contiguous: {} of blocks; {why}",
+                output::count(prepared.runs(), "run")
             ),
         });
     }
