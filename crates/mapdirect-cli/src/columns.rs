@@ -88,14 +88,16 @@ fn heading<C: ValueEnum>(column: &C) -> String {
 }
 
 /// Rows under their headings. Numbers stand at the right of a column.
-struct Table {
+pub(crate) struct Table {
+    headings: bool,
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    fn new<C: ValueEnum>(columns: &[C], headings: bool) -> Self {
+    pub(crate) fn new<C: ValueEnum>(columns: &[C], headings: bool) -> Self {
         let heading = columns.iter().map(heading).collect();
         Self {
+            headings,
             rows: if headings { vec![heading] } else { Vec::new() },
         }
     }
@@ -111,7 +113,8 @@ impl Table {
         // The heading goes with what is below it.
         let right: Vec<_> = (0..columns)
             .map(|column| {
-                let below = self.rows.get(1..).unwrap_or_default();
+                let below = self.rows.get(usize::from(self.headings)..);
+                let below = below.unwrap_or_default();
                 !below.is_empty() && below.iter().all(|row| is_number(&row[column]))
             })
             .collect();
@@ -131,22 +134,25 @@ impl Table {
         self.rows.iter().map(line).collect()
     }
 
-    fn tell(&self) {
+    /// Prints it, if there is anything in it.
+    pub(crate) fn tell(&self) {
+        if self.rows.len() <= usize::from(self.headings) {
+            return;
+        }
         for line in self.lines() {
             output::line(&line);
         }
     }
 }
 
-/// Prints the extents of a file, a row for each.
-pub(crate) fn tell_extents(
+/// Adds the extents of a file, a row for each.
+pub(crate) fn add_extents(
+    table: &mut Table,
     file: &Path,
     map: &BlockMap,
     extents: &Extents<'_>,
     columns: &[ShowColumn],
-    headings: bool,
 ) {
-    let mut table = Table::new(columns, headings);
     let name = terminal::name(file);
     let none = || String::from("-");
     let cell = |extent: &Extent, column: ShowColumn| match column {
@@ -178,7 +184,6 @@ pub(crate) fn tell_extents(
         let row = columns.iter().map(|column| cell(extent, *column));
         table.rows.push(row.collect());
     }
-    table.tell();
 }
 
 /// Prints the pins of a guard, a row for each.

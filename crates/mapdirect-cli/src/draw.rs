@@ -65,7 +65,8 @@ fn picture(map: &BlockMap, pinned: &[Range<u64>], width: usize, pen: &Pen) -> St
     let length = range.end - range.start;
     let block = u64::from(map.block_size()).max(1);
     // Room for the offset in front of every row.
-    let columns = width.saturating_sub(14).clamp(16, 128) as u64;
+    let digits = range.end.to_string().len().max(12);
+    let columns = width.saturating_sub(digits + 2).clamp(16, 128) as u64;
     let cell = length
         .div_ceil(columns * ROWS)
         .max(1)
@@ -84,7 +85,7 @@ fn picture(map: &BlockMap, pinned: &[Range<u64>], width: usize, pen: &Pen) -> St
             .clone()
             .map(|at| state_of(map, &bytes(at), pen))
             .collect();
-        let _ = writeln!(picture, "{start:>12}  {line}");
+        let _ = writeln!(picture, "{start:>digits$}  {line}");
         let marks: String = here
             .map(|at| {
                 let bytes = bytes(at);
@@ -95,7 +96,7 @@ fn picture(map: &BlockMap, pinned: &[Range<u64>], width: usize, pen: &Pen) -> St
             })
             .collect();
         if marks.contains(pen.pinned()) {
-            let _ = writeln!(picture, "{:>12}  {}", "pinned", marks.trim_end());
+            let _ = writeln!(picture, "{:>digits$}  {}", "pinned", marks.trim_end());
         }
         row += columns;
     }
@@ -120,11 +121,12 @@ fn picture(map: &BlockMap, pinned: &[Range<u64>], width: usize, pen: &Pen) -> St
         .flatten()
         .collect();
     // Parts stay together as long as they fit.
-    let room = width.saturating_sub(14).max(16);
+    let indent = digits + 2;
+    let room = width.saturating_sub(indent).max(16);
     let mut line = String::new();
     for part in legend {
         if !line.is_empty() && line.chars().count() + 2 + part.chars().count() > room {
-            let _ = writeln!(picture, "{:14}{line}", "");
+            let _ = writeln!(picture, "{:indent$}{line}", "");
             line.clear();
         }
         if !line.is_empty() {
@@ -132,7 +134,7 @@ fn picture(map: &BlockMap, pinned: &[Range<u64>], width: usize, pen: &Pen) -> St
         }
         line.push_str(&part);
     }
-    let _ = writeln!(picture, "{:14}{line}", "");
+    let _ = writeln!(picture, "{:indent$}{line}", "");
     picture
 }
 
@@ -247,7 +249,7 @@ mod tests {
                 let picture = picture(&map, std::slice::from_ref(&pin), width, &Pen { unicode });
                 prop_assert!(picture.lines().count() as u64 <= 2 * ROWS + 4);
                 let widest = picture.lines().map(|line| line.chars().count()).max();
-                prop_assert!(widest <= Some(width.max(40)), "{}", picture);
+                prop_assert!(widest <= Some(width.max(48)), "{}", picture);
             }
         }
     }

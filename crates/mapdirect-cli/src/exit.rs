@@ -77,9 +77,18 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// What went wrong. An error of the library has a line for each process in the
+/// way, and one that says what helps.
+pub(crate) fn words(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<Error>() {
+        Some(error) => format!("{error:#}"),
+        None => format!("{error:#}"),
+    }
+}
+
 /// Says on stderr what went wrong, and which status that is.
 pub(crate) fn explain(error: &anyhow::Error) -> Exit {
-    output::complain(&format!("{error:#}"));
+    output::complain(&words(error));
     match error.downcast_ref::<Error>().map(Error::kind) {
         Some(Kind::NoGuard) => Exit::NO_GUARD,
         Some(Kind::Arguments) => Exit::USAGE,

@@ -11,6 +11,7 @@ mod json;
 mod keeper;
 mod open;
 mod output;
+pub mod pages;
 pub mod size;
 mod terminal;
 mod uses;
@@ -19,14 +20,15 @@ mod verbs;
 pub use exit::Exit;
 
 use args::{Command, Mapdirect};
-use clap::Parser;
+use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use std::ffi::OsString;
 
 /// Runs the command line `args`, the program's name first, and says how the
 /// process shall end.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
-    let parsed = match Mapdirect::try_parse_from(args) {
+    let matched = pages::command().try_get_matches_from(args);
+    let parsed = match matched.and_then(|matched| Mapdirect::from_arg_matches(&matched)) {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };

@@ -8,6 +8,7 @@ use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Write as _};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 /// What first went wrong with stdout.
 static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
@@ -63,12 +64,22 @@ pub(crate) fn json(value: &serde_json::Value) {
 
 /// Writes one complaint to stderr.
 pub(crate) fn complain(text: &str) {
-    let mut text = fence(&format!("mapdirect: {text}"));
+    let mut text = fence(&format!("mapdirect: {}", without_numbers(text)));
     if let Some(width) = terminal::width_of_stderr() {
         let lines: Vec<_> = text.lines().map(|line| wrapped(line, width, 2)).collect();
         text = lines.join("\n");
     }
     let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// How long to wait without a word.
+pub(crate) const SILENCE: Duration = Duration::from_secs(1);
+
+/// Says to whoever looks at the terminal what takes so long.
+pub(crate) fn still_waiting(what: &str) {
+    if terminal::width_of_stderr().is_some() {
+        complain(&format!("waiting {what}; Ctrl-C ends it"));
+    }
 }
 
 /// Fails if stdout does not take what is written. A reader that has left is no
@@ -91,9 +102,26 @@ pub(crate) fn finish() -> Option<Exit> {
 }
 
 fn unwritten(error: &io::Error) -> anyhow::Error {
-    let errno = mapdirect_sys::Errno::from_io_error(error);
-    let why = errno.map_or_else(|| error.to_string(), |errno| errno.to_string());
-    anyhow!("cannot write to standard output: {why}")
+    anyhow!("cannot write to standard output: {error}")
+}
+
+/// `text` without the numbers that std adds to the words of an errno.
+fn without_numbers(text: &str) -> String {
+    const BEGINS: &str = " (os error ";
+    let mut rest = text;
+    let mut kept = String::with_capacity(text.len());
+    while let Some((before, behind)) = rest.split_once(BEGINS) {
+        kept.push_str(before);
+        let digits = behind.bytes().take_while(u8::is_ascii_digit).count();
+        rest = match behind[digits..].strip_prefix(')') {
+            Some(behind) if digits > 0 => behind,
+            _ => {
+                kept.push_str(BEGINS);
+                behind
+            }
+        };
+    }
+    kept + rest
 }
 
 /// `text` as this terminal can show it. Nothing in it makes the terminal do
@@ -185,6 +213,17 @@ pub(crate) fn bytes(range: &Range<u64>) -> String {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn errors_are_words() {
+        for (text, plain) in [
+            ("No such file (os error 2)", "No such file"),
+            ("a (os error 2): b (os error 22)!", "a: b!"),
+            ("a (os error x) (os error ", "a (os error x) (os error "),
+        ] {
+            assert_eq!(without_numbers(text), plain);
+        }
+    }
 
     #[test]
     fn one_and_many() {

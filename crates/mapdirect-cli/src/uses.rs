@@ -80,7 +80,9 @@ fn overlay(file: &File) -> Option<Use> {
         .iter()
         .filter(|mount| mount.fs_type == "overlay")
         .filter_map(|mount| {
-            let directory = mount.option("upperdir").filter(|path| !path.is_empty())?;
+            let directory = mount
+                .option("upperdir")
+                .filter(|path| path.starts_with('/'))?;
             Some((std::fs::metadata(directory).ok()?, &mount.mount_point))
         })
         .peekable();

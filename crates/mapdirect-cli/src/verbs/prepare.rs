@@ -5,9 +5,9 @@ use crate::extents::Extents;
 use crate::size::human;
 use crate::terminal;
 use crate::{Exit, draw, json, output};
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
-use mapdirect::{PrepareOptions, Prepared, Progress};
+use mapdirect::{Guard, PrepareOptions, Prepared, Progress};
 use mapdirect_sys::Errno;
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
@@ -16,6 +16,28 @@ use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
+
+/// Why nobody may open a file for writing.
+fn who_keeps(path: &Path) -> String {
+    let pins = crate::open::open(path, OFlags::RDONLY)
+        .ok()
+        .and_then(|file| Guard::from_env().pinned_ranges(&file).ok())
+        .unwrap_or_default();
+    let mut holders: Vec<_> = pins.iter().map(|pin| pin.pid).collect();
+    holders.sort_unstable();
+    holders.dedup();
+    let holders: Vec<_> = holders.iter().map(ToString::to_string).collect();
+    match holders.as_slice() {
+        [] => String::from(": it is being executed, or is swap space"),
+        [one] => {
+            format!("\nit is pinned by process {one}\nhelp: prepare a file before it is pinned")
+        }
+        several => format!(
+            "\nit is pinned by processes {}\nhelp: prepare a file before it is pinned",
+            several.join(", ")
+        ),
+    }
+}
 
 /// The file to prepare, and whether it was made for that.
 struct Subject {
@@ -33,10 +55,14 @@ impl Subject {
             opened = rustix::fs::open(path, flags, Mode::from(0o666)).map(File::from);
             created = opened.is_ok();
         }
-        let file = opened.with_context(|| {
+        let file = opened.map_err(|errno| {
             let name = terminal::name(path);
-            let hint = if create { "" } else { " (--size makes a file)" };
-            format!("cannot open {name} for reading and writing{hint}")
+            let cannot = format!("cannot open {name} for reading and writing: {errno}");
+            match errno {
+                Errno::NOENT if !create => anyhow!("{cannot}\nhelp: --size SIZE makes a file"),
+                Errno::TXTBSY => anyhow!("{cannot}{}", who_keeps(path)),
+                _ => anyhow!(cannot),
+            }
         })?;
         Ok(Self { file, created })
     }
@@ -83,7 +109,7 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     let mut told = false;
     let prepared = options.prepare_with(&subject.file, |progress| {
         bar.tell(progress);
-        if progress.waiting >= SILENCE && !told {
+        if progress.waiting >= output::SILENCE && !told {
             told = true;
             bar.0.suspend(|| {
                 output::complain(&format!(
@@ -97,9 +123,6 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     bar.0.finish_and_clear();
     tell(args, subject, old_size, &prepared?)
 }
-
-/// How long to wait without a word.
-const SILENCE: Duration = Duration::from_secs(1);
 
 /// A bar on stderr, if anybody looks at it.
 struct Bar(ProgressBar);

@@ -1,7 +1,7 @@
 //! `mapdirect show`: the block maps of files, drawn.
 
 use crate::args::{Format, ShowArgs};
-use crate::columns::{ShowColumn, tell_extents};
+use crate::columns::{ShowColumn, Table, add_extents};
 use crate::draw::{becomes_stable, state_in_words};
 use crate::extents::Extents;
 use crate::size::human;
@@ -52,13 +52,15 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
          help: show the files one by one, or take JSON or --columns file,..."
     );
     let mut ends = Vec::new();
+    let mut table = Table::new(&args.columns, !args.no_headings);
     for (at, path) in args.files.iter().enumerate() {
         let is_first = at == 0;
-        ends.push(match show(args, path, is_first) {
+        ends.push(match show(args, path, is_first, &mut table) {
             Ok(()) => Exit::SUCCESS,
             Err(error) => exit::explain(&error),
         });
     }
+    table.tell();
     Ok(match *ends {
         [one] => one,
         _ if ends.iter().all(|end| *end == Exit::SUCCESS) => Exit::SUCCESS,
@@ -66,7 +68,7 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
     })
 }
 
-fn show(args: &ShowArgs, path: &Path, is_first: bool) -> Result<()> {
+fn show(args: &ShowArgs, path: &Path, is_first: bool, table: &mut Table) -> Result<()> {
     let file = open(path)?;
     let name = terminal::name(path);
     let facts = FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
@@ -97,8 +99,11 @@ fn show(args: &ShowArgs, path: &Path, is_first: bool) -> Result<()> {
         if args.files.len() > 1 && !names_itself {
             output::line(&format!("{name}:"));
         }
-        let headings = !args.no_headings && (is_first || !names_itself);
-        tell_extents(path, map, &Extents::of(&file, map), &args.columns, headings);
+        add_extents(table, path, map, &Extents::of(&file, map), &args.columns);
+        if !names_itself {
+            table.tell();
+            *table = Table::new(&args.columns, !args.no_headings);
+        }
         return Ok(());
     }
     let guard = Guard::from_env();
@@ -118,9 +123,8 @@ fn show(args: &ShowArgs, path: &Path, is_first: bool) -> Result<()> {
         "",
         (Style::Strong, &name),
         &format!(
-            ": {} ({}), blocks of {} bytes on device {}",
-            human(facts.size),
-            output::count(facts.size, "byte"),
+            ": {}, blocks of {} bytes on device {}",
+            size_in_words(facts.size),
             facts.block_size,
             facts.device,
         ),
@@ -143,6 +147,17 @@ fn show(args: &ShowArgs, path: &Path, is_first: bool) -> Result<()> {
     }
     tell_verdict(&hindrances);
     Ok(())
+}
+
+/// A size for a person, and to the byte.
+fn size_in_words(size: u64) -> String {
+    let bytes = output::count(size, "byte");
+    let human = human(size);
+    if human.ends_with(" B") {
+        bytes
+    } else {
+        format!("{human} ({bytes})")
+    }
 }
 
 fn tell_map(args: &ShowArgs, file: &File, map: &BlockMap, pins: &[PinnedRange]) {

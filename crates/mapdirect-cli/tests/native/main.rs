@@ -49,6 +49,7 @@ mod tripwire;
 mod unmodified;
 mod unnoticed;
 mod versions;
+mod words;
 mod world;
 mod writers;
 
@@ -94,6 +95,7 @@ fn main() -> ExitCode {
     trials.extend(versions::trials(&world));
     trials.extend(capi::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(words::trials(&world));
     trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(tripwire::trials(&world));

@@ -239,7 +239,13 @@ fn bpf() -> (Finding, Gate) {
         (true, false) => "the kernel has BPF LSM but no BTF",
         (false, false) => "the kernel shows neither BPF LSM nor BTF",
     };
-    probe_bpf(NAME, kernel, has_lsm)
+    let (finding, first) = probe_bpf(NAME, kernel, has_lsm);
+    if finding.outcome == Outcome::Note && finding.text.starts_with("not available") && !has_lsm {
+        // That is why, whatever the kernel said of the programs.
+        let text = format!("not available: {kernel}");
+        return (Finding { text, ..finding }, first);
+    }
+    (finding, first)
 }
 
 #[cfg(feature = "bpf")]

@@ -14,7 +14,7 @@ use anyhow::{Context, Result};
 use mapdirect::{Pin, PinOptions, Scope};
 use mapdirect_sys::signal::{Signal, SignalFd};
 use mapdirect_sys::{descriptors, memfd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -222,6 +222,7 @@ fn ask(options: PinOptions, files: Vec<File>, signals: &SignalFd) -> Result<Aske
         drop(answer);
         pins
     });
+    let mut limit = Some(Timespec::try_from(output::SILENCE)?);
     loop {
         let signal_fd = signals.as_fd();
         let answered_fd = answered.as_fd();
@@ -229,7 +230,12 @@ fn ask(options: PinOptions, files: Vec<File>, signals: &SignalFd) -> Result<Aske
             PollFd::new(&signal_fd, PollFlags::IN),
             PollFd::new(&answered_fd, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(0) => {
+                limit = None;
+                output::still_waiting("for others to let go of the file");
+                continue;
+            }
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
