@@ -3,8 +3,6 @@
 
 use crate::build::workspace;
 use anyhow::{Context, Result, ensure};
-use clap::CommandFactory;
-use mapdirect_cli::args::Mapdirect;
 use mapdirect_testkit::writers;
 use std::fs;
 use std::path::PathBuf;
@@ -16,7 +14,7 @@ fn directory() -> PathBuf {
 
 /// Name and text of every page.
 fn pages() -> Result<Vec<(String, Vec<u8>)>> {
-    let mut root = Mapdirect::command();
+    let mut root = mapdirect_cli::pages::command();
     root.build();
     let verbs: Vec<_> = root.get_subcommands().cloned().collect();
     let mut pages = Vec::new();

@@ -11,8 +11,8 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 pub fn trials(world: &World) -> Vec<Trial> {
-    let tests: [(&str, fn(&World)); 18] = [
-        ("names", forms::names),
+    let tests = [
+        ("names", forms::names as fn(&World)),
         ("names-in-json", forms::names_in_json),
         ("locales", forms::locales),
         ("widths", forms::widths),
