@@ -29,8 +29,8 @@ pub(super) const FANOTIFY: [&str; 7] = [
     "an NFS client setting the size of a file whose filesystem is exported after it was pinned \
      (the server asks nobody); what is exported for writing before cannot be pinned",
     "truncate(2) through an overlay over the directory of a pinned file that is mounted after \
-     the pin, or that no mount namespace shows (fsmount(2) without move_mount(2)): it is noticed \
-     when it has happened",
+     the pin, that no mount namespace shows (fsmount(2) without move_mount(2)), or whose upper \
+     directory was given as a relative path: it is noticed when it has happened",
     "a hidden writer of a file without reflink that others read while it is pinned: that there \
      is none is concluded from /proc",
     "everything, once the guard has ended: holders are told then",
