@@ -44,8 +44,8 @@ enum Task {
     Header(capi::HeaderArgs),
     /// Install the libraries for C, the command and the manual pages
     Install(capi::InstallArgs),
-    /// Write the manual pages from the command line's own description
-    Man,
+    /// Write the manual pages of the command from its own description, or check all pages
+    Man(man::ManArgs),
 }
 
 fn main() -> ExitCode {
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
         Task::PublicApi(args) => public_api::run(&args),
         Task::Header(args) => capi::header(&args),
         Task::Install(args) => capi::install(&args),
-        Task::Man => man::write(),
+        Task::Man(args) => man::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -151,6 +151,12 @@ impl Name {
     /// included.
     #[must_use]
     pub fn remark(&self) -> String {
+        self.remark_as(str::to_owned)
+    }
+
+    /// The same, with names as `show` shows them.
+    #[must_use]
+    pub fn remark_as(&self, show: impl Fn(&str) -> String) -> String {
         let is = |state| self.state.contains(state);
         let mut remarks = Vec::new();
         if is(NameState::DELETED) {
@@ -163,9 +169,10 @@ impl Name {
                 remarks.push(String::from("not there any more"));
             }
         } else if is(NameState::REPLACED) {
-            remarks.push(format!("was {}, which is another file now", self.former));
+            let former = show(&self.former);
+            remarks.push(format!("was {former}, which is another file now"));
         } else {
-            remarks.push(format!("was {}", self.former));
+            remarks.push(format!("was {}", show(&self.former)));
         }
         remarks.join("; ")
     }

@@ -1,9 +1,8 @@
 //! `mapdirect log`: the latest refusals and breaches.
 
-use super::records::{Colours, Filter, as_json, line};
-use super::watch::output_line;
-use crate::Exit;
+use super::records::{Filter, as_json, tell};
 use crate::args::LogArgs;
+use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Guard;
 use mapdirect::records::Heard;
@@ -30,15 +29,11 @@ pub(crate) fn run(args: &LogArgs) -> Result<Exit> {
             }
         }
     }
-    let colours = Colours::of_stdout();
     for record in wanted {
-        let text = if args.json {
-            as_json(&record).to_string()
+        if args.json {
+            output::json(&as_json(&record));
         } else {
-            line(&record, colours)
-        };
-        if !output_line(&text) {
-            break;
+            tell(&record);
         }
     }
     Ok(Exit::SUCCESS)

@@ -15,3 +15,5 @@ pub(crate) mod status;
 pub(crate) mod top;
 pub(crate) mod unpin;
 pub(crate) mod watch;
+
+pub(crate) use records::name_in_words;

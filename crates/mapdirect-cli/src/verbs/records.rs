@@ -2,7 +2,8 @@
 //! told.
 
 use crate::args::{EventChoice, RecordFilters};
-use crate::json;
+use crate::terminal::{Style, told_name};
+use crate::{json, output};
 use anyhow::{Context, Result, bail};
 use mapdirect::records::{Actor, Event, Name, NameState, Record};
 use mapdirect_guard::user_number;
@@ -99,58 +100,49 @@ impl Filter {
     }
 }
 
-/// Colours, if stdout is a terminal that wants them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Colours(bool);
-
-impl Colours {
-    pub(crate) fn of_stdout() -> Self {
-        let is_set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        Self(std::io::stdout().is_terminal() && !is_set("NO_COLOR") && !dumb)
-    }
-
-    fn paint(self, code: &str, text: &str) -> String {
-        if self.0 {
-            format!("\x1b[{code}m{text}\x1b[0m")
-        } else {
-            text.to_owned()
-        }
+/// Tells a record to a person: one line, unless a terminal is too narrow for it.
+pub(crate) fn tell(record: &Record) {
+    let (time, style, word, rest) = parts(record);
+    if std::io::stdout().is_terminal() {
+        output::marked(&format!("{time} "), (style, &word), &rest, 4);
+    } else {
+        output::line(&format!("{time} {word}{rest}"));
     }
 }
 
-/// A record in a line.
-pub(crate) fn line(record: &Record, colours: Colours) -> String {
-    let (code, what) = match record.event {
-        Event::Refusal => ("33", format!("refused {}", printable(&record.operation))),
-        Event::Breach => ("1;31", String::from("breach")),
-        _ => ("0", String::from(record.event.name())),
+/// When it was, the word for it with its style, and the rest.
+fn parts(record: &Record) -> (String, Style, String, String) {
+    let (style, word) = match record.event {
+        Event::Refusal => (
+            Style::Note,
+            format!("refused {}", printable(&record.operation)),
+        ),
+        Event::Breach => (Style::Bad, String::from("breach")),
+        _ => (Style::Strong, String::from(record.event.name())),
     };
-    let mut line = format!(
-        "{} {} {}{}",
-        colours.paint("2", &time(record.time)),
-        colours.paint(code, &what),
+    let mut rest = format!(
+        " {}{}, by {}",
         name(record),
         range(record),
+        who(&record.actor)
     );
-    line += &format!(", by {}", who(&record.actor));
     if record.event == Event::Breach && !record.operation.is_empty() {
-        line += &format!(", {}", printable(&record.operation));
+        rest += &format!(", {}", printable(&record.operation));
     }
     if record.pin != 0 {
-        line += &format!("; pin {}", record.pin);
+        rest += &format!("; pin {}", record.pin);
         if let Some(owner) = &record.owner {
             let command = match owner.command.as_str() {
                 "" => String::new(),
                 command => format!("{}, ", printable(command)),
             };
-            line += &format!(" of {command}pid {}, uid {}", owner.pid, owner.uid);
+            rest += &format!(" of {command}pid {}, uid {}", owner.pid, owner.uid);
         }
     }
     if !record.call.is_empty() {
-        line += &colours.paint("2", &format!("; {}", printable(&record.call)));
+        rest += &format!("; {}", printable(&record.call));
     }
-    line
+    (time(record.time), style, word, rest)
 }
 
 /// The file of a record, in words.
@@ -158,7 +150,16 @@ pub(crate) fn name(record: &Record) -> String {
     if record.name.path.is_empty() {
         format!("inode {} of {}", record.inode, record.device)
     } else {
-        printable(&record.name.to_string())
+        name_in_words(&record.name)
+    }
+}
+
+/// A name, and what must be said of it.
+pub(crate) fn name_in_words(name: &Name) -> String {
+    let path = told_name(&name.path);
+    match name.remark_as(told_name) {
+        remark if remark.is_empty() => path,
+        remark => format!("{path} ({remark})"),
     }
 }
 
@@ -212,7 +213,7 @@ pub(crate) fn as_json(record: &Record) -> Value {
         "length": record.range.as_ref().and_then(json::length),
         "file": text(&record.name.path),
         "former": text(&record.name.former),
-        "name": states(&record.name),
+        "name_state": states(&record.name),
         "device": record.device.to_string(),
         "inode": record.inode,
         "pin": (record.pin != 0).then_some(record.pin),
@@ -301,11 +302,15 @@ mod tests {
         record.actor.tid = 8;
         record.actor.command = String::from("d\x1bd");
         record.pin = 3;
-        let said = line(&record, Colours(false));
-        assert!(!said.contains(char::is_control), "{said}");
-        assert!(said.contains("refused write /a\u{fffd}\u{fffd}[2J (deleted), bytes 0 to 4096"));
-        assert!(said.contains("by d\u{fffd}d (pid 7, thread 8, uid unknown); pin 3"));
-        let coloured = line(&record, Colours(true));
-        assert!(coloured.contains("\x1b[33mrefused write\x1b[0m"));
+        let (time, style, word, rest) = parts(&record);
+        assert_eq!((&*time, style), ("1970-01-01T00:00:00.000Z", Style::Note));
+        assert_eq!(word, "refused write");
+        let said = r" $'/a\n\x1b[2J' (deleted), bytes 0 to 4096, by d";
+        assert!(rest.starts_with(said), "{rest}");
+        assert!(!rest.contains(char::is_control), "{rest}");
+        assert!(
+            rest.contains("(pid 7, thread 8, uid unknown); pin 3"),
+            "{rest}"
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! `mapdirect watch`: refusals and breaches as they happen.
 
-use super::records::{Colours, Filter, as_json, line};
+use super::records::{Filter, as_json, tell};
 use crate::args::WatchArgs;
 use crate::{Exit, output};
 use anyhow::Result;
@@ -8,8 +8,7 @@ use mapdirect::Guard;
 use mapdirect::records::{Heard, Records};
 use mapdirect_sys::signal::{Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use serde_json::{Value, json};
-use std::io::Write;
+use serde_json::json;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
@@ -21,10 +20,7 @@ const PAUSE: Timespec = Timespec {
 
 pub(crate) fn run(args: &WatchArgs) -> Result<Exit> {
     let filter = Filter::of(&args.filters)?;
-    let teller = Teller {
-        colours: Colours::of_stdout(),
-        json: args.json,
-    };
+    let teller = Teller { json: args.json };
     let signals = SignalFd::block(&[Signal::INTERRUPT, Signal::TERMINATE])?;
     let guard = Guard::from_env();
     let mut records = Some(guard.records(0, true)?);
@@ -35,32 +31,31 @@ pub(crate) fn run(args: &WatchArgs) -> Result<Exit> {
         }
         let Some(open) = &mut records else {
             records = guard.records(0, true).ok();
-            if records.is_some() && !teller.guard("back", "a guard is there again") {
-                return Ok(Exit::SUCCESS);
+            if records.is_some() {
+                teller.guard("back", "a guard is there again");
             }
             continue;
         };
         if !ready {
             continue;
         }
-        let goes_on = match open.next(Some(Duration::ZERO)) {
+        match open.next(Some(Duration::ZERO)) {
             Ok(Heard::Record(record)) if filter.wants(&record) => {
                 if teller.json {
-                    teller.tell(&as_json(&record))
+                    output::json(&as_json(&record));
                 } else {
-                    output_line(&line(&record, teller.colours))
+                    tell(&record);
                 }
             }
             Ok(Heard::Missed(count)) => teller.missed(count),
-            Ok(_) => true,
+            Ok(_) => {}
             Err(error) if Records::is_gone(&error) => {
                 records = None;
-                teller.guard("gone", "the guard is gone; waiting for one")
+                teller.guard("gone", "the guard is gone; waiting for one");
             }
             Err(error) => return Err(error.into()),
-        };
-        if !goes_on {
-            // Nobody reads any more.
+        }
+        if !output::is_read() {
             return Ok(Exit::SUCCESS);
         }
     }
@@ -82,34 +77,26 @@ fn wait(signals: &SignalFd, records: Option<&Records>) -> Result<(bool, bool)> {
     Ok((ready(0), ready(1)))
 }
 
-/// Writes a line to stdout, and says whether anybody may still read.
-pub(super) fn output_line(text: &str) -> bool {
-    let mut stdout = std::io::stdout().lock();
-    writeln!(stdout, "{text}")
-        .and_then(|()| stdout.flush())
-        .is_ok()
-}
-
 struct Teller {
-    colours: Colours,
     json: bool,
 }
 
 impl Teller {
-    fn tell(&self, value: &Value) -> bool {
-        output_line(&value.to_string())
-    }
-
-    fn missed(&self, count: u64) -> bool {
+    fn missed(&self, count: u64) {
         if self.json {
-            return self.tell(&json!({ "event": "missed", "count": count }));
+            output::json(&json!({ "event": "missed", "count": count }));
+        } else {
+            output::prose(&format!(
+                "{} missed: they came too fast",
+                output::count(count, "record")
+            ));
         }
-        let records = if count == 1 { "record" } else { "records" };
-        output_line(&format!("{count} {records} missed: they came too fast"))
     }
 
-    fn guard(&self, event: &str, words: &str) -> bool {
+    fn guard(&self, event: &str, words: &str) {
         output::complain(words);
-        !self.json || self.tell(&json!({ "event": format!("guard-{event}") }))
+        if self.json {
+            output::json(&json!({ "event": format!("guard-{event}") }));
+        }
     }
 }

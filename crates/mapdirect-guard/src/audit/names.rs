@@ -8,20 +8,28 @@ use super::few::Few;
 use crate::bounded::Looking;
 use crate::table::{InodeId, Watched};
 use mapdirect_proto::{Name, NameState};
-use mapdirect_sys::{Errno, proc};
+use mapdirect_sys::{Errno, names, proc};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
+use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 /// How the kernel marks the path of a file that lost the name.
 const DELETED: &str = " (deleted)";
 
+/// A path as it is: the guard keeps one that is not UTF-8 quoted.
+fn as_it_is(path: &str) -> OsString {
+    let quoted = path.starts_with("$'/").then(|| names::unquoted(path));
+    quoted.flatten().unwrap_or_else(|| OsString::from(path))
+}
+
 /// Whether a path leads to a file, or `None` if the kernel would have to ask
 /// anybody. Waits for nobody.
 pub(crate) fn glance(path: &str, id: InodeId) -> Option<bool> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let cached = ResolveFlags::CACHED;
-    let file = rustix::fs::openat2(CWD, path, flags, Mode::empty(), cached).ok()?;
+    let file = rustix::fs::openat2(CWD, as_it_is(path), flags, Mode::empty(), cached).ok()?;
     let stat = rustix::fs::fstat(&file).ok()?;
     Some(InodeId::from(&stat) == id)
 }
@@ -120,16 +128,14 @@ fn find(question: &Question, looking: &Looking) -> Name {
     });
     if let Some(seen) = seen {
         nameless |= seen.links == Some(0);
-        let (now, is_deleted) = match seen.path.strip_suffix(DELETED) {
-            Some(now) => (now, true),
-            None => (&*seen.path, false),
-        };
+        let now = names::name(&seen.path);
+        let is_deleted = seen.path.as_bytes().ends_with(DELETED.as_bytes());
         if !nameless && now != bare(path) && !is_deleted {
-            let state = match is_it(now) {
+            let state = match is_it(&now) {
                 Ok(true) => state.and(NameState::PRESENT),
                 _ => state,
             };
-            return Name::new(proc::printable(now), path, state);
+            return Name::new(now, path, state);
         }
         nameless |= is_deleted && seen.links.is_none();
     }
@@ -146,14 +152,14 @@ fn bare(path: &str) -> &str {
 
 fn leads_to(path: &str, id: InodeId) -> Result<bool, Errno> {
     let flags = AtFlags::STATX_DONT_SYNC | AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT;
-    let stat = rustix::fs::statx(CWD, path, flags, StatxFlags::INO)?;
+    let stat = rustix::fs::statx(CWD, as_it_is(path), flags, StatxFlags::INO)?;
     let dev = rustix::fs::makedev(stat.stx_dev_major, stat.stx_dev_minor);
     Ok((dev, stat.stx_ino) == (id.dev, id.inode))
 }
 
 /// What a holder's link says.
 struct Seen {
-    path: String,
+    path: OsString,
     /// How many names the file has, if that is known.
     links: Option<u32>,
 }
@@ -172,8 +178,7 @@ fn name_of_holder(pid: i32, id: InodeId) -> Option<Seen> {
         if (dev, stat.stx_ino) != (id.dev, id.inode) {
             continue;
         }
-        let path = std::fs::read_link(&link).ok()?;
-        let path = path.to_string_lossy().into_owned();
+        let path = std::fs::read_link(&link).ok()?.into_os_string();
         // The file itself, on a mount that is attached nowhere.
         if path == "/" {
             continue;
@@ -184,16 +189,34 @@ fn name_of_holder(pid: i32, id: InodeId) -> Option<Seen> {
         });
     }
     let (major, minor) = (rustix::fs::major(id.dev), rustix::fs::minor(id.dev));
-    let maps = proc::read_task_file(pid, "maps").ok()?;
-    let line = maps.lines().find(|line| {
-        proc::parse_maps_line(line).is_some_and(|entry| {
+    let maps = std::fs::read(format!("/proc/{pid}/maps")).ok()?;
+    let line = maps.split(|byte| *byte == b'\n').find(|line| {
+        proc::parse_maps_line(&String::from_utf8_lossy(line)).is_some_and(|entry| {
             (entry.major, entry.minor, entry.inode) == (major, minor, id.inode)
         })
     })?;
-    let path = line.splitn(6, ' ').nth(5)?.trim_start();
-    // Where a newline is escaped, a backslash is not.
-    let path = path.replace("\\012", "\n");
+    let path = line
+        .splitn(6, |byte| *byte == b' ')
+        .nth(5)?
+        .trim_ascii_start();
+    let path = OsStr::from_bytes(&without_escapes(path)).to_owned();
     (path != "/").then_some(Seen { path, links: None })
+}
+
+/// A path of `maps`, where a newline is escaped, and a backslash is not.
+fn without_escapes(path: &[u8]) -> Vec<u8> {
+    let mut rest = path;
+    let mut bytes = Vec::with_capacity(path.len());
+    while let Some(byte) = rest.first() {
+        if let Some(behind) = rest.strip_prefix(b"\\012") {
+            bytes.push(b'\n');
+            rest = behind;
+        } else {
+            bytes.push(*byte);
+            rest = &rest[1..];
+        }
+    }
+    bytes
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use super::model::{Model, bytes_of, id_of};
 use crate::draw;
 use crate::size::human;
+use crate::terminal;
 use crate::verbs::records;
 use mapdirect::records::{Event, Record};
 use mapdirect::status::{FileStatus, PinStatus};
@@ -15,31 +16,15 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Cell, Clear, Paragraph, Row, Sparkline, Table, TableState};
 use std::sync::OnceLock;
 
-/// What this terminal can show.
-struct Looks {
-    colours: bool,
-    /// Whether it takes more than ASCII.
-    wide: bool,
-}
-
-fn looks() -> &'static Looks {
-    static LOOKS: OnceLock<Looks> = OnceLock::new();
-    LOOKS.get_or_init(|| {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let locale = variable("LC_ALL")
-            .or_else(|| variable("LC_CTYPE"))
-            .or_else(|| variable("LANG"))
-            .unwrap_or_default()
-            .to_ascii_lowercase();
-        Looks {
-            colours: variable("NO_COLOR").is_none(),
-            wide: locale.contains("utf-8") || locale.contains("utf8"),
-        }
-    })
+/// Whether the terminal may show colours (no-color.org).
+fn has_colours() -> bool {
+    static FOUND: OnceLock<bool> = OnceLock::new();
+    let minds = || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    *FOUND.get_or_init(|| !minds())
 }
 
 fn coloured(colour: Color) -> Style {
-    if looks().colours {
+    if has_colours() {
         Style::new().fg(colour)
     } else {
         Style::new()
@@ -230,8 +215,13 @@ fn name_of(file: &FileStatus) -> String {
     if file.path.is_empty() {
         format!("inode {} of {}", file.inode, file.device)
     } else {
-        printable(&file.name.to_string())
+        records::name_in_words(&file.name)
     }
+}
+
+/// A part of a name, as the terminal can show it.
+fn shown(name: &str) -> String {
+    terminal::name(std::path::Path::new(name))
 }
 
 fn show_rates(frame: &mut Frame<'_>, model: &Model, area: Rect) {
@@ -250,7 +240,7 @@ fn show_rates(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     let mut line = Sparkline::default()
         .data(rates)
         .style(coloured(Color::Yellow));
-    if !looks().wide {
+    if !terminal::is_unicode() {
         line = line.bar_set(ASCII);
     }
     frame.render_widget(line, bars);
@@ -264,12 +254,7 @@ fn show_map(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     match &model.map {
         Some((id, Ok(map))) if *id == id_of(file) => {
             let pinned: Vec<_> = file.pins.iter().map(|pin| pin.range.clone()).collect();
-            let picture = draw::block_map(map, &pinned, area.width.into());
-            let picture = if looks().wide {
-                picture
-            } else {
-                ascii(&picture)
-            };
+            let picture = draw::block_map(map, &pinned);
             let rows: Vec<_> = picture.lines().map(str::to_owned).collect();
             // The legend is the last line, and worth more than what is before.
             let room = usize::from(area.height).saturating_sub(2);
@@ -289,24 +274,6 @@ fn show_map(frame: &mut Frame<'_>, model: &Model, area: Rect) {
         _ => lines.push(Line::raw("...")),
     }
     frame.render_widget(Paragraph::new(lines), area);
-}
-
-/// A picture for terminals that take nothing else.
-fn ascii(picture: &str) -> String {
-    picture
-        .chars()
-        .map(|character| match character {
-            '█' => '#',
-            '▓' => '&',
-            '▒' => '%',
-            '░' => 'o',
-            '·' => '.',
-            '▞' => '/',
-            '━' => '=',
-            other if other.is_ascii() => other,
-            _ => '?',
-        })
-        .collect()
 }
 
 fn show_records(
@@ -334,15 +301,11 @@ fn show_records(
         // Of the time, what matters on a screen: hours, minutes and seconds.
         let time = records::time(record.time);
         let time = time.get(11..19).unwrap_or_default().to_owned();
-        let name = record.name.path.rsplit('/').next().unwrap_or_default();
+        let name = shown(record.name.path.rsplit('/').next().unwrap_or_default());
         lines.push(Line::from(vec![
             Span::raw(format!("{time} ")),
             Span::styled(format!("{what:<14} "), style),
-            Span::raw(format!(
-                "{} by {}",
-                printable(name),
-                records::who(&record.actor)
-            )),
+            Span::raw(format!("{name} by {}", records::who(&record.actor))),
         ]));
     }
     frame.render_widget(Paragraph::new(lines), area);
@@ -467,7 +430,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_short_and_pictures_plain() {
+    fn times_are_short() {
         for (seconds, said) in [
             (59, "59s"),
             (61, "1m01s"),
@@ -476,7 +439,6 @@ mod tests {
         ] {
             assert_eq!(span(seconds), said);
         }
-        assert!(ascii("█▓▒░·▞━ 12é").is_ascii());
         assert_eq!(counted(1, "file"), "1 file");
         assert_eq!(counted(0, "file"), "0 files");
     }

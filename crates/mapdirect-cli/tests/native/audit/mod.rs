@@ -179,7 +179,7 @@ fn who(world: &World) {
             }
         }
         assert_eq!(record["file"], path.to_str().unwrap());
-        assert_eq!(record["name"], serde_json::json!(["present"]));
+        assert_eq!(record["name_state"], serde_json::json!(["present"]));
         assert_eq!(record["pin"], number(&guard, &path), "{record}");
         assert_eq!(record["holder"]["pid"], std::process::id());
         assert_eq!(record["holder"]["uid"], 0);

@@ -107,7 +107,7 @@ pub fn top(world: &World) {
         "on 2 files",
         "refusals per second",
         "top-one",
-        "top-\u{fffd}[31mtwo\u{fffd}",
+        r"top-\x1b[31mtwo\n",
         "block map of",
         "one character =",
         "last refusals and breaches",
