@@ -359,9 +359,7 @@ impl Scene<'_> {
         let after = self.store_in_child()?;
         let mut byte = [0];
         File::open(&path)?.read_exact_at(&mut byte, 3 * MIB)?;
-        println!(
-            "a child stores into a hole of a mapped file: {before}; prepared: {after}"
-        );
+        println!("a child stores into a hole of a mapped file: {before}; prepared: {after}");
         unexpected += usize::from(after != StoreOutcome::Worked || byte != *b"!");
         Ok(unexpected)
     }
