@@ -82,6 +82,11 @@ pub(crate) fn still_waiting(what: &str) {
     }
 }
 
+/// Whether stdout has taken everything so far.
+pub(crate) fn is_read() -> bool {
+    failure().is_none()
+}
+
 /// Fails if stdout does not take what is written. A reader that has left is no
 /// failure here.
 pub(crate) fn check() -> Result<()> {
