@@ -106,7 +106,8 @@ fn read(text: &str) -> (Vec<Pair>, Vec<Ratios>) {
         if let Some((ours, peer)) = two_times(line) {
             // The name stands in the line itself, or alone in the one before.
             let own = line.split_once(": ").map(|(name, _)| name.trim());
-            let name = own.filter(|name| !name.is_empty()).unwrap_or(before.trim());
+            let own = own.filter(|name| !name.is_empty() && !name.contains(" / "));
+            let name = own.unwrap_or(before.trim());
             pairs.push(Pair {
                 name: name.to_owned(),
                 ours,
