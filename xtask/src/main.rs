@@ -8,6 +8,7 @@ mod build;
 mod capi;
 mod demo;
 mod dependencies;
+mod dist;
 mod man;
 mod packages;
 mod public_api;
@@ -44,6 +45,8 @@ enum Task {
     Header(capi::HeaderArgs),
     /// Install the libraries for C, the command and the manual pages
     Install(capi::InstallArgs),
+    /// Make the packages for Debian and the tarball
+    Dist(dist::DistArgs),
     /// Write the manual pages from the command line's own description
     Man,
 }
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Task::PublicApi(args) => public_api::run(&args),
         Task::Header(args) => capi::header(&args),
         Task::Install(args) => capi::install(&args),
+        Task::Dist(args) => dist::run(&args),
         Task::Man => man::write(),
     };
     result.unwrap_or_else(|error| {

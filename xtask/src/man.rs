@@ -59,6 +59,13 @@ pub(crate) fn files() -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
+/// The section of a page: 1 of `mapdirect.1`, 2 of one in `2const`.
+pub(crate) fn section(name: &str) -> Result<char> {
+    let (_, section) = name.rsplit_once('.').context("a page without a section")?;
+    let digit = section.chars().next().filter(char::is_ascii_digit);
+    digit.with_context(|| format!("{name} is in no section"))
+}
+
 /// Writes the pages.
 pub(crate) fn write() -> Result<ExitCode> {
     fs::create_dir_all(directory())?;

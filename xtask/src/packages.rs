@@ -128,6 +128,16 @@ pub(crate) const FOR_MACHINES: [Needed; 6] = [
     ("zstd", "zstd"),
 ];
 
+/// What packages are made with.
+pub(crate) const FOR_PACKAGES: [Needed; 6] = [
+    ("dpkg-deb", "dpkg"),
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("strip", "binutils"),
+    ("xz", "xz-utils"),
+    ("gzip", "gzip"),
+    ("git", "git"),
+];
+
 /// Installs the packages of the commands that are missing.
 pub(crate) fn install_missing(needed: &[Needed]) -> Result<()> {
     let missing: Vec<_> = needed
