@@ -3,6 +3,7 @@
 //! The same tree gives the same bytes: times are those of the last commit, and
 //! the paths of the machine that builds are in none of it.
 
+mod check;
 mod completions;
 mod debian;
 mod licences;
@@ -16,6 +17,7 @@ use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+pub(crate) use check::run as check;
 pub(crate) use target::Arch;
 use target::{Builder, run as succeed};
 
@@ -40,10 +42,18 @@ pub(crate) struct DistArgs {
     /// Then build it all anew in another directory, and fail if a byte differs
     #[arg(long)]
     twice: bool,
+    /// Instead, install packages of two revisions in a virtual machine with systemd, one after the
+    /// other with a pin held, and take them away again: needs root
+    #[arg(long, conflicts_with_all = ["arch", "revision", "output", "twice"])]
+    check: bool,
 }
 
 /// Makes what is handed out.
 pub(crate) fn run(args: &DistArgs) -> Result<ExitCode> {
+    if args.check {
+        println!("{}", check()?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let target = build::target()?;
     let output = args.output.clone().unwrap_or_else(|| target.join("dist"));
     let release = Release::new(args.arch, args.revision)?;

@@ -138,6 +138,17 @@ pub(crate) const FOR_PACKAGES: [Needed; 6] = [
     ("git", "git"),
 ];
 
+/// What a machine needs of this one where systemd is its first process, and the
+/// packages are tried.
+pub(crate) const FOR_SYSTEMD: [Needed; 6] = [
+    ("/lib/systemd/systemd", "systemd"),
+    ("deb-systemd-helper", "init-system-helpers"),
+    ("pkg-config", "pkg-config"),
+    ("/usr/bin/python3", "python3"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("pgrep", "procps"),
+];
+
 /// Installs the packages of the commands that are missing.
 pub(crate) fn install_missing(needed: &[Needed]) -> Result<()> {
     let missing: Vec<_> = needed

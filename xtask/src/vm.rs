@@ -15,7 +15,7 @@ mod vmlinux;
 
 pub(crate) use check::{Scope, self_test};
 pub(crate) use cut::cut;
-pub(crate) use machine::{Boot, Nvdimm, RunDirectory};
+pub(crate) use machine::{Boot, Machine, Nvdimm, RunDirectory};
 
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};

@@ -23,3 +23,6 @@ pub const MODULES_OUTSIDE: &str = "/modules-outside";
 
 /// File of the initramfs that says how many NVDIMMs there are.
 pub const NVDIMMS: &str = "/nvdimms";
+
+/// File of the initramfs that is there if systemd is to be the first process.
+pub const SYSTEMD: &str = "/systemd";

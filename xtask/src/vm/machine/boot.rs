@@ -39,6 +39,7 @@ pub(crate) struct Boot {
     time_limit: Duration,
     interruption: Option<Arc<SignalFd>>,
     console_shown: bool,
+    systemd: bool,
 }
 
 impl Boot {
@@ -55,6 +56,7 @@ impl Boot {
             time_limit: Duration::from_secs(600),
             interruption: None,
             console_shown: false,
+            systemd: false,
         }
     }
 
@@ -91,6 +93,12 @@ impl Boot {
     /// With more on the kernel's command line.
     pub(crate) fn parameters(mut self, words: &str) -> Self {
         words.clone_into(&mut self.parameters);
+        self
+    }
+
+    /// With the systemd of this machine as its first process.
+    pub(crate) fn systemd(mut self) -> Self {
+        self.systemd = true;
         self
     }
 
@@ -159,6 +167,9 @@ impl Boot {
         archive.file("/init", 0o755, &fs::read(&self.init)?);
         let modules = self.kernel.modules().as_os_str().as_bytes();
         archive.file(xtask_init::MODULES_OUTSIDE, 0o644, modules);
+        if self.systemd {
+            archive.file(xtask_init::SYSTEMD, 0o644, &[]);
+        }
         let nvdimms = self.nvdimms.len().to_string();
         archive.file(xtask_init::NVDIMMS, 0o644, nvdimms.as_bytes());
         let mut file = File::create(path)?;
