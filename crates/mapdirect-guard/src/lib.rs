@@ -36,9 +36,11 @@ mod notice;
 mod openers;
 mod overlay;
 mod places;
+mod pulse;
 mod server;
 mod session;
 mod status;
+mod store;
 mod suspicion;
 mod table;
 mod thaw;
@@ -63,6 +65,7 @@ pub use gate::bpf::{
 pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
+pub use store::Starter;
 
 /// Checks whether this kernel lets a guard notice what its gate cannot refuse,
 /// and says why not.
@@ -99,6 +102,10 @@ pub(crate) struct Guard {
     scans: busy::Scans,
     pages: apart::Pages,
     places: Arc<places::Places>,
+    pulse: pulse::Pulse,
+    /// Whoever started this process.
+    #[expect(dead_code, reason = "nothing is kept yet")]
+    starter: Arc<store::Starter>,
     delegation: delegation::Delegation,
     tripwire: tripwire::Tripwire,
     /// Operations that wait for the outcome of a grant.
@@ -145,6 +152,7 @@ impl Guard {
         gate: Arc<dyn gate::Gate>,
         limits: places::Limits,
         delegation: delegation::Delegation,
+        starter: Arc<store::Starter>,
     ) -> Result<Self, Errno> {
         // Pins of a guard that died may live on in their holders, with locks on
         // their bytes. So begin with other numbers.
@@ -162,6 +170,8 @@ impl Guard {
             scans: busy::Scans::default(),
             pages: apart::Pages::new(server::descriptor_limit()),
             places: places::Places::new(limits),
+            pulse: pulse::Pulse::new()?,
+            starter,
             delegation,
             tripwire: tripwire::Tripwire::new()?,
             waiting: waiting::WaitingRoom::new()?,
@@ -195,6 +205,7 @@ impl Guard {
         self.stopping.store(true, SeqCst);
         self.stopped.wake();
         self.waiting.wake();
+        self.pulse.waker.wake();
         self.tripwire.wake();
         self.audit.stop();
     }

@@ -220,4 +220,19 @@ mod tests {
         assert!(require_capabilities(Gate::Fanotify, has).is_ok());
         assert!(require_capabilities(Gate::Bpf, has & !(1 << CAP_LEASE)).is_ok());
     }
+
+    /// The service for systemd has what one gate or the other needs.
+    #[test]
+    fn the_service_has_these_capabilities() {
+        let text = include_str!("../../../packaging/systemd/mapdirect.service");
+        let mut lines = text.lines();
+        let list = lines.find_map(|line| line.strip_prefix("CapabilityBoundingSet="));
+        let list: Vec<_> = list.unwrap().split(' ').collect();
+        for need in &NEEDS {
+            assert!(list.contains(&need.name), "{} is missing", need.name);
+        }
+        // What the policy needs beside it, the guard says when it is asked.
+        assert!(list.contains(&"CAP_SETGID"));
+        assert_eq!(list.len(), NEEDS.len() + 1);
+    }
 }

@@ -4,7 +4,8 @@ use crate::delegation::{self, Delegation, PolicyError};
 use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
-use crate::wake::Waker;
+use crate::store::{LISTENER, Starter};
+use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
@@ -26,6 +27,8 @@ pub struct Config {
     pub bpf_directory: PathBuf,
     /// The policy: [`Policy::load`](crate::Policy::load).
     pub policy: PathBuf,
+    /// Whoever started this process.
+    pub starter: Arc<Starter>,
     /// Called for every refusal, by a thread that may block, with the number
     /// of refusals lost before it because they came too fast.
     pub on_refusal: Box<OnRefusal>,
@@ -202,7 +205,8 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     let delegation = Delegation::new(config.policy.clone(), descriptor_limit())
         .map_err(|errors| StartError::Policy(list(&errors)))?;
     let opened = open_gate(&config)?;
-    let guard = Guard::new(opened.gate(), limits, delegation);
+    let starter = Arc::clone(&config.starter);
+    let guard = Guard::new(opened.gate(), limits, delegation, starter);
     let guard = guard.map_err(|errno| StartError::System {
         call: "preparing to start",
         errno,
@@ -216,10 +220,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         })?,
         failure: OnceLock::new(),
     });
-    let listener = listen(&config.socket)?;
-    let identity = rustix::fs::lstat(&config.socket)
-        .ok()
-        .map(|stat| (stat.st_dev, stat.st_ino));
+    let (listener, identity) = listen_or_go_on(&config)?;
 
     let spawn = |name: &str, run: Box<dyn FnOnce(&Shared) + Send>| {
         let shared = Arc::clone(&shared);
@@ -300,6 +301,18 @@ impl Running {
     #[must_use]
     pub fn failure(&self) -> Option<&str> {
         self.shared.failure.get().map(String::as_str)
+    }
+
+    /// Asks the threads that others wait for whether they make progress.
+    pub fn ask_pulse(&self) {
+        self.shared.guard.pulse.ask();
+        self.shared.guard.waiting.wake();
+    }
+
+    /// Whether they do: they have seen the last question.
+    #[must_use]
+    pub fn has_pulse(&self) -> bool {
+        self.shared.guard.pulse.is_answered()
     }
 
     /// The number of pins.
@@ -503,6 +516,23 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     Ok(socket)
 }
 
+/// Goes on listening at the socket that whoever started this process has passed,
+/// or makes one; which it is then, so that it can be removed.
+fn listen_or_go_on(config: &Config) -> Result<(Socket, Option<(u64, u64)>), StartError> {
+    let path = &config.socket;
+    if let Some(passed) = config.starter.take(LISTENER) {
+        let socket = Socket::listening(passed).map_err(|errno| StartError::Socket {
+            path: path.clone(),
+            errno,
+        })?;
+        // It belongs to whoever has made it.
+        return Ok((socket, None));
+    }
+    let socket = listen(path)?;
+    let identity = rustix::fs::lstat(path);
+    Ok((socket, identity.ok().map(|stat| (stat.st_dev, stat.st_ino))))
+}
+
 fn is_socket(path: &Path) -> bool {
     rustix::fs::lstat(path).is_ok_and(|stat| {
         rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket
@@ -511,6 +541,14 @@ fn is_socket(path: &Path) -> bool {
 
 fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>) {
     while !shared.guard.is_stopping() {
+        let pulse = &shared.guard.pulse;
+        pulse.accept_beats();
+        let [_, woken] =
+            wait_any(&[listener.as_fd(), pulse.waker.as_fd()], None).unwrap_or_default();
+        if woken {
+            pulse.waker.clear();
+            continue;
+        }
         let Ok(socket) = listener.accept() else {
             // Descriptors or memory are short: others must free some first.
             thread::sleep(Duration::from_millis(50));

@@ -52,6 +52,8 @@ pub mod proc_pagemap;
 pub mod proc_status;
 pub mod pthread_atfork;
 pub mod reopen;
+pub mod sd_listen_fds;
+pub mod sd_notify;
 pub mod seam;
 pub mod seccomp;
 pub mod setfsuid;

@@ -65,6 +65,33 @@ impl Socket {
         Ok(socket)
     }
 
+    /// Takes over a socket that somebody else made to listen.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if it does not listen, or is of another kind.
+    pub fn listening(fd: OwnedFd) -> Result<Self> {
+        let listens = rustix::net::sockopt::socket_acceptconn(&fd)?;
+        if !listens || rustix::net::sockopt::socket_type(&fd)? != SocketType::SEQPACKET {
+            return Err(Errno::INVAL);
+        }
+        let socket = Self { fd };
+        socket.tell_senders()?;
+        Ok(socket)
+    }
+
+    /// Takes over one end of a [`pair`](Self::pair) that another process made.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if it is a socket of another kind, `ENOTSOCK`.
+    pub fn connected(fd: OwnedFd) -> Result<Self> {
+        if rustix::net::sockopt::socket_type(&fd)? != SocketType::SEQPACKET {
+            return Err(Errno::INVAL);
+        }
+        Ok(Self { fd })
+    }
+
     /// Creates a socket that is connected to the one listening at `path`.
     ///
     /// # Errors

@@ -4,18 +4,19 @@ use crate::args::{GateChoice, GuardArgs};
 use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Gate;
-use mapdirect_guard::{Config, Notice, RefusedOperation, start};
+use mapdirect_guard::{Config, Notice, RefusedOperation, Running, Starter, start};
 use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{Signal, SignalFd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::os::fd::AsFd;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
     if args.unload {
         return unload(args);
     }
+    let starter = Arc::new(Starter::of_this_process());
     // Before any thread is made, so that all of them have it blocked.
     let signals = SignalFd::block(&[
         Signal::TERMINATE,
@@ -36,6 +37,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         },
         bpf_directory: args.bpf_directory.clone(),
         policy: args.policy.clone(),
+        starter: Arc::clone(&starter),
         on_refusal: Box::new(move |refused, lost| {
             if !quiet && let Ok(mut log) = log.lock() {
                 log.tell(refused, lost);
@@ -66,6 +68,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         Gate::Bpf => "stay, kept by the kernel (mapdirect guard --unload ends them)",
         _ => "end now, and their holders are told",
     };
+    let mut watchdog = Watchdog::new(&starter, &running);
     loop {
         let signal_fd = signals.as_fd();
         let failed_fd = running.failed();
@@ -73,14 +76,16 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             PollFd::new(&signal_fd, PollFlags::IN),
             PollFd::new(&failed_fd, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, watchdog.timeout().as_ref()) {
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
         }
+        watchdog.look();
         if !fds[1].revents().is_empty() {
             let why = running.failure().unwrap_or("unknown reason").to_owned();
             output::complain(&format!("{why}; pins {fate}"));
+            starter.stopping(&why);
             running.stop();
             return Ok(Exit::FAILURE);
         }
@@ -91,18 +96,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
                 Signal::TERMINATE | Signal::INTERRUPT => {}
                 // What a supervisor sends to have a service reload.
                 Signal::HANGUP => {
-                    match running.reload_policy() {
-                        Ok(rules) => output::complain(&format!(
-                            "SIGHUP: read the policy again: {rules} rules; {pins} pins stay as \
-                             they are"
-                        )),
-                        Err(errors) => {
-                            for error in errors {
-                                output::complain(&format!("SIGHUP: {error}"));
-                            }
-                            output::complain("SIGHUP: the policy stays as it was");
-                        }
-                    }
+                    reload(&running);
                     continue;
                 }
                 // Whoever sends one of these by mistake ends no pin by it.
@@ -111,8 +105,91 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             if pins > 0 {
                 output::complain(&format!("stopping; {pins} pins {fate}"));
             }
+            starter.stopping(&format!("stopping; {pins} pins {fate}"));
             running.stop();
             return Ok(Exit::SUCCESS);
+        }
+    }
+}
+
+/// Reads the policy again.
+fn reload(running: &Running) {
+    match running.reload_policy() {
+        Ok(rules) => output::complain(&format!(
+            "SIGHUP: read the policy again: {rules} rules; {} pins stay as they are",
+            running.pins()
+        )),
+        Err(errors) => {
+            for error in errors {
+                output::complain(&format!("SIGHUP: {error}"));
+            }
+            output::complain("SIGHUP: the policy stays as it was");
+        }
+    }
+}
+
+/// Tells whoever watches over this process that it does what it should, as long
+/// as that is true, and what it is doing.
+struct Watchdog<'a> {
+    starter: &'a Starter,
+    running: &'a Running,
+    /// How often to look, and when.
+    every: Option<Duration>,
+    next: Instant,
+    /// An answer to the last question was passed on.
+    said: bool,
+    pins: Option<usize>,
+}
+
+/// How soon a question is answered, as a rule.
+const SOON: Duration = Duration::from_millis(20);
+
+impl<'a> Watchdog<'a> {
+    fn new(starter: &'a Starter, running: &'a Running) -> Self {
+        let watchdog = Self {
+            starter,
+            running,
+            // Several times within the time that is given.
+            every: starter.watchdog().map(|limit| limit / 4),
+            next: Instant::now(),
+            said: true,
+            pins: None,
+        };
+        starter.ready(&watchdog.status(running.pins()));
+        watchdog
+    }
+
+    fn status(&self, pins: usize) -> String {
+        format!("gate {}, pins: {pins}", self.running.gate())
+    }
+
+    fn timeout(&self) -> Option<Timespec> {
+        self.every?;
+        let left = self.next.saturating_duration_since(Instant::now());
+        Timespec::try_from(left).ok()
+    }
+
+    fn look(&mut self) {
+        let (Some(every), now) = (self.every, Instant::now()) else {
+            return;
+        };
+        if now < self.next {
+            return;
+        }
+        if self.said {
+            self.running.ask_pulse();
+            (self.said, self.next) = (false, now + SOON);
+        } else if self.running.has_pulse() {
+            self.starter.alive();
+            let pins = self.running.pins();
+            if self.pins != Some(pins) {
+                self.starter.status(&self.status(pins));
+                self.pins = Some(pins);
+            }
+            (self.said, self.next) = (true, now + every);
+        } else {
+            // Whoever watches loses patience some day.
+            self.next = now + SOON * 5;
         }
     }
 }

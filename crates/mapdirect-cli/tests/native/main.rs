@@ -46,6 +46,7 @@ mod stuck;
 mod supervised;
 mod together;
 mod tripwire;
+mod units;
 mod unmodified;
 mod unnoticed;
 mod versions;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
     trials.extend(cli::trials(&world));
     trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
+    trials.extend(units::trials(&world));
     trials.extend(tripwire::trials(&world));
     trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));

@@ -20,7 +20,14 @@ fn with_guard(run: impl FnOnce(&Guard, &fanotify::Gate)) {
     let gate = Arc::new(fanotify::Gate::new().unwrap());
     let limits = crate::places::Limits::of_process(Some(1024));
     let delegation = Delegation::new(PathBuf::from("/nonexistent/policy.toml"), 1024).unwrap();
-    let guard = Guard::new(Arc::clone(&gate) as Arc<dyn Gate>, limits, delegation).unwrap();
+    let starter = Arc::new(crate::Starter::none());
+    let guard = Guard::new(
+        Arc::clone(&gate) as Arc<dyn Gate>,
+        limits,
+        delegation,
+        starter,
+    )
+    .unwrap();
     std::thread::scope(|scope| {
         for task in Arc::clone(&gate).tasks(Box::new(|_| {})) {
             let guard = &guard;

@@ -50,6 +50,7 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
         if !guard.is_stopping() {
             gate.watch(guard, say);
         }
+        guard.pulse.gate_beats();
     }
     Ok(())
 }

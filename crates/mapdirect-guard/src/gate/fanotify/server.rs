@@ -174,6 +174,7 @@ impl Server<'_> {
             self.ask();
             self.publish_waiting();
             self.flush()?;
+            self.guard.pulse.gate_beats();
         }
         Ok(())
     }

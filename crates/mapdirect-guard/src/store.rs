@@ -1,0 +1,206 @@
+//! What a guard says to whoever started it, and what it leaves there.
+//!
+//! That is systemd, or the [supervisor](crate::supervise) that `mapdirect guard`
+//! is when it is run by hand. Both speak the protocol of sd_notify(3), and both
+//! keep descriptors: what a guard hands over by name (`FDSTORE=1`) comes back
+//! to the next one (`LISTEN_FDS`). So what must outlive a guard is kept by
+//! descriptors that somebody else has as well.
+//!
+//! systemd has a socket for messages, whose address is in `NOTIFY_SOCKET`. The
+//! supervisor passes one end of a pair of sockets instead: nobody else can send
+//! to it, and its end tells the supervisor that the guard is gone.
+
+use crate::Errno;
+use mapdirect_sys::sd_listen_fds::{self, Inherited};
+use mapdirect_sys::sd_notify::Notify;
+use mapdirect_sys::unix::Socket;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// The name of the socket at which clients connect.
+pub(crate) const LISTENER: &str = "listener";
+/// The name of the end of a pair by which messages go to the supervisor.
+pub(crate) const LINE: &str = "supervisor";
+
+/// How long to wait until something is really gone from the store.
+const LET_GO: Duration = Duration::from_millis(200);
+
+/// Whoever started this process.
+#[derive(Debug)]
+pub struct Starter {
+    line: Option<Line>,
+    /// What it has passed, until somebody takes it.
+    inherited: Mutex<Vec<Inherited>>,
+    watchdog: Option<Duration>,
+}
+
+#[derive(Debug)]
+enum Line {
+    Systemd(Notify),
+    Supervisor(Socket),
+}
+
+impl Line {
+    fn send(&self, text: &str, fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        match self {
+            Self::Systemd(notify) => notify.send(text, fd),
+            Self::Supervisor(socket) => socket.send(&[text.as_bytes()], fd.as_slice()),
+        }
+    }
+}
+
+#[expect(dead_code, reason = "nothing is kept yet")]
+impl Starter {
+    /// The one that the environment of this process names. Call this before
+    /// anything else: it takes over descriptors by their numbers.
+    #[must_use]
+    pub fn of_this_process() -> Self {
+        let mut inherited = sd_listen_fds::take();
+        let supervisor = take_named(&mut inherited, LINE)
+            .and_then(|fd| Socket::connected(fd).ok())
+            .filter(|socket| socket.set_send_timeout(Duration::from_secs(1)).is_ok());
+        let systemd = || std::env::var_os("NOTIFY_SOCKET").and_then(|at| Notify::at(&at).ok());
+        let line = supervisor
+            .map(Line::Supervisor)
+            .or_else(|| systemd().map(Line::Systemd));
+        let number = |name| {
+            std::env::var(name)
+                .ok()
+                .and_then(|value| value.parse().ok())
+        };
+        let is_meant =
+            number("WATCHDOG_PID").is_none_or(|pid: u64| pid == std::process::id().into());
+        let watchdog = number("WATCHDOG_USEC").filter(|_| is_meant && line.is_some());
+        Self {
+            line,
+            inherited: Mutex::new(inherited),
+            watchdog: watchdog.map(Duration::from_micros),
+        }
+    }
+
+    /// Nobody: nothing is said, and nothing outlives this process.
+    #[must_use]
+    pub fn none() -> Self {
+        Self {
+            line: None,
+            inherited: Mutex::default(),
+            watchdog: None,
+        }
+    }
+
+    /// Whether messages go to systemd, or to something that speaks like it.
+    #[must_use]
+    pub fn is_systemd(&self) -> bool {
+        matches!(self.line, Some(Line::Systemd(_)))
+    }
+
+    /// Whether this process was started by a supervisor, as its worker.
+    #[must_use]
+    pub fn is_supervisor(&self) -> bool {
+        matches!(self.line, Some(Line::Supervisor(_)))
+    }
+
+    /// How often [`alive`](Self::alive) must be called at least, if that matters.
+    #[must_use]
+    pub fn watchdog(&self) -> Option<Duration> {
+        self.watchdog
+    }
+
+    /// Says that this process serves from now on.
+    pub fn ready(&self, status: &str) {
+        self.say(&format!("READY=1\nSTATUS={}", one_line(status)));
+    }
+
+    /// Says what this process is doing, in one line for a person.
+    pub fn status(&self, status: &str) {
+        self.say(&format!("STATUS={}", one_line(status)));
+    }
+
+    /// Says that this process still does what it should.
+    pub fn alive(&self) {
+        self.say("WATCHDOG=1");
+    }
+
+    /// Says that this process is about to end.
+    pub fn stopping(&self, status: &str) {
+        self.say(&format!("STOPPING=1\nSTATUS={}", one_line(status)));
+    }
+
+    fn say(&self, text: &str) {
+        // Whoever does not listen is not told.
+        let _ = self.send(text, None);
+    }
+
+    pub(crate) fn send(&self, text: &str, fd: Option<BorrowedFd<'_>>) -> Result<(), Errno> {
+        self.line
+            .as_ref()
+            .map_or(Ok(()), |line| line.send(text, fd))
+    }
+
+    /// Whether what is [kept](Self::keep) outlives this process.
+    pub(crate) fn keeps(&self) -> bool {
+        self.line.is_some()
+    }
+
+    /// Has a descriptor outlive this process, and come back to the next one under
+    /// this name.
+    pub(crate) fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        // It must not be let go of because its other end is closed: the next
+        // guard has to see that.
+        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(fd))
+    }
+
+    /// Ends what [`keep`](Self::keep) has begun, for all descriptors of this
+    /// name, and waits a moment until that is done.
+    pub(crate) fn let_go(&self, name: &str) {
+        if !self.keeps() {
+            return;
+        }
+        self.say(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+        // Messages are read in their order, and whoever has read this one closes
+        // the end of the pipe that came with it: sd_notify_barrier(3).
+        if let Ok((ours, theirs)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
+            && self.send("BARRIER=1", Some(theirs.as_fd())).is_ok()
+        {
+            drop(theirs);
+            // If nobody reads, it goes later.
+            let _ = crate::wake::wait_any(&[ours.as_fd()], Some(LET_GO));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<Inherited>> {
+        self.inherited
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What came back under a name; the first of several.
+    pub(crate) fn take(&self, name: &str) -> Option<OwnedFd> {
+        take_named(&mut self.lock(), name)
+    }
+
+    /// Everything that came back under names that begin so, with what follows in
+    /// the name.
+    pub(crate) fn take_all(&self, prefix: &str) -> Vec<(String, OwnedFd)> {
+        let mut inherited = self.lock();
+        let (wanted, rest): (Vec<_>, Vec<_>) = std::mem::take(&mut *inherited)
+            .into_iter()
+            .partition(|one| one.name.starts_with(prefix));
+        *inherited = rest;
+        wanted
+            .into_iter()
+            .map(|one| (one.name[prefix.len()..].to_owned(), one.fd))
+            .collect()
+    }
+}
+
+fn take_named(inherited: &mut Vec<Inherited>, name: &str) -> Option<OwnedFd> {
+    let at = inherited.iter().position(|one| one.name == name)?;
+    Some(inherited.swap_remove(at).fd)
+}
+
+/// A text without the end of a line in it, which would begin another message.
+fn one_line(text: &str) -> String {
+    text.replace(['\n', '\r'], " ")
+}
