@@ -13,11 +13,11 @@ mod tree;
 
 use crate::{build, man, packages};
 use anyhow::{Context, Result, bail, ensure};
+pub(crate) use check::run as check;
 use clap::Args;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
-pub(crate) use check::run as check;
 pub(crate) use target::Arch;
 use target::{Builder, run as succeed};
 

@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, capi, dependencies, man, packages, public_api, vm};
+use crate::{bpf, build, capi, dependencies, dist, man, packages, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -56,7 +56,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     let mut ran = Vec::new();
     if args.machines {
         ran.push(machines());
-        ran.extend(guest::run(&guests(), &[demo_dax]));
+        ran.extend(guest::run(&guests(), &[demo_dax, packages_in_use]));
         return Ok(report(&ran));
     }
     if args.filter.is_none() {
@@ -144,7 +144,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     ran.push(tests("native: XFS and ext4 on loop devices", native)?);
     if args.filter.is_none() {
         ran.push(machines());
-        ran.extend(guest::run(&guests(), &[demo_dax]));
+        ran.extend(guest::run(&guests(), &[demo_dax, packages_in_use]));
         ran.push(demo()?);
     }
     disk::remove_stale();
@@ -453,6 +453,11 @@ fn demo_dax() -> Ran {
         took: started.elapsed(),
         notes,
     }
+}
+
+/// The packages, installed, upgraded and removed.
+fn packages_in_use() -> Ran {
+    told("packages in use", dist::check)
 }
 
 /// Runs tests, shows what they say but for those that pass, and counts.

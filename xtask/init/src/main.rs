@@ -25,7 +25,9 @@ use xtask_init::wire::Message;
 const BESIDE_SYSTEMD: &str = "beside-systemd";
 
 fn main() {
-    let is_beside = std::env::args().nth(1).is_some_and(|word| word == BESIDE_SYSTEMD);
+    let is_beside = std::env::args()
+        .nth(1)
+        .is_some_and(|word| word == BESIDE_SYSTEMD);
     if is_beside {
         if let Err(error) = serve() {
             eprintln!("init: {error:#}");
@@ -72,7 +74,10 @@ fn become_systemd() -> Result<()> {
         .arg(BESIDE_SYSTEMD)
         .spawn()
         .context("cannot run this program once more")?;
-    let error = Command::new("/lib/systemd/systemd").exec();
+    // Nobody logs in, and there is no network.
+    let error = Command::new("/lib/systemd/systemd")
+        .arg("--unit=basic.target")
+        .exec();
     Err(error).context("cannot run systemd")
 }
 
