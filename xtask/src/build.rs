@@ -1,6 +1,7 @@
 //! Running cargo, and finding what it built.
 
-use crate::packages;
+use crate::arch::Arch;
+use crate::{cross, packages};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -43,23 +44,59 @@ pub(crate) fn mapdirect() -> Result<PathBuf> {
 }
 
 /// Builds the tests on real filesystems and says where they are.
-pub(crate) fn native_tests() -> Result<PathBuf> {
+pub(crate) fn native_tests(arch: Arch) -> Result<PathBuf> {
     packages::install_for_bpf()?;
-    executable(
-        "native",
-        &mut cargo(&[
-            "test",
-            "--quiet",
-            "--no-run",
-            "--package=mapdirect-cli",
-            "--test=native",
-            "--message-format=json-render-diagnostics",
-        ]),
-    )
+    let mut cargo = cargo(&[
+        "test",
+        "--quiet",
+        "--no-run",
+        "--package=mapdirect-cli",
+        "--test=native",
+        "--message-format=json-render-diagnostics",
+    ]);
+    for_arch(&mut cargo, arch)?;
+    executable("native", &mut cargo)
+}
+
+/// Has cargo build for an architecture.
+fn for_arch(cargo: &mut Command, arch: Arch) -> Result<()> {
+    if arch != Arch::OWN {
+        cargo.args(["--target", &arch.rust()]);
+        // Of this machine's own, such as another linker.
+        cargo.env_remove("RUSTFLAGS");
+        cargo.envs(cross::environment(arch)?);
+    }
+    Ok(())
+}
+
+/// Builds the tests of units and says where they are.
+pub(crate) fn unit_tests(arch: Arch) -> Result<Vec<PathBuf>> {
+    let mut cargo = cargo(&[
+        "test",
+        "--quiet",
+        "--no-run",
+        "--workspace",
+        "--exclude=xtask",
+        "--exclude=mapdirect-fuzz",
+        "--lib",
+        "--message-format=json-render-diagnostics",
+    ]);
+    for_arch(&mut cargo, arch)?;
+    let output = cargo
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
+    ensure!(output.status.success(), "the build failed");
+    Ok(String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
+        .collect())
 }
 
 /// Builds the first process of virtual machines and says where it is.
-pub(crate) fn init() -> Result<PathBuf> {
+pub(crate) fn init(arch: Arch) -> Result<PathBuf> {
     let mut cargo = cargo(&[
         "rustc",
         "--quiet",
@@ -71,6 +108,7 @@ pub(crate) fn init() -> Result<PathBuf> {
     // A target directory of its own: cargo does not keep what is built with
     // these options apart from what is built without.
     cargo.arg("--target-dir").arg(target()?.join("vm/init"));
+    for_arch(&mut cargo, arch)?;
     // Where it runs there is nothing but itself.
     cargo.args([
         "--",

@@ -3,9 +3,11 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a task tells what it does")]
 
+mod arch;
 mod bpf;
 mod build;
 mod capi;
+mod cross;
 mod demo;
 mod dependencies;
 mod dist;

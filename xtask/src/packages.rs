@@ -128,6 +128,14 @@ pub(crate) const FOR_MACHINES: [Needed; 6] = [
     ("zstd", "zstd"),
 ];
 
+/// What machines of that kind take, and programs for them.
+pub(crate) const FOR_AARCH64: [Needed; 4] = [
+    ("qemu-system-aarch64", "qemu-system-arm"),
+    ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+    ("/usr/aarch64-linux-gnu/lib/libc.a", "libc6-dev-arm64-cross"),
+    ("dpkg-deb", "dpkg"),
+];
+
 /// What packages are made with.
 pub(crate) const FOR_PACKAGES: [Needed; 6] = [
     ("dpkg-deb", "dpkg"),

@@ -3,6 +3,7 @@
 mod guest;
 mod soak;
 
+use crate::arch::Arch;
 use crate::{bpf, build, capi, dependencies, dist, man, packages, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
@@ -267,6 +268,7 @@ fn conformance() -> Vec<Guest> {
 fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec<String>) -> Guest {
     Guest {
         name: format!("Linux {kernel}, {name}"),
+        arch: Arch::X86_64,
         kernel,
         parameters: "",
         nvdimms,
@@ -290,6 +292,7 @@ fn persistent_memory(brief: bool) -> Vec<Guest> {
         };
         Guest {
             name: format!("Linux 7.3, {kind}"),
+            arch: Arch::X86_64,
             kernel: "7.3",
             parameters: "",
             nvdimms: Kind::DAX.len(),

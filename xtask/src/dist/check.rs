@@ -2,7 +2,8 @@
 //! machine with systemd they are installed, upgraded while a pin is held, removed
 //! and purged.
 
-use super::{Arch, Release};
+use super::Release;
+use crate::arch::Arch;
 use crate::{build, packages, vm};
 use anyhow::{Context, Result, ensure};
 use std::ffi::OsStr;
@@ -140,7 +141,7 @@ ldconfig -p | grep -q 'libmapdirect.so.0 '";
 
 fn with_gate(gate: &str, parameters: &str, outputs: &[std::path::PathBuf; 2]) -> Result<String> {
     let started = Instant::now();
-    let boot = vm::boot(KERNEL)?
+    let boot = vm::boot(Arch::OWN, KERNEL)?
         .systemd()
         .parameters(parameters)
         .memory(3 << 30)

@@ -4,7 +4,7 @@
 //! The command and the libraries have other people's crates in them, whose
 //! licences ask that their copyright notices go along.
 
-use super::target::Arch;
+use crate::arch::Arch;
 use crate::build;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;

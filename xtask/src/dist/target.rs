@@ -1,67 +1,12 @@
 //! Machines that packages are made for, and the builds for them.
 
-use crate::{build, capi};
+use crate::arch::Arch;
+use crate::{build, capi, cross};
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-
-/// A machine's architecture.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Arch {
-    /// 64-bit x86
-    #[value(name = "x86_64", alias = "amd64")]
-    X86_64,
-    /// 64-bit ARM
-    #[value(name = "aarch64", alias = "arm64")]
-    Aarch64,
-}
-
-impl Arch {
-    /// That of this machine.
-    pub(crate) const OWN: Self = if cfg!(target_arch = "aarch64") {
-        Self::Aarch64
-    } else {
-        Self::X86_64
-    };
-
-    /// As the kernel calls it.
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Self::X86_64 => "x86_64",
-            Self::Aarch64 => "aarch64",
-        }
-    }
-
-    /// As Debian calls it.
-    pub(crate) fn debian(self) -> &'static str {
-        match self {
-            Self::X86_64 => "amd64",
-            Self::Aarch64 => "arm64",
-        }
-    }
-
-    /// As GCC calls it, and directories of libraries.
-    pub(crate) fn gnu(self) -> String {
-        format!("{}-linux-gnu", self.name())
-    }
-
-    /// As Rust calls it.
-    pub(crate) fn rust(self) -> String {
-        format!("{}-unknown-linux-gnu", self.name())
-    }
-
-    /// A tool of GCC's or binutils': the machine's own, or one for another.
-    pub(crate) fn tool(self, name: &str) -> String {
-        if self == Self::OWN {
-            name.to_owned()
-        } else {
-            format!("{}-{name}", self.gnu())
-        }
-    }
-}
 
 /// What was built.
 pub(crate) struct Built {
@@ -100,16 +45,17 @@ impl Builder {
         let mut environment: Vec<(OsString, OsString)> = vec![
             // What a developer sets for their own builds.
             ("CARGO_INCREMENTAL".into(), "0".into()),
-            ("CARGO_ENCODED_RUSTFLAGS".into(), flags.join("\x1f").into()),
             ("CFLAGS".into(), c_flags.join(" ").into()),
         ];
-        if arch != Arch::OWN {
-            let linker = format!(
-                "CARGO_TARGET_{}_LINKER",
-                arch.rust().to_uppercase().replace('-', "_")
-            );
-            environment.push((linker.into(), arch.tool("gcc").into()));
+        for (name, value) in cross::environment(arch)? {
+            // Flags of their own take the place of what these are joined to.
+            if name == cross::flags_variable(arch).as_str() {
+                flags.extend(value.to_string_lossy().split(' ').map(str::to_owned));
+            } else {
+                environment.push((name, value));
+            }
         }
+        environment.push(("CARGO_ENCODED_RUSTFLAGS".into(), flags.join("\x1f").into()));
         Ok(Self {
             arch,
             directory,
