@@ -69,32 +69,6 @@ fn for_arch(cargo: &mut Command, arch: Arch) -> Result<()> {
     Ok(())
 }
 
-/// Builds the tests of units and says where they are.
-pub(crate) fn unit_tests(arch: Arch) -> Result<Vec<PathBuf>> {
-    let mut cargo = cargo(&[
-        "test",
-        "--quiet",
-        "--no-run",
-        "--workspace",
-        "--exclude=xtask",
-        "--exclude=mapdirect-fuzz",
-        "--lib",
-        "--message-format=json-render-diagnostics",
-    ]);
-    for_arch(&mut cargo, arch)?;
-    let output = cargo
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "the build failed");
-    Ok(String::from_utf8_lossy(&output.stdout)
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .collect())
-}
-
 /// Builds the first process of virtual machines and says where it is.
 pub(crate) fn init(arch: Arch) -> Result<PathBuf> {
     let mut cargo = cargo(&[

@@ -49,8 +49,8 @@ enum Task {
     Install(capi::InstallArgs),
     /// Make the packages for Debian and the tarball
     Dist(dist::DistArgs),
-    /// Write the manual pages from the command line's own description
-    Man,
+    /// Write the manual pages of the command from its own description, or check all pages
+    Man(man::ManArgs),
 }
 
 fn main() -> ExitCode {
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
         Task::Header(args) => capi::header(&args),
         Task::Install(args) => capi::install(&args),
         Task::Dist(args) => dist::run(&args),
-        Task::Man => man::write(),
+        Task::Man(args) => man::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -51,6 +51,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
     packages::install_missing(&packages::PROGRAMS)?;
+    packages::install_missing(&packages::FOR_MANUAL)?;
     packages::lay_down_programs()?;
     packages::install_for_bpf()?;
     disk::remove_stale();
@@ -95,7 +96,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         ));
         ran.push(told("Miri", dependencies::miri));
         ran.push(checked(
-            "manual pages are those of the command line",
+            "manual pages are those of the command line, and read well",
             man::check,
         ));
         ran.push(checked(

@@ -16,8 +16,8 @@ mod vmlinux;
 
 pub(crate) use check::{Scope, self_test};
 pub(crate) use cut::cut;
-pub(crate) use userland::get as userland;
 pub(crate) use machine::{Boot, Machine, Nvdimm, RunDirectory};
+pub(crate) use userland::get as userland;
 
 use crate::arch::Arch;
 use crate::{build, packages};

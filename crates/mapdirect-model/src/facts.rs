@@ -194,8 +194,7 @@ impl FileFacts {
             exchange: false,
             dax: attributes & STATX_ATTR_DAX != 0,
             file_type,
-            #[allow(clippy::useless_conversion, reason = "smaller on arm64")]
-            links: u64::from(stat.st_nlink),
+            links: mapdirect_sys::stat::links(&stat),
             owner: stat.st_uid,
             out_of_place: false,
             journalled: false,
@@ -252,7 +251,11 @@ impl FileFacts {
             found.push(Obstacle::unsupported(
                 ObstacleKind::Filesystem,
                 format!("{name} cannot promise to leave blocks where they are"),
-                "put the file on XFS or ext4",
+                if name == "overlayfs" {
+                    "put the file on XFS or ext4 itself: in a container, on a volume"
+                } else {
+                    "put the file on XFS or ext4"
+                },
             ));
             return found;
         }
@@ -260,7 +263,7 @@ impl FileFacts {
             found.push(Obstacle::unsupported(
                 ObstacleKind::InlineData,
                 "its data lies inside the inode (inline_data)",
-                "make the file larger than its inode, or the filesystem without inline_data",
+                "mapdirect prepare FILE moves it into a block of its own",
             ));
         } else if self.filesystem == Filesystem::Ext4 && !has(inode_flags::EXTENTS) {
             found.push(Obstacle::unsupported(
@@ -319,6 +322,7 @@ impl FileFacts {
         }
         let hints = |found: ExtendedFlags| ExtendedFlags {
             flags: found.flags & !inode_flags::XFLAG_PREALLOC,
+            project: 0,
             ..found
         };
         let now = inode_flags::extended(file)?;

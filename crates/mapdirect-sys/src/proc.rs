@@ -5,7 +5,7 @@
 //! follow a link into another filesystem unless their documentation says so.
 
 use crate::seam::{self, Call};
-use crate::{Errno, Result};
+use crate::{Errno, Result, names};
 use rustix::fs::{Mode, OFlags};
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -188,13 +188,12 @@ pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
     rustix::fs::open(own_fd_path(file), flags, Mode::empty())
 }
 
-/// The path at which a descriptor's file was last seen, for a person to read.
+/// The path at which a descriptor's file was last seen, as
+/// [`names::name`] writes it.
 #[must_use]
 pub fn path_of(file: BorrowedFd<'_>) -> String {
-    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref()).map_or_else(
-        |_| String::from("?"),
-        |path| path.to_string_lossy().into_owned(),
-    )
+    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref())
+        .map_or_else(|_| String::from("?"), |path| names::name(path.as_os_str()))
 }
 
 /// The path at which a descriptor of the calling thread was last seen, as the
@@ -353,12 +352,19 @@ pub fn command(tid: i32) -> String {
     )
 }
 
-/// `text` with every control character replaced, so that it is safe for a
-/// terminal.
+/// `text` with every character replaced that could deceive whoever looks at a
+/// terminal; see
+/// [`is_deceptive`](crate::names::is_deceptive).
 #[must_use]
 pub fn printable(text: &str) -> String {
     text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .map(|c| {
+            if names::is_deceptive(c) {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
         .collect()
 }
 

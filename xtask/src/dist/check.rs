@@ -8,14 +8,33 @@ use crate::{build, packages, vm};
 use anyhow::{Context, Result, ensure};
 use std::ffi::OsStr;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// The kernel they are tried on.
 const KERNEL: &str = "7.3";
 
-/// What each gate needs of that kernel.
-const GATES: [(&str, &str); 2] = [("bpf", ""), ("fanotify", "lsm=landlock,yama,apparmor")];
+/// A gate, what it needs on the command line of that kernel, and whether pins are
+/// kept while the guard is exchanged.
+struct Expected {
+    gate: &'static str,
+    parameters: &'static str,
+    kept: bool,
+}
+
+const GATES: [Expected; 2] = [
+    Expected {
+        gate: "bpf",
+        parameters: "",
+        kept: true,
+    },
+    Expected {
+        gate: "fanotify",
+        parameters: "lsm=landlock,yama,apparmor",
+        // Its holders are told.
+        kept: false,
+    },
+];
 
 /// Makes packages of two revisions and tries them with both gates; says what was
 /// found.
@@ -29,10 +48,10 @@ pub(crate) fn run() -> Result<String> {
         Release::new(Arch::OWN, revision)?.make(&target.join("dist-build"), output)?;
     }
     let mut told = Vec::new();
-    for (gate, parameters) in GATES {
+    for expected in GATES {
+        let gate = expected.gate;
         println!("in a virtual machine with systemd, {gate} gate");
-        let found =
-            with_gate(gate, parameters, &outputs).with_context(|| format!("{gate} gate"))?;
+        let found = with_gate(&expected, &outputs).with_context(|| format!("{gate} gate"))?;
         told.push(format!("{gate}: {found}"));
     }
     Ok(told.join("; "))
@@ -117,6 +136,12 @@ echo \"$tried $done\" > /run/attacked
 END
 setsid sh /run/attack > /dev/null 2>&1 &";
 
+/// Whether the holder has ended because its pin was lost.
+const TOLD: &str = "\
+tries=0
+until [ -e /run/held ]; do tries=$((tries + 1)); test $tries -lt 300; sleep 0.1; done
+test $(cat /run/held) = 4";
+
 /// What a package leaves in the list of files, but for directories that others
 /// share.
 const LISTED: &str = "\
@@ -139,13 +164,13 @@ test -e /usr/lib/python3/dist-packages/mapdirect/__pycache__
 man -w mapdirect 3 mapdirect > /dev/null 2>&1 || test -e /usr/share/man/man3/mapdirect.3.gz
 ldconfig -p | grep -q 'libmapdirect.so.0 '";
 
-fn with_gate(gate: &str, parameters: &str, outputs: &[std::path::PathBuf; 2]) -> Result<String> {
+fn with_gate(expected: &Expected, outputs: &[PathBuf; 2]) -> Result<String> {
     let started = Instant::now();
     let boot = vm::boot(Arch::OWN, KERNEL)?
         .systemd()
-        .parameters(parameters)
+        .parameters(expected.parameters)
         .memory(3 << 30)
-        .time_limit(Duration::from_secs(900));
+        .time_limit(Duration::from_secs(1500));
     let mut trial = Trial {
         machine: boot.start()?,
         started,
@@ -176,7 +201,7 @@ fn with_gate(gate: &str, parameters: &str, outputs: &[std::path::PathBuf; 2]) ->
     )?;
     let status = trial.step("its gate", "mapdirect status --json")?;
     ensure!(
-        status.contains(&format!("\"{gate}\"")),
+        status.contains(&format!("\"{}\"", expected.gate)),
         "the gate is another one: {status}"
     );
     trial.step("libraries", LIBRARIES)?;
@@ -186,30 +211,16 @@ fn with_gate(gate: &str, parameters: &str, outputs: &[std::path::PathBuf; 2]) ->
         "the guard's process",
         "systemctl show -P MainPID mapdirect.service",
     )?;
-    trial.step("attack", ATTACK)?;
-    trial.step("upgrade with the pin held", &install(&outputs[1]))?;
-    trial.step(
-        "the new guard has the pin",
-        &format!(
-            "dpkg-query -W -f '${{Version}}' mapdirect | grep -q -- '-2$'
-             systemctl is-active mapdirect.service > /dev/null
-             test $(systemctl show -P MainPID mapdirect.service) != {}
-             mapdirect status --json | grep -q /mnt/file
-             test ! -e /run/held
-             if grep -i lost /run/holder; then exit 1; fi
-             touch /run/enough
-             tries=0
-             until [ -e /run/attacked ]; do tries=$((tries + 1)); test $tries -lt 100; sleep 0.1; done",
-            before.trim()
-        ),
-    )?;
-    let attacked = trial.step("what the attack came to", "cat /run/attacked")?;
-    let (tried, through) = attacked.trim().split_once(' ').context("no numbers")?;
-    ensure!(
-        through == "0" && tried.parse::<u32>()? > 0,
-        "of {tried} attempts to shorten the file {through} were let through"
-    );
-    trial.step("the pin holds", REFUSED)?;
+    let upgraded = if expected.kept {
+        upgraded_with_pin(&mut trial, &before, &install(&outputs[1]))?
+    } else {
+        trial.step("upgrade with the pin held", &install(&outputs[1]))?;
+        trial.step("the new guard is there", &exchanged(&before))?;
+        trial.step("the holder is told", TOLD)?;
+        trial.step("pin", &format!("rm /run/held; {HOLD}"))?;
+        trial.step("the pin holds", REFUSED)?;
+        String::from("the holder was told of the upgrade")
+    };
     trial.step(
         "reload",
         "systemctl reload mapdirect.service; mapdirect status > /dev/null",
@@ -222,16 +233,16 @@ fn with_gate(gate: &str, parameters: &str, outputs: &[std::path::PathBuf; 2]) ->
     )?;
     trial.step(
         "the holder is told, and nobody is refused",
-        "tries=0
-         until [ -e /run/held ]; do tries=$((tries + 1)); test $tries -lt 100; sleep 0.1; done
-         test $(cat /run/held) = 4
+        &format!(
+            "{TOLD}
          truncate -s 1M /mnt/file
          test ! -e /sys/fs/bpf/mapdirect
          test ! -e /run/mapdirect
          if pgrep -l mapdirect; then exit 1; fi
          units=$(systemctl list-units --plain --no-legend 'mapdirect*')
-         test -z \"$units\" || { echo \"$units\"; exit 1; }
-         test -e /etc/mapdirect/policy.toml",
+         test -z \"$units\" || {{ echo \"$units\"; exit 1; }}
+         test -e /etc/mapdirect/policy.toml"
+        ),
     )?;
     trial.step(
         "purge",
@@ -240,11 +251,48 @@ fn with_gate(gate: &str, parameters: &str, outputs: &[std::path::PathBuf; 2]) ->
     trial.step("nothing is left", &nothing_left(&listed))?;
     trial.machine.switch_off()?;
     Ok(format!(
-        "systemd was up after {:.0} s; {tried} attempts during the upgrade, none let through; \
-         {:.0} s in all",
+        "systemd was up after {:.0} s; {upgraded}; {:.0} s in all",
         booted.as_secs_f64(),
         started.elapsed().as_secs_f64()
     ))
+}
+
+/// Upgrades while somebody attacks the pinned file all the time.
+fn upgraded_with_pin(trial: &mut Trial, before: &str, install: &str) -> Result<String> {
+    trial.step("attack", ATTACK)?;
+    trial.step("upgrade with the pin held", install)?;
+    trial.step("the new guard has the pin", &exchanged(before))?;
+    trial.step(
+        "the pin was kept",
+        "mapdirect status --json | grep -q /mnt/file
+         test ! -e /run/held
+         if grep -i lost /run/holder; then exit 1; fi
+         touch /run/enough
+         tries=0
+         until [ -e /run/attacked ]; do
+             tries=$((tries + 1)); test $tries -lt 300; sleep 0.1
+         done",
+    )?;
+    let attacked = trial.step("what the attack came to", "cat /run/attacked")?;
+    let (tried, through) = attacked.trim().split_once(' ').context("no numbers")?;
+    ensure!(
+        through == "0" && tried.parse::<u32>()? > 0,
+        "of {tried} attempts to shorten the file {through} were let through"
+    );
+    trial.step("the pin holds", REFUSED)?;
+    Ok(format!(
+        "{tried} attempts to shorten the file during the upgrade, none let through"
+    ))
+}
+
+/// Whether the service is the one of the second package.
+fn exchanged(before: &str) -> String {
+    format!(
+        "dpkg-query -W -f '${{Version}}' mapdirect | grep -q -- '-2$'
+         systemctl is-active mapdirect.service > /dev/null
+         test $(systemctl show -P MainPID mapdirect.service) != {}",
+        before.trim()
+    )
 }
 
 /// Looks for the files that were listed, and for others where services leave

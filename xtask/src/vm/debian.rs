@@ -124,11 +124,7 @@ impl Package {
 }
 
 /// The packages that make up the newest kernel of a series, its image first.
-fn choose<'a>(
-    packages: &'a [Package],
-    series: &Series,
-    flavour: &str,
-) -> Option<Vec<&'a Package>> {
+fn choose<'a>(packages: &'a [Package], series: &Series, flavour: &str) -> Option<Vec<&'a Package>> {
     let mut images: Vec<_> = packages
         .iter()
         .filter(|package| package.is_image(flavour) && series.has(&package.version))
@@ -165,10 +161,7 @@ fn with_parts<'a>(packages: &'a [Package], image: &'a Package) -> Option<Vec<&'a
 /// Every series that is there, such as 6.12.
 fn all_series(packages: &[Package], flavour: &str) -> Vec<String> {
     let mut found: BTreeMap<Version, String> = BTreeMap::new();
-    for package in packages
-        .iter()
-        .filter(|package| package.is_image(flavour))
-    {
+    for package in packages.iter().filter(|package| package.is_image(flavour)) {
         let series = package.version.upstream();
         let end = series
             .match_indices(|c: char| !c.is_ascii_digit())
@@ -312,8 +305,15 @@ impl Apt {
         fs::write(self.directory.join("sources.list"), list)?;
         output(self.command("apt-get").args(["-q", "update"]))?;
         let mut install = self.command("apt-get");
-        install.args(["-o", "APT::Install-Recommends=false", "-o", "Debug::NoLocking=1"]);
-        install.args(["-q", "-y", "--download-only", "install"]).args(names);
+        install.args([
+            "-o",
+            "APT::Install-Recommends=false",
+            "-o",
+            "Debug::NoLocking=1",
+        ]);
+        install
+            .args(["-q", "-y", "--download-only", "install"])
+            .args(names);
         output(&mut install).context("cannot fetch packages from the mirror")?;
         let mut paths: Vec<_> = fs::read_dir(self.directory.join("cache/archives"))?
             .map(|entry| Ok(entry?.path()))
@@ -558,9 +558,10 @@ mod tests {
         assert!(text.contains("http://s.example/debian-security trixie-security main\n"));
         assert!(releases.contains(&String::from("trixie-backports")));
         assert!(
-            sources(&parse_mirrors(
-                "'http://u.example/dists/noble/InRelease' g 0\n"
-            ), Arch::X86_64)
+            sources(
+                &parse_mirrors("'http://u.example/dists/noble/InRelease' g 0\n"),
+                Arch::X86_64
+            )
             .is_err()
         );
     }

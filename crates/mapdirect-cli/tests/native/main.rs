@@ -50,6 +50,7 @@ mod units;
 mod unmodified;
 mod unnoticed;
 mod versions;
+mod words;
 mod world;
 mod writers;
 
@@ -95,6 +96,7 @@ fn main() -> ExitCode {
     trials.extend(versions::trials(&world));
     trials.extend(capi::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(words::trials(&world));
     trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(units::trials(&world));

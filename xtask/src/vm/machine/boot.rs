@@ -263,9 +263,8 @@ impl Boot {
             shares.push(("beside", Path::new("/"), xtask_init::BESIDE_TAG));
         }
         for (name, path, tag) in shares {
-            let export = format!(
-                "local,id={name},readonly=on,security_model=none,multidevs=remap,path="
-            );
+            let export =
+                format!("local,id={name},readonly=on,security_model=none,multidevs=remap,path=");
             command.arg("-fsdev").arg(with_path(&export, path));
             let device = format!("virtio-9p-pci,fsdev={name},mount_tag={tag}");
             command.args(["-device", &device]);
