@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 pub(crate) type Needed = (&'static str, &'static str);
 
 /// What tests and demo need.
-pub(crate) const FOR_TESTS: [Needed; 19] = [
+pub(crate) const FOR_TESTS: [Needed; 21] = [
     ("systemd-nspawn", "systemd-container"),
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
@@ -34,6 +34,13 @@ pub(crate) const FOR_TESTS: [Needed; 19] = [
         "/usr/lib/python3/dist-packages/jsonschema",
         "python3-jsonschema",
     ),
+    // Reads the metrics.
+    (
+        "/usr/lib/python3/dist-packages/prometheus_client",
+        "python3-prometheus-client",
+    ),
+    // The terminal of `mapdirect top`.
+    ("tmux", "tmux"),
 ];
 
 /// What reads the manual pages.

@@ -79,6 +79,19 @@ impl Drop for Terminal {
     }
 }
 
+/// Whether there is a terminal to be had; notes it if there is none.
+fn has_terminal(world: &World) -> bool {
+    let there = Command::new("tmux")
+        .arg("-V")
+        .stdout(Stdio::null())
+        .status()
+        .is_ok_and(|status| status.success());
+    if !there {
+        world.unavailable(String::from("a terminal for top (tmux)"));
+    }
+    there
+}
+
 /// Something that every pin refuses.
 fn refused(path: &Path) {
     let file = std::fs::File::options().write(true).open(path);
@@ -95,6 +108,9 @@ fn script(guard: &GuardProcess) -> String {
 }
 
 pub fn top(world: &World) {
+    if !has_terminal(world) {
+        return;
+    }
     let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
     let disk = world.disk(Kind::XFS);
     let path = written(&disk, "top-one", 1 << 20);
@@ -167,7 +183,10 @@ pub fn top(world: &World) {
 }
 
 /// A signal leaves the terminal as it was, and without one it does not begin.
-pub fn terminal(_: &World) {
+pub fn terminal(world: &World) {
+    if !has_terminal(world) {
+        return;
+    }
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
     let terminal = Terminal::new("signal", &script(&guard));
     terminal.wait_for(&["nothing is pinned"]);
