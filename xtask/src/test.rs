@@ -1,6 +1,7 @@
 //! Every test but the soak, tier by tier, and what ran at the end.
 
 mod guest;
+mod reach;
 mod soak;
 
 use crate::arch::Arch;
@@ -14,6 +15,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+pub(crate) use reach::{ReachArgs, run as reach};
 pub(crate) use soak::{SoakArgs, run as soak};
 
 /// Arguments of `test`.
