@@ -13,7 +13,10 @@ mod dependencies;
 mod dist;
 mod man;
 mod packages;
+mod picture;
+mod plot;
 mod public_api;
+mod svg;
 mod table;
 mod test;
 mod vm;
@@ -54,6 +57,10 @@ enum Task {
     Dist(dist::DistArgs),
     /// Write the manual pages of the command from its own description, or check all pages
     Man(man::ManArgs),
+    /// Draw a terminal in which a file is shown, pinned and attacked: needs root
+    Picture(picture::PictureArgs),
+    /// Draw what the benchmarks have measured
+    Plot(plot::PlotArgs),
 }
 
 fn main() -> ExitCode {
@@ -72,6 +79,8 @@ fn main() -> ExitCode {
         Task::Install(args) => capi::install(&args),
         Task::Dist(args) => dist::run(&args),
         Task::Man(args) => man::run(&args),
+        Task::Picture(args) => picture::run(&args),
+        Task::Plot(args) => plot::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

@@ -5,7 +5,7 @@ mod reach;
 mod soak;
 
 use crate::arch::Arch;
-use crate::{bpf, build, capi, dependencies, dist, man, packages, public_api, vm};
+use crate::{bpf, build, capi, dependencies, dist, man, packages, plot, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -101,6 +101,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             "manual pages are those of the command line, and read well",
             man::check,
         ));
+        ran.push(checked("plots show what the tables say", plot::check));
         ran.push(checked(
             "the object of the bpf gate is what its source says",
             bpf::check,

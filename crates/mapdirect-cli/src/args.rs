@@ -1,6 +1,7 @@
 //! The command line.
 
 use crate::columns::{ShowColumn, StatusColumn};
+use crate::since::{Since, parse_since};
 use crate::size::{ByteRange, parse_range, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
@@ -111,6 +112,28 @@ pub enum Command {
     /// their own pins only. Of files that are named it says whether they are
     /// pinned, by its exit status, too.
     Status(StatusArgs),
+    /// Pins, holders, refusals and block maps on one screen
+    ///
+    /// The files with pins, how many operations are refused in a second, the
+    /// block map of the selected file, and the last refusals and breaches. Needs
+    /// a terminal; 80 columns and 24 lines are enough. `?` shows the keys. When
+    /// the guard goes away this says so, and goes on when one is back.
+    Top(TopArgs),
+    /// Refusals and breaches as they happen
+    ///
+    /// A line for each: when, what was refused, of which file under its present
+    /// name, by whom, which pin it met and who holds that. It goes on until
+    /// SIGINT. A guard that goes away is said, and the next one is watched. What
+    /// comes too fast is told as a number: nothing ever waits for a reader.
+    /// Others than root see what concerns files that they have pinned, and which
+    /// program another user ran is not for them to know.
+    Watch(WatchArgs),
+    /// The latest refusals and breaches
+    ///
+    /// The guard keeps the last 4,096 records in memory, for as long as it runs.
+    /// With systemd they are in the journal, too, with a field for each fact:
+    /// journalctl MAPDIRECT_PIN=7.
+    Log(LogArgs),
     /// What this machine offers, what is missing, and how to mend it
     ///
     /// Says what to do first; then kernel, gates, capabilities, the guard, what
@@ -529,6 +552,82 @@ pub struct StatusArgs {
     #[arg(long, short, requires = "columns")]
     pub no_headings: bool,
     /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Print metrics as OpenMetrics text
+    #[arg(long, conflicts_with = "json")]
+    pub metrics: bool,
+    /// Write the metrics to a file, and replace it at once, for a collector of text files; without
+    /// a guard they say so
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["json", "metrics"])]
+    pub metrics_file: Option<PathBuf>,
+}
+
+/// Arguments of `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often to ask the guard
+    #[arg(long, value_name = "SECONDS", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub interval: u32,
+}
+
+/// What a record tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EventChoice {
+    /// An operation was refused
+    Refusal,
+    /// Blocks of a pin have changed
+    Breach,
+}
+
+/// Which records to show.
+#[derive(Debug, Args)]
+pub struct RecordFilters {
+    /// Only those about this file, whatever its name is now or was
+    #[arg(long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Only those of this process or thread
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<i32>,
+    /// Only those of this user, by number or name
+    #[arg(long, value_name = "USER")]
+    pub uid: Option<String>,
+    /// Only those that met this pin
+    #[arg(long, value_name = "ID")]
+    pub pin: Option<u64>,
+    /// Only those of this operation, by the word in the records: write, open-write, truncate
+    #[arg(long, value_name = "WORD")]
+    pub operation: Option<String>,
+    /// Only those of this kind
+    #[arg(long, value_enum)]
+    pub kind: Option<EventChoice>,
+}
+
+/// Arguments of `watch`.
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// Which records to show
+    #[command(flatten)]
+    pub filters: RecordFilters,
+    /// Print JSON, an object in each line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `log`.
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    /// Only the last N
+    #[arg(long, short = 'n', value_name = "N")]
+    pub lines: Option<usize>,
+    /// Only since then: 90s, 10m, 2h, 1d ago, or @SECONDS since the epoch
+    #[arg(long, value_name = "TIME", value_parser = parse_since)]
+    pub since: Option<Since>,
+    /// Which records to show
+    #[command(flatten)]
+    pub filters: RecordFilters,
+    /// Print JSON, an object in each line
     #[arg(long)]
     pub json: bool,
 }

@@ -203,7 +203,7 @@ pub(crate) fn name_of(file: &FileStatus) -> String {
     if file.path.is_empty() {
         format!("inode {} of {}", file.inode, file.device)
     } else {
-        terminal::told_name(&file.path)
+        crate::verbs::name_in_words(&file.name)
     }
 }
 

@@ -7,11 +7,14 @@ pub mod columns;
 mod draw;
 mod exit;
 mod extents;
+mod journal;
 mod json;
 mod keeper;
+mod metrics;
 mod open;
 mod output;
 pub mod pages;
+pub mod since;
 pub mod size;
 mod terminal;
 mod uses;
@@ -43,6 +46,9 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Run(args) => verbs::run::run(&args),
         Command::Show(args) => verbs::show::run(&args),
         Command::Status(args) => verbs::status::run(&args),
+        Command::Top(args) => verbs::top::run(&args),
+        Command::Watch(args) => verbs::watch::run(&args),
+        Command::Log(args) => verbs::log::run(&args),
         Command::Doctor(args) => verbs::doctor::run(&args),
         Command::Arm(args) => verbs::arm::arm(&args),
         Command::Disarm(args) => verbs::arm::disarm(&args),

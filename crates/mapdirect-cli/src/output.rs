@@ -82,6 +82,11 @@ pub(crate) fn still_waiting(what: &str) {
     }
 }
 
+/// Whether stdout has taken everything so far.
+pub(crate) fn is_read() -> bool {
+    failure().is_none()
+}
+
 /// Fails if stdout does not take what is written. A reader that has left is no
 /// failure here.
 pub(crate) fn check() -> Result<()> {
@@ -164,7 +169,7 @@ fn wrapped(line: &str, width: usize, hanging: usize) -> String {
     let mut text = " ".repeat(indent);
     let mut column = indent;
     let mut is_first = true;
-    for word in line.trim_start_matches(' ').split(' ') {
+    for word in joined(line.trim_start_matches(' ')) {
         let length = word.chars().count();
         if !is_first && column + 1 + length > width {
             text.truncate(text.trim_end_matches(' ').len());
@@ -175,11 +180,31 @@ fn wrapped(line: &str, width: usize, hanging: usize) -> String {
             text.push(' ');
             column += 1;
         }
-        text.push_str(word);
+        text.push_str(&word);
         column += length;
         is_first = false;
     }
     text
+}
+
+/// The words of a line. A number and its unit are one.
+fn joined(line: &str) -> Vec<String> {
+    let mut words: Vec<String> = Vec::new();
+    for word in line.split(' ') {
+        let bare = word.trim_end_matches(|c: char| c.is_ascii_punctuation());
+        let is_unit = matches!(
+            bare,
+            "B" | "KiB" | "MiB" | "GiB" | "TiB" | "s" | "min" | "h" | "ms"
+        );
+        match words.last_mut() {
+            Some(last) if is_unit && last.ends_with(|c: char| c.is_ascii_digit()) => {
+                last.push(' ');
+                last.push_str(word);
+            }
+            _ => words.push(word.to_owned()),
+        }
+    }
+    words
 }
 
 /// So many things: `1 pin`, `2 pins`.
@@ -252,6 +277,14 @@ mod tests {
     fn lines_break_at_words() {
         assert_eq!(wrapped("  one two three", 9, 2), "  one two\n    three");
         assert_eq!(wrapped("a", 1, 4), "a");
+        assert_eq!(
+            wrapped("it takes 12 s, or 4 KiB", 14, 2),
+            "it takes 12 s,\n  or 4 KiB"
+        );
+        assert_eq!(
+            wrapped("it takes 12 s, or 4 KiB", 12, 2),
+            "it takes\n  12 s, or\n  4 KiB"
+        );
     }
 
     proptest! {

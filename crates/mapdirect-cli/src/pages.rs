@@ -291,6 +291,10 @@ pub const PAGES: &[Page] = &[
                 "Whether a file is pinned",
             ),
             (
+                "mapdirect status --metrics-file /var/lib/node_exporter/mapdirect.prom",
+                "Metrics for a collector, from a timer",
+            ),
+            (
                 "mapdirect status -o file,pid,command,age",
                 "A table with these columns",
             ),
@@ -299,6 +303,79 @@ pub const PAGES: &[Page] = &[
             ("mapdirect-show", "1"),
             ("mapdirect-unpin", "1"),
             ("mapdirect-guard", "8"),
+            PROMISE,
+        ],
+    },
+    Page {
+        verb: "top",
+        exit: &[
+            ("0", "it was told to end, by a key or a signal"),
+            ("1", "it failed"),
+            (
+                "2",
+                "the command line makes no sense, or there is no terminal",
+            ),
+            NO_GUARD,
+        ],
+        examples: &[
+            ("mapdirect top", "All of it, asked for every second"),
+            ("mapdirect top --interval 5", "Every five seconds"),
+        ],
+        see_also: &[
+            ("mapdirect-status", "1"),
+            ("mapdirect-watch", "1"),
+            ("mapdirect-show", "1"),
+            PROMISE,
+        ],
+    },
+    Page {
+        verb: "watch",
+        exit: &[
+            ("0", "SIGINT or SIGTERM came"),
+            ("1", "it failed"),
+            USAGE,
+            ("3", "no guard answered when it began"),
+            UNREAD,
+        ],
+        examples: &[
+            ("mapdirect watch", "Who is refused what, as it happens"),
+            (
+                "mapdirect watch --file app.db --uid postgres",
+                "Only what a user does to a file, whatever its name becomes",
+            ),
+            (
+                "mapdirect watch --kind breach --json",
+                "Changes that no gate refused, for a program",
+            ),
+        ],
+        see_also: &[
+            ("mapdirect-log", "1"),
+            ("mapdirect-status", "1"),
+            ("mapdirect-guard", "8"),
+            PROMISE,
+        ],
+    },
+    Page {
+        verb: "log",
+        exit: &[WORKED, ("1", "it failed"), USAGE, NO_GUARD, UNREAD],
+        examples: &[
+            (
+                "mapdirect log -n 20",
+                "The last twenty refusals and breaches",
+            ),
+            (
+                "mapdirect log --since 10m --operation truncate",
+                "Who tried to truncate a pinned file in the last ten minutes",
+            ),
+            (
+                "journalctl -t mapdirect MAPDIRECT_PIN=7",
+                "The same in the journal, for one pin",
+            ),
+        ],
+        see_also: &[
+            ("mapdirect-watch", "1"),
+            ("mapdirect-status", "1"),
+            ("journalctl", "1"),
             PROMISE,
         ],
     },

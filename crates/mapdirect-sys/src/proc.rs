@@ -490,6 +490,25 @@ pub fn parse_fdinfo(text: &str) -> FdInfo {
     info
 }
 
+/// The control group of a process, from the text of `/proc/<pid>/cgroup`: that
+/// of the unified hierarchy, or else of the first one that says anything.
+#[must_use]
+pub fn parse_cgroup(text: &str) -> Option<&str> {
+    let mut first = None;
+    for line in text.lines() {
+        // The path is the rest: it may contain colons.
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        if number == "0" && controllers.is_empty() {
+            return Some(path);
+        }
+        if first.is_none() && path != "/" {
+            first = Some(path);
+        }
+    }
+    first
+}
+
 /// How many mappings a process may have (`/proc/sys/vm/max_map_count`).
 ///
 /// # Errors
@@ -572,6 +591,20 @@ pub fn parse_maps_line(line: &str) -> Option<MapsEntry> {
         minor: u32::from_str_radix(minor, 16).ok()?,
         inode: inode.parse().ok()?,
     })
+}
+
+#[cfg(test)]
+mod cgroup_tests {
+    use super::parse_cgroup;
+
+    #[test]
+    fn the_group_of_the_unified_hierarchy_counts() {
+        assert_eq!(parse_cgroup("0::/a.slice/b:c\n"), Some("/a.slice/b:c"));
+        assert_eq!(parse_cgroup("3:pids:/x\n0::/y\n"), Some("/y"));
+        assert_eq!(parse_cgroup("3:pids:/\n1:name=systemd:/z\n"), Some("/z"));
+        assert_eq!(parse_cgroup(""), None);
+        assert_eq!(parse_cgroup("nonsense"), None);
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,7 @@ use crate::columns::{name_of, tell_pins};
 use crate::size::human;
 use crate::terminal::{self, Style, told_name};
 use crate::{Exit, json, output};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use mapdirect::status::{Armed, FileStatus, RefusedOperation, Status};
 use mapdirect::{Breach, DeviceId, Guard, Strength, Who};
 use mapdirect_sys::proc::printable;
@@ -15,6 +15,9 @@ use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
+    if args.metrics || args.metrics_file.is_some() {
+        return metrics(args.metrics_file.as_deref());
+    }
     let mut status = Guard::from_env().status()?;
     let exit = if args.files.is_empty() {
         Exit::SUCCESS
@@ -168,6 +171,20 @@ fn tell_refusals(status: &Status, of_all: bool) {
     }
 }
 
+/// Prints metrics, or replaces a file by them.
+fn metrics(path: Option<&Path>) -> Result<Exit> {
+    let status = Guard::from_env().status();
+    let Some(path) = path else {
+        output::line(crate::metrics::text(Some(&status?)).trim_end());
+        return Ok(Exit::SUCCESS);
+    };
+    // A collector shall see that there is no guard.
+    let text = crate::metrics::text(status.as_ref().ok());
+    crate::metrics::write(path, &text).with_context(|| path.display().to_string())?;
+    status?;
+    Ok(Exit::SUCCESS)
+}
+
 fn tell_file(file: &FileStatus) {
     output::prose(&format!("  {}", name_of(file)));
     for pin in &file.pins {
@@ -317,6 +334,7 @@ fn as_json(status: &Status) -> Value {
         "files": files,
         "refused": refused,
         "recent": recent,
+        "unrecorded": status.unrecorded,
         "breached": status.breached,
         "breaches": status.breaches.iter().map(json::breach).collect::<Vec<_>>(),
         "policy": status.policy.as_ref().map(|policy| json!({
@@ -383,6 +401,8 @@ fn file_json(file: &FileStatus) -> Value {
         .collect();
     json!({
         "file": file.path,
+        "former": (!file.name.former.is_empty()).then_some(&file.name.former),
+        "name_state": super::records::states(&file.name),
         "device": file.device.to_string(),
         "inode": file.inode,
         "pins": pins,

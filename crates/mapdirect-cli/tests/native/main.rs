@@ -12,6 +12,7 @@
 mod abuse;
 mod again;
 mod api;
+mod audit;
 mod beside;
 mod capi;
 mod cli;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
     trials.extend(segments::trials(&world));
     trials.extend(read_only::trials(&world));
     trials.extend(api::trials(&world));
+    trials.extend(audit::trials(&world));
     trials.extend(examples::trials(&world));
     trials.extend(extents::trials(&world));
     trials.extend(beside::trials(&world));

@@ -4,7 +4,8 @@ use super::announcement::{Announcement, MAX_ANNOUNCED};
 use super::layered::Layered;
 use super::notes::{Notes, Opens, Passing};
 use super::publish::{Machine, Published};
-use super::{InodeId, Pin};
+use super::{InodeId, Opinion, Pin};
+use crate::audit::Met;
 use crate::family::Family;
 use crate::grant::pending::Queue;
 use crate::ledger::PinSet;
@@ -17,7 +18,7 @@ use rustix::fs::OFlags;
 use std::cell::OnceCell;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// What a filesystem can do with the blocks of its files.
@@ -49,6 +50,9 @@ pub(crate) struct Watched {
     pub(crate) abilities: Abilities,
     /// The path of the file when the gate closed.
     pub(crate) path: Arc<str>,
+    /// Whether that path led to the file then, as the guard sees paths. The path
+    /// of a file on a mount of another namespace may not.
+    path_led: OnceLock<bool>,
     /// The pins on this inode.
     pub(crate) pins: Pins,
     /// The layers of all pins in one, for the fanotify gate.
@@ -98,6 +102,7 @@ impl Watched {
         Self {
             id,
             abilities,
+            path_led: OnceLock::new(),
             path,
             pins: ArcSwap::default(),
             layered: Layered::default(),
@@ -215,6 +220,36 @@ impl Watched {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
+    }
+
+    /// Finds out whether the path of the file leads to it, once. This may take a
+    /// moment.
+    pub(crate) fn try_path(&self, leads: impl FnOnce() -> bool) {
+        self.path_led.get_or_init(leads);
+    }
+
+    /// Whether the path of the file once led to it, as far as that was found out.
+    pub(crate) fn path_led(&self) -> bool {
+        self.path_led.get().copied().unwrap_or(false)
+    }
+
+    /// The pin that an operation met when it was refused: the first that refuses
+    /// it, or else the first that lives.
+    pub(crate) fn met_by(&self, operation: &Operation, size: u64) -> Option<Met> {
+        let pins = self.pins.load();
+        let lives = |pin: &&Arc<Pin>| !pin.is_dead();
+        let refuses = |pin: &&Arc<Pin>| {
+            lives(pin) && pin.opinion(operation, size, self.notes.moved()) == Opinion::Refuse
+        };
+        let pin = pins
+            .meeting(operation.reach(size))
+            .find(refuses)
+            .or_else(|| pins.iter().find(lives))?;
+        Some(Met {
+            pin: pin.id,
+            pid: pin.pid,
+            uid: pin.uid,
+        })
     }
 
     pub(crate) fn add(&self, pin: &Arc<Pin>) {

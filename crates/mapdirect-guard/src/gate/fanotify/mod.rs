@@ -12,11 +12,12 @@ mod contract;
 mod decide;
 mod exclude;
 mod lifetime;
-mod look;
+pub(crate) mod look;
 mod lookers;
 mod server;
 mod turns;
 
+pub(crate) use self::classify::descriptor;
 use self::lifetime::Lifetime;
 use crate::Errno;
 use mapdirect_sys::fanotify::{Group, Mask};
