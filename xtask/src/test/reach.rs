@@ -41,10 +41,11 @@ Machines are emulated, so these are results and no measurements.
 ";
 
 const AFTER: &str = "
-On aarch64 with Linux 6.1 there is no bpf gate: programs cannot be attached to
-functions of that kernel (fentry; the kernel was built without direct calls of
-ftrace), and the guard says so. Pages of another size than 4096 bytes have no bpf gate, either.
-Persistent memory (DAX) is tried on x86_64, where QEMU has NVDIMMs.
+What was tried and is refused, with a reason: on aarch64 with Linux 6.1 the guard cannot
+attach its programs to functions of the kernel (fentry, ENOTSUPP) and does not start; with
+pages of 16384 bytes (Debian's kernel 6.12 for arm64, flavour 16k) `mapdirect doctor` and the
+guard say that the bpf gate is for pages of 4096 bytes. Persistent memory (DAX) is tried on
+x86_64, where QEMU has NVDIMMs.
 ";
 
 const HEAD: [&str; 8] = [
