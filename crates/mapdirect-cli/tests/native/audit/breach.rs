@@ -21,9 +21,12 @@ pub fn breach(world: &World) {
         let of_pin = |record: &serde_json::Value| record["pin"] == pinned.pin_id();
         let record = wait_for_records(&guard, 1, of_pin).remove(0);
         assert_eq!(record["event"], "breach", "{record}");
-        assert_eq!(record["pid"], std::process::id(), "{record}");
-        assert_eq!(record["uid"], 0, "{record}");
-        assert!(record["executable"].is_string(), "{record}");
+        // Whoever writes blocks back beside it on ext4 may be taken for its cause.
+        if kind.is_xfs() {
+            assert_eq!(record["pid"], std::process::id(), "{record}");
+            assert_eq!(record["uid"], 0, "{record}");
+            assert!(record["executable"].is_string(), "{record}");
+        }
         assert_eq!(record["holder"]["pid"], std::process::id(), "{record}");
         assert_eq!(record["file"], subject.path.to_str().unwrap(), "{record}");
         assert_ne!(record["before"], record["after"], "{record}");
