@@ -145,7 +145,7 @@ pub(crate) fn judge_from(
             Errno::OPNOTSUPP,
             "the file has no DAX, so stores would go to the page cache",
             "put it on persistent memory mounted with dax, or accept the page cache \
-             (option, or MAPDIRECT_CACHED=1)",
+             (accept_page_cache, cached=True in Python, or MAPDIRECT_CACHED=1)",
         ));
     }
     if flags.contains(Flags::IN_PLACE | Flags::MAP) {
