@@ -7,6 +7,7 @@ mod check;
 mod completions;
 mod debian;
 mod licences;
+mod needs;
 mod tarball;
 mod target;
 mod tree;

@@ -40,6 +40,9 @@ enum Task {
     Test(test::TestArgs),
     /// Attack for longer than `test` does, in pieces that go on where they were stopped: needs root
     Soak(test::SoakArgs),
+    /// Write docs/reach.md: run the contract and the hammers on other kernels and architectures:
+    /// needs root
+    Reach(test::ReachArgs),
     /// Run a command on another kernel, in a virtual machine
     Vm(Box<vm::VmArgs>),
     /// Compile the programs of the bpf gate, or check what was compiled: needs clang
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Task::Demo(args) => demo::run(&args),
         Task::Test(args) => test::run(&args),
         Task::Soak(args) => test::soak(&args),
+        Task::Reach(args) => test::reach(&args),
         Task::Vm(args) => vm::run(&args),
         Task::Bpf(args) => bpf::run(&args),
         Task::PublicApi(args) => public_api::run(&args),

@@ -1,11 +1,12 @@
 //! Every test but the soak, tier by tier, and what ran at the end.
 
 mod guest;
+mod reach;
 mod soak;
 
 use crate::arch::Arch;
 use crate::{bpf, build, capi, dependencies, dist, man, packages, plot, public_api, vm};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use guest::Guest;
 use mapdirect_testkit::contract::{GATE_VARIABLE, Gate};
@@ -14,6 +15,7 @@ use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+pub(crate) use reach::{ReachArgs, run as reach};
 pub(crate) use soak::{SoakArgs, run as soak};
 
 /// Arguments of `test`.
@@ -58,7 +60,9 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     let mut ran = Vec::new();
     if args.machines {
         ran.push(machines());
-        ran.extend(guest::run(&guests(), &[demo_dax, packages_in_use]));
+        let mut guests = guests();
+        guests.push(other_architecture());
+        ran.extend(guest::run(&guests, &[demo_dax, packages_in_use]));
         return Ok(report(&ran));
     }
     if args.filter.is_none() {
@@ -94,6 +98,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
             "the oldest compiler that is promised",
             dependencies::oldest_compiler,
         ));
+        ran.push(told("cargo install", installs));
         ran.push(told("Miri", dependencies::miri));
         ran.push(checked(
             "manual pages are those of the command line, and read well",
@@ -176,6 +181,22 @@ fn guests() -> Vec<Guest> {
     guest.time_limit = Duration::from_secs(600);
     guests.push(guest);
     guests
+}
+
+/// What is tried on another architecture; `reach` has more of it.
+fn other_architecture() -> Guest {
+    let filters = [
+        "hammer::xfs",
+        "hammer::ext4",
+        "contract::xfs::fi",
+        "contract::ext4::co",
+    ];
+    let filters = filters.map(String::from).into();
+    let mut guest = gate_in_kernel("7.3", "aarch64, bpf gate", 0, filters);
+    guest.arch = Arch::Aarch64;
+    guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
+    guest.time_limit = Duration::from_secs(1800);
+    guest
 }
 
 /// Kernels that the gate in the kernel is for.
@@ -458,6 +479,26 @@ fn demo_dax() -> Ran {
         took: started.elapsed(),
         notes,
     }
+}
+
+/// The command as somebody installs it who has a checkout and no packages.
+fn installs() -> Result<String> {
+    let target = build::target()?;
+    let root = target.join("installed");
+    let status = build::cargo(&["install", "--quiet", "--locked", "--debug", "--force"])
+        .args(["--path", "crates/mapdirect-cli", "--root"])
+        .arg(&root)
+        // Built with what the tests are built with.
+        .arg("--target-dir")
+        .arg(&target)
+        .stdin(Stdio::null())
+        .status()
+        .context("cannot run cargo")?;
+    ensure!(status.success(), "it does not install");
+    let mut installed = Command::new(root.join("bin/mapdirect"));
+    let output = installed.arg("--version").output()?;
+    ensure!(output.status.success(), "it does not run");
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
 /// The packages, installed, upgraded and removed.

@@ -385,8 +385,8 @@ impl FileFacts {
                     "an extent size hint of {} bytes would allocate holes beside what is written",
                     hint.extent_size
                 ),
-                "fill the range first (mapdirect prepare), or drop the hint: xfs_io -c \
-                 'extsize 0' FILE",
+                "fill the range first (mapdirect prepare), or pin only what is written \
+                 (strength stable)",
             ));
         }
         if self.filesystem != Filesystem::Ext4 {

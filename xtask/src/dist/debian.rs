@@ -2,7 +2,8 @@
 
 use super::target::{Built, run, strip};
 use super::tree::Tree;
-use super::{Release, VERSION, completions, documents, licences, packaging, pages, units};
+use super::{Release, VERSION, completions, documents, licences, needs, packaging, pages, units};
+use crate::arch::Arch;
 use crate::{build, capi, packages};
 use anyhow::{Context, Result, ensure};
 use std::collections::BTreeMap;
@@ -327,6 +328,10 @@ impl<'a> Workplace<'a> {
         }
         if programs.is_empty() {
             fs::write(self.directory.join(&variables), "")?;
+        } else if self.release.arch != Arch::OWN {
+            let needs = needs::of(self.release.arch, &programs)?;
+            let variable = format!("shlibs:Depends={needs}\n");
+            fs::write(self.directory.join(&variables), variable)?;
         } else {
             let mut needs = self.tool("dpkg-shlibdeps");
             needs.arg(format!("-T{variables}")).args(&programs);

@@ -84,16 +84,16 @@ pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
 /// What runs in the machines.
 struct Built {
     /// The tests, for each kind of machine.
-    native: Vec<(Arch, PathBuf)>,
+    native: Vec<(Arch, Result<PathBuf>)>,
     binary: PathBuf,
 }
 
 impl Built {
     fn of(guests: &[Guest]) -> Result<Self> {
-        let mut native: Vec<(Arch, PathBuf)> = Vec::new();
+        let mut native: Vec<(Arch, Result<PathBuf>)> = Vec::new();
         for guest in guests {
             if !native.iter().any(|(arch, _)| *arch == guest.arch) {
-                native.push((guest.arch, build::native_tests(guest.arch)?));
+                native.push((guest.arch, build::native_tests(guest.arch)));
             }
         }
         Ok(Self {
@@ -104,8 +104,12 @@ impl Built {
 
     fn native(&self, of: Arch) -> Result<&Path> {
         let mut all = self.native.iter();
-        let found = all.find(|(arch, _)| *arch == of);
-        found.map(|(_, path)| path.as_path()).context("not built")
+        // One kind that cannot be built for leaves the others as they are.
+        match all.find(|(arch, _)| *arch == of).map(|(_, built)| built) {
+            Some(Ok(path)) => Ok(path),
+            Some(Err(error)) => Err(anyhow::anyhow!("for {}: {error:#}", of.name())),
+            None => Err(anyhow::anyhow!("nothing was built for {}", of.name())),
+        }
     }
 }
 

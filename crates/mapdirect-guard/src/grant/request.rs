@@ -59,14 +59,16 @@ impl Judged {
 
     /// The table entry of the file's inode, created if there is none.
     pub(crate) fn watched(&self, guard: &Guard) -> Arc<Watched> {
-        guard.table.get_or_insert(self.id, || {
+        let watched = guard.table.get_or_insert(self.id, || {
             let abilities = Abilities {
                 reflink: self.facts.reflink,
                 exchange: self.facts.exchange,
                 coarse: writes_whole_folios(&self.facts),
             };
             Watched::new(self.id, abilities, Arc::clone(&self.path))
-        })
+        });
+        watched.try_path(|| guard.audit.leads(&watched.path, self.id));
+        watched
     }
 
     /// The requested pin, before anything is known of its blocks.
@@ -143,7 +145,7 @@ pub(crate) fn judge_from(
             Errno::OPNOTSUPP,
             "the file has no DAX, so stores would go to the page cache",
             "put it on persistent memory mounted with dax, or accept the page cache \
-             (option, or MAPDIRECT_CACHED=1)",
+             (accept_page_cache, cached=True in Python, or MAPDIRECT_CACHED=1)",
         ));
     }
     if flags.contains(Flags::IN_PLACE | Flags::MAP) {

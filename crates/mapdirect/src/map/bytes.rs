@@ -312,7 +312,7 @@ impl DirectMap {
                 Kind::FrozenBlocks,
                 errno,
                 format!("byte {at} of the file lies in a block that is {state}"),
-                "make it stable first: DirectMap::allocate, or MapOptions::prepare_first",
+                "make it stable first: prepare it before it is mapped, or allocate under the pin",
             )
         };
         Err(error.asking(format!("{what} {count} bytes at {offset}")))

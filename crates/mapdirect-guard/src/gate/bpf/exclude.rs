@@ -364,8 +364,12 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     /// Refuses the pin if a part of the kernel uses the file, because some
     /// parts write without asking anybody.
+    ///
+    /// A loop device that can only read changes nothing: the driver has no
+    /// descriptor to write by.
     fn no_kernel_users(&self) -> Result<(), Refusal> {
-        let users = kernel_users(self.granting.judged.id, &self.granting.judged.path);
+        let mut users = kernel_users(self.granting.judged.id, &self.granting.judged.path);
+        users.retain(|user| user.writable);
         if users.is_empty() {
             return Ok(());
         }
