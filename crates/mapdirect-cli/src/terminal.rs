@@ -1,6 +1,7 @@
 //! What the terminal can show: its width, its characters, its colours.
 
 use mapdirect_sys::names::{self, is_deceptive};
+use mapdirect_sys::proc::printable;
 use std::ffi::OsStr;
 use std::io::{IsTerminal, stderr, stdout};
 use std::path::Path;
@@ -110,8 +111,22 @@ pub(crate) fn told_name(text: &str) -> String {
     let original = names::unquoted(text).filter(|_| text.starts_with("$'/"));
     match original {
         Some(name) => names::quoted(&name),
+        // It would read as if the line went on.
+        None if [", ", "; ", " ("].iter().any(|mark| text.contains(mark)) => {
+            names::quoted(OsStr::new(text))
+        }
         None => shown(OsStr::new(text), is_unicode()),
     }
+}
+
+/// A name that a process has given itself. Quoted if it could be taken for what
+/// is said about the process.
+pub(crate) fn told_word(text: &str) -> String {
+    let text = printable(text);
+    if text.contains([',', ';', '(', ')']) {
+        return names::quoted(OsStr::new(&text));
+    }
+    text
 }
 
 fn shown(name: &OsStr, unicode: bool) -> String {
@@ -146,5 +161,10 @@ mod tests {
         assert_eq!(shown(b"/a\x1b[m\xff", true), r"$'/a\x1b[m\xff'");
         assert_eq!(told_name("$'/a\\xff'"), "$'/a\\xff'");
         assert_eq!(told_name("/a\nb"), r"$'/a\nb'");
+        assert_eq!(told_name("/a b"), "/a b");
+        assert_eq!(told_name("/a, by b"), "$'/a, by b'");
+        assert_eq!(told_name("/a (deleted)"), "$'/a (deleted)'");
+        assert_eq!(told_word("kworker/0:1 x"), "kworker/0:1 x");
+        assert_eq!(told_word("x (uid 0), by s"), "$'x (uid 0), by s'");
     }
 }

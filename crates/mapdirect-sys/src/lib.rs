@@ -48,6 +48,7 @@ pub mod perf_event;
 pub mod pidfd;
 pub mod proc;
 pub mod proc_locks;
+pub mod proc_maps;
 pub mod proc_mountinfo;
 pub mod proc_pagemap;
 pub mod proc_status;

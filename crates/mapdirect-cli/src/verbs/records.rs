@@ -2,7 +2,7 @@
 //! told.
 
 use crate::args::{EventChoice, RecordFilters};
-use crate::terminal::{Style, told_name};
+use crate::terminal::{Style, told_name, told_word};
 use crate::{json, output};
 use anyhow::{Context, Result, bail};
 use mapdirect::records::{Actor, Event, Name, NameState, Record};
@@ -134,7 +134,7 @@ fn parts(record: &Record) -> (String, Style, String, String) {
         if let Some(owner) = &record.owner {
             let command = match owner.command.as_str() {
                 "" => String::new(),
-                command => format!("{}, ", printable(command)),
+                command => format!("{}, ", told_word(command)),
             };
             rest += &format!(" of {command}pid {}, uid {}", owner.pid, owner.uid);
         }
@@ -193,9 +193,9 @@ pub(crate) fn who(actor: &Actor) -> String {
         None => facts.push(String::from("uid unknown")),
     }
     if !actor.executable.is_empty() {
-        facts.push(printable(&actor.executable));
+        facts.push(told_word(&actor.executable));
     }
-    format!("{} ({})", printable(command), facts.join(", "))
+    format!("{} ({})", told_word(command), facts.join(", "))
 }
 
 /// A record for machines.

@@ -8,9 +8,10 @@ use super::few::Few;
 use crate::bounded::Looking;
 use crate::table::{InodeId, Watched};
 use mapdirect_proto::{Name, NameState};
-use mapdirect_sys::{Errno, names, proc};
+use mapdirect_sys::proc::MapsEntry;
+use mapdirect_sys::{Errno, names, proc, proc_maps};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxFlags};
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -134,20 +135,19 @@ fn find(question: &Question, looking: &Looking) -> Name {
     let seen = holders.find_map(|pid| {
         // In the middle of execve(2) it cannot be looked at.
         looking.at(*pid).ok()?;
-        name_of_holder(*pid, question.id)
+        name_of_holder(*pid, question.id, &|| !looking.is_given_up())
     });
     if let Some(seen) = seen {
         nameless |= seen.links == Some(0);
         let now = names::name(&seen.path);
         let is_deleted = seen.path.as_bytes().ends_with(DELETED.as_bytes());
-        if !nameless && now != bare(path) && !is_deleted {
-            let state = match is_it(&now) {
-                Ok(true) => state.and(NameState::PRESENT),
-                _ => state,
-            };
-            return Name::new(now, path, state);
+        // A holder may have a view of mounts of its own, in which it gives the
+        // file any name it likes. So a name is told only if it leads there.
+        if !nameless && now != bare(path) && !is_deleted && is_it(&now) == Ok(true) {
+            return Name::new(now, path, state.and(NameState::PRESENT));
         }
-        nameless |= is_deleted && seen.links.is_none();
+        // That is also how a name may really end.
+        nameless |= is_deleted && seen.links.is_none() && question.nameless.is_none();
     }
     if nameless {
         return Name::new(bare(path), "", state.and(NameState::DELETED));
@@ -175,7 +175,7 @@ struct Seen {
 }
 
 /// The name of a file as a process has it, by a descriptor or by a mapping.
-fn name_of_holder(pid: i32, id: InodeId) -> Option<Seen> {
+fn name_of_holder(pid: i32, id: InodeId, go_on: &dyn Fn() -> bool) -> Option<Seen> {
     let directory = format!("/proc/{pid}/fd");
     for fd in proc::numbers_in(&directory).unwrap_or_default() {
         let link = format!("{directory}/{fd}");
@@ -199,39 +199,19 @@ fn name_of_holder(pid: i32, id: InodeId) -> Option<Seen> {
         });
     }
     let (major, minor) = (rustix::fs::major(id.dev), rustix::fs::minor(id.dev));
-    let maps = std::fs::read(format!("/proc/{pid}/maps")).ok()?;
-    let line = maps.split(|byte| *byte == b'\n').find(|line| {
-        proc::parse_maps_line(&String::from_utf8_lossy(line)).is_some_and(|entry| {
-            (entry.major, entry.minor, entry.inode) == (major, minor, id.inode)
-        })
-    })?;
-    let path = line
-        .splitn(6, |byte| *byte == b' ')
-        .nth(5)?
-        .trim_ascii_start();
-    let path = OsStr::from_bytes(&without_escapes(path)).to_owned();
+    let is_it =
+        |entry: &MapsEntry| (entry.major, entry.minor, entry.inode) == (major, minor, id.inode);
+    let mapped = proc_maps::of_files(pid, go_on).ok()?;
+    let mapped = mapped.iter().find(|entry| is_it(entry))?;
+    let link = format!("/proc/{pid}/map_files/{:x}-{:x}", mapped.start, mapped.end);
+    let path = std::fs::read_link(link).ok()?.into_os_string();
     (path != "/").then_some(Seen { path, links: None })
-}
-
-/// A path of `maps`, where a newline is escaped, and a backslash is not.
-fn without_escapes(path: &[u8]) -> Vec<u8> {
-    let mut rest = path;
-    let mut bytes = Vec::with_capacity(path.len());
-    while let Some(byte) = rest.first() {
-        if let Some(behind) = rest.strip_prefix(b"\\012") {
-            bytes.push(b'\n');
-            rest = behind;
-        } else {
-            bytes.push(*byte);
-            rest = &rest[1..];
-        }
-    }
-    bytes
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::os::fd::AsFd;
 
     fn question(path: &std::path::Path, id: InodeId) -> Question {
         Question {
@@ -277,5 +257,29 @@ mod tests {
         is(&name, "a", NameState::UNKNOWN);
         assert_eq!(glance(at("b").to_str().unwrap(), id), None);
         drop(file);
+    }
+
+    #[test]
+    fn a_mapping_tells_the_name_and_a_name_is_not_taken_for_the_mark_of_none() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::write(at("a"), vec![7; 4096]).unwrap();
+        let file = std::fs::File::open(at("a")).unwrap();
+        let id = InodeId::from(&rustix::fs::fstat(&file).unwrap());
+        let view = mapdirect_sys::mmap::View::new(file.as_fd(), 0..4096).unwrap();
+        drop(file);
+        let asked = Question {
+            nameless: Some(false),
+            ..question(&at("a"), id)
+        };
+        let now = || find_all(&Few::new(1), vec![asked.clone()], Duration::from_secs(5)).remove(0);
+        std::fs::rename(at("a"), at("b")).unwrap();
+        let path = at("b").to_str().unwrap().to_owned();
+        let former = at("a").to_str().unwrap().to_owned();
+        let state = NameState::PRESENT.and(NameState::MISSING);
+        assert_eq!(now(), Name::new(path, former.clone(), state));
+        std::fs::rename(at("b"), at("b (deleted)")).unwrap();
+        assert_eq!(now(), Name::new(former, "", NameState::MISSING));
+        drop(view);
     }
 }

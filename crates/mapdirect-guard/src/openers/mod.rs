@@ -224,7 +224,8 @@ impl Search {
                 break;
             };
             let in_execve = looking.at(pid).is_err();
-            self.look_at_process(pid, in_execve);
+            let go_on = || !looking.is_given_up();
+            self.look_at_process(pid, in_execve, &go_on);
             if looking.is_given_up() {
                 return;
             }
@@ -262,7 +263,7 @@ impl Search {
         }
     }
 
-    fn look_at_process(&self, pid: i32, in_execve: bool) {
+    fn look_at_process(&self, pid: i32, in_execve: bool, go_on: &dyn Fn() -> bool) {
         let mut process = Process {
             pid,
             threads: proc::numbers_in(&format!("/proc/{pid}/task")).unwrap_or_default(),
@@ -297,7 +298,7 @@ impl Search {
             ));
         }
         if !in_execve {
-            self.look_at_mappings(&mut process);
+            self.look_at_mappings(&mut process, go_on);
         }
     }
 
@@ -492,15 +493,15 @@ impl Search {
         }
     }
 
-    fn look_at_mappings(&self, process: &mut Process) {
+    fn look_at_mappings(&self, process: &mut Process, go_on: &dyn Fn() -> bool) {
         let pid = process.pid;
-        let Some((tid, maps)) = process.maps() else {
+        let Some((tid, maps)) = process.maps(go_on) else {
             return;
         };
         let mut mapped: HashMap<usize, Opener> = HashMap::new();
         // Takes long to read, so it is read once at most.
         let mut fixed = None;
-        for entry in maps.lines().filter_map(proc::parse_maps_line) {
+        for entry in maps {
             for &at in self.by_inode.get(&entry.inode).into_iter().flatten() {
                 let id = self.wanted[at].id;
                 let device = id.device();
@@ -512,7 +513,7 @@ impl Search {
                 let writable = entry.shared
                     && (entry.writable
                         || !fixed
-                            .get_or_insert_with(|| never_writable(tid))
+                            .get_or_insert_with(|| never_writable(tid, go_on))
                             .contains(&entry.start));
                 let opener = mapped.entry(at).or_insert_with(|| Opener {
                     pid,

@@ -1,6 +1,7 @@
 //! Reads facts about one process.
 
-use mapdirect_sys::{kcmp, proc};
+use mapdirect_sys::proc::MapsEntry;
+use mapdirect_sys::{kcmp, proc, proc_maps};
 use rustix::fs::{AtFlags, StatxFlags};
 use std::collections::HashSet;
 
@@ -52,13 +53,13 @@ impl Process {
         tables
     }
 
-    /// The mappings, and a thread by which they can be read. All threads of a
+    /// The mappings of files, and a thread by which they can be read. All threads of a
     /// process share one memory, but threads that have ended show none, and the
     /// first thread may be one of them.
-    pub(super) fn maps(&self) -> Option<(i32, String)> {
+    pub(super) fn maps(&self, go_on: &dyn Fn() -> bool) -> Option<(i32, Vec<MapsEntry>)> {
         let others = self.threads.iter().copied().filter(|tid| *tid != self.pid);
         std::iter::once(self.pid).chain(others).find_map(|tid| {
-            let maps = proc::read_task_file(tid, "maps").ok()?;
+            let maps = proc_maps::of_files(tid, go_on).ok()?;
             (!maps.is_empty()).then_some((tid, maps))
         })
     }
@@ -82,8 +83,8 @@ fn device_of(path: &str) -> Option<u64> {
 
 /// The start addresses of mappings that `mprotect(2)` cannot make writable,
 /// because VmFlags lack `mw`. Empty if that cannot be found out.
-pub(super) fn never_writable(tid: i32) -> HashSet<u64> {
-    let smaps = proc::read_task_file(tid, "smaps").unwrap_or_default();
+pub(super) fn never_writable(tid: i32, go_on: &dyn Fn() -> bool) -> HashSet<u64> {
+    let smaps = proc_maps::line_heads(tid, "smaps", go_on).unwrap_or_default();
     let mut fixed = HashSet::new();
     let mut start = None;
     for line in smaps.lines() {

@@ -1,11 +1,12 @@
 //! Threads that wait, so that the screen need not.
 
-use crate::open;
 use anyhow::Result;
 use mapdirect::records::{Heard, Record};
 use mapdirect::status::Status;
 use mapdirect::{BlockMap, DeviceId, Guard, block_map};
-use rustix::fs::OFlags;
+use mapdirect_sys::{Errno, proc};
+use rustix::fs::{Mode, OFlags};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -136,8 +137,12 @@ fn look_at_maps(wish: &Wish, interval: Duration, news: &Sender<News>) {
 }
 
 fn look(id: FileId, path: &Path) -> Result<BlockMap, String> {
-    let file = open::open(path, OFlags::RDONLY).map_err(|errno| errno.to_string())?;
-    let stat = rustix::fs::fstat(&file).map_err(|errno| errno.to_string())?;
+    let failed = |errno: Errno| errno.to_string();
+    // Opening some devices does something, and whoever may rename the file may
+    // put a link to one in its place. So see first what is there.
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let there = rustix::fs::open(path, flags, Mode::empty()).map_err(failed)?;
+    let stat = rustix::fs::fstat(&there).map_err(failed)?;
     let (major, minor) = (
         rustix::fs::major(stat.st_dev),
         rustix::fs::minor(stat.st_dev),
@@ -145,9 +150,35 @@ fn look(id: FileId, path: &Path) -> Result<BlockMap, String> {
     if (id.0.major, id.0.minor, id.1) != (major, minor, stat.st_ino) {
         return Err(String::from("that name means another file now"));
     }
+    let file = proc::reopen(there.as_fd(), OFlags::RDONLY).map_err(failed)?;
     let size = u64::try_from(stat.st_size).unwrap_or(0);
     if size == 0 {
         return Err(String::from("the file is empty"));
     }
     block_map(&file, 0..size).map_err(|error| format!("{error:#}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_longer_the_file_is_not_opened() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        std::fs::write(at("file"), b"something").unwrap();
+        let stat = rustix::fs::stat(at("file")).unwrap();
+        let device = DeviceId {
+            major: rustix::fs::major(stat.st_dev),
+            minor: rustix::fs::minor(stat.st_dev),
+        };
+        let id = (device, stat.st_ino);
+        let another = Err(String::from("that name means another file now"));
+        // Not even by a link to the file itself.
+        std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        assert_eq!(look(id, &at("link")).map(drop), another);
+        // An open that follows links would fail for a terminal that is not there.
+        std::os::unix::fs::symlink("/dev/tty", at("device")).unwrap();
+        assert_eq!(look(id, &at("device")).map(drop), another);
+    }
 }

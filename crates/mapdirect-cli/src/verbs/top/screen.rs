@@ -313,7 +313,11 @@ fn show_records(
         // Of the time, what matters on a screen: hours, minutes and seconds.
         let time = records::time(record.time);
         let time = time.get(11..19).unwrap_or_default().to_owned();
-        let name = shown(record.name.path.rsplit('/').next().unwrap_or_default());
+        let mut name = shown(record.name.path.rsplit('/').next().unwrap_or_default());
+        let remark = record.name.remark_as(terminal::told_name);
+        if !remark.is_empty() {
+            name = format!("{name} ({remark})");
+        }
         lines.push(Line::from(vec![
             Span::raw(format!("{time} ")),
             Span::styled(format!("{what:<14} "), style),
