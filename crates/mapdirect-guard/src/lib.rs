@@ -29,6 +29,7 @@ mod family;
 pub mod fuzz;
 mod gate;
 mod grant;
+mod journal;
 pub mod ledger;
 mod listeners;
 mod needs;
@@ -41,6 +42,7 @@ mod server;
 mod session;
 mod status;
 mod store;
+mod supervise;
 mod suspicion;
 mod table;
 mod thaw;
@@ -66,6 +68,7 @@ pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 pub use store::Starter;
+pub use supervise::{Ended, Supervision, supervise};
 
 /// Checks whether this kernel lets a guard notice what its gate cannot refuse,
 /// and says why not.
@@ -104,7 +107,6 @@ pub(crate) struct Guard {
     places: Arc<places::Places>,
     pulse: pulse::Pulse,
     /// Whoever started this process.
-    #[expect(dead_code, reason = "nothing is kept yet")]
     starter: Arc<store::Starter>,
     delegation: delegation::Delegation,
     tripwire: tripwire::Tripwire,

@@ -56,6 +56,17 @@ impl Fate {
         let _ = self.asker.set((pid, start));
     }
 
+    /// The process that asked for the pin, and its start time.
+    pub(crate) fn asker(&self) -> Option<(i32, u64)> {
+        self.asker.get().copied()
+    }
+
+    /// Takes over what an earlier guard has counted. Whoever holds the pin was
+    /// told of it.
+    pub(crate) fn had(&self, breaches: u64) {
+        self.lock().count = breaches;
+    }
+
     /// Whether this process asked for the pin.
     fn was_asked_by(&self, pid: i32) -> bool {
         self.asker
@@ -203,6 +214,7 @@ impl Notices {
                 fate.first.push(breach.clone());
             }
         }
+        pin.keep_breach();
         self.breached.fetch_add(1, Relaxed);
         {
             let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);

@@ -23,6 +23,10 @@ pub(crate) const LISTENER: &str = "listener";
 /// The name of the end of a pair by which messages go to the supervisor.
 pub(crate) const LINE: &str = "supervisor";
 
+/// Set for a guard whose pins stay when it is told to end: whoever started its
+/// supervisor keeps everything for the next one.
+pub(crate) const PINS_STAY: &str = "MAPDIRECT_PINS_STAY";
+
 /// How long to wait until something is really gone from the store.
 const LET_GO: Duration = Duration::from_millis(200);
 
@@ -50,7 +54,6 @@ impl Line {
     }
 }
 
-#[expect(dead_code, reason = "nothing is kept yet")]
 impl Starter {
     /// The one that the environment of this process names. Call this before
     /// anything else: it takes over descriptors by their numbers.
@@ -89,6 +92,16 @@ impl Starter {
         }
     }
 
+    /// Nobody, who has passed these descriptors all the same.
+    #[cfg(test)]
+    pub(crate) fn with(inherited: Vec<(String, OwnedFd)>) -> Self {
+        let inherited = inherited.into_iter();
+        Self {
+            inherited: Mutex::new(inherited.map(|(name, fd)| Inherited { name, fd }).collect()),
+            ..Self::none()
+        }
+    }
+
     /// Whether messages go to systemd, or to something that speaks like it.
     #[must_use]
     pub fn is_systemd(&self) -> bool {
@@ -99,6 +112,24 @@ impl Starter {
     #[must_use]
     pub fn is_supervisor(&self) -> bool {
         matches!(self.line, Some(Line::Supervisor(_)))
+    }
+
+    /// Whether pins stay when this process is told to end, whatever the gate.
+    #[must_use]
+    pub fn pins_stay(&self) -> bool {
+        self.is_supervisor() && std::env::var_os(PINS_STAY).is_some()
+    }
+
+    /// Has this process end with its supervisor, which may be gone already: says
+    /// whether it is not.
+    #[must_use]
+    pub fn end_with_supervisor(&self) -> bool {
+        let Some(Line::Supervisor(line)) = &self.line else {
+            return true;
+        };
+        let kill = Some(rustix::process::Signal::KILL);
+        rustix::process::set_parent_process_death_signal(kill).is_ok()
+            && line.peer_is_gone() == Ok(false)
     }
 
     /// How often [`alive`](Self::alive) must be called at least, if that matters.

@@ -25,6 +25,7 @@ mod family;
 mod grants;
 mod hammer;
 mod in_kernel;
+mod killed;
 mod legal;
 mod lifetime;
 mod neighbours;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
     trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(units::trials(&world));
+    trials.extend(killed::trials(&world));
     trials.extend(tripwire::trials(&world));
     trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));

@@ -276,7 +276,9 @@ fn activated(world: &World) {
     .unwrap();
     let client = service.client();
     let status = wait_for(Duration::from_secs(60), || Ok(client.status().ok())).unwrap();
-    assert_eq!(status.pid, service.child.id().cast_signed());
+    // The process that systemd knows is the guard's parent.
+    let stat = mapdirect_sys::proc::read_task_file(status.pid, "status").unwrap();
+    assert!(stat.contains(&format!("PPid:\t{}", service.child.id())), "{stat}");
     let ready = service.wait_for("READY=1");
     let gate = Gate::under_test().name();
     assert!(ready.contains(&format!("STATUS=gate {gate}")), "{ready}");
@@ -298,22 +300,22 @@ fn activated(world: &World) {
 /// While the gate's thread hangs, the guard does not say that it is alive.
 fn watchdog(_world: &World) {
     let words = [String::from(BINARY), String::from("guard")];
-    let mut service = Service::start(&words, &[("WATCHDOG_USEC", "200000")]);
+    let mut service = Service::start(&words, &[]);
     service.wait_for("READY=1");
     service.wait_for("WATCHDOG=1");
     let tid = service.thread("gate").unwrap();
     let mut hang = Command::new("strace")
         .args(["-qq", "-e", "trace=ppoll,poll"])
-        .args(["-e", "inject=ppoll,poll:delay_enter=4000000", "-p"])
+        .args(["-e", "inject=ppoll,poll:delay_enter=7000000", "-p"])
         .arg(tid.to_string())
         .stderr(Stdio::null())
         .spawn()
         .context("strace is missing, which makes a thread hang")
         .unwrap();
     // What was said before it hung.
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(3000));
     while service.hear(Duration::from_millis(1)).is_some() {}
-    let silent = service.hear(Duration::from_millis(1000));
+    let silent = service.hear(Duration::from_millis(3500));
     assert_eq!(silent, None, "it says that it is alive");
     kill(hang.id().cast_signed(), Signal::INTERRUPT).unwrap();
     hang.wait().unwrap();
@@ -324,7 +326,8 @@ fn watchdog(_world: &World) {
 impl Service {
     /// The number of a thread of the guard.
     fn thread(&self, name: &str) -> anyhow::Result<i32> {
-        let directory = format!("/proc/{}/task", self.child.id());
+        let pid = self.client().status()?.pid;
+        let directory = format!("/proc/{pid}/task");
         for tid in mapdirect_sys::proc::numbers_in(&directory)? {
             let comm = std::fs::read_to_string(format!("{directory}/{tid}/comm"))?;
             if comm.trim_end() == name {

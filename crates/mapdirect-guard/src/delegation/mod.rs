@@ -126,7 +126,6 @@ impl Delegation {
     }
 
     /// Counts a pin that an earlier guard has granted.
-    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn claim_again(&self, uid: u32, bytes: u64, until: u64) -> Delegated {
         claims::claim_again(&self.claims, uid, bytes, until)
     }

@@ -85,6 +85,12 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
     /// known of them.
     fn publish(&self, guard: &Guard, watched: &Watched) -> Result<(), Errno>;
 
+    /// Has the pin outlive this guard if the kernel does not see to that, before
+    /// its holder is told of it.
+    fn outlives(&self, watched: &Watched, pin: &Pin) {
+        let _ = (watched, pin);
+    }
+
     /// Lets others share a pin that was granted just now, by `mmap(2)` alone.
     fn granted(&self, watched: &Watched) {
         let _ = watched;

@@ -71,6 +71,10 @@ impl gate::Gate for Gate {
         Ok(())
     }
 
+    fn outlives(&self, watched: &Watched, pin: &Pin) {
+        Self::outlives(self, watched, pin);
+    }
+
     fn withdraw(&self, watched: &Watched, file: BorrowedFd<'_>, was_last: bool) {
         if was_last {
             // There may be no mark yet, or none any more.
@@ -118,7 +122,7 @@ impl gate::Gate for Gate {
         gate::unknown(named.pin)
     }
 
-    /// The fanotify gate ends with its guard.
+    /// The fanotify gate is nowhere but in descriptors.
     fn directory(&self) -> Option<OwnedFd> {
         None
     }

@@ -1,0 +1,343 @@
+//! The supervisor: a small process that starts a guard, keeps what must outlive
+//! it, and starts another one when it ends.
+//!
+//! `mapdirect guard` is the supervisor, and its child is the guard. They speak the
+//! protocol of sd_notify(3) by a pair of sockets (see [`crate::store`]). The
+//! supervisor has copies of the fanotify groups, so a guard that is killed opens
+//! nothing: whoever comes to a pinned file waits until the next guard answers,
+//! a moment later. Where systemd is above the supervisor, everything is passed on
+//! to it, and so outlives the supervisor as well.
+//!
+//! The supervisor does nothing that could fail or take long, has one thread, and
+//! allocates little. When it is killed, the kernel kills the guard
+//! (`PR_SET_PDEATHSIG`), the groups go, everybody who waits is let go, and holders
+//! are told by the end of their connections.
+
+use crate::store::{LINE, LISTENER, PINS_STAY, Starter};
+use crate::wake::wait_any;
+use crate::Errno;
+use mapdirect_sys::sd_listen_fds;
+use mapdirect_sys::signal::{Signal, SignalFd, kill};
+use mapdirect_sys::unix::Socket;
+use mapdirect_sys::pidfd;
+use rustix::process::{Pid, WaitOptions, waitpid};
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// How long a guard may be silent before it is killed, and the next one started:
+/// everybody at the gate waits meanwhile.
+const SILENCE: Duration = Duration::from_secs(10);
+/// How long it may take to be ready.
+const START: Duration = Duration::from_secs(60);
+/// How long it may take to end.
+const END: Duration = Duration::from_secs(3);
+/// How many guards in a row may end without having said that they are alive. Each
+/// keeps those who wait at the gate waiting.
+const MOST_IN_VAIN: u32 = 5;
+/// How long to wait before another try in vain.
+const PAUSE: Duration = Duration::from_millis(50);
+/// A guard has closed its end of the pair, but is not gone: one of its threads
+/// hangs in the kernel, with nothing that matters. The next one can be started.
+const LINGERING: Duration = Duration::from_millis(200);
+
+/// What a supervisor needs to know.
+pub struct Supervision<'a> {
+    /// Makes the command that runs a guard.
+    pub command: &'a dyn Fn() -> Command,
+    /// Where the guard listens.
+    pub socket: PathBuf,
+    /// The signals to act upon, which are blocked.
+    pub signals: &'a SignalFd,
+    /// Says something to the operator.
+    pub say: &'a dyn Fn(&str),
+}
+
+/// How a supervisor has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The guard has ended as it was told, or could not be started, with this
+    /// status.
+    With(u8),
+    /// Guards have ended again and again.
+    InVain,
+}
+
+struct Supervisor<'a> {
+    given: &'a Supervision<'a>,
+    /// Whoever has started the supervisor.
+    above: Starter,
+    /// What outlives the guard.
+    store: Vec<(String, OwnedFd)>,
+    /// The socket that a guard has made, so that it can be removed in the end.
+    made: Option<(u64, u64)>,
+    /// The guard shall end.
+    ending: Option<Instant>,
+    /// A guard was ready once.
+    was_ready: bool,
+    /// How many have ended since one said that it was alive.
+    in_vain: u32,
+    /// Guards that have ended, all but for a thread that hangs.
+    lingering: Vec<Pid>,
+}
+
+/// A guard that runs.
+struct Worker {
+    pid: Pid,
+    process: OwnedFd,
+    line: Socket,
+    /// When it is killed unless it says something before.
+    due: Instant,
+}
+
+/// Runs a guard, and another whenever one ends, until a signal says to stop.
+/// Call this before any thread is made. `above` is whoever started this process.
+///
+/// # Errors
+///
+/// When no process can be started, or nothing can be waited for.
+pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno> {
+    let store = above.take_all("");
+    let mut supervisor = Supervisor {
+        given,
+        above,
+        store,
+        made: None,
+        ending: None,
+        was_ready: false,
+        in_vain: 0,
+        lingering: Vec::new(),
+    };
+    let ended = supervisor.run();
+    supervisor.remove_socket();
+    ended
+}
+
+impl Supervisor<'_> {
+    fn run(&mut self) -> Result<Ended, Errno> {
+        loop {
+            let worker = self.start()?;
+            let status = self.attend(worker)?;
+            // A signal may have told both of them to end.
+            while self.ending.is_none() && self.has_signal() {
+                self.take_signal(None)?;
+            }
+            if self.ending.is_some() || !self.was_ready {
+                return Ok(Ended::With(status.map_or(1, |status| status.code)));
+            }
+            self.in_vain += 1;
+            let how = status.map_or_else(|| String::from("hangs"), |status| status.how);
+            if self.in_vain > MOST_IN_VAIN {
+                self.give_up(&how);
+                return Ok(Ended::InVain);
+            }
+            (self.given.say)(&format!("the guard {how}; starting another one"));
+            if self.in_vain > 1 {
+                std::thread::sleep(PAUSE * self.in_vain);
+            }
+        }
+    }
+
+    fn start(&mut self) -> Result<Worker, Errno> {
+        let (line, theirs) = Socket::pair()?;
+        let mut command = (self.given.command)();
+        command
+            .env_remove("NOTIFY_SOCKET")
+            .env_remove("WATCHDOG_PID")
+            .env("WATCHDOG_USEC", SILENCE.as_micros().to_string());
+        if self.above.keeps() {
+            command.env(PINS_STAY, "1");
+        }
+        let mut fds: Vec<_> = self
+            .store
+            .iter()
+            .map(|(name, fd)| (name.as_str(), fd.as_fd()))
+            .collect();
+        fds.push((LINE, theirs.as_fd()));
+        let pid = sd_listen_fds::start(&mut command, &fds)?;
+        let process = pidfd::of_process(pid)?;
+        Ok(Worker {
+            pid: Pid::from_raw(pid).ok_or(Errno::SRCH)?,
+            process,
+            line,
+            due: Instant::now() + START,
+        })
+    }
+
+    /// Looks after a guard until it has ended.
+    fn attend(&mut self, mut worker: Worker) -> Result<Option<Status>, Errno> {
+        loop {
+            let now = Instant::now();
+            let due = self.ending.map_or(worker.due, |began| began + END);
+            let left = due.saturating_duration_since(now);
+            if left.is_zero() {
+                if self.ending.is_none() {
+                    (self.given.say)("the guard makes no progress, and is killed");
+                }
+                // If it is gone already, that is seen below.
+                let _ = kill(worker.pid.as_raw_nonzero().get(), Signal::KILL);
+                worker.due = now + START;
+                self.ending = self.ending.map(|_| now);
+            }
+            let fds = [
+                worker.line.as_fd(),
+                worker.process.as_fd(),
+                self.given.signals.as_fd(),
+            ];
+            let [said, ended, signalled] = wait_any(&fds, Some(left))?;
+            if signalled {
+                self.take_signal(Some(&worker))?;
+            }
+            // What it has said before it ended counts.
+            if said && !self.hear(&mut worker) {
+                return self.bury(&worker);
+            }
+            if ended && !said {
+                return self.bury(&worker);
+            }
+        }
+    }
+
+    /// Finds out how a guard has ended, which has let go of everything. `None` if
+    /// it is not quite gone.
+    fn bury(&mut self, worker: &Worker) -> Result<Option<Status>, Errno> {
+        for pid in std::mem::take(&mut self.lingering) {
+            if matches!(waitpid(Some(pid), WaitOptions::NOHANG), Ok(None)) {
+                self.lingering.push(pid);
+            }
+        }
+        wait_any(&[worker.process.as_fd()], Some(LINGERING))?;
+        match waitpid(Some(worker.pid), WaitOptions::NOHANG)? {
+            Some((_, status)) => Ok(Some(Status::of(status))),
+            None => {
+                self.lingering.push(worker.pid);
+                Ok(None)
+            }
+        }
+    }
+
+    /// Hears one message, or says that there will be none.
+    fn hear(&mut self, worker: &mut Worker) -> bool {
+        let mut buffer = [0; 4096];
+        let Ok(mut received) = worker.line.receive(&mut buffer) else {
+            return false;
+        };
+        if received.length == 0 {
+            return false;
+        }
+        let text = String::from_utf8_lossy(&buffer[..received.length]).into_owned();
+        let fd = received.fds.pop();
+        let has = |wanted: &str| text.lines().any(|line| line == wanted);
+        let value = |name: &str| {
+            text.lines()
+                .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+                .unwrap_or_default()
+                .to_owned()
+        };
+        // It goes on being looked after above as well.
+        if self.ending.is_some() || !has("STOPPING=1") {
+            // Whoever is above may be gone.
+            let _ = self.above.send(&text, fd.as_ref().map(AsFd::as_fd));
+        }
+        if has("READY=1") {
+            self.was_ready = true;
+        }
+        if has("READY=1") || has("WATCHDOG=1") {
+            worker.due = Instant::now() + SILENCE;
+        }
+        if has("WATCHDOG=1") {
+            self.in_vain = 0;
+        }
+        if has("FDSTORE=1")
+            && let Some(fd) = fd
+        {
+            let name = value("FDNAME");
+            if name == LISTENER {
+                let stat = rustix::fs::lstat(&self.given.socket);
+                self.made = stat.ok().map(|stat| (stat.st_dev, stat.st_ino));
+            }
+            self.store.push((name, fd));
+        } else if has("FDSTOREREMOVE=1") {
+            let name = value("FDNAME");
+            self.store.retain(|(other, _)| *other != name);
+        }
+        // A descriptor that came with a barrier is closed here, by which its sender
+        // learns that everything before is done.
+        true
+    }
+
+    fn has_signal(&self) -> bool {
+        let signals = [self.given.signals.as_fd()];
+        wait_any(&signals, Some(Duration::ZERO)) == Ok([true])
+    }
+
+    fn take_signal(&mut self, worker: Option<&Worker>) -> Result<(), Errno> {
+        let received = self.given.signals.wait()?;
+        let pass_on = |number| {
+            if let Some(worker) = worker {
+                // If it is gone, that is seen soon.
+                let _ = kill(worker.pid.as_raw_nonzero().get(), number);
+            }
+        };
+        match received.number {
+            Signal::TERMINATE | Signal::INTERRUPT => {
+                self.ending.get_or_insert_with(Instant::now);
+                pass_on(Signal::TERMINATE);
+            }
+            Signal::HANGUP => pass_on(Signal::HANGUP),
+            // Whoever sends another by mistake ends nothing by it.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Lets go of everything, here and above, so that nobody waits any longer.
+    fn give_up(&mut self, how: &str) {
+        (self.given.say)(&format!(
+            "the guard {how}, as did the {MOST_IN_VAIN} before it, and none of them was of any \
+             use; giving up. Pins end now, and their holders are told"
+        ));
+        for (name, _) in self.store.drain(..) {
+            if name != LISTENER {
+                let _ = self.above.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+            }
+        }
+    }
+
+    /// Removes the socket, if a guard has made it and it is still there.
+    fn remove_socket(&self) {
+        let there = rustix::fs::lstat(&self.given.socket)
+            .ok()
+            .map(|stat| (stat.st_dev, stat.st_ino));
+        if there.is_some() && there == self.made {
+            let _ = rustix::fs::unlink(&self.given.socket);
+        }
+    }
+}
+
+/// How a process has ended.
+struct Status {
+    code: u8,
+    how: String,
+}
+
+impl Status {
+    fn of(status: rustix::process::WaitStatus) -> Self {
+        let number = |number: i32| u8::try_from(number).unwrap_or(u8::MAX);
+        match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Self {
+                code: number(code),
+                how: format!("has ended with status {code}"),
+            },
+            (None, Some(signal)) => Self {
+                code: number(signal.saturating_add(128)),
+                how: format!("was ended by signal {signal}"),
+            },
+            (None, None) => Self {
+                code: 1,
+                how: String::from("has ended"),
+            },
+        }
+    }
+}
