@@ -11,7 +11,7 @@ use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -244,6 +244,8 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         spawn(task.name, Box::new(serve))?;
     }
     opened.settle(&shared.guard);
+    // Those who wait at the gate do not wait for what follows.
+    crate::supervise::is_not_urgent_any_more();
     let looking = Arc::clone(&shared);
     spawn(
         "tripwire",
@@ -605,6 +607,7 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
             thread::sleep(Duration::from_millis(50));
             continue;
         };
+        shared.guard.gate.has_descriptor(socket.as_fd().as_raw_fd());
         let Ok(peer) = socket.peer() else {
             continue;
         };

@@ -70,6 +70,8 @@ struct Supervisor<'a> {
     above: Starter,
     /// What outlives the guard.
     store: Vec<(String, OwnedFd)>,
+    /// The nice value that this process was started with.
+    nice: i32,
     /// The socket that a guard has made, so that it can be removed in the end.
     made: Option<(u64, u64)>,
     /// The guard shall end.
@@ -80,6 +82,30 @@ struct Supervisor<'a> {
     in_vain: u32,
     /// Guards that have ended, all but for a thread that hangs.
     lingering: Vec<Pid>,
+}
+
+/// Set for a guard that begins with the most urgent nice value: the one that it
+/// shall have when it is ready.
+pub(crate) const NICE: &str = "MAPDIRECT_NICE";
+
+/// Lets this process run before others, because everybody who comes to the gate
+/// waits for the next guard. Returns the nice value from before.
+fn urgent() -> i32 {
+    let before = rustix::process::getpriority_process(None).unwrap_or(0);
+    // If this fails, it only takes longer.
+    let _ = rustix::process::setpriority_process(None, MOST_URGENT);
+    before
+}
+
+const MOST_URGENT: i32 = -20;
+
+/// Undoes that in the calling thread, and in those that it starts from now on.
+pub(crate) fn is_not_urgent_any_more() {
+    let nice = std::env::var(NICE).ok().and_then(|nice| nice.parse().ok());
+    if let Some(nice) = nice {
+        // A thread may always be less urgent than it is.
+        let _ = rustix::process::setpriority_process(None, nice);
+    }
 }
 
 /// A guard that runs.
@@ -99,10 +125,12 @@ struct Worker {
 /// When no process can be started, or nothing can be waited for.
 pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno> {
     let store = above.take_all("");
+    let nice = urgent();
     let mut supervisor = Supervisor {
         given,
         above,
         store,
+        nice,
         made: None,
         ending: None,
         was_ready: false,
@@ -145,7 +173,8 @@ impl Supervisor<'_> {
         command
             .env_remove("NOTIFY_SOCKET")
             .env_remove("WATCHDOG_PID")
-            .env("WATCHDOG_USEC", SILENCE.as_micros().to_string());
+            .env("WATCHDOG_USEC", SILENCE.as_micros().to_string())
+            .env(NICE, self.nice.to_string());
         if self.above.keeps() {
             command.env(PINS_STAY, "1");
         }

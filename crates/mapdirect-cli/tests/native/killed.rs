@@ -159,9 +159,9 @@ pub fn play(arguments: &[String]) -> Result<()> {
 }
 
 fn try_everything(path: &Path, other: &File, holder: &str, seen: &mut Seen) -> Result<()> {
-    let mut take = |what: &str, allowed: bool, result: std::result::Result<(), Errno>, began: Instant| {
+    let mut take = |what: &str, allowed: bool, result: std::result::Result<(), Errno>, began: Began| {
         seen.tries += 1;
-        seen.slowest = seen.slowest.max(began.elapsed());
+        seen.slowest = seen.slowest.max(began.waited());
         match (result, allowed) {
             (Err(Errno::TXTBSY), false) | (Ok(()), true) => Ok(()),
             (Err(Errno::TXTBSY), true) => {
@@ -178,17 +178,17 @@ fn try_everything(path: &Path, other: &File, holder: &str, seen: &mut Seen) -> R
     };
     let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
     let precise = Gate::under_test() == Gate::Bpf;
-    let began = Instant::now();
+    let began = Began::now();
     let opened = File::options().read(true).write(true).open(path).map_err(errno);
     take("open for writing", precise, opened.as_ref().map(drop).map_err(|e| *e), began)?;
-    let began = Instant::now();
+    let began = Began::now();
     let read = File::open(path).and_then(|file| file.read_exact_at(&mut [0; 512], 4096));
     take("read", true, read.map_err(errno), began)?;
-    let began = Instant::now();
+    let began = Began::now();
     let emptied = File::options().write(true).truncate(true).open(path);
     take("open with O_TRUNC", false, emptied.map(drop).map_err(errno), began)?;
     let name = std::ffi::CString::new(path.to_str().context("a name")?)?;
-    let began = Instant::now();
+    let began = Began::now();
     take("truncate", false, raw::truncate(&name, 4096), began)?;
     // By a description of a holder, and by one of its own where that may be.
     let inherited = duplicate(holder)?;
@@ -202,19 +202,41 @@ fn try_everything(path: &Path, other: &File, holder: &str, seen: &mut Seen) -> R
             ("insert", FallocateFlags::INSERT_RANGE),
             ("zero", FallocateFlags::ZERO_RANGE),
         ] {
-            let began = Instant::now();
+            let began = Began::now();
             let result = rustix::fs::fallocate(&file, mode, 8192, 4096);
             take(what, false, result, began)?;
         }
-        let began = Instant::now();
+        let began = Began::now();
         take("ftruncate", false, rustix::fs::ftruncate(&file, 8192), began)?;
-        let began = Instant::now();
+        let began = Began::now();
         let cloned = rustix::fs::ioctl_ficlone(&file, other);
         if cloned != Err(Errno::OPNOTSUPP) {
             take("clone", false, cloned, began)?;
         }
     }
     Ok(())
+}
+
+/// When something began, and how long this thread had waited for a processor.
+struct Began(Instant, Duration);
+
+impl Began {
+    fn now() -> Self {
+        Self(Instant::now(), Self::delay())
+    }
+
+    /// `/proc/thread-self/schedstat`: the second number.
+    fn delay() -> Duration {
+        let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+        let delay = text.split(' ').nth(1).and_then(|number| number.parse().ok());
+        Duration::from_nanos(delay.unwrap_or(0))
+    }
+
+    /// How long it took, without what there was no processor for.
+    fn waited(&self) -> Duration {
+        let elapsed = self.0.elapsed();
+        elapsed.saturating_sub(Self::delay().saturating_sub(self.1))
+    }
 }
 
 /// A copy of a descriptor that this process was started with.

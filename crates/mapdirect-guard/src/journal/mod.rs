@@ -15,6 +15,8 @@ mod record;
 
 pub(crate) use self::record::{FileRecord, LivesBy, PinRecord, UNKNOWN, sum_of};
 
+#[cfg(feature = "fuzzing")]
+pub(crate) use self::record::fuzz;
 use self::record::{FILE, PIN, Place};
 use crate::Errno;
 use crate::store::Starter;
@@ -33,18 +35,18 @@ const MAGIC: [u8; 8] = *b"MDJRNL\x01\0";
 /// Where the number is that [`Journal::note_descriptor`] notes.
 const DESCRIPTOR_AT: u64 = 8;
 
-/// How far beyond a descriptor that was noted the next one may be. New
-/// descriptors have the lowest free numbers, so this is how many more the guard
-/// may have open when it reads an event than it had when it read the one before:
-/// for all its clients, with everything they may have on the way.
-const ROOM: i32 = 16384;
+/// How far beyond the descriptors that were noted the next one may be. New
+/// descriptors have the lowest free numbers, and what stays open for long is
+/// noted, too: clients, and what pins live by. So this is for what the guard has
+/// open for a moment. It costs the next guard a system call each.
+const ROOM: i32 = 4096;
 
 /// The journal of a guard.
 #[derive(Debug)]
 pub(crate) struct Journal {
     pins: Row,
     files: Row,
-    /// What is noted of descriptors. Only the thread of the gate changes it.
+    /// What is noted of descriptors.
     highest: AtomicI32,
     starter: Arc<Starter>,
 }
@@ -219,9 +221,8 @@ impl Journal {
         Ok(kept)
     }
 
-    /// Notes that an event has had a descriptor of this number. The thread of the
-    /// gate calls this for each, and must not wait: it writes to memory, now and
-    /// then.
+    /// Notes that a descriptor of this number is open. The thread of the gate calls
+    /// this for every event, and must not wait: it writes to memory, now and then.
     ///
     /// The kernel keeps an event until it is answered, and it is answered by the
     /// number of its descriptor. So the next guard can answer those that a killed
@@ -229,9 +230,11 @@ impl Journal {
     pub(crate) fn note_descriptor(&self, number: i32) {
         if number > self.highest.load(SeqCst) {
             let noted = number.saturating_add(ROOM / 4);
-            self.highest.store(noted, SeqCst);
+            self.highest.fetch_max(noted, SeqCst);
+            // Another thread may have noted more.
+            let noted = self.highest.load(SeqCst).to_le_bytes();
             // If this fails, memory is short, and the earlier number may do.
-            let _ = rustix::io::pwrite(&self.pins.file, &noted.to_le_bytes(), DESCRIPTOR_AT);
+            let _ = rustix::io::pwrite(&self.pins.file, &noted, DESCRIPTOR_AT);
         }
     }
 }

@@ -340,6 +340,31 @@ impl FileRecord {
     }
 }
 
+/// For the fuzz target: whatever is believed is written as it was read, also with
+/// a sum that matches.
+#[cfg(feature = "fuzzing")]
+pub(crate) fn fuzz(bytes: &[u8]) {
+    fn check<T: PartialEq + std::fmt::Debug>(
+        bytes: &[u8],
+        size: usize,
+        decode: fn(&[u8]) -> Place<T>,
+        encode: fn(&T) -> Vec<u8>,
+    ) {
+        let mut record = vec![0; size];
+        let length = bytes.len().min(size);
+        record[..length].copy_from_slice(&bytes[..length]);
+        for _ in 0..2 {
+            if let Place::Taken(taken) = decode(&record) {
+                assert_eq!(decode(&encode(&taken)), Place::Taken(taken));
+            }
+            let sum = sum(&record[BEHIND_SUM..]);
+            record[..BEHIND_SUM].copy_from_slice(&sum.to_le_bytes());
+        }
+    }
+    check(bytes, PIN, PinRecord::decode, PinRecord::encode);
+    check(bytes, FILE, FileRecord::decode, FileRecord::encode);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

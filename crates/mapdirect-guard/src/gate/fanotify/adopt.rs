@@ -24,7 +24,7 @@ use mapdirect_proto::{Flags, PinRequest, Reason, Refusal};
 use mapdirect_sys::{Errno, proc};
 use rustix::fs::OFlags;
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -218,7 +218,10 @@ impl Gate {
     /// Has the next guard find a pin.
     pub(super) fn outlives(&self, watched: &Watched, pin: &Pin) {
         let pipe = match pin.carrier() {
-            Carrier::Pipe(pipe) => Some(pipe.as_fd()),
+            Carrier::Pipe(pipe) => {
+                self.journal.note_descriptor(pipe.as_raw_fd());
+                Some(pipe.as_fd())
+            }
             Carrier::Lock | Carrier::Writers => None,
         };
         // If this fails, the holder is told that the next guard does not know it.
