@@ -21,6 +21,7 @@ mod apart;
 mod audit;
 mod bounded;
 mod busy;
+mod declared;
 mod delegation;
 mod exports;
 mod family;
@@ -56,6 +57,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
+pub use declared::{DEFAULT_PINS, Declared, parse_pins, read_pins};
 pub use delegation::{
     Account, DEFAULT as DEFAULT_POLICY, Policy, PolicyError, Rule, group_number, host_path,
     user_number, would_allow,

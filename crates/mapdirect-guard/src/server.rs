@@ -463,7 +463,9 @@ fn open_gate(config: &Config) -> Result<Opened, StartError> {
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Opened::Bpf(Arc::new(gate))),
         // If the kernel can never load the bpf gate, use the fanotify gate.
-        Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => open_fanotify(config),
+        Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => {
+            open_fanotify(config)
+        }
         Err(error) => Err(match error.help() {
             Some(help) => StartError::Missing {
                 what: format!("the bpf gate is {error}"),

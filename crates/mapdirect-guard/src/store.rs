@@ -23,6 +23,13 @@ pub(crate) const LISTENER: &str = "listener";
 /// The name of the end of a pair by which messages go to the supervisor.
 pub(crate) const LINE: &str = "supervisor";
 
+/// The same for a keeper of declared pins.
+pub(crate) const KEEPER: &str = "keeper";
+/// How the names of descriptors begin that a declared pin lives by.
+pub(crate) const DECLARED: &str = "declared-";
+/// What a keeper says when it has tried to take every pin once.
+pub(crate) const TRIED: &str = "X_MAPDIRECT_TRIED=1";
+
 /// Set for a guard whose pins stay when it is told to end: whoever started its
 /// supervisor keeps everything for the next one.
 pub(crate) const PINS_STAY: &str = "MAPDIRECT_PINS_STAY";
@@ -37,6 +44,8 @@ pub struct Starter {
     /// What it has passed, until somebody takes it.
     inherited: Mutex<Vec<Inherited>>,
     watchdog: Option<Duration>,
+    /// This process keeps declared pins, and is no guard.
+    is_keeper: bool,
 }
 
 #[derive(Debug)]
@@ -60,7 +69,10 @@ impl Starter {
     #[must_use]
     pub fn of_this_process() -> Self {
         let mut inherited = sd_listen_fds::take();
-        let supervisor = take_named(&mut inherited, LINE)
+        let keeper = take_named(&mut inherited, KEEPER);
+        let is_keeper = keeper.is_some();
+        let supervisor = keeper
+            .or_else(|| take_named(&mut inherited, LINE))
             .and_then(|fd| Socket::connected(fd).ok())
             .filter(|socket| socket.set_send_timeout(Duration::from_secs(1)).is_ok());
         let systemd = || std::env::var_os("NOTIFY_SOCKET").and_then(|at| Notify::at(&at).ok());
@@ -79,6 +91,7 @@ impl Starter {
             line,
             inherited: Mutex::new(inherited),
             watchdog: watchdog.map(Duration::from_micros),
+            is_keeper,
         }
     }
 
@@ -89,6 +102,7 @@ impl Starter {
             line: None,
             inherited: Mutex::default(),
             watchdog: None,
+            is_keeper: false,
         }
     }
 
@@ -130,6 +144,40 @@ impl Starter {
         let kill = Some(rustix::process::Signal::KILL);
         rustix::process::set_parent_process_death_signal(kill).is_ok()
             && line.peer_is_gone() == Ok(false)
+    }
+
+    /// Whether this process shall keep declared pins, and be no guard.
+    #[must_use]
+    pub fn is_keeper(&self) -> bool {
+        self.is_keeper
+    }
+
+    /// Has the descriptors that a declared pin lives by outlive this process, or,
+    /// with none, end with it.
+    pub fn keep_declared(&self, pin: u64, fds: &[BorrowedFd<'_>]) {
+        let name = format!("{DECLARED}{pin}");
+        for fd in fds {
+            // If this fails, the pin ends with this process.
+            let _ = self.keep(&name, *fd);
+        }
+        if fds.is_empty() {
+            self.let_go(&name);
+        }
+    }
+
+    /// Says that every declared pin was tried once: those that an earlier keeper
+    /// has left are not needed any more.
+    pub fn tried_all(&self) {
+        self.say(TRIED);
+    }
+
+    /// Whether the supervisor is gone.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        match &self.line {
+            Some(Line::Supervisor(line)) => line.peer_is_gone() != Ok(false),
+            _ => false,
+        }
     }
 
     /// How often [`alive`](Self::alive) must be called at least, if that matters.

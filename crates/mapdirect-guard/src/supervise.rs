@@ -13,13 +13,13 @@
 //! (`PR_SET_PDEATHSIG`), the groups go, everybody who waits is let go, and holders
 //! are told by the end of their connections.
 
-use crate::store::{LINE, LISTENER, PINS_STAY, Starter};
-use crate::wake::wait_any;
 use crate::Errno;
+use crate::store::{DECLARED, KEEPER, LINE, LISTENER, PINS_STAY, Starter, TRIED};
+use crate::wake::wait_any;
+use mapdirect_sys::pidfd;
 use mapdirect_sys::sd_listen_fds;
 use mapdirect_sys::signal::{Signal, SignalFd, kill};
 use mapdirect_sys::unix::Socket;
-use mapdirect_sys::pidfd;
 use rustix::process::{Pid, WaitOptions, waitpid};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
@@ -48,6 +48,8 @@ pub struct Supervision<'a> {
     pub command: &'a dyn Fn() -> Command,
     /// Where the guard listens.
     pub socket: PathBuf,
+    /// The file of pins to take. There is a keeper as long as it exists.
+    pub pins: PathBuf,
     /// The signals to act upon, which are blocked.
     pub signals: &'a SignalFd,
     /// Says something to the operator.
@@ -80,6 +82,13 @@ struct Supervisor<'a> {
     was_ready: bool,
     /// How many have ended since one said that it was alive.
     in_vain: u32,
+    /// The keeper of declared pins, and when another one may be started.
+    keeper: Option<Worker>,
+    keeper_after: Option<Instant>,
+    keepers_in_vain: u32,
+    /// What declared pins live by that the present keeper has taken, and that an
+    /// earlier one has.
+    declared: [Vec<(String, OwnedFd)>; 2],
     /// Guards that have ended, all but for a thread that hangs.
     lingering: Vec<Pid>,
 }
@@ -124,7 +133,8 @@ struct Worker {
 ///
 /// When no process can be started, or nothing can be waited for.
 pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno> {
-    let store = above.take_all("");
+    let all = above.take_all("").into_iter();
+    let (earlier, store) = all.partition(|(name, _)| name.starts_with(DECLARED));
     let nice = urgent();
     let mut supervisor = Supervisor {
         given,
@@ -135,6 +145,10 @@ pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno
         ending: None,
         was_ready: false,
         in_vain: 0,
+        keeper: None,
+        keeper_after: None,
+        keepers_in_vain: 0,
+        declared: [Vec::new(), earlier],
         lingering: Vec::new(),
     };
     let ended = supervisor.run();
@@ -168,6 +182,11 @@ impl Supervisor<'_> {
     }
 
     fn start(&mut self) -> Result<Worker, Errno> {
+        self.start_with(LINE)
+    }
+
+    /// Starts a guard, or a keeper, which gets nothing that is for a guard.
+    fn start_with(&self, role: &str) -> Result<Worker, Errno> {
         let (line, theirs) = Socket::pair()?;
         let mut command = (self.given.command)();
         command
@@ -182,8 +201,9 @@ impl Supervisor<'_> {
             .store
             .iter()
             .map(|(name, fd)| (name.as_str(), fd.as_fd()))
+            .filter(|_| role == LINE)
             .collect();
-        fds.push((LINE, theirs.as_fd()));
+        fds.push((role, theirs.as_fd()));
         let pid = sd_listen_fds::start(&mut command, &fds)?;
         let process = pidfd::of_process(pid)?;
         Ok(Worker {
@@ -209,12 +229,23 @@ impl Supervisor<'_> {
                 worker.due = now + START;
                 self.ending = self.ending.map(|_| now);
             }
+            self.start_keeper_if_due();
+            let left = self
+                .keeper_after
+                .map_or(left, |after| left.min(after.saturating_duration_since(now)));
+            let signals = self.given.signals.as_fd();
+            let keeper = self.keeper.as_ref();
             let fds = [
                 worker.line.as_fd(),
                 worker.process.as_fd(),
-                self.given.signals.as_fd(),
+                signals,
+                // One that is waited for already, if there is no keeper.
+                keeper.map_or(signals, |keeper| keeper.line.as_fd()),
             ];
-            let [said, ended, signalled] = wait_any(&fds, Some(left))?;
+            let [said, ended, signalled, kept] = wait_any(&fds, Some(left))?;
+            if kept && self.keeper.is_some() {
+                self.hear_keeper();
+            }
             if signalled {
                 self.take_signal(Some(&worker))?;
             }
@@ -271,6 +302,7 @@ impl Supervisor<'_> {
         }
         if has("READY=1") {
             self.was_ready = true;
+            self.want_keeper();
         }
         if has("READY=1") || has("WATCHDOG=1") {
             worker.due = Instant::now() + SILENCE;
@@ -296,6 +328,100 @@ impl Supervisor<'_> {
         true
     }
 
+    /// Has a keeper started if there is something to keep.
+    fn want_keeper(&mut self) {
+        if self.keeper.is_none() && self.given.pins.exists() {
+            self.keeper_after = Some(Instant::now());
+        } else if self.keeper.is_none() {
+            self.forget_declared();
+        }
+    }
+
+    fn start_keeper_if_due(&mut self) {
+        let is_due = self
+            .keeper_after
+            .is_some_and(|after| after <= Instant::now());
+        if !is_due || self.keeper.is_some() || self.ending.is_some() {
+            return;
+        }
+        self.keeper_after = None;
+        match self.start_with(KEEPER) {
+            Ok(keeper) => self.keeper = Some(keeper),
+            Err(errno) => {
+                (self.given.say)(&format!("the keeper of pins cannot be started: {errno}"))
+            }
+        }
+    }
+
+    /// Hears what the keeper says, or notices that it has ended.
+    fn hear_keeper(&mut self) {
+        let mut buffer = [0; 4096];
+        let Some(keeper) = &self.keeper else {
+            return;
+        };
+        match keeper.line.receive(&mut buffer) {
+            Ok(mut received) if received.length > 0 => {
+                let text = String::from_utf8_lossy(&buffer[..received.length]).into_owned();
+                let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
+                let fd = received.fds.pop();
+                if name.is_some_and(|name| name.starts_with(DECLARED)) || text == "BARRIER=1" {
+                    let _ = self.above.send(&text, fd.as_ref().map(AsFd::as_fd));
+                }
+                if text == TRIED {
+                    self.keepers_in_vain = 0;
+                    self.forget_declared();
+                }
+                if let (Some(name), Some(fd)) = (name, fd) {
+                    self.declared[0].push((name.to_owned(), fd));
+                } else if let Some(name) = name {
+                    self.declared[0].retain(|(other, _)| other != name);
+                }
+            }
+            _ => self.bury_keeper(),
+        }
+    }
+
+    fn bury_keeper(&mut self) {
+        let Some(keeper) = self.keeper.take() else {
+            return;
+        };
+        // What it has taken stays until the next one has taken it.
+        let taken = std::mem::take(&mut self.declared[0]);
+        self.declared[1].extend(taken);
+        let status = self.bury(&keeper).ok().flatten();
+        if self.ending.is_some() {
+            return;
+        }
+        if status.as_ref().is_some_and(|status| status.code == 0) {
+            // It had nothing to keep any more.
+            self.forget_declared();
+            return;
+        }
+        self.keepers_in_vain += 1;
+        let how = status.map_or_else(|| String::from("hangs"), |status| status.how);
+        if self.keepers_in_vain > MOST_IN_VAIN {
+            (self.given.say)(&format!(
+                "the keeper of pins {how} again and again; SIGHUP starts another one"
+            ));
+            self.forget_declared();
+            return;
+        }
+        (self.given.say)(&format!("the keeper of pins {how}; starting another one"));
+        self.keeper_after = Some(Instant::now() + PAUSE * self.keepers_in_vain);
+    }
+
+    /// Lets go of what an earlier keeper has taken.
+    fn forget_declared(&mut self) {
+        let [present, earlier] = &mut self.declared;
+        for (name, _) in earlier.drain(..) {
+            if !present.iter().any(|(other, _)| *other == name) {
+                let _ = self
+                    .above
+                    .send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+            }
+        }
+    }
+
     fn has_signal(&self) -> bool {
         let signals = [self.given.signals.as_fd()];
         wait_any(&signals, Some(Duration::ZERO)) == Ok([true])
@@ -313,8 +439,19 @@ impl Supervisor<'_> {
             Signal::TERMINATE | Signal::INTERRUPT => {
                 self.ending.get_or_insert_with(Instant::now);
                 pass_on(Signal::TERMINATE);
+                if let Some(keeper) = &self.keeper {
+                    let _ = kill(keeper.pid.as_raw_nonzero().get(), Signal::TERMINATE);
+                }
             }
-            Signal::HANGUP => pass_on(Signal::HANGUP),
+            Signal::HANGUP => {
+                pass_on(Signal::HANGUP);
+                self.keepers_in_vain = 0;
+                match &self.keeper {
+                    // If it is gone, that is seen soon.
+                    Some(keeper) => drop(kill(keeper.pid.as_raw_nonzero().get(), Signal::HANGUP)),
+                    None => self.want_keeper(),
+                }
+            }
             // Whoever sends another by mistake ends nothing by it.
             _ => {}
         }
@@ -329,7 +466,9 @@ impl Supervisor<'_> {
         ));
         for (name, _) in self.store.drain(..) {
             if name != LISTENER {
-                let _ = self.above.send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
+                let _ = self
+                    .above
+                    .send(&format!("FDSTOREREMOVE=1\nFDNAME={name}"), None);
             }
         }
     }

@@ -1,5 +1,7 @@
 //! `mapdirect guard`: run the guard in the foreground.
 
+mod declared;
+
 use crate::args::{GateChoice, GuardArgs};
 use crate::{Exit, output};
 use anyhow::Result;
@@ -31,6 +33,16 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         Signal::USER_1,
         Signal::USER_2,
     ])?;
+    if starter.is_keeper() {
+        if !starter.end_with_supervisor() {
+            return Ok(Exit::FAILURE);
+        }
+        // By which it is shown as a holder.
+        let _ = rustix::thread::set_name(c"pins.toml");
+        let guard = mapdirect::Guard::at(&args.socket);
+        declared::keep(&args.pins, &guard, &starter, &signals)?;
+        return Ok(Exit::SUCCESS);
+    }
     if starter.is_supervisor() {
         if !starter.end_with_supervisor() {
             return Ok(Exit::FAILURE);
@@ -48,6 +60,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
             command
         },
         socket: args.socket.clone(),
+        pins: args.pins.clone(),
         signals: &signals,
         say: &output::complain,
     };

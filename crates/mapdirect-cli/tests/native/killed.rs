@@ -3,7 +3,8 @@
 //! `MAPDIRECT_KILLS` says how many times.
 
 use crate::world::{
-    BINARY, World, is_emulated, kinds, map, open, patience, pin, wait_until_free, written,
+    BINARY, World, is_emulated, is_pinned, kinds, map, open, patience, pin, wait_until_free,
+    written,
 };
 use anyhow::{Context, Result, bail};
 use libtest_mimic::Trial;
@@ -11,7 +12,9 @@ use mapdirect::{BlockMap, Pin, PinOptions, State, Strength};
 use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_sys::{Errno, descriptors};
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::process::{GuardProcess, HELPER, Helper, listen, say, wait_for};
+use mapdirect_testkit::process::{
+    BpfDirectory, GuardProcess, HELPER, Helper, ScratchDirectory, listen, say, wait_for,
+};
 use mapdirect_testkit::{Kind, raw};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
@@ -28,7 +31,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
     world.trials(
         "killed",
         &kinds(&[Kind::XFS, Kind::EXT4]),
-        &[("again-and-again", again_and_again), ("ends", ends)],
+        &[
+            ("again-and-again", again_and_again),
+            ("ends", ends),
+            ("service-manager", by_a_service_manager),
+        ],
     )
 }
 
@@ -67,7 +74,9 @@ fn kill_worker(guard: &GuardProcess) -> i32 {
 fn wait_for_next(guard: &GuardProcess, before: i32) {
     wait_for(patience(), || {
         let status = guard.client().status();
-        Ok(status.is_ok_and(|status| status.pid != before).then_some(()))
+        Ok(status
+            .is_ok_and(|status| status.pid != before)
+            .then_some(()))
     })
     .context("no guard came")
     .unwrap();
@@ -153,40 +162,57 @@ pub fn play(arguments: &[String]) -> Result<()> {
     say("trying");
     listen()?;
     over.store(true, Relaxed);
-    let seen = trying.join().map_err(|_| anyhow::anyhow!("it panicked"))??;
+    let seen = trying
+        .join()
+        .map_err(|_| anyhow::anyhow!("it panicked"))??;
     say(&seen.said());
     Ok(())
 }
 
 fn try_everything(path: &Path, other: &File, holder: &str, seen: &mut Seen) -> Result<()> {
-    let mut take = |what: &str, allowed: bool, result: std::result::Result<(), Errno>, began: Began| {
-        seen.tries += 1;
-        seen.slowest = seen.slowest.max(began.waited());
-        match (result, allowed) {
-            (Err(Errno::TXTBSY), false) | (Ok(()), true) => Ok(()),
-            (Err(Errno::TXTBSY), true) => {
-                seen.in_flight += 1;
-                Ok(())
+    let mut take =
+        |what: &str, allowed: bool, result: std::result::Result<(), Errno>, began: Began| {
+            seen.tries += 1;
+            seen.slowest = seen.slowest.max(began.waited());
+            match (result, allowed) {
+                (Err(Errno::TXTBSY), false) | (Ok(()), true) => Ok(()),
+                (Err(Errno::TXTBSY), true) => {
+                    seen.in_flight += 1;
+                    Ok(())
+                }
+                (Ok(()), false) => {
+                    seen.slipped += 1;
+                    eprintln!("{what} went through");
+                    Ok(())
+                }
+                (Err(errno), _) => bail!("{what}: {errno}"),
             }
-            (Ok(()), false) => {
-                seen.slipped += 1;
-                eprintln!("{what} went through");
-                Ok(())
-            }
-            (Err(errno), _) => bail!("{what}: {errno}"),
-        }
-    };
+        };
     let errno = |error: std::io::Error| Errno::from_io_error(&error).unwrap_or(Errno::IO);
     let precise = Gate::under_test() == Gate::Bpf;
     let began = Began::now();
-    let opened = File::options().read(true).write(true).open(path).map_err(errno);
-    take("open for writing", precise, opened.as_ref().map(drop).map_err(|e| *e), began)?;
+    let opened = File::options()
+        .read(true)
+        .write(true)
+        .open(path)
+        .map_err(errno);
+    take(
+        "open for writing",
+        precise,
+        opened.as_ref().map(drop).map_err(|e| *e),
+        began,
+    )?;
     let began = Began::now();
     let read = File::open(path).and_then(|file| file.read_exact_at(&mut [0; 512], 4096));
     take("read", true, read.map_err(errno), began)?;
     let began = Began::now();
     let emptied = File::options().write(true).truncate(true).open(path);
-    take("open with O_TRUNC", false, emptied.map(drop).map_err(errno), began)?;
+    take(
+        "open with O_TRUNC",
+        false,
+        emptied.map(drop).map_err(errno),
+        began,
+    )?;
     let name = std::ffi::CString::new(path.to_str().context("a name")?)?;
     let began = Began::now();
     take("truncate", false, raw::truncate(&name, 4096), began)?;
@@ -207,7 +233,12 @@ fn try_everything(path: &Path, other: &File, holder: &str, seen: &mut Seen) -> R
             take(what, false, result, began)?;
         }
         let began = Began::now();
-        take("ftruncate", false, rustix::fs::ftruncate(&file, 8192), began)?;
+        take(
+            "ftruncate",
+            false,
+            rustix::fs::ftruncate(&file, 8192),
+            began,
+        )?;
         let began = Began::now();
         let cloned = rustix::fs::ioctl_ficlone(&file, other);
         if cloned != Err(Errno::OPNOTSUPP) {
@@ -228,7 +259,10 @@ impl Began {
     /// `/proc/thread-self/schedstat`: the second number.
     fn delay() -> Duration {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-        let delay = text.split(' ').nth(1).and_then(|number| number.parse().ok());
+        let delay = text
+            .split(' ')
+            .nth(1)
+            .and_then(|number| number.parse().ok());
         Duration::from_nanos(delay.unwrap_or(0))
     }
 
@@ -345,7 +379,14 @@ fn again_and_again(world: &World, kind: Kind) {
             Attacker::start(&target.path, &other_path, target.file.as_fd())
         })
         .collect();
-    let states = || [mapped.state(), pinned.state(), read_only.state(), stable.state()];
+    let states = || {
+        [
+            mapped.state(),
+            pinned.state(),
+            read_only.state(),
+            stable.state(),
+        ]
+    };
     let (mut slowest, mut seed) = (Duration::ZERO, 1_u64);
     for round in 0..kills() {
         seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
@@ -371,7 +412,10 @@ fn again_and_again(world: &World, kind: Kind) {
         in_flight: all.in_flight + one.in_flight,
         slowest: all.slowest.max(one.slowest),
     });
-    println!("{kind}: {} kills, {all:?}, next guard within {slowest:?}", kills());
+    println!(
+        "{kind}: {} kills, {all:?}, next guard within {slowest:?}",
+        kills()
+    );
     assert_eq!(all.slipped, 0, "{all:?}");
     assert!(all.slowest < limit(), "{all:?}");
     // All of them are kept, and known to the guard there is.
@@ -380,13 +424,26 @@ fn again_and_again(world: &World, kind: Kind) {
     })
     .unwrap();
     let status = client.status().unwrap();
-    let known: Vec<u64> = status.files.iter().flat_map(|file| &file.pins).map(|pin| pin.pin).collect();
-    for id in [mapped.pin_id(), pinned.pin_id(), read_only.pin_id(), stable.pin_id()] {
+    let known: Vec<u64> = status
+        .files
+        .iter()
+        .flat_map(|file| &file.pins)
+        .map(|pin| pin.pin)
+        .collect();
+    for id in [
+        mapped.pin_id(),
+        pinned.pin_id(),
+        read_only.pin_id(),
+        stable.pin_id(),
+    ] {
         assert!(known.contains(&id), "{id}: {known:?}");
     }
     assert_eq!(known.len(), 5, "{known:?}");
     let shown: Vec<_> = status.files.iter().map(|file| file.path.clone()).collect();
-    assert!(shown.contains(&family_path.to_string_lossy().into_owned()), "{shown:?}");
+    assert!(
+        shown.contains(&family_path.to_string_lossy().into_owned()),
+        "{shown:?}"
+    );
     // They end as ever.
     drop(stable);
     wait_until_free(&targets[3].path);
@@ -421,6 +478,87 @@ fn again_and_again(world: &World, kind: Kind) {
     std::fs::remove_file(&other_path).unwrap();
 }
 
+/// What systemd keeps outlives the supervisor as well: restarts, upgrades and
+/// SIGKILL end no pin, and what is stopped for good is told to all.
+fn by_a_service_manager(world: &World, kind: Kind) {
+    let directory = ScratchDirectory::new("managed").unwrap();
+    let path_of = |name: &str| directory.path().join(name).to_string_lossy().into_owned();
+    let gate = BpfDirectory::new(Path::new(BINARY));
+    let socket = path_of("guard.sock");
+    let arguments = [
+        &path_of("notify"),
+        BINARY,
+        "guard",
+        "--quiet",
+        "--gate",
+        Gate::under_test().name(),
+        "--bpf-directory",
+        gate.path().to_str().unwrap(),
+        "--socket",
+        &socket,
+    ];
+    let mut manager = Helper::start("service-manager", &arguments).unwrap();
+    assert_eq!(manager.hear().unwrap(), "waiting");
+    let mut order = |order: &str| -> usize {
+        manager.tell(order).unwrap();
+        loop {
+            // The guard says that it is ready on the same pipe.
+            if let Ok(kept) = manager.hear().unwrap().parse() {
+                return kept;
+            }
+        }
+    };
+    order("start");
+    let client = mapdirect::Guard::at(&socket);
+    let paths =
+        ["managed-mapped", "managed-pinned"].map(|name| written(&world.disk(kind), name, 1 << 20));
+    let files = [0, 1].map(|at: usize| open(&paths[at]));
+    let mapped = map(&client, &files[0], 0..1 << 20);
+    let pinned = pin(&client, &files[1], 0..1 << 20);
+    let before: Vec<_> = paths
+        .iter()
+        .zip(&files)
+        .map(|(path, file)| Target::new(path.clone(), file.try_clone().unwrap()))
+        .collect();
+    for action in ["restart", "kill", "restart", "kill"] {
+        let kept = order(action);
+        if Gate::under_test() == Gate::Fanotify {
+            // Two groups, the journal, the socket; and of each file and of the pin
+            // that is not mapped.
+            assert_eq!(kept, 8, "after {action}");
+        }
+        for state in [mapped.state(), pinned.state()] {
+            assert!(!state.is_lost(), "after {action}: {state}");
+        }
+        wait_for(patience(), || {
+            Ok((mapped.state().is_kept() && pinned.state().is_kept()).then_some(()))
+        })
+        .unwrap();
+        assert!(
+            is_pinned(&paths[0]) && is_pinned(&paths[1]),
+            "after {action}"
+        );
+        let status = client.status().unwrap();
+        assert_eq!(status.files.len(), 2, "after {action}");
+    }
+    before.iter().for_each(Target::is_as_it_was);
+    drop(pinned);
+    wait_until_free(&paths[1]);
+    let began = Instant::now();
+    order("stop");
+    let is_told = || match Gate::under_test() {
+        Gate::Fanotify => mapped.state().is_lost(),
+        Gate::Bpf => !mapped.state().is_kept(),
+    };
+    wait_for(limit(), || Ok(is_told().then_some(()))).unwrap();
+    println!("{kind}: stopped, and told within {:?}", began.elapsed());
+    drop((mapped, before, files));
+    for path in &paths {
+        wait_until_free(path);
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
 /// Pins that end while no guard is there end; their filesystem can be unmounted.
 fn ends(world: &World, kind: Kind) {
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
@@ -428,13 +566,12 @@ fn ends(world: &World, kind: Kind) {
     let path = written(&world.disk(kind), "killed-ends", 1 << 20);
     for round in 0..6 {
         let file = open(&path);
-        let held: Mutex<Option<(Option<Pin>, Option<mapdirect::DirectMap>)>> = Mutex::new(Some(
-            if round % 2 == 0 {
+        let held: Mutex<Option<(Option<Pin>, Option<mapdirect::DirectMap>)>> =
+            Mutex::new(Some(if round % 2 == 0 {
                 (Some(pin(&client, &file, 0..65536)), None)
             } else {
                 (None, Some(map(&client, &file, 0..65536)))
-            },
-        ));
+            }));
         drop(file);
         let before = kill_worker(&guard);
         if round % 3 == 0 {

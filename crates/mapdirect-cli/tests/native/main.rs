@@ -17,6 +17,7 @@ mod capi;
 mod cli;
 mod contract;
 mod dax;
+mod declared;
 mod doors;
 mod errors;
 mod examples;
@@ -100,6 +101,7 @@ fn main() -> ExitCode {
     trials.extend(service::trials(&world));
     trials.extend(units::trials(&world));
     trials.extend(killed::trials(&world));
+    trials.extend(declared::trials(&world));
     trials.extend(tripwire::trials(&world));
     trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));

@@ -121,8 +121,8 @@ fn capabilities(world: &World) {
         .map(|name| name.strip_prefix("CAP_").unwrap().to_lowercase())
         .collect();
     let of_others: &[&str] = match Gate::under_test() {
-        Gate::Bpf => &["lease", "linux_immutable"],
-        Gate::Fanotify => &["dac_read_search", "syslog", "linux_immutable"],
+        Gate::Bpf => &["lease", "setgid", "linux_immutable"],
+        Gate::Fanotify => &["dac_read_search", "syslog", "setgid", "linux_immutable"],
     };
     for less in all.iter().map(Some).chain([None]) {
         let set: Vec<_> = all.iter().filter(|name| Some(*name) != less).collect();
@@ -278,7 +278,10 @@ fn activated(world: &World) {
     let status = wait_for(Duration::from_secs(60), || Ok(client.status().ok())).unwrap();
     // The process that systemd knows is the guard's parent.
     let stat = mapdirect_sys::proc::read_task_file(status.pid, "status").unwrap();
-    assert!(stat.contains(&format!("PPid:\t{}", service.child.id())), "{stat}");
+    assert!(
+        stat.contains(&format!("PPid:\t{}", service.child.id())),
+        "{stat}"
+    );
     let ready = service.wait_for("READY=1");
     let gate = Gate::under_test().name();
     assert!(ready.contains(&format!("STATUS=gate {gate}")), "{ready}");

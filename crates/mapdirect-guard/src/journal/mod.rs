@@ -134,7 +134,12 @@ impl Journal {
         journal.highest.store(descriptors.max(0), SeqCst);
         let mut nonsense = 0;
         let pins = journal.gather(|journal| &journal.pins, 1, PinRecord::decode, &mut nonsense);
-        let files = journal.gather(|journal| &journal.files, 0, FileRecord::decode, &mut nonsense);
+        let files = journal.gather(
+            |journal| &journal.files,
+            0,
+            FileRecord::decode,
+            &mut nonsense,
+        );
         let (mut pins, files) = (pins.ok()?, files.ok()?);
         for (record, kept) in &mut pins {
             kept.name = (record.lives_by == LivesBy::Pipe).then(|| pipe_name(record.id));

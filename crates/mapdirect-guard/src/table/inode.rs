@@ -283,7 +283,10 @@ impl Watched {
     pub(crate) fn remove(&self, gone: impl Fn(&Pin) -> bool) {
         let before = self.pins.load_full();
         self.pins.rcu(|pins| pins.without(&gone));
-        before.iter().filter(|pin| gone(pin)).for_each(|pin| pin.is_out());
+        before
+            .iter()
+            .filter(|pin| gone(pin))
+            .for_each(|pin| pin.is_out());
         if self.layered.is_kept() {
             self.layered.renew(&self.pins);
         }

@@ -1,7 +1,7 @@
 //! A pin, from its grant to its end.
 
-use super::{InodeId, LOCK_BASE};
 use super::life::{Life, Stage};
+use super::{InodeId, LOCK_BASE};
 use crate::apart::Held;
 use crate::delegation::Delegated;
 use crate::family::Family;

@@ -122,7 +122,8 @@ pub(super) fn recognise(guard: &Guard, gate: &Gate, left: Left) -> Result<Vec<Re
             guard.starter.let_go(&format!("{prefix}{name}"));
         }
     }
-    gate.group.refuse_unanswered(left.descriptors, Errno::TXTBSY)?;
+    gate.group
+        .refuse_unanswered(left.descriptors, Errno::TXTBSY)?;
     Ok(found)
 }
 

@@ -19,8 +19,8 @@ mod lookers;
 mod server;
 mod turns;
 
-use self::lifetime::Lifetime;
 use self::adopt::Recognised;
+use self::lifetime::Lifetime;
 use crate::journal::{Journal, Left};
 use crate::store::Starter;
 use crate::{Errno, Guard};
@@ -91,7 +91,11 @@ impl Gate {
     ///
     /// When events that were read cannot be answered.
     pub(crate) fn recognise(&self, guard: &Guard) -> Result<usize, Errno> {
-        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let left = self
+            .left
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         let Some(left) = left else {
             return Ok(0);
         };
