@@ -239,6 +239,9 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         let serve = move |shared: &Shared| {
             if let Err(errno) = (task.run)(&shared.guard) {
                 shared.fail(task.failure, errno);
+                // Whoever watches this thread takes its end for that of the guard,
+                // which shall say first why.
+                thread::sleep(ANSWERS);
             }
         };
         spawn(task.name, Box::new(serve))?;

@@ -30,6 +30,9 @@ pub(crate) const DECLARED: &str = "declared-";
 /// What a keeper says when it has tried to take every pin once.
 pub(crate) const TRIED: &str = "X_MAPDIRECT_TRIED=1";
 
+/// By which a guard names the thread that everybody waits for.
+pub(crate) const GATE_THREAD: &str = "X_MAPDIRECT_GATE_THREAD";
+
 /// Set for a guard whose pins stay when it is told to end: whoever started its
 /// supervisor keeps everything for the next one.
 pub(crate) const PINS_STAY: &str = "MAPDIRECT_PINS_STAY";
@@ -144,6 +147,15 @@ impl Starter {
         let kill = Some(rustix::process::Signal::KILL);
         rustix::process::set_parent_process_death_signal(kill).is_ok()
             && line.peer_is_gone() == Ok(false)
+    }
+
+    /// Names the calling thread as the one that everybody waits for, to a
+    /// supervisor: when it is gone, another guard is needed at once.
+    pub(crate) fn this_is_the_gate(&self) {
+        if self.is_supervisor() {
+            let tid = rustix::thread::gettid().as_raw_nonzero();
+            self.say(&format!("{GATE_THREAD}={tid}"));
+        }
     }
 
     /// Whether this process shall keep declared pins, and be no guard.

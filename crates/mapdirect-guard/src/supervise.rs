@@ -14,7 +14,7 @@
 //! are told by the end of their connections.
 
 use crate::Errno;
-use crate::store::{DECLARED, KEEPER, LINE, LISTENER, PINS_STAY, Starter, TRIED};
+use crate::store::{DECLARED, GATE_THREAD, KEEPER, LINE, LISTENER, PINS_STAY, Starter, TRIED};
 use crate::wake::wait_any;
 use mapdirect_sys::pidfd;
 use mapdirect_sys::sd_listen_fds;
@@ -38,8 +38,11 @@ const END: Duration = Duration::from_secs(3);
 const MOST_IN_VAIN: u32 = 5;
 /// How long to wait before another try in vain.
 const PAUSE: Duration = Duration::from_millis(50);
-/// A guard has closed its end of the pair, but is not gone: one of its threads
-/// hangs in the kernel, with nothing that matters. The next one can be started.
+/// A guard has closed its end of the pair, but is not gone: the kernel still takes
+/// it apart, or one of its threads hangs there, with nothing that matters. The next
+/// one is started without it being waited for,
+const AT_ONCE: Duration = Duration::from_millis(2);
+/// unless there is no next one.
 const LINGERING: Duration = Duration::from_millis(200);
 
 /// What a supervisor needs to know.
@@ -122,6 +125,10 @@ struct Worker {
     pid: Pid,
     process: OwnedFd,
     line: Socket,
+    /// The thread that everybody waits for, and whether the guard has said that it
+    /// is about to end.
+    gate: Option<OwnedFd>,
+    is_stopping: bool,
     /// When it is killed unless it says something before.
     due: Instant,
 }
@@ -169,7 +176,7 @@ impl Supervisor<'_> {
                 return Ok(Ended::With(status.map_or(1, |status| status.code)));
             }
             self.in_vain += 1;
-            let how = status.map_or_else(|| String::from("hangs"), |status| status.how);
+            let how = status.map_or_else(|| String::from("has ended"), |status| status.how);
             if self.in_vain > MOST_IN_VAIN {
                 self.give_up(&how);
                 return Ok(Ended::InVain);
@@ -210,6 +217,8 @@ impl Supervisor<'_> {
             pid: Pid::from_raw(pid).ok_or(Errno::SRCH)?,
             process,
             line,
+            gate: None,
+            is_stopping: false,
             due: Instant::now() + START,
         })
     }
@@ -241,8 +250,9 @@ impl Supervisor<'_> {
                 signals,
                 // One that is waited for already, if there is no keeper.
                 keeper.map_or(signals, |keeper| keeper.line.as_fd()),
+                worker.gate.as_ref().map_or(signals, AsFd::as_fd),
             ];
-            let [said, ended, signalled, kept] = wait_any(&fds, Some(left))?;
+            let [said, ended, signalled, kept, gate] = wait_any(&fds, Some(left))?;
             if kept && self.keeper.is_some() {
                 self.hear_keeper();
             }
@@ -253,7 +263,14 @@ impl Supervisor<'_> {
             if said && !self.hear(&mut worker) {
                 return self.bury(&worker);
             }
-            if ended && !said {
+            let gate_ended = gate && worker.gate.is_some() && !worker.is_stopping;
+            if gate_ended && !said {
+                // It was killed, as all of its threads are then, or cannot go on. The
+                // kernel may take long to take it apart, if there is little time for
+                // its other threads, but none of them runs any more.
+                let _ = kill(worker.pid.as_raw_nonzero().get(), Signal::KILL);
+            }
+            if (ended || gate_ended) && !said {
                 return self.bury(&worker);
             }
         }
@@ -262,17 +279,29 @@ impl Supervisor<'_> {
     /// Finds out how a guard has ended, which has let go of everything. `None` if
     /// it is not quite gone.
     fn bury(&mut self, worker: &Worker) -> Result<Option<Status>, Errno> {
-        for pid in std::mem::take(&mut self.lingering) {
-            if matches!(waitpid(Some(pid), WaitOptions::NOHANG), Ok(None)) {
-                self.lingering.push(pid);
-            }
-        }
-        wait_any(&[worker.process.as_fd()], Some(LINGERING))?;
+        // Everybody at the gate waits for the next one.
+        let is_urgent = self.was_ready && self.ending.is_none();
+        let limit = if is_urgent { AT_ONCE } else { LINGERING };
+        wait_any(&[worker.process.as_fd()], Some(limit))?;
         match waitpid(Some(worker.pid), WaitOptions::NOHANG)? {
             Some((_, status)) => Ok(Some(Status::of(status))),
             None => {
                 self.lingering.push(worker.pid);
                 Ok(None)
+            }
+        }
+    }
+
+    /// Looks whether guards that were not quite gone are so now.
+    fn bury_the_rest(&mut self) {
+        for pid in std::mem::take(&mut self.lingering) {
+            match waitpid(Some(pid), WaitOptions::NOHANG) {
+                Ok(None) => self.lingering.push(pid),
+                Ok(Some((_, status))) => {
+                    let how = Status::of(status).how;
+                    (self.given.say)(&format!("the guard before this one {how}"));
+                }
+                Err(_) => {}
             }
         }
     }
@@ -300,6 +329,7 @@ impl Supervisor<'_> {
             // Whoever is above may be gone.
             let _ = self.above.send(&text, fd.as_ref().map(AsFd::as_fd));
         }
+        self.bury_the_rest();
         if has("READY=1") {
             self.was_ready = true;
             self.want_keeper();
@@ -309,6 +339,10 @@ impl Supervisor<'_> {
         }
         if has("WATCHDOG=1") {
             self.in_vain = 0;
+        }
+        worker.is_stopping |= has("STOPPING=1");
+        if let Ok(tid) = value(GATE_THREAD).parse() {
+            worker.gate = pidfd::of_thread(tid).ok();
         }
         if has("FDSTORE=1")
             && let Some(fd) = fd
@@ -473,8 +507,12 @@ impl Supervisor<'_> {
         }
     }
 
-    /// Removes the socket, if a guard has made it and it is still there.
+    /// Removes the socket, if a guard has made it and it is still there, and nobody
+    /// keeps it for the next one.
     fn remove_socket(&self) {
+        if self.above.keeps() {
+            return;
+        }
         let there = rustix::fs::lstat(&self.given.socket)
             .ok()
             .map(|stat| (stat.st_dev, stat.st_ino));

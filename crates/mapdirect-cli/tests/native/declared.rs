@@ -129,8 +129,12 @@ fn pins(world: &World, kind: Kind) {
     wait_until_free(&first);
     declared.says("declares 2 (before: 2)");
     assert!(is_pinned(&late));
-    let mut known: Vec<_> = declared.guard.client().status().unwrap().files;
-    assert_eq!(known.len(), 2);
+    // One that is being granted is not shown yet.
+    let mut known = wait_for(patience(), || {
+        let files = declared.guard.client().status()?.files;
+        Ok((files.len() == 2).then_some(files))
+    })
+    .unwrap();
     known.sort_by_key(|file| file.path.clone());
     assert_eq!(known[1].pins[0].range, 0..65536);
     // None at all.

@@ -133,6 +133,7 @@ pub(super) struct Server<'guard> {
 /// open then, and the process must end so that holders are told.
 pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     hurry();
+    guard.starter.this_is_the_gate();
     let mut server = Server {
         guard,
         gate,
