@@ -254,10 +254,6 @@ impl Notices {
     }
 
     /// The same for every pin in the table.
-    #[cfg_attr(
-        all(not(feature = "bpf"), not(test)),
-        expect(dead_code, reason = "for the bpf gate")
-    )]
     pub(crate) fn lost_all(&self, table: &Table, why: &str) {
         for watched in table.all() {
             for pin in watched.pins.load().iter().filter(|pin| !pin.is_dead()) {
@@ -335,6 +331,16 @@ impl Notices {
         let before = pin.fate.notices(pin.id);
         drop(audiences);
         before.iter().for_each(|notice| watcher.answer(notice));
+    }
+
+    /// Ends all connections for notices.
+    pub(crate) fn hang_up(&self) {
+        for audience in self.lock().of.values() {
+            for watcher in &audience.watchers {
+                // It may be gone.
+                let _ = watcher.socket.shut_down();
+            }
+        }
     }
 
     /// Forgets a connection that is gone.

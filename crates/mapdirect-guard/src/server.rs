@@ -249,6 +249,10 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     opened.settle(&shared.guard);
     // Those who wait at the gate do not wait for what follows.
     crate::supervise::is_not_urgent_any_more();
+    if let Opened::Fanotify(gate) = &opened {
+        let gate = Arc::clone(gate);
+        spawn("adopt", Box::new(move |shared| gate.listen(&shared.guard)))?;
+    }
     let looking = Arc::clone(&shared);
     spawn(
         "tripwire",
@@ -345,6 +349,16 @@ impl Running {
     /// Everything that is wrong with it. The policy then stays as it was.
     pub fn reload_policy(&self) -> Result<usize, Vec<PolicyError>> {
         self.shared.guard.delegation.reload()
+    }
+
+    /// Tells holders at once that this guard is about to end, and nobody is there to
+    /// start another one. The kernel may take long to take the process apart.
+    pub fn tell_that_it_ends(&self, why: &str) {
+        let guard = &self.shared.guard;
+        if guard.gate.kind() == mapdirect_proto::Gate::Fanotify {
+            guard.notices.lost_all(&guard.table, why);
+        }
+        guard.notices.hang_up();
     }
 
     /// The gate that the guard has.
@@ -568,7 +582,7 @@ fn connect_to_one_that_stays(path: &Path) -> Result<Socket, Errno> {
 }
 
 /// How long a guard that was killed may take to be gone.
-const GOING: Duration = Duration::from_millis(500);
+const GOING: Duration = Duration::from_secs(2);
 
 /// Goes on listening at the socket that whoever started this process has passed,
 /// or makes one; which it is then, so that it can be removed.

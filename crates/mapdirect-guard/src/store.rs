@@ -137,15 +137,15 @@ impl Starter {
         self.is_supervisor() && std::env::var_os(PINS_STAY).is_some()
     }
 
-    /// Has this process end with its supervisor, which may be gone already: says
-    /// whether it is not.
+    /// Has this process be told (SIGTERM) when its supervisor ends, which may be gone
+    /// already: says whether it is not.
     #[must_use]
     pub fn end_with_supervisor(&self) -> bool {
         let Some(Line::Supervisor(line)) = &self.line else {
             return true;
         };
-        let kill = Some(rustix::process::Signal::KILL);
-        rustix::process::set_parent_process_death_signal(kill).is_ok()
+        let signal = Some(rustix::process::Signal::TERM);
+        rustix::process::set_parent_process_death_signal(signal).is_ok()
             && line.peer_is_gone() == Ok(false)
     }
 

@@ -160,6 +160,9 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
                 // Whoever sends one of these by mistake ends no pin by it.
                 _ => continue,
             }
+            if starter.is_alone() && !starter.pins_stay() {
+                running.tell_that_it_ends("the supervisor of the guard has ended");
+            }
             if pins > 0 {
                 output::complain(&format!("stopping; {pins} pins {fate}"));
             }

@@ -2,7 +2,7 @@
 //!
 //! The groups outlive a guard, because [whoever started it](crate::store) has them
 //! as well: the gate stays closed, and whoever comes to it waits for the next
-//! guard. That takes over in two steps, so that nobody waits for long and nobody
+//! guard. That takes over in steps, so that nobody waits for long and nobody
 //! is let in too early:
 //!
 //! 1. Before an event is read: every pin of the [journal](crate::journal) is put
@@ -11,15 +11,19 @@
 //! 2. When the gate's thread answers: the files are opened (which asks the gate),
 //!    their block maps are read, and the pins settled. Operations that a pin may
 //!    forbid wait for that.
+//!
+//! The tripwire comes last, since it may have to wait until the kernel has taken the
+//! earlier guard apart. It reads all block maps once more, and compares them.
 
 use super::{Gate, MASK};
 use crate::Guard;
 use crate::family::Family;
 use crate::grant::pending::lock;
-use crate::grant::{Granting, Survey, arm, judge, length_of, refusal, system};
+use crate::grant::{Granting, Survey, judge, length_of, refusal, system};
 use crate::journal::{FILE_PREFIX, Left, LivesBy, PIPE_PREFIX, PinRecord, UNKNOWN, sum_of};
 use crate::table::{Abilities, Carrier, Pin, Watched};
 use crate::wake::has_hung_up;
+use mapdirect_model::facts::Filesystem;
 use mapdirect_proto::{Flags, PinRequest, Reason, Refusal};
 use mapdirect_sys::{Errno, proc};
 use rustix::fs::OFlags;
@@ -127,25 +131,67 @@ pub(super) fn recognise(guard: &Guard, gate: &Gate, left: Left) -> Result<Vec<Re
     Ok(found)
 }
 
-/// The second step, when the gate's thread answers.
-pub(super) fn settle(guard: &Guard, gate: &Gate, recognised: Vec<Recognised>) {
+/// The second step, when the gate's thread answers. Returns the files that the
+/// tripwire has to listen to.
+pub(super) fn settle(guard: &Guard, gate: &Gate, recognised: Vec<Recognised>) -> Vec<Settled> {
+    let mut settled = Vec::new();
     for one in recognised {
-        let settled = one.settle(guard, gate);
-        let Recognised { watched, pin, .. } = &one;
-        if let Err(refusal) = settled {
-            let why = format!("it could not be kept {WHILE_NONE}: {}", refusal.obstacle);
-            guard.notices.lost(pin, &why);
-            pin.end();
-            watched.remove(|other| other.id == pin.id);
-            gate.lifetime.take_out_dead(watched.id);
+        match one.settle(guard, gate) {
+            Ok(filesystem) => settled.push(Settled { one, filesystem }),
+            Err(refusal) => one.is_lost(guard, gate, &refusal),
         }
         guard.waiting.decided();
+    }
+    settled
+}
+
+/// A pin that was taken over.
+#[derive(Debug)]
+pub(super) struct Settled {
+    one: Recognised,
+    filesystem: Filesystem,
+}
+
+/// The last step: has the tripwire listen to everything that was taken over.
+pub(super) fn listen(guard: &Guard, gate: &Gate, settled: &[Settled]) {
+    for Settled { one, filesystem } in settled {
+        let listening = one.open(guard, OFlags::RDONLY).and_then(|file| {
+            let armed = guard.tripwire.arm(one.watched.id, filesystem, file.as_fd());
+            armed
+                .map(drop)
+                .map_err(|errno| system("arming the tripwire", errno))
+        });
+        match listening {
+            // The pin may have ended by now.
+            Err(refusal) if !one.pin.is_dead() => one.is_lost(guard, gate, &refusal),
+            _ => {}
+        }
+    }
+    if !settled.is_empty() {
+        guard.tripwire.look_everywhere();
     }
 }
 
 impl Recognised {
+    /// Handles that the promise cannot be kept.
+    fn is_lost(&self, guard: &Guard, gate: &Gate, refusal: &Refusal) {
+        let why = format!("it could not be kept {WHILE_NONE}: {}", refusal.obstacle);
+        guard.notices.lost(&self.pin, &why);
+        self.pin.end();
+        self.watched.remove(|other| other.id == self.pin.id);
+        gate.lifetime.take_out_dead(self.watched.id);
+    }
+
+    /// Opens the file behind the gate.
+    fn open(&self, guard: &Guard, access: OFlags) -> Result<OwnedFd, Refusal> {
+        let anchor = self.watched.anchor().ok_or_else(unwatched)?;
+        let open = || proc::reopen(anchor.as_fd(), access | OFlags::NONBLOCK);
+        let file = guard.own.during(open);
+        file.map_err(|errno| system("opening it again", errno))
+    }
+
     /// Reads the block map of the pin again.
-    fn settle(&self, guard: &Guard, gate: &Gate) -> Result<(), Refusal> {
+    fn settle(&self, guard: &Guard, gate: &Gate) -> Result<Filesystem, Refusal> {
         let Self {
             watched,
             pin,
@@ -156,10 +202,7 @@ impl Recognised {
         } else {
             OFlags::RDONLY
         };
-        let anchor = watched.anchor().ok_or_else(|| unwatched())?;
-        let open = || proc::reopen(anchor.as_fd(), access | OFlags::NONBLOCK);
-        let file = guard.own.during(open);
-        let file = file.map_err(|errno| system("opening it again", errno))?;
+        let file = self.open(guard, access)?;
         // Marks go with their inode, for example on unmount.
         if gate.group.has_mark(file.as_fd()) != Ok(true)
             || gate.lifetime.watches(file.as_fd()) != Ok(true)
@@ -175,7 +218,6 @@ impl Recognised {
         let mut judged = judge(guard, &request, file.as_fd())?;
         judged.range = record.shown.clone();
         judged.mapped.clone_from(&record.mapped);
-        let _armed = arm(guard, &judged, file.as_fd())?;
         let patience = Duration::from_secs(1);
         let _state = lock(watched, patience)?;
         let granting = Granting {
@@ -202,7 +244,7 @@ impl Recognised {
             let why = format!("blocks of it have changed {WHILE_NONE}");
             guard.notices.lost(pin, &why);
         }
-        Ok(())
+        Ok(judged.facts.filesystem)
     }
 }
 

@@ -19,7 +19,7 @@ mod lookers;
 mod server;
 mod turns;
 
-use self::adopt::Recognised;
+use self::adopt::{Recognised, Settled};
 use self::lifetime::Lifetime;
 use crate::journal::{Journal, Left};
 use crate::store::Starter;
@@ -48,6 +48,7 @@ pub(crate) struct Gate {
     /// What an earlier guard has left.
     left: Mutex<Option<Left>>,
     recognised: Mutex<Vec<Recognised>>,
+    settled: Mutex<Vec<Settled>>,
 }
 
 impl Gate {
@@ -65,6 +66,7 @@ impl Gate {
                 journal,
                 left: Mutex::new(Some(left)),
                 recognised: Mutex::default(),
+                settled: Mutex::default(),
             });
         }
         let group = Group::pre_content()?;
@@ -81,6 +83,7 @@ impl Gate {
             journal,
             left: Mutex::default(),
             recognised: Mutex::default(),
+            settled: Mutex::default(),
         })
     }
 
@@ -108,7 +111,18 @@ impl Gate {
     /// Settles the pins that were taken over, when events are answered.
     pub(crate) fn settle(&self, guard: &Guard) {
         let recognised = std::mem::take(&mut *self.recognised());
-        adopt::settle(guard, self, recognised);
+        let settled = adopt::settle(guard, self, recognised);
+        *self.settled() = settled;
+    }
+
+    /// Has the tripwire listen to what was taken over.
+    pub(crate) fn listen(&self, guard: &Guard) {
+        let settled = std::mem::take(&mut *self.settled());
+        adopt::listen(guard, self, &settled);
+    }
+
+    fn settled(&self) -> std::sync::MutexGuard<'_, Vec<Settled>> {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn recognised(&self) -> std::sync::MutexGuard<'_, Vec<Recognised>> {
