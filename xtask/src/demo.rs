@@ -4,17 +4,19 @@
 
 mod dax;
 mod operations;
+mod report;
 
-use crate::table::Table;
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
+use mapdirect::Gate;
 use mapdirect::{BlockMap, DirectMap, MapOptions};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{Signal, SignalFd, unblocked_in_child};
 use mapdirect_testkit::process::{GuardProcess, HELPER, Helper, Role, say};
 use mapdirect_testkit::{Disk, Kind, disk, power, raw};
 use operations::{OPERATIONS, On};
+use report::{Report, Tried};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -61,19 +63,6 @@ impl fmt::Display for Outcome {
             Self::Fails => "fails",
         })
     }
-}
-
-type Attacks = Table<6>;
-
-fn attacks() -> Attacks {
-    Table::new([
-        ("operation", 15),
-        ("tool", 61),
-        ("expected", 10),
-        ("got", 10),
-        ("µs", 6),
-        ("blocks", 7),
-    ])
 }
 
 /// Programs this binary plays besides the tasks.
@@ -158,20 +147,24 @@ pub(crate) struct DemoArgs {
     /// power cut
     #[arg(long)]
     dax: bool,
+    /// Show everything: every operation, the block maps, and what the guard says
+    #[arg(long, short)]
+    verbose: bool,
 }
 
 /// Shows it.
 pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
     if args.dax {
-        return dax::run();
+        return dax::run(args.verbose);
     }
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
+    println!("building mapdirect: a minute or two the first time ...");
     let binary = build::mapdirect()?;
     let interruption = Interruption::notice()?;
     disk::remove_stale();
     let started = Instant::now();
-    let result = show(&binary, &interruption);
+    let result = show(&binary, &interruption, args.verbose);
     if interruption.is_there() {
         println!("\ninterrupted; everything made here is gone");
         return Ok(ExitCode::from(INTERRUPTED));
@@ -182,6 +175,7 @@ pub(crate) fn run(args: &DemoArgs) -> Result<ExitCode> {
         summary(unexpected),
         started.elapsed().as_secs_f64()
     );
+    tell_next(&binary);
     Ok(if unexpected == 0 {
         ExitCode::SUCCESS
     } else {
@@ -198,25 +192,47 @@ fn summary(unexpected: usize) -> String {
     }
 }
 
-fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
+/// What to do now, with a file of one's own.
+fn tell_next(binary: &Path) {
+    let binary = binary.strip_prefix(build::workspace()).unwrap_or(binary);
+    let binary = binary.display();
+    println!(
+        "\nnow with a file of your own, on XFS or ext4, as root:\n  \
+         {binary} guard &          # once\n  \
+         {binary} show FILE        # where its blocks are\n  \
+         {binary} pin FILE         # they stay there until Ctrl-C\n\
+         and in another terminal meanwhile:\n  \
+         truncate -s 0 FILE                     # Text file busy\n  \
+         {binary} status FILE      # who holds it, and who was refused"
+    );
+}
+
+fn show(binary: &Path, interruption: &Interruption, verbose: bool) -> Result<usize> {
     let guard = GuardProcess::start(binary).context(
         "the guard did not start; `mapdirect doctor` says what this machine lacks \
          (Linux 6.14 or later is needed)",
     )?;
-    println!("a guard listens at {}", guard.socket().display());
+    let gate = guard.client().gate()?;
+    println!(
+        "a guard listens at {}, gate {}",
+        guard.socket().display(),
+        gate.name()
+    );
     let mut unexpected = 0;
     for kind in [Kind::XFS, Kind::EXT4] {
         interruption.check()?;
         let disk = Disk::new(kind, 400)?;
-        println!(
-            "\n━━━ {kind} on a loop device, mounted at {} ━━━",
-            disk.root().display()
-        );
+        println!("\n━━━ {kind}, on a loop device ━━━");
+        if verbose {
+            println!("mounted at {}", disk.root().display());
+        }
         let scene = Scene {
             binary,
             guard: &guard,
             directory: disk.root(),
             kind,
+            gate,
+            verbose,
             interruption,
         };
         unexpected += scene.play()?;
@@ -224,11 +240,24 @@ fn show(binary: &Path, interruption: &Interruption) -> Result<usize> {
         disk.unmount().context("the filesystem stays busy")?;
     }
     interruption.check()?;
-    tell_status(binary, &guard)?;
+    unexpected += tell_status(binary, &guard, verbose)?;
     Ok(unexpected)
 }
 
-fn tell_status(binary: &Path, guard: &GuardProcess) -> Result<()> {
+/// What the guard says. A breach is not as expected.
+fn tell_status(binary: &Path, guard: &GuardProcess, verbose: bool) -> Result<usize> {
+    let counted = guard.client().status()?;
+    if !verbose {
+        let refused: u64 = counted.refused.iter().map(|(_, count)| count).sum();
+        println!(
+            "\nthe guard has refused {refused} operations, and {}",
+            match counted.breached {
+                0 => String::from("no pinned block has changed"),
+                breached => format!("pinned blocks have changed all the same: {breached} (!)"),
+            }
+        );
+        return Ok(usize::from(counted.breached > 0));
+    }
     println!("\nwhat the guard says of it:");
     let status = Command::new(binary)
         .arg("status")
@@ -237,7 +266,7 @@ fn tell_status(binary: &Path, guard: &GuardProcess) -> Result<()> {
     for line in String::from_utf8_lossy(&status.stdout).lines().take(24) {
         println!("  {line}");
     }
-    Ok(())
+    Ok(usize::from(counted.breached > 0))
 }
 
 /// One filesystem.
@@ -246,6 +275,9 @@ struct Scene<'a> {
     guard: &'a GuardProcess,
     directory: PathBuf,
     kind: Kind,
+    gate: Gate,
+    /// Everything is shown.
+    verbose: bool,
     interruption: &'a Interruption,
 }
 
@@ -270,37 +302,47 @@ impl Scene<'_> {
             .map(&file)
             .context("the file cannot be mapped MAP_DIRECT")?;
         println!(
-            "bytes {} to {} of data, mapped MAP_DIRECT in {} µs:",
-            PINNED.start,
-            PINNED.end,
+            "MiB {} to {} of a file of {} MiB are mapped MAP_DIRECT, in {} µs; others try:",
+            PINNED.start / MIB,
+            PINNED.end / MIB,
+            SIZE / MIB,
             granting.elapsed().as_micros()
         );
         self.draw()?;
         let before = map.block_map().clone();
-        let table = attacks();
-        let mut unexpected = self.attack(&table, Some(&before))?;
-        unexpected += self.attack_by_holder(&table, &file, &before)?;
-        unexpected += Self::store(&map, &self.path("data"))?;
+        let mut report = Report::pinned(self.verbose);
+        self.attack(&mut report, Some(&before))?;
+        self.attack_by_holder(&mut report, &file, &before)?;
+        report.end();
+        let mut unexpected = report.unexpected;
+        unexpected += self.store(&map, &self.path("data"))?;
         let after = self.block_map()?;
-        println!("\nthe block map after all that:");
         self.draw()?;
         if after.extents() == before.extents() {
-            println!("  it is what it was, extent by extent");
+            println!("after all that the block map is what it was, extent by extent");
         } else {
-            println!("  it is NOT what it was");
+            println!("after all that the block map is NOT what it was");
             unexpected += 1;
         }
         drop(map);
         drop(file);
-        println!("\nunmapped; the same operations again, each on the file as it was:");
-        let table = attacks();
-        unexpected += self.attack(&table, None)?;
-        Ok(unexpected)
+        let mut report = Report::unpinned(self.verbose);
+        self.attack(&mut report, None)?;
+        println!(
+            "unmapped, each tried again on the file as it was: {} of {} work, {} move blocks{}",
+            report.worked,
+            report.tried,
+            report.moved,
+            match report.unsupported {
+                0 => String::new(),
+                some => format!("\n({some} are not supported by {})", self.kind),
+            }
+        );
+        Ok(unexpected + report.unexpected)
     }
 
     /// A file with a hole in it: a store there would have to allocate.
     fn play_sparse(&self) -> Result<usize> {
-        println!("\na file with a hole in the middle, mapped MAP_DIRECT as a whole by a child:");
         let path = self.path("sparse");
         let file = File::create_new(&path)?;
         let bytes = vec![b's'; usize::try_from(2 * MIB)?];
@@ -312,14 +354,12 @@ impl Scene<'_> {
         self.tell(&["show", "sparse"])?;
         let mut unexpected = 0;
         let before = self.store_in_child()?;
-        println!("  it reads a zero in the hole and stores there: {before}");
         unexpected += usize::from(before != StoreOutcome::Killed);
-        println!("mapdirect prepare sparse:");
         self.tell(&["prepare", "sparse"])?;
         let after = self.store_in_child()?;
         let mut byte = [0];
         File::open(&path)?.read_exact_at(&mut byte, 3 * MIB)?;
-        println!("  the same store again: {after}, and the file has it");
+        println!("a child stores into a hole of a mapped file: {before}; prepared: {after}");
         unexpected += usize::from(after != StoreOutcome::Worked || byte != *b"!");
         Ok(unexpected)
     }
@@ -341,7 +381,8 @@ impl Scene<'_> {
         })
     }
 
-    /// Runs a verb of the command line and shows what it says.
+    /// Runs a verb of the command line, and shows what it says if everything is
+    /// shown.
     fn tell(&self, arguments: &[&str]) -> Result<()> {
         let output = Command::new(self.binary)
             .args(arguments)
@@ -354,7 +395,8 @@ impl Scene<'_> {
             arguments.join(" "),
             String::from_utf8_lossy(&output.stderr)
         );
-        for line in String::from_utf8_lossy(&output.stdout).lines() {
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        for line in said.lines().filter(|_| self.verbose) {
             println!("  {line}");
         }
         Ok(())
@@ -397,8 +439,7 @@ impl Scene<'_> {
 
     /// Has every tool try. `pinned` is the block map that must stay, if it
     /// is pinned.
-    fn attack(&self, table: &Attacks, pinned: Option<&BlockMap>) -> Result<usize> {
-        let mut unexpected = 0;
+    fn attack(&self, report: &mut Report, pinned: Option<&BlockMap>) -> Result<()> {
         let here = if self.kind.is_xfs() {
             On::Xfs
         } else {
@@ -417,7 +458,7 @@ impl Scene<'_> {
                 None => self.block_map()?,
             };
             let expected = if pinned.is_some() {
-                operation.pinned
+                operation.expected(self.gate)
             } else if here == On::Ext4 && operation.tool.contains(&"--reflink=always") {
                 Outcome::NotSupported
             } else {
@@ -432,20 +473,19 @@ impl Scene<'_> {
             let as_expected = got == expected
                 && (pinned.is_none() || kept)
                 && !(pinned.is_none() && operation.moves && kept);
-            unexpected += usize::from(!as_expected);
-            table.row([
-                operation.name.to_owned(),
-                shown(operation.tool),
-                expected.to_string(),
-                mark(got, as_expected),
-                took.as_micros().to_string(),
-                String::from(if kept { "kept" } else { "changed" }),
-            ]);
-            if !as_expected {
-                said.lines().for_each(|line| println!("    {line}"));
-            }
+            report.row(Tried {
+                name: operation.name,
+                by: shown(operation.tool),
+                is_brief: operation.is_brief(),
+                expected,
+                got,
+                took,
+                kept,
+                as_expected,
+                said,
+            });
         }
-        Ok(unexpected)
+        Ok(())
     }
 
     /// Runs a tool to its end and says what came of it.
@@ -509,8 +549,7 @@ impl Scene<'_> {
     }
 
     /// Not even the holder may.
-    fn attack_by_holder(&self, table: &Attacks, file: &File, before: &BlockMap) -> Result<usize> {
-        let mut unexpected = 0;
+    fn attack_by_holder(&self, report: &mut Report, file: &File, before: &BlockMap) -> Result<()> {
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         type Call<'a> = (
             &'a str,
@@ -539,21 +578,23 @@ impl Scene<'_> {
             let took = started.elapsed();
             let kept = self.block_map()?.extents() == before.extents();
             let as_expected = got == expected && kept;
-            unexpected += usize::from(!as_expected);
-            table.row([
-                name.to_owned(),
-                format!("{tool} through the descriptor it mapped"),
-                expected.to_string(),
-                mark(got, as_expected),
-                took.as_micros().to_string(),
-                String::from(if kept { "kept" } else { "changed" }),
-            ]);
+            report.row(Tried {
+                name,
+                by: format!("{tool} by the descriptor it mapped"),
+                is_brief: expected == Outcome::Refused,
+                expected,
+                got,
+                took,
+                kept,
+                as_expected,
+                said: String::new(),
+            });
         }
-        Ok(unexpected)
+        Ok(())
     }
 
     /// A store through the mapping is in the file.
-    fn store(map: &DirectMap, path: &Path) -> Result<usize> {
+    fn store(&self, map: &DirectMap, path: &Path) -> Result<usize> {
         let bytes = b"stored through the mapping";
         let at = 4096;
         let started = Instant::now();
@@ -563,16 +604,18 @@ impl Scene<'_> {
         let mut read = vec![0; bytes.len()];
         File::open(path)?.read_exact_at(&mut read, PINNED.start + 4096)?;
         let arrived = read == bytes;
-        println!(
-            "\n{} bytes stored through the mapping and persisted in {} µs: {}",
-            bytes.len(),
-            took.as_micros(),
-            if arrived {
-                "others read them in the file"
-            } else {
-                "NOT in the file"
-            }
-        );
+        if self.verbose || !arrived {
+            println!(
+                "\n{} bytes stored through the mapping and persisted in {} µs: {}",
+                bytes.len(),
+                took.as_micros(),
+                if arrived {
+                    "others read them in the file"
+                } else {
+                    "NOT in the file"
+                }
+            );
+        }
         Ok(usize::from(!arrived))
     }
 }

@@ -10,7 +10,10 @@ mod demo;
 mod dependencies;
 mod man;
 mod packages;
+mod picture;
+mod plot;
 mod public_api;
+mod svg;
 mod table;
 mod test;
 mod vm;
@@ -44,8 +47,12 @@ enum Task {
     Header(capi::HeaderArgs),
     /// Install the libraries for C, the command and the manual pages
     Install(capi::InstallArgs),
-    /// Write the manual pages from the command line's own description
-    Man,
+    /// Write the manual pages of the command from its own description, or check all pages
+    Man(man::ManArgs),
+    /// Draw a terminal in which a file is shown, pinned and attacked: needs root
+    Picture(picture::PictureArgs),
+    /// Draw what the benchmarks have measured
+    Plot(plot::PlotArgs),
 }
 
 fn main() -> ExitCode {
@@ -61,7 +68,9 @@ fn main() -> ExitCode {
         Task::PublicApi(args) => public_api::run(&args),
         Task::Header(args) => capi::header(&args),
         Task::Install(args) => capi::install(&args),
-        Task::Man => man::write(),
+        Task::Man(args) => man::run(&args),
+        Task::Picture(args) => picture::run(&args),
+        Task::Plot(args) => plot::run(&args),
     };
     result.unwrap_or_else(|error| {
         eprintln!("xtask: {error:#}");

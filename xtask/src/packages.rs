@@ -36,6 +36,9 @@ pub(crate) const FOR_TESTS: [Needed; 19] = [
     ),
 ];
 
+/// What reads the manual pages.
+pub(crate) const FOR_MANUAL: [Needed; 2] = [("man", "man-db"), ("mandoc", "mandoc")];
+
 /// Programs that know nothing of pins, and that the tests run under them: the
 /// commands, or files of their packages.
 pub(crate) const PROGRAMS: [Needed; 12] = [

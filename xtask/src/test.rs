@@ -3,7 +3,7 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, capi, dependencies, man, packages, public_api, vm};
+use crate::{bpf, build, capi, dependencies, man, packages, plot, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -50,6 +50,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     packages::require_root()?;
     packages::install_missing(&packages::FOR_TESTS)?;
     packages::install_missing(&packages::PROGRAMS)?;
+    packages::install_missing(&packages::FOR_MANUAL)?;
     packages::lay_down_programs()?;
     packages::install_for_bpf()?;
     disk::remove_stale();
@@ -94,9 +95,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         ));
         ran.push(told("Miri", dependencies::miri));
         ran.push(checked(
-            "manual pages are those of the command line",
+            "manual pages are those of the command line, and read well",
             man::check,
         ));
+        ran.push(checked("plots show what the tables say", plot::check));
         ran.push(checked(
             "the object of the bpf gate is what its source says",
             bpf::check,

@@ -1,32 +1,26 @@
 //! The command line.
 
+use crate::columns::{ShowColumn, StatusColumn};
+use crate::since::{Since, parse_since};
 use crate::size::{ByteRange, parse_range, parse_size};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::ffi::OsString;
 use std::path::PathBuf;
 
 const AFTER: &str = "\
-Exit status:
-  0    it worked
-  1    it was refused, or failed
-  2    the command line makes no sense
-  3    no guard answers
-  4    a pin that was held is lost: nothing keeps it any more
-  5    a pin that was held is broken: blocks of it have changed
-`pin -- COMMAND` and `run` pass COMMAND's own status on (128 + N if signal N killed it), and ends
-with 125 if the pin was not granted, 126 or 127 if COMMAND cannot be executed or found,
-124 if the pin was lost while COMMAND ran, 123 if it was broken.
-
 Environment:
   MAPDIRECT_SOCKET   where the guard listens (default: /run/mapdirect/guard.sock)
-  MAPDIRECT_CACHED   1 lets programs map files without DAX, through the page cache";
+  MAPDIRECT_CACHED   1 lets programs map files without DAX, through the page cache
+  COLUMNS            how wide text may be; else the terminal says, or it is 80
+  NO_COLOR           no colours, on a terminal either
+Where the locale (LC_ALL, LC_CTYPE, LANG) has no UTF-8, all but JSON is ASCII.";
 
 /// Keep the blocks of files where they are.
 ///
 /// While a range of a file is pinned or mapped MAP_DIRECT, nobody can move,
 /// free, share or allocate the blocks under it: whoever tries gets ETXTBSY.
 #[derive(Debug, Parser)]
-#[command(name = "mapdirect", version, after_help = AFTER, after_long_help = AFTER)]
+#[command(name = "mapdirect", version, after_help = AFTER)]
 pub struct Mapdirect {
     /// What to do.
     #[command(subcommand)]
@@ -107,24 +101,50 @@ pub enum Command {
     /// one such filter to each program: `run` within `run`, and programs that
     /// install a listener of their own, are told so (EBUSY).
     Run(RunArgs),
-    /// Draw the block map of a file
+    /// Draw the block map of files
     ///
     /// With totals by state, the ranges that are pinned, and whether the file
-    /// could be mapped MAP_DIRECT here and if not why. Needs no privilege but to
-    /// read the file.
+    /// could be mapped MAP_DIRECT here and if not why: because it is swap space,
+    /// a loop device writes to it, or an overlay does. What was written and is
+    /// only in memory yet counts as what a pin makes of it. Needs no privilege
+    /// but to read the file.
     Show(ShowArgs),
     /// What the guard is doing: pins, holders, refusals
     ///
     /// The gate in force, the files with pins and who maps or opens them, how
     /// often which operation was refused, the last refusals, and breaches: pins
     /// whose blocks have changed all the same. Others than root see details of
-    /// their own pins only.
+    /// their own pins only. Of files that are named it says whether they are
+    /// pinned, by its exit status, too.
     Status(StatusArgs),
+    /// Pins, holders, refusals and block maps on one screen
+    ///
+    /// The files with pins, how many operations are refused in a second, the
+    /// block map of the selected file, and the last refusals and breaches. Needs
+    /// a terminal; 80 columns and 24 lines are enough. `?` shows the keys. When
+    /// the guard goes away this says so, and goes on when one is back.
+    Top(TopArgs),
+    /// Refusals and breaches as they happen
+    ///
+    /// A line for each: when, what was refused, of which file under its present
+    /// name, by whom, which pin it met and who holds that. It goes on until
+    /// SIGINT. A guard that goes away is said, and the next one is watched. What
+    /// comes too fast is told as a number: nothing ever waits for a reader.
+    /// Others than root see what concerns files that they have pinned, and which
+    /// program another user ran is not for them to know.
+    Watch(WatchArgs),
+    /// The latest refusals and breaches
+    ///
+    /// The guard keeps the last 4,096 records in memory, for as long as it runs.
+    /// With systemd they are in the journal, too, with a field for each fact:
+    /// journalctl MAPDIRECT_PIN=7.
+    Log(LogArgs),
     /// What this machine offers, what is missing, and how to mend it
     ///
-    /// Kernel, gates, capabilities, the guard, DAX, filesystems, and what the
-    /// gate cannot refuse. Runs for everybody; what only root can find out says
-    /// so. Ends with status 1 if files cannot be pinned here.
+    /// Says what to do first; then kernel, gates, capabilities, the guard, what
+    /// becomes of pins without one, DAX, filesystems, and what each gate cannot
+    /// refuse. Runs for everybody; what only root can find out says so. Ends
+    /// with status 1 if files cannot be pinned here.
     Doctor(DoctorArgs),
     /// Let somebody without CAP_LINUX_IMMUTABLE pin a file for a while
     ///
@@ -368,12 +388,6 @@ strangers may not. COMMAND finds the extents as JSON, an array with an object fo
 the file that MAPDIRECT_EXTENTS names, and at the descriptor MAPDIRECT_EXTENTS_FD. With --format
 they are there in another form.
 
-Examples:
-  mapdirect pin image.raw --range 1M:2M
-  mapdirect pin image.raw --format csv -- sh -c 'cat $MAPDIRECT_EXTENTS'
-  mapdirect pin image.raw --format dmsetup --device /dev/loop7 -- \\
-    sh -c 'dmsetup create raw $MAPDIRECT_EXTENTS && copier /dev/mapper/raw; dmsetup remove raw'
-
 A filesystem's device is busy for device-mapper while it is mounted. A loop device over it is not:
 --device names it in the table. docs/raw-access.md says what to flush and what to drop.")]
 pub struct PinArgs {
@@ -424,12 +438,6 @@ pub struct PinArgs {
 #[command(after_help = "\
 Sizes take K, M, G and T, powers of 1024. The range is rounded out to blocks.
 Says what was done and draws the block map. A bar on the terminal shows how far it has got.
-
-Examples:
-  mapdirect prepare image.raw --size 4G --huge
-  mapdirect prepare image.raw --size 4G --contiguous
-  mapdirect prepare swapfile --size 8G --contiguous && mkswap swapfile &&
-    mapdirect show swapfile --format resume-offset
 
 With --contiguous each hole is asked for as a whole, and what is there already stays where it is:
 for one run give a new file. A run cannot reach over the end of an allocation group of XFS, nor
@@ -500,21 +508,27 @@ pub struct RunArgs {
 /// Arguments of `show`.
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Examples:
-  mapdirect show image.raw
-  mapdirect show image.raw --format csv
-  mapdirect show swapfile --format resume-offset
-
 The place on the disk is found through partitions, and through what device-mapper maps linearly
 (LVM; only root can read its tables). Where it cannot be known, that is said. Before a form other
-than json is printed the file is written to its device (fsync). Of a file that nobody has pinned it may be false
-a moment later: `pin` has the same forms.")]
+than json is printed the file is written to its device (fsync). Of a file that nobody has pinned
+it may be false a moment later: `pin` has the same forms.")]
 pub struct ShowArgs {
-    /// The file
-    pub file: PathBuf,
+    /// The files: one that cannot be shown does not stop the others
+    #[arg(required = true, value_name = "FILE")]
+    pub files: Vec<PathBuf>,
     /// List every extent, too
     #[arg(long, short)]
     pub extents: bool,
+    /// Print a row for each extent and nothing else, with these columns, separated by commas
+    #[arg(long, short = 'o', value_enum, value_name = "COLUMN,...", value_delimiter = ',',
+          conflicts_with_all = ["json", "extents", "format"])]
+    pub columns: Vec<ShowColumn>,
+    /// Print no headings of columns
+    #[arg(long, short, requires = "columns")]
+    pub no_headings: bool,
+    /// Write what is only in memory yet to the device first (fsync), as a pin does
+    #[arg(long)]
+    pub sync: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -529,7 +543,99 @@ pub struct ShowArgs {
 /// Arguments of `status`.
 #[derive(Debug, Args)]
 pub struct StatusArgs {
+    /// Only these files: ends with status 1 if one of them is not pinned
+    #[arg(value_name = "FILE")]
+    pub files: Vec<PathBuf>,
+    /// Print a row for each pin and nothing else, with these columns, separated by commas
+    #[arg(
+        long,
+        short = 'o',
+        value_enum,
+        value_name = "COLUMN,...",
+        value_delimiter = ',',
+        conflicts_with = "json"
+    )]
+    pub columns: Vec<StatusColumn>,
+    /// Print no headings of columns
+    #[arg(long, short, requires = "columns")]
+    pub no_headings: bool,
     /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+    /// Print metrics as OpenMetrics text
+    #[arg(long, conflicts_with = "json")]
+    pub metrics: bool,
+    /// Write the metrics to a file, and replace it at once, for a collector of text files; without
+    /// a guard they say so
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["json", "metrics"])]
+    pub metrics_file: Option<PathBuf>,
+}
+
+/// Arguments of `top`.
+#[derive(Debug, Args)]
+pub struct TopArgs {
+    /// How often to ask the guard
+    #[arg(long, value_name = "SECONDS", default_value = "1",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub interval: u32,
+}
+
+/// What a record tells of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum EventChoice {
+    /// An operation was refused
+    Refusal,
+    /// Blocks of a pin have changed
+    Breach,
+}
+
+/// Which records to show.
+#[derive(Debug, Args)]
+pub struct RecordFilters {
+    /// Only those about this file, whatever its name is now or was
+    #[arg(long, value_name = "PATH")]
+    pub file: Option<PathBuf>,
+    /// Only those of this process or thread
+    #[arg(long, value_name = "PID")]
+    pub pid: Option<i32>,
+    /// Only those of this user, by number or name
+    #[arg(long, value_name = "USER")]
+    pub uid: Option<String>,
+    /// Only those that met this pin
+    #[arg(long, value_name = "ID")]
+    pub pin: Option<u64>,
+    /// Only those of this operation, by the word in the records: write, open-write, truncate
+    #[arg(long, value_name = "WORD")]
+    pub operation: Option<String>,
+    /// Only those of this kind
+    #[arg(long, value_enum)]
+    pub kind: Option<EventChoice>,
+}
+
+/// Arguments of `watch`.
+#[derive(Debug, Args)]
+pub struct WatchArgs {
+    /// Which records to show
+    #[command(flatten)]
+    pub filters: RecordFilters,
+    /// Print JSON, an object in each line
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Arguments of `log`.
+#[derive(Debug, Args)]
+pub struct LogArgs {
+    /// Only the last N
+    #[arg(long, short = 'n', value_name = "N")]
+    pub lines: Option<usize>,
+    /// Only since then: 90s, 10m, 2h, 1d ago, or @SECONDS since the epoch
+    #[arg(long, value_name = "TIME", value_parser = parse_since)]
+    pub since: Option<Since>,
+    /// Which records to show
+    #[command(flatten)]
+    pub filters: RecordFilters,
+    /// Print JSON, an object in each line
     #[arg(long)]
     pub json: bool,
 }

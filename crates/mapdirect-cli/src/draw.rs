@@ -1,38 +1,72 @@
 //! Block maps as pictures.
 
 use crate::size::human;
+use crate::terminal;
 use mapdirect::{BlockMap, Extent, ExtentState};
 use std::fmt::Write;
 use std::ops::Range;
 
-/// The character of a state.
-fn glyph(state: ExtentState) -> char {
-    match state {
-        ExtentState::Written => '█',
-        ExtentState::Shared => '▓',
-        ExtentState::Unwritten => '░',
-        ExtentState::Hole => '·',
-        ExtentState::Delalloc => '~',
-        ExtentState::Loose => '▒',
-        _ => '?',
+/// What a picture is drawn with.
+struct Pen {
+    unicode: bool,
+}
+
+impl Pen {
+    /// The character of a state.
+    fn glyph(&self, state: ExtentState) -> char {
+        let (drawn, plain) = match state {
+            ExtentState::Written => ('█', '#'),
+            ExtentState::Shared => ('▓', '%'),
+            ExtentState::Unwritten => ('░', 'o'),
+            ExtentState::Hole => ('·', '.'),
+            ExtentState::Delalloc => ('~', '~'),
+            ExtentState::Loose => ('▒', '+'),
+            _ => ('?', '?'),
+        };
+        if self.unicode { drawn } else { plain }
+    }
+
+    /// A cell that holds several states.
+    fn mixed(&self) -> char {
+        if self.unicode { '▞' } else { '*' }
+    }
+
+    /// Below a cell that is pinned, wholly or in part.
+    fn pinned(&self) -> char {
+        if self.unicode { '━' } else { '=' }
     }
 }
 
-/// A cell that holds several states.
-const MIXED: char = '▞';
-/// Below a cell that is pinned, wholly or in part.
-const PINNED: char = '━';
+/// Whether blocks in a state can be stored to under a pin. What is only in
+/// memory yet is written to its blocks before it is pinned.
+pub(crate) fn becomes_stable(state: ExtentState) -> bool {
+    state.is_stable() || state == ExtentState::Delalloc
+}
+
+/// A state in words.
+pub(crate) fn state_in_words(state: ExtentState) -> &'static str {
+    match state {
+        ExtentState::Delalloc => "not on the device yet",
+        other => other.name(),
+    }
+}
 
 /// Most rows a picture has.
 const ROWS: u64 = 8;
 
 /// Draws a block map, a line of marks under what is pinned.
-pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>], width: usize) -> String {
+pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>]) -> String {
+    let unicode = terminal::is_unicode();
+    picture(map, pinned, terminal::width(), &Pen { unicode })
+}
+
+fn picture(map: &BlockMap, pinned: &[Range<u64>], width: usize, pen: &Pen) -> String {
     let range = map.range();
     let length = range.end - range.start;
     let block = u64::from(map.block_size()).max(1);
     // Room for the offset in front of every row.
-    let columns = width.saturating_sub(14).clamp(16, 128) as u64;
+    let digits = range.end.to_string().len().max(12);
+    let columns = width.saturating_sub(digits + 2).clamp(16, 128) as u64;
     let cell = length
         .div_ceil(columns * ROWS)
         .max(1)
@@ -47,50 +81,64 @@ pub(crate) fn block_map(map: &BlockMap, pinned: &[Range<u64>], width: usize) -> 
             let start = range.start + at * cell;
             start..range.end.min(start + cell)
         };
-        let line: String = here.clone().map(|at| state_of(map, &bytes(at))).collect();
-        let _ = writeln!(picture, "{start:>12}  {line}");
+        let line: String = here
+            .clone()
+            .map(|at| state_of(map, &bytes(at), pen))
+            .collect();
+        let _ = writeln!(picture, "{start:>digits$}  {line}");
         let marks: String = here
             .map(|at| {
                 let bytes = bytes(at);
                 let is_pinned = pinned
                     .iter()
                     .any(|pin| pin.start.max(bytes.start) < pin.end.min(bytes.end));
-                if is_pinned { PINNED } else { ' ' }
+                if is_pinned { pen.pinned() } else { ' ' }
             })
             .collect();
-        if marks.contains(PINNED) {
-            let _ = writeln!(picture, "{:>12}  {}", "pinned", marks.trim_end());
+        if marks.contains(pen.pinned()) {
+            let _ = writeln!(picture, "{:>digits$}  {}", "pinned", marks.trim_end());
         }
         row += columns;
     }
     let legend = |stable: bool| {
-        let states: String = ExtentState::ALL
+        let states: Vec<_> = ExtentState::ALL
             .iter()
-            .filter(|state| state.is_stable() == stable && map.total(**state) > 0)
-            .map(|state| format!("  {} {state}", glyph(*state)))
+            .filter(|state| becomes_stable(**state) == stable && map.total(**state) > 0)
+            .map(|state| format!("{} {}", pen.glyph(*state), state_in_words(*state)))
             .collect();
         match (states.is_empty(), stable) {
-            (true, _) => states,
-            (false, true) => format!("  stable:{states}"),
-            (false, false) => format!("  frozen:{states}"),
+            (true, _) => None,
+            (false, true) => Some(format!("stable: {}", states.join(", "))),
+            (false, false) => Some(format!("frozen: {}", states.join(", "))),
         }
     };
-    let legend = legend(true) + &legend(false);
-    let mixed = if picture.contains(MIXED) {
-        format!("  {MIXED} mixed")
-    } else {
-        String::new()
-    };
-    let _ = writeln!(
-        picture,
-        "{:>12}  one character = {};{legend}{mixed}",
-        "",
-        human(cell),
-    );
+    let mixed = picture
+        .contains(pen.mixed())
+        .then(|| format!("{} mixed", pen.mixed()));
+    let scale = format!("one character = {}", human(cell));
+    let legend: Vec<_> = [Some(scale), legend(true), legend(false), mixed]
+        .into_iter()
+        .flatten()
+        .collect();
+    // Parts stay together as long as they fit.
+    let indent = digits + 2;
+    let room = width.saturating_sub(indent).max(16);
+    let mut line = String::new();
+    for part in legend {
+        if !line.is_empty() && line.chars().count() + 2 + part.chars().count() > room {
+            let _ = writeln!(picture, "{:indent$}{line}", "");
+            line.clear();
+        }
+        if !line.is_empty() {
+            line.push_str("; ");
+        }
+        line.push_str(&part);
+    }
+    let _ = writeln!(picture, "{:indent$}{line}", "");
     picture
 }
 
-fn state_of(map: &BlockMap, bytes: &Range<u64>) -> char {
+fn state_of(map: &BlockMap, bytes: &Range<u64>, pen: &Pen) -> char {
     let mut found: Option<ExtentState> = None;
     let extents = map.extents();
     let first = extents.partition_point(|extent| extent.end() <= bytes.start);
@@ -99,11 +147,11 @@ fn state_of(map: &BlockMap, bytes: &Range<u64>) -> char {
             break;
         }
         if found.is_some_and(|state| state != extent.state) {
-            return MIXED;
+            return pen.mixed();
         }
         found = Some(extent.state);
     }
-    found.map_or(' ', glyph)
+    found.map_or(' ', |state| pen.glyph(state))
 }
 
 /// The extents as a table; `places` says where each is on disks.
@@ -154,10 +202,31 @@ mod tests {
                 Extent::new(16384, Some(99 << 12), 4096, ExtentState::Unwritten),
             ],
         );
-        let picture = block_map(&map, std::slice::from_ref(&(4096..8192)), 80);
-        let lines: Vec<_> = picture.lines().collect();
+        let drawn = |unicode| {
+            picture(
+                &map,
+                std::slice::from_ref(&(4096..8192)),
+                80,
+                &Pen { unicode },
+            )
+        };
+        let text = drawn(true);
+        let lines: Vec<_> = text.lines().collect();
         assert_eq!(lines[0].trim_start(), "0  ██·▓░");
         assert_eq!(lines[1].trim_start(), "pinned   ━");
+        assert_eq!(
+            lines[2].trim_start(),
+            "one character = 4 KiB; stable: █ written"
+        );
+        assert_eq!(
+            lines[3].trim_start(),
+            "frozen: ░ unwritten, · hole, ▓ shared"
+        );
+        let text = drawn(false);
+        assert!(text.is_ascii(), "{text}");
+        let lines: Vec<_> = text.lines().collect();
+        assert_eq!(lines[0].trim_start(), "0  ##.%o");
+        assert_eq!(lines[1].trim_start(), "pinned   =");
     }
 
     proptest! {
@@ -175,8 +244,13 @@ mod tests {
                 .map(|at| Extent::new(at, Some(0), 8192, ExtentState::Written))
                 .collect();
             let map = map(start..start + length, extents);
-            let picture = block_map(&map, std::slice::from_ref(&(0..u64::MAX)), width);
-            prop_assert!(picture.lines().count() as u64 <= 2 * ROWS + 3);
+            for unicode in [true, false] {
+                let pin = 0..u64::MAX;
+                let picture = picture(&map, std::slice::from_ref(&pin), width, &Pen { unicode });
+                prop_assert!(picture.lines().count() as u64 <= 2 * ROWS + 4);
+                let widest = picture.lines().map(|line| line.chars().count()).max();
+                prop_assert!(widest <= Some(width.max(48)), "{}", picture);
+            }
         }
     }
 }

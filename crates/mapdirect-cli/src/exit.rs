@@ -21,6 +21,9 @@ impl Exit {
     pub const PIN_LOST: Self = Self(4);
     /// Blocks of a pin that was held have changed.
     pub const PIN_BREACHED: Self = Self(5);
+    /// Nobody reads what is printed any more: what a shell says of a command that
+    /// SIGPIPE has ended.
+    pub const UNREAD: Self = Self(141);
     /// `pin -- COMMAND`: blocks of the pin changed while COMMAND ran.
     pub const BREACHED_UNDER_COMMAND: Self = Self(123);
     /// `pin -- COMMAND`: the pin was lost while COMMAND ran.
@@ -74,20 +77,21 @@ impl From<Exit> for ExitCode {
     }
 }
 
+/// What went wrong. An error of the library has a line for each process in the
+/// way, and one that says what helps.
+pub(crate) fn words(error: &anyhow::Error) -> String {
+    match error.downcast_ref::<Error>() {
+        Some(error) => format!("{error:#}"),
+        None => format!("{error:#}"),
+    }
+}
+
 /// Says on stderr what went wrong, and which status that is.
 pub(crate) fn explain(error: &anyhow::Error) -> Exit {
-    match error.downcast_ref::<Error>() {
-        Some(error) => {
-            output::complain(&format!("{error:#}"));
-            match error.kind() {
-                Kind::NoGuard => Exit::NO_GUARD,
-                Kind::Arguments => Exit::USAGE,
-                _ => Exit::FAILURE,
-            }
-        }
-        None => {
-            output::complain(&format!("{error:#}"));
-            Exit::FAILURE
-        }
+    output::complain(&words(error));
+    match error.downcast_ref::<Error>().map(Error::kind) {
+        Some(Kind::NoGuard) => Exit::NO_GUARD,
+        Some(Kind::Arguments) => Exit::USAGE,
+        _ => Exit::FAILURE,
     }
 }

@@ -76,7 +76,7 @@ impl<'map> Extents<'map> {
 
     /// What an agent may do to the blocks of an extent: nothing if nobody knows
     /// on which device they are.
-    fn access(&self, extent: &Extent) -> RawAccess {
+    pub(crate) fn access(&self, extent: &Extent) -> RawAccess {
         match self.device {
             Ok(_) => access_under(self.strength, extent.state),
             Err(_) => RawAccess::None,
@@ -85,7 +85,7 @@ impl<'map> Extents<'map> {
 
     /// Where an extent is on disks; nothing if it has no blocks, or the device is
     /// not known.
-    fn runs(&self, extent: &Extent) -> Vec<DiskRun> {
+    pub(crate) fn runs(&self, extent: &Extent) -> Vec<DiskRun> {
         match &self.device {
             Ok((_, layout)) => layout.locate_extent(extent),
             Err(_) => Vec::new(),

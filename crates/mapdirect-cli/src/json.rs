@@ -3,6 +3,12 @@
 use mapdirect::{BlockMap, Breach, Extent, ExtentState, Strength};
 use serde_json::{Map, Value, json};
 use std::ops::Range;
+use std::path::Path;
+
+/// A file name: itself, or `$'...'` if it is not UTF-8 (docs/schemas/common.json).
+pub(crate) fn name(path: &Path) -> String {
+    mapdirect_sys::names::name(path.as_os_str())
+}
 
 pub(crate) fn extent(extent: &Extent) -> Value {
     json!({

@@ -22,7 +22,7 @@
 //! alone are passed on.
 
 use crate::args::OnLoss;
-use crate::{Exit, output};
+use crate::{Exit, exit, output, terminal};
 use anyhow::{Context, Result};
 use mapdirect_sys::fork::{Side, fork};
 use mapdirect_sys::signal::{self, Before, Received, Signal, SignalFd};
@@ -31,6 +31,7 @@ use mapdirect_sys::{Errno, ancestry, descriptors, pidfd, proc};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{WaitOptions, WaitStatus};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -108,7 +109,7 @@ pub(crate) fn run(on_loss: OnLoss, work: impl FnOnce(&mut Keeper) -> Result<Exit
             let result = become_subreaper().and_then(|()| work(&mut keeper));
             let ending = result.unwrap_or_else(|error| {
                 // stderr may be nobody's by now.
-                keeper.say(&format!("{error:#}"));
+                keeper.say(&exit::words(&error));
                 Exit::COMMAND_NOT_RUN
             });
             keeper.end(ending);
@@ -170,8 +171,14 @@ struct Front {
 impl Front {
     /// Stands for COMMAND until it has ended.
     fn stand(&mut self) -> Result<Exit> {
+        let mut silent = true;
         loop {
-            let ready = wait(&[self.signals.as_fd(), self.link.as_fd()], None)?;
+            let limit = (silent && !self.started).then_some(output::SILENCE);
+            let ready = wait(&[self.signals.as_fd(), self.link.as_fd()], limit)?;
+            if silent && !ready[0] && !ready[1] {
+                silent = false;
+                output::still_waiting("for the pin, before COMMAND runs");
+            }
             if ready[0] {
                 let received = self.signals.wait()?;
                 if let Some(ending) = self.take_signal(received) {
@@ -318,7 +325,8 @@ impl Keeper {
                 Ok(Ok(child.id().cast_signed()))
             }
             Err(error) => {
-                output::complain(&format!("{}: {error}", command.get_program().display()));
+                let program = terminal::name(Path::new(command.get_program()));
+                output::complain(&format!("{program}: {error}"));
                 Ok(Err(if error.kind() == std::io::ErrorKind::NotFound {
                     Exit::NOT_FOUND
                 } else {

@@ -3,30 +3,42 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod columns;
 mod draw;
 mod exit;
 mod extents;
+mod journal;
 mod json;
 mod keeper;
+mod metrics;
 mod open;
 mod output;
+pub mod pages;
+pub mod since;
 pub mod size;
+mod terminal;
+mod uses;
 mod verbs;
 
 pub use exit::Exit;
 
 use args::{Command, Mapdirect};
-use clap::Parser;
+use clap::FromArgMatches;
 use clap::error::ErrorKind;
 use std::ffi::OsString;
 
 /// Runs the command line `args`, the program's name first, and says how the
 /// process shall end.
 pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
-    let parsed = match Mapdirect::try_parse_from(args) {
+    let matched = pages::command().try_get_matches_from(args);
+    let parsed = match matched.and_then(|matched| Mapdirect::from_arg_matches(&matched)) {
         Ok(parsed) => parsed,
         Err(error) => return usage(&error),
     };
+    let holds = matches!(
+        parsed.command,
+        Command::Guard(_) | Command::Pin(_) | Command::Run(_)
+    );
     let result = match parsed.command {
         Command::Guard(args) => verbs::guard::run(&args),
         Command::Pin(args) => verbs::pin::run(&args),
@@ -34,13 +46,19 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
         Command::Run(args) => verbs::run::run(&args),
         Command::Show(args) => verbs::show::run(&args),
         Command::Status(args) => verbs::status::run(&args),
+        Command::Top(args) => verbs::top::run(&args),
+        Command::Watch(args) => verbs::watch::run(&args),
+        Command::Log(args) => verbs::log::run(&args),
         Command::Doctor(args) => verbs::doctor::run(&args),
         Command::Arm(args) => verbs::arm::arm(&args),
         Command::Disarm(args) => verbs::arm::disarm(&args),
         Command::Unpin(args) => verbs::unpin::run(&args),
         Command::Policy(args) => verbs::policy::run(&args),
     };
-    result.unwrap_or_else(|error| exit::explain(&error))
+    let exit = result.unwrap_or_else(|error| exit::explain(&error));
+    // What holds something ends by what became of that.
+    let unwritten = if holds { None } else { output::finish() };
+    unwritten.filter(|_| exit == Exit::SUCCESS).unwrap_or(exit)
 }
 
 /// Help and version go to stdout; everything else is one line on stderr.
@@ -48,7 +66,7 @@ fn usage(error: &clap::Error) -> Exit {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             output::line(error.render().to_string().trim_end());
-            Exit::SUCCESS
+            output::finish().unwrap_or(Exit::SUCCESS)
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             output::complain("tell me what to do; `mapdirect --help` says what there is");

@@ -8,11 +8,13 @@
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use mapdirect_fuzz::{Target, targets};
+use mapdirect_proto::record::{self, Owner};
 use mapdirect_proto::{
     BlockMap, DeviceId, Extent, ExtentState, Flags, Gate, Granted, MAGIC, Notice, Opener,
     PinRequest, PinnedRange, Reason, Refusal, Reply, Request, VERSION, WatchedPin, encode_status,
     extent, status,
 };
+use mapdirect_proto::{FollowRequest, Name, NameState, Record};
 use mapdirect_testkit::random::Random;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
@@ -180,6 +182,10 @@ fn asked() -> Vec<Request> {
         Request::Ended(pin),
         Request::Watch(vec![pin; 3]),
         Request::Barrier,
+        Request::Follow(FollowRequest {
+            kept: 20,
+            live: true,
+        }),
     ]
 }
 
@@ -240,7 +246,24 @@ fn answered() -> Vec<Reply> {
             why: String::from("gone"),
         }),
         Reply::Watching,
+        Reply::Record(Box::new(a_record())),
+        Reply::Missed(5),
+        Reply::Following,
     ]
+}
+
+fn a_record() -> Record {
+    let device = DeviceId { major: 7, minor: 0 };
+    let mut record = Record::new(record::Event::Breach, 5, Gate::Bpf, (device, 131));
+    record.actor.uid = Some(1000);
+    record.actor.command = String::from("dd");
+    record.operation = String::from("write");
+    record.range = Some(0..4096);
+    record.name = Name::new("/srv/a", "/srv/b", NameState::PRESENT);
+    record.pin = 7;
+    record.owner = Some(Owner::new(77, 0));
+    (record.before, record.after) = (some_extents(), some_extents());
+    record
 }
 
 fn a_status() -> status::Status {
@@ -256,6 +279,8 @@ fn a_status() -> status::Status {
             device,
             inode: 131,
             path: String::from("/srv/a"),
+            former: String::from("/srv/b"),
+            name_state: NameState::PRESENT,
             pins: Vec::new(),
             holders: vec![status::Holder {
                 pid: 77,
@@ -278,5 +303,6 @@ fn a_status() -> status::Status {
         breaches: Vec::new(),
         policy: None,
         armed: Vec::new(),
+        unrecorded: 4,
     }
 }

@@ -1,19 +1,32 @@
-//! Records refusals: counts them, keeps them for a while, and reports them to
-//! the operator of the guard.
+//! Records refusals and breaches: counts them, keeps them for a while, and tells
+//! them to whoever wants to know.
 //!
-//! The gate thread only puts a record into a ring and wakes the audit thread.
-//! It never logs: a logger may need the very file that somebody waits for.
+//! The gate thread only puts what it knows into a ring and wakes the audit
+//! thread ([`keep`]). It never logs: a logger may need the very file that
+//! somebody waits for.
+
+pub(crate) mod actor;
+pub(crate) mod call;
+mod few;
+pub(crate) mod journal;
+pub(crate) mod journald;
+pub(crate) mod keep;
+pub(crate) mod names;
+pub(crate) mod words;
 
 use crate::policy::{OperationKind, RULES};
 use crate::table::InodeId;
 use crossbeam_queue::ArrayQueue;
+use mapdirect_proto::Name;
+use mapdirect_proto::record::Actor;
 use mapdirect_proto::status::RefusedOperation;
+use mapdirect_sys::proc::Syscall;
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::Thread;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Refusals kept for `mapdirect status`.
 const RECENT: usize = 64;
@@ -21,19 +34,60 @@ const RECENT: usize = 64;
 /// A refusal as the gate thread notes it.
 #[derive(Debug)]
 pub(crate) struct Refused {
-    pub(crate) tid: i32,
-    pub(crate) command: String,
+    /// Nanoseconds since the epoch.
+    pub(crate) time: u64,
+    pub(crate) who: Who,
     pub(crate) kind: OperationKind,
+    /// The word for the operation, if there is a better one than that of its
+    /// kind.
+    pub(crate) operation: &'static str,
+    /// The system call, if it is known.
+    pub(crate) call: Option<Syscall>,
     pub(crate) id: InodeId,
     pub(crate) path: Arc<str>,
     pub(crate) range: Option<Range<u64>>,
+    pub(crate) met: Option<Met>,
+}
+
+/// Who was refused.
+#[derive(Debug)]
+pub(crate) enum Who {
+    /// Somebody looked while the thread waited.
+    Known(Box<Actor>),
+    /// A thread that must be looked up.
+    Thread {
+        tid: i32,
+        /// 0 if it is not known.
+        pid: i32,
+        command: String,
+        /// The thread began before this time, in clock ticks since boot; `None`
+        /// if it cannot be looked up.
+        before: Option<u64>,
+    },
+}
+
+/// The pin that an operation met.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Met {
+    pub(crate) pin: u64,
+    pub(crate) pid: i32,
+    pub(crate) uid: u32,
+}
+
+/// The time in nanoseconds since the epoch.
+pub(crate) fn now() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| u64::try_from(now.as_nanos()).unwrap_or(u64::MAX))
 }
 
 /// The counters, and the ring between the gate thread and the audit thread.
 #[derive(Debug)]
 pub(crate) struct Audit {
     ring: ArrayQueue<Refused>,
+    /// What had no room in the ring, and is not told yet.
     lost: AtomicU64,
+    /// What had no room in the ring, and is told.
+    unkept: AtomicU64,
     /// What pins give way to.
     words: ArrayQueue<String>,
     judged: AtomicU64,
@@ -41,6 +95,9 @@ pub(crate) struct Audit {
     recent: Mutex<VecDeque<RefusedOperation>>,
     thread: OnceLock<Thread>,
     stop: AtomicBool,
+    /// Looks at processes, and for names of files.
+    actors: few::Few,
+    names: few::Few,
 }
 
 impl Audit {
@@ -48,12 +105,15 @@ impl Audit {
         Self {
             ring: ArrayQueue::new(4096),
             lost: AtomicU64::new(0),
+            unkept: AtomicU64::new(0),
             words: ArrayQueue::new(1024),
             judged: AtomicU64::new(0),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             recent: Mutex::default(),
             thread: OnceLock::new(),
             stop: AtomicBool::new(false),
+            actors: few::Few::new(16),
+            names: few::Few::new(8),
         }
     }
 
@@ -109,7 +169,12 @@ impl Audit {
         recent.iter().cloned().collect()
     }
 
-    /// Ends [`run`](Self::run).
+    /// Finds the present names of files. Waits no longer than `limit`.
+    pub(crate) fn names_of(&self, questions: Vec<names::Question>, limit: Duration) -> Vec<Name> {
+        names::find_all(&self.names, questions, limit)
+    }
+
+    /// Ends [`keep::run`].
     pub(crate) fn stop(&self) {
         self.stop.store(true, SeqCst);
         if let Some(thread) = self.thread.get() {
@@ -117,37 +182,40 @@ impl Audit {
         }
     }
 
-    /// The work of the audit thread: calls `tell` with every refusal and the
-    /// number of refusals that could not be kept, and calls `others` each time
-    /// the thread wakes.
-    pub(crate) fn run(&self, tell: &dyn Fn(&RefusedOperation, u64), others: &dyn Fn()) {
+    /// Makes the calling thread the audit thread, which is woken when there is
+    /// something to do.
+    pub(crate) fn begin(&self) {
         let _ = self.thread.set(std::thread::current());
-        loop {
-            while let Some(refused) = self.ring.pop() {
-                let record = RefusedOperation {
-                    time: SystemTime::now()
-                        .duration_since(UNIX_EPOCH)
-                        .map_or(0, |since| since.as_secs()),
-                    tid: refused.tid,
-                    command: refused.command,
-                    operation: refused.kind.name().to_owned(),
-                    device: refused.id.device(),
-                    inode: refused.id.inode,
-                    path: refused.path.to_string(),
-                    range: refused.range,
-                };
-                tell(&record, self.lost.swap(0, Relaxed));
-                let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
-                if recent.len() == RECENT {
-                    recent.pop_front();
-                }
-                recent.push_back(record);
-            }
-            others();
-            if self.stop.load(SeqCst) {
-                return;
-            }
-            std::thread::park();
+    }
+
+    /// Takes refusals out of the ring, and the number of those that had no room
+    /// in it.
+    pub(crate) fn take(&self, most: usize) -> (Vec<Refused>, u64) {
+        let taken: Vec<_> = std::iter::from_fn(|| self.ring.pop()).take(most).collect();
+        let lost = if taken.is_empty() {
+            0
+        } else {
+            self.lost.swap(0, Relaxed)
+        };
+        self.unkept.fetch_add(lost, Relaxed);
+        (taken, lost)
+    }
+
+    /// The number of refusals of which there is no record.
+    pub(crate) fn unkept(&self) -> u64 {
+        self.unkept.load(Relaxed) + self.lost.load(Relaxed)
+    }
+
+    /// Keeps a refusal for `mapdirect status`.
+    pub(crate) fn remember(&self, refused: RefusedOperation) {
+        let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
+        if recent.len() == RECENT {
+            recent.pop_front();
         }
+        recent.push_back(refused);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.stop.load(SeqCst)
     }
 }

@@ -57,6 +57,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
+pub use audit::journald::SOCKET as JOURNAL_SOCKET;
 pub use declared::{DEFAULT_PINS, Declared, parse_pins, read_pins};
 pub use delegation::{
     Account, DEFAULT as DEFAULT_POLICY, Policy, PolicyError, Rule, group_number, host_path,
@@ -101,6 +102,7 @@ pub(crate) struct Guard {
     table: table::Table,
     own: table::OwnOpens,
     audit: audit::Audit,
+    journal: audit::journal::Journal,
     notices: notice::Notices,
     overlays: overlay::Overlays,
     exports: exports::Exports,
@@ -168,6 +170,7 @@ impl Guard {
             table: table::Table::new(),
             own: table::OwnOpens::new(),
             audit: audit::Audit::new(),
+            journal: audit::journal::Journal::default(),
             notices: notice::Notices::new(),
             overlays: overlay::Overlays::default(),
             exports: exports::Exports::default(),

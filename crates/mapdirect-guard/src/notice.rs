@@ -168,6 +168,8 @@ pub(crate) struct Notices {
     breached: AtomicU64,
     /// Notices for the operator of the guard.
     untold: ArrayQueue<Notice>,
+    /// Breaches that had no room there.
+    lost: AtomicU64,
     /// The thread that prints these notices.
     printer: OnceLock<Thread>,
 }
@@ -187,6 +189,7 @@ impl Notices {
             recent: Mutex::default(),
             breached: AtomicU64::new(0),
             untold: ArrayQueue::new(UNTOLD),
+            lost: AtomicU64::new(0),
             printer: OnceLock::new(),
         }
     }
@@ -262,6 +265,12 @@ impl Notices {
         }
     }
 
+    /// The number of breaches that will have no record, since this was last
+    /// asked.
+    pub(crate) fn take_lost(&self) -> u64 {
+        self.lost.swap(0, Relaxed)
+    }
+
     fn tell(&self, audiences: &Audiences, notice: Notice) {
         if let Some(audience) = audiences.of.get(&notice.pin()) {
             for watcher in &audience.watchers {
@@ -269,7 +278,9 @@ impl Notices {
             }
         }
         // The status shows those that are too many to print.
-        let _ = self.untold.push(notice);
+        if let Err(Notice::Breach(_)) = self.untold.push(notice) {
+            self.lost.fetch_add(1, Relaxed);
+        }
         if let Some(printer) = self.printer.get() {
             printer.unpark();
         }

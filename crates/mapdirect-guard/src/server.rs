@@ -1,12 +1,14 @@
 //! Starts and stops a guard, and accepts clients.
 
+use crate::audit::journald::Journald;
+use crate::audit::keep::Tellers;
 use crate::delegation::{self, Delegation, PolicyError};
 use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
 use crate::store::{LISTENER, Starter};
 use crate::wake::{Backoff, Waker, wait_any};
-use crate::{Errno, Guard, gate, needs, tripwire};
+use crate::{Errno, Guard, audit, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
@@ -39,6 +41,9 @@ pub struct Config {
     /// Called when pins give way for their holder, or hold again, with words
     /// about it, by the thread that calls `on_refusal`.
     pub on_giving_way: Box<OnGivingWay>,
+    /// The socket of a journal (of systemd) that gets an entry for every record.
+    /// What the journal takes is not given to `on_refusal` or `on_notice`.
+    pub journal: Option<PathBuf>,
 }
 
 /// Which gate to use.
@@ -268,22 +273,19 @@ pub fn start(config: Config) -> Result<Running, StartError> {
             }
         }),
     )?;
-    let (tell, tell_notice) = (config.on_refusal, config.on_notice);
-    let tell_giving_way = config.on_giving_way;
+    let journald = config.journal.as_deref().map(Journald::new);
+    let tellers = Tellers {
+        refusal: config.on_refusal,
+        notice: config.on_notice,
+        giving_way: config.on_giving_way,
+        journald: journald.transpose().map_err(|error| StartError::System {
+            call: "making a socket for the journal",
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        })?,
+    };
     spawn(
         "audit",
-        Box::new(move |shared| {
-            let notices = &shared.guard.notices;
-            notices.printed_here();
-            shared.guard.audit.run(&*tell, &|| {
-                while let Some(notice) = notices.next() {
-                    tell_notice(&notice);
-                }
-                while let Some(words) = shared.guard.audit.next_words() {
-                    tell_giving_way(&words);
-                }
-            });
-        }),
+        Box::new(move |shared| audit::keep::run(&shared.guard, &tellers)),
     )?;
     spawn(
         "policy",

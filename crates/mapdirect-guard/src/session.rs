@@ -13,6 +13,7 @@
 //! descriptors. A file comes out of it only if the policy allows the request, and
 //! the file is one of XFS or ext4.
 
+mod follow;
 mod hear;
 mod rights;
 
@@ -149,7 +150,7 @@ impl<'guard> Session<'guard> {
                 }
                 _ => return,
             };
-            match self.answer(said) {
+            match self.answer(said, place) {
                 Ok(()) => {}
                 Err(End::Gone) => return,
                 Err(End::Nonsense) => {
@@ -161,7 +162,7 @@ impl<'guard> Session<'guard> {
         }
     }
 
-    fn answer(&mut self, said: Said) -> Result<(), End> {
+    fn answer(&mut self, said: Said, place: &Place) -> Result<(), End> {
         let request = match said.request {
             Ok(request) => request,
             Err(refusal) => {
@@ -173,6 +174,9 @@ impl<'guard> Session<'guard> {
         match (&request, said.handed) {
             (Request::Hello { version }, Handed::Nothing) => self.greet(*version),
             (Request::Watch(pins), Handed::Nothing) if self.greeted => self.watch(pins, sender),
+            (Request::Follow(follow), Handed::Nothing) if self.greeted => {
+                self.follow(*follow, place)
+            }
             _ if !self.greeted || self.watcher.is_some() => {
                 self.refuse(protocol(if self.greeted {
                     "this connection is for notices"

@@ -1,10 +1,16 @@
 //! Gathers the state of the guard, for `mapdirect status`.
 
 use crate::Guard;
+use crate::audit::names;
 use crate::openers::{Openers, Wanted, processes_of};
 use crate::table::Watched;
+use mapdirect_proto::NameState;
 use mapdirect_proto::status::{Delegated, FileStatus, Holder, PinStatus, Status};
 use std::collections::BTreeMap;
+use std::time::Duration;
+
+/// How long to look for the present names of files.
+const NAMES: Duration = Duration::from_millis(500);
 
 /// Gathers the state. For a caller without privileges, names, processes and
 /// refusals are included only for files that `only_uid` itself has pinned.
@@ -31,6 +37,14 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         for (at, found) in told.iter().zip(processes_of(&wanted)) {
             files[*at].holders = holders(found);
         }
+    }
+    let asked: Vec<_> = told
+        .iter()
+        .map(|at| names::Question::about(known[*at]))
+        .collect();
+    for (at, name) in told.iter().zip(guard.audit.names_of(asked, NAMES)) {
+        let file = &mut files[*at];
+        (file.path, file.former, file.name_state) = (name.path, name.former, name.state);
     }
     files.sort_by(|one, other| {
         (&one.path, one.device, one.inode).cmp(&(&other.path, other.device, other.inode))
@@ -61,6 +75,7 @@ pub(crate) fn gather(guard: &Guard, only_uid: Option<u32>) -> Status {
         } else {
             Vec::new()
         },
+        unrecorded: guard.audit.unkept(),
     }
 }
 
@@ -100,6 +115,8 @@ fn file_status(watched: &Watched, only_uid: Option<u32>) -> Option<FileStatus> {
         } else {
             String::new()
         },
+        former: String::new(),
+        name_state: NameState::UNKNOWN,
         holders: Vec::new(),
         pins: live,
     })

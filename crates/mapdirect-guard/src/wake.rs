@@ -21,6 +21,11 @@ impl Waker {
         Arc::clone(&self.0)
     }
 
+    /// Whether both wake the same owner.
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
     pub(crate) fn wake(&self) {
         // This fails only when the counter is full, and then the owner is woken
         // already.

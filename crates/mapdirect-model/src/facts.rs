@@ -252,7 +252,11 @@ impl FileFacts {
             found.push(Obstacle::unsupported(
                 ObstacleKind::Filesystem,
                 format!("{name} cannot promise to leave blocks where they are"),
-                "put the file on XFS or ext4",
+                if name == "overlayfs" {
+                    "put the file on XFS or ext4 itself: in a container, on a volume"
+                } else {
+                    "put the file on XFS or ext4"
+                },
             ));
             return found;
         }
@@ -260,7 +264,7 @@ impl FileFacts {
             found.push(Obstacle::unsupported(
                 ObstacleKind::InlineData,
                 "its data lies inside the inode (inline_data)",
-                "make the file larger than its inode, or the filesystem without inline_data",
+                "mapdirect prepare FILE moves it into a block of its own",
             ));
         } else if self.filesystem == Filesystem::Ext4 && !has(inode_flags::EXTENTS) {
             found.push(Obstacle::unsupported(
@@ -319,6 +323,7 @@ impl FileFacts {
         }
         let hints = |found: ExtendedFlags| ExtendedFlags {
             flags: found.flags & !inode_flags::XFLAG_PREALLOC,
+            project: 0,
             ..found
         };
         let now = inode_flags::extended(file)?;

@@ -36,6 +36,7 @@ pub(crate) mod kind {
     pub(crate) const YIELD: u16 = 15;
     pub(crate) const RESUME: u16 = 16;
     pub(crate) const KEEPER: u16 = 17;
+    pub(crate) const FOLLOW: u16 = 18;
 
     pub(crate) const WELCOME: u16 = 101;
     pub(crate) const DONE: u16 = 102;
@@ -49,6 +50,9 @@ pub(crate) mod kind {
     pub(crate) const UNATTENDED: u16 = 110;
     pub(crate) const WATCHING: u16 = 111;
     pub(crate) const RENAMED: u16 = 112;
+    pub(crate) const RECORD: u16 = 113;
+    pub(crate) const MISSED: u16 = 114;
+    pub(crate) const FOLLOWING: u16 = 115;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]

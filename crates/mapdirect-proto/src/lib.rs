@@ -44,6 +44,15 @@
 //!                    ◀───────────────────  Notice, for each that has one
 //!                    ◀───────────────────  Watching
 //!                    ◀───────────────────  Notice, at any time
+//!
+//! on another, for records of what was refused and noticed:
+//!   Hello            ───────────────────▶
+//!                    ◀───────────────────  Welcome
+//!   Follow           ───────────────────▶
+//!                    ◀───────────────────  Record, for each that is kept
+//!                    ◀───────────────────  Following
+//!                    ◀───────────────────  Record or Missed, as they come,
+//!                                          if that was asked for
 //! ```
 
 #![forbid(unsafe_code)]
@@ -52,6 +61,7 @@ mod envelope;
 pub mod extent;
 pub mod notice;
 pub mod reason;
+pub mod record;
 pub mod refusal;
 pub mod reply;
 pub mod request;
@@ -65,15 +75,17 @@ mod wire;
 pub use extent::{BlockMap, DeviceId, Extent, ExtentState};
 pub use notice::{Breach, Cause, Notice};
 pub use reason::Reason;
+pub use record::{Actor, Event, Name, NameState, Owner, Record};
 pub use refusal::{Opener, Refusal};
 pub use reply::{Gate, Granted, PinnedRange, Reply};
 pub use request::{
-    AllocateRequest, ArmRequest, Flags, PinRequest, Request, WatchedPin, Who, YieldRequest,
+    AllocateRequest, ArmRequest, Flags, FollowRequest, PinRequest, Request, WatchedPin, Who,
+    YieldRequest,
 };
 pub use status_wire::{MAX_STATUS, decode_status, encode_status};
 pub use version::{
     OLDEST_VERSION, UnknownVersion, VERSION, VERSION_WITH_BARRIER, VERSION_WITH_FAMILIES,
-    VERSION_WITH_POLICY, settle,
+    VERSION_WITH_POLICY, VERSION_WITH_RECORDS, settle,
 };
 pub use wire::DecodeError;
 

@@ -3,6 +3,7 @@
 use crate::envelope::{Body, Empty, HEADER, kind, message};
 use crate::extent::{DeviceId, EXTENT_RECORD, Extent, decode_extents, encode_extents};
 use crate::notice::{self, Breach, BreachRecord, FateRecord, Notice};
+use crate::record::{MAX_RECORD_TAIL, Record, RecordRecord};
 use crate::refusal::{Refusal, decode_refusal, encode_refusal};
 use crate::request::Flags;
 use crate::wire::{DecodeError, clipped, wire_len};
@@ -130,6 +131,19 @@ pub enum Reply {
     Watching,
     /// Something happened to a watched pin.
     Notice(Notice),
+    /// A record.
+    Record(Box<Record>),
+    /// So many records could not be sent, because they came too fast for the
+    /// guard to keep or for this client to read.
+    Missed(u64),
+    /// The end of the records that are kept.
+    Following,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct MissedRecord {
+    count: U64,
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -186,6 +200,7 @@ const _: () = {
     let breach = size_of::<BreachRecord>() + texts + 2 * notice::MAX_BREACH_EXTENTS * EXTENT_RECORD;
     assert!(HEADER + breach <= MAX_MESSAGE);
     assert!(HEADER + size_of::<FateRecord>() + notice::MAX_WHY <= MAX_MESSAGE);
+    assert!(HEADER + size_of::<RecordRecord>() + MAX_RECORD_TAIL <= MAX_MESSAGE);
 };
 
 impl Reply {
@@ -216,6 +231,17 @@ impl Reply {
             Self::Status => message(kind::STATUS_REPLY, &Empty {}, &[]),
             Self::Watching => message(kind::WATCHING, &Empty {}, &[]),
             Self::Notice(notice) => encode_notice(notice),
+            Self::Record(record) => {
+                let (record, tail) = record.to_wire();
+                message(kind::RECORD, &record, &tail)
+            }
+            Self::Missed(count) => {
+                let record = MissedRecord {
+                    count: (*count).into(),
+                };
+                message(kind::MISSED, &record, &[])
+            }
+            Self::Following => message(kind::FOLLOWING, &Empty {}, &[]),
         }
     }
 
@@ -257,6 +283,22 @@ impl Reply {
             }
             kind::BREACH | kind::LOST | kind::UNATTENDED | kind::RENAMED => {
                 Self::Notice(decode_notice(body)?)
+            }
+            kind::RECORD => {
+                let (record, mut rest): (RecordRecord, _) = body.first()?;
+                let record = Record::from_wire(&record, &mut rest)?;
+                if !rest.is_empty() {
+                    return Err(DecodeError::Length);
+                }
+                Self::Record(Box::new(record))
+            }
+            kind::MISSED => {
+                let record: MissedRecord = body.only()?;
+                Self::Missed(record.count.get())
+            }
+            kind::FOLLOWING => {
+                let Empty {} = body.only()?;
+                Self::Following
             }
             other => return Err(DecodeError::Kind(other)),
         })

@@ -196,6 +196,22 @@ pub enum Request {
     Arm(ArmRequest),
     /// Asks to take back every such permission for a file, which comes with it.
     Disarm,
+    /// Asks for the records of what was refused and noticed. Root gets all of
+    /// them, others those about files that they themselves have pinned. Each
+    /// comes in a [`Reply::Record`](crate::Reply::Record), and
+    /// [`Reply::Following`](crate::Reply::Following) is behind the ones that are
+    /// kept. If more are asked for as they come, the connection is for records
+    /// only from then on. Needs version 4.
+    Follow(FollowRequest),
+}
+
+/// Which records to send.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct FollowRequest {
+    /// The most records of those that are kept, the latest; 0 for none.
+    pub kept: u32,
+    /// Whether to go on as records come.
+    pub live: bool,
 }
 
 /// Somebody who may pin without the capability.
@@ -311,6 +327,14 @@ struct KeeperRecord {
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
 #[repr(C)]
+struct FollowRecord {
+    kept: U32,
+    /// 1 to go on as records come.
+    live: U32,
+}
+
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
 struct WatchRecord {
     count: U32,
     reserved: U32,
@@ -405,6 +429,7 @@ impl Request {
             | Self::Keeper { .. }
             | Self::Ended(_)
             | Self::Watch(_)
+            | Self::Follow(_)
             | Self::Unpin(_) => 0,
         }
     }
@@ -484,6 +509,13 @@ impl Request {
                 message(kind::ARM, &record, &[])
             }
             Self::Disarm => message(kind::DISARM, &Empty {}, &[]),
+            Self::Follow(follow) => {
+                let record = FollowRecord {
+                    kept: follow.kept.into(),
+                    live: u32::from(follow.live).into(),
+                };
+                message(kind::FOLLOW, &record, &[])
+            }
         }
     }
 
@@ -585,6 +617,17 @@ impl Request {
             kind::DISARM => {
                 let Empty {} = body.only()?;
                 Self::Disarm
+            }
+            kind::FOLLOW => {
+                let record: FollowRecord = body.only()?;
+                Self::Follow(FollowRequest {
+                    kept: record.kept.get(),
+                    live: match record.live.get() {
+                        0 => false,
+                        1 => true,
+                        _ => return Err(DecodeError::Newer),
+                    },
+                })
             }
             other => return Err(DecodeError::Kind(other)),
         })

@@ -3,6 +3,7 @@
 
 use crate::extent::DeviceId;
 use crate::notice::Breach;
+use crate::record::NameState;
 use crate::reply::Gate;
 use crate::request::{Flags, Who};
 use std::ops::Range;
@@ -90,9 +91,13 @@ pub struct FileStatus {
     pub device: DeviceId,
     /// Inode number.
     pub inode: u64,
-    /// The path when the first pin was granted. Empty for a receiver that may
+    /// The last path at which the file was seen. Empty for a receiver that may
     /// not know it.
     pub path: String,
+    /// The path when the first pin was granted, if the file has another one now.
+    pub former: String,
+    /// What is known of these paths.
+    pub name_state: NameState,
     /// Its pins.
     pub pins: Vec<PinStatus>,
     /// The processes that map it or have it open.
@@ -114,7 +119,7 @@ pub struct RefusedOperation {
     pub device: DeviceId,
     /// Inode number of the file.
     pub inode: u64,
-    /// The path of the file when it was first pinned.
+    /// The path of the file when it was refused, as far as that was known.
     pub path: String,
     /// The byte range of the attempt, if it had one.
     pub range: Option<Range<u64>>,
@@ -147,4 +152,7 @@ pub struct Status {
     pub policy: Option<PolicyStatus>,
     /// What is armed.
     pub armed: Vec<Armed>,
+    /// The number of refusals of which there is no record, because they came too
+    /// fast.
+    pub unrecorded: u64,
 }

@@ -4,6 +4,7 @@
 
 use crate::extent::DeviceId;
 use crate::notice::{Breach, BreachRecord};
+use crate::record::NameState;
 use crate::reply::Gate;
 use crate::request::{Flags, Who};
 use crate::status::{
@@ -37,6 +38,8 @@ mod kind {
     pub(super) const DELEGATED: u16 = 8;
     pub(super) const ARMED: u16 = 9;
     pub(super) const POLICY: u16 = 10;
+    pub(super) const NAME: u16 = 11;
+    pub(super) const UNRECORDED: u16 = 12;
 }
 
 #[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
@@ -79,6 +82,14 @@ struct PinRecord {
     stable: U64,
     frozen: U64,
     breaches: U64,
+}
+
+/// Belongs to the file before it; the text is the former path.
+#[derive(FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned, Clone, Copy)]
+#[repr(C)]
+struct NameRecord {
+    state: U32,
+    reserved: U32,
 }
 
 /// Belongs to the pin before it; the text is the rule.
@@ -205,6 +216,14 @@ impl Status {
                 &record,
                 &[clipped(&file.path, MAX_TEXT).as_bytes()],
             );
+            if (&*file.former, file.name_state) != ("", NameState::UNKNOWN) {
+                let name = NameRecord {
+                    state: file.name_state.bits().into(),
+                    reserved: 0.into(),
+                };
+                let former = clipped(&file.former, MAX_TEXT);
+                put(&mut bytes, kind::NAME, &name, &[former.as_bytes()]);
+            }
             for pin in &file.pins {
                 let lost = clipped(&pin.lost, MAX_TEXT);
                 put(&mut bytes, kind::PIN, &pin_record(pin), &[lost.as_bytes()]);
@@ -276,6 +295,12 @@ impl Status {
             let path = clipped(&armed.path, MAX_TEXT);
             put(&mut bytes, kind::ARMED, &record, &[path.as_bytes()]);
         }
+        if self.unrecorded > 0 {
+            let record = RefusedRecord {
+                count: self.unrecorded.into(),
+            };
+            put(&mut bytes, kind::UNRECORDED, &record, &[]);
+        }
         bytes
     }
 
@@ -300,6 +325,7 @@ impl Status {
             breaches: Vec::new(),
             policy: None,
             armed: Vec::new(),
+            unrecorded: 0,
         };
         while !reader.is_empty() {
             let header: RecordHeader = reader.record()?;
@@ -337,9 +363,21 @@ impl Status {
                     },
                     inode: record.inode.get(),
                     path: body.text(body.remaining())?,
+                    former: String::new(),
+                    name_state: NameState::UNKNOWN,
                     pins: Vec::new(),
                     holders: Vec::new(),
                 });
+            }
+            kind::NAME => {
+                let record: NameRecord = body.extensible(fixed)?;
+                let file = self.files.last_mut().ok_or(DecodeError::Value("file"))?;
+                file.former = body.text(body.remaining())?;
+                file.name_state = NameState::from_known_bits(record.state.get());
+            }
+            kind::UNRECORDED => {
+                let record: RefusedRecord = body.extensible(fixed)?;
+                self.unrecorded = record.count.get();
             }
             kind::PIN => {
                 let record: PinRecord = body.extensible(fixed)?;
@@ -459,6 +497,8 @@ mod tests {
                 device: DeviceId { major: 7, minor: 0 },
                 inode: 131,
                 path: "/mnt/å b".into(),
+                former: "/mnt/a".into(),
+                name_state: NameState::PRESENT,
                 pins: vec![PinStatus {
                     pin: 9,
                     range: 4096..8192,
@@ -506,6 +546,7 @@ mod tests {
                 range: 0..u64::MAX,
                 left: 59,
             }],
+            unrecorded: 7,
         }
     }
 

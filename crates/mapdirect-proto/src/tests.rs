@@ -46,6 +46,7 @@ fn request() -> impl Strategy<Value = Request> {
         }),
         any::<u64>().prop_map(Request::Unpin),
         Just(Request::Disarm),
+        any::<(u32, bool)>().prop_map(|(kept, live)| Request::Follow(FollowRequest { kept, live })),
         (
             any::<bool>(),
             any::<u32>(),
@@ -154,7 +155,46 @@ fn reply() -> impl Strategy<Value = Reply> {
         Just(Reply::Status),
         Just(Reply::Watching),
         notice().prop_map(Reply::Notice),
+        record().prop_map(|record| Reply::Record(Box::new(record))),
+        any::<u64>().prop_map(Reply::Missed),
+        Just(Reply::Following),
     ]
+}
+
+fn record() -> impl Strategy<Value = Record> {
+    let texts = proptest::collection::vec(".{0,40}", 8);
+    let ids = any::<(i32, i32, Option<u32>, Option<(i32, u32)>)>();
+    let range = proptest::option::of(any::<u32>().prop_map(|start| start.into()..u64::MAX));
+    (any::<[u64; 4]>(), texts, ids, range, any::<(u32, u32)>()).prop_map(
+        |([number, time, inode, pin], texts, (pid, tid, uid, owner), range, (event, state))| {
+            let mut texts = texts.into_iter();
+            let mut text = || texts.next().unwrap();
+            let device = DeviceId { major: 7, minor: 3 };
+            let event = match event % 3 {
+                0 => record::Event::Refusal,
+                1 => record::Event::Breach,
+                _ => record::Event::Other(event.max(3)),
+            };
+            let mut record = Record::new(event, time, Gate::Bpf, (device, inode));
+            (record.number, record.pin, record.range) = (number, pin, range);
+            record.actor = Actor {
+                pid,
+                tid,
+                uid,
+                command: text(),
+                executable: text(),
+                cgroup: text(),
+            };
+            record.owner = owner.map(|(pid, uid)| Owner {
+                command: text(),
+                ..Owner::new(pid, uid)
+            });
+            record.name = Name::new(text(), text(), NameState::from_known_bits(state));
+            (record.operation, record.call) = (text(), text());
+            record.before = vec![Extent::new(0, Some(4096), 1, ExtentState::Written)];
+            record
+        },
+    )
 }
 
 fn notice() -> impl Strategy<Value = Notice> {
@@ -203,8 +243,8 @@ proptest! {
     /// Bytes that get past the header reach every decoder.
     #[test]
     fn any_record_decodes_or_not(
-        kind in prop_oneof![1u16..13, 101u16..113],
-        record in 0u16..80,
+        kind in prop_oneof![1u16..20, 101u16..117],
+        record in 0u16..200,
         tail in proptest::collection::vec(any::<u8>(), 0..300),
     ) {
         let header = Header {
@@ -285,4 +325,28 @@ fn a_refusal_with_too_much_to_say_still_fits() {
         panic!("must decode");
     };
     assert_eq!(refusal.openers.len(), MAX_OPENERS);
+}
+
+#[test]
+fn a_record_with_too_much_to_say_still_fits() {
+    let long = || "ü".repeat(9000);
+    let device = DeviceId { major: 7, minor: 3 };
+    let mut record = Record::new(record::Event::Refusal, 1, Gate::Fanotify, (device, 2));
+    record.actor.command = long();
+    record.actor.executable = long();
+    record.actor.cgroup = long();
+    (record.operation, record.call) = (long(), long());
+    record.name = Name::new(long(), long(), NameState::PRESENT);
+    let mut owner = Owner::new(1, 2);
+    owner.command = long();
+    record.owner = Some(owner);
+    record.before = vec![Extent::new(0, None, 1, ExtentState::Hole); 1000];
+    record.after = record.before.clone();
+    let bytes = Reply::Record(Box::new(record)).encode();
+    assert!(bytes.len() <= MAX_MESSAGE);
+    let Ok(Reply::Record(record)) = Reply::decode(&bytes) else {
+        panic!("must decode");
+    };
+    assert_eq!(record.name.path.len(), 4096);
+    assert_eq!(record.after.len(), notice::MAX_BREACH_EXTENTS);
 }

@@ -9,13 +9,14 @@ use std::fmt;
 /// [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3). In 3, whoever the guard's policy names
 /// may ask without a proof, a proof names its maker by PID namespace instead of
 /// start time, and there are [`Request::Unpin`], [`Request::Arm`] and
-/// [`Request::Disarm`].
+/// [`Request::Disarm`]. 4 has [`Request::Follow`].
 ///
+/// [`Request::Follow`]: crate::Request::Follow
 /// [`Request::Unpin`]: crate::Request::Unpin
 /// [`Request::Arm`]: crate::Request::Arm
 /// [`Request::Disarm`]: crate::Request::Disarm
 /// [`Request::Barrier`]: crate::Request::Barrier
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// The oldest version that this crate speaks.
 pub const OLDEST_VERSION: u32 = 1;
@@ -28,6 +29,9 @@ pub const VERSION_WITH_POLICY: u32 = 3;
 
 /// The first version with [`Flags::NEW_IN_3`](crate::Flags::NEW_IN_3).
 pub const VERSION_WITH_FAMILIES: u32 = 3;
+
+/// The first version with [`Request::Follow`](crate::Request::Follow).
+pub const VERSION_WITH_RECORDS: u32 = 4;
 
 /// The version to speak with a side whose newest version is `theirs`: the lower
 /// of the two newest versions. Both sides compute it for themselves.
@@ -78,7 +82,7 @@ mod tests {
         let unknown = settle(OLDEST_VERSION - 1).unwrap_err();
         assert_eq!(
             unknown.to_string(),
-            "the other side speaks version 0 of the protocol at most, and this one speaks 1 to 3"
+            "the other side speaks version 0 of the protocol at most, and this one speaks 1 to 4"
         );
     }
 }

@@ -16,7 +16,7 @@ pub struct Target {
 }
 
 /// The parsers of this crate.
-pub const TARGETS: [Target; 17] = [
+pub const TARGETS: [Target; 18] = [
     Target {
         name: "fanotify-events",
         run: fanotify_events,
@@ -77,6 +77,14 @@ pub const TARGETS: [Target; 17] = [
         run: proc_status_ids,
         seeds: &[
             b"Name:\tdb\nUid:\t7\t7\t7\t7\nGid:\t8\t8\t8\t8\nGroups:\t8 9 \nNSpid:\t70\t1\n",
+        ],
+    },
+    Target {
+        name: "proc-cgroup",
+        run: proc_cgroup,
+        seeds: &[
+            b"0::/system.slice/db.service\n",
+            b"7:pids:/user.slice\n1:name=systemd:/a:b\n0::/\n",
         ],
     },
     Target {
@@ -250,6 +258,14 @@ fn proc_status_ids(bytes: &[u8]) {
         assert_eq!(ids.only_user().is_some(), is_one);
         assert!(ids.others.len() + ids.numbers.len() <= bytes.len());
     }
+}
+
+fn proc_cgroup(bytes: &[u8]) {
+    let text = text(bytes);
+    if let Some(path) = proc::parse_cgroup(&text) {
+        assert!(text.contains(path) && !path.contains('\n'));
+    }
+    let _ = crate::proc_status::process_in(&text);
 }
 
 fn proc_fdinfo(bytes: &[u8]) {

@@ -58,6 +58,8 @@ pub struct ExtendedFlags {
     /// Size hint for copies of shared blocks (XFS), in bytes; 0 for the
     /// default.
     pub copy_extent_size: u32,
+    /// The project that a quota may count the file for; 0 for none.
+    pub project: u32,
 }
 
 /// `FS_XFLAG_REALTIME`: the data lies on the realtime device (XFS).
@@ -159,5 +161,6 @@ pub fn extended(file: BorrowedFd<'_>) -> Result<ExtendedFlags> {
         flags: found.xflags,
         extent_size: found.extsize,
         copy_extent_size: found.cowextsize,
+        project: found.projid,
     })
 }

@@ -42,6 +42,7 @@ pub mod kcmp;
 pub mod madvise;
 pub mod memfd;
 pub mod mmap;
+pub mod names;
 pub mod open_tree;
 pub mod perf_event;
 pub mod pidfd;

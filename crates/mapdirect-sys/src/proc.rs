@@ -5,7 +5,7 @@
 //! follow a link into another filesystem unless their documentation says so.
 
 use crate::seam::{self, Call};
-use crate::{Errno, Result};
+use crate::{Errno, Result, names};
 use rustix::fs::{Mode, OFlags};
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -188,13 +188,12 @@ pub fn reopen(file: BorrowedFd<'_>, flags: OFlags) -> Result<OwnedFd> {
     rustix::fs::open(own_fd_path(file), flags, Mode::empty())
 }
 
-/// The path at which a descriptor's file was last seen, for a person to read.
+/// The path at which a descriptor's file was last seen, as
+/// [`names::name`] writes it.
 #[must_use]
 pub fn path_of(file: BorrowedFd<'_>) -> String {
-    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref()).map_or_else(
-        |_| String::from("?"),
-        |path| path.to_string_lossy().into_owned(),
-    )
+    std::fs::read_link(own_fd_path(file).to_string_lossy().as_ref())
+        .map_or_else(|_| String::from("?"), |path| names::name(path.as_os_str()))
 }
 
 /// The path at which a descriptor of the calling thread was last seen, as the
@@ -353,12 +352,19 @@ pub fn command(tid: i32) -> String {
     )
 }
 
-/// `text` with every control character replaced, so that it is safe for a
-/// terminal.
+/// `text` with every character replaced that could deceive whoever looks at a
+/// terminal; see
+/// [`is_deceptive`](crate::names::is_deceptive).
 #[must_use]
 pub fn printable(text: &str) -> String {
     text.chars()
-        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .map(|c| {
+            if names::is_deceptive(c) {
+                '\u{fffd}'
+            } else {
+                c
+            }
+        })
         .collect()
 }
 
@@ -484,6 +490,25 @@ pub fn parse_fdinfo(text: &str) -> FdInfo {
     info
 }
 
+/// The control group of a process, from the text of `/proc/<pid>/cgroup`: that
+/// of the unified hierarchy, or else of the first one that says anything.
+#[must_use]
+pub fn parse_cgroup(text: &str) -> Option<&str> {
+    let mut first = None;
+    for line in text.lines() {
+        // The path is the rest: it may contain colons.
+        let mut fields = line.splitn(3, ':');
+        let (number, controllers, path) = (fields.next()?, fields.next()?, fields.next()?);
+        if number == "0" && controllers.is_empty() {
+            return Some(path);
+        }
+        if first.is_none() && path != "/" {
+            first = Some(path);
+        }
+    }
+    first
+}
+
 /// How many mappings a process may have (`/proc/sys/vm/max_map_count`).
 ///
 /// # Errors
@@ -566,6 +591,20 @@ pub fn parse_maps_line(line: &str) -> Option<MapsEntry> {
         minor: u32::from_str_radix(minor, 16).ok()?,
         inode: inode.parse().ok()?,
     })
+}
+
+#[cfg(test)]
+mod cgroup_tests {
+    use super::parse_cgroup;
+
+    #[test]
+    fn the_group_of_the_unified_hierarchy_counts() {
+        assert_eq!(parse_cgroup("0::/a.slice/b:c\n"), Some("/a.slice/b:c"));
+        assert_eq!(parse_cgroup("3:pids:/x\n0::/y\n"), Some("/y"));
+        assert_eq!(parse_cgroup("3:pids:/\n1:name=systemd:/z\n"), Some("/z"));
+        assert_eq!(parse_cgroup(""), None);
+        assert_eq!(parse_cgroup("nonsense"), None);
+    }
 }
 
 #[cfg(test)]

@@ -62,6 +62,18 @@ pub fn parse(text: &str) -> Option<Ids> {
     })
 }
 
+/// The process that a thread belongs to, from the text of
+/// `/proc/<tid>/status`.
+#[must_use]
+pub fn process_in(text: &str) -> Option<i32> {
+    let mut lines = text.lines();
+    lines
+        .find_map(|line| line.strip_prefix("Tgid:"))?
+        .trim()
+        .parse()
+        .ok()
+}
+
 /// Reads the ids of a process or thread. This waits for nobody.
 ///
 /// # Errors

@@ -189,8 +189,9 @@ pub fn section() -> String {
          It does not matter who mounts an overlay, nor in which namespace, and the\n\
          answers are the same on every kernel.\n\
          .PP\n\
+         .ad l\n\
          .TS\n\
-         lw(36n) l l l.\n\
+         lw(32n) l l l.\n\
          writer\tcomes\tbpf\tfanotify\n\
          _\n",
     );
@@ -209,6 +210,7 @@ pub fn section() -> String {
     }
     text.push_str(
         ".TE\n\
+         .ad b\n\
          .PP\n\
          .IR Refused :\n\
          it gets an error, ETXTBSY wherever the kernel passes it on.\n\

@@ -125,6 +125,7 @@ mod prepare;
     reason = "the system call takes an address from its caller"
 )]
 pub mod raw;
+pub mod records;
 mod report;
 mod state;
 pub mod status;

@@ -4,7 +4,7 @@
 
 use crate::report::PinFlags;
 use mapdirect_proto::status as wire;
-use mapdirect_proto::{Breach, DeviceId, Gate, Who};
+use mapdirect_proto::{Breach, DeviceId, Gate, Name, Who};
 use std::ops::Range;
 
 /// A process that holds a pin, or has the pinned file open.
@@ -97,9 +97,12 @@ pub struct FileStatus {
     pub device: DeviceId,
     /// Inode number.
     pub inode: u64,
-    /// Path when the first pin was granted; empty for callers that may not
-    /// know it.
+    /// The last path at which the file was seen; empty for callers that may
+    /// not know it.
     pub path: String,
+    /// The same path, and what is known of it: a file may be renamed, replaced
+    /// and removed under its pins.
+    pub name: Name,
     /// Its pins.
     pub pins: Vec<PinStatus>,
     /// The processes that map it or have it open; empty for callers that may
@@ -123,7 +126,7 @@ pub struct RefusedOperation {
     pub device: DeviceId,
     /// Inode number of the file.
     pub inode: u64,
-    /// Path of the file when it was first pinned.
+    /// Path of the file when it was refused, as far as that was known.
     pub path: String,
     /// The bytes that it tried to change, if the attempt had a range.
     pub range: Option<Range<u64>>,
@@ -168,6 +171,8 @@ pub struct Status {
     pub policy: Option<PolicyStatus>,
     /// The files that are armed; empty for callers that may not know.
     pub armed: Vec<Armed>,
+    /// How many refusals there are no records of, because they came too fast.
+    pub unrecorded: u64,
 }
 
 impl Status {
@@ -192,6 +197,7 @@ impl Status {
                 error: policy.error,
             }),
             armed: status.armed.into_iter().map(Armed::of).collect(),
+            unrecorded: status.unrecorded,
         }
     }
 }
@@ -201,6 +207,7 @@ impl FileStatus {
         Self {
             device: file.device,
             inode: file.inode,
+            name: Name::new(file.path.clone(), file.former, file.name_state),
             path: file.path,
             pins: file.pins.into_iter().map(PinStatus::of).collect(),
             holders: file.holders.into_iter().map(Holder::of).collect(),

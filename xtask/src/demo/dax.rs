@@ -28,10 +28,13 @@ const PMEM: &str = "/dev/pmem0,/dev/pmem0,/dev/pmem0";
 const NVDIMM: u64 = 512 << 20;
 const LIMIT: Duration = Duration::from_secs(600);
 const PAGE: usize = 4096;
+/// An argument of the role.
+const VERBOSE: &str = "verbose";
 
 /// Shows it, from outside.
-pub(super) fn run() -> Result<ExitCode> {
+pub(super) fn run(verbose: bool) -> Result<ExitCode> {
     packages::install_missing(&packages::FOR_TESTS)?;
+    println!("building mapdirect: a minute or two the first time ...");
     let binary = build::mapdirect()?;
     let boot = vm::boot(KERNEL)?.time_limit(LIMIT);
     let started = Instant::now();
@@ -39,7 +42,7 @@ pub(super) fn run() -> Result<ExitCode> {
     let signals = SignalFd::block(&[Signal::INTERRUPT, Signal::TERMINATE, Signal::HANGUP])?;
     let signals = Arc::new(signals);
     let boot = boot.interruption(Arc::clone(&signals));
-    match show(&boot, &binary) {
+    match show(&boot, &binary, verbose) {
         Err(error) if vm::is_interruption(&error) => {
             println!("\ninterrupted; everything made here is gone");
             Ok(ExitCode::from(vm::ended_by(signals.wait()?.number)))
@@ -60,7 +63,7 @@ pub(super) fn run() -> Result<ExitCode> {
     }
 }
 
-fn show(boot: &vm::Boot, binary: &Path) -> Result<bool> {
+fn show(boot: &vm::Boot, binary: &Path, verbose: bool) -> Result<bool> {
     println!(
         "booting Debian's kernel {} with an NVDIMM, emulated ...",
         boot.release()
@@ -74,12 +77,15 @@ fn show(boot: &vm::Boot, binary: &Path) -> Result<bool> {
         })
         .start()?;
     let own = build::own()?;
-    let words: [&OsStr; 4] = [
+    let mut words: Vec<&OsStr> = vec![
         own.as_os_str(),
         HELPER.as_ref(),
         "dax".as_ref(),
         binary.as_os_str(),
     ];
+    if verbose {
+        words.push(VERBOSE.as_ref());
+    }
     let program = vm::program(&words, &[(disk::PMEM_VARIABLE, PMEM)]);
     let status = machine.run(&program, io::stdout(), io::stderr())?;
     machine.switch_off()?;
@@ -99,10 +105,13 @@ fn show(boot: &vm::Boot, binary: &Path) -> Result<bool> {
     Ok(status == 0)
 }
 
-/// Role: what is shown inside of the machine. Arguments: mapdirect.
+/// Role: what is shown inside of the machine. Arguments: mapdirect, and whether
+/// everything is to be shown.
 pub(super) fn play(arguments: &[String]) -> Result<()> {
-    let [binary] = arguments else {
-        anyhow::bail!("wrong arguments");
+    let (binary, verbose) = match arguments {
+        [binary] => (binary, false),
+        [binary, more] if more == VERBOSE => (binary, true),
+        _ => anyhow::bail!("wrong arguments"),
     };
     let binary = Path::new(binary);
     let interruption = Interruption::notice()?;
@@ -118,12 +127,14 @@ pub(super) fn play(arguments: &[String]) -> Result<()> {
         guard: &guard,
         directory: disk.root(),
         kind: KIND,
+        gate: guard.client().gate()?,
+        verbose,
         interruption: &interruption,
     };
     let mut unexpected = scene.play()?;
     unexpected += show_media(&guard, &disk)?;
     unexpected += show_latencies(&guard, &disk)?;
-    tell_status(binary, &guard)?;
+    unexpected += tell_status(binary, &guard, verbose)?;
     disk.unmount().context("the filesystem stays busy")?;
     ensure!(unexpected == 0, "{}", summary(unexpected));
     Ok(())

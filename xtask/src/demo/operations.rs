@@ -36,6 +36,45 @@ pub(super) const fn refused(
     }
 }
 
+/// Those that stand for others of their kind, where there is one screen.
+const BRIEF: [&str; 11] = [
+    "shrink into it",
+    "empty it",
+    "write into it",
+    "punch a hole",
+    "collapse",
+    "clone from it",
+    "clone onto it",
+    "dedupe it",
+    "defragment it",
+    "store by mmap",
+    "read it",
+];
+
+/// Those that change no pinned block. A gate that judges what is done lets them
+/// pass; one that judges who opens the file refuses them.
+const HARMLESS: [&str; 4] = [
+    "write into it",
+    "write beyond it",
+    "allocate",
+    "store by mmap",
+];
+
+impl Operation {
+    pub(super) fn is_brief(&self) -> bool {
+        BRIEF.contains(&self.name)
+    }
+
+    /// What comes of it while the range is pinned.
+    pub(super) fn expected(&self, gate: Gate) -> Outcome {
+        if gate == Gate::Bpf && HARMLESS.contains(&self.name) {
+            Outcome::Works
+        } else {
+            self.pinned
+        }
+    }
+}
+
 pub(super) const fn only(on: On, operation: Operation) -> Operation {
     Operation { on, ..operation }
 }

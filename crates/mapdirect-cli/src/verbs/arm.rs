@@ -1,7 +1,7 @@
 //! `mapdirect arm` and `disarm`: permissions for a while.
 
 use crate::args::{ArmArgs, DisarmArgs};
-use crate::{Exit, open, output};
+use crate::{Exit, open, output, terminal};
 use anyhow::{Context, Result, bail};
 use mapdirect::{Guard, Who};
 use mapdirect_guard::{group_number, user_number};
@@ -11,7 +11,7 @@ use std::path::Path;
 
 /// Opens a file without reading it, which neither breaks leases nor is noticed.
 fn path_to(path: &Path) -> Result<File> {
-    open::open(path, OFlags::PATH).with_context(|| path.display().to_string())
+    open::open(path, OFlags::PATH).with_context(|| terminal::name(path))
 }
 
 pub(crate) fn arm(args: &ArmArgs) -> Result<Exit> {
@@ -27,10 +27,10 @@ pub(crate) fn arm(args: &ArmArgs) -> Result<Exit> {
     let file = path_to(&args.file)?;
     let range = args.range.map(|range| range.resolve(u64::MAX));
     Guard::from_env().arm(&file, who, range, args.seconds)?;
-    output::line(&format!(
-        "{}: {who} may pin it for {} seconds",
-        args.file.display(),
-        args.seconds
+    output::prose(&format!(
+        "{}: {who} may pin it for {}",
+        terminal::name(&args.file),
+        output::count(args.seconds.into(), "second")
     ));
     Ok(Exit::SUCCESS)
 }

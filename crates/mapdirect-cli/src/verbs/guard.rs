@@ -103,6 +103,11 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
         on_notice: Box::new(tell_notice),
         on_tampering: Box::new(output::complain),
         on_giving_way: Box::new(output::complain),
+        journal: if quiet {
+            None
+        } else {
+            crate::journal::of_stderr()
+        },
     })?;
     output::line(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",

@@ -2,7 +2,7 @@
 
 use crate::args::{PolicyArgs, PolicyVerb};
 use crate::size::human;
-use crate::{Exit, open, output};
+use crate::{Exit, open, output, terminal};
 use anyhow::{Context, Result};
 use mapdirect_guard::{Account, Policy, Rule, would_allow};
 use mapdirect_proto::Flags;
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &PolicyArgs) -> Result<Exit> {
     };
     let (Some(user), Some(path)) = (&args.as_user, &args.file) else {
         if policy.rules().is_empty() {
-            output::line("no rules: whoever lacks CAP_LINUX_IMMUTABLE pins nothing");
+            output::prose("no rules: whoever lacks CAP_LINUX_IMMUTABLE pins nothing");
         }
         for rule in policy.rules() {
             tell(rule);
@@ -35,23 +35,23 @@ pub(crate) fn run(args: &PolicyArgs) -> Result<Exit> {
         ));
         return Ok(Exit::USAGE);
     };
-    let file = open::open(path, OFlags::PATH).with_context(|| path.display().to_string())?;
+    let file = open::open(path, OFlags::PATH).with_context(|| terminal::name(path))?;
     match would_allow(&policy, &account, file.as_fd(), !args.read_only) {
         Ok(rules) => {
             let names: Vec<_> = rules.iter().map(|rule| &*rule.name).collect();
-            output::line(&format!(
+            output::prose(&format!(
                 "user {} may pin {}: by rule {}",
                 account.uid,
-                path.display(),
+                terminal::name(path),
                 names.join(", ")
             ));
             Ok(Exit::SUCCESS)
         }
         Err(why) => {
-            output::line(&format!(
+            output::prose(&format!(
                 "user {} may not pin {}: {why}",
                 account.uid,
-                path.display()
+                terminal::name(path)
             ));
             Ok(Exit::FAILURE)
         }
@@ -67,10 +67,10 @@ fn tell(rule: &Rule) {
         .into_iter()
         .flatten()
         .collect();
-    output::line(&format!(
-        "{} ({}:{}): {} may {} {}{}; {} pins, {}, {}, each",
+    output::prose(&format!(
+        "{} ({}:{}): {} may {} {}{}; {}, {}, {}, each",
         rule.name,
-        rule.file.display(),
+        terminal::name(&rule.file),
         rule.line,
         who.join(" and "),
         if rule.writes {
@@ -88,12 +88,12 @@ fn tell(rule: &Rule) {
             (false, true) => ", and deny others to rename",
             (true, true) => ", and deny others to write or rename",
         },
-        rule.pins,
+        output::count(rule.pins.into(), "pin"),
         rule.bytes
             .map_or_else(|| String::from("any number of bytes"), human),
         rule.seconds.map_or_else(
             || String::from("as long as they are held"),
-            |seconds| format!("{seconds} s")
+            |seconds| { output::seconds(seconds.into()) }
         ),
     ));
 }

@@ -3,10 +3,11 @@
 use crate::args::{Format, PrepareArgs};
 use crate::extents::Extents;
 use crate::size::human;
+use crate::terminal;
 use crate::{Exit, draw, json, output};
-use anyhow::{Context, Result};
+use anyhow::{Result, anyhow};
 use indicatif::{ProgressBar, ProgressStyle};
-use mapdirect::{PrepareOptions, Prepared, Progress};
+use mapdirect::{Guard, PrepareOptions, Prepared, Progress};
 use mapdirect_sys::Errno;
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
@@ -15,6 +16,28 @@ use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::time::Duration;
+
+/// Why nobody may open a file for writing.
+fn who_keeps(path: &Path) -> String {
+    let pins = crate::open::open(path, OFlags::RDONLY)
+        .ok()
+        .and_then(|file| Guard::from_env().pinned_ranges(&file).ok())
+        .unwrap_or_default();
+    let mut holders: Vec<_> = pins.iter().map(|pin| pin.pid).collect();
+    holders.sort_unstable();
+    holders.dedup();
+    let holders: Vec<_> = holders.iter().map(ToString::to_string).collect();
+    match holders.as_slice() {
+        [] => String::from(": it is being executed, or is swap space"),
+        [one] => {
+            format!("\nit is pinned by process {one}\nhelp: prepare a file before it is pinned")
+        }
+        several => format!(
+            "\nit is pinned by processes {}\nhelp: prepare a file before it is pinned",
+            several.join(", ")
+        ),
+    }
+}
 
 /// The file to prepare, and whether it was made for that.
 struct Subject {
@@ -32,10 +55,14 @@ impl Subject {
             opened = rustix::fs::open(path, flags, Mode::from(0o666)).map(File::from);
             created = opened.is_ok();
         }
-        let file = opened.with_context(|| {
-            let name = path.display();
-            let hint = if create { "" } else { " (--size makes a file)" };
-            format!("cannot open {name} for reading and writing{hint}")
+        let file = opened.map_err(|errno| {
+            let name = terminal::name(path);
+            let cannot = format!("cannot open {name} for reading and writing: {errno}");
+            match errno {
+                Errno::NOENT if !create => anyhow!("{cannot}\nhelp: --size SIZE makes a file"),
+                Errno::TXTBSY => anyhow!("{cannot}{}", who_keeps(path)),
+                _ => anyhow!(cannot),
+            }
         })?;
         Ok(Self { file, created })
     }
@@ -82,13 +109,13 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     let mut told = false;
     let prepared = options.prepare_with(&subject.file, |progress| {
         bar.tell(progress);
-        if progress.waiting >= SILENCE && !told {
+        if progress.waiting >= output::SILENCE && !told {
             told = true;
             bar.0.suspend(|| {
                 output::complain(&format!(
                     "waiting for I/O of others that uses pages of {} (a page in a pipe, or direct \
                      I/O by way of a mapping)",
-                    args.file.display()
+                    terminal::name(&args.file)
                 ));
             });
         }
@@ -96,9 +123,6 @@ fn prepare(args: &PrepareArgs, subject: &Subject) -> Result<()> {
     bar.0.finish_and_clear();
     tell(args, subject, old_size, &prepared?)
 }
-
-/// How long to wait without a word.
-const SILENCE: Duration = Duration::from_secs(1);
 
 /// A bar on stderr, if anybody looks at it.
 struct Bar(ProgressBar);
@@ -135,7 +159,7 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
     }
     if args.json || args.format.is_some() {
         let mut value = json!({
-            "file": args.file.to_string_lossy(),
+            "file": json::name(&args.file),
             "created": created,
             "file_size": map.file_size(),
             "old_size": old_size,
@@ -152,7 +176,7 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
             "extents": extents.list(),
         });
         extents.add_devices(&mut value);
-        output::line(&value.to_string());
+        output::json(&value);
         return Ok(());
     }
     let done: Vec<_> = [
@@ -164,9 +188,9 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
     .filter(|(bytes, _)| *bytes > 0)
     .map(|(bytes, what)| format!("{} {what}", human(bytes)))
     .collect();
-    output::line(&format!(
+    output::prose(&format!(
         "{}: bytes {} to {} are stable: {}",
-        args.file.display(),
+        terminal::name(&args.file),
         range.start,
         range.end,
         if done.is_empty() {
@@ -177,23 +201,24 @@ fn tell(args: &PrepareArgs, subject: &Subject, old_size: u64, prepared: &Prepare
     ));
     let size = map.file_size();
     if created {
-        output::line(&format!("made, with {size} bytes"));
+        output::line(&format!("made, with {}", output::count(size, "byte")));
     } else if size != old_size {
         output::line(&format!("made longer, from {old_size} to {size} bytes"));
     }
-    output::line(draw::block_map(map, &[], output::width()).trim_end());
+    output::line(draw::block_map(map, &[]).trim_end());
     if args.huge {
-        output::line(&format!(
-            "{} of {} pieces of 2 MiB can be mapped with huge pages",
-            huge.aligned, huge.pieces
+        output::prose(&format!(
+            "{} of {} of 2 MiB can be mapped with huge pages",
+            huge.aligned,
+            output::count(huge.pieces, "piece")
         ));
     }
     if args.contiguous {
-        output::line(&match prepared.why_not_contiguous() {
+        output::prose(&match prepared.why_not_contiguous() {
             None => String::from("it is contiguous: one run of blocks on the device"),
             Some(why) => format!(
-                "it is not contiguous: {} runs of blocks; {why}",
-                prepared.runs()
+                "it is not contiguous: {} of blocks; {why}",
+                output::count(prepared.runs(), "run")
             ),
         });
     }

@@ -27,7 +27,7 @@ mod target;
 use self::globs::Files;
 use self::supervise::{AT_ONCE, Rules, Supervisor, wait_until_unused, word};
 use crate::args::{OwnChoice, RunArgs, StrengthChoice};
-use crate::{Exit, exit, output};
+use crate::{Exit, exit, output, terminal};
 use anyhow::{Context, Result};
 use mapdirect::{Gate, Guard};
 use mapdirect_sys::seccomp::{self, Journal};
@@ -39,6 +39,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use std::collections::VecDeque;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::{Duration, Instant};
@@ -137,7 +138,7 @@ fn may_keep_privileges() -> bool {
 
 /// Why the command does not run.
 fn not_started(program: &std::ffi::OsStr, error: &std::io::Error) -> Result<Exit> {
-    let shown = program.display();
+    let shown = terminal::name(Path::new(program));
     match error.raw_os_error().map(Errno::from_raw_os_error) {
         Some(Errno::NOENT) => {
             output::complain(&format!("{shown}: {error}"));

@@ -1,15 +1,18 @@
-//! `mapdirect show`: the block map of a file, drawn.
+//! `mapdirect show`: the block maps of files, drawn.
 
 use crate::args::{Format, ShowArgs};
+use crate::columns::{ShowColumn, Table, add_extents};
+use crate::draw::{becomes_stable, state_in_words};
 use crate::extents::Extents;
 use crate::size::human;
-use crate::{Exit, draw, json, output};
-use anyhow::{Context, Result};
+use crate::terminal::{self, Style};
+use crate::{Exit, draw, exit, json, output, uses};
+use anyhow::{Context, Result, ensure};
 use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange, Strength};
 use mapdirect_model::FileFacts;
 use mapdirect_proto::Reason;
 use mapdirect_sys::{capget, fsync};
-use rustix::fs::OFlags;
+use rustix::fs::{OFlags, SeekFrom};
 use serde_json::{Value, json};
 use std::fs::File;
 use std::ops::Range;
@@ -19,7 +22,7 @@ use std::path::Path;
 /// Opens a file to look at it.
 pub(crate) fn open(path: &Path) -> Result<File> {
     crate::open::open(path, OFlags::RDONLY)
-        .with_context(|| format!("cannot open {}", path.display()))
+        .with_context(|| format!("cannot open {}", terminal::name(path)))
 }
 
 /// One reason why the file could not be mapped `MAP_DIRECT` here and now.
@@ -31,56 +34,107 @@ struct Hindrance {
     cured_by_cache: bool,
 }
 
+/// Whether every program may map files through the page cache: what the library
+/// reads.
+fn accepts_cache() -> bool {
+    std::env::var_os("MAPDIRECT_CACHED").is_some_and(|value| value == "1")
+}
+
+/// A file that cannot be shown is no reason not to show the others.
 pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
-    let file = open(&args.file)?;
-    let name = args.file.display().to_string();
+    let is_for_one = matches!(
+        args.format,
+        Some(Format::Csv | Format::Dmsetup | Format::ResumeOffset)
+    );
+    ensure!(
+        !is_for_one || args.files.len() == 1,
+        "in this form nothing says which file an extent is of\n\
+         help: show the files one by one, or take JSON or --columns file,..."
+    );
+    let mut ends = Vec::new();
+    let mut table = Table::new(&args.columns, !args.no_headings);
+    for (at, path) in args.files.iter().enumerate() {
+        let is_first = at == 0;
+        ends.push(match show(args, path, is_first, &mut table) {
+            Ok(()) => Exit::SUCCESS,
+            Err(error) => exit::explain(&error),
+        });
+    }
+    table.tell();
+    Ok(match *ends {
+        [one] => one,
+        _ if ends.iter().all(|end| *end == Exit::SUCCESS) => Exit::SUCCESS,
+        _ => Exit::FAILURE,
+    })
+}
+
+fn show(args: &ShowArgs, path: &Path, is_first: bool, table: &mut Table) -> Result<()> {
+    let file = open(path)?;
+    let name = terminal::name(path);
     let facts = FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
     let regular = file.metadata()?.is_file();
-    anyhow::ensure!(regular, "{name} is not a regular file");
-    if let Some(format) = args.format.filter(|format| *format != Format::Json) {
-        return say(args, format, &file, &facts);
+    ensure!(regular, "{name} is not a regular file");
+    let is_json = args.json || args.format == Some(Format::Json);
+    let names_itself = is_json || args.columns.contains(&ShowColumn::File);
+    if !is_first && !names_itself {
+        output::line("");
+    }
+    if let Some(format) = args.format.filter(|_| !is_json) {
+        if args.files.len() > 1 {
+            output::line(&format!("{name}:"));
+        }
+        return say(args, format, path, &file, &facts);
+    }
+    if args.sync {
+        write_back(&file, &name)?;
     }
     let map = if facts.size == 0 {
         None
     } else {
         Some(mapdirect::block_map(&file, 0..facts.size)?)
     };
+    if !args.columns.is_empty() {
+        let none = BlockMap::new(facts.device, facts.block_size, 0, 0..0, []);
+        let map = map.as_ref().unwrap_or(&none);
+        if args.files.len() > 1 && !names_itself {
+            output::line(&format!("{name}:"));
+        }
+        add_extents(table, path, map, &Extents::of(&file, map), &args.columns);
+        if !names_itself {
+            table.tell();
+            *table = Table::new(&args.columns, !args.no_headings);
+        }
+        return Ok(());
+    }
     let guard = Guard::from_env();
     let pins = guard.pinned_ranges(&file);
-    let hindrances = hindrances(&facts, map.as_ref(), pins.as_ref().err());
+    let hindrances = hindrances(&file, &facts, map.as_ref(), pins.as_ref().err());
     let pins = pins.unwrap_or_default();
-    if args.json || args.format == Some(Format::Json) {
-        let mut value = as_json(&name, &facts, map.as_ref(), &pins, &hindrances);
+    if is_json {
+        let mut value = as_json(&json::name(path), &facts, map.as_ref(), &pins, &hindrances);
         let none = BlockMap::new(facts.device, facts.block_size, 0, 0..0, []);
         let extents = Extents::of(&file, map.as_ref().unwrap_or(&none));
         value["extents"] = extents.list();
         extents.add_devices(&mut value);
-        output::line(&value.to_string());
-        return Ok(Exit::SUCCESS);
+        output::json(&value);
+        return Ok(());
     }
-    output::line(&format!(
-        "{name}: {} ({} bytes), blocks of {} bytes on device {}",
-        human(facts.size),
-        facts.size,
-        facts.block_size,
-        facts.device,
-    ));
+    output::marked(
+        "",
+        (Style::Strong, &name),
+        &format!(
+            ": {}, blocks of {} bytes on device {}",
+            size_in_words(facts.size),
+            facts.block_size,
+            facts.device,
+        ),
+        4,
+    );
     if let Some(map) = &map {
-        let ranges: Vec<Range<u64>> = pins.iter().map(|pin| pin.range.clone()).collect();
-        output::line(draw::block_map(map, &ranges, output::width()).trim_end());
-        if args.extents {
-            output::line(Extents::of(&file, map).table().trim_end());
-        }
-        output::line(&totals(map));
-        if !map.is_stable() {
-            output::line(
-                "under a pin a store to what is frozen raises SIGBUS; mapdirect prepare makes it \
-                 stable",
-            );
-        }
+        tell_map(args, &file, map, &pins);
     }
     for pin in &pins {
-        output::line(&format!(
+        output::prose(&format!(
             "pinned: {}{} by pid {}",
             output::bytes(&pin.range),
             match (pin.flags.strength(), pin.flags.is_whole_file()) {
@@ -92,23 +146,91 @@ pub(crate) fn run(args: &ShowArgs) -> Result<Exit> {
         ));
     }
     tell_verdict(&hindrances);
-    Ok(Exit::SUCCESS)
+    Ok(())
+}
+
+/// A size for a person, and to the byte.
+fn size_in_words(size: u64) -> String {
+    let bytes = output::count(size, "byte");
+    let human = human(size);
+    if human.ends_with(" B") {
+        bytes
+    } else {
+        format!("{human} ({bytes})")
+    }
+}
+
+fn tell_map(args: &ShowArgs, file: &File, map: &BlockMap, pins: &[PinnedRange]) {
+    let ranges: Vec<Range<u64>> = pins.iter().map(|pin| pin.range.clone()).collect();
+    output::line(draw::block_map(map, &ranges).trim_end());
+    if args.extents {
+        output::line(Extents::of(file, map).table().trim_end());
+    }
+    output::prose(&totals(map));
+    if frozen(map) > 0 {
+        output::prose(
+            "under a pin a store to what is frozen raises SIGBUS; mapdirect prepare makes it \
+             stable",
+        );
+    }
+    let in_memory = written_in_memory(file, map);
+    if in_memory > 0 {
+        output::prose(&format!(
+            "of what is unwritten, {} may have been written in memory: --sync writes it to the \
+             device first, as a pin does",
+            human(in_memory)
+        ));
+    }
+}
+
+/// Bytes of unwritten blocks for which the page cache has something: the next
+/// write to the device makes them written. What was only read counts, too.
+fn written_in_memory(file: &File, map: &BlockMap) -> u64 {
+    let unwritten = map.extents().iter();
+    let unwritten = unwritten.filter(|extent| extent.state == ExtentState::Unwritten);
+    let mut bytes = 0;
+    for extent in unwritten {
+        let mut at = extent.offset;
+        while at < extent.end() {
+            let Ok(start) = rustix::fs::seek(file, SeekFrom::Data(at)) else {
+                break;
+            };
+            let end = rustix::fs::seek(file, SeekFrom::Hole(start)).unwrap_or(extent.end());
+            let end = end.min(extent.end());
+            if start >= end {
+                break;
+            }
+            bytes += end - start;
+            at = end;
+        }
+    }
+    bytes
+}
+
+/// Has the device hold what was written: only then do the blocks show that are
+/// not chosen yet, and have the bytes that the file has.
+fn write_back(file: &File, name: &str) -> Result<()> {
+    fsync::fsync(file.as_fd()).with_context(|| format!("cannot write {name} to its device"))
 }
 
 /// The extents, as they are on the device, and nothing else.
-fn say(args: &ShowArgs, format: Format, file: &File, facts: &FileFacts) -> Result<Exit> {
-    let name = args.file.display();
-    anyhow::ensure!(facts.size > 0, "{name} is empty, and has no extents");
-    // Only then do the blocks show that are not chosen yet, and have the bytes
-    // that the file has.
-    fsync::fsync(file.as_fd()).with_context(|| format!("cannot write {name} to its device"))?;
+fn say(args: &ShowArgs, format: Format, path: &Path, file: &File, facts: &FileFacts) -> Result<()> {
+    let name = terminal::name(path);
+    ensure!(facts.size > 0, "{name} is empty, and has no extents");
+    write_back(file, &name)?;
     let end = facts
         .size
         .next_multiple_of(u64::from(facts.block_size.max(1)));
     let map = mapdirect::block_map(file, 0..end)?;
     let said = Extents::of(file, &map).say(format, Some(file), args.device.as_deref());
-    output::line(&said.with_context(|| name.to_string())?);
-    Ok(Exit::SUCCESS)
+    output::line(said.with_context(|| name.clone())?.trim_end());
+    Ok(())
+}
+
+/// Bytes that a pin lets nobody store to.
+fn frozen(map: &BlockMap) -> u64 {
+    let frozen = map.frozen().filter(|extent| !becomes_stable(extent.state));
+    frozen.map(|extent| extent.length).sum()
 }
 
 /// What can be stored to under a pin, and what cannot.
@@ -116,7 +238,7 @@ fn totals(map: &BlockMap) -> String {
     let bytes_in = |stable: bool| {
         let totals: Vec<_> = ExtentState::ALL
             .iter()
-            .filter(|state| state.is_stable() == stable)
+            .filter(|state| becomes_stable(**state) == stable)
             .map(|state| (state, map.total(*state)))
             .filter(|(_, bytes)| *bytes > 0)
             .collect();
@@ -124,43 +246,37 @@ fn totals(map: &BlockMap) -> String {
         let word = if stable { "stable" } else { "frozen" };
         let parts: Vec<_> = totals
             .iter()
-            .map(|(state, bytes)| format!("{} {state}", human(*bytes)))
+            .map(|(state, bytes)| format!("{} {}", human(*bytes), state_in_words(**state)))
             .collect();
         (sum > 0).then(|| format!("{} {word} ({})", human(sum), parts.join(", ")))
     };
     let totals: Vec<_> = [true, false].into_iter().filter_map(bytes_in).collect();
-    let count = map.extents().len();
-    let plural = if count == 1 { "" } else { "s" };
-    format!("{count} extent{plural}: {}", totals.join(", "))
-}
-
-/// Bytes that can be stored to under a pin, and bytes that cannot.
-fn stable_and_frozen(map: Option<&BlockMap>) -> (u64, u64) {
-    let frozen = map.map_or(0, |map| map.frozen().map(|extent| extent.length).sum());
-    let all = map.map_or(0, |map| map.range().end - map.range().start);
-    (all - frozen, frozen)
+    let extents = output::count(map.extents().len() as u64, "extent");
+    format!("{extents}: {}", totals.join(", "))
 }
 
 fn tell_verdict(hindrances: &[Hindrance]) {
-    if hindrances.is_empty() {
-        output::line("could be mapped MAP_DIRECT: yes");
-        return;
-    }
     let cached = hindrances.iter().all(|hindrance| hindrance.cured_by_cache);
-    output::line(if cached {
-        "could be mapped MAP_DIRECT: only with the page cache accepted"
-    } else {
-        "could be mapped MAP_DIRECT: no"
-    });
+    let (answer, rest) = match (hindrances.is_empty(), cached, accepts_cache()) {
+        (true, ..) => ((Style::Good, "yes"), ""),
+        (false, true, true) => (
+            (Style::Good, "yes"),
+            ", through the page cache, which MAPDIRECT_CACHED=1 accepts",
+        ),
+        (false, true, false) => ((Style::Note, "only"), " with the page cache accepted"),
+        (false, false, _) => ((Style::Bad, "no"), ""),
+    };
+    output::marked("could be mapped MAP_DIRECT: ", answer, rest, 4);
     for hindrance in hindrances {
-        output::line(&format!("  - {}", hindrance.text));
+        output::prose(&format!("  - {}", hindrance.text));
         if !hindrance.mend.is_empty() {
-            output::line(&format!("    help: {}", hindrance.mend));
+            output::prose(&format!("    help: {}", hindrance.mend));
         }
     }
 }
 
 fn hindrances(
+    file: &File,
     facts: &FileFacts,
     map: Option<&BlockMap>,
     no_guard: Option<&mapdirect::Error>,
@@ -179,13 +295,21 @@ fn hindrances(
         found.push(Hindrance {
             key: "no-dax",
             text: String::from("it has no DAX: stores go through the page cache"),
-            mend: String::from(
+            mend: String::from(if accepts_cache() {
+                ""
+            } else {
                 "use persistent memory mounted with dax, or accept the page cache \
-                 (MAPDIRECT_CACHED=1)",
-            ),
+                 (MAPDIRECT_CACHED=1)"
+            }),
             cured_by_cache: true,
         });
     }
+    found.extend(uses::of(file).into_iter().map(|used| Hindrance {
+        key: used.key,
+        text: used.text,
+        mend: used.help,
+        cured_by_cache: false,
+    }));
     if map.is_none() {
         found.push(Hindrance {
             key: "empty",
@@ -222,7 +346,9 @@ fn as_json(
     pins: &[PinnedRange],
     hindrances: &[Hindrance],
 ) -> Value {
-    let (stable, frozen) = stable_and_frozen(map);
+    let frozen = map.map_or(0, frozen);
+    let all = map.map_or(0, |map| map.range().end - map.range().start);
+    let stable = all - frozen;
     let pinned: Vec<Value> = pins
         .iter()
         .map(|pin| {

@@ -1,92 +1,192 @@
 //! `mapdirect status`: what the guard is doing.
 
 use crate::args::StatusArgs;
+use crate::columns::{name_of, tell_pins};
 use crate::size::human;
+use crate::terminal::{self, Style, told_name};
 use crate::{Exit, json, output};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use mapdirect::status::{Armed, FileStatus, RefusedOperation, Status};
-use mapdirect::{Breach, Guard, Strength, Who};
+use mapdirect::{Breach, DeviceId, Guard, Strength, Who};
 use mapdirect_sys::proc::printable;
 use serde_json::{Map, Value, json};
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 pub(crate) fn run(args: &StatusArgs) -> Result<Exit> {
-    let status = Guard::from_env().status()?;
-    if args.json {
-        output::line(&as_json(&status).to_string());
-        return Ok(Exit::SUCCESS);
+    if args.metrics || args.metrics_file.is_some() {
+        return metrics(args.metrics_file.as_deref());
     }
-    let pins: usize = status.files.iter().map(|file| file.pins.len()).sum();
-    output::line(&format!(
-        "guard: pid {}, gate {}, up {} s, {} clients, {} events judged",
+    let mut status = Guard::from_env().status()?;
+    let exit = if args.files.is_empty() {
+        Exit::SUCCESS
+    } else {
+        only(&mut status, args)
+    };
+    if args.json {
+        output::json(&as_json(&status));
+    } else if !args.columns.is_empty() {
+        tell_pins(&status, &args.columns, !args.no_headings);
+    } else {
+        if args.files.is_empty() {
+            tell_guard(&status);
+        }
+        status.files.iter().for_each(tell_file);
+        tell_permissions(&status);
+        tell_refusals(&status, args.files.is_empty());
+    }
+    Ok(exit)
+}
+
+/// Leaves of a status what is about the files that are asked for, and says which
+/// of them are not pinned.
+fn only(status: &mut Status, args: &StatusArgs) -> Exit {
+    let mut exit = Exit::SUCCESS;
+    let mut wanted = Vec::new();
+    for path in &args.files {
+        match identity(path) {
+            Ok(id) => {
+                let is_pinned = status.files.iter().any(|file| {
+                    (file.device, file.inode) == id
+                        && file.pins.iter().any(|pin| pin.lost.is_empty())
+                });
+                if !is_pinned {
+                    exit = Exit::FAILURE;
+                    if !args.json && args.columns.is_empty() {
+                        output::prose(&format!("{}: not pinned", terminal::name(path)));
+                    }
+                }
+                wanted.push(id);
+            }
+            Err(error) => {
+                exit = Exit::FAILURE;
+                let name = terminal::name(path);
+                output::complain(&format!("cannot examine {name}: {error}"));
+            }
+        }
+    }
+    let is_wanted = |device: DeviceId, inode: u64| wanted.contains(&(device, inode));
+    status
+        .files
+        .retain(|file| is_wanted(file.device, file.inode));
+    status
+        .recent
+        .retain(|refused| is_wanted(refused.device, refused.inode));
+    status
+        .breaches
+        .retain(|breach| is_wanted(breach.device, breach.inode));
+    status
+        .armed
+        .retain(|armed| is_wanted(armed.device, armed.inode));
+    exit
+}
+
+/// The file that a name leads to, as the guard knows it.
+fn identity(path: &Path) -> Result<(DeviceId, u64), std::io::Error> {
+    let metadata = std::fs::metadata(path)?;
+    let device = DeviceId {
+        major: rustix::fs::major(metadata.dev()),
+        minor: rustix::fs::minor(metadata.dev()),
+    };
+    Ok((device, metadata.ino()))
+}
+
+fn tell_guard(status: &Status) {
+    output::prose(&format!(
+        "guard: pid {}, gate {}, up {}, {}, {} judged",
         status.pid,
         status.gate.name(),
-        status.uptime,
-        status.clients,
-        status.judged
+        output::seconds(status.uptime),
+        output::count(status.clients.into(), "client"),
+        output::count(status.judged, "event"),
     ));
-    output::line(&format!("pins: {pins} on {} files", status.files.len()));
-    for file in &status.files {
-        tell_file(file);
-    }
+    let pins: usize = status.files.iter().map(|file| file.pins.len()).sum();
+    output::prose(&format!(
+        "pins: {pins} on {}",
+        output::count(status.files.len() as u64, "file")
+    ));
+}
+
+/// Who else may pin.
+fn tell_permissions(status: &Status) {
     if let Some(policy) = status
         .policy
         .as_ref()
         .filter(|policy| policy.rules > 0 || !policy.error.is_empty())
     {
-        output::line(&format!("policy: {} rules", policy.rules));
+        output::prose(&format!(
+            "policy: {}",
+            output::count(policy.rules.into(), "rule")
+        ));
         if !policy.error.is_empty() {
-            let error = printable(&policy.error);
-            output::line(&format!(
-                "  could not be read again, and stays as it was: {error}"
+            output::prose(&format!(
+                "  could not be read again, and stays as it was: {}",
+                printable(&policy.error)
             ));
         }
     }
     for armed in &status.armed {
-        output::line(&format!(
-            "armed: {} for {}, bytes {}, {} s more",
-            printable(&armed.path),
+        output::prose(&format!(
+            "armed: {} for {}, bytes {}, {} more",
+            told_name(&armed.path),
             armed.who,
             if armed.range.end == u64::MAX {
                 format!("from {}", armed.range.start)
             } else {
                 format!("{} to {}", armed.range.start, armed.range.end)
             },
-            armed.left
+            output::seconds(armed.left)
         ));
     }
-    if status.refused.is_empty() {
+}
+
+/// What was refused, and what happened all the same: of all files, or of some.
+fn tell_refusals(status: &Status, of_all: bool) {
+    if of_all && status.refused.is_empty() {
         output::line("refused: nothing");
-    } else {
+    } else if of_all {
         output::line("refused:");
         for (operation, count) in &status.refused {
             output::line(&format!("  {count:>8}  {operation}"));
         }
+    } else if !status.recent.is_empty() {
+        output::line("lately refused:");
     }
     for refused in status.recent.iter().rev().take(8) {
-        output::line(&format!("  {}", recent(refused)));
+        output::prose(&format!("  {}", recent(refused)));
     }
-    if status.breached == 0 {
+    if !of_all {
+        if !status.breaches.is_empty() {
+            output::line("breaches:");
+        }
+    } else if status.breached == 0 {
         output::line("breaches: none");
     } else {
-        output::line(&format!("breaches: {}", status.breached));
+        let number = status.breached.to_string();
+        output::marked("breaches: ", (Style::Bad, &number), "", 4);
     }
     for breach in status.breaches.iter().rev().take(8) {
         tell_breach(breach);
     }
+}
+
+/// Prints metrics, or replaces a file by them.
+fn metrics(path: Option<&Path>) -> Result<Exit> {
+    let status = Guard::from_env().status();
+    let Some(path) = path else {
+        output::line(crate::metrics::text(Some(&status?)).trim_end());
+        return Ok(Exit::SUCCESS);
+    };
+    // A collector shall see that there is no guard.
+    let text = crate::metrics::text(status.as_ref().ok());
+    crate::metrics::write(path, &text).with_context(|| path.display().to_string())?;
+    status?;
     Ok(Exit::SUCCESS)
 }
 
-fn name_of(file: &FileStatus) -> String {
-    if file.path.is_empty() {
-        format!("inode {} of {}", file.inode, file.device)
-    } else {
-        printable(&file.path)
-    }
-}
-
 fn tell_file(file: &FileStatus) {
-    output::line(&format!("  {}", name_of(file)));
+    output::prose(&format!("  {}", name_of(file)));
     for pin in &file.pins {
         let mut notes = Vec::new();
         if pin.flags.is_mapped() {
@@ -111,19 +211,19 @@ fn tell_file(file: &FileStatus) {
             notes.push("LOST");
         }
         let by = pin.delegated.as_ref().map(|delegated| {
-            let left = delegated
-                .left
-                .map_or_else(String::new, |left| format!(", {left} s more"));
+            let left = delegated.left.map_or_else(String::new, |left| {
+                format!(", {} more", output::seconds(left))
+            });
             format!("policy: {}{left}", printable(&delegated.rule))
         });
         notes.extend(by.as_deref());
-        output::line(&format!(
-            "    pin {}: {} ({} stable, {} frozen), {} s, by pid {}{}",
+        output::prose(&format!(
+            "    pin {}: {} ({} stable, {} frozen), {}, by pid {}{}",
             pin.pin,
             output::bytes(&pin.range),
             human(pin.stable),
             human(pin.frozen),
-            pin.age,
+            output::seconds(pin.age),
             pin.pid,
             if notes.is_empty() {
                 String::new()
@@ -133,12 +233,12 @@ fn tell_file(file: &FileStatus) {
         ));
     }
     for holder in &file.holders {
-        output::line(&format!(
-            "    held by pid {} ({}): maps {}, {} descriptors",
+        output::prose(&format!(
+            "    held by pid {} ({}): maps {}, {}",
             holder.pid,
             printable(&holder.command),
             human(holder.mapped),
-            holder.descriptors
+            output::count(holder.descriptors.into(), "descriptor")
         ));
     }
 }
@@ -148,24 +248,24 @@ fn tell_breach(breach: &Breach) {
     let file = if breach.path.is_empty() {
         format!("inode {} of {}", breach.inode, breach.device)
     } else {
-        printable(&breach.path)
+        told_name(&breach.path)
     };
     let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
         format!(", by {}", printable(&cause.to_string()))
     });
-    output::line(&format!(
-        "  bytes {} to {} of {file}, pin {}, {} s ago{cause}",
+    output::prose(&format!(
+        "  bytes {} to {} of {file}, pin {}, {} ago{cause}",
         breach.range.start,
         breach.range.end,
         breach.pin,
-        age(breach.time),
+        output::seconds(age(breach.time)),
     ));
     for (when, extents) in [("before", &breach.before), ("now", &breach.after)] {
         for extent in extents {
             let physical = extent
                 .physical
                 .map_or_else(|| String::from("nowhere"), |at| format!("at {at}"));
-            output::line(&format!(
+            output::prose(&format!(
                 "    {when}: bytes {} to {} {} {physical}",
                 extent.offset,
                 extent.end(),
@@ -192,7 +292,7 @@ fn recent(refused: &RefusedOperation) -> String {
         refused.operation,
         refused.tid,
         printable(&refused.command),
-        printable(&refused.path),
+        told_name(&refused.path),
     )
 }
 
@@ -234,6 +334,7 @@ fn as_json(status: &Status) -> Value {
         "files": files,
         "refused": refused,
         "recent": recent,
+        "unrecorded": status.unrecorded,
         "breached": status.breached,
         "breaches": status.breaches.iter().map(json::breach).collect::<Vec<_>>(),
         "policy": status.policy.as_ref().map(|policy| json!({
@@ -300,6 +401,8 @@ fn file_json(file: &FileStatus) -> Value {
         .collect();
     json!({
         "file": file.path,
+        "former": (!file.name.former.is_empty()).then_some(&file.name.former),
+        "name_state": super::records::states(&file.name),
         "device": file.device.to_string(),
         "inode": file.inode,
         "pins": pins,

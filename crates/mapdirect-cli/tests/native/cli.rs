@@ -33,6 +33,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
 
 fn mapdirect(socket: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
+    command.env("COLUMNS", "1000");
     command.args(arguments).env("MAPDIRECT_SOCKET", socket);
     command
 }
@@ -265,6 +266,7 @@ fn command_line(world: &World) {
     let file = path.to_string_lossy().into_owned();
     let run = |arguments: &[&str], socket: &Path| {
         Command::new(BINARY)
+            .env("COLUMNS", "1000")
             .args(arguments)
             .env("MAPDIRECT_SOCKET", socket)
             .output()

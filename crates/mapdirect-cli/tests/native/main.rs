@@ -12,6 +12,7 @@
 mod abuse;
 mod again;
 mod api;
+mod audit;
 mod beside;
 mod capi;
 mod cli;
@@ -52,6 +53,7 @@ mod units;
 mod unmodified;
 mod unnoticed;
 mod versions;
+mod words;
 mod world;
 mod writers;
 
@@ -88,6 +90,7 @@ fn main() -> ExitCode {
     trials.extend(segments::trials(&world));
     trials.extend(read_only::trials(&world));
     trials.extend(api::trials(&world));
+    trials.extend(audit::trials(&world));
     trials.extend(examples::trials(&world));
     trials.extend(extents::trials(&world));
     trials.extend(beside::trials(&world));
@@ -97,6 +100,7 @@ fn main() -> ExitCode {
     trials.extend(versions::trials(&world));
     trials.extend(capi::trials(&world));
     trials.extend(cli::trials(&world));
+    trials.extend(words::trials(&world));
     trials.extend(family::trials(&world));
     trials.extend(service::trials(&world));
     trials.extend(units::trials(&world));

@@ -145,6 +145,7 @@ fn many_mappings(world: &World) {
     let held = map(&guard.client(), &file, 0..65536);
     let begun = Instant::now();
     let status = Command::new(BINARY)
+        .env("COLUMNS", "1000")
         .args(["status", "--json"])
         .env("MAPDIRECT_SOCKET", guard.socket())
         .output()

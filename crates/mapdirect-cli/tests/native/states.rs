@@ -374,6 +374,7 @@ fn broken_under_the_command_line(world: &World, kind: Kind) {
     assert!(said.contains("the pin was broken: bytes "), "{said}");
     let shown = |arguments: &[&str]| {
         let shown = Command::new(BINARY)
+            .env("COLUMNS", "1000")
             .args(arguments)
             .env("MAPDIRECT_SOCKET", guard.socket())
             .output()

@@ -1,6 +1,7 @@
 //! The units for systemd: what they say is right and allowed, and the guard
 //! does what systemd expects of a service.
 
+use crate::policy::{allow, rule};
 use crate::world::{BINARY, World, is_pinned, open, patience, pin, wait_until_free, written};
 use anyhow::{Context, ensure};
 use libtest_mimic::Trial;
@@ -9,6 +10,7 @@ use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::contract::Gate;
 use mapdirect_testkit::process::{BpfDirectory, ScratchDirectory, wait_for};
+use mapdirect_testkit::raw::NOBODY;
 use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
@@ -124,6 +126,11 @@ fn capabilities(world: &World) {
         Gate::Bpf => &["lease", "setgid", "linux_immutable"],
         Gate::Fanotify => &["dac_read_search", "syslog", "setgid", "linux_immutable"],
     };
+    let disk = world.disk(Kind::XFS);
+    let directory = ScratchDirectory::new("units-policy").unwrap();
+    allow(directory.path(), 0o755);
+    let policy = directory.path().join("policy.toml");
+    std::fs::write(&policy, rule("nobody", &disk.path(""), "write", "")).unwrap();
     for less in all.iter().map(Some).chain([None]) {
         let set: Vec<_> = all.iter().filter(|name| Some(*name) != less).collect();
         let set: Vec<_> = set.iter().map(|name| format!("+{name}")).collect();
@@ -132,7 +139,8 @@ fn capabilities(world: &World) {
             format!("--bounding-set=-all,{}", set.join(",")),
             String::from("--no-new-privs"),
         ];
-        words.extend([String::from(BINARY), String::from("guard")]);
+        words.extend([BINARY, "guard", "--policy"].map(String::from));
+        words.push(policy.to_string_lossy().into_owned());
         let mut service = Service::start(&words, &[]);
         let is_needed = less.is_some_and(|less| !of_others.contains(&less.as_str()));
         if is_needed {
@@ -143,12 +151,38 @@ fn capabilities(world: &World) {
             continue;
         }
         service.wait_for("READY=1");
-        let path = written(&world.disk(Kind::XFS), "units-capabilities", 65536);
+        let path = written(&disk, "units-capabilities", 65536);
         let file = open(&path);
         drop(pin(&service.client(), &file, 0..65536));
+        drop(file);
+        wait_until_free(&path);
+        allow(&path, 0o666);
+        let (may, said) = pins_as_nobody(&service, &path);
+        let all_there = less.is_none_or(|less| less != "setgid");
+        assert_eq!(may, all_there, "without {less:?}: {said}");
+        assert!(may || said.contains("CAP_SETGID"), "{said}");
         wait_until_free(&path);
         std::fs::remove_file(&path).unwrap();
     }
+}
+
+/// Whether a user whom the policy names can pin a file, and what is said.
+fn pins_as_nobody(service: &Service, path: &Path) -> (bool, String) {
+    let nobody = NOBODY.to_string();
+    allow(service.directory.path(), 0o755);
+    let output = Command::new("setpriv")
+        .args(["--reuid", &nobody, "--regid", &nobody, "--clear-groups"])
+        .args([BINARY, "pin"])
+        .arg(path)
+        .args(["--", "true"])
+        .env(
+            "MAPDIRECT_SOCKET",
+            service.directory.path().join("guard.sock"),
+        )
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    (output.status.success(), said)
 }
 
 /// A guard that was started as systemd starts it.

@@ -6,7 +6,7 @@ use crate::{Errno, Guard};
 use mapdirect_model::facts::{FileFacts, Filesystem, ObstacleKind, geometry};
 use mapdirect_proto::{Flags, PinRequest, Reason, Refusal};
 use mapdirect_sys::unix::Sender;
-use mapdirect_sys::{proc, uname};
+use mapdirect_sys::{names, proc, uname};
 use rustix::fs::OFlags;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -179,7 +179,7 @@ pub(crate) fn judge_from(
     let path = known.unwrap_or_else(|| {
         place().map_or_else(
             || Arc::from(proc::path_of(file)),
-            |place| Arc::from(place.to_string_lossy()),
+            |place| Arc::from(names::name(place.as_os_str())),
         )
     });
     if let Some(mount_point) = above(&path) {

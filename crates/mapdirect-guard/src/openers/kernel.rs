@@ -52,7 +52,8 @@ pub(super) fn all_kernel_users() -> Vec<KernelUser> {
     for line in swaps.lines().skip(1) {
         if let Some(file) = line.split_ascii_whitespace().next() {
             users.push(KernelUser {
-                path: file.to_owned(),
+                // Blanks in a name are written as escapes.
+                path: mapdirect_sys::proc::unescape(file),
                 what: String::from("swap space (swapoff it first)"),
                 writable: true,
             });

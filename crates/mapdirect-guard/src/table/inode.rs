@@ -4,7 +4,8 @@ use super::announcement::{Announcement, MAX_ANNOUNCED};
 use super::layered::Layered;
 use super::notes::{Notes, Opens, Passing};
 use super::publish::{Machine, Published};
-use super::{InodeId, Pin};
+use super::{InodeId, Opinion, Pin};
+use crate::audit::{self, Met};
 use crate::family::Family;
 use crate::grant::pending::Queue;
 use crate::journal::{FileRecord, Kept};
@@ -50,6 +51,9 @@ pub(crate) struct Watched {
     pub(crate) abilities: Abilities,
     /// The path of the file when the gate closed.
     pub(crate) path: Arc<str>,
+    /// Whether that path led to the file then, as the guard sees paths. The path
+    /// of a file on a mount of another namespace may not.
+    pub(crate) path_led: bool,
     /// The pins on this inode.
     pub(crate) pins: Pins,
     /// The layers of all pins in one, for the fanotify gate.
@@ -101,6 +105,7 @@ impl Watched {
         Self {
             id,
             abilities,
+            path_led: audit::names::glance(&path, id) == Some(true),
             path,
             pins: ArcSwap::default(),
             layered: Layered::default(),
@@ -271,6 +276,25 @@ impl Watched {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
+    }
+
+    /// The pin that an operation met when it was refused: the first that refuses
+    /// it, or else the first that lives.
+    pub(crate) fn met_by(&self, operation: &Operation, size: u64) -> Option<Met> {
+        let pins = self.pins.load();
+        let lives = |pin: &&Arc<Pin>| !pin.is_dead();
+        let refuses = |pin: &&Arc<Pin>| {
+            lives(pin) && pin.opinion(operation, size, self.notes.moved()) == Opinion::Refuse
+        };
+        let pin = pins
+            .meeting(operation.reach(size))
+            .find(refuses)
+            .or_else(|| pins.iter().find(lives))?;
+        Some(Met {
+            pin: pin.id,
+            pid: pin.pid,
+            uid: pin.uid,
+        })
     }
 
     pub(crate) fn add(&self, pin: &Arc<Pin>) {

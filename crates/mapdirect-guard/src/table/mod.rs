@@ -47,6 +47,13 @@ impl InodeId {
             minor: rustix::fs::minor(self.dev),
         }
     }
+
+    pub(crate) fn of(device: DeviceId, inode: u64) -> Self {
+        Self {
+            dev: rustix::fs::makedev(device.major, device.minor),
+            inode,
+        }
+    }
 }
 
 impl From<&WatchedPin> for InodeId {

@@ -154,6 +154,23 @@ impl Connection {
         })
     }
 
+    /// Asks for something that comes in many answers, of which none has come yet.
+    pub(crate) fn begin(&self, request: &Request) -> Result<()> {
+        let mut turn = self.take_turn()?;
+        self.prove(&mut turn)?;
+        self.whole(|talk| talk.say(request, &[]))
+    }
+
+    /// The next of these answers, or `None` if there is none in that time.
+    pub(crate) fn hear_within(&self, limit: Option<Duration>) -> Result<Option<Reply>> {
+        if let Some(limit) = limit
+            && self.socket.wait_until_readable(limit) == Ok(false)
+        {
+            return Ok(None);
+        }
+        self.whole(|talk| talk.hear().map(|(reply, _)| Some(reply)))
+    }
+
     /// Waits until nobody else asks, and hears what nobody has waited for. Nothing
     /// can be asked where a conversation was left in the middle, nor by a child of
     /// the process that began it: there, whoever has the turn may be no thread of
@@ -294,6 +311,12 @@ impl Connection {
             self.broken.store(true, Relaxed);
         }
         result
+    }
+}
+
+impl AsFd for Connection {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

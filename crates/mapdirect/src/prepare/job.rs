@@ -10,7 +10,7 @@ use mapdirect_model::{BlockMap, ExtentState, Filesystem};
 use mapdirect_sys::fallocate::{self, Change};
 use mapdirect_sys::fcntl::HeldLease;
 use mapdirect_sys::madvise::Window;
-use mapdirect_sys::{Errno, apart, capget, fsync, mmap, sync_file_range};
+use mapdirect_sys::{Errno, apart, capget, fsync, inode_flags, mmap, sync_file_range};
 use std::cell::Cell;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
@@ -474,6 +474,21 @@ impl Job<'_> {
             Errno::NOSPC => {
                 let free = self.free_space().unwrap_or(0);
                 let left = self.rounded_rest();
+                // XFS has no errno of its own for this quota.
+                let project = inode_flags::extended(self.file).map_or(0, |found| found.project);
+                if project != 0 && free > left {
+                    return Error::new(
+                        Kind::NoSpace,
+                        errno,
+                        format!(
+                            "the quota of project {project} is used up, or the filesystem keeps \
+                             what is left for itself: {left} bytes have no block of their own \
+                             yet, and {free} are free"
+                        ),
+                        "raise the quota (xfs_quota -x -c 'limit -p ...'), free some space, or \
+                         prepare less",
+                    );
+                }
                 Error::new(
                     Kind::NoSpace,
                     errno,

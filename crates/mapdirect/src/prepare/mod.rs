@@ -25,9 +25,9 @@ mod tests;
 use crate::descriptor::require_read_write;
 use crate::error::{Error, Kind, Result};
 use job::Job;
-use mapdirect_model::FileFacts;
+use mapdirect_model::{FileFacts, Obstacle, ObstacleKind};
 use mapdirect_proto::BlockMap;
-use mapdirect_sys::{Errno, proc};
+use mapdirect_sys::{Errno, fallocate, proc};
 use rustix::process::{Resource, getrlimit};
 use std::cell::Cell;
 use std::ops::Range;
@@ -199,10 +199,10 @@ impl PrepareOptions {
             .map_err(|error| {
                 let path = proc::path_of(file);
                 error.asking(match &self.range {
-                    Some(range) => {
+                    Some(range) if !range.is_empty() => {
                         format!("prepare bytes {} to {} of {path}", range.start, range.end)
                     }
-                    None => format!("prepare {path}"),
+                    _ => format!("prepare {path}"),
                 })
             })
     }
@@ -214,7 +214,16 @@ impl PrepareOptions {
         progress: &'call mut dyn FnMut(Progress),
     ) -> Result<Job<'call>> {
         require_read_write(file)?;
-        let facts = FileFacts::read(file).map_err(|errno| Error::system("statx", errno))?;
+        let read = || FileFacts::read(file).map_err(|errno| Error::system("statx", errno));
+        let mut facts = read()?;
+        let is_inline = |obstacle: &Obstacle| obstacle.kind == ObstacleKind::InlineData;
+        if facts.obstacles().first().is_some_and(is_inline) {
+            // ext4 moves the data of an inode into a block before it allocates
+            // anything, and not a byte changes (`ext4_convert_inline_data`).
+            fallocate::allocate(file, &(0..1))
+                .map_err(|errno| Error::system("fallocate", errno))?;
+            facts = read()?;
+        }
         if let Some(obstacle) = facts.obstacles().into_iter().next() {
             let (text, mend) = (obstacle.text, obstacle.mend);
             let kind = Kind::of(obstacle.kind.into());
@@ -292,9 +301,14 @@ fn check_range(bytes: &Range<u64>, size: u64) -> Result<()> {
             Kind::Arguments,
             Errno::INVAL,
             if size == 0 {
-                "the file is empty"
+                String::from("the file is empty")
+            } else if bytes.start >= size {
+                format!(
+                    "the range begins at byte {}, and the file ends at byte {size}",
+                    bytes.start
+                )
             } else {
-                "the range is empty"
+                String::from("the range is empty")
             },
             "give a range of at least one byte, or a size to make the file longer",
         ));

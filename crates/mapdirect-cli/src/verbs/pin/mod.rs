@@ -9,12 +9,12 @@ use self::watch::AllHeld;
 use crate::args::{Denial, Format, PinArgs, ScopeChoice, StrengthChoice};
 use crate::extents::Extents;
 use crate::keeper::{self, Keeper, Kept};
-use crate::{Exit, json, output};
+use crate::{Exit, json, output, terminal};
 use anyhow::{Context, Result};
 use mapdirect::{Pin, PinOptions, Scope};
 use mapdirect_sys::signal::{Signal, SignalFd};
 use mapdirect_sys::{descriptors, memfd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use serde_json::{Value, json};
 use std::fs::File;
@@ -53,6 +53,8 @@ fn hold(args: &PinArgs) -> Result<Exit> {
     for (path, pin) in args.files.iter().zip(&pins) {
         tell(args, path, pin)?;
     }
+    // Who could not be told where the blocks are has no use for the pin.
+    output::check()?;
     if form(args) == Format::Table {
         output::line("held until SIGINT or SIGTERM");
     }
@@ -131,7 +133,8 @@ fn open_all(args: &PinArgs) -> Result<Vec<File>> {
         OFlags::RDONLY
     };
     let open = |path: &std::path::PathBuf| {
-        crate::open::open(path, access).with_context(|| format!("cannot open {}", path.display()))
+        crate::open::open(path, access)
+            .with_context(|| format!("cannot open {}", terminal::name(path)))
     };
     args.files.iter().map(open).collect()
 }
@@ -163,7 +166,7 @@ fn require_stable(args: &PinArgs, pins: &[Pin]) -> Result<()> {
                  help: make them stable: mapdirect prepare, or --prepare here",
                 extent.offset,
                 extent.end(),
-                path.display(),
+                terminal::name(path),
                 extent.state.name(),
             );
         }
@@ -183,7 +186,7 @@ fn common_range(args: &PinArgs, files: &[File]) -> Result<Option<Range<u64>>> {
     }
     let mut common = None;
     for (path, file) in args.files.iter().zip(files) {
-        let (name, size) = (path.display(), file.metadata()?.len());
+        let (name, size) = (terminal::name(path), file.metadata()?.len());
         let bytes = range.resolve(size);
         anyhow::ensure!(
             !bytes.is_empty(),
@@ -219,6 +222,7 @@ fn ask(options: PinOptions, files: Vec<File>, signals: &SignalFd) -> Result<Aske
         drop(answer);
         pins
     });
+    let mut limit = Some(Timespec::try_from(output::SILENCE)?);
     loop {
         let signal_fd = signals.as_fd();
         let answered_fd = answered.as_fd();
@@ -226,7 +230,12 @@ fn ask(options: PinOptions, files: Vec<File>, signals: &SignalFd) -> Result<Aske
             PollFd::new(&signal_fd, PollFlags::IN),
             PollFd::new(&answered_fd, PollFlags::IN),
         ];
-        match poll(&mut fds, None) {
+        match poll(&mut fds, limit.as_ref()) {
+            Ok(0) => {
+                limit = None;
+                output::still_waiting("for others to let go of the file");
+                continue;
+            }
             Ok(_) => {}
             Err(rustix::io::Errno::INTR) => continue,
             Err(errno) => return Err(errno.into()),
@@ -296,7 +305,7 @@ fn describe(args: &PinArgs, path: &Path, pin: &Pin) -> Value {
     let map = pin.block_map();
     let extents = Extents::pinned(map, args.strength.into());
     let mut value = json!({
-        "file": path.to_string_lossy(),
+        "file": json::name(path),
         "pin": pin.pin_id(),
         "pid": std::process::id(),
         "range": json::range(&pin.range()),
@@ -321,7 +330,7 @@ fn tell(args: &PinArgs, path: &Path, pin: &Pin) -> Result<()> {
     match form(args) {
         Format::Table => {}
         Format::Json => {
-            output::line(&describe(args, path, pin).to_string());
+            output::json(&describe(args, path, pin));
             return Ok(());
         }
         _ => {
@@ -329,15 +338,15 @@ fn tell(args: &PinArgs, path: &Path, pin: &Pin) -> Result<()> {
             return Ok(());
         }
     }
-    output::line(&format!(
+    output::prose(&format!(
         "pinned {} of {} (blocks of {} bytes on device {})",
         output::bytes(&range),
-        path.display(),
+        terminal::name(path),
         map.block_size(),
         map.device(),
     ));
     if args.strength == StrengthChoice::Stable {
-        output::line(
+        output::prose(
             "held is what is written, and what is written from now on; the rest may change",
         );
     }

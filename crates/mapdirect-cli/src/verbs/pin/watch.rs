@@ -1,7 +1,7 @@
 //! What becomes of pins that are held.
 
-use crate::Exit;
 use crate::keeper::Kept;
+use crate::{Exit, terminal};
 use anyhow::Result;
 use mapdirect::{Breach, EventFd, Extent, Integrity, Pin, State};
 use mapdirect_sys::proc::printable;
@@ -18,7 +18,7 @@ impl<'a> AllHeld<'a> {
         let named = files.iter().zip(pins).map(|(path, pin)| {
             // Of the only one there is nothing to tell apart.
             let several = pins.len() > 1;
-            let name = several.then(|| format!("{}: ", printable(&path.to_string_lossy())));
+            let name = several.then(|| format!("{}: ", terminal::name(path)));
             Held::new(pin, name.unwrap_or_default())
         });
         let pins = named.collect::<Result<_>>()?;
@@ -131,7 +131,7 @@ pub(crate) fn breach_line(breach: &Breach) -> String {
         "the pin was broken: bytes {} to {} of {} have changed ({}, now {}){cause}",
         breach.range.start,
         breach.range.end,
-        breach.path,
+        terminal::told_name(&breach.path),
         count(&breach.before),
         count(&breach.after),
     )

@@ -47,7 +47,7 @@ impl Files {
     /// Which glob makes no sense, and why.
     pub(crate) fn new(globs: &[PathBuf], directory: &Path) -> Result<Self, String> {
         let understood = globs.iter().map(|glob| {
-            let given = glob.display().to_string();
+            let given = crate::terminal::name(glob);
             let text = absolute(glob, directory)
                 .ok_or_else(|| format!("--files {given}: it is not UTF-8"))?;
             let pattern =

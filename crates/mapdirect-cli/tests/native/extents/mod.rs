@@ -46,6 +46,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
 /// The command, with the socket of a guard.
 fn mapdirect(guard: &GuardProcess, arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
+    command.env("COLUMNS", "1000");
     command
         .args(arguments)
         .env("MAPDIRECT_SOCKET", guard.socket());

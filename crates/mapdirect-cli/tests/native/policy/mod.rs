@@ -125,12 +125,12 @@ impl Drop for Setting {
     }
 }
 
-fn allow(path: &Path, mode: u32) {
+pub(crate) fn allow(path: &Path, mode: u32) {
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
 }
 
 /// A rule for the user without any right.
-fn rule(name: &str, place: &Path, access: &str, more: &str) -> String {
+pub(crate) fn rule(name: &str, place: &Path, access: &str, more: &str) -> String {
     format!(
         "[[rule]]\nname = {name:?}\nusers = [{NOBODY}]\npaths = [{:?}]\naccess = {access:?}\n{more}\n",
         place.to_str().unwrap()

@@ -6,6 +6,7 @@ use std::process::Command;
 
 fn mapdirect(setting: &Setting, arguments: &[&str]) -> (Option<i32>, String) {
     let output = Command::new(BINARY)
+        .env("COLUMNS", "1000")
         .args(arguments)
         .env("MAPDIRECT_SOCKET", setting.guard.socket())
         .output()

@@ -123,6 +123,7 @@ fn assert_stable(file: &File, prepared: &Prepared, range: Range<u64>, block: u64
 
 fn mapdirect(arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
+    command.env("COLUMNS", "1000");
     command.arg("prepare").args(arguments);
     command
 }

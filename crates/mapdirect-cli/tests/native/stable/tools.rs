@@ -17,6 +17,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
 
 fn mapdirect(socket: &Path, arguments: &[&str]) -> Command {
     let mut command = Command::new(BINARY);
+    command.env("COLUMNS", "1000");
     command.args(arguments).env("MAPDIRECT_SOCKET", socket);
     command
 }

@@ -3,8 +3,8 @@
 
 use super::abi::{self, Event};
 use super::{Gate, Proof};
-use crate::audit::Refused;
-use crate::policy::RULES;
+use crate::audit::{self, Refused, Who};
+use crate::policy::{Operation, RULES};
 use crate::table::Watched;
 use crate::{Errno, Guard};
 use libbpf_rs::RingBufferBuilder;
@@ -110,11 +110,25 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
     if let Some(watched) = watched {
         watched.refused[rule.kind as usize].fetch_add(1, SeqCst);
     }
+    let range = event.start..event.end;
+    let operation = Operation::new(rule.kind, range);
     guard.audit.refused(Refused {
-        tid: event.tid.cast_signed(),
-        command: command_of(event),
+        time: audit::now(),
+        who: Who::Thread {
+            tid: event.tid.cast_signed(),
+            pid: event.tgid.cast_signed(),
+            command: command_of(event),
+            // Numbers are given out in turn, so this one belongs to the thread
+            // for some 32,000 forks; one that began later is another.
+            before: Some(audit::keep::ticks_now() + 1),
+        },
         kind: rule.kind,
+        operation: rule.name,
+        call: None,
         id: event.key.inode(),
+        // What the size was is not known here, and hardly matters for which pin
+        // it was.
+        met: watched.and_then(|watched| watched.met_by(&operation, 0)),
         path: watched.map_or_else(Arc::default, |watched| Arc::clone(&watched.path)),
         range: (event.end != u64::MAX || event.start > 0).then_some(event.start..event.end),
     });

@@ -81,6 +81,25 @@ pub(crate) fn classify_open(syscall: Option<&Syscall>, functions: &[&str]) -> K 
     }
 }
 
+/// A better word for an operation than that of its kind, which may only be the
+/// worst that it could be.
+pub(crate) fn word(kind: K, call: Option<&Syscall>, functions: &[&str]) -> Option<&'static str> {
+    let number = call.map(|call| call.number);
+    let inside = |name: &str| functions.iter().any(|function| function.contains(name));
+    match kind {
+        K::OpenTruncate => match number.and_then(open_call) {
+            // The flags are known, and say so.
+            Some(Call::Open(_) | Call::Creat) if is_opening(functions) => None,
+            _ if inside("_sys_swapon") => Some("swapon"),
+            _ if inside("_sys_acct") => Some("acct"),
+            // Nobody can see what such an open is for: openat2(2) and io_uring
+            // keep its flags in memory of the program.
+            _ => Some("open-unseen"),
+        },
+        _ => None,
+    }
+}
+
 /// Questions about a thread's descriptors. They are asked only when the answer
 /// decides.
 pub(crate) trait Descriptors {

@@ -2,7 +2,7 @@
 
 use super::look::{Doing, MOST_LOOKED_AT};
 use super::server::{About, Server, Waiting};
-use crate::audit::Refused;
+use crate::audit::{self, Refused, Who};
 use crate::family;
 use crate::gate::Gate as _;
 use crate::ledger::PinSet;
@@ -60,10 +60,10 @@ impl Server<'_> {
         if verdict != Verdict::Refuse {
             return verdict;
         }
-        if doing.command.is_none() && !waiting.question.named {
+        if doing.actor.is_none() && !waiting.question.named {
             return Verdict::Name;
         }
-        self.note(&watched, event, doing);
+        self.note(&watched, event, doing, size);
         verdict
     }
 
@@ -152,14 +152,27 @@ impl Server<'_> {
         }
     }
 
-    fn note(&self, watched: &Watched, event: &About, doing: &Doing) {
+    fn note(&self, watched: &Watched, event: &About, doing: &Doing, size: u64) {
         let operation = &doing.operation;
         watched.refused[operation.kind as usize].fetch_add(1, SeqCst);
         let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate | K::Unknown);
+        let who = match &doing.actor {
+            Some(actor) => Who::Known(actor.clone()),
+            // Whoever could not be seen then may have its number no more.
+            None => Who::Thread {
+                tid: event.tid,
+                pid: 0,
+                command: String::new(),
+                before: None,
+            },
+        };
         self.guard.audit.refused(Refused {
-            tid: event.tid,
-            command: doing.command.clone().unwrap_or_else(|| String::from("?")),
+            time: audit::now(),
+            who,
             kind: operation.kind,
+            operation: doing.word.unwrap_or_else(|| operation.kind.name()),
+            call: doing.call,
+            met: watched.met_by(operation, size),
             id: watched.id,
             path: Arc::clone(&watched.path),
             range: by_range.then(|| operation.range.clone()),

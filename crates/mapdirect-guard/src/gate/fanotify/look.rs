@@ -23,21 +23,23 @@
 //!
 //! | what is read | what it can wait for |
 //! |---|---|
-//! | `syscall`, `stack`; `pidfd_getfd(2)` | `exec_update_lock`, while a thread of the process is in `execve(2)` and, say, a FUSE server does not answer the flush of a close-on-exec descriptor. SIGKILL ends the wait (`down_read_killable`). |
+//! | `syscall`, `stack`, the link `exe`; `pidfd_getfd(2)` | `exec_update_lock`, while a thread of the process is in `execve(2)` and, say, a FUSE server does not answer the flush of a close-on-exec descriptor. SIGKILL ends the wait (`down_read_killable`). |
 //! | `syscall` | that the thread, about to sleep, gets off its processor (`wait_task_inactive`). |
 //! | any name below `/proc/<tid>` | the lock of that directory, while somebody lists it into a page of a FUSE file and somebody else waits to mount there. **Deaf to SIGKILL.** |
 //! | the end of a descriptor from `pidfd_getfd(2)` | the last close of the file, if its owner closed it meanwhile, and the flush of a FUSE file. **Deaf to SIGKILL.** |
 //! | the block map | the locks of the inode, which a read into a page of a FUSE file holds. **Deaf to SIGKILL.** |
-//! | `stat`, `comm`, links in `fd`; `statx(2)` by such a link with `DONT_SYNC` | nothing else: the kernel's own memory, or what a filesystem remembers. |
+//! | `stat`, `comm`, `status`, `cgroup`, links in `fd`; `statx(2)` by such a link with `DONT_SYNC` | nothing else: the kernel's own memory, or what a filesystem remembers. |
 //!
 //! `fdinfo` is never read: for an epoll descriptor it needs a lock that the
 //! owner of the descriptor can hold for ever.
 
 use super::classify::{self, Asked, Descriptors};
 use crate::Errno;
+use crate::audit::actor;
 use crate::policy::{Operation, OperationKind as K};
 use crate::table::InodeId;
 use mapdirect_model::ExtentState;
+use mapdirect_proto::record::Actor;
 use mapdirect_sys::proc::{self, Syscall, SyscallState};
 use mapdirect_sys::{fanotify::Mask, pidfd};
 use rustix::fs::{AtFlags, CWD, StatxFlags};
@@ -76,7 +78,7 @@ pub(crate) struct Question {
     /// Whether the thread may have been announced, so that its start time is
     /// needed.
     pub(crate) announced: bool,
-    /// Whether to tell the thread's name, whatever it does.
+    /// Whether to tell who the thread is, whatever it does.
     pub(crate) named: bool,
     /// How long the thread has been waiting.
     pub(crate) late: Duration,
@@ -99,8 +101,14 @@ pub(crate) enum Seen {
 #[derive(Debug, PartialEq)]
 pub(crate) struct Doing {
     pub(crate) operation: Operation,
-    /// The thread's name, if a refusal is likely or the question asked for it.
-    pub(crate) command: Option<String>,
+    /// Who it is, if a refusal is likely or the question asked for it, and if
+    /// that could be found out.
+    pub(crate) actor: Option<Box<Actor>>,
+    /// The system call that the thread is in, if that is certain.
+    pub(crate) call: Option<Syscall>,
+    /// The word for the operation, if there is a better one than that of its
+    /// kind.
+    pub(crate) word: Option<&'static str>,
     /// The start time of the thread, if the question asked for it.
     pub(crate) began: Option<u64>,
     /// For a collapse: no block was shared with another file between the start
@@ -113,7 +121,9 @@ impl Doing {
     fn harmless(operation: Operation) -> Self {
         Self {
             operation,
-            command: None,
+            actor: None,
+            call: None,
+            word: None,
             began: None,
             unshared_until: 0,
         }
@@ -128,7 +138,9 @@ impl Doing {
         };
         Self {
             operation: Operation::new(kind, 0..u64::MAX),
-            command: None,
+            actor: None,
+            call: None,
+            word: None,
             began: None,
             unshared_until: 0,
         }
@@ -415,14 +427,23 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
         }
         _ => 0,
     };
-    // Holders write and map all the time, and are mostly let in. So their names
-    // are looked up only when they are refused.
-    let is_refused = match operation.kind {
-        K::Write | K::MapWrite => question.named,
-        kind => !kind.is_harmless(),
-    };
+    // Who it is takes several looks at `/proc`. Most operations are let in, so
+    // that is found out for those that hardly ever are, and when it is known
+    // that another will be refused.
+    let is_refused = question.named
+        || match operation.kind {
+            K::OpenWrite => !question.announced,
+            K::OpenTruncate | K::Unknown => true,
+            _ => false,
+        };
+    let call = classify::own_registers(syscall, functions).copied();
     Doing {
-        command: is_refused.then(|| proc::command(question.tid)),
+        // The thread waits for the answer, so it is the one that has this number.
+        actor: is_refused
+            .then(|| actor::find(question.tid, None).map(Box::new))
+            .flatten(),
+        call,
+        word: classify::word(operation.kind, call.as_ref(), functions),
         began: question
             .announced
             .then(|| proc::start_time(question.tid).ok())

@@ -14,12 +14,13 @@ mod contract;
 mod decide;
 mod exclude;
 mod lifetime;
-mod look;
+pub(crate) mod look;
 mod lookers;
 mod server;
 mod turns;
 
 use self::adopt::{Recognised, Settled};
+pub(crate) use self::classify::descriptor;
 use self::lifetime::Lifetime;
 use crate::journal::{Journal, Left};
 use crate::store::Starter;

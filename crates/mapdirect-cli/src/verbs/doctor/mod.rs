@@ -1,7 +1,10 @@
 //! `mapdirect doctor`: what this machine offers, and how to mend what is
 //! missing. Runs for everybody; what only root can find out says so.
 
+mod holes;
+
 use crate::args::DoctorArgs;
+use crate::terminal::{self, Style};
 use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::{Gate, Guard};
@@ -9,7 +12,9 @@ use mapdirect_guard::StartError;
 use mapdirect_sys::fanotify::Group;
 use mapdirect_sys::{Errno, capget, memfd, proc, proc_mountinfo, uname};
 use serde_json::{Value, json};
+use std::io::ErrorKind;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 
 /// How a finding turned out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,11 +36,11 @@ impl Outcome {
         }
     }
 
-    fn mark(self) -> &'static str {
+    fn mark(self) -> (Style, &'static str) {
         match self {
-            Self::Good => "ok  ",
-            Self::Note => "note",
-            Self::Bad => "BAD ",
+            Self::Good => (Style::Good, "ok  "),
+            Self::Note => (Style::Note, "note"),
+            Self::Bad => (Style::Bad, "BAD "),
         }
     }
 }
@@ -96,84 +101,83 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     findings.push(tripwire());
     findings.push(holder_capability());
     findings.extend(guard_needs(first));
-    findings.push(running_guard());
+    let answering = Guard::from_env().gate();
+    findings.push(running_guard(&answering));
+    findings.extend(without_guard(&answering));
     findings.push(dax());
     findings.push(filesystems());
     let bad = findings
         .iter()
         .any(|finding| finding.outcome == Outcome::Bad);
+    let first = first_remedy(&findings);
+    let in_use = answering.as_ref().map_or(gate, |gate| gate.name());
     if args.json {
-        let listed: Vec<Value> = findings
-            .iter()
-            .map(|finding| {
-                json!({
-                    "name": finding.name,
-                    "outcome": finding.outcome.key(),
-                    "text": finding.text,
-                    "mend": finding.mend,
-                })
-            })
+        let listed: Vec<Value> = findings.iter().map(Finding::as_json).collect();
+        let all: serde_json::Map<String, Value> = holes::of_all(in_use)
+            .into_iter()
+            .map(|(gate, holes)| (gate.to_owned(), json!(holes)))
             .collect();
-        let value = json!({
+        output::json(&json!({
             "kernel": release,
             "gate": if bad || gate == "none" { Value::Null } else { json!(gate) },
+            "first": first,
             "findings": listed,
-            "holes": holes(gate),
-        });
-        output::line(&value.to_string());
+            "holes": holes::of_all(in_use)[0].1,
+            "holes_of_gates": all,
+        }));
     } else {
-        for finding in &findings {
-            output::line(&format!(
-                "{}  {}: {}",
-                finding.outcome.mark(),
-                finding.name,
-                finding.text
-            ));
-            if !finding.mend.is_empty() {
-                output::line(&format!("      help: {}", finding.mend));
-            }
+        match &first {
+            Some(first) => output::marked("", (Style::Strong, "first:"), &format!(" {first}"), 4),
+            None => output::prose("files can be pinned here, by this process: nothing is missing"),
         }
-        output::line(&format!("what the {gate} gate cannot refuse:"));
-        for hole in holes(gate) {
-            output::line(&format!("  - {hole}"));
+        findings.iter().for_each(Finding::tell);
+        for (name, holes) in holes::of_all(in_use) {
+            output::prose(&format!("what the {name} gate cannot refuse:"));
+            for hole in holes {
+                output::prose(&format!("  - {hole}"));
+            }
         }
     }
     Ok(if bad { Exit::FAILURE } else { Exit::SUCCESS })
 }
 
-/// What remains open under a gate.
-fn holes(gate: &str) -> &'static [&'static str] {
-    if gate == "bpf" { &BPF_HOLES } else { &HOLES }
+impl Finding {
+    fn as_json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "outcome": self.outcome.key(),
+            "text": self.text,
+            "mend": self.mend,
+        })
+    }
+
+    fn tell(&self) {
+        let text = format!("  {}: {}", self.name, self.text);
+        output::marked("", self.outcome.mark(), &text, 6);
+        if !self.mend.is_empty() {
+            output::prose(&format!("      help: {}", self.mend));
+        }
+    }
 }
 
-/// What remains open under the bpf gate.
-const BPF_HOLES: [&str; 5] = [
-    "a holder growing a mapping of its own over frozen blocks with mremap(2)",
-    "storage targets of the kernel that have the file open (LIO fileio, nvmet) discarding in it; \
-     loop devices are refused",
-    "a process with CAP_SYS_ADMIN that changes the argument of an ioctl while it is read \
-     (LOOP_CONFIGURE, XFS_IOC_SCRUB_METADATA)",
-    "stores through the page cache beside frozen blocks while no guard runs: it holds the pages \
-     that keep them apart",
-    "whatever happens in the second until the guard puts back what root deletes from the gate's \
-     maps (it is told afterwards); and everything, once root takes the gate away while no guard runs (mapdirect guard \
-     --unload, or removing it from /sys/fs/bpf)",
-];
-
-/// What remains open under the fanotify gate.
-const HOLES: [&str; 5] = [
-    "a holder moving blocks through its own descriptor (XFS_IOC_SWAPEXT, EXT4_IOC_MOVE_EXT, \
-     EXT4_IOC_SWAP_BOOT), or bringing a mapping of its own over frozen blocks with mremap(2) or \
-     remap_file_pages(2)",
-    "an NFS client setting the size of a file whose filesystem is exported after it was pinned \
-     (the server asks nobody); what is exported for writing before cannot be pinned",
-    "truncate(2) through an overlay over the directory of a pinned file that is mounted after \
-     the pin, or that no mount namespace shows (fsmount(2) without move_mount(2)): it is noticed \
-     when it has happened",
-    "a hidden writer of a file without reflink that others read while it is pinned: that there \
-     is none is concluded from /proc",
-    "everything, once the guard has been killed: holders are told then",
-];
+/// What to do first, so that this process can pin files: of all that is missing
+/// what everything else waits for.
+fn first_remedy(findings: &[Finding]) -> Option<String> {
+    let needed = ["guard", "to pin", "filesystems"];
+    let with_help = |finding: &&Finding| !finding.mend.is_empty();
+    let bad = findings
+        .iter()
+        .filter(with_help)
+        .find(|finding| finding.outcome == Outcome::Bad);
+    let missing = || {
+        needed.iter().find_map(|name| {
+            let finding = findings.iter().find(|finding| finding.name == *name)?;
+            (finding.outcome != Outcome::Good && !finding.mend.is_empty()).then_some(finding)
+        })
+    };
+    let finding = bad.or_else(missing)?;
+    Some(format!("{} ({})", finding.mend, finding.text))
+}
 
 /// Fanotify pre-content events: Linux 6.14.
 fn fanotify() -> Finding {
@@ -235,7 +239,13 @@ fn bpf() -> (Finding, Gate) {
         (true, false) => "the kernel has BPF LSM but no BTF",
         (false, false) => "the kernel shows neither BPF LSM nor BTF",
     };
-    probe_bpf(NAME, kernel, has_lsm)
+    let (finding, first) = probe_bpf(NAME, kernel, has_lsm);
+    if finding.outcome == Outcome::Note && finding.text.starts_with("not available") && !has_lsm {
+        // That is why, whatever the kernel said of the programs.
+        let text = format!("not available: {kernel}");
+        return (Finding { text, ..finding }, first);
+    }
+    (finding, first)
 }
 
 #[cfg(feature = "bpf")]
@@ -372,18 +382,63 @@ fn guard_needs(gate: Gate) -> Vec<Finding> {
     lacks.into_iter().map(finding).collect()
 }
 
-fn running_guard() -> Finding {
-    let guard = Guard::from_env();
-    match guard.gate() {
+fn running_guard(answering: &mapdirect::Result<Gate>) -> Finding {
+    match answering {
         Ok(gate) => Finding::good(
             "guard",
             format!(
                 "answers at {}, gate {}",
-                guard.socket().display(),
+                terminal::name(Guard::from_env().socket()),
                 gate.name()
             ),
         ),
         Err(error) => Finding::new("guard", Outcome::Note, error.obstacle(), error.help()),
+    }
+}
+
+/// What becomes of pins when no guard runs: that depends on the gate, and on
+/// what a guard has left in the kernel.
+fn without_guard(answering: &mapdirect::Result<Gate>) -> Option<Finding> {
+    const NAME: &str = "without a guard";
+    match answering {
+        Ok(Gate::Bpf) => {
+            return Some(Finding::good(
+                NAME,
+                "if this guard ends, the gate in the kernel goes on refusing: pins stay, \
+                 unattended, until their holders end, and the next guard takes them over; nothing \
+                 new is pinned until then",
+            ));
+        }
+        Ok(_) => {
+            return Some(Finding::good(
+                NAME,
+                "if this guard ends, its pins are lost, and every holder is told",
+            ));
+        }
+        Err(_) => {}
+    }
+    let directory = std::env::var_os("MAPDIRECT_BPF_DIRECTORY")
+        .map_or_else(|| PathBuf::from("/sys/fs/bpf/mapdirect"), PathBuf::from);
+    match std::fs::read_dir(&directory) {
+        Ok(mut links) => links.next().is_some().then(|| {
+            Finding::new(
+                NAME,
+                Outcome::Note,
+                format!(
+                    "a guard has left the bpf gate at {}: it goes on refusing, so pins stay, \
+                     unattended, until their holders end; nothing new is pinned",
+                    terminal::name(&directory)
+                ),
+                "mapdirect guard takes the pins over; mapdirect guard --unload ends them",
+            )
+        }),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Some(Finding::new(
+            NAME,
+            Outcome::Note,
+            "only root can tell whether a guard has left its gate in the kernel",
+            "run `mapdirect doctor` as root",
+        )),
+        Err(_) => None,
     }
 }
 

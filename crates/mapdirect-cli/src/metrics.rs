@@ -1,0 +1,213 @@
+//! The state of the guard as OpenMetrics text, for a collector.
+
+use mapdirect::status::Status;
+use std::fmt::Write as _;
+use std::io::Write as _;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
+
+/// What a family of samples is.
+#[derive(Clone, Copy)]
+enum Kind {
+    Gauge,
+    /// Its samples end in `_total`.
+    Counter,
+}
+
+struct Text(String);
+
+impl Text {
+    fn family(&mut self, name: &str, kind: Kind, help: &str) {
+        let kind = match kind {
+            Kind::Gauge => "gauge",
+            Kind::Counter => "counter",
+        };
+        let _ = writeln!(self.0, "# HELP mapdirect_{name} {help}");
+        let _ = writeln!(self.0, "# TYPE mapdirect_{name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: u64) {
+        let _ = write!(self.0, "mapdirect_{name}");
+        if !labels.is_empty() {
+            let labels: Vec<_> = labels
+                .iter()
+                .map(|(name, value)| format!("{name}=\"{}\"", escaped(value)))
+                .collect();
+            let _ = write!(self.0, "{{{}}}", labels.join(","));
+        }
+        let _ = writeln!(self.0, " {value}");
+    }
+
+    /// A family with one sample.
+    fn gauge(&mut self, name: &str, help: &str, value: u64) {
+        self.family(name, Kind::Gauge, help);
+        self.sample(name, &[], value);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.family(name, Kind::Counter, help);
+        self.sample(&format!("{name}_total"), &[], value);
+    }
+
+    fn end(mut self) -> String {
+        self.0.push_str("# EOF\n");
+        self.0
+    }
+}
+
+/// The value of a label. Names may contain anything, and are safe for a terminal
+/// here.
+fn escaped(value: &str) -> String {
+    let mut text = String::with_capacity(value.len());
+    for character in value.chars() {
+        match character {
+            '\\' => text.push_str("\\\\"),
+            '"' => text.push_str("\\\""),
+            '\n' => text.push_str("\\n"),
+            other if other.is_control() => text.push('\u{fffd}'),
+            other => text.push(other),
+        }
+    }
+    text
+}
+
+/// The metrics of a guard; `None` if no guard answers.
+pub(crate) fn text(status: Option<&Status>) -> String {
+    let mut text = Text(String::new());
+    let up = u64::from(status.is_some());
+    text.gauge("guard_up", "Whether a guard answers.", up);
+    let Some(status) = status else {
+        return text.end();
+    };
+    text.family("guard_gate", Kind::Gauge, "The gate in force.");
+    text.sample("guard_gate", &[("gate", status.gate.name())], 1);
+    text.gauge(
+        "guard_uptime_seconds",
+        "How long the guard has been running.",
+        status.uptime,
+    );
+    text.gauge("guard_clients", "Connected clients.", status.clients.into());
+    let pins = || status.files.iter().flat_map(|file| &file.pins);
+    text.gauge("pins", "Pins.", pins().count() as u64);
+    text.gauge(
+        "pins_lost",
+        "Pins that nothing keeps any more.",
+        pins().filter(|pin| !pin.lost.is_empty()).count() as u64,
+    );
+    text.gauge(
+        "pins_broken",
+        "Pins whose blocks have changed.",
+        pins().filter(|pin| pin.breaches > 0).count() as u64,
+    );
+    text.gauge(
+        "pinned_files",
+        "Files with pins.",
+        status.files.len() as u64,
+    );
+    text.family(
+        "pinned_bytes",
+        Kind::Gauge,
+        "Pinned bytes, by the state of their blocks.",
+    );
+    text.sample(
+        "pinned_bytes",
+        &[("state", "stable")],
+        pins().map(|pin| pin.stable).sum(),
+    );
+    text.sample(
+        "pinned_bytes",
+        &[("state", "frozen")],
+        pins().map(|pin| pin.frozen).sum(),
+    );
+    text.gauge(
+        "armed_files",
+        "Files that are armed.",
+        status.armed.len() as u64,
+    );
+    if let Some(policy) = &status.policy {
+        text.gauge("policy_rules", "Rules of the policy.", policy.rules.into());
+        text.gauge(
+            "policy_broken",
+            "Whether the policy could not be read again, and stays as it was.",
+            u64::from(!policy.error.is_empty()),
+        );
+    }
+    text.counter(
+        "events_judged",
+        "Operations that the guard has judged or heard of.",
+        status.judged,
+    );
+    text.family("refusals", Kind::Counter, "Refused operations.");
+    for (operation, count) in &status.refused {
+        text.sample("refusals_total", &[("operation", operation)], *count);
+    }
+    text.counter(
+        "refusals_unrecorded",
+        "Refusals without a record, because they came too fast.",
+        status.unrecorded,
+    );
+    text.counter(
+        "breaches",
+        "Changes of pinned blocks that no gate refused.",
+        status.breached,
+    );
+    text.family("file_pins", Kind::Gauge, "Pins of a file.");
+    for file in &status.files {
+        let (device, inode) = (file.device.to_string(), file.inode.to_string());
+        let labels = [
+            ("device", &*device),
+            ("file", &file.path),
+            ("inode", &inode),
+        ];
+        text.sample("file_pins", &labels, file.pins.len() as u64);
+    }
+    text.end()
+}
+
+/// Replaces a file at once, so that a collector never reads half of it.
+pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    // Collectors read names that end in .prom.
+    name.push(format!(".{}", std::process::id()));
+    let new = Path::new(&name);
+    let written = std::fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(new)
+        .and_then(|mut file| {
+            file.write_all(text.as_bytes())?;
+            file.sync_all()
+        })
+        .and_then(|()| std::fs::rename(new, path));
+    if written.is_err() {
+        let _ = std::fs::remove_file(new);
+    }
+    written
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_label_ends_early() {
+        assert_eq!(escaped("a\"b\\c\nd\x1be"), "a\\\"b\\\\c\\nd\u{fffd}e");
+        assert_eq!(
+            text(None),
+            "# HELP mapdirect_guard_up Whether a guard answers.\n\
+             # TYPE mapdirect_guard_up gauge\nmapdirect_guard_up 0\n# EOF\n"
+        );
+    }
+
+    #[test]
+    fn a_file_is_replaced_at_once_or_not_at_all() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a.prom");
+        write(&path, "one").unwrap();
+        write(&path, "two").unwrap();
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "two");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
+        assert!(write(&directory.path().join("no/a.prom"), "three").is_err());
+    }
+}

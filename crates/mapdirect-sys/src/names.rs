@@ -1,0 +1,126 @@
+//! Names of files as text: without losing a byte, and so that a terminal shows
+//! what is there.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+
+/// Whether a character makes a terminal do something, is invisible, or changes
+/// the order in which others are shown.
+#[must_use]
+pub fn is_deceptive(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{61c}'
+                | '\u{200b}'
+                | '\u{200e}'
+                | '\u{200f}'
+                | '\u{2028}'..='\u{202e}'
+                | '\u{2060}'..='\u{206f}'
+                | '\u{feff}'
+                | '\u{fff9}'..='\u{fffb}'
+                | '\u{e0000}'..='\u{e007f}'
+        )
+}
+
+/// A file name as text, without losing a byte: itself if it is UTF-8, else as
+/// [`quoted`] writes it. (So is a name that could be taken for a quoted one.)
+#[must_use]
+pub fn name(name: &OsStr) -> String {
+    match name.to_str() {
+        Some(text) if !text.starts_with(QUOTE) => text.to_owned(),
+        _ => quoted(name),
+    }
+}
+
+/// What a quoted name begins with.
+const QUOTE: &str = "$'";
+
+/// A file name as shells and Python can read it: `$'...'`, in ASCII, with C's
+/// escapes. (In Python: `ast.literal_eval("b" + quoted[1:])`.)
+#[must_use]
+pub fn quoted(name: &OsStr) -> String {
+    let mut text = String::from(QUOTE);
+    for byte in name.as_bytes() {
+        match byte {
+            b'\n' => text.push_str("\\n"),
+            b'\t' => text.push_str("\\t"),
+            b'\\' | b'\'' => text.extend(['\\', char::from(*byte)]),
+            b' '..=b'~' => text.push(char::from(*byte)),
+            _ => {
+                let _ = write!(text, "\\x{byte:02x}");
+            }
+        }
+    }
+    text.push('\'');
+    text
+}
+
+/// The name that [`name`] wrote.
+#[must_use]
+pub fn unquoted(text: &str) -> Option<OsString> {
+    let Some(quoted) = text.strip_prefix(QUOTE) else {
+        return Some(OsString::from(text));
+    };
+    let mut rest = quoted.strip_suffix('\'')?.bytes();
+    let mut bytes = Vec::new();
+    while let Some(byte) = rest.next() {
+        bytes.push(match byte {
+            b'\\' => match rest.next()? {
+                b'n' => b'\n',
+                b't' => b'\t',
+                b'x' => {
+                    let digits = [rest.next()?, rest.next()?];
+                    u8::from_str_radix(std::str::from_utf8(&digits).ok()?, 16).ok()?
+                }
+                other => other,
+            },
+            other => other,
+        });
+    }
+    Some(OsString::from_vec(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn names_as_they_are_and_quoted() {
+        for (bytes, text) in [
+            (&b"/data/a b.db"[..], "/data/a b.db"),
+            ("/data/\u{e5}".as_bytes(), "/data/\u{e5}"),
+            (b"/data/\xff\n'", r"$'/data/\xff\n\''"),
+            (b"$'a'", r"$'$\'a\''"),
+        ] {
+            assert_eq!(name(OsStr::from_bytes(bytes)), text);
+        }
+        assert_eq!(
+            quoted(OsStr::new("\u{202e}\x1b[m")),
+            r"$'\xe2\x80\xae\x1b[m'"
+        );
+        for wrong in ["$'", "$'\\'", "$'\\x4'", "$'\\xzz'", "$'\\x+1'"] {
+            let _ = unquoted(wrong);
+        }
+        assert_eq!(unquoted("$'abc"), None);
+    }
+
+    proptest! {
+        #[test]
+        fn no_byte_is_lost(bytes in proptest::collection::vec(any::<u8>(), 0..40)) {
+            let original = OsString::from_vec(bytes);
+            prop_assert_eq!(unquoted(&name(&original)), Some(original.clone()));
+            let quoted = quoted(&original);
+            prop_assert!(quoted.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
+            prop_assert_eq!(unquoted(&quoted), Some(original));
+        }
+
+        #[test]
+        fn any_text_is_a_name_or_not(text in ".{0,20}", tail in "[$'\\\\xn0-9a-f]{0,9}") {
+            let _ = unquoted(&(text + &tail));
+            let _ = unquoted(&format!("$'{tail}'"));
+        }
+    }
+}
