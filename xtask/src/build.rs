@@ -1,6 +1,7 @@
 //! Running cargo, and finding what it built.
 
-use crate::packages;
+use crate::arch::Arch;
+use crate::{cross, packages};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -43,23 +44,33 @@ pub(crate) fn mapdirect() -> Result<PathBuf> {
 }
 
 /// Builds the tests on real filesystems and says where they are.
-pub(crate) fn native_tests() -> Result<PathBuf> {
+pub(crate) fn native_tests(arch: Arch) -> Result<PathBuf> {
     packages::install_for_bpf()?;
-    executable(
-        "native",
-        &mut cargo(&[
-            "test",
-            "--quiet",
-            "--no-run",
-            "--package=mapdirect-cli",
-            "--test=native",
-            "--message-format=json-render-diagnostics",
-        ]),
-    )
+    let mut cargo = cargo(&[
+        "test",
+        "--quiet",
+        "--no-run",
+        "--package=mapdirect-cli",
+        "--test=native",
+        "--message-format=json-render-diagnostics",
+    ]);
+    for_arch(&mut cargo, arch)?;
+    executable("native", &mut cargo)
+}
+
+/// Has cargo build for an architecture.
+fn for_arch(cargo: &mut Command, arch: Arch) -> Result<()> {
+    if arch != Arch::OWN {
+        cargo.args(["--target", &arch.rust()]);
+        // Of this machine's own, such as another linker.
+        cargo.env_remove("RUSTFLAGS");
+        cargo.envs(cross::environment(arch)?);
+    }
+    Ok(())
 }
 
 /// Builds the first process of virtual machines and says where it is.
-pub(crate) fn init() -> Result<PathBuf> {
+pub(crate) fn init(arch: Arch) -> Result<PathBuf> {
     let mut cargo = cargo(&[
         "rustc",
         "--quiet",
@@ -71,6 +82,7 @@ pub(crate) fn init() -> Result<PathBuf> {
     // A target directory of its own: cargo does not keep what is built with
     // these options apart from what is built without.
     cargo.arg("--target-dir").arg(target()?.join("vm/init"));
+    for_arch(&mut cargo, arch)?;
     // Where it runs there is nothing but itself.
     cargo.args([
         "--",

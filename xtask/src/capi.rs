@@ -143,8 +143,7 @@ pub(crate) fn install(args: &InstallArgs) -> Result<ExitCode> {
         for page in man::files()? {
             let name = page.file_name().and_then(|name| name.to_str());
             let name = name.context("a page without a name")?;
-            let section = page.extension().and_then(|section| section.to_str());
-            let directory = format!("share/man/man{}", section.unwrap_or("7"));
+            let directory = format!("share/man/man{}", man::section(name)?);
             put(&page, &root.join(directory), name, 0o644)?;
         }
     }
@@ -176,7 +175,7 @@ fn libraries(root: &Path, prefix: &Path) -> Result<()> {
     let archive = built.join("libmapdirect_capi.a");
     put(&archive, &lib, "libmapdirect.a", 0o644)?;
     let shared = built.join("libmapdirect.so");
-    link(&archive, &shared)?;
+    link("cc", &archive, &shared)?;
     for (file, name) in [
         (shared, "libmapdirect.so"),
         (built.join("libmapdirect_mmap.so"), "libmapdirect-mmap.so"),
@@ -186,23 +185,31 @@ fn libraries(root: &Path, prefix: &Path) -> Result<()> {
         point(&lib.join(&soname), &format!("{name}.{VERSION}"))?;
         point(&lib.join(name), &soname)?;
     }
-    put(&own(HEADER), &root.join("include"), "mapdirect.h", 0o644)?;
-    let pc = fs::read_to_string(own("mapdirect.pc.in"))?
-        .replace(
-            "@PREFIX@",
-            prefix.to_str().context("the prefix is not text")?,
-        )
-        .replace("@VERSION@", VERSION);
+    put(&header_file(), &root.join("include"), "mapdirect.h", 0o644)?;
+    let prefix = prefix.to_str().context("the prefix is not text")?;
     let directory = lib.join("pkgconfig");
     fs::create_dir_all(&directory)?;
-    fs::write(directory.join("mapdirect.pc"), pc)?;
+    fs::write(directory.join("mapdirect.pc"), pkg_config(prefix, "lib")?)?;
     Ok(())
+}
+
+/// Where the header is.
+pub(crate) fn header_file() -> PathBuf {
+    own(HEADER)
+}
+
+/// What pkg-config is told of the library, in a directory below the prefix.
+pub(crate) fn pkg_config(prefix: &str, lib: &str) -> Result<String> {
+    Ok(fs::read_to_string(own("mapdirect.pc.in"))?
+        .replace("@PREFIX@", prefix)
+        .replace("@LIB@", lib)
+        .replace("@VERSION@", VERSION))
 }
 
 /// Makes the shared library of the archive. rustc could do so, but gives symbols
 /// no versions.
-fn link(archive: &Path, shared: &Path) -> Result<()> {
-    let mut command = Command::new("cc");
+pub(crate) fn link(cc: &str, archive: &Path, shared: &Path) -> Result<()> {
+    let mut command = Command::new(cc);
     command
         .args(["-shared", "-o"])
         .arg(shared)
@@ -223,9 +230,11 @@ fn link(archive: &Path, shared: &Path) -> Result<()> {
     command
         .arg(archive)
         .args(["-lgcc_s", "-lutil", "-lrt", "-lpthread", "-lm", "-ldl"]);
-    let output = command.output().context("cannot run cc: install gcc")?;
+    let output = command
+        .output()
+        .with_context(|| format!("cannot run {cc}: install gcc"))?;
     if !output.status.success() {
-        bail!("cc: {}", String::from_utf8_lossy(&output.stderr));
+        bail!("{cc}: {}", String::from_utf8_lossy(&output.stderr));
     }
     Ok(())
 }

@@ -3,11 +3,14 @@
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, reason = "a task tells what it does")]
 
+mod arch;
 mod bpf;
 mod build;
 mod capi;
+mod cross;
 mod demo;
 mod dependencies;
+mod dist;
 mod man;
 mod packages;
 mod picture;
@@ -47,6 +50,8 @@ enum Task {
     Header(capi::HeaderArgs),
     /// Install the libraries for C, the command and the manual pages
     Install(capi::InstallArgs),
+    /// Make the packages for Debian and the tarball
+    Dist(dist::DistArgs),
     /// Write the manual pages of the command from its own description, or check all pages
     Man(man::ManArgs),
     /// Draw a terminal in which a file is shown, pinned and attacked: needs root
@@ -68,6 +73,7 @@ fn main() -> ExitCode {
         Task::PublicApi(args) => public_api::run(&args),
         Task::Header(args) => capi::header(&args),
         Task::Install(args) => capi::install(&args),
+        Task::Dist(args) => dist::run(&args),
         Task::Man(args) => man::run(&args),
         Task::Picture(args) => picture::run(&args),
         Task::Plot(args) => plot::run(&args),

@@ -131,6 +131,35 @@ pub(crate) const FOR_MACHINES: [Needed; 6] = [
     ("zstd", "zstd"),
 ];
 
+/// What machines of that kind take, and programs for them.
+pub(crate) const FOR_AARCH64: [Needed; 4] = [
+    ("qemu-system-aarch64", "qemu-system-arm"),
+    ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+    ("/usr/aarch64-linux-gnu/lib/libc.a", "libc6-dev-arm64-cross"),
+    ("dpkg-deb", "dpkg"),
+];
+
+/// What packages are made with.
+pub(crate) const FOR_PACKAGES: [Needed; 6] = [
+    ("dpkg-deb", "dpkg"),
+    ("dpkg-shlibdeps", "dpkg-dev"),
+    ("strip", "binutils"),
+    ("xz", "xz-utils"),
+    ("gzip", "gzip"),
+    ("git", "git"),
+];
+
+/// What a machine needs of this one where systemd is its first process, and the
+/// packages are tried.
+pub(crate) const FOR_SYSTEMD: [Needed; 6] = [
+    ("/lib/systemd/systemd", "systemd"),
+    ("deb-systemd-helper", "init-system-helpers"),
+    ("pkg-config", "pkg-config"),
+    ("/usr/bin/python3", "python3"),
+    ("mkfs.xfs", "xfsprogs"),
+    ("pgrep", "procps"),
+];
+
 /// Installs the packages of the commands that are missing.
 pub(crate) fn install_missing(needed: &[Needed]) -> Result<()> {
     let missing: Vec<_> = needed

@@ -3,7 +3,8 @@
 mod guest;
 mod soak;
 
-use crate::{bpf, build, capi, dependencies, man, packages, plot, public_api, vm};
+use crate::arch::Arch;
+use crate::{bpf, build, capi, dependencies, dist, man, packages, plot, public_api, vm};
 use anyhow::{Context, Result};
 use clap::Args;
 use guest::Guest;
@@ -57,7 +58,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     let mut ran = Vec::new();
     if args.machines {
         ran.push(machines());
-        ran.extend(guest::run(&guests(), &[demo_dax]));
+        ran.extend(guest::run(&guests(), &[demo_dax, packages_in_use]));
         return Ok(report(&ran));
     }
     if args.filter.is_none() {
@@ -146,7 +147,7 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
     ran.push(tests("native: XFS and ext4 on loop devices", native)?);
     if args.filter.is_none() {
         ran.push(machines());
-        ran.extend(guest::run(&guests(), &[demo_dax]));
+        ran.extend(guest::run(&guests(), &[demo_dax, packages_in_use]));
         ran.push(demo()?);
     }
     disk::remove_stale();
@@ -269,6 +270,7 @@ fn conformance() -> Vec<Guest> {
 fn gate_in_kernel(kernel: &'static str, name: &str, nvdimms: usize, filters: Vec<String>) -> Guest {
     Guest {
         name: format!("Linux {kernel}, {name}"),
+        arch: Arch::X86_64,
         kernel,
         parameters: "",
         nvdimms,
@@ -292,6 +294,7 @@ fn persistent_memory(brief: bool) -> Vec<Guest> {
         };
         Guest {
             name: format!("Linux 7.3, {kind}"),
+            arch: Arch::X86_64,
             kernel: "7.3",
             parameters: "",
             nvdimms: Kind::DAX.len(),
@@ -455,6 +458,11 @@ fn demo_dax() -> Ran {
         took: started.elapsed(),
         notes,
     }
+}
+
+/// The packages, installed, upgraded and removed.
+fn packages_in_use() -> Ran {
+    told("packages in use", dist::check)
 }
 
 /// Runs tests, shows what they say but for those that pass, and counts.

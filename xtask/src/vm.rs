@@ -10,13 +10,16 @@ mod debian;
 mod kernel;
 mod machine;
 mod modules;
-mod version;
+mod userland;
+pub(crate) mod version;
 mod vmlinux;
 
 pub(crate) use check::{Scope, self_test};
 pub(crate) use cut::cut;
-pub(crate) use machine::{Boot, Nvdimm, RunDirectory};
+pub(crate) use machine::{Boot, Machine, Nvdimm, RunDirectory};
+pub(crate) use userland::get as userland;
 
+use crate::arch::Arch;
 use crate::{build, packages};
 use anyhow::{Context, Result, ensure};
 use clap::Args;
@@ -49,6 +52,10 @@ this machine is there; what is written to them stays in the memory of the virtua
 Its exit status is returned, 128 and the signal if one ended it. 123: the virtual machine crashed. \
 124: the time limit. 125: there is no machine to be had. 126 and 127: the command cannot be run.")]
 pub(crate) struct VmArgs {
+    /// What kind of machine: one that is not this machine's own kind has Debian's programs for it,
+    /// and sees of this machine's files the workspace and the current directory
+    #[arg(long, value_enum, default_value_t = Arch::OWN)]
+    arch: Arch,
     /// A series of Debian's kernels, such as 6.1, 6.12 or 7.3; a package with a kernel; or a
     /// directory like an unpacked one
     #[arg(long, value_name = "SERIES|PATH", default_value = "7.3")]
@@ -102,7 +109,7 @@ pub(crate) fn run(args: &VmArgs) -> Result<ExitCode> {
         return check::run();
     }
     if args.fetch {
-        println!("{}", fetch(&args.kernel)?.release());
+        println!("{}", fetch(args.arch, &args.kernel)?.release());
         return Ok(ExitCode::SUCCESS);
     }
     let status = run_command(args).unwrap_or_else(|error| {
@@ -127,21 +134,41 @@ fn end_of(error: &anyhow::Error) -> Option<End> {
 }
 
 /// Fetches the newest kernel there is.
-pub(crate) fn fetch(wanted: &Wanted) -> Result<Kernel> {
-    prepare()?;
+pub(crate) fn fetch(arch: Arch, wanted: &Wanted) -> Result<Kernel> {
+    prepare(arch)?;
     match wanted {
-        Wanted::Series(series) => cache()?.fetch(series),
-        Wanted::Path(_) => cache()?.get(wanted),
+        Wanted::Series(series) => cache(arch)?.fetch(series),
+        Wanted::Path(_) => cache(arch)?.get(wanted),
     }
 }
 
 /// A machine with the newest kernel of a series that is kept, or else the
 /// newest there is.
-pub(crate) fn boot(series: &str) -> Result<Boot> {
-    prepare()?;
+pub(crate) fn boot(arch: Arch, series: &str) -> Result<Boot> {
+    prepare(arch)?;
     let wanted = Series::parse(series).with_context(|| format!("{series} is no series"))?;
-    let kernel = cache()?.get(&Wanted::Series(wanted))?;
-    Ok(Boot::new(kernel, build::init()?))
+    let kernel = cache(arch)?.get(&Wanted::Series(wanted))?;
+    of_arch(arch, kernel)
+}
+
+/// A machine that sees what it can run.
+fn of_arch(arch: Arch, kernel: Kernel) -> Result<Boot> {
+    let boot = Boot::new(arch, kernel, build::init(arch)?);
+    if arch == Arch::OWN {
+        return Ok(boot);
+    }
+    let mut shared = vec![
+        build::workspace().to_owned(),
+        build::target()?,
+        std::env::current_dir().context("there is no current directory")?,
+    ];
+    // A line each.
+    for path in &shared {
+        let is_text = path.to_str().is_some_and(|path| !path.contains('\n'));
+        ensure!(is_text, "{} cannot be shared", path.display());
+    }
+    shared.dedup();
+    Ok(boot.root(userland::get(arch)?, shared))
 }
 
 /// A program as a user of this machine would run it, with more in its
@@ -156,18 +183,25 @@ pub(crate) fn program(words: &[&OsStr], more: &[(&str, &str)]) -> Program {
 }
 
 /// What every machine needs of this one.
-fn prepare() -> Result<()> {
+fn prepare(arch: Arch) -> Result<()> {
     ensure!(
         cfg!(target_arch = "x86_64"),
         "the virtual machines run programs of this machine, and are x86_64: run this on x86_64"
     );
     packages::install_missing(&packages::FOR_MACHINES)?;
+    if arch == Arch::Aarch64 {
+        packages::install_missing(&packages::FOR_AARCH64)?;
+    }
     machine::remove_stale();
     Ok(())
 }
 
-fn cache() -> Result<Cache> {
-    Ok(Cache::new(build::target()?.join("vm")))
+fn cache(arch: Arch) -> Result<Cache> {
+    let mut directory = build::target()?.join("vm");
+    if arch != Arch::OWN {
+        directory.push(arch.name());
+    }
+    Ok(Cache::new(directory, arch))
 }
 
 /// Boots, runs the command, and returns the exit status of this process.
@@ -181,9 +215,8 @@ fn run_command(args: &VmArgs) -> Result<u8> {
         args.nvdimm_file.len() <= args.nvdimm.len(),
         "there are more files than NVDIMMs to keep in them: give --nvdimm SIZE for each"
     );
-    prepare()?;
-    let init = build::init()?;
-    let kernel = cache()?.get(&args.kernel)?;
+    prepare(args.arch)?;
+    let kernel = cache(args.arch)?.get(&args.kernel)?;
     let program = Program {
         directory: std::env::current_dir().context("there is no current directory")?,
         words: args.command.clone(),
@@ -192,7 +225,7 @@ fn run_command(args: &VmArgs) -> Result<u8> {
     // From here on there is something to clean up.
     let signals = SignalFd::block(&[Signal::INTERRUPT, Signal::TERMINATE, Signal::HANGUP])?;
     let signals = Arc::new(signals);
-    let mut boot = Boot::new(kernel, init)
+    let mut boot = of_arch(args.arch, kernel)?
         .memory(args.memory)
         .processors(args.processors)
         .clock(if args.count_instructions {

@@ -210,17 +210,7 @@ pub const PAGES: &[Page] = &[
     },
     Page {
         verb: "run",
-        exit: &[
-            COMMAND,
-            USAGE,
-            (
-                "124",
-                "the guard or the supervisor was lost while COMMAND ran",
-            ),
-            NOT_RUN,
-            CANNOT_EXECUTE,
-            NOT_FOUND,
-        ],
+        exit: &[COMMAND, USAGE, NOT_RUN, CANNOT_EXECUTE, NOT_FOUND],
         examples: &[
             (
                 "mapdirect run --files '/data/**' -- ./server",

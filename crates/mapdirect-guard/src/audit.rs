@@ -174,6 +174,11 @@ impl Audit {
         names::find_all(&self.names, questions, limit)
     }
 
+    /// Whether a path leads to a file, as far as that can be found out soon.
+    pub(crate) fn leads(&self, path: &Arc<str>, id: InodeId) -> bool {
+        names::leads(&self.names, path, id, Duration::from_millis(100))
+    }
+
     /// Ends [`keep::run`].
     pub(crate) fn stop(&self) {
         self.stop.store(true, SeqCst);

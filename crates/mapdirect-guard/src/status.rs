@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// How long to look for the present names of files.
-const NAMES: Duration = Duration::from_millis(500);
+const NAMES: Duration = Duration::from_secs(1);
 
 /// Gathers the state. For a caller without privileges, names, processes and
 /// refusals are included only for files that `only_uid` itself has pinned.

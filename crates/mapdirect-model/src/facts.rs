@@ -194,8 +194,7 @@ impl FileFacts {
             exchange: false,
             dax: attributes & STATX_ATTR_DAX != 0,
             file_type,
-            #[allow(clippy::useless_conversion, reason = "smaller on arm64")]
-            links: u64::from(stat.st_nlink),
+            links: mapdirect_sys::stat::links(&stat),
             owner: stat.st_uid,
             out_of_place: false,
             journalled: false,

@@ -60,6 +60,7 @@ pub mod seccomp;
 pub mod setfsuid;
 pub mod shared_words;
 pub mod signal;
+pub mod stat;
 pub mod sync_file_range;
 pub mod umask;
 pub mod uname;

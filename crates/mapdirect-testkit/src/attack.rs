@@ -631,18 +631,18 @@ mod compat {
 mod compat {
     use super::*;
 
-    fn missing(_: &Target) -> Result<()> {
+    pub(super) fn missing(_: &Target) -> Result<()> {
         Err(Errno::NOSYS)
     }
-
-    pub(super) use missing as pread;
-    pub(super) use missing as pwrite;
-    pub(super) use missing as ftruncate;
-    pub(super) use missing as truncate;
-    pub(super) use missing as punch;
 }
 
+#[cfg(target_arch = "x86_64")]
 use compat::{
     ftruncate as compat_ftruncate, pread as compat_pread, punch as compat_punch,
     pwrite as compat_pwrite, truncate as compat_truncate,
+};
+#[cfg(not(target_arch = "x86_64"))]
+use compat::{
+    missing as compat_ftruncate, missing as compat_pread, missing as compat_punch,
+    missing as compat_pwrite, missing as compat_truncate,
 };

@@ -103,11 +103,15 @@ pub fn truncate(path: &CString, size: u64) -> Result<()> {
     checked(ret.into()).map(drop)
 }
 
-/// `creat(2)`.
+/// `creat(2)`, which the C library makes of openat(2) where there is no such call.
 pub fn creat(path: &Path) -> Result<OwnedFd> {
     let path = c_path(path);
+    #[cfg(target_arch = "x86_64")]
     // SAFETY: a C string that outlives the call.
     let fd = unsafe { libc::syscall(libc::SYS_creat, path.as_ptr(), 0o644) };
+    #[cfg(not(target_arch = "x86_64"))]
+    // SAFETY: a C string that outlives the call.
+    let fd = libc::c_long::from(unsafe { libc::creat(path.as_ptr(), 0o644) });
     checked(fd).map(owned)
 }
 

@@ -1,7 +1,7 @@
 //! What is mounted in the machine, and how it is left.
 
 use anyhow::{Context, Result};
-use rustix::mount::{MountFlags, UnmountFlags, mount, mount_move, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, mount_move, unmount};
 use std::ffi::CString;
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -12,6 +12,10 @@ const OUTSIDE: &str = "/outside";
 const WRITTEN: &str = "/written";
 /// The two together.
 const ROOT: &str = "/root";
+/// The root of the machine outside, where something else is the root here.
+const BESIDE: &str = "/beside";
+/// That, with what is written over it.
+const SEEN: &str = "/seen";
 
 /// Filesystems of the kernel's own that programs expect, and options.
 const OWN: [(&str, &str, &str); 3] = [
@@ -52,28 +56,46 @@ pub(crate) fn mount_own() -> Result<()> {
     Ok(())
 }
 
-/// Makes the root of the machine outside the root here: nothing that is
-/// written goes out, but everything can be written to.
-pub(crate) fn change_root() -> Result<()> {
+/// Mounts a directory that the machine outside shares, so that it can be written
+/// to and nothing of that goes out.
+fn mount_shared(tag: &str, lower: &str, target: &str) -> Result<()> {
     // Nobody writes to it from here; what somebody writes to it outside in
     // the meantime need not be seen. More than 500 KiB at a time the device
     // does not take.
     mount_one(
         "9p",
-        xtask_init::ROOT_TAG,
-        OUTSIDE,
+        tag,
+        lower,
         "trans=virtio,version=9p2000.L,cache=loose,msize=512000,ro",
     )?;
-    mount_one("tmpfs", "tmpfs", WRITTEN, "mode=0755")?;
-    let (upper, work) = (format!("{WRITTEN}/upper"), format!("{WRITTEN}/work"));
+    let (upper, work) = (
+        format!("{WRITTEN}/{tag}-upper"),
+        format!("{WRITTEN}/{tag}-work"),
+    );
     fs::create_dir(&upper)?;
     fs::create_dir(&work)?;
     mount_one(
         "overlay",
         "overlay",
-        ROOT,
-        &format!("lowerdir={OUTSIDE},upperdir={upper},workdir={work}"),
-    )?;
+        target,
+        &format!("lowerdir={lower},upperdir={upper},workdir={work}"),
+    )
+}
+
+/// Makes the root of the machine outside the root here, or another one with some
+/// directories of that.
+pub(crate) fn change_root() -> Result<()> {
+    mount_one("tmpfs", "tmpfs", WRITTEN, "mode=0755")?;
+    mount_shared(xtask_init::ROOT_TAG, OUTSIDE, ROOT)?;
+    if let Ok(shared) = fs::read_to_string(xtask_init::SHARED) {
+        mount_shared(xtask_init::BESIDE_TAG, BESIDE, SEEN)?;
+        for path in shared.lines() {
+            let place = format!("{ROOT}{path}");
+            fs::create_dir_all(&place)?;
+            mount_bind(format!("{SEEN}{path}"), &place)
+                .with_context(|| format!("cannot show {path}"))?;
+        }
+    }
     for (_, target, _) in OWN {
         let new = format!("{ROOT}{target}");
         fs::create_dir_all(&new)?;

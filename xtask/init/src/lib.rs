@@ -23,3 +23,14 @@ pub const MODULES_OUTSIDE: &str = "/modules-outside";
 
 /// File of the initramfs that says how many NVDIMMs there are.
 pub const NVDIMMS: &str = "/nvdimms";
+
+/// File of the initramfs that is there if systemd is to be the first process.
+pub const SYSTEMD: &str = "/systemd";
+
+/// Tag of the 9p filesystem with the root of the machine outside, where
+/// [`ROOT_TAG`] is something else.
+pub const BESIDE_TAG: &str = "beside";
+
+/// File of the initramfs with the directories below [`BESIDE_TAG`] that are seen in
+/// their places, one a line; there is none if nothing is.
+pub const SHARED: &str = "/shared";

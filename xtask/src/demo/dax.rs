@@ -2,6 +2,7 @@
 //! store and the media, and nothing lost when the power goes.
 
 use super::{Interruption, Scene, summary, tell_status};
+use crate::arch::Arch;
 use crate::table::Table;
 use crate::{build, packages, vm};
 use anyhow::{Context, Result, ensure};
@@ -36,7 +37,7 @@ pub(super) fn run(verbose: bool) -> Result<ExitCode> {
     packages::install_missing(&packages::FOR_TESTS)?;
     println!("building mapdirect: a minute or two the first time ...");
     let binary = build::mapdirect()?;
-    let boot = vm::boot(KERNEL)?.time_limit(LIMIT);
+    let boot = vm::boot(Arch::OWN, KERNEL)?.time_limit(LIMIT);
     let started = Instant::now();
     // From here on there is something to clean up.
     let signals = SignalFd::block(&[Signal::INTERRUPT, Signal::TERMINATE, Signal::HANGUP])?;

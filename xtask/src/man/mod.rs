@@ -68,6 +68,13 @@ fn contract_page() -> Result<(PathBuf, String, String)> {
     Ok((path, there, wanted))
 }
 
+/// The section of a page: 1 of `mapdirect.1`, 2 of one in `2const`.
+pub(crate) fn section(name: &str) -> Result<char> {
+    let (_, section) = name.rsplit_once('.').context("a page without a section")?;
+    let digit = section.chars().next().filter(char::is_ascii_digit);
+    digit.with_context(|| format!("{name} is in no section"))
+}
+
 /// All pages there are.
 pub(crate) fn files() -> Result<Vec<PathBuf>> {
     let mut files: Vec<_> = fs::read_dir(directory())?

@@ -1,13 +1,14 @@
 //! Tests on other kernels, in virtual machines.
 
 use super::{Counts, Ran, Tally, stage};
+use crate::arch::Arch;
 use crate::{build, vm};
 use anyhow::{Context, Result};
 use mapdirect_testkit::contract::GATE_VARIABLE;
 use mapdirect_testkit::{Kind, disk};
 use std::ffi::OsStr;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -18,6 +19,8 @@ use std::time::{Duration, Instant};
 pub(super) struct Guest {
     /// What the summary calls it.
     pub(super) name: String,
+    /// What kind of machine.
+    pub(super) arch: Arch,
     /// A series of Debian's kernels.
     pub(super) kernel: &'static str,
     /// More for the kernel's command line.
@@ -42,8 +45,8 @@ const NVDIMM: u64 = 512 << 20;
 /// processors: an emulated machine keeps one of them busy.
 pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
     let started = stage("in virtual machines");
-    let built = build::native_tests().and_then(|native| Ok((native, build::mapdirect()?)));
-    let (native, binary) = match built {
+    let built = Built::of(guests);
+    let built = match built {
         Ok(built) => built,
         Err(error) => {
             let failed = |guest| could_not_run(guest, started, &error);
@@ -52,7 +55,7 @@ pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
     };
     let jobs = guests.len() + others.len();
     let job = |number: usize| match guests.get(number) {
-        Some(guest) => guest.run(&native, &binary),
+        Some(guest) => guest.run(&built),
         None => others[number - guests.len()](),
     };
     let next = AtomicUsize::new(0);
@@ -78,6 +81,34 @@ pub(super) fn run(guests: &[Guest], others: &[fn() -> Ran]) -> Vec<Ran> {
     done.into_iter().map(|(_, ran)| ran).collect()
 }
 
+/// What runs in the machines.
+struct Built {
+    /// The tests, for each kind of machine.
+    native: Vec<(Arch, PathBuf)>,
+    binary: PathBuf,
+}
+
+impl Built {
+    fn of(guests: &[Guest]) -> Result<Self> {
+        let mut native: Vec<(Arch, PathBuf)> = Vec::new();
+        for guest in guests {
+            if !native.iter().any(|(arch, _)| *arch == guest.arch) {
+                native.push((guest.arch, build::native_tests(guest.arch)?));
+            }
+        }
+        Ok(Self {
+            native,
+            binary: build::mapdirect()?,
+        })
+    }
+
+    fn native(&self, of: Arch) -> Result<&Path> {
+        let mut all = self.native.iter();
+        let found = all.find(|(arch, _)| *arch == of);
+        found.map(|(_, path)| path.as_path()).context("not built")
+    }
+}
+
 fn could_not_run(guest: &Guest, started: Instant, error: &anyhow::Error) -> Ran {
     Ran {
         name: guest.name.clone(),
@@ -89,11 +120,12 @@ fn could_not_run(guest: &Guest, started: Instant, error: &anyhow::Error) -> Ran 
 }
 
 impl Guest {
-    fn run(&self, native: &Path, binary: &Path) -> Ran {
+    fn run(&self, built: &Built) -> Ran {
         let started = Instant::now();
         let mut tally = Tally::new();
-        let result = self.run_tests(native, &mut tally);
-        let result = result.and_then(|()| self.cut_power(binary, &mut tally));
+        let native = built.native(self.arch);
+        let result = native.and_then(|native| self.run_tests(native, &mut tally));
+        let result = result.and_then(|()| self.cut_power(&built.binary, &mut tally));
         let mut ran = tally.ran(&self.name, result.is_ok(), started);
         if let Err(error) = result {
             self.say(&format!("{error:#}"));
@@ -109,7 +141,7 @@ impl Guest {
     }
 
     fn boot(&self) -> Result<vm::Boot> {
-        Ok(vm::boot(self.kernel)?
+        Ok(vm::boot(self.arch, self.kernel)?
             .parameters(self.parameters)
             .time_limit(self.time_limit))
     }

@@ -4,6 +4,7 @@ use super::debian::Series;
 use super::kernel::{Kernel, Wanted};
 use super::machine::{Boot, End, Failure, Machine, Nvdimm, RunDirectory};
 use super::{cache, prepare};
+use crate::arch::Arch;
 use crate::build;
 use crate::packages;
 use anyhow::{Context, Result, bail, ensure};
@@ -50,9 +51,9 @@ pub(crate) fn run() -> Result<ExitCode> {
 
 /// Checks virtual machines by booting some.
 pub(crate) fn self_test(scope: Scope) -> Result<Vec<Checked>> {
-    prepare()?;
+    prepare(Arch::X86_64)?;
     packages::install_missing(&packages::FOR_TESTS)?;
-    let init = build::init()?;
+    let init = build::init(Arch::X86_64)?;
     let series = match scope {
         Scope::Newest => &SERIES[..1],
         Scope::All => &SERIES[..],
@@ -63,7 +64,7 @@ pub(crate) fn self_test(scope: Scope) -> Result<Vec<Checked>> {
     };
     for series_name in series {
         let wanted = Series::parse(series_name).context("no series")?;
-        let kernel = cache()?.get(&Wanted::Series(wanted))?;
+        let kernel = cache(Arch::X86_64)?.get(&Wanted::Series(wanted))?;
         checks.of_one(series_name, &kernel, scope);
     }
     Ok(checks.done)
@@ -92,7 +93,7 @@ impl Checks {
 
     fn of_one(&mut self, series: &str, kernel: &Kernel, scope: Scope) {
         let release = kernel.release().to_owned();
-        let boot = Boot::new(kernel.clone(), self.init.clone())
+        let boot = Boot::new(Arch::X86_64, kernel.clone(), self.init.clone())
             .memory(1 << 30)
             .time_limit(Duration::from_secs(180));
         let named = |what: &str| format!("{release}: {what}");

@@ -10,6 +10,7 @@
 //! newer kernels.
 
 use super::version::Version;
+use crate::arch::Arch;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -29,9 +30,6 @@ const PARTS: [&str; 4] = [
     "linux-binary-",
     "linux-modules-",
 ];
-
-/// The flavour for ordinary machines: the one for clouds has no NVDIMMs.
-const FLAVOUR: &str = "-amd64";
 
 /// The kernels of one upstream version, such as 6.12 or 7.3.4.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -106,11 +104,11 @@ fn parse_paragraph(paragraph: &str) -> Option<Package> {
 }
 
 impl Package {
-    /// Whether it is the image of a kernel of the right flavour.
-    fn is_image(&self) -> bool {
+    /// Whether it is the image of a kernel of a flavour.
+    fn is_image(&self, flavour: &str) -> bool {
         let name = self.name.strip_suffix("-unsigned").unwrap_or(&self.name);
         name.strip_prefix(PARTS[0])
-            .and_then(|name| name.strip_suffix(FLAVOUR))
+            .and_then(|name| name.strip_suffix(flavour))
             .is_some_and(|abi| {
                 // Up to 6.1 there is a number behind the version, as in
                 // 6.1.0-56; another flavour would be a word there.
@@ -126,10 +124,10 @@ impl Package {
 }
 
 /// The packages that make up the newest kernel of a series, its image first.
-fn choose<'a>(packages: &'a [Package], series: &Series) -> Option<Vec<&'a Package>> {
+fn choose<'a>(packages: &'a [Package], series: &Series, flavour: &str) -> Option<Vec<&'a Package>> {
     let mut images: Vec<_> = packages
         .iter()
-        .filter(|package| package.is_image() && series.has(&package.version))
+        .filter(|package| package.is_image(flavour) && series.has(&package.version))
         .collect();
     images.sort_by(|a, b| {
         let newest_first = b.version.cmp(&a.version);
@@ -161,9 +159,9 @@ fn with_parts<'a>(packages: &'a [Package], image: &'a Package) -> Option<Vec<&'a
 }
 
 /// Every series that is there, such as 6.12.
-fn all_series(packages: &[Package]) -> Vec<String> {
+fn all_series(packages: &[Package], flavour: &str) -> Vec<String> {
     let mut found: BTreeMap<Version, String> = BTreeMap::new();
-    for package in packages.iter().filter(|package| package.is_image()) {
+    for package in packages.iter().filter(|package| package.is_image(flavour)) {
         let series = package.version.upstream();
         let end = series
             .match_indices(|c: char| !c.is_ascii_digit())
@@ -200,11 +198,12 @@ impl Offer {
 /// apt with a state of its own.
 pub(crate) struct Apt {
     directory: PathBuf,
+    arch: Arch,
 }
 
 impl Apt {
     /// Sets it up in a directory; nobody else may use that at the same time.
-    pub(crate) fn new(directory: &Path) -> Result<Self> {
+    pub(crate) fn new(directory: &Path, arch: Arch) -> Result<Self> {
         for name in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(directory.join(name))?;
         }
@@ -212,6 +211,7 @@ impl Apt {
         fs::write(directory.join("status"), "")?;
         Ok(Self {
             directory: directory.to_owned(),
+            arch,
         })
     }
 
@@ -225,6 +225,8 @@ impl Apt {
             format!("Dir::Cache={directory}/cache"),
             format!("Dir::Etc::SourceList={directory}/sources.list"),
             String::from("Dir::Etc::SourceParts=/dev/null"),
+            format!("APT::Architecture={}", self.arch.debian()),
+            format!("APT::Architectures={}", self.arch.debian()),
             String::from("Acquire::IndexTargets::deb::DEP-11::DefaultEnabled=false"),
             String::from("Acquire::Languages=none"),
             String::from("Acquire::Retries=3"),
@@ -237,7 +239,8 @@ impl Apt {
 
     /// Looks for the newest kernel of a series.
     pub(crate) fn find(&self, series: &Series) -> Result<Offer> {
-        let (sources, suites) = sources(&mirrors()?)?;
+        let (sources, suites) = sources(&mirrors()?, self.arch)?;
+        let flavour = self.arch.flavour();
         fs::write(self.directory.join("sources.list"), sources)?;
         // It fails when one release of many is not there: that is no reason
         // to stop, but the reason if nothing is found.
@@ -246,13 +249,13 @@ impl Apt {
         let updated = output(&mut update);
         let mut show = self.command("apt-cache");
         show.arg("show");
-        show.args(PARTS.map(|part| format!("{part}[0-9]*{FLAVOUR}*")));
+        show.args(PARTS.map(|part| format!("{part}[0-9]*{flavour}*")));
         let packages = match output(&mut show) {
             Ok(text) => parse(&text),
             // It fails when nothing has such a name.
             Err(_) => Vec::new(),
         };
-        if let Some(chosen) = choose(&packages, series) {
+        if let Some(chosen) = choose(&packages, series, &flavour) {
             return Ok(Offer {
                 packages: chosen.into_iter().cloned().collect(),
             });
@@ -261,7 +264,7 @@ impl Apt {
         bail!(
             "no kernel {series} is in {}; there are {}",
             suites.join(", "),
-            all_series(&packages).join(", ")
+            all_series(&packages, &flavour).join(", ")
         )
     }
 
@@ -285,6 +288,51 @@ impl Apt {
         );
         Ok(paths)
     }
+}
+
+impl Apt {
+    /// Fetches packages of this machine's own release, for the architecture, and
+    /// everything that they depend on; returns where they are.
+    pub(crate) fn fetch_with_needs(&self, names: &[&str]) -> Result<Vec<PathBuf>> {
+        let mirrors = mirrors()?;
+        let main = mirrors.main.as_ref();
+        let main = main.context("apt is not set up with a Debian mirror")?;
+        let release = own_release()?;
+        let mut list = source(self.arch, main, &release);
+        if let Some(security) = &mirrors.security {
+            list.push_str(&source(self.arch, security, &format!("{release}-security")));
+        }
+        fs::write(self.directory.join("sources.list"), list)?;
+        output(self.command("apt-get").args(["-q", "update"]))?;
+        let mut install = self.command("apt-get");
+        install.args([
+            "-o",
+            "APT::Install-Recommends=false",
+            "-o",
+            "Debug::NoLocking=1",
+        ]);
+        install
+            .args(["-q", "-y", "--download-only", "install"])
+            .args(names);
+        output(&mut install).context("cannot fetch packages from the mirror")?;
+        let mut paths: Vec<_> = fs::read_dir(self.directory.join("cache/archives"))?
+            .map(|entry| Ok(entry?.path()))
+            .collect::<Result<_>>()?;
+        paths.retain(|path| path.extension().is_some_and(|extension| extension == "deb"));
+        paths.sort();
+        Ok(paths)
+    }
+}
+
+/// The release of Debian that this machine runs: the compilers for other machines
+/// come with the libraries of that one.
+fn own_release() -> Result<String> {
+    let text = fs::read_to_string("/etc/os-release").context("there is no /etc/os-release")?;
+    let name = text
+        .lines()
+        .find_map(|line| line.strip_prefix("VERSION_CODENAME="))
+        .map(|name| name.trim_matches('"').to_owned());
+    name.context("/etc/os-release does not say which release of Debian this is")
 }
 
 /// Where Debian's packages come from.
@@ -340,7 +388,7 @@ fn parse_mirrors(text: &str) -> Mirrors {
 }
 
 /// The text of a sources.list, and the releases in it.
-fn sources(mirrors: &Mirrors) -> Result<(String, Vec<String>)> {
+fn sources(mirrors: &Mirrors, arch: Arch) -> Result<(String, Vec<String>)> {
     let main = mirrors.main.as_ref().context(
         "apt is not set up with a Debian mirror, where the kernels come from; \
          give a kernel of your own with --kernel PATH",
@@ -354,13 +402,19 @@ fn sources(mirrors: &Mirrors) -> Result<(String, Vec<String>)> {
         }
     }
     found.extend(LATER.map(|release| (main, release.to_owned())));
-    let signed_by = keyring().map_or_else(String::new, |keyring| format!(" signed-by={keyring}"));
     let text = found
         .iter()
-        .map(|(mirror, release)| format!("deb [arch=amd64{signed_by}] {mirror} {release} main\n"))
+        .map(|(mirror, release)| source(arch, mirror, release))
         .collect();
     let releases = found.into_iter().map(|(_, release)| release).collect();
     Ok((text, releases))
+}
+
+/// A line of a sources.list.
+fn source(arch: Arch, mirror: &str, release: &str) -> String {
+    let signed_by = keyring().map_or_else(String::new, |keyring| format!(" signed-by={keyring}"));
+    let arch = arch.debian();
+    format!("deb [arch={arch}{signed_by}] {mirror} {release} main\n")
 }
 
 /// Debian's keyring; without it apt takes those it trusts for everything.
@@ -427,7 +481,7 @@ mod tests {
 
     fn chosen(series: &str) -> Vec<String> {
         let packages = offered();
-        choose(&packages, &Series::parse(series).unwrap())
+        choose(&packages, &Series::parse(series).unwrap(), "-amd64")
             .unwrap_or_default()
             .iter()
             .map(|package| format!("{}={}", package.name, package.version))
@@ -470,7 +524,7 @@ mod tests {
         );
         assert!(chosen("6.11").is_empty());
         assert!(chosen("7.30").is_empty());
-        assert_eq!(all_series(&offered()), ["6.1", "6.12", "7.3"]);
+        assert_eq!(all_series(&offered(), "-amd64"), ["6.1", "6.12", "7.3"]);
     }
 
     #[test]
@@ -499,14 +553,15 @@ mod tests {
             mirrors.security.as_deref(),
             Some("http://s.example/debian-security")
         );
-        let (text, releases) = sources(&mirrors).unwrap();
+        let (text, releases) = sources(&mirrors, Arch::X86_64).unwrap();
         assert!(text.contains("http://a.example/debian experimental main\n"));
         assert!(text.contains("http://s.example/debian-security trixie-security main\n"));
         assert!(releases.contains(&String::from("trixie-backports")));
         assert!(
-            sources(&parse_mirrors(
-                "'http://u.example/dists/noble/InRelease' g 0\n"
-            ))
+            sources(
+                &parse_mirrors("'http://u.example/dists/noble/InRelease' g 0\n"),
+                Arch::X86_64
+            )
             .is_err()
         );
     }

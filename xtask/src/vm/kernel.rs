@@ -4,6 +4,7 @@ use super::debian::{Apt, Series};
 use super::modules::{self, Modules};
 use super::version::Version;
 use super::{cpio, vmlinux};
+use crate::arch::Arch;
 use anyhow::{Context, Result, bail, ensure};
 use mapdirect_testkit::process::ScratchDirectory;
 use rustix::fs::{FlockOperation, flock};
@@ -105,7 +106,7 @@ impl Kernel {
 
     /// A kernel in a directory that somebody else keeps, such as an unpacked
     /// package.
-    fn of_others(directory: &Path) -> Result<Self> {
+    fn of_others(directory: &Path, arch: Arch) -> Result<Self> {
         let directory = fs::canonicalize(directory)?;
         let (image, modules) = find(&directory)?;
         ensure!(
@@ -116,7 +117,7 @@ impl Kernel {
             file_name(&modules)
         );
         let scratch = ScratchDirectory::new("kernel")?;
-        make(&image, &modules, scratch.path())?;
+        make(&image, &modules, scratch.path(), arch)?;
         Ok(Self {
             release: file_name(&modules),
             image: scratch.path().join("image"),
@@ -131,12 +132,13 @@ impl Kernel {
 #[derive(Debug)]
 pub(crate) struct Cache {
     directory: PathBuf,
+    arch: Arch,
 }
 
 impl Cache {
     /// In a directory that every task may use at the same time.
-    pub(crate) fn new(directory: PathBuf) -> Self {
-        Self { directory }
+    pub(crate) fn new(directory: PathBuf, arch: Arch) -> Self {
+        Self { directory, arch }
     }
 
     /// Where one kernel a directory is kept, under its version.
@@ -152,7 +154,7 @@ impl Cache {
                 Some(version) => Kernel::kept(&self.kernels().join(version.to_string())),
                 None => self.fetch(series),
             },
-            Wanted::Path(path) if path.is_dir() => Kernel::of_others(path),
+            Wanted::Path(path) if path.is_dir() => Kernel::of_others(path, self.arch),
             Wanted::Path(path) => self.unpacked(path),
         }
     }
@@ -181,7 +183,7 @@ impl Cache {
             return Kernel::kept(&self.kernels().join(version.to_string()));
         }
         eprintln!("looking for the newest kernel {series}");
-        let apt = Apt::new(&self.directory.join("apt"))?;
+        let apt = Apt::new(&self.directory.join("apt"), self.arch)?;
         let offer = apt.find(series)?;
         let place = self.kernels().join(offer.version().to_string());
         if !place.exists() {
@@ -191,7 +193,7 @@ impl Cache {
             let fetched = new.join("fetched");
             fs::create_dir(&fetched)?;
             let packages = apt.fetch(&offer, &fetched)?;
-            keep(&packages, &new)?;
+            keep(&packages, &new, self.arch)?;
             fs::remove_dir_all(&fetched)?;
             fs::rename(&new, &place)?;
         }
@@ -222,7 +224,7 @@ impl Cache {
             // Packed as well as they ever are.
             self.ensure_room(metadata.len() * 6)?;
             let new = self.staging()?;
-            keep(&[fs::canonicalize(package)?], &new)?;
+            keep(&[fs::canonicalize(package)?], &new, self.arch)?;
             fs::rename(&new, &place)?;
         }
         Kernel::kept(&place)
@@ -271,7 +273,7 @@ impl Cache {
 }
 
 /// Makes a kernel to be kept in `place` of the packages it comes in.
-fn keep(packages: &[PathBuf], place: &Path) -> Result<()> {
+fn keep(packages: &[PathBuf], place: &Path, arch: Arch) -> Result<()> {
     let unpacked = place.join("unpacked");
     for package in packages {
         run(Command::new("dpkg-deb")
@@ -295,7 +297,7 @@ fn keep(packages: &[PathBuf], place: &Path) -> Result<()> {
     list()?;
     unpack_asked_for(&modules)?;
     list()?;
-    make(&image_outside, &modules, place)?;
+    make(&image_outside, &modules, place, arch)?;
     fs::remove_file(image_outside)?;
     fs::remove_dir_all(unpacked)?;
     Ok(())
@@ -375,13 +377,24 @@ fn known(modules: &Path) -> Result<Modules> {
 }
 
 /// Makes what is booted: `image` and `initramfs`.
-fn make(vmlinuz: &Path, modules: &Path, into: &Path) -> Result<()> {
-    vmlinux::make(vmlinuz, &into.join("image"))?;
+fn make(vmlinuz: &Path, modules: &Path, into: &Path, arch: Arch) -> Result<()> {
+    match arch {
+        Arch::X86_64 => vmlinux::make(vmlinuz, &into.join("image"))?,
+        // It is not packed, or in a way that QEMU unpacks.
+        Arch::Aarch64 => {
+            fs::copy(vmlinuz, into.join("image"))?;
+        }
+    }
     let known = known(modules)?;
     // Their absence is better told now than by a test that fails.
     known.order(&LATER)?;
     let first = known.order(&FIRST)?;
-    let mut for_nvdimm = known.order(&FOR_NVDIMM)?;
+    // Only x86_64 has a firmware here that tells of them.
+    let for_nvdimm: &[&str] = match arch {
+        Arch::X86_64 => &FOR_NVDIMM,
+        Arch::Aarch64 => &[],
+    };
+    let mut for_nvdimm = known.order(for_nvdimm)?;
     for_nvdimm.retain(|path| !first.contains(path));
     let mut archive = cpio::Archive::default();
     for (directory, paths) in [

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, ensure};
 use mapdirect::{BlockMap, ExtentState, Guard, PinnedRange, Strength};
 use mapdirect_model::FileFacts;
 use mapdirect_proto::Reason;
-use mapdirect_sys::{capget, fsync};
+use mapdirect_sys::{capget, fsync, getauxval};
 use rustix::fs::{OFlags, SeekFrom};
 use serde_json::{Value, json};
 use std::fs::File;
@@ -37,7 +37,8 @@ struct Hindrance {
 /// Whether every program may map files through the page cache: what the library
 /// reads.
 fn accepts_cache() -> bool {
-    std::env::var_os("MAPDIRECT_CACHED").is_some_and(|value| value == "1")
+    !getauxval::is_secure_execution()
+        && std::env::var_os("MAPDIRECT_CACHED").is_some_and(|value| value == "1")
 }
 
 /// A file that cannot be shown is no reason not to show the others.

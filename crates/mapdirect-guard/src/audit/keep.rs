@@ -18,8 +18,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-/// How long to look for what records need.
-const LIMIT: Duration = Duration::from_millis(200);
+/// How long to look for what records need. Only so many looks can hang, so this
+/// thread waits for so long only a few times.
+const LIMIT: Duration = Duration::from_secs(1);
 /// The number of refusals that are looked up together.
 const TOGETHER: usize = 64;
 

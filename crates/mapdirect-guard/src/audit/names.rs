@@ -34,6 +34,16 @@ pub(crate) fn glance(path: &str, id: InodeId) -> Option<bool> {
     Some(InodeId::from(&stat) == id)
 }
 
+/// Whether a path leads to a file. Waits no longer than `limit`.
+pub(super) fn leads(few: &Few, path: &Arc<str>, id: InodeId, limit: Duration) -> bool {
+    // Paths on some filesystems are never answered from memory alone.
+    glance(path, id).unwrap_or_else(|| {
+        let path = Arc::clone(path);
+        few.within(limit, move |_| leads_to(&path, id) == Ok(true))
+            .unwrap_or(false)
+    })
+}
+
 /// What is asked about a file. It consists of plain values, since the thread
 /// that looks has none of the guard's descriptors.
 #[derive(Clone, Debug)]
@@ -65,7 +75,7 @@ impl Question {
         Self {
             id: watched.id,
             path: Arc::clone(&watched.path),
-            led: watched.path_led,
+            led: watched.path_led(),
             nameless,
             holders,
         }

@@ -59,14 +59,16 @@ impl Judged {
 
     /// The table entry of the file's inode, created if there is none.
     pub(crate) fn watched(&self, guard: &Guard) -> Arc<Watched> {
-        guard.table.get_or_insert(self.id, || {
+        let watched = guard.table.get_or_insert(self.id, || {
             let abilities = Abilities {
                 reflink: self.facts.reflink,
                 exchange: self.facts.exchange,
                 coarse: writes_whole_folios(&self.facts),
             };
             Watched::new(self.id, abilities, Arc::clone(&self.path))
-        })
+        });
+        watched.try_path(|| guard.audit.leads(&watched.path, self.id));
+        watched
     }
 
     /// The requested pin, before anything is known of its blocks.

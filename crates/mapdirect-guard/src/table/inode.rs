@@ -5,7 +5,7 @@ use super::layered::Layered;
 use super::notes::{Notes, Opens, Passing};
 use super::publish::{Machine, Published};
 use super::{InodeId, Opinion, Pin};
-use crate::audit::{self, Met};
+use crate::audit::Met;
 use crate::family::Family;
 use crate::grant::pending::Queue;
 use crate::journal::{FileRecord, Kept};
@@ -19,7 +19,7 @@ use rustix::fs::OFlags;
 use std::cell::OnceCell;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 /// What a filesystem can do with the blocks of its files.
@@ -53,7 +53,7 @@ pub(crate) struct Watched {
     pub(crate) path: Arc<str>,
     /// Whether that path led to the file then, as the guard sees paths. The path
     /// of a file on a mount of another namespace may not.
-    pub(crate) path_led: bool,
+    path_led: OnceLock<bool>,
     /// The pins on this inode.
     pub(crate) pins: Pins,
     /// The layers of all pins in one, for the fanotify gate.
@@ -105,7 +105,7 @@ impl Watched {
         Self {
             id,
             abilities,
-            path_led: audit::names::glance(&path, id) == Some(true),
+            path_led: OnceLock::new(),
             path,
             pins: ArcSwap::default(),
             layered: Layered::default(),
@@ -276,6 +276,17 @@ impl Watched {
             Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
+    }
+
+    /// Finds out whether the path of the file leads to it, once. This may take a
+    /// moment.
+    pub(crate) fn try_path(&self, leads: impl FnOnce() -> bool) {
+        self.path_led.get_or_init(leads);
+    }
+
+    /// Whether the path of the file once led to it, as far as that was found out.
+    pub(crate) fn path_led(&self) -> bool {
+        self.path_led.get().copied().unwrap_or(false)
     }
 
     /// The pin that an operation met when it was refused: the first that refuses

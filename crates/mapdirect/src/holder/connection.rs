@@ -387,7 +387,12 @@ fn no_guard(path: &Path, errno: Errno) -> Error {
         Kind::NoGuard,
         Errno::OPNOTSUPP,
         format!("no guard answers at {}: {errno}", path.display()),
-        "start one as root: mapdirect guard (or name another socket in MAPDIRECT_SOCKET)",
+        // With privileges of its own a program does not listen to the variable.
+        if getauxval::is_secure_execution() {
+            "start one as root: mapdirect guard"
+        } else {
+            "start one as root: mapdirect guard (or name another socket in MAPDIRECT_SOCKET)"
+        },
     )
     .caused_by(errno)
 }

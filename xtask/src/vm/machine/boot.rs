@@ -1,6 +1,7 @@
 //! What a machine is made of, and how QEMU is told.
 
 use super::*;
+use crate::arch::Arch;
 
 /// An NVDIMM: a file that is the machine's memory, whose content outlives the
 /// machine.
@@ -29,8 +30,13 @@ pub(crate) enum Clock {
 /// A machine as it will be booted.
 #[derive(Clone, Debug)]
 pub(crate) struct Boot {
+    arch: Arch,
     kernel: Kernel,
     init: PathBuf,
+    /// What the machine has as its root.
+    root: PathBuf,
+    /// Directories of this machine that it sees in their places as well.
+    shared: Vec<PathBuf>,
     memory: u64,
     processors: u32,
     clock: Clock,
@@ -39,12 +45,16 @@ pub(crate) struct Boot {
     time_limit: Duration,
     interruption: Option<Arc<SignalFd>>,
     console_shown: bool,
+    systemd: bool,
 }
 
 impl Boot {
     /// One with this kernel, and `init` as its first process.
-    pub(crate) fn new(kernel: Kernel, init: PathBuf) -> Self {
+    pub(crate) fn new(arch: Arch, kernel: Kernel, init: PathBuf) -> Self {
         Self {
+            arch,
+            root: PathBuf::from("/"),
+            shared: Vec::new(),
             kernel,
             init,
             memory: 2 << 30,
@@ -55,12 +65,21 @@ impl Boot {
             time_limit: Duration::from_secs(600),
             interruption: None,
             console_shown: false,
+            systemd: false,
         }
     }
 
     /// What `uname -r` will say.
     pub(crate) fn release(&self) -> &str {
         self.kernel.release()
+    }
+
+    /// With another root than that of this machine, and some directories of this
+    /// one.
+    pub(crate) fn root(mut self, root: PathBuf, shared: Vec<PathBuf>) -> Self {
+        self.root = root;
+        self.shared = shared;
+        self
     }
 
     /// With so many bytes of memory.
@@ -91,6 +110,12 @@ impl Boot {
     /// With more on the kernel's command line.
     pub(crate) fn parameters(mut self, words: &str) -> Self {
         words.clone_into(&mut self.parameters);
+        self
+    }
+
+    /// With the systemd of this machine as its first process.
+    pub(crate) fn systemd(mut self) -> Self {
+        self.systemd = true;
         self
     }
 
@@ -152,13 +177,26 @@ impl Boot {
     /// The kernel's own part, and one with what is different each time.
     fn write_initramfs(&self, path: &Path) -> Result<()> {
         let mut archive = cpio::Archive::default();
-        for directory in ["/dev", "/proc", "/sys", "/outside", "/written", "/root"] {
+        for directory in [
+            "/dev", "/proc", "/sys", "/outside", "/beside", "/written", "/root", "/seen",
+        ] {
             archive.directory(directory);
         }
         archive.device("/dev/console", 0o600, (5, 1));
         archive.file("/init", 0o755, &fs::read(&self.init)?);
         let modules = self.kernel.modules().as_os_str().as_bytes();
         archive.file(xtask_init::MODULES_OUTSIDE, 0o644, modules);
+        if self.systemd {
+            archive.file(xtask_init::SYSTEMD, 0o644, &[]);
+        }
+        if !self.shared.is_empty() {
+            let mut paths = Vec::new();
+            for path in &self.shared {
+                paths.extend(path.as_os_str().as_bytes());
+                paths.push(b'\n');
+            }
+            archive.file(xtask_init::SHARED, 0o644, &paths);
+        }
         let nvdimms = self.nvdimms.len().to_string();
         archive.file(xtask_init::NVDIMMS, 0o644, nvdimms.as_bytes());
         let mut file = File::create(path)?;
@@ -170,13 +208,20 @@ impl Boot {
     fn command(&self, directory: &Path) -> Result<Command> {
         // QEMU goes with this process, however that ends.
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", "qemu-system-x86_64"]);
+        command.args(["--pdeathsig", "KILL", "--", &self.arch.qemu()]);
         command.args(["-nodefaults", "-no-user-config", "-display", "none"]);
         // A kernel that panics reboots, and that is the end.
         command.arg("-no-reboot");
-        command.args(accelerator(self.clock)?);
+        command.args(accelerator(self.arch, self.clock)?);
         let mut memory = format!("{}M", self.memory >> 20);
-        let mut machine = String::from("pc,usb=off,vmport=off");
+        let mut machine = String::from(match self.arch {
+            Arch::X86_64 => "pc,usb=off,vmport=off",
+            Arch::Aarch64 => "virt",
+        });
+        ensure!(
+            self.nvdimms.is_empty() || self.arch == Arch::X86_64,
+            "only machines of x86_64 have NVDIMMs here"
+        );
         if !self.nvdimms.is_empty() {
             // They lie behind the memory, each at a multiple of 1 GiB.
             let room = (self.nvdimms.len() as u64 + 1) << 30;
@@ -213,15 +258,17 @@ impl Boot {
         command.args(["-device", "virtio-serial-pci"]);
         let port = format!("virtserialport,chardev=port,name={}", xtask_init::PORT);
         command.args(["-device", &port]);
-        command.args([
-            "-fsdev",
-            "local,id=root,path=/,readonly=on,security_model=none,multidevs=remap",
-        ]);
-        let root = format!(
-            "virtio-9p-pci,fsdev=root,mount_tag={}",
-            xtask_init::ROOT_TAG
-        );
-        command.args(["-device", &root]);
+        let mut shares = vec![("root", self.root.as_path(), xtask_init::ROOT_TAG)];
+        if !self.shared.is_empty() {
+            shares.push(("beside", Path::new("/"), xtask_init::BESIDE_TAG));
+        }
+        for (name, path, tag) in shares {
+            let export =
+                format!("local,id={name},readonly=on,security_model=none,multidevs=remap,path=");
+            command.arg("-fsdev").arg(with_path(&export, path));
+            let device = format!("virtio-9p-pci,fsdev={name},mount_tag={tag}");
+            command.args(["-device", &device]);
+        }
         command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -234,7 +281,10 @@ impl Boot {
 
     fn kernel_parameters(&self) -> String {
         let mut words = vec![
-            "console=ttyS0",
+            match self.arch {
+                Arch::X86_64 => "console=ttyS0",
+                Arch::Aarch64 => "console=ttyAMA0",
+            },
             "panic=-1",
             // What went wrong is to be seen, not to be lived with.
             "oops=panic",
@@ -242,7 +292,7 @@ impl Boot {
             "mitigations=off",
             "random.trust_cpu=on",
         ];
-        if !has_kvm() {
+        if self.arch == Arch::X86_64 && !has_kvm() {
             // Its clock needs no trial.
             words.extend(["tsc=reliable", "no_timer_check"]);
         }
@@ -295,8 +345,18 @@ pub(super) fn with_path(option: &str, path: &Path) -> OsString {
 }
 
 /// How the machine's processors run.
-pub(super) fn accelerator(clock: Clock) -> Result<Vec<&'static str>> {
+pub(super) fn accelerator(arch: Arch, clock: Clock) -> Result<Vec<&'static str>> {
+    // Signing pointers as the processor does it takes an emulator most of its
+    // time; nobody forges any here.
+    let emulated = match arch {
+        Arch::X86_64 => "max",
+        Arch::Aarch64 => "max,pauth-impdef=on",
+    };
     if clock == Clock::Instructions {
+        ensure!(
+            arch == Arch::X86_64,
+            "instructions are counted on x86_64 only"
+        );
         // Where it moves memory by one instruction, each step of that would
         // be counted as one: without those it takes a loop.
         return Ok(vec![
@@ -308,15 +368,15 @@ pub(super) fn accelerator(clock: Clock) -> Result<Vec<&'static str>> {
             "shift=0,sleep=off",
         ]);
     }
-    if has_kvm() {
+    if arch == Arch::OWN && has_kvm() {
         return Ok(vec!["-accel", "kvm", "-cpu", "host"]);
     }
-    let mut qemu = Command::new("qemu-system-x86_64");
+    let mut qemu = Command::new(arch.qemu());
     let output = qemu
         .arg("--version")
         .stdin(Stdio::null())
         .output()
-        .context("cannot run qemu-system-x86_64")?;
+        .with_context(|| format!("cannot run {}", arch.qemu()))?;
     let text = String::from_utf8_lossy(&output.stdout);
     let version = parse_version(&text).with_context(|| format!("QEMU has no version: {text}"))?;
     // Before 8.1 an emulated processor could go on with instructions that
@@ -324,9 +384,9 @@ pub(super) fn accelerator(clock: Clock) -> Result<Vec<&'static str>> {
     // time, for tracepoints, BPF and static keys, and crashes then. Where all
     // processors take turns in one thread that does not happen.
     Ok(if version >= (8, 1) {
-        vec!["-accel", "tcg,thread=multi", "-cpu", "max"]
+        vec!["-accel", "tcg,thread=multi", "-cpu", emulated]
     } else {
-        vec!["-accel", "tcg,thread=single", "-cpu", "max"]
+        vec!["-accel", "tcg,thread=single", "-cpu", emulated]
     })
 }
 

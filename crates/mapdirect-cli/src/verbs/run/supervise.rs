@@ -420,7 +420,7 @@ impl<'a> Supervisor<'a> {
             }
             _ => inode.remembered = None,
         }
-        let path = path_of(file.as_fd(), stat.st_nlink);
+        let path = path_of(file.as_fd(), mapdirect_sys::stat::links(&stat));
         let until = Instant::now() + REMEMBERED;
         let Some(matched) = self.rules.files.matching(&path) else {
             inode.remembered = Some((until, None));

@@ -176,6 +176,8 @@ fn show_files(frame: &mut Frame<'_>, model: &Model, area: Rect) {
         frame.render_widget(Paragraph::new(words), area);
         return;
     }
+    // What the other columns and the blanks between them leave.
+    let room = usize::from(area.width).saturating_sub(41).max(10);
     let rows = files.iter().map(|file| {
         let broken = file.pins.iter().any(|pin| pin.breaches > 0);
         let lost = file.pins.iter().any(|pin| !pin.lost.is_empty());
@@ -190,7 +192,7 @@ fn show_files(frame: &mut Frame<'_>, model: &Model, area: Rect) {
             Cell::new(file.holders.len().to_string()),
             Cell::new(model.refused_of(id_of(file)).to_string()),
             Cell::new(Span::styled(state, style)),
-            Cell::new(name_of(file)),
+            Cell::new(ending(&name_of(file), room)),
         ])
     });
     let widths = [
@@ -217,6 +219,16 @@ fn name_of(file: &FileStatus) -> String {
     } else {
         records::name_in_words(&file.name)
     }
+}
+
+/// The end of a path, if all of it is too long: the file's own name is there.
+fn ending(path: &str, room: usize) -> String {
+    let length = path.chars().count();
+    if length <= room {
+        return path.to_owned();
+    }
+    let left_out = length - room.saturating_sub(3);
+    format!("...{}", path.chars().skip(left_out).collect::<String>())
 }
 
 /// A part of a name, as the terminal can show it.
@@ -439,6 +451,8 @@ mod tests {
         ] {
             assert_eq!(span(seconds), said);
         }
+        assert_eq!(ending("/srv/db/a", 9), "/srv/db/a");
+        assert_eq!(ending("/srv/db/a", 7), "...db/a".get(..7).unwrap());
         assert_eq!(counted(1, "file"), "1 file");
         assert_eq!(counted(0, "file"), "0 files");
     }

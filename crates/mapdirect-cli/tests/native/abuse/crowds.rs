@@ -349,6 +349,10 @@ pub(crate) fn unprivileged_status(world: &World) {
     let output = run(&["status"]);
     let text = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(text.contains(mapdirect_proto::DEFAULT_SOCKET), "{text}");
+    assert!(
+        !text.contains("MAPDIRECT_SOCKET"),
+        "what it ignores: {text}"
+    );
     let output = run(&["doctor"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(text.contains("lacks CAP_LINUX_IMMUTABLE"), "{text}");

@@ -7,7 +7,7 @@ use mapdirect::records::Heard;
 use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_testkit::Kind;
 use mapdirect_testkit::contract::Gate;
-use mapdirect_testkit::process::{GuardProcess, Helper};
+use mapdirect_testkit::process::{GuardProcess, Helper, wait_for};
 use serde_json::Value;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
@@ -163,6 +163,17 @@ pub fn slow_reader(world: &World) {
         longest = longest.max(begun.elapsed());
     }
     assert!(longest < Duration::from_secs(1), "{longest:?}");
+    // The guard makes records of them in its own time.
+    let mut newest = None;
+    wait_for(Duration::from_secs(120), || {
+        let before = newest;
+        newest = log(&guard, &["-n", "1"])
+            .pop()
+            .and_then(|last| last["number"].as_u64());
+        std::thread::sleep(Duration::from_millis(500));
+        Ok((newest.is_some() && newest == before).then_some(()))
+    })
+    .unwrap();
     let begun = Instant::now();
     said(&mapdirect(&guard, &["status"]).output().unwrap());
     assert!(begun.elapsed() < Duration::from_secs(10));

@@ -1,6 +1,7 @@
 //! Who was refused, by what, and what the file is called now: records in all the
 //! forms in which they are told.
 
+mod breach;
 mod follow;
 mod journal;
 mod metrics;
@@ -38,6 +39,10 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("terminal", top::terminal),
     ] {
         trials.push(world.trial(format!("audit::{name}"), run));
+    }
+    if Gate::under_test() == Gate::Fanotify {
+        // The other gate refuses what makes one here.
+        trials.push(world.trial("audit::breach", breach::breach));
     }
     trials
 }

@@ -71,6 +71,8 @@ pub fn names(world: &World) {
             json!(["deleted", "replaced"]),
         );
         let text = said(&mapdirect(&guard, &["status"]).output().unwrap());
+        // It is wrapped at words.
+        let text = text.split_whitespace().collect::<Vec<_>>().join(" ");
         let words = "audit-names (deleted; that name means another file now)";
         assert!(text.contains(words), "{text}");
         std::fs::remove_file(&path).unwrap();

@@ -140,7 +140,7 @@ impl Lifetime {
     /// Learns from now on when a name of a file goes.
     pub(super) fn watch_names(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
         self.closes.add(NAMES, file)?;
-        watched.has_names(rustix::fs::fstat(file)?.st_nlink);
+        watched.has_names(mapdirect_sys::stat::links(&rustix::fs::fstat(file)?));
         Ok(())
     }
 
@@ -357,7 +357,7 @@ impl Keeper<'_> {
         let links = watched
             .anchor()
             .and_then(|path| rustix::fs::fstat(path).ok())
-            .map(|stat| stat.st_nlink);
+            .map(|stat| mapdirect_sys::stat::links(&stat));
         let fewer = links.is_some_and(|links| watched.has_names(links) > links);
         let process =
             |tid| pidfd::of_thread(tid).and_then(|thread| pidfd::process_of(thread.as_fd()));

@@ -8,6 +8,10 @@ pub(super) enum Call {
     /// `open`-like, with the flags in this argument.
     Open(usize),
     /// `creat`: writes and truncates.
+    #[cfg_attr(
+        not(target_arch = "x86_64"),
+        allow(dead_code, reason = "arm64 has no such call")
+    )]
     Creat,
     /// `execve` and `execveat`: the kernel opens for reading.
     Exec,
