@@ -15,6 +15,7 @@ use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -185,11 +186,29 @@ fn pins_as_nobody(service: &Service, path: &Path) -> (bool, String) {
     (output.status.success(), said)
 }
 
+/// Hears what is sent to an address, until this process ends. Descriptors that come
+/// along are closed.
+fn listen_at(address: &Path) -> Receiver<String> {
+    let socket = UnixDatagram::bind(address).unwrap();
+    let (send, messages) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(length) = socket.recv(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if send.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    messages
+}
+
 /// A guard that was started as systemd starts it.
 struct Service {
     child: Child,
     directory: ScratchDirectory,
-    messages: UnixDatagram,
+    /// What it has said, as it comes: nobody who starts services lets them wait.
+    messages: Receiver<String>,
     _gate: BpfDirectory,
 }
 
@@ -205,7 +224,7 @@ impl Service {
         environment: &[(&str, &str)],
     ) -> Self {
         let address = directory.path().join("notify");
-        let messages = UnixDatagram::bind(&address).unwrap();
+        let messages = listen_at(&address);
         let gate = BpfDirectory::new(Path::new(BINARY));
         let child = Command::new(&words[0])
             .args(&words[1..])
@@ -237,10 +256,7 @@ impl Service {
 
     /// The next message, if one comes in time.
     fn hear(&self, limit: Duration) -> Option<String> {
-        self.messages.set_read_timeout(Some(limit)).unwrap();
-        let mut buffer = [0; 4096];
-        let length = self.messages.recv(&mut buffer).ok()?;
-        Some(String::from_utf8(buffer[..length].to_vec()).unwrap())
+        self.messages.recv_timeout(limit).ok()
     }
 
     /// Waits for a message with such a line.
