@@ -474,7 +474,8 @@ fn many_files(disk: &Disk) {
         &format!("pins of {files} files, each against open + FIEMAP + close of it"),
         None,
     );
-    let memory = std::fs::read_to_string(format!("/proc/{}/status", guard.pid())).unwrap();
+    let memory =
+        std::fs::read_to_string(format!("/proc/{}/status", guard.worker().unwrap())).unwrap();
     let resident = memory.lines().find(|line| line.starts_with("VmRSS"));
     println!("    the guard then: {}", resident.unwrap_or("no VmRSS"));
     let status: Vec<f64> = (0..11)

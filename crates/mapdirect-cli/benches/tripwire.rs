@@ -82,7 +82,7 @@ fn measure(kind: Kind, count: u64, turns: u64) {
     let granted = begun.elapsed();
     // Until files that might have come next are not listened to any more.
     std::thread::sleep(Duration::from_secs(11));
-    let events = events_of(guard.pid());
+    let events = events_of(guard.worker().unwrap());
     let switch = |request| {
         for event in &events {
             raw::ioctl_value(event.as_fd(), request, 0).unwrap();

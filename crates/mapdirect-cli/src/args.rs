@@ -36,8 +36,12 @@ pub enum Command {
     /// ready, and a line to stderr for every operation it refuses. Anybody may
     /// connect to its socket; each request is judged by the credentials of the
     /// process that makes it. There is one guard per machine as a rule; several
-    /// may run on sockets of their own. When it ends, so do its promises, and
-    /// holders are told.
+    /// may run on sockets of their own.
+    ///
+    /// It is two processes: a supervisor, and the guard itself, which is started
+    /// again when it ends. No pin ends by that. When the supervisor ends, so do
+    /// pins under the fanotify gate, and holders are told; systemd keeps them for
+    /// the next one.
     ///
     /// It says that it is ready only when it can keep pins; else it ends with
     /// status 1 and says what is missing. Of capabilities it needs CAP_SYS_ADMIN,
@@ -45,8 +49,9 @@ pub enum Command {
     /// namespace; with the fanotify gate also CAP_LEASE, with the bpf gate also
     /// CAP_DAC_READ_SEARCH and CAP_SYSLOG.
     ///
-    /// SIGHUP has it read its policy again (mapdirect-policy(5)) and say what came
-    /// of it: a policy with a mistake changes nothing. Pins stay in any case.
+    /// SIGHUP has it read its policy (mapdirect-policy(5)) and the file of pins to
+    /// take (mapdirect-pins(5)) again, and say what came of it: a file with a
+    /// mistake changes nothing. Other pins stay in any case.
     /// SIGQUIT, SIGUSR1 and SIGUSR2 do nothing. Whoever is to pin by the policy
     /// needs a guard that has CAP_SETGID, too.
     ///
@@ -281,6 +286,9 @@ pub struct GuardArgs {
     /// name ends in .d
     #[arg(long, value_name = "PATH", default_value = mapdirect_guard::DEFAULT_POLICY)]
     pub policy: PathBuf,
+    /// Pins to take at the start, and when this is told to read it again: mapdirect-pins(5)
+    #[arg(long, value_name = "PATH", default_value = mapdirect_guard::DEFAULT_PINS)]
+    pub pins: PathBuf,
     /// Do not print refusals
     #[arg(long, short)]
     pub quiet: bool,

@@ -132,6 +132,11 @@ impl Audit {
         }
     }
 
+    /// Says something to the operator of the guard.
+    pub(crate) fn say(&self, words: String) {
+        self.gives_way(words);
+    }
+
     /// Records in words that pins give way, or hold again. Of more than fit, the
     /// newest stay.
     pub(crate) fn gives_way(&self, words: String) {

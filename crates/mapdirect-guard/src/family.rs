@@ -29,14 +29,12 @@ impl Family {
 
     /// The family of the process with this number that started then; of none if
     /// it has ended, or never was.
-    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn that_began(pid: i32, began: u64) -> Option<Self> {
         let family = Self::of(pid).ok().filter(|_| began != 0)?;
         (family.began == began && family.lives()).then_some(family)
     }
 
     /// When the holder started, in clock ticks since boot.
-    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn began(&self) -> u64 {
         self.began
     }

@@ -40,6 +40,11 @@ pub fn targets() -> Vec<Target> {
             seeds: &[b"0-3,5\n"],
         },
         Target {
+            name: "journal",
+            run: crate::journal::fuzz,
+            seeds: &[&[0; 64], &[1; 256]],
+        },
+        Target {
             name: "policy",
             run: policy,
             seeds: &[

@@ -21,6 +21,7 @@ mod apart;
 mod audit;
 mod bounded;
 mod busy;
+mod declared;
 mod delegation;
 mod exports;
 mod family;
@@ -29,6 +30,7 @@ mod family;
 pub mod fuzz;
 mod gate;
 mod grant;
+mod journal;
 pub mod ledger;
 mod listeners;
 mod needs;
@@ -41,6 +43,7 @@ mod server;
 mod session;
 mod status;
 mod store;
+mod supervise;
 mod suspicion;
 mod table;
 mod thaw;
@@ -55,6 +58,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::time::Instant;
 
 pub use audit::journald::SOCKET as JOURNAL_SOCKET;
+pub use declared::{DEFAULT_PINS, Declared, parse_pins, read_pins};
 pub use delegation::{
     Account, DEFAULT as DEFAULT_POLICY, Policy, PolicyError, Rule, group_number, host_path,
     user_number, would_allow,
@@ -67,6 +71,7 @@ pub use mapdirect_proto::status::RefusedOperation;
 pub use mapdirect_proto::{Breach, Notice};
 pub use server::{Config, GateChoice, OnNotice, OnRefusal, Running, StartError, start};
 pub use store::Starter;
+pub use supervise::{Ended, Supervision, supervise};
 
 /// Checks whether this kernel lets a guard notice what its gate cannot refuse,
 /// and says why not.
@@ -106,7 +111,6 @@ pub(crate) struct Guard {
     places: Arc<places::Places>,
     pulse: pulse::Pulse,
     /// Whoever started this process.
-    #[expect(dead_code, reason = "nothing is kept yet")]
     starter: Arc<store::Starter>,
     delegation: delegation::Delegation,
     tripwire: tripwire::Tripwire,

@@ -8,7 +8,7 @@
 
 use crate::bounded::{self, Looking, Retries, within};
 use crate::table::InodeId;
-use mapdirect_sys::{proc, proc_mountinfo};
+use mapdirect_sys::{fanotify, proc, proc_mountinfo};
 use std::time::Instant;
 
 /// `FAN_OPEN_PERM`, `FAN_ACCESS_PERM`, `FAN_OPEN_EXEC_PERM`, `FAN_PRE_ACCESS`.
@@ -44,6 +44,7 @@ fn search(id: InodeId, looking: &Looking) -> bool {
                 link.is_ok_and(|link| link.as_os_str() == "anon_inode:[fanotify]")
             };
             (in_execve || is_listener())
+                && !fanotify::is_own(pid, fd)
                 && proc::read_task_file(pid, &format!("fdinfo/{fd}"))
                     .is_ok_and(|text| may_be_asked(&text, id, |mount| device_of(pid, mount)))
         })

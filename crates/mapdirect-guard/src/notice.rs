@@ -56,6 +56,17 @@ impl Fate {
         let _ = self.asker.set((pid, start));
     }
 
+    /// The process that asked for the pin, and its start time.
+    pub(crate) fn asker(&self) -> Option<(i32, u64)> {
+        self.asker.get().copied()
+    }
+
+    /// Takes over what an earlier guard has counted. Whoever holds the pin was
+    /// told of it.
+    pub(crate) fn had(&self, breaches: u64) {
+        self.lock().count = breaches;
+    }
+
     /// Whether this process asked for the pin.
     fn was_asked_by(&self, pid: i32) -> bool {
         self.asker
@@ -206,6 +217,7 @@ impl Notices {
                 fate.first.push(breach.clone());
             }
         }
+        pin.keep_breach();
         self.breached.fetch_add(1, Relaxed);
         {
             let mut recent = self.recent.lock().unwrap_or_else(PoisonError::into_inner);
@@ -245,10 +257,6 @@ impl Notices {
     }
 
     /// The same for every pin in the table.
-    #[cfg_attr(
-        all(not(feature = "bpf"), not(test)),
-        expect(dead_code, reason = "for the bpf gate")
-    )]
     pub(crate) fn lost_all(&self, table: &Table, why: &str) {
         for watched in table.all() {
             for pin in watched.pins.load().iter().filter(|pin| !pin.is_dead()) {
@@ -334,6 +342,16 @@ impl Notices {
         let before = pin.fate.notices(pin.id);
         drop(audiences);
         before.iter().for_each(|notice| watcher.answer(notice));
+    }
+
+    /// Ends all connections for notices.
+    pub(crate) fn hang_up(&self) {
+        for audience in self.lock().of.values() {
+            for watcher in &audience.watchers {
+                // It may be gone.
+                let _ = watcher.socket.shut_down();
+            }
+        }
     }
 
     /// Forgets a connection that is gone.

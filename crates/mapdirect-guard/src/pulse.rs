@@ -7,8 +7,9 @@
 //! answered.
 
 use crate::Errno;
-use crate::wake::Waker;
-use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
+use crate::wake::{Backoff, Waker};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+use std::time::{Duration, Instant};
 
 /// The pulse of a guard.
 #[derive(Debug)]
@@ -19,6 +20,8 @@ pub(crate) struct Pulse {
     gate: AtomicU64,
     /// The same for the thread that accepts clients.
     accept: AtomicU64,
+    /// The thread of the gate has ended.
+    is_over: AtomicBool,
     /// Wakes the thread that accepts clients.
     pub(crate) waker: Waker,
 }
@@ -29,6 +32,7 @@ impl Pulse {
             asked: AtomicU64::new(0),
             gate: AtomicU64::new(0),
             accept: AtomicU64::new(0),
+            is_over: AtomicBool::new(false),
             waker: Waker::new()?,
         })
     }
@@ -49,6 +53,20 @@ impl Pulse {
     /// once.
     pub(crate) fn gate_beats(&self) {
         self.gate.store(self.asked.load(SeqCst), SeqCst);
+    }
+
+    /// Called by the thread of the gate when it ends.
+    pub(crate) fn gate_is_over(&self) {
+        self.is_over.store(true, SeqCst);
+    }
+
+    /// Waits for a while until the thread of the gate has ended.
+    pub(crate) fn wait_for_gate(&self, limit: Duration) {
+        let (first, longest) = (Duration::from_micros(100), Duration::from_millis(5));
+        let mut backoff = Backoff::until(Instant::now() + limit, first, longest);
+        while !self.is_over.load(SeqCst) && !backoff.is_over() {
+            backoff.pause();
+        }
     }
 
     /// The same for the thread that accepts clients.

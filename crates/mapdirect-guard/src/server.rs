@@ -7,13 +7,13 @@ use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
 use crate::store::{LISTENER, Starter};
-use crate::wake::{Waker, wait_any};
+use crate::wake::{Backoff, Waker, wait_any};
 use crate::{Errno, Guard, audit, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
 use rustix::fs::{FlockOperation, Mode, OFlags};
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
@@ -188,6 +188,9 @@ fn list(errors: &[PolicyError]) -> String {
     lines.join("\n  ")
 }
 
+/// How long to wait for the last answers of the gate.
+const ANSWERS: Duration = Duration::from_millis(300);
+
 /// The stack size of a client's thread: a grant needs some 40 KiB.
 const SESSION_STACK: usize = 256 * 1024;
 
@@ -216,7 +219,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         call: "preparing to start",
         errno,
     })?;
-    opened.adopt(&guard);
+    opened.adopt(&guard)?;
     let shared = Arc::new(Shared {
         guard,
         failed: Waker::new().map_err(|errno| StartError::System {
@@ -241,9 +244,19 @@ pub fn start(config: Config) -> Result<Running, StartError> {
         let serve = move |shared: &Shared| {
             if let Err(errno) = (task.run)(&shared.guard) {
                 shared.fail(task.failure, errno);
+                // Whoever watches this thread takes its end for that of the guard,
+                // which shall say first why.
+                thread::sleep(ANSWERS);
             }
         };
         spawn(task.name, Box::new(serve))?;
+    }
+    opened.settle(&shared.guard);
+    // Those who wait at the gate do not wait for what follows.
+    crate::supervise::is_not_urgent_any_more();
+    if let Opened::Fanotify(gate) = &opened {
+        let gate = Arc::clone(gate);
+        spawn("adopt", Box::new(move |shared| gate.listen(&shared.guard)))?;
     }
     let looking = Arc::clone(&shared);
     spawn(
@@ -340,6 +353,16 @@ impl Running {
         self.shared.guard.delegation.reload()
     }
 
+    /// Tells holders at once that this guard is about to end, and nobody is there to
+    /// start another one. The kernel may take long to take the process apart.
+    pub fn tell_that_it_ends(&self, why: &str) {
+        let guard = &self.shared.guard;
+        if guard.gate.kind() == mapdirect_proto::Gate::Fanotify {
+            guard.notices.lost_all(&guard.table, why);
+        }
+        guard.notices.hang_up();
+    }
+
     /// The gate that the guard has.
     #[must_use]
     pub fn gate(&self) -> mapdirect_proto::Gate {
@@ -359,6 +382,11 @@ impl Running {
         }
         self.shared.guard.stop();
         let guard = &self.shared.guard;
+        if guard.starter.keeps() {
+            // What was read is answered here, and what comes now waits for the
+            // next guard.
+            guard.pulse.wait_for_gate(ANSWERS);
+        }
         if let Some(dormancy) = guard.gate.dormancy() {
             dormancy.spoil_all(guard);
         }
@@ -387,14 +415,32 @@ impl Opened {
 
     /// Takes over the pins that an earlier guard has left in the kernel, if the
     /// gate was there before this guard.
-    fn adopt(&self, guard: &Guard) {
+    fn adopt(&self, guard: &Guard) -> Result<(), StartError> {
         match self {
-            Self::Fanotify(_) => {
-                // The pins of an earlier guard ended with that guard.
-                let _ = guard;
+            Self::Fanotify(gate) => {
+                let nonsense = gate.recognise(guard).map_err(|errno| StartError::System {
+                    call: "answering events that an earlier guard has read",
+                    errno,
+                })?;
+                for _ in 0..nonsense {
+                    guard.audit.say(String::from(
+                        "a record of an earlier guard makes no sense; if it was a pin's, that pin \
+                         is lost",
+                    ));
+                }
             }
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) if gate.is_adopted() => gate::bpf::adopt(guard, gate),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Takes over the rest, when the gate's thread answers.
+    fn settle(&self, guard: &Guard) {
+        match self {
+            Self::Fanotify(gate) => gate.settle(guard),
             #[cfg(feature = "bpf")]
             Self::Bpf(_) => {}
         }
@@ -421,22 +467,24 @@ fn no_fanotify(errno: Errno) -> StartError {
     }
 }
 
-fn open_fanotify() -> Result<Opened, StartError> {
+fn open_fanotify(config: &Config) -> Result<Opened, StartError> {
     needs::require(mapdirect_proto::Gate::Fanotify)?;
-    let gate = gate::fanotify::Gate::new().map_err(no_fanotify)?;
+    let gate = gate::fanotify::Gate::new(&config.starter).map_err(no_fanotify)?;
     Ok(Opened::Fanotify(Arc::new(gate)))
 }
 
 #[cfg(feature = "bpf")]
 fn open_gate(config: &Config) -> Result<Opened, StartError> {
     if config.gate == GateChoice::Fanotify {
-        return open_fanotify();
+        return open_fanotify(config);
     }
     needs::require(mapdirect_proto::Gate::Bpf)?;
     match gate::bpf::Gate::new(&config.bpf_directory) {
         Ok(gate) => Ok(Opened::Bpf(Arc::new(gate))),
         // If the kernel can never load the bpf gate, use the fanotify gate.
-        Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => open_fanotify(),
+        Err(error) if error.is_for_good() && config.gate == GateChoice::Auto => {
+            open_fanotify(config)
+        }
         Err(error) => Err(match error.help() {
             Some(help) => StartError::Missing {
                 what: format!("the bpf gate is {error}"),
@@ -454,7 +502,7 @@ fn open_gate(config: &Config) -> Result<Opened, StartError> {
             "this program was built without it; build it with its default features",
         )));
     }
-    open_fanotify()
+    open_fanotify(config)
 }
 
 /// Raises the soft limit of descriptors to the hard limit, because events and
@@ -501,7 +549,7 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     rustix::fs::flock(&directory, FlockOperation::LockExclusive).map_err(failed)?;
     let socket = match Socket::listen(path, 1024) {
         Err(Errno::ADDRINUSE) => {
-            match Socket::connect(path) {
+            match connect_to_one_that_stays(path) {
                 // Only a socket at which nobody listens is removed; a file of
                 // any other kind stays.
                 Err(Errno::CONNREFUSED) if is_socket(path) => {}
@@ -518,6 +566,26 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     Ok(socket)
 }
 
+/// Whether somebody listens at a socket, and goes on to. A guard that was killed
+/// may take a moment to be gone.
+fn connect_to_one_that_stays(path: &Path) -> Result<Socket, Errno> {
+    let limit = std::time::Instant::now() + GOING;
+    let (first, longest) = (Duration::from_millis(1), Duration::from_millis(20));
+    let mut backoff = Backoff::until(limit, first, longest);
+    loop {
+        let socket = Socket::connect(path)?;
+        while socket.peer_is_gone() == Ok(false) {
+            if backoff.is_over() {
+                return Ok(socket);
+            }
+            backoff.pause();
+        }
+    }
+}
+
+/// How long a guard that was killed may take to be gone.
+const GOING: Duration = Duration::from_secs(2);
+
 /// Goes on listening at the socket that whoever started this process has passed,
 /// or makes one; which it is then, so that it can be removed.
 fn listen_or_go_on(config: &Config) -> Result<(Socket, Option<(u64, u64)>), StartError> {
@@ -531,6 +599,10 @@ fn listen_or_go_on(config: &Config) -> Result<(Socket, Option<(u64, u64)>), Star
         return Ok((socket, None));
     }
     let socket = listen(path)?;
+    if config.starter.keep(LISTENER, socket.as_fd()).is_ok() && config.starter.is_supervisor() {
+        // Which removes it in the end.
+        return Ok((socket, None));
+    }
     let identity = rustix::fs::lstat(path);
     Ok((socket, identity.ok().map(|stat| (stat.st_dev, stat.st_ino))))
 }
@@ -556,6 +628,7 @@ fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>)
             thread::sleep(Duration::from_millis(50));
             continue;
         };
+        shared.guard.gate.has_descriptor(socket.as_fd().as_raw_fd());
         let Ok(peer) = socket.peer() else {
             continue;
         };

@@ -327,6 +327,7 @@ impl<'guard> Session<'guard> {
         }
         match granted {
             Ok(Grant {
+                watched,
                 pin,
                 granted,
                 file,
@@ -336,6 +337,8 @@ impl<'guard> Session<'guard> {
                 let mut fds = vec![file.as_fd()];
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
                 fds.extend(lifeline.as_ref().map(AsFd::as_fd));
+                // Whoever knows of the pin must find it with the next guard.
+                guard.gate.outlives(&watched, &pin);
                 // If the client is gone, the description goes with this
                 // message, and so does the pin.
                 let sent = self.send(&Reply::Granted(granted), &fds);

@@ -23,6 +23,20 @@ pub(crate) const LISTENER: &str = "listener";
 /// The name of the end of a pair by which messages go to the supervisor.
 pub(crate) const LINE: &str = "supervisor";
 
+/// The same for a keeper of declared pins.
+pub(crate) const KEEPER: &str = "keeper";
+/// How the names of descriptors begin that a declared pin lives by.
+pub(crate) const DECLARED: &str = "declared-";
+/// What a keeper says when it has tried to take every pin once.
+pub(crate) const TRIED: &str = "X_MAPDIRECT_TRIED=1";
+
+/// By which a guard names the thread that everybody waits for.
+pub(crate) const GATE_THREAD: &str = "X_MAPDIRECT_GATE_THREAD";
+
+/// Set for a guard whose pins stay when it is told to end: whoever started its
+/// supervisor keeps everything for the next one.
+pub(crate) const PINS_STAY: &str = "MAPDIRECT_PINS_STAY";
+
 /// How long to wait until something is really gone from the store.
 const LET_GO: Duration = Duration::from_millis(200);
 
@@ -33,6 +47,8 @@ pub struct Starter {
     /// What it has passed, until somebody takes it.
     inherited: Mutex<Vec<Inherited>>,
     watchdog: Option<Duration>,
+    /// This process keeps declared pins, and is no guard.
+    is_keeper: bool,
 }
 
 #[derive(Debug)]
@@ -50,14 +66,16 @@ impl Line {
     }
 }
 
-#[expect(dead_code, reason = "nothing is kept yet")]
 impl Starter {
     /// The one that the environment of this process names. Call this before
     /// anything else: it takes over descriptors by their numbers.
     #[must_use]
     pub fn of_this_process() -> Self {
         let mut inherited = sd_listen_fds::take();
-        let supervisor = take_named(&mut inherited, LINE)
+        let keeper = take_named(&mut inherited, KEEPER);
+        let is_keeper = keeper.is_some();
+        let supervisor = keeper
+            .or_else(|| take_named(&mut inherited, LINE))
             .and_then(|fd| Socket::connected(fd).ok())
             .filter(|socket| socket.set_send_timeout(Duration::from_secs(1)).is_ok());
         let systemd = || std::env::var_os("NOTIFY_SOCKET").and_then(|at| Notify::at(&at).ok());
@@ -76,6 +94,7 @@ impl Starter {
             line,
             inherited: Mutex::new(inherited),
             watchdog: watchdog.map(Duration::from_micros),
+            is_keeper,
         }
     }
 
@@ -86,6 +105,17 @@ impl Starter {
             line: None,
             inherited: Mutex::default(),
             watchdog: None,
+            is_keeper: false,
+        }
+    }
+
+    /// Nobody, who has passed these descriptors all the same.
+    #[cfg(test)]
+    pub(crate) fn with(inherited: Vec<(String, OwnedFd)>) -> Self {
+        let inherited = inherited.into_iter();
+        Self {
+            inherited: Mutex::new(inherited.map(|(name, fd)| Inherited { name, fd }).collect()),
+            ..Self::none()
         }
     }
 
@@ -99,6 +129,67 @@ impl Starter {
     #[must_use]
     pub fn is_supervisor(&self) -> bool {
         matches!(self.line, Some(Line::Supervisor(_)))
+    }
+
+    /// Whether pins stay when this process is told to end, whatever the gate.
+    #[must_use]
+    pub fn pins_stay(&self) -> bool {
+        self.is_supervisor() && std::env::var_os(PINS_STAY).is_some()
+    }
+
+    /// Has this process be told (SIGTERM) when its supervisor ends, which may be gone
+    /// already: says whether it is not.
+    #[must_use]
+    pub fn end_with_supervisor(&self) -> bool {
+        let Some(Line::Supervisor(line)) = &self.line else {
+            return true;
+        };
+        let signal = Some(rustix::process::Signal::TERM);
+        rustix::process::set_parent_process_death_signal(signal).is_ok()
+            && line.peer_is_gone() == Ok(false)
+    }
+
+    /// Names the calling thread as the one that everybody waits for, to a
+    /// supervisor: when it is gone, another guard is needed at once.
+    pub(crate) fn this_is_the_gate(&self) {
+        if self.is_supervisor() {
+            let tid = rustix::thread::gettid().as_raw_nonzero();
+            self.say(&format!("{GATE_THREAD}={tid}"));
+        }
+    }
+
+    /// Whether this process shall keep declared pins, and be no guard.
+    #[must_use]
+    pub fn is_keeper(&self) -> bool {
+        self.is_keeper
+    }
+
+    /// Has the descriptors that a declared pin lives by outlive this process, or,
+    /// with none, end with it.
+    pub fn keep_declared(&self, pin: u64, fds: &[BorrowedFd<'_>]) {
+        let name = format!("{DECLARED}{pin}");
+        for fd in fds {
+            // If this fails, the pin ends with this process.
+            let _ = self.keep(&name, *fd);
+        }
+        if fds.is_empty() {
+            self.let_go(&name);
+        }
+    }
+
+    /// Says that every declared pin was tried once: those that an earlier keeper
+    /// has left are not needed any more.
+    pub fn tried_all(&self) {
+        self.say(TRIED);
+    }
+
+    /// Whether the supervisor is gone.
+    #[must_use]
+    pub fn is_alone(&self) -> bool {
+        match &self.line {
+            Some(Line::Supervisor(line)) => line.peer_is_gone() != Ok(false),
+            _ => false,
+        }
     }
 
     /// How often [`alive`](Self::alive) must be called at least, if that matters.

@@ -19,6 +19,7 @@ use crate::fcntl::no_lease;
 use crate::seam::{self, Call};
 use crate::{Errno, Result, last_errno};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::atomic::{AtomicI32, Ordering::SeqCst};
 
 /// The events that a mark asks for, or the kind of an event.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -139,6 +140,21 @@ impl Group {
     /// As [`pre_content`](Self::pre_content).
     pub fn notification() -> Result<Self> {
         Self::init(FAN_CLASS_NOTIF | FAN_REPORT_FID)
+    }
+
+    /// Takes over a group that another process has made.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the descriptor is of something else.
+    pub fn made_before(fd: OwnedFd) -> Result<Self> {
+        let name = crate::proc::own_fd_path(fd.as_fd());
+        let link = rustix::fs::readlink(&*name, Vec::new())?;
+        if link.as_bytes() == b"anon_inode:[fanotify]" {
+            Ok(Self { fd })
+        } else {
+            Err(Errno::INVAL)
+        }
     }
 
     fn init(class: libc::c_uint) -> Result<Self> {
@@ -310,10 +326,58 @@ impl Group {
     }
 }
 
+impl Group {
+    /// Refuses every event that was read by a process that is gone, and not
+    /// answered, as far as its descriptor had a number below `limit`. Nobody may
+    /// have read an event since. Returns how many there were.
+    ///
+    /// The kernel keeps such events in the group, and an answer names an event by
+    /// the number that the reader got (`process_access_response`,
+    /// fs/notify/fanotify/fanotify_user.c). Whether that number is open does not
+    /// matter.
+    ///
+    /// # Errors
+    ///
+    /// As [`respond`](Self::respond).
+    pub fn refuse_unanswered(&self, limit: RawFd, errno: Errno) -> Result<usize> {
+        let mut found = 0;
+        for number in 0..limit {
+            // Two events may have had the same number, if the process has closed a
+            // descriptor before it has answered.
+            loop {
+                match rustix::io::write(&self.fd, &Response::deny(number, errno).0) {
+                    Ok(_) => found += 1,
+                    Err(Errno::NOENT) => break,
+                    Err(Errno::INTR) => {}
+                    Err(other) => return Err(other),
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
 impl AsFd for Group {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// The number of the group that this process asks by, if it has one.
+static OWN: AtomicI32 = AtomicI32::new(-1);
+
+/// Makes [`is_own`] know a group of this process, which keeps its number.
+pub fn note_own(group: BorrowedFd<'_>) {
+    OWN.store(group.as_raw_fd(), SeqCst);
+}
+
+/// Whether a descriptor of another process is of the group of this process:
+/// whoever started it keeps a copy.
+#[must_use]
+pub fn is_own(pid: i32, fd: RawFd) -> bool {
+    let own = OWN.load(SeqCst);
+    let this = std::process::id().cast_signed();
+    own >= 0 && crate::kcmp::same_description((this, own), (pid, fd))
 }
 
 /// One event as read from a group.

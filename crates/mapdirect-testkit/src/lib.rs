@@ -45,6 +45,7 @@ pub mod random;
 #[expect(unsafe_code, reason = "system calls that rustix has no wrapper for")]
 pub mod raw;
 
+pub mod service_manager;
 pub mod writers;
 
 pub use disk::{Disk, Kind};

@@ -116,10 +116,15 @@ impl GuardProcess {
         mapdirect::Guard::at(&self.socket)
     }
 
-    /// Its process id.
+    /// The process id of its supervisor, which was started.
     #[must_use]
     pub fn pid(&self) -> i32 {
         self.child.id().cast_signed()
+    }
+
+    /// The process id of the guard itself, as long as there is one.
+    pub fn worker(&self) -> Result<i32> {
+        Ok(self.client().status()?.pid)
     }
 
     /// What it has said on stderr.

@@ -495,6 +495,15 @@ pub fn getdents_into(directory: BorrowedFd<'_>, memory: &mut [u8]) -> Result<usi
     checked(ret).map(|length| usize::try_from(length).unwrap_or(0))
 }
 
+/// Duplicates a descriptor that this process was started with.
+pub fn duplicate(number: i32) -> Result<OwnedFd> {
+    // SAFETY: two integers. If the number is not open, this fails.
+    let fd = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
+    checked(fd.into())?;
+    // SAFETY: the kernel just gave us this descriptor.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
 /// Makes `to` a duplicate of `from`, whatever it was: for programs that expect
 /// to find another file where theirs was.
 pub fn dup2(from: i32, to: i32) {

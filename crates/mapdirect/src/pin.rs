@@ -316,6 +316,15 @@ impl Pin {
         PinOptions::new().range(range).pin(file)
     }
 
+    /// What the pin lives by: it lasts as long as anybody has copies of all of
+    /// these descriptors.
+    #[doc(hidden)]
+    #[must_use]
+    pub fn lives_by(&self) -> Vec<BorrowedFd<'_>> {
+        let life = self.life.iter().map(AsFd::as_fd);
+        life.chain([self.description.as_fd()]).collect()
+    }
+
     /// Makes frozen blocks of a range stable, under the pin; see
     /// [`DirectMap::allocate`](crate::DirectMap::allocate). `range` counts bytes
     /// of the file, and must be pinned. An empty range succeeds without doing

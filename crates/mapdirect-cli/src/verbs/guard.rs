@@ -1,14 +1,21 @@
 //! `mapdirect guard`: run the guard in the foreground.
 
+mod declared;
+
 use crate::args::{GateChoice, GuardArgs};
 use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Gate;
-use mapdirect_guard::{Config, Notice, RefusedOperation, Running, Starter, start};
+use mapdirect_guard::{
+    Config, Ended, Notice, RefusedOperation, Running, Starter, Supervision, start, supervise,
+};
 use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -16,7 +23,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
     if args.unload {
         return unload(args);
     }
-    let starter = Arc::new(Starter::of_this_process());
+    let starter = Starter::of_this_process();
     // Before any thread is made, so that all of them have it blocked.
     let signals = SignalFd::block(&[
         Signal::TERMINATE,
@@ -26,6 +33,56 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         Signal::USER_1,
         Signal::USER_2,
     ])?;
+    if starter.is_keeper() {
+        if !starter.end_with_supervisor() {
+            return Ok(Exit::FAILURE);
+        }
+        // By which it is shown as a holder.
+        let _ = rustix::thread::set_name(c"pins.toml");
+        let guard = mapdirect::Guard::at(&args.socket);
+        declared::keep(&args.pins, &guard, &starter, &signals)?;
+        return Ok(Exit::SUCCESS);
+    }
+    if starter.is_supervisor() {
+        if !starter.end_with_supervisor() {
+            return Ok(Exit::FAILURE);
+        }
+        // The name of what was executed says nothing.
+        let _ = rustix::thread::set_name(c"mapdirect");
+        return guard(args, starter, &signals);
+    }
+    let program = std::env::args_os().next().unwrap_or_default();
+    let supervision = Supervision {
+        command: &|| {
+            // This very program, whatever is at its path by now.
+            let mut command = Command::new("/proc/self/exe");
+            command.arg0(&program).args(std::env::args_os().skip(1));
+            command
+        },
+        socket: args.socket.clone(),
+        pins: args.pins.clone(),
+        signals: &signals,
+        say: &output::complain,
+    };
+    raise_descriptor_limit();
+    Ok(match supervise(&supervision, starter)? {
+        Ended::With(status) => Exit::from_code(status.into()),
+        Ended::InVain => Exit::FAILURE,
+    })
+}
+
+/// Raises the soft limit of descriptors to the hard limit: whatever outlives the
+/// guard is open here as well.
+fn raise_descriptor_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // If this fails, fewer pins outlive a guard.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
+
+/// Runs the guard itself.
+fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit> {
+    let starter = Arc::new(starter);
     let quiet = args.quiet;
     let log = Mutex::new(Log::new());
     let running = start(Config {
@@ -71,6 +128,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
     // What becomes of pins when the guard ends.
     let fate = match running.gate() {
         Gate::Bpf => "stay, kept by the kernel (mapdirect guard --unload ends them)",
+        _ if starter.pins_stay() => "stay for the next guard, unless the service is stopped",
         _ => "end now, and their holders are told",
     };
     let mut watchdog = Watchdog::new(&starter, &running);
@@ -89,7 +147,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         watchdog.look();
         if !fds[1].revents().is_empty() {
             let why = running.failure().unwrap_or("unknown reason").to_owned();
-            output::complain(&format!("{why}; pins {fate}"));
+            output::complain(&format!("{why}; another guard takes over"));
             starter.stopping(&why);
             running.stop();
             return Ok(Exit::FAILURE);
@@ -106,6 +164,9 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
                 }
                 // Whoever sends one of these by mistake ends no pin by it.
                 _ => continue,
+            }
+            if starter.is_alone() && !starter.pins_stay() {
+                running.tell_that_it_ends("the supervisor of the guard has ended");
             }
             if pins > 0 {
                 output::complain(&format!("stopping; {pins} pins {fate}"));

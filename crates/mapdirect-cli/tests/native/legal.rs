@@ -41,7 +41,7 @@ fn number(variable: &str) -> Option<u64> {
 
 /// The tracepoints a guard listens to.
 fn wires(guard: &GuardProcess) -> usize {
-    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", guard.pid())).unwrap();
+    let descriptors = std::fs::read_dir(format!("/proc/{}/fd", guard.worker().unwrap())).unwrap();
     let links = descriptors
         .flatten()
         .filter_map(|entry| std::fs::read_link(entry.path()).ok());

@@ -15,6 +15,7 @@ use std::fs::File;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::Receiver;
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -123,8 +124,8 @@ fn capabilities(world: &World) {
         .map(|name| name.strip_prefix("CAP_").unwrap().to_lowercase())
         .collect();
     let of_others: &[&str] = match Gate::under_test() {
-        Gate::Bpf => &["lease", "setgid"],
-        Gate::Fanotify => &["dac_read_search", "syslog", "setgid"],
+        Gate::Bpf => &["lease", "setgid", "linux_immutable"],
+        Gate::Fanotify => &["dac_read_search", "syslog", "setgid", "linux_immutable"],
     };
     let disk = world.disk(Kind::XFS);
     let directory = ScratchDirectory::new("units-policy").unwrap();
@@ -185,11 +186,29 @@ fn pins_as_nobody(service: &Service, path: &Path) -> (bool, String) {
     (output.status.success(), said)
 }
 
+/// Hears what is sent to an address, until this process ends. Descriptors that come
+/// along are closed.
+fn listen_at(address: &Path) -> Receiver<String> {
+    let socket = UnixDatagram::bind(address).unwrap();
+    let (send, messages) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        let mut buffer = [0; 4096];
+        while let Ok(length) = socket.recv(&mut buffer) {
+            let text = String::from_utf8_lossy(&buffer[..length]).into_owned();
+            if send.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    messages
+}
+
 /// A guard that was started as systemd starts it.
 struct Service {
     child: Child,
     directory: ScratchDirectory,
-    messages: UnixDatagram,
+    /// What it has said, as it comes: nobody who starts services lets them wait.
+    messages: Receiver<String>,
     _gate: BpfDirectory,
 }
 
@@ -205,7 +224,7 @@ impl Service {
         environment: &[(&str, &str)],
     ) -> Self {
         let address = directory.path().join("notify");
-        let messages = UnixDatagram::bind(&address).unwrap();
+        let messages = listen_at(&address);
         let gate = BpfDirectory::new(Path::new(BINARY));
         let child = Command::new(&words[0])
             .args(&words[1..])
@@ -237,10 +256,7 @@ impl Service {
 
     /// The next message, if one comes in time.
     fn hear(&self, limit: Duration) -> Option<String> {
-        self.messages.set_read_timeout(Some(limit)).unwrap();
-        let mut buffer = [0; 4096];
-        let length = self.messages.recv(&mut buffer).ok()?;
-        Some(String::from_utf8(buffer[..length].to_vec()).unwrap())
+        self.messages.recv_timeout(limit).ok()
     }
 
     /// Waits for a message with such a line.
@@ -310,7 +326,12 @@ fn activated(world: &World) {
     .unwrap();
     let client = service.client();
     let status = wait_for(Duration::from_secs(60), || Ok(client.status().ok())).unwrap();
-    assert_eq!(status.pid, service.child.id().cast_signed());
+    // The process that systemd knows is the guard's parent.
+    let stat = mapdirect_sys::proc::read_task_file(status.pid, "status").unwrap();
+    assert!(
+        stat.contains(&format!("PPid:\t{}", service.child.id())),
+        "{stat}"
+    );
     let ready = service.wait_for("READY=1");
     let gate = Gate::under_test().name();
     assert!(ready.contains(&format!("STATUS=gate {gate}")), "{ready}");
@@ -332,22 +353,22 @@ fn activated(world: &World) {
 /// While the gate's thread hangs, the guard does not say that it is alive.
 fn watchdog(_world: &World) {
     let words = [String::from(BINARY), String::from("guard")];
-    let mut service = Service::start(&words, &[("WATCHDOG_USEC", "200000")]);
+    let mut service = Service::start(&words, &[]);
     service.wait_for("READY=1");
     service.wait_for("WATCHDOG=1");
     let tid = service.thread("gate").unwrap();
     let mut hang = Command::new("strace")
         .args(["-qq", "-e", "trace=ppoll,poll"])
-        .args(["-e", "inject=ppoll,poll:delay_enter=4000000", "-p"])
+        .args(["-e", "inject=ppoll,poll:delay_enter=7000000", "-p"])
         .arg(tid.to_string())
         .stderr(Stdio::null())
         .spawn()
         .context("strace is missing, which makes a thread hang")
         .unwrap();
     // What was said before it hung.
-    std::thread::sleep(Duration::from_millis(1500));
+    std::thread::sleep(Duration::from_millis(3000));
     while service.hear(Duration::from_millis(1)).is_some() {}
-    let silent = service.hear(Duration::from_millis(1000));
+    let silent = service.hear(Duration::from_millis(3500));
     assert_eq!(silent, None, "it says that it is alive");
     kill(hang.id().cast_signed(), Signal::INTERRUPT).unwrap();
     hang.wait().unwrap();
@@ -358,7 +379,8 @@ fn watchdog(_world: &World) {
 impl Service {
     /// The number of a thread of the guard.
     fn thread(&self, name: &str) -> anyhow::Result<i32> {
-        let directory = format!("/proc/{}/task", self.child.id());
+        let pid = self.client().status()?.pid;
+        let directory = format!("/proc/{pid}/task");
         for tid in mapdirect_sys::proc::numbers_in(&directory)? {
             let comm = std::fs::read_to_string(format!("{directory}/{tid}/comm"))?;
             if comm.trim_end() == name {

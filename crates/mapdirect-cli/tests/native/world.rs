@@ -32,6 +32,8 @@ pub fn roles() -> Vec<Role> {
     vec![
         ("member", crate::family::play_member),
         ("hold", crate::lifetime::play_holder),
+        ("killed-attacker", crate::killed::play),
+        ("service-manager", mapdirect_testkit::service_manager::play),
         ("random", crate::random::play_attacker),
         ("mmap", crate::errors::play_mmap),
         ("pin", crate::errors::play_pin),

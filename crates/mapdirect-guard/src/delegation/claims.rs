@@ -170,10 +170,6 @@ impl Delegated {
     }
 
     /// What a later guard must know: never 0.
-    #[cfg_attr(
-        all(not(feature = "bpf"), not(test)),
-        expect(dead_code, reason = "for the bpf gate")
-    )]
     pub(crate) fn wire(&self) -> u64 {
         self.until.map_or(NO_LIMIT, |until| until.max(1))
     }

@@ -132,13 +132,13 @@ enum Id {
     untagged,
     expecting = "expected a number of bytes, or a size such as \"64G\""
 )]
-enum Size {
+pub(crate) enum Size {
     Bytes(u64),
     Text(String),
 }
 
 impl Size {
-    fn bytes(&self) -> Option<u64> {
+    pub(crate) fn bytes(&self) -> Option<u64> {
         let text = match self {
             Self::Bytes(bytes) => return Some(*bytes),
             Self::Text(text) => text,
@@ -155,7 +155,7 @@ impl Size {
 }
 
 /// Line and column of a byte, both from 1.
-fn place(text: &str, at: usize) -> (usize, usize) {
+pub(crate) fn place(text: &str, at: usize) -> (usize, usize) {
     let before = &text.as_bytes()[..at.min(text.len())];
     let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
     let begin = before.iter().rposition(|byte| *byte == b'\n');

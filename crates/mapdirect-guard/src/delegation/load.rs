@@ -150,7 +150,7 @@ fn directory(path: &Path) -> Result<Vec<PathBuf>, PolicyError> {
 }
 
 /// The text of a policy, or nothing if there is no such file.
-fn read(path: &Path) -> Result<Option<String>, PolicyError> {
+pub(crate) fn read(path: &Path) -> Result<Option<String>, PolicyError> {
     if let Some(parent) = path.parent()
         && let Some(opened) = open(parent, OFlags::DIRECTORY)?
     {

@@ -26,6 +26,8 @@ pub(crate) use self::place::from_another_namespace;
 
 pub(crate) use self::claims::{Delegated, Turn};
 pub(crate) use self::door::{Admission, Peer, admit, not_capable};
+pub(crate) use self::file::{Size, place as place_in};
+pub(crate) use self::load::read as read_text;
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::{file::parse, names::Names, paths::Pattern};
 
@@ -126,7 +128,6 @@ impl Delegation {
     }
 
     /// Counts a pin that an earlier guard has granted.
-    #[cfg_attr(not(feature = "bpf"), expect(dead_code, reason = "for the bpf gate"))]
     pub(crate) fn claim_again(&self, uid: u32, bytes: u64, until: u64) -> Delegated {
         claims::claim_again(&self.claims, uid, bytes, until)
     }

@@ -18,7 +18,7 @@ use crate::table::{GrantState, InodeId, Pin, Watched};
 use crate::{Errno, Guard};
 use mapdirect_proto::{Notice, Refusal, WatchedPin};
 use std::ops::Range;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 /// What the guard asks of its gate.
@@ -84,6 +84,17 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
     /// Makes the gate judge by the current pins of an inode, and by what is
     /// known of them.
     fn publish(&self, guard: &Guard, watched: &Watched) -> Result<(), Errno>;
+
+    /// Has the pin outlive this guard if the kernel does not see to that, before
+    /// its holder is told of it.
+    fn outlives(&self, watched: &Watched, pin: &Pin) {
+        let _ = (watched, pin);
+    }
+
+    /// Notes that the guard has a descriptor of this number open for long.
+    fn has_descriptor(&self, number: RawFd) {
+        let _ = number;
+    }
 
     /// Lets others share a pin that was granted just now, by `mmap(2)` alone.
     fn granted(&self, watched: &Watched) {

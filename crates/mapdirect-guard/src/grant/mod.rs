@@ -46,6 +46,8 @@ use std::time::Duration;
 /// A pin, and the descriptors that go to its holder.
 #[derive(Debug)]
 pub(crate) struct Grant {
+    /// The inode that the pin is on.
+    pub(crate) watched: Arc<Watched>,
     /// The pin, which counts as handed over once `file` is closed here.
     pub(crate) pin: Arc<Pin>,
     pub(crate) granted: Granted,
@@ -217,6 +219,7 @@ pub(crate) fn grant(
         let (granted, extents, lifeline) = granted?;
         delegation.deadlines.add(judged.id, &pin);
         return Ok(Grant {
+            watched: Arc::clone(&watched),
             pin,
             granted,
             file,

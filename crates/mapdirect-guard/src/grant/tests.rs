@@ -17,10 +17,10 @@ use std::path::{Path, PathBuf};
 fn with_guard(run: impl FnOnce(&Guard, &fanotify::Gate)) {
     // Leases taken for a moment raise it.
     mapdirect_sys::signal::ignore(libc::SIGIO).unwrap();
-    let gate = Arc::new(fanotify::Gate::new().unwrap());
+    let starter = Arc::new(crate::Starter::none());
+    let gate = Arc::new(fanotify::Gate::new(&starter).unwrap());
     let limits = crate::places::Limits::of_process(Some(1024));
     let delegation = Delegation::new(PathBuf::from("/nonexistent/policy.toml"), 1024).unwrap();
-    let starter = Arc::new(crate::Starter::none());
     let guard = Guard::new(
         Arc::clone(&gate) as Arc<dyn Gate>,
         limits,

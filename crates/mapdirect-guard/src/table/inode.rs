@@ -8,6 +8,7 @@ use super::{InodeId, Opinion, Pin};
 use crate::audit::Met;
 use crate::family::Family;
 use crate::grant::pending::Queue;
+use crate::journal::{FileRecord, Kept};
 use crate::ledger::PinSet;
 use crate::policy::{Operation, RULES};
 use arc_swap::ArcSwap;
@@ -16,7 +17,7 @@ use mapdirect_sys::fanotify::Object;
 use mapdirect_sys::{Errno, ancestry, open_tree, proc};
 use rustix::fs::OFlags;
 use std::cell::OnceCell;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -85,6 +86,8 @@ struct Anchor {
     path: Arc<OwnedFd>,
     /// The name that close events have for the file.
     object: Object,
+    /// What the next guard finds.
+    kept: Option<Arc<Kept>>,
 }
 
 /// What grants on one inode know. A grant locks this from start to end.
@@ -134,9 +137,55 @@ impl Watched {
         let anchor = Anchor {
             path: Arc::new(path),
             object: object.clone(),
+            kept: None,
         };
         *self.lock_anchor() = Some(anchor);
         Ok(object)
+    }
+
+    /// Takes over the path that an earlier guard had.
+    pub(crate) fn recast_anchor(&self, path: OwnedFd, kept: Kept) -> Result<Object, Errno> {
+        let object = Object::of(path.as_fd())?;
+        *self.lock_anchor() = Some(Anchor {
+            path: Arc::new(path),
+            object: object.clone(),
+            kept: Some(Arc::new(kept)),
+        });
+        Ok(object)
+    }
+
+    /// What the next guard has to know of the file.
+    pub(crate) fn record(&self) -> FileRecord {
+        FileRecord {
+            inode: self.id,
+            reflink: self.abilities.reflink,
+            exchange: self.abilities.exchange,
+            coarse: self.abilities.coarse,
+            names: self.names.load(SeqCst),
+            moved: self.notes.moved(),
+            path: self.path.to_string(),
+        }
+    }
+
+    /// Has the next guard find the file, as long as there is an anchor.
+    pub(crate) fn outlives_by(&self, kept: Kept) {
+        if let Some(anchor) = &mut *self.lock_anchor() {
+            anchor.kept = Some(Arc::new(kept));
+        }
+    }
+
+    /// Changes what the next guard finds. Takes no lock that anybody holds for
+    /// longer than it runs.
+    fn change_record(&self, change: impl FnOnce(&mut FileRecord)) {
+        let kept = self.lock_anchor().as_ref().and_then(|it| it.kept.clone());
+        if let Some(kept) = kept {
+            kept.change_file(change);
+        }
+    }
+
+    /// Records for the next guard by how many bytes blocks may have come nearer.
+    pub(crate) fn keep_moved(&self) {
+        self.change_record(|record| record.moved = self.notes.moved());
     }
 
     /// The path to the file.
@@ -150,7 +199,14 @@ impl Watched {
     /// may have to wait, so the gate thread must not do this.
     pub(crate) fn weigh_anchor(&self) -> Option<Object> {
         let anchor = self.lock_anchor().take()?;
-        Some(anchor.object)
+        // Closed here first: whoever keeps it as well has the last copy then, and
+        // lets go of the filesystem.
+        let Anchor { path, object, kept } = anchor;
+        drop(path);
+        if let Some(kept) = kept {
+            kept.end();
+        }
+        Some(object)
     }
 
     fn lock_anchor(&self) -> MutexGuard<'_, Option<Anchor>> {
@@ -260,7 +316,12 @@ impl Watched {
     }
 
     pub(crate) fn remove(&self, gone: impl Fn(&Pin) -> bool) {
+        let before = self.pins.load_full();
         self.pins.rcu(|pins| pins.without(&gone));
+        before
+            .iter()
+            .filter(|pin| gone(pin))
+            .for_each(|pin| pin.is_out());
         if self.layered.is_kept() {
             self.layered.renew(&self.pins);
         }
@@ -305,7 +366,11 @@ impl Watched {
 
     /// Records how many names the file has, and returns how many it had.
     pub(crate) fn has_names(&self, names: u64) -> u64 {
-        self.names.swap(names, SeqCst)
+        let before = self.names.swap(names, SeqCst);
+        if before != names {
+            self.change_record(|record| record.names = names);
+        }
+        before
     }
 
     /// Whether a pin denies it to a process, which does not end meanwhile, to

@@ -125,6 +125,20 @@ impl<A: Atomics, L: ThreadList> Notes<A, L> {
         self.writers.withdraw();
     }
 
+    /// Notes that anything may have been let in, by anybody, because an earlier
+    /// guard has kept the gate.
+    pub(crate) fn anything(&self) {
+        let anybody = Threads {
+            tids: Vec::new(),
+            and_others: true,
+        };
+        self.changes_by.add(&anybody);
+        self.mappings_by.add(&anybody);
+        for tally in [&self.writers, &self.changes, &self.mappings, &self.shares] {
+            tally.note();
+        }
+    }
+
     /// Notes that blocks behind a pin are about to come nearer by `bytes`. Only
     /// the gate's thread lets blocks be shared or moved, so it sees its own
     /// earlier notes.

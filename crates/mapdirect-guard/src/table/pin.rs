@@ -1,10 +1,11 @@
 //! A pin, from its grant to its end.
 
-use super::LOCK_BASE;
 use super::life::{Life, Stage};
+use super::{InodeId, LOCK_BASE};
 use crate::apart::Held;
 use crate::delegation::Delegated;
 use crate::family::Family;
+use crate::journal::{Kept, LivesBy, PinRecord, UNKNOWN, sum_of};
 use crate::ledger::Ranged;
 use crate::notice::Fate;
 use crate::policy::{Layers, Operation, Pinned};
@@ -17,7 +18,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// One pin.
 #[derive(Debug)]
@@ -58,6 +59,8 @@ pub(crate) struct Pin {
     pub(crate) fate: Arc<Fate>,
     /// What allowed it to a holder without the capability.
     delegated: OnceLock<Delegated>,
+    /// What the next guard finds, under the fanotify gate.
+    kept: OnceLock<Kept>,
 }
 
 /// What a pin lives by under the fanotify gate: something that only its holders
@@ -90,6 +93,12 @@ struct GivingWay {
     open: Vec<Range<u64>>,
     /// and nothing held here.
     loose: Vec<Range<u64>>,
+}
+
+/// Seconds since the machine was started.
+fn boot_time() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    u64::try_from(now.tv_sec).unwrap_or(0)
 }
 
 /// Takes one of several equal ranges out of a list.
@@ -172,6 +181,7 @@ impl Pin {
             gives_way: Mutex::default(),
             fate: Arc::default(),
             delegated: OnceLock::new(),
+            kept: OnceLock::new(),
         }
     }
 
@@ -252,6 +262,7 @@ impl Pin {
             gives_way: Mutex::new(self.giving_way().clone()),
             fate,
             delegated: OnceLock::new(),
+            kept: OnceLock::new(),
         }
     }
 
@@ -371,6 +382,7 @@ impl Pin {
     /// Records where the blocks are, as the holder is told.
     pub(crate) fn record(&self, map: &BlockMap) {
         self.map.store(Some(Arc::new(map.clone())));
+        self.keep_map();
     }
 
     /// Where the blocks are, as far as that is known.
@@ -382,12 +394,94 @@ impl Pin {
     /// nothing if another thread has recorded something newer than `seen`.
     pub(crate) fn renew(&self, seen: &Arc<BlockMap>, now: BlockMap) {
         self.map.compare_and_swap(seen, Some(Arc::new(now)));
+        self.keep_map();
     }
 
     /// Marks that the holder begins to have blocks allocated, or that this is
     /// over. In between, nothing is known of what is frozen.
     pub(crate) fn changes_or_is_done(&self) {
         self.changes.fetch_add(1, SeqCst);
+        self.keep_map();
+    }
+
+    /// What the next guard has to know of the pin, which is on this inode.
+    pub(crate) fn record_for(&self, inode: InodeId) -> PinRecord {
+        PinRecord {
+            id: self.id,
+            inode,
+            reach: self.range.clone(),
+            shown: self.shown.clone(),
+            mapped: self.mapped.clone(),
+            flags: self.flags,
+            pid: self.pid,
+            uid: self.uid,
+            lives_by: match self.carrier() {
+                Carrier::Lock => LivesBy::Lock,
+                Carrier::Pipe(_) => LivesBy::Pipe,
+                Carrier::Writers => LivesBy::Writers,
+            },
+            since: boot_time().saturating_sub(self.since.elapsed().as_secs()),
+            family: self.family.as_ref().map(|one| (one.pid(), one.began())),
+            asker: self.fate.asker(),
+            until: self.delegated().map_or(0, Delegated::wire),
+            map: UNKNOWN,
+            breaches: self.fate.summary().0,
+        }
+    }
+
+    /// The pin that an earlier guard has recorded, of which only the blocks are
+    /// not known yet.
+    pub(crate) fn recorded(record: &PinRecord, carrier: Carrier, family: Option<Family>) -> Self {
+        let owner = Sender {
+            pid: record.pid,
+            uid: record.uid,
+        };
+        let (shown, mapped) = (record.shown.clone(), record.mapped.clone());
+        let reach = record.reach.clone();
+        let pin = Self::unsettled(record.id, shown, mapped, reach, record.flags, owner);
+        pin.lives_by(carrier);
+        if let Some((pid, began)) = record.asker {
+            pin.fate.asked_by(pid, began);
+        }
+        pin.fate.had(record.breaches);
+        let age = Duration::from_secs(boot_time().saturating_sub(record.since));
+        Self {
+            since: Instant::now().checked_sub(age).unwrap_or_else(Instant::now),
+            family: family.map(Arc::new),
+            ..pin
+        }
+    }
+
+    /// Has the next guard find the pin.
+    pub(crate) fn outlives_by(&self, kept: Kept) {
+        let _ = self.kept.set(kept);
+        self.keep_map();
+    }
+
+    /// Records the present block map for the next guard.
+    fn keep_map(&self) {
+        let Some(kept) = self.kept.get() else {
+            return;
+        };
+        kept.change_pin(|record| {
+            let is_unknown = self.follows() || self.changes().is_under_way();
+            let map = self.map().filter(|_| !is_unknown);
+            record.map = map.map_or(UNKNOWN, |map| sum_of(&map));
+        });
+    }
+
+    /// Records for the next guard that blocks were found to have changed.
+    pub(crate) fn keep_breach(&self) {
+        if let Some(kept) = self.kept.get() {
+            kept.change_pin(|record| record.breaches += 1);
+        }
+    }
+
+    /// Has the next guard not find the pin any more.
+    pub(crate) fn is_out(&self) {
+        if let Some(kept) = self.kept.get() {
+            kept.end();
+        }
     }
 
     /// How often the holder has had blocks allocated so far.

@@ -38,7 +38,7 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering::SeqCst};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use wires::{CannotArm, Listened, Who, Wires};
 
@@ -83,7 +83,9 @@ const LOOKERS: usize = 256;
 /// The tripwire of a guard.
 #[derive(Debug)]
 pub(crate) struct Tripwire {
-    wires: Option<Mutex<Wires>>,
+    /// Made when they are first needed: an earlier guard that the kernel still
+    /// takes apart is in the way, and everybody at the gate would wait.
+    wires: OnceLock<Option<Mutex<Wires>>>,
     /// Why there is no tripwire, or none for some filesystems.
     missing: Mutex<Option<String>>,
     waker: Waker,
@@ -100,18 +102,25 @@ pub(crate) struct Armed {
 
 impl Tripwire {
     pub(crate) fn new() -> Result<Self, Errno> {
-        let wires = Wires::new();
-        let missing = match &wires {
-            Ok(_) => probe_tracepoints().err(),
-            Err(error) => Some(error.to_string()),
-        };
         Ok(Self {
-            wires: wires.ok().map(Mutex::new),
-            missing: Mutex::new(missing),
+            wires: OnceLock::new(),
+            missing: Mutex::default(),
             waker: Waker::new()?,
             looks: Looks::default(),
             all: AtomicBool::new(false),
         })
+    }
+
+    fn wires(&self) -> Option<&Mutex<Wires>> {
+        let make = || {
+            let wires = Wires::new();
+            *lock(&self.missing) = match &wires {
+                Ok(_) => probe_tracepoints().err(),
+                Err(error) => Some(error.to_string()),
+            };
+            wires.ok().map(Mutex::new)
+        };
+        self.wires.get_or_init(make).as_ref()
     }
 
     /// Listens to a file from now on. Earlier changes show in a block map that
@@ -127,7 +136,7 @@ impl Tripwire {
         filesystem: &Filesystem,
         file: BorrowedFd<'_>,
     ) -> Result<Armed, Errno> {
-        let Some(wires) = &self.wires else {
+        let Some(wires) = self.wires() else {
             return Ok(Armed { _listened: None });
         };
         let listened = Listened::new(id, file_handle::of(file)?);
@@ -156,23 +165,19 @@ impl Tripwire {
     /// another file that has it now is listened to before anything of it is
     /// pinned.
     fn is_current(&self, file: &Arc<Listened>) -> bool {
-        let wires = self.wires.as_ref();
-        wires
+        self.wires()
             .and_then(|wires| lock(wires).listened(file.id))
             .is_none_or(|now| Arc::ptr_eq(&now, file))
     }
 
     /// Why changes that the gate does not refuse go unnoticed, if they do.
     pub(crate) fn missing(&self) -> Option<String> {
+        let _ = self.wires();
         lock(&self.missing).clone()
     }
 
     /// Makes the tripwire read and compare the block maps of all pins soon,
     /// because the gate was open for a moment and is closed again.
-    #[cfg_attr(
-        not(feature = "bpf"),
-        expect(dead_code, reason = "nobody can open the other gate")
-    )]
     pub(crate) fn look_everywhere(&self) {
         self.all.store(true, SeqCst);
         self.waker.wake();
@@ -483,7 +488,7 @@ fn take_looks(guard: &Guard) {
 /// When the rings cannot be read any more.
 pub(crate) fn run(guard: &Guard, spawn: &Spawn) -> Result<(), Errno> {
     let tripwire = &guard.tripwire;
-    let Some(wires) = &tripwire.wires else {
+    let Some(wires) = tripwire.wires() else {
         return Ok(());
     };
     let mut cases: HashMap<InodeId, Case> = HashMap::new();

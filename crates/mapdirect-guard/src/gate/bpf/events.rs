@@ -52,6 +52,7 @@ pub(crate) fn run(guard: &Guard, gate: &Gate, say: &dyn Fn(&str)) -> Result<(), 
         }
         guard.pulse.gate_beats();
     }
+    guard.pulse.gate_is_over();
     Ok(())
 }
 

@@ -11,7 +11,7 @@ use mapdirect_proto::{Notice, Refusal, WatchedPin};
 use mapdirect_sys::fcntl::conflicting_lock;
 use rustix::fs::OFlags;
 use std::ops::Range;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd, RawFd};
 use std::sync::Arc;
 
 impl gate::Gate for Gate {
@@ -71,6 +71,14 @@ impl gate::Gate for Gate {
         Ok(())
     }
 
+    fn outlives(&self, watched: &Watched, pin: &Pin) {
+        Self::outlives(self, watched, pin);
+    }
+
+    fn has_descriptor(&self, number: RawFd) {
+        self.journal.note_descriptor(number);
+    }
+
     fn withdraw(&self, watched: &Watched, file: BorrowedFd<'_>, was_last: bool) {
         if was_last {
             // There may be no mark yet, or none any more.
@@ -118,7 +126,7 @@ impl gate::Gate for Gate {
         gate::unknown(named.pin)
     }
 
-    /// The fanotify gate ends with its guard.
+    /// The fanotify gate is nowhere but in descriptors.
     fn directory(&self) -> Option<OwnedFd> {
         None
     }

@@ -232,6 +232,9 @@ impl<'a> Moving<'a> {
     /// Marks that the collapse is let in, so that its move counts from now on.
     fn goes_on(&self) {
         self.goes_on.set(true);
+        if self.gone.is_some() {
+            self.watched.keep_moved();
+        }
     }
 }
 

@@ -10,7 +10,7 @@
 //! last proof, all of that holds. It then remains to open a description, lock
 //! its byte and read the block map.
 
-use super::{Gate, MASK};
+use super::Gate;
 use crate::Errno;
 use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
@@ -146,9 +146,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     fn close_the_gate(&self) -> Result<(), Refusal> {
         let file = self.holder.file.as_fd();
-        let closed = self.gate.group.add(MASK, file);
-        closed
-            .and_then(|()| self.gate.lifetime.watch(self.granting.watched, file))
+        self.gate
+            .close_at(self.granting.watched, file)
             .map_err(|errno| {
                 refusal(
                     Reason::NoGate,

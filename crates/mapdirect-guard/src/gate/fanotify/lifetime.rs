@@ -25,6 +25,7 @@
 //! ([`OwnOpens::quietly`](crate::table::OwnOpens::quietly)).
 
 use super::{Gate, MASK, is_final};
+use crate::journal::{Journal, Kept};
 use crate::openers::{Mark, Wanted, openers};
 use crate::table::{Carrier, InodeId, LOCK_BASE, Pin, Watched};
 use crate::wake::{Waker, wait_any};
@@ -88,9 +89,10 @@ pub(crate) struct Lifetime {
 }
 
 impl Lifetime {
-    pub(super) fn new() -> Result<Self, Errno> {
+    /// The one that reads the close events of a group.
+    pub(super) fn of(closes: Group) -> Result<Self, Errno> {
         Ok(Self {
-            closes: Group::notification()?,
+            closes,
             waker: Waker::new()?,
             with_dead: SegQueue::new(),
             objects: Mutex::default(),
@@ -98,15 +100,41 @@ impl Lifetime {
     }
 
     /// Gets the close events of a file from now on.
-    pub(super) fn watch(&self, watched: &Watched, file: BorrowedFd<'_>) -> Result<(), Errno> {
+    pub(super) fn watch(
+        &self,
+        journal: &Arc<Journal>,
+        watched: &Watched,
+        file: BorrowedFd<'_>,
+    ) -> Result<(), Errno> {
+        // There may be one from before, whose marks have gone.
+        self.forget(watched);
         let object = watched.cast_anchor(file)?;
+        if let Some(path) = watched.anchor() {
+            let kept = journal.keep_file(&watched.record(), path.as_fd())?;
+            watched.outlives_by(kept);
+        }
+        self.expect(object, watched);
+        self.closes.add(CLOSES, file)
+    }
+
+    /// Takes over a file whose close events an earlier guard got.
+    pub(super) fn watch_again(
+        &self,
+        watched: &Watched,
+        path: OwnedFd,
+        kept: Kept,
+    ) -> Result<(), Errno> {
+        let object = watched.recast_anchor(path, kept)?;
+        self.expect(object, watched);
+        Ok(())
+    }
+
+    fn expect(&self, object: Object, watched: &Watched) {
         let mut objects = self.objects();
         let ids = objects.entry(object).or_default();
         if !ids.contains(&watched.id) {
             ids.push(watched.id);
         }
-        drop(objects);
-        self.closes.add(CLOSES, file)
     }
 
     /// Learns from now on when a name of a file goes.
@@ -215,6 +243,8 @@ pub(super) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
         second_looks: HashMap::new(),
         sweep: Sweep::new(),
     };
+    // Pins that were taken over may have ended meanwhile.
+    keeper.sweep.soon();
     let mut buffer = vec![0; 64 * 1024];
     let mut undecided: Vec<(InodeId, OwnedFd, bool)> = Vec::new();
     while !guard.is_stopping() {

@@ -133,6 +133,7 @@ pub(super) struct Server<'guard> {
 /// open then, and the process must end so that holders are told.
 pub(crate) fn run(guard: &Guard, gate: &Gate) -> Result<(), Errno> {
     hurry();
+    guard.starter.this_is_the_gate();
     let mut server = Server {
         guard,
         gate,
@@ -176,6 +177,7 @@ impl Server<'_> {
             self.flush()?;
             self.guard.pulse.gate_beats();
         }
+        self.guard.pulse.gate_is_over();
         Ok(())
     }
 
@@ -209,7 +211,10 @@ impl Server<'_> {
             Some(Duration::ZERO)
         };
         let waker = self.guard.waiting.waker();
-        let (events, woken) = if self.unanswered() < self.most {
+        // A guard that stops leaves new events to the next one, if there may be
+        // one.
+        let leaves = self.guard.is_stopping() && self.guard.starter.keeps();
+        let (events, woken) = if self.unanswered() < self.most && !leaves {
             let [events, woken] = wait_any(&[self.gate.group.as_fd(), waker.as_fd()], timeout)?;
             (events, woken)
         } else {
@@ -240,6 +245,7 @@ impl Server<'_> {
         };
         self.guard.audit.judged();
         let fd = file.as_raw_fd();
+        self.gate.journal.note_descriptor(fd);
         let opens = !event.mask.intersects(Mask::PRE_ACCESS);
         let file = if opens {
             self.guard.own.hand(event.tid, file)

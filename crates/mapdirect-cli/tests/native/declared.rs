@@ -1,0 +1,170 @@
+//! Pins that a file declares: mapdirect-pins(5).
+
+use crate::world::{BINARY, World, is_pinned, kinds, patience, wait_until_free, written};
+use libtest_mimic::Trial;
+use mapdirect_sys::signal::{Signal, kill};
+use mapdirect_testkit::Kind;
+use mapdirect_testkit::process::{GuardProcess, ScratchDirectory, wait_for};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+pub fn trials(world: &World) -> Vec<Trial> {
+    world.trials(
+        "declared",
+        &kinds(&[Kind::XFS, Kind::EXT4]),
+        &[("pins", pins), ("mistakes", mistakes)],
+    )
+}
+
+/// A guard with a file of pins.
+struct Declared {
+    guard: GuardProcess,
+    directory: ScratchDirectory,
+}
+
+impl Declared {
+    fn start(text: &str) -> Self {
+        let directory = ScratchDirectory::new("declared").unwrap();
+        let path = directory.path().join("pins.toml");
+        std::fs::write(&path, text).unwrap();
+        let arguments = ["--pins", path.to_str().unwrap()];
+        let guard = GuardProcess::start_with(Path::new(BINARY), &arguments).unwrap();
+        Self { guard, directory }
+    }
+
+    /// Has the guard read another text.
+    fn reload(&self, text: Option<&str>) {
+        let path = self.directory.path().join("pins.toml");
+        match text {
+            Some(text) => std::fs::write(&path, text).unwrap(),
+            None => std::fs::remove_file(&path).unwrap(),
+        }
+        kill(self.guard.pid(), Signal::HANGUP).unwrap();
+    }
+
+    fn says(&self, what: &str) {
+        wait_for(patience(), || {
+            Ok(self.guard.said().contains(what).then_some(()))
+        })
+        .unwrap_or_else(|_| panic!("not {what:?}: {}", self.guard.said()));
+    }
+
+    /// The process that holds the pins.
+    fn keeper(&self) -> Option<i32> {
+        let pid = self.guard.pid();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        let children = children.unwrap_or_default();
+        children
+            .split_whitespace()
+            .find(|child| {
+                std::fs::read_to_string(format!("/proc/{child}/comm"))
+                    .is_ok_and(|name| name.trim_end() == "pins.toml")
+            })
+            .and_then(|child| child.parse().ok())
+    }
+}
+
+fn becomes_pinned(path: &Path) {
+    wait_for(patience(), || Ok(is_pinned(path).then_some(())))
+        .unwrap_or_else(|_| panic!("{} is not pinned", path.display()));
+}
+
+/// For a while, a file is pinned whenever anybody looks.
+fn stays_pinned(path: &Path, limit: Duration) {
+    let began = Instant::now();
+    while began.elapsed() < limit {
+        assert!(is_pinned(path), "after {:?}", began.elapsed());
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+fn entry(path: &Path, more: &str) -> String {
+    format!("[[pin]]\npath = {:?}\n{more}\n", path.display().to_string())
+}
+
+/// They are taken at the start and when there is something to take, and outlive
+/// whoever takes them.
+fn pins(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let [first, second, late]: [PathBuf; 3] =
+        ["first", "second", "late"].map(|name| disk.path(&format!("declared-{name}")));
+    for name in ["first", "second"] {
+        written(&disk, &format!("declared-{name}"), 1 << 20);
+    }
+    let text = entry(&first, "") + &entry(&late, "strength = 'stable'");
+    let declared = Declared::start(&text);
+    becomes_pinned(&first);
+    declared.says("declared-late: not pinned: No such file");
+    // Whose they are can be seen.
+    let status = declared.guard.client().status().unwrap();
+    let keeper = declared.keeper().unwrap();
+    let [file] = &status.files[..] else {
+        panic!("{:?}", status.files);
+    };
+    assert_eq!(file.pins[0].pid, keeper);
+    let holder = file.holders.iter().find(|holder| holder.pid == keeper);
+    assert_eq!(holder.unwrap().command, "pins.toml");
+    // What comes later is taken then.
+    written(&disk, "declared-late", 1 << 20);
+    becomes_pinned(&late);
+    // The guard is killed, and the keeper.
+    kill(declared.guard.worker().unwrap(), Signal::KILL).unwrap();
+    stays_pinned(&first, Duration::from_millis(700));
+    kill(keeper, Signal::KILL).unwrap();
+    stays_pinned(&first, Duration::from_millis(700));
+    wait_for(patience(), || {
+        Ok(declared
+            .keeper()
+            .is_some_and(|now| now != keeper)
+            .then_some(()))
+    })
+    .unwrap();
+    stays_pinned(&first, Duration::from_millis(500));
+    assert!(is_pinned(&late));
+    // Others take their place.
+    declared.reload(Some(
+        &(entry(&second, "length = '64K'") + &entry(&late, "strength = 'stable'")),
+    ));
+    becomes_pinned(&second);
+    wait_until_free(&first);
+    declared.says("declares 2 (before: 2)");
+    assert!(is_pinned(&late));
+    // One that is being granted is not shown yet.
+    let mut known = wait_for(patience(), || {
+        let files = declared.guard.client().status()?.files;
+        Ok((files.len() == 2).then_some(files))
+    })
+    .unwrap();
+    known.sort_by_key(|file| file.path.clone());
+    assert_eq!(known[1].pins[0].range, 0..65536);
+    // None at all.
+    declared.reload(None);
+    wait_until_free(&second);
+    wait_until_free(&late);
+    wait_for(patience(), || Ok(declared.keeper().is_none().then_some(()))).unwrap();
+    // And some again.
+    declared.reload(Some(&entry(&first, "scope = 'file'")));
+    becomes_pinned(&first);
+    drop(declared);
+    wait_until_free(&first);
+    for path in [first, second, late] {
+        std::fs::remove_file(path).unwrap();
+    }
+}
+
+/// No mistake in the file keeps the guard from starting, or ends a pin.
+fn mistakes(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "declared-mistakes", 1 << 20);
+    let declared = Declared::start(&entry(&path, "lenght = 5"));
+    declared.says("pins.toml:3:1: unknown field `lenght`");
+    assert!(!is_pinned(&path));
+    assert!(declared.guard.client().status().is_ok());
+    declared.reload(Some(&entry(&path, "length = '8K'")));
+    becomes_pinned(&path);
+    declared.reload(Some("pins"));
+    declared.says("declared pins stay as they were");
+    assert!(is_pinned(&path));
+    drop(declared);
+    wait_until_free(&path);
+    std::fs::remove_file(path).unwrap();
+}
