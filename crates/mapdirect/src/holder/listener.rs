@@ -67,6 +67,8 @@ enum Silence {
 /// A connection that notices come by.
 struct Link {
     socket: Socket,
+    /// The guard's process, in its own words.
+    pid: i32,
 }
 
 impl Link {
@@ -83,8 +85,8 @@ impl Link {
         let hello = Request::Hello { version: VERSION };
         socket.send(&[&hello.encode()], &[]).map_err(gone)?;
         match hear(&socket).map_err(gone)? {
-            (Some(Reply::Welcome { version, .. }), _) => match settle(version) {
-                Ok(_) => Ok(Self { socket }),
+            (Some(Reply::Welcome { version, pid, .. }), _) => match settle(version) {
+                Ok(_) => Ok(Self { socket, pid }),
                 Err(unknown) => Err(Silence::Busy(format!(
                     "the guard at {path_name}: {unknown}"
                 ))),
@@ -423,9 +425,12 @@ impl Listener {
     /// What becomes of pins while no guard answers.
     fn tell_without_guard(&mut self, silence: &Silence) {
         let (Silence::NoGuard(why) | Silence::Busy(why)) = silence;
-        let is_gone = match &self.guard {
-            Some(guard) => has_ended(guard),
-            None => matches!(silence, Silence::NoGuard(_)),
+        let is_gone = match (silence, &self.guard) {
+            // Somebody listens. A guard that was killed may have been in the middle of
+            // its answer, and another one is about to come.
+            (Silence::Busy(_), _) => false,
+            (Silence::NoGuard(_), Some(guard)) => has_ended(guard),
+            (Silence::NoGuard(_), None) => true,
         };
         let fault = self.directory.as_mut().and_then(Directory::fault);
         self.bring(|entry| {
@@ -501,7 +506,10 @@ impl Listener {
         if let Some(directory) = directory {
             self.keep_directory(directory);
         }
-        self.guard = link.socket.peer_pidfd().ok();
+        // Somebody else may have made the socket at which it listens: systemd, or an
+        // earlier guard.
+        let is_its_own = link.socket.peer().is_ok_and(|peer| peer.pid == link.pid);
+        self.guard = is_its_own.then(|| link.socket.peer_pidfd().ok()).flatten();
         self.link = Some(link);
         self.bring(|entry| {
             let pin = &entry.named.pin;
