@@ -254,8 +254,7 @@ pub fn start(config: Config) -> Result<Running, StartError> {
     opened.settle(&shared.guard);
     // Those who wait at the gate do not wait for what follows.
     crate::supervise::is_not_urgent_any_more();
-    if let Opened::Fanotify(gate) = &opened {
-        let gate = Arc::clone(gate);
+    if let Some(gate) = opened.fanotify() {
         spawn("adopt", Box::new(move |shared| gate.listen(&shared.guard)))?;
     }
     let looking = Arc::clone(&shared);
@@ -410,6 +409,14 @@ impl Opened {
             Self::Fanotify(gate) => Arc::clone(gate) as Arc<dyn Gate>,
             #[cfg(feature = "bpf")]
             Self::Bpf(gate) => Arc::clone(gate) as Arc<dyn Gate>,
+        }
+    }
+
+    fn fanotify(&self) -> Option<Arc<gate::fanotify::Gate>> {
+        match self {
+            Self::Fanotify(gate) => Some(Arc::clone(gate)),
+            #[cfg(feature = "bpf")]
+            Self::Bpf(_) => None,
         }
     }
 

@@ -14,25 +14,20 @@ use std::time::{Duration, Instant};
 /// The kernel they are tried on.
 const KERNEL: &str = "7.3";
 
-/// A gate, what it needs on the command line of that kernel, and whether pins are
-/// kept while the guard is exchanged.
+/// A gate, and what it needs on the command line of that kernel.
 struct Expected {
     gate: &'static str,
     parameters: &'static str,
-    kept: bool,
 }
 
 const GATES: [Expected; 2] = [
     Expected {
         gate: "bpf",
         parameters: "",
-        kept: true,
     },
     Expected {
         gate: "fanotify",
         parameters: "lsm=landlock,yama,apparmor",
-        // Its holders are told.
-        kept: false,
     },
 ];
 
@@ -211,16 +206,7 @@ fn with_gate(expected: &Expected, outputs: &[PathBuf; 2]) -> Result<String> {
         "the guard's process",
         "systemctl show -P MainPID mapdirect.service",
     )?;
-    let upgraded = if expected.kept {
-        upgraded_with_pin(&mut trial, &before, &install(&outputs[1]))?
-    } else {
-        trial.step("upgrade with the pin held", &install(&outputs[1]))?;
-        trial.step("the new guard is there", &exchanged(&before))?;
-        trial.step("the holder is told", TOLD)?;
-        trial.step("pin", &format!("rm /run/held; {HOLD}"))?;
-        trial.step("the pin holds", REFUSED)?;
-        String::from("the holder was told of the upgrade")
-    };
+    let upgraded = upgraded_with_pin(&mut trial, &before, &install(&outputs[1]))?;
     trial.step(
         "reload",
         "systemctl reload mapdirect.service; mapdirect status > /dev/null",
