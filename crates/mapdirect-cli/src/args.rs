@@ -326,7 +326,14 @@ pub struct DisarmArgs {
 #[derive(Debug, Args)]
 pub struct UnpinArgs {
     /// The number of the pin, as `mapdirect status` shows it
+    #[arg(value_parser = pin_number)]
     pub id: u64,
+}
+
+fn pin_number(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| {
+        String::from("a pin goes by its number, which `mapdirect status FILE` shows, not by a name")
+    })
 }
 
 /// What to do with a policy.

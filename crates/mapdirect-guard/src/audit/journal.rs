@@ -1,13 +1,17 @@
 //! Keeps the latest records, for whoever asks for them later and for whoever
 //! follows them.
 //!
-//! There is one ring for all. Who follows has a place in it, and nobody waits
-//! for who is slow: the ring goes on, and the slow one is told how many records
+//! There is one list for all. Who follows has a place in it, and nobody waits
+//! for who is slow: the list goes on, and the slow one is told how many records
 //! it has missed.
+//!
+//! When the list is full, a record makes room of the user who has most of them,
+//! the oldest: whoever is refused again and again pushes out only what says so of
+//! them, and not what others were refused.
 
 use crate::wake::Waker;
 use mapdirect_proto::Record;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The number of records kept.
@@ -21,7 +25,7 @@ pub(crate) struct Kept {
     pub(crate) owners: Vec<u32>,
 }
 
-/// The ring.
+/// The list.
 #[derive(Debug, Default)]
 pub(crate) struct Journal {
     inner: Mutex<Inner>,
@@ -31,8 +35,27 @@ pub(crate) struct Journal {
 struct Inner {
     /// In the order of their numbers, which may have gaps.
     kept: VecDeque<Arc<Kept>>,
+    /// How many of them each user has; `None` are those of nobody known.
+    of_users: HashMap<Option<u32>, usize>,
     next: u64,
     followers: Vec<Waker>,
+}
+
+impl Inner {
+    fn make_room(&mut self) {
+        let most = self.of_users.iter_mut().max_by_key(|(_, count)| **count);
+        let Some((user, count)) = most else {
+            return;
+        };
+        let of_user = |kept: &Arc<Kept>| kept.record.actor.uid == *user;
+        if let Some(oldest) = self.kept.iter().position(of_user) {
+            self.kept.remove(oldest);
+        }
+        *count -= 1;
+        let user = *user;
+        self.of_users
+            .retain(|other, count| *other != user || *count > 0);
+    }
 }
 
 /// What comes next for a follower.
@@ -56,8 +79,9 @@ impl Journal {
         record.number = inner.next;
         inner.next += 1;
         if inner.kept.len() == KEPT {
-            inner.kept.pop_front();
+            inner.make_room();
         }
+        *inner.of_users.entry(record.actor.uid).or_default() += 1;
         let kept = Arc::new(Kept { record, owners });
         inner.kept.push_back(Arc::clone(&kept));
         inner.followers.iter().for_each(Waker::wake);
@@ -136,6 +160,33 @@ mod tests {
         add(&journal, 0, 7);
         let next = journal.at(5000).unwrap();
         assert_eq!((next.missed, next.kept.record.number), (7, 5007));
+    }
+
+    #[test]
+    fn whoever_is_refused_most_makes_room() {
+        let journal = Journal::default();
+        let device = DeviceId { major: 7, minor: 0 };
+        let add = |user: u32| {
+            let mut record = Record::new(Event::Refusal, 1, Gate::Fanotify, (device, 5));
+            record.actor.uid = Some(user);
+            journal.add(record, Vec::new(), 0);
+        };
+        add(0);
+        (0..3 * KEPT).for_each(|_| add(65_534));
+        add(7);
+        let (kept, next) = journal.latest(usize::MAX, |_| true);
+        let of = |user| {
+            kept.iter()
+                .filter(|kept| kept.record.actor.uid == Some(user))
+        };
+        assert_eq!((of(0).count(), of(7).count()), (1, 1));
+        assert_eq!((kept.len(), next), (KEPT, 3 * KEPT as u64 + 2));
+        assert!(kept.is_sorted_by_key(|kept| kept.record.number));
+        // Who reads on is told how many are gone.
+        assert_eq!(
+            journal.at(1).map(|next| next.missed),
+            Some(2 * KEPT as u64 + 1)
+        );
     }
 
     #[test]

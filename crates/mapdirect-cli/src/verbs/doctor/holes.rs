@@ -18,7 +18,9 @@ pub(super) const BPF: [&str; 7] = [
 ];
 
 /// What remains open under the fanotify gate.
-pub(super) const FANOTIFY: [&str; 7] = [
+pub(super) const FANOTIFY: [&str; 8] = [
+    "a loop device that a holder has made of the file: discards of it (blkdiscard, fstrim, mkfs) \
+     free its blocks",
     "a holder moving blocks through its own descriptor (XFS_IOC_SWAPEXT, EXT4_IOC_MOVE_EXT, \
      EXT4_IOC_SWAP_BOOT), or bringing a mapping of its own over frozen blocks with mremap(2) or \
      remap_file_pages(2)",
