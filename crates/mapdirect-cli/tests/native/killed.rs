@@ -538,7 +538,8 @@ fn by_a_service_manager(world: &World, kind: Kind) {
             is_pinned(&paths[0]) && is_pinned(&paths[1]),
             "after {action}"
         );
-        let status = client.status().unwrap();
+        // The guard before may take a moment to be gone, and the connection to it.
+        let status = wait_for(patience(), || Ok(client.status().ok())).unwrap();
         assert_eq!(status.files.len(), 2, "after {action}");
     }
     before.iter().for_each(Target::is_as_it_was);
