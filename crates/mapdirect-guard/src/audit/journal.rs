@@ -177,7 +177,7 @@ mod tests {
         let (kept, next) = journal.latest(usize::MAX, |_| true);
         let of = |user| {
             kept.iter()
-                .filter(|kept| kept.record.actor.uid == Some(user))
+                .filter(move |kept| kept.record.actor.uid == Some(user))
         };
         assert_eq!((of(0).count(), of(7).count()), (1, 1));
         assert_eq!((kept.len(), next), (KEPT, 3 * KEPT as u64 + 2));
