@@ -17,8 +17,10 @@ use std::sync::Arc;
 /// When a filesystem is shut down, every pin on it is lost: no block moves any
 /// more, but what is stored is never written to them.
 ///
-/// Under the fanotify gate a pin is lost with its guard. Under the bpf gate it
-/// is not: the kernel refuses without one. While no guard answers the library
+/// Under the fanotify gate the next guard takes over from one that was killed, and
+/// a pin is lost when the guard's supervisor ends (`mapdirect guard` or systemd).
+/// Under the bpf gate it is not: the kernel refuses by itself. While no guard
+/// answers the library
 /// looks five times a second whether the gate is still in the kernel (its
 /// directory in the bpf filesystem, of which the guard has passed a descriptor,
 /// still has links), and, in a process that may list that directory, whether
