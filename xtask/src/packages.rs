@@ -9,8 +9,10 @@ use std::process::{Command, Stdio};
 pub(crate) type Needed = (&'static str, &'static str);
 
 /// What tests and demo need.
-pub(crate) const FOR_TESTS: [Needed; 21] = [
+pub(crate) const FOR_TESTS: [Needed; 23] = [
     ("systemd-nspawn", "systemd-container"),
+    ("systemd-analyze", "systemd"),
+    ("systemd-socket-activate", "systemd"),
     ("mkfs.xfs", "xfsprogs"),
     ("xfs_io", "xfsprogs"),
     ("xfs_fsr", "xfsprogs"),
