@@ -245,8 +245,11 @@ impl View {
             return Err(crate::Errno::INVAL);
         }
         let length = usize::try_from(range.end - range.start).map_err(|_| crate::Errno::NOMEM)?;
+        // Pages that are only read are those of the page cache in a private mapping,
+        // too, and the kernel does not count it among the mappings by which the file
+        // can be stored to, as it counts a shared one of a file open for writing.
         // SAFETY: no address is asked for.
-        let address = unsafe { map(0, length, PROT_READ, MAP_SHARED, file, range.start) }?;
+        let address = unsafe { map(0, length, PROT_READ, MAP_PRIVATE, file, range.start) }?;
         let view = Self { address, range };
         view.advise(&view.range, Advice::Random)?;
         Ok(view)

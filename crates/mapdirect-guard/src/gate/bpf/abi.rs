@@ -348,7 +348,9 @@ pub(super) struct Identity {
     pub(super) copies: u32,
     /// What the file is about to be to the pin, a [`Role`].
     pub(super) role: u32,
-    pub(super) pad: u32,
+    /// Mappings by which the inode can be stored to, or could be after
+    /// `mprotect(2)`; one that is being made counts for a moment.
+    pub(super) mapped: i32,
 }
 
 /// What a file is about to be to a pin.
@@ -525,7 +527,7 @@ mod tests {
             Identity,
             "identity",
             key file generation direct pin start end held stamp references writers readers preemption
-            copies role pad
+            copies role mapped
         );
         same!(
             Event,

@@ -4,7 +4,6 @@
 //! so the guard can read again what it must tell the gate when something
 //! changes.
 
-use super::exclude::others_can_store;
 use super::{Found, Gate};
 use crate::Guard;
 use crate::family::Family;
@@ -144,7 +143,9 @@ impl Recognised {
         let survey = Survey {
             granting: &granting,
             file: file.as_fd(),
-            others_can_store: &|frozen| others_can_store(&granting, frozen),
+            others_can_store: &|frozen| {
+                guard.gate.others_can_store(&granting, file.as_fd(), frozen)
+            },
         };
         let (map, found) = survey.until_at_rest(true)?;
         self.pin.settle(&map, &found.pinned, found.kept_pages);

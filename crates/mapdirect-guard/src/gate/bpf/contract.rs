@@ -41,10 +41,10 @@ impl gate::Gate for Gate {
     fn others_can_store(
         &self,
         granting: &Granting<'_>,
-        _file: BorrowedFd<'_>,
+        file: BorrowedFd<'_>,
         frozen: &[Range<u64>],
     ) -> Result<bool, Refusal> {
-        exclude::others_can_store(granting, frozen)
+        exclude::others_can_store(self, granting, file, frozen)
     }
 
     fn publish(&self, _guard: &Guard, watched: &Watched) -> Result<(), Errno> {

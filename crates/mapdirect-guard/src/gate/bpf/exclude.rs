@@ -89,7 +89,9 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         let survey = Survey {
             granting,
             file: self.holder.file.as_fd(),
-            others_can_store: &|frozen| others_can_store(granting, frozen),
+            others_can_store: &|frozen| {
+                others_can_store(self.gate, granting, self.holder.file.as_fd(), frozen)
+            },
         };
         self.wait_for_thaw()?;
         if granting.judged.follows {
@@ -112,7 +114,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
                 self.wait_for_others(!frozen.is_empty())?;
             }
             self.no_other_writer()?;
-            others_can_store(granting, &frozen)?;
+            others_can_store(self.gate, granting, self.holder.file.as_fd(), &frozen)?;
             let again = survey.read(false)?;
             if again == map && survey.look_beside(&again)? == beside {
                 self.hints_are_as_they_were()?;
@@ -398,23 +400,54 @@ fn refuse_a_pin(gate: &Gate, file: BorrowedFd<'_>) -> Result<(), Refusal> {
 /// `mremap(2)` could grow it over the frozen blocks, and no hook sees that.
 /// Holders of pins are trusted not to do so. Waits for those who may let go of
 /// one in time, and says whether any holder has such a mapping.
+///
+/// `/proc` shows one mapping after the other, so one that moves to and fro, or from
+/// a process to its child, may be shown nowhere. But the kernel counts them
+/// (`i_mmap_writable`), and the count does not depend on where they are: if it is
+/// more than what was shown, there is one that was not.
 pub(super) fn others_can_store(
+    gate: &Gate,
     granting: &Granting<'_>,
+    file: BorrowedFd<'_>,
     frozen: &[Range<u64>],
 ) -> Result<bool, Refusal> {
     if frozen.is_empty() {
         return Ok(false);
     }
     let mut backoff = granting.patiently();
+    // A holder may make a mapping just now, or a process may be about to end: they are
+    // in nobody's way.
+    let mut tries = 3;
     loop {
-        match others_can_store_now(granting, frozen) {
+        let shown = others_can_store_now(granting, frozen);
+        let result = shown.and_then(|shown| {
+            let counted = gate.mappings_that_store(file);
+            let counted = counted.map_err(|errno| system("asking the gate about the file", errno));
+            if counted? <= shown {
+                return Ok(shown > 0);
+            }
+            Err(refusal(
+                Reason::OpenElsewhere,
+                Errno::TXTBSY,
+                "a writable mapping of the file, of which /proc does not show where it is, could \
+                 be over blocks that cannot be stored to as they are",
+                "unmap it first, or fill and unshare the range",
+            ))
+        });
+        tries -= 1;
+        match result {
             Err(_) if !backoff.is_over() => backoff.pause(),
+            Err(error) if error.openers.is_empty() && tries > 0 => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
             result => return result,
         }
     }
 }
 
-fn others_can_store_now(granting: &Granting<'_>, frozen: &[Range<u64>]) -> Result<bool, Refusal> {
+/// The number of mappings of holders that can store. Refuses if anybody else has
+/// one.
+fn others_can_store_now(granting: &Granting<'_>, frozen: &[Range<u64>]) -> Result<usize, Refusal> {
     let found = granting.openers(None);
     // Descriptors are judged when they are used, wherever they hide.
     if found.unseen {
@@ -458,5 +491,5 @@ fn others_can_store_now(granting: &Granting<'_>, frozen: &[Range<u64>]) -> Resul
             )
         });
     }
-    Ok(!found.writable_mappings.is_empty())
+    Ok(found.writable_mappings.len())
 }

@@ -51,6 +51,13 @@ impl Gate {
         ask_about(&self.loaded.maps.identities, file, pin)
     }
 
+    /// The number of mappings by which the file of a descriptor can be stored to,
+    /// whoever has them.
+    pub(super) fn mappings_that_store(&self, file: BorrowedFd<'_>) -> Result<usize, Errno> {
+        let mapped = self.identify(file)?.mapped;
+        Ok(usize::try_from(mapped).unwrap_or(0))
+    }
+
     /// Whether nobody else can be in the middle of anything on the inode of
     /// these two descriptions. The holder and the guard each have one
     /// descriptor of `of_holder`; only the guard has `of_pin`.

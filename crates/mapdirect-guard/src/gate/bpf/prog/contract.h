@@ -195,7 +195,7 @@ struct identity {
 	int preemption;	// preempt_dynamic_mode, kernel/sched/core.c
 	u32 copies;	// XFS has set blocks aside for copies, or that cannot be told
 	u32 role;	// which the file shall have with the pin
-	u32 pad;
+	int mapped;	// mappings by which the inode can be stored to
 };
 
 // Roles: a holder's; a program's that knows nothing of pins; none any more.

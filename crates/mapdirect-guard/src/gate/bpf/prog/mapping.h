@@ -311,6 +311,7 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	identity.direct = inode->i_dio_count.counter;
 	identity.writers = inode->i_writecount.counter;
 	identity.readers = inode->i_readcount.counter;
+	identity.mapped = inode->i_mapping->i_mmap_writable.counter;
 	identity.copies = has_copies(inode);
 	if (s && s->preemption)
 		bpf_probe_read_kernel(&identity.preemption, sizeof(identity.preemption),
