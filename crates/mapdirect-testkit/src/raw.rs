@@ -360,6 +360,63 @@ impl Drop for PlainMap {
     }
 }
 
+/// A shared mapping of a file that goes to and fro between two places, with many
+/// other mappings in between.
+#[derive(Debug)]
+pub struct Shuttle {
+    base: usize,
+    length: usize,
+    reserved: usize,
+    is_at_base: bool,
+}
+
+impl Shuttle {
+    /// Maps so many bytes of the file from its start, for storing to them.
+    pub fn new(file: BorrowedFd<'_>, length: usize, between: usize) -> Result<Self> {
+        let page = usize::try_from(mapdirect_sys::mmap::page_size()).unwrap_or(usize::MAX);
+        let reserved = 2 * length + 2 * between * page;
+        let base = anonymous(reserved)?;
+        let fixed = libc::MAP_FIXED;
+        let both = libc::PROT_READ | libc::PROT_WRITE;
+        // SAFETY: only memory is replaced that was reserved just now, and to which
+        // nothing refers.
+        unsafe { mapdirect_sys::mmap::map(base, length, both, libc::MAP_SHARED | fixed, file, 0) }?;
+        for number in 0..between {
+            let place = base + length + 2 * number * page;
+            let private = libc::MAP_PRIVATE | fixed;
+            // SAFETY: as above.
+            unsafe { mapdirect_sys::mmap::map(place, page, libc::PROT_READ, private, file, 0) }?;
+        }
+        Ok(Self {
+            base,
+            length,
+            reserved,
+            is_at_base: true,
+        })
+    }
+
+    /// Moves it to its other place.
+    pub fn go(&mut self) -> Result<()> {
+        let other = self.base + self.reserved - self.length;
+        let (from, to) = if self.is_at_base {
+            (self.base, other)
+        } else {
+            (other, self.base)
+        };
+        let pointer = std::ptr::with_exposed_provenance_mut::<libc::c_void>;
+        let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
+        // SAFETY: both places are reserved for this, the process has one thread that
+        // maps, and nothing refers to either.
+        let moved =
+            unsafe { libc::mremap(pointer(from), self.length, self.length, flags, pointer(to)) };
+        if moved == libc::MAP_FAILED {
+            return Err(Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO));
+        }
+        self.is_at_base = !self.is_at_base;
+        Ok(())
+    }
+}
+
 /// Memory for direct reads: as aligned as any device asks for.
 #[derive(Debug)]
 pub struct PageBuffer {

@@ -50,6 +50,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
                 ("stale-notes", stale_notes),
                 ("unnoticed-writes", unnoticed_writes),
                 ("older-mappings", older_mappings),
+                ("moving-mappings", moving_mappings),
                 ("loop-devices", loop_devices),
                 ("raw-errors", raw_errors),
                 ("raw-mapping", raw_mapping),
@@ -508,6 +509,42 @@ pub fn play_map_shared(arguments: &[String]) -> anyhow::Result<()> {
     let _ = listen()?;
     drop(map);
     Ok(())
+}
+
+/// A mapping from before the pin that is at no place for long: nobody who looks at one
+/// place after the other may find it, and it is in the way of frozen blocks all the same.
+fn moving_mappings(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "in-kernel-moving", 1 << 20);
+    let file = open(&path);
+    assert_eq!(punch(&file, 40_960), Ok(()));
+    file.sync_all().unwrap();
+    crate::policy::allow(&path, 0o666);
+    let options = PinOptions::new()
+        .range(0..65_536)
+        .guard(world.guard().client());
+    let stranger = Helper::start("map-moving", &[&path.to_string_lossy()]);
+    let mut stranger = stranger.unwrap();
+    assert_eq!(stranger.hear().unwrap(), "moving");
+    for _ in 0..20 {
+        let refused = options.pin(&file).unwrap_err();
+        assert_eq!(refused.kind(), Reason::OpenElsewhere, "{refused:#}");
+        assert_eq!(refused.errno(), Errno::TXTBSY.raw_os_error());
+    }
+    stranger.kill().unwrap();
+    drop((options.pin(&file).unwrap(), file));
+    wait_until_unpinned(&path);
+    std::fs::remove_file(&path).unwrap();
+}
+
+/// Role: moves a mapping by which it can store to a file, for ever.
+pub fn play_map_moving(arguments: &[String]) -> anyhow::Result<()> {
+    raw::become_nobody()?;
+    let file = open(Path::new(&arguments[0]));
+    let mut shuttle = raw::Shuttle::new(file.as_fd(), 65_536, 1000)?;
+    mapdirect_testkit::process::say("moving");
+    loop {
+        shuttle.go()?;
+    }
 }
 
 /// A loop device discards behind everybody's back.

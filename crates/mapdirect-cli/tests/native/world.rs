@@ -54,6 +54,7 @@ pub fn roles() -> Vec<Role> {
         ("halfway", crate::segments::play_halfway),
         ("writer", crate::prepare::play_writer),
         ("map-shared", crate::in_kernel::play_map_shared),
+        ("map-moving", crate::in_kernel::play_map_moving),
         ("few-descriptors", crate::programs::play_few_descriptors),
         ("fork-handlers", crate::programs::play_fork_handlers),
         ("locked-memory", crate::programs::play_locked_memory),
