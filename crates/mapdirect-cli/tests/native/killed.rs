@@ -82,6 +82,16 @@ fn wait_for_next(guard: &GuardProcess, before: i32) {
     .unwrap();
 }
 
+/// Gives a guard the time to say that it is alive: one that is killed before is of no
+/// use to its supervisor, which gives up after some of these.
+fn live() {
+    std::thread::sleep(Duration::from_millis(if is_emulated() {
+        1500
+    } else {
+        250
+    }));
+}
+
 /// Something pinned, and what is promised of it.
 struct Target {
     path: PathBuf,
@@ -398,6 +408,9 @@ fn again_and_again(world: &World, kind: Kind) {
         for state in states() {
             assert!(!state.is_lost(), "round {round}: {state}; {}", guard.said());
         }
+        if round % 4 == 0 {
+            live();
+        }
         if round % 10 == 0 {
             // A new pin is granted, and ends, beside the others.
             let more = pin(&client, &targets[0].file, 0..65536);
@@ -581,6 +594,7 @@ fn ends(world: &World, kind: Kind) {
         drop(held.lock().unwrap().take());
         wait_until_free(&path);
         wait_for_next(&guard, before);
+        live();
         let known = client.status().unwrap().files;
         assert!(known.is_empty(), "{known:?}");
     }

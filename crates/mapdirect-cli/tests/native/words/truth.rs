@@ -10,6 +10,7 @@ use serde_json::Value;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 fn shown(guard: &GuardProcess, path: &Path, more: &[&str]) -> Value {
     let name = path.to_str().unwrap();
@@ -191,6 +192,8 @@ fn below_an_overlay(guard: &GuardProcess, disk: &Disk) {
     let mut mount = Command::new("mount");
     mount.args(["-t", "overlay", "overlay", "-o", &options]);
     run(mount.arg(merged)).unwrap();
+    // The guard looks for overlays once a second at most.
+    std::thread::sleep(Duration::from_millis(1100));
     let found = [&above, &below, &merged.join("deep/file")].map(|file| {
         (
             reasons(&shown(guard, file, &[])),
