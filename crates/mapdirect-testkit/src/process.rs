@@ -8,7 +8,9 @@ use crate::contract::Gate;
 use anyhow::{Context, Result, bail, ensure};
 use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -140,11 +142,28 @@ impl GuardProcess {
         lines[lines.len().saturating_sub(5)..].join("\n")
     }
 
-    /// Ends it with SIGKILL and waits until it is gone.
+    /// Ends it with SIGKILL and waits until it is gone, and the guard, which the
+    /// kernel ends with its supervisor a moment later.
     pub fn kill(&mut self) -> Result<()> {
         self.ended = true;
+        let pid = self.pid();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+        let children: Vec<_> = children
+            .split_whitespace()
+            .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+            .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+            .collect();
         self.child.kill()?;
         self.child.wait()?;
+        for child in &children {
+            let mut ended = [PollFd::new(child, PollFlags::IN)];
+            let limit = Timespec {
+                tv_sec: 10,
+                tv_nsec: 0,
+            };
+            let count = rustix::event::poll(&mut ended, Some(&limit))?;
+            ensure!(count > 0, "the guard outlives its supervisor");
+        }
         Ok(())
     }
 

@@ -19,7 +19,7 @@ use crate::grant::{
     refuse_executed, system,
 };
 use crate::openers::{Mark, Openers};
-use crate::table::{Carrier, GrantState, Notes, Published};
+use crate::table::{Carrier, GrantState, Notes, Pin, Published};
 use crate::wake::Backoff;
 use mapdirect_proto::{BlockMap, Flags, Opener, Reason, Refusal};
 use mapdirect_sys::fcntl::{
@@ -391,8 +391,13 @@ impl Exclusion<'_, '_> {
                         .has(opener.pid, self.granting.pin.pid)
             };
             found.others.retain(|opener| opener.writable);
+            // A pin that has ended explains nobody, also before its end is noticed.
+            let file = self.holder.file.as_fd();
+            let lives = |pin: &Pin| !pin.is_dead() && pin.is_alive(file);
             let explained = self.granting.judged.is_writable()
-                || pins.iter().any(|pin| pin.id != self.granting.pin.id)
+                || pins
+                    .iter()
+                    .any(|pin| pin.id != self.granting.pin.id && lives(pin))
                 || found.others.iter().any(is_holder);
             found.others.retain(|opener| !is_holder(opener));
             if found.others.is_empty() && found.hidden.is_empty() {
@@ -400,7 +405,6 @@ impl Exclusion<'_, '_> {
                 // is mounted nowhere) are in no process. They count as writers
                 // of the inode, so a lease shows them when nobody else may
                 // write.
-                let file = self.holder.file.as_fd();
                 if explained || lease_holds(file, Lease::NoWriter) != Ok(false) {
                     return Ok(());
                 }
