@@ -10,7 +10,7 @@ use mapdirect_sys::Errno;
 use mapdirect_sys::signal::{self, Signal};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -142,8 +142,9 @@ impl GuardProcess {
         lines[lines.len().saturating_sub(5)..].join("\n")
     }
 
-    /// Ends it with SIGKILL and waits until it is gone, and the guard, which the
-    /// kernel ends with its supervisor a moment later.
+    /// Ends the guard and its supervisor with SIGKILL, and waits until they are gone.
+    /// A supervisor that were killed alone would have its guard end in an orderly way,
+    /// and one that is not stopped would start another guard.
     pub fn kill(&mut self) -> Result<()> {
         self.ended = true;
         let pid = self.pid();
@@ -153,6 +154,11 @@ impl GuardProcess {
             .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
             .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
             .collect();
+        signal::kill(pid, Signal::STOP)?;
+        for child in &children {
+            // It may have ended by itself.
+            let _ = pidfd_send_signal(child, rustix::process::Signal::KILL);
+        }
         self.child.kill()?;
         self.child.wait()?;
         for child in &children {
