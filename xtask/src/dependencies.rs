@@ -128,11 +128,10 @@ fn complaint(package: &Package, allowed: &BTreeSet<String>) -> Option<String> {
     (needed > Some(promised)).then(|| format!("{name} {version} needs a newer Rust"))
 }
 
-fn numbers(version: &str) -> Vec<u32> {
-    version
-        .split('.')
-        .map_while(|part| part.parse().ok())
-        .collect()
+/// Major, minor and patch; what is not written is 0.
+fn numbers(version: &str) -> [u32; 3] {
+    let mut parts = version.split('.').map_while(|part| part.parse().ok());
+    [(); 3].map(|()| parts.next().unwrap_or(0))
 }
 
 /// Whether one of the alternatives of an SPDX expression is allowed, and all

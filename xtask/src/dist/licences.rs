@@ -15,8 +15,9 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 
 /// Texts of licences that Debian has not on every machine.
-const TEXTS: [(&str, &str); 4] = [
+const TEXTS: [(&str, &str); 5] = [
     ("BSD-2-Clause", include_str!("licences/BSD-2-Clause")),
+    ("BSL-1.0", include_str!("licences/BSL-1.0")),
     ("MIT", include_str!("licences/MIT")),
     ("Unlicense", include_str!("licences/Unlicense")),
     ("Zlib", include_str!("licences/Zlib")),
