@@ -13,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -147,30 +148,27 @@ impl GuardProcess {
     /// and one that is not stopped would start another guard.
     pub fn kill(&mut self) -> Result<()> {
         self.ended = true;
-        let pid = self.pid();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-        let children: Vec<_> = children
-            .split_whitespace()
-            .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
-            .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
-            .collect();
-        signal::kill(pid, Signal::STOP)?;
+        let children = self.children();
+        signal::kill(self.pid(), Signal::STOP)?;
         for child in &children {
             // It may have ended by itself.
             let _ = pidfd_send_signal(child, rustix::process::Signal::KILL);
         }
         self.child.kill()?;
         self.child.wait()?;
-        for child in &children {
-            let mut ended = [PollFd::new(child, PollFlags::IN)];
-            let limit = Timespec {
-                tv_sec: 10,
-                tv_nsec: 0,
-            };
-            let count = rustix::event::poll(&mut ended, Some(&limit))?;
-            ensure!(count > 0, "the guard outlives its supervisor");
-        }
-        Ok(())
+        wait_until_gone(&children)
+    }
+
+    /// The guard itself, and whatever else its supervisor has started.
+    fn children(&self) -> Vec<OwnedFd> {
+        let pid = self.pid();
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        children
+            .unwrap_or_default()
+            .split_whitespace()
+            .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+            .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
+            .collect()
     }
 
     /// Where its gate is in the kernel.
@@ -188,11 +186,29 @@ impl GuardProcess {
     /// Ends it with SIGTERM and returns its exit code.
     pub fn terminate(&mut self) -> Result<Option<i32>> {
         self.ended = true;
+        let children = self.children();
         signal::kill(self.pid(), Signal::TERMINATE)?;
-        wait_for(Duration::from_secs(10), || {
+        let code = wait_for(Duration::from_secs(10), || {
             Ok(self.child.try_wait()?.map(|status| status.code()))
-        })
+        })?;
+        wait_until_gone(&children)?;
+        Ok(code)
     }
+}
+
+/// Waits until processes are gone: the kernel takes a guard apart for a while after
+/// its supervisor has seen its end, and until then the guard has its gate.
+fn wait_until_gone(processes: &[OwnedFd]) -> Result<()> {
+    for process in processes {
+        let mut ended = [PollFd::new(process, PollFlags::IN)];
+        let limit = Timespec {
+            tv_sec: 10,
+            tv_nsec: 0,
+        };
+        let count = rustix::event::poll(&mut ended, Some(&limit))?;
+        ensure!(count > 0, "the guard outlives its supervisor");
+    }
+    Ok(())
 }
 
 /// Runs a guard, and returns its first line.
@@ -231,11 +247,9 @@ impl Drop for GuardProcess {
             ));
         }
         // SIGTERM first: a guard that ends by itself takes its socket away.
-        let _ = signal::kill(self.pid(), Signal::TERMINATE);
-        let ended = wait_for(Duration::from_secs(2), || Ok(self.child.try_wait()?));
-        if ended.is_err() {
-            let _ = self.child.kill();
-            let _ = self.child.wait();
+        let runs = matches!(self.child.try_wait(), Ok(None));
+        if runs && self.terminate().is_err() {
+            let _ = self.kill();
         }
     }
 }
