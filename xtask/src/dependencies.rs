@@ -55,20 +55,24 @@ struct Package {
     rust_version: Option<String>,
 }
 
-fn packages_in_use() -> Result<Vec<Package>> {
-    let output = build::cargo(&[
-        "metadata",
-        "--locked",
-        "--filter-platform=x86_64-unknown-linux-gnu",
-        "--format-version=1",
-    ])
-    .stdin(Stdio::null())
-    .stderr(Stdio::inherit())
-    .output()
-    .context("cannot run cargo")?;
+/// What cargo says of every package that is needed on a platform.
+pub(crate) fn packages_for(platform: &str) -> Result<Vec<Value>> {
+    let output = build::cargo(&["metadata", "--locked", "--format-version=1"])
+        .args(["--filter-platform", platform])
+        .stdin(Stdio::null())
+        .stderr(Stdio::inherit())
+        .output()
+        .context("cannot run cargo")?;
     ensure!(output.status.success(), "cargo metadata failed");
-    let metadata: Value = serde_json::from_slice(&output.stdout)?;
-    let packages = metadata["packages"].as_array().context("no packages")?;
+    let mut metadata: Value = serde_json::from_slice(&output.stdout)?;
+    match metadata["packages"].take() {
+        Value::Array(packages) => Ok(packages),
+        _ => bail!("no packages"),
+    }
+}
+
+fn packages_in_use() -> Result<Vec<Package>> {
+    let packages = packages_for("x86_64-unknown-linux-gnu")?;
     let text = |package: &Value, key: &str| package[key].as_str().map(str::to_owned);
     packages
         .iter()

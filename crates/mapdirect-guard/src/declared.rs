@@ -7,7 +7,7 @@
 //! strength = "stable"
 //! ```
 
-use crate::delegation::{PolicyError, Size, place_in as place, read_text as read};
+use crate::delegation::{PolicyError, Reader, Size, read_text as read};
 use serde::Deserialize;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -80,33 +80,7 @@ enum Denial {
     Rename,
 }
 
-struct Reader<'a> {
-    text: &'a str,
-    path: &'a Path,
-    errors: Vec<PolicyError>,
-}
-
 impl Reader<'_> {
-    fn complain(&mut self, span: &Range<usize>, what: impl Into<String>) {
-        self.errors.push(PolicyError {
-            path: self.path.to_owned(),
-            place: Some(place(self.text, span.start)),
-            what: what.into(),
-        });
-    }
-
-    fn size(&mut self, size: Option<&Spanned<Size>>) -> Option<u64> {
-        let size = size?;
-        let bytes = size.get_ref().bytes();
-        if bytes.is_none() {
-            self.complain(
-                &size.span(),
-                "a size is a number with K, M, G or T (powers of 1024) or nothing behind it",
-            );
-        }
-        bytes
-    }
-
     fn pin(&mut self, written: &Written) -> Declared {
         let path = written.path.get_ref();
         if !path.is_absolute() {
@@ -155,19 +129,7 @@ impl Reader<'_> {
 ///
 /// Everything that is wrong with it, or the first thing if it is not TOML.
 pub fn parse_pins(path: &Path, text: &str) -> Result<Vec<Declared>, Vec<PolicyError>> {
-    let document: Document = toml::from_str(text).map_err(|error| {
-        vec![PolicyError {
-            path: path.to_owned(),
-            place: error.span().map(|span| place(text, span.start)),
-            // What the parser expected comes on lines of its own.
-            what: error.message().trim_end().replace('\n', ", "),
-        }]
-    })?;
-    let mut reader = Reader {
-        text,
-        path,
-        errors: Vec::new(),
-    };
+    let (document, mut reader) = Reader::begin::<Document>(path, text)?;
     let mut pins: Vec<Declared> = Vec::new();
     for written in &document.pin {
         let pin = reader.pin(written.get_ref());
@@ -179,11 +141,7 @@ pub fn parse_pins(path: &Path, text: &str) -> Result<Vec<Declared>, Vec<PolicyEr
     if let Some(more) = document.pin.get(MOST) {
         reader.complain(&more.span(), format!("there may be {MOST} pins"));
     }
-    if reader.errors.is_empty() {
-        Ok(pins)
-    } else {
-        Err(reader.errors)
-    }
+    reader.end(pins)
 }
 
 /// Reads such a file. One that does not exist declares nothing.

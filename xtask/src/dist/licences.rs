@@ -6,6 +6,7 @@
 
 use crate::arch::Arch;
 use crate::build;
+use crate::dependencies::packages_for;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -179,16 +180,7 @@ fn parse(line: &str) -> Option<Crate> {
 
 /// Where the source of each crate is, and who its authors say they are.
 fn sources(arch: Arch) -> Result<BTreeMap<(String, String), (PathBuf, String)>> {
-    let output = build::cargo(&["metadata", "--locked", "--format-version=1"])
-        .args(["--filter-platform", &arch.rust()])
-        .stdin(Stdio::null())
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot run cargo")?;
-    ensure!(output.status.success(), "cargo metadata failed");
-    let metadata: Value = serde_json::from_slice(&output.stdout)?;
-    let packages = metadata["packages"].as_array().context("no packages")?;
-    Ok(packages
+    Ok(packages_for(&arch.rust())?
         .iter()
         .filter_map(|package| {
             let text = |key: &str| package[key].as_str().map(str::to_owned);

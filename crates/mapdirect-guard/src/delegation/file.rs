@@ -4,6 +4,7 @@ use super::names::Names;
 use super::paths::Pattern;
 use mapdirect_proto::Flags;
 use serde::Deserialize;
+use serde::de::DeserializeOwned;
 use std::fmt;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -155,7 +156,7 @@ impl Size {
 }
 
 /// Line and column of a byte, both from 1.
-pub(crate) fn place(text: &str, at: usize) -> (usize, usize) {
+fn place(text: &str, at: usize) -> (usize, usize) {
     let before = &text.as_bytes()[..at.min(text.len())];
     let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
     let begin = before.iter().rposition(|byte| *byte == b'\n');
@@ -163,19 +164,72 @@ pub(crate) fn place(text: &str, at: usize) -> (usize, usize) {
     (line, String::from_utf8_lossy(in_line).chars().count() + 1)
 }
 
-struct Reader<'a> {
+/// Reads a file that an administrator has written, and says all that is wrong with
+/// it, not only the first thing.
+pub(crate) struct Reader<'a> {
     text: &'a str,
     path: &'a Path,
     errors: Vec<PolicyError>,
 }
 
-impl Reader<'_> {
-    fn complain(&mut self, span: &Range<usize>, what: impl Into<String>) {
+impl<'a> Reader<'a> {
+    /// What the text says, and what looks whether that makes sense.
+    ///
+    /// # Errors
+    ///
+    /// The first thing that is wrong if it is not TOML, or has other keys.
+    pub(crate) fn begin<T: DeserializeOwned>(
+        path: &'a Path,
+        text: &'a str,
+    ) -> Result<(T, Self), Vec<PolicyError>> {
+        let document = toml::from_str(text).map_err(|error| {
+            vec![PolicyError {
+                path: path.to_owned(),
+                place: error.span().map(|span| place(text, span.start)),
+                // What the parser expected comes on lines of its own.
+                what: error.message().trim_end().replace('\n', ", "),
+            }]
+        })?;
+        let reader = Self {
+            text,
+            path,
+            errors: Vec::new(),
+        };
+        Ok((document, reader))
+    }
+
+    pub(crate) fn complain(&mut self, span: &Range<usize>, what: impl Into<String>) {
         self.errors.push(PolicyError {
             path: self.path.to_owned(),
             place: Some(place(self.text, span.start)),
             what: what.into(),
         });
+    }
+
+    /// The bytes of a size, if there is one that makes sense.
+    pub(crate) fn size(&mut self, size: Option<&Spanned<Size>>) -> Option<u64> {
+        let size = size?;
+        let bytes = size.get_ref().bytes();
+        if bytes.is_none() {
+            self.complain(
+                &size.span(),
+                "a size is a number with K, M, G or T (powers of 1024) or nothing behind it",
+            );
+        }
+        bytes
+    }
+
+    /// What was read, unless anything is wrong.
+    ///
+    /// # Errors
+    ///
+    /// Everything that is.
+    pub(crate) fn end<T>(self, read: T) -> Result<T, Vec<PolicyError>> {
+        if self.errors.is_empty() {
+            Ok(read)
+        } else {
+            Err(self.errors)
+        }
     }
 
     fn ids(
@@ -242,16 +296,7 @@ impl Reader<'_> {
                 Err(what) => self.complain(&path.span(), what),
             }
         }
-        let bytes = rule.bytes.as_ref().and_then(|size| {
-            let bytes = size.get_ref().bytes();
-            if bytes.is_none() {
-                self.complain(
-                    &size.span(),
-                    "a size is a number with K, M, G or T (powers of 1024) or nothing behind it",
-                );
-            }
-            bytes
-        });
+        let bytes = self.size(rule.bytes.as_ref());
         if let (Some(0), Some(size)) = (bytes, &rule.bytes) {
             self.complain(&size.span(), "`bytes` = 0 allows nothing");
         }
@@ -286,19 +331,7 @@ impl Reader<'_> {
 ///
 /// Everything that is wrong with it, or the first thing if it is not TOML.
 pub(crate) fn parse(path: &Path, text: &str, names: &Names) -> Result<Vec<Rule>, Vec<PolicyError>> {
-    let document: Document = toml::from_str(text).map_err(|error| {
-        vec![PolicyError {
-            path: path.to_owned(),
-            place: error.span().map(|span| place(text, span.start)),
-            // What the parser expected comes on lines of its own.
-            what: error.message().trim_end().replace('\n', ", "),
-        }]
-    })?;
-    let mut reader = Reader {
-        text,
-        path,
-        errors: Vec::new(),
-    };
+    let (document, mut reader) = Reader::begin::<Document>(path, text)?;
     let rules: Vec<_> = document
         .rule
         .iter()
@@ -315,10 +348,7 @@ pub(crate) fn parse(path: &Path, text: &str, names: &Names) -> Result<Vec<Rule>,
             );
         }
     }
-    if !reader.errors.is_empty() {
-        return Err(reader.errors);
-    }
-    Ok(rules.into_iter().map(|(rule, _)| rule).collect())
+    reader.end(rules.into_iter().map(|(rule, _)| rule).collect())
 }
 
 #[cfg(test)]

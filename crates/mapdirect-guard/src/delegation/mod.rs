@@ -26,7 +26,7 @@ pub(crate) use self::place::from_another_namespace;
 
 pub(crate) use self::claims::{Delegated, Turn};
 pub(crate) use self::door::{Admission, Peer, admit, not_capable};
-pub(crate) use self::file::{Size, place as place_in};
+pub(crate) use self::file::{Reader, Size};
 pub(crate) use self::load::read as read_text;
 #[cfg(feature = "fuzzing")]
 pub(crate) use self::{file::parse, names::Names, paths::Pattern};
