@@ -67,7 +67,7 @@ static __noinline int ask_about_write(void *ctx, struct file *file, struct quest
 	q->at.start = 0;
 	q->at.end = END;
 	u32 flags = BPF_CORE_READ(file, f_flags);
-	q->direct = !!(flags & O_DIRECT);
+	q->direct = !!(flags & o_direct());
 	if (doing == ALLOCATING) {
 		// io_uring allocates in its workers only, so this is a call of the
 		// thread, if that has calls: with rings, too.
@@ -115,7 +115,7 @@ static __noinline int ask_about_write(void *ctx, struct file *file, struct quest
 		rwf = noted.rwf & (RWF_APPEND | RWF_ATOMIC);
 		if (!(rwf & RWF_APPEND))
 			rwf |= RWF_NOAPPEND;
-	} else if ((flags & O_DIRECT) && (file->f_mode & FMODE_CAN_ATOMIC_WRITE)) {
+	} else if ((flags & o_direct()) && (file->f_mode & FMODE_CAN_ATOMIC_WRITE)) {
 		// Nobody knows how. An untorn write is direct
 		// (generic_atomic_write_valid), and only for files of which their
 		// filesystem has said at open that it can (kiocb_set_rw_flags).

@@ -243,7 +243,7 @@ static __noinline int says_dormant(struct file *file, u64 value)
 // where it matters where it goes, or how it is made, these do not change.
 static __noinline int sets_flags(struct file *file, u64 value)
 {
-	u32 changed = (file->f_flags ^ (u32)value) & (O_APPEND | O_DIRECT);
+	u32 changed = (file->f_flags ^ (u32)value) & (O_APPEND | o_direct());
 	struct inode *inode = file->f_inode;
 
 	if (!changed || !behind(inode))
@@ -254,7 +254,7 @@ static __noinline int sets_flags(struct file *file, u64 value)
 	if (!e)
 		return 0;
 	u32 flags = *(volatile u32 *)&e->flags;
-	if ((flags & WRITES_PASS) && (!(flags & WINDOWED) || !(changed & O_DIRECT)))
+	if ((flags & WRITES_PASS) && (!(flags & WINDOWED) || !(changed & o_direct())))
 		return 0;
 	return refuse_pinned(inode, UNKNOWN);
 }

@@ -112,6 +112,14 @@ static __always_inline struct pt_regs___x86 *own_registers(void)
 	return (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
 }
 
+// O_DIRECT where this runs: on arm64 the bit of x86 is that of O_DIRECTORY.
+static __always_inline u32 o_direct(void)
+{
+	struct pt_regs___x86 *regs = 0;
+
+	return bpf_core_field_exists(regs->orig_ax) ? O_DIRECT_X86 : O_DIRECT_ARM64;
+}
+
 // Whether a thread makes system calls of its own.
 static __always_inline bool has_calls(struct task_struct *task)
 {

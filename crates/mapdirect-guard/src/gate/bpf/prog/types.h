@@ -214,7 +214,9 @@ struct mnt_idmap;
 #define FMODE_NOACCOUNT (1 << 29)
 #define ATTR_SIZE (1 << 3)
 #define O_APPEND 02000
-#define O_DIRECT 040000
+// arch/x86 has the value of asm-generic, arch/arm64 one of its own: see o_direct.
+#define O_DIRECT_X86 040000
+#define O_DIRECT_ARM64 0200000
 #define S_SWAPFILE (1 << 8)
 #define S_APPEND (1 << 2)
 #define S_IMMUTABLE (1 << 3)
