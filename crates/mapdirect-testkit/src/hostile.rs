@@ -165,8 +165,8 @@ fn wait() -> ! {
 }
 
 /// A page that nobody ever fills.
-fn strange_page(strange: &Path) -> Result<&'static mut [u8]> {
-    Ok(raw::map_private(&File::open(strange)?, 4096)?)
+fn strange_page(strange: &File) -> Result<&'static mut [u8]> {
+    Ok(raw::map_private(strange, 4096)?)
 }
 
 fn hold_epoll(path: &Path, strange: &Path) -> Result<()> {
@@ -176,7 +176,7 @@ fn hold_epoll(path: &Path, strange: &Path) -> Result<()> {
     let ready = rustix::event::eventfd(1, rustix::event::EventfdFlags::CLOEXEC)?;
     let data = epoll::EventData::new_u64(0);
     epoll::add(&epoll, &ready, data, epoll::EventFlags::IN)?;
-    let page = strange_page(strange)?;
+    let page = strange_page(&File::open(strange)?)?;
     let waits = epoll.as_raw_fd();
     std::thread::spawn(move || raw::epoll_wait_into(waits, page));
     std::thread::sleep(Duration::from_millis(100));
@@ -205,13 +205,16 @@ fn hold_epoll(path: &Path, strange: &Path) -> Result<()> {
 
 fn faults(path: &Path, strange: &Path) -> Result<()> {
     let file = File::open(path)?;
-    let page = strange_page(strange)?;
+    // Once for all: an open drops what is cached, and waits for the page that
+    // somebody wants to be filled.
+    let strange = File::open(strange)?;
+    let page = strange_page(&strange)?;
     let reader = file.try_clone()?;
     std::thread::spawn(move || reader.read_at(page, 0));
     let own = format!("/proc/{}", std::process::id());
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let listed = rustix::fs::open(&own, flags, Mode::empty())?;
-    let page = strange_page(strange)?;
+    let page = strange_page(&strange)?;
     std::thread::spawn(move || raw::getdents_into(listed.as_fd(), page));
     std::thread::sleep(Duration::from_millis(200));
     std::thread::spawn(move || {

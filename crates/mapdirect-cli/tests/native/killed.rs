@@ -39,7 +39,9 @@ pub fn trials(world: &World) -> Vec<Trial> {
     )
 }
 
-/// How many times a guard is killed, when nobody says so.
+/// How many times a guard is killed.
+pub const KILLS_VARIABLE: &str = "MAPDIRECT_KILLS";
+/// The same when nobody says so.
 const KILLS: u32 = 30;
 /// How many attack.
 const ATTACKERS: usize = 8;
@@ -49,7 +51,7 @@ fn limit() -> Duration {
 }
 
 fn kills() -> u32 {
-    let said = std::env::var("MAPDIRECT_KILLS").ok();
+    let said = std::env::var(KILLS_VARIABLE).ok();
     let least = if is_emulated() { 5 } else { KILLS };
     said.and_then(|kills| kills.parse().ok()).unwrap_or(least)
 }

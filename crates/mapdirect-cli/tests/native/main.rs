@@ -26,6 +26,7 @@ mod extents;
 mod family;
 mod grants;
 mod hammer;
+mod hang;
 mod in_kernel;
 mod killed;
 mod legal;

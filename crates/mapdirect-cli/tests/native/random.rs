@@ -48,9 +48,12 @@ fn seed() -> u64 {
         .unwrap_or(20_171_109)
 }
 
+/// How many times as long as otherwise to try.
+pub const SOAK_VARIABLE: &str = "MAPDIRECT_SOAK";
+
 /// Attacks each attacker makes; `MAPDIRECT_SOAK` multiplies them.
 fn operations() -> u64 {
-    let times = std::env::var("MAPDIRECT_SOAK")
+    let times = std::env::var(SOAK_VARIABLE)
         .ok()
         .and_then(|times| times.parse().ok())
         .unwrap_or(1);

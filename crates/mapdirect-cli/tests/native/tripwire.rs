@@ -402,7 +402,7 @@ fn remove_nvmet() {
 
 /// How long the legal load goes on; `MAPDIRECT_SOAK` multiplies it.
 fn load_time() -> Duration {
-    let times = std::env::var("MAPDIRECT_SOAK")
+    let times = std::env::var(crate::random::SOAK_VARIABLE)
         .ok()
         .and_then(|times| times.parse().ok())
         .unwrap_or(1u32);

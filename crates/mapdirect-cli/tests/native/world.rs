@@ -198,7 +198,9 @@ impl World {
         run: impl FnOnce(&World) + Send + 'static,
     ) -> Trial {
         let world = self.clone();
-        Trial::test(name, move || {
+        let name = name.into();
+        Trial::test(name.clone(), move || {
+            let _watched = crate::hang::watch(name);
             if !rustix::process::geteuid().is_root() {
                 return Err(Failed::from("needs root: run `cargo xtask test`"));
             }
