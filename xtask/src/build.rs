@@ -58,6 +58,29 @@ pub(crate) fn native_tests(arch: Arch) -> Result<PathBuf> {
     executable("native", &mut cargo)
 }
 
+/// Builds the unit tests of what is shipped, and says where they are.
+pub(crate) fn unit_tests(arch: Arch) -> Result<Vec<PathBuf>> {
+    packages::install_for_bpf()?;
+    println!(
+        "building the unit tests for {}: some minutes the first time ...",
+        arch.name()
+    );
+    let mut cargo = cargo(&[
+        "test",
+        "--no-run",
+        "--workspace",
+        "--exclude=xtask",
+        "--exclude=xtask-init",
+        "--exclude=mapdirect-fuzz",
+        "--lib",
+        "--message-format=json-render-diagnostics",
+    ]);
+    for_arch(&mut cargo, arch)?;
+    let found = executables(&mut cargo)?;
+    ensure!(!found.is_empty(), "cargo built no unit tests");
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
 /// Has cargo build for an architecture.
 fn for_arch(cargo: &mut Command, arch: Arch) -> Result<()> {
     if arch != Arch::OWN {
@@ -96,18 +119,29 @@ pub(crate) fn init(arch: Arch) -> Result<PathBuf> {
 
 /// Runs a build and says where it put an executable.
 fn executable(name: &str, cargo: &mut Command) -> Result<PathBuf> {
+    executables(cargo)?
+        .into_iter()
+        .find_map(|(of, path)| (of == name).then_some(path))
+        .with_context(|| format!("cargo did not say where it put {name}"))
+}
+
+/// Runs a build, and says what executables it made, and of what.
+fn executables(cargo: &mut Command) -> Result<Vec<(String, PathBuf)>> {
     let output = cargo
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
         .context("cannot run cargo")?;
     ensure!(output.status.success(), "the build failed");
-    String::from_utf8_lossy(&output.stdout)
+    let messages = String::from_utf8_lossy(&output.stdout);
+    Ok(messages
         .lines()
         .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|message| message["target"]["name"] == name)
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .with_context(|| format!("cargo did not say where it put {name}"))
+        .filter_map(|message| {
+            let name = message["target"]["name"].as_str()?.to_owned();
+            Some((name, message["executable"].as_str()?.into()))
+        })
+        .collect())
 }
 
 /// Where cargo puts what it builds.

@@ -62,7 +62,10 @@ pub(crate) fn run(args: &TestArgs) -> Result<ExitCode> {
         ran.push(machines());
         let mut guests = guests();
         guests.push(other_architecture());
-        ran.extend(guest::run(&guests, &[demo_dax, packages_in_use]));
+        ran.extend(guest::run(
+            &guests,
+            &[demo_dax, packages_in_use, units_elsewhere],
+        ));
         return Ok(report(&ran));
     }
     if args.filter.is_none() {
@@ -504,6 +507,12 @@ fn installs() -> Result<String> {
 /// The packages, installed, upgraded and removed.
 fn packages_in_use() -> Ran {
     told("packages in use", dist::check)
+}
+
+/// What processors differ in is in the units as well: layouts, orders of memory,
+/// registers.
+fn units_elsewhere() -> Ran {
+    guest::units(Arch::Aarch64, "7.3")
 }
 
 /// Runs tests, shows what they say but for those that pass, and counts.

@@ -225,6 +225,43 @@ impl Guest {
     }
 }
 
+/// Runs the unit tests of what is shipped on another architecture.
+pub(super) fn units(arch: Arch, kernel: &'static str) -> Ran {
+    let name = format!("units on {}, Linux {kernel}", arch.name());
+    let started = Instant::now();
+    let mut tally = Tally::new();
+    let result = run_units(arch, kernel, &name, &mut tally);
+    let mut ran = tally.ran(&name, result.is_ok(), started);
+    ran.notes
+        .extend(result.err().map(|error| format!("{error:#}")));
+    ran
+}
+
+fn run_units(arch: Arch, kernel: &'static str, name: &str, tally: &mut Tally) -> Result<()> {
+    let binaries = build::unit_tests(arch)?;
+    let mut machine = vm::boot(arch, kernel)?
+        .memory(4 << 30)
+        .time_limit(Duration::from_secs(1800))
+        .start()?;
+    let mut failed = None;
+    for binary in &binaries {
+        let words: [&OsStr; 2] = [binary.as_os_str(), "--include-ignored".as_ref()];
+        let program = vm::program(&words, &[("RUST_BACKTRACE", "0")]);
+        let mut lines = Lines::new(|line: &str| {
+            if let Some(line) = tally.hear(line) {
+                println!("  {name}: {line}");
+            }
+        });
+        let status = machine.run(&program, &mut lines, io::stderr())?;
+        lines.finish();
+        if status != 0 {
+            failed.get_or_insert(format!("{} ended with status {status}", binary.display()));
+        }
+    }
+    machine.switch_off()?;
+    failed.map_or(Ok(()), |failed| Err(anyhow::Error::msg(failed)))
+}
+
 /// Cuts what is written into lines.
 struct Lines<F: FnMut(&str)> {
     rest: Vec<u8>,

@@ -413,6 +413,9 @@ fn again_and_again(world: &World, kind: Kind) {
         if round % 4 == 0 {
             live();
         }
+        if round % 100 == 99 {
+            println!("{kind}: {} kills, {slowest:?}", round + 1);
+        }
         if round % 10 == 0 {
             // A new pin is granted, and ends, beside the others.
             let more = pin(&client, &targets[0].file, 0..65536);
