@@ -227,7 +227,7 @@ impl Guest {
 
 /// Runs the unit tests of what is shipped on another architecture.
 pub(super) fn units(arch: Arch, kernel: &'static str) -> Ran {
-    let name = format!("units on {}, Linux {kernel}", arch.name());
+    let name = format!("units on {}", arch.name());
     let started = Instant::now();
     let mut tally = Tally::new();
     let result = run_units(arch, kernel, &name, &mut tally);
