@@ -188,7 +188,7 @@ fn guests() -> Vec<Guest> {
         let filters = often.iter().map(ToString::to_string).collect();
         let mut guest = gate_in_kernel(kernel, name, 0, filters);
         guest.environment.push((BRIEF.0, BRIEF.1.to_owned()));
-        guest.time_limit = Duration::from_secs(3000);
+        guest.time_limit = Duration::from_secs(1800);
         guest
     }));
     guests.extend(persistent_memory(true));

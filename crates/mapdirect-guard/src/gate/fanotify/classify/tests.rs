@@ -23,6 +23,7 @@ const NO_FDS: Fds = Fds {
     flags: None,
 };
 
+#[cfg(target_arch = "x86_64")]
 fn syscall(number: i64, args: [u64; 6]) -> Syscall {
     Syscall {
         number,
