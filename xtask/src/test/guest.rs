@@ -237,6 +237,20 @@ pub(super) fn units(arch: Arch, kernel: &'static str) -> Ran {
     ran
 }
 
+/// Runs a program on a filesystem of the machine's own: its root is one of this
+/// machine's, where names and pages come and go in other ways.
+const ON_A_FILESYSTEM: &str = "set -e
+PATH=$PATH:/usr/sbin:/sbin
+place=/dev/shm/units
+if ! [ -d $place ]; then
+    mkdir -p $place/mnt
+    truncate -s 512M $place/image
+    mkfs.ext4 -q -F $place/image
+    mount -o loop $place/image $place/mnt
+fi
+cd $place/mnt
+exec \"$@\"";
+
 fn run_units(arch: Arch, kernel: &'static str, name: &str, tally: &mut Tally) -> Result<()> {
     let binaries = build::unit_tests(arch)?;
     let mut machine = vm::boot(arch, kernel)?
@@ -245,9 +259,14 @@ fn run_units(arch: Arch, kernel: &'static str, name: &str, tally: &mut Tally) ->
         .start()?;
     let mut failed = None;
     for binary in &binaries {
-        let words: [&OsStr; 2] = [binary.as_os_str(), "--include-ignored".as_ref()];
-        // The root of the machine is no filesystem of its own: names come and go
-        // there in ways of another kernel.
+        let words: [&OsStr; 6] = [
+            "sh".as_ref(),
+            "-c".as_ref(),
+            ON_A_FILESYSTEM.as_ref(),
+            "sh".as_ref(),
+            binary.as_os_str(),
+            "--include-ignored".as_ref(),
+        ];
         let environment = [("RUST_BACKTRACE", "0"), ("TMPDIR", "/dev/shm")];
         let program = vm::program(&words, &environment);
         let mut lines = Lines::new(|line: &str| {
