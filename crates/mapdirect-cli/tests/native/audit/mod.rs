@@ -6,6 +6,7 @@ mod follow;
 mod journal;
 mod metrics;
 mod names;
+mod operations;
 mod top;
 
 use crate::extents::schemas::validate;
@@ -40,9 +41,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
     ] {
         trials.push(world.trial(format!("audit::{name}"), run));
     }
-    if Gate::under_test() == Gate::Fanotify {
+    match Gate::under_test() {
         // The other gate refuses what makes one here.
-        trials.push(world.trial("audit::breach", breach::breach));
+        Gate::Fanotify => trials.push(world.trial("audit::breach", breach::breach)),
+        // The other gate sees none of them.
+        Gate::Bpf => trials.push(world.trial("audit::operations", operations::operations)),
     }
     trials
 }
