@@ -50,16 +50,21 @@ pub(crate) fn run(args: &BpfArgs) -> Result<ExitCode> {
 /// has them. The units compare the two each time.
 fn write_constants() -> Result<()> {
     packages::install_for_bpf()?;
-    call(
-        build::cargo(&[
-            "test",
-            "--quiet",
-            "--package=mapdirect-guard",
-            "--features=bpf",
-            "--lib",
-            "gate::bpf::constants",
-        ])
-        .env("MAPDIRECT_WRITE_CONSTANTS", "1"),
+    build::saying(
+        "the guard, which knows the constants: a minute or two the first time",
+        || {
+            call(
+                build::cargo(&[
+                    "test",
+                    "--quiet",
+                    "--package=mapdirect-guard",
+                    "--features=bpf",
+                    "--lib",
+                    "gate::bpf::constants",
+                ])
+                .env("MAPDIRECT_WRITE_CONSTANTS", "1"),
+            )
+        },
     )
 }
 

@@ -5,6 +5,8 @@ use crate::{cross, packages};
 use anyhow::{Context, Result, ensure};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::time::Duration;
 
 /// The workspace this task belongs to.
 pub(crate) fn workspace() -> &'static Path {
@@ -55,7 +57,9 @@ pub(crate) fn native_tests(arch: Arch) -> Result<PathBuf> {
         "--message-format=json-render-diagnostics",
     ]);
     for_arch(&mut cargo, arch)?;
-    executable("native", &mut cargo)
+    saying("the tests: some minutes the first time", || {
+        executable("native", &mut cargo)
+    })
 }
 
 /// Builds the unit tests of what is shipped, and says where they are.
@@ -114,7 +118,27 @@ pub(crate) fn init(arch: Arch) -> Result<PathBuf> {
         "-C",
         "strip=symbols",
     ]);
-    executable("init", &mut cargo)
+    saying(
+        "the first process of virtual machines: half a minute the first time",
+        || executable("init", &mut cargo),
+    )
+}
+
+/// Builds something that cargo says nothing about, and says so when that is not
+/// done at once.
+pub(crate) fn saying<T>(what: &str, build: impl FnOnce() -> T) -> T {
+    const SILENCE: Duration = Duration::from_millis(700);
+    std::thread::scope(|scope| {
+        let (done, is_done) = mpsc::channel::<()>();
+        scope.spawn(move || {
+            if is_done.recv_timeout(SILENCE) == Err(RecvTimeoutError::Timeout) {
+                eprintln!("building {what} ...");
+            }
+        });
+        let built = build();
+        drop(done);
+        built
+    })
 }
 
 /// Runs a build and says where it put an executable.

@@ -159,16 +159,18 @@ pub(crate) fn stage() -> Result<PathBuf> {
 }
 
 fn libraries(root: &Path, prefix: &Path) -> Result<()> {
-    let status = build::cargo(&[
+    let mut cargo = build::cargo(&[
         "build",
         "--quiet",
         "--profile=capi",
         "--package=mapdirect-capi",
         "--package=mapdirect-mmap",
-    ])
-    .stdin(Stdio::null())
-    .status()
-    .context("cannot run cargo")?;
+    ]);
+    let status = build::saying(
+        "the libraries for C: a minute or two the first time",
+        || cargo.stdin(Stdio::null()).status(),
+    );
+    let status = status.context("cannot run cargo")?;
     ensure!(status.success(), "the libraries do not build");
     let built = build::target()?.join("capi");
     let lib = root.join("lib");

@@ -112,7 +112,8 @@ fn describe(package: &str) -> Result<PublicApi> {
         .args(["--", "-Zunstable-options", "--output-format=json"])
         .env("RUSTC_BOOTSTRAP", "1")
         .stdin(Stdio::null());
-    let status = command.status().context("cannot run cargo rustdoc")?;
+    let what = format!("the description of {package}: a minute the first time");
+    let status = build::saying(&what, || command.status()).context("cannot run cargo rustdoc")?;
     ensure!(status.success(), "cargo rustdoc failed for {package}");
     let file = format!("{}.json", package.replace('-', "_"));
     let path = target_directory()?.join("doc").join(file);

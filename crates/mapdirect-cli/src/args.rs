@@ -395,6 +395,10 @@ strangers may not. COMMAND finds the extents as JSON, an array with an object fo
 the file that MAPDIRECT_EXTENTS names, and at the descriptor MAPDIRECT_EXTENTS_FD. With --format
 they are there in another form.
 
+A range may go beyond the end of the file, as with mmap(2): stderr says then what is pinned of it. With
+strength all nobody can write behind the end in that range, blocks that are allocated there stay, and
+the file may still be made longer by truncate(2).
+
 A filesystem's device is busy for device-mapper while it is mounted. A loop device over it is not:
 --device names it in the table. docs/raw-access.md says what to flush and what to drop.")]
 pub struct PinArgs {

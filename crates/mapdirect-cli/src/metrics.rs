@@ -1,9 +1,13 @@
 //! The state of the guard as OpenMetrics text, for a collector.
 
 use mapdirect::status::Status;
+use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
+use rustix::io::Errno;
+use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
+use std::fs::File;
 use std::io::Write as _;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 /// What a family of samples is.
@@ -164,26 +168,49 @@ pub(crate) fn text(status: Option<&Status>) -> String {
     text.end()
 }
 
-/// Replaces a file at once, so that a collector never reads half of it.
+/// Replaces a file at once, so that a collector never reads half of it. Whoever
+/// may write to the directory may put links there, or another directory in its
+/// place: none of them is followed to another file.
 pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
-    let mut name = path.as_os_str().to_owned();
-    // Collectors read names that end in .prom.
-    name.push(format!(".{}", std::process::id()));
-    let new = Path::new(&name);
-    let written = std::fs::OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o644)
-        .open(new)
-        .and_then(|mut file| {
-            file.write_all(text.as_bytes())?;
-            file.sync_all()
-        })
-        .and_then(|()| std::fs::rename(new, path));
+    let name = path.file_name().ok_or(Errno::ISDIR)?;
+    let parent = path
+        .parent()
+        .filter(|parent| !parent.as_os_str().is_empty());
+    let directory = rustix::fs::open(
+        parent.unwrap_or(Path::new(".")),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
+    let (new, file) = create_beside(&directory, name)?;
+    let mut file = File::from(file);
+    let written = file
+        .write_all(text.as_bytes())
+        .and_then(|()| file.sync_all())
+        .and_then(|()| Ok(renameat(&directory, &new, &directory, name)?));
     if written.is_err() {
-        let _ = std::fs::remove_file(new);
+        let _ = unlinkat(&directory, &new, AtFlags::empty());
     }
     written
+}
+
+/// Creates a file with a name that is free.
+fn create_beside(directory: &OwnedFd, name: &OsStr) -> std::io::Result<(OsString, OwnedFd)> {
+    /// What was left when a process with this number was killed, or is in the
+    /// way on purpose.
+    const IN_THE_WAY: u32 = 16;
+    for attempt in 0..IN_THE_WAY {
+        // Collectors read names that end in .prom.
+        let mut new = name.to_owned();
+        new.push(format!(".{}-{attempt}", std::process::id()));
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        match openat(directory, &new, flags, Mode::from_raw_mode(0o644)) {
+            Ok(file) => return Ok((new, file)),
+            Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Err(Errno::EXIST.into())
 }
 
 #[cfg(test)]
@@ -209,5 +236,33 @@ mod tests {
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "two");
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
         assert!(write(&directory.path().join("no/a.prom"), "three").is_err());
+    }
+    #[test]
+    fn links_in_the_directory_lead_nowhere() {
+        let directory = tempfile::tempdir().unwrap();
+        let other = directory.path().join("other");
+        std::fs::write(&other, "untouched").unwrap();
+        let path = directory.path().join("a.prom");
+        let pid = std::process::id();
+        for link in [
+            "a.prom".to_owned(),
+            format!("a.prom.{pid}-0"),
+            format!("a.prom.{pid}-1"),
+        ] {
+            std::os::unix::fs::symlink(&other, directory.path().join(link)).unwrap();
+        }
+        write(&path, "one").unwrap();
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "untouched");
+        assert!(std::fs::symlink_metadata(&path).unwrap().is_file());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one");
+        // With all names taken nothing is written, and nothing removed.
+        for attempt in 0..16 {
+            let link = directory.path().join(format!("a.prom.{pid}-{attempt}"));
+            let _ = std::os::unix::fs::symlink(&other, link);
+        }
+        assert!(write(&path, "two").is_err());
+        assert_eq!(std::fs::read_to_string(&path).unwrap(), "one");
+        assert_eq!(std::fs::read_to_string(&other).unwrap(), "untouched");
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 18);
     }
 }

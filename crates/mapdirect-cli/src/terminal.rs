@@ -1,8 +1,8 @@
 //! What the terminal can show: its width, its characters, its colours.
 
-use mapdirect_sys::names::{self, is_deceptive};
-use mapdirect_sys::proc::printable;
-use std::ffi::OsStr;
+pub(crate) use mapdirect_sys::names::told_word;
+
+use mapdirect_sys::names;
 use std::io::{IsTerminal, stderr, stdout};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -103,44 +103,17 @@ pub(crate) fn paint(style: Style, text: &str) -> String {
 /// A file name as the terminal can show it and a shell can read it: itself, or
 /// quoted if something in it cannot be shown.
 pub(crate) fn name(path: &Path) -> String {
-    shown(path.as_os_str(), is_unicode())
+    names::shown(path.as_os_str(), is_unicode())
 }
 
 /// A file name that the guard tells: it may be quoted already.
 pub(crate) fn told_name(text: &str) -> String {
-    let original = names::unquoted(text).filter(|_| text.starts_with("$'/"));
-    match original {
-        Some(name) => names::quoted(&name),
-        // It would read as if the line went on.
-        None if [", ", "; ", " ("].iter().any(|mark| text.contains(mark)) => {
-            names::quoted(OsStr::new(text))
-        }
-        None => shown(OsStr::new(text), is_unicode()),
-    }
-}
-
-/// A name that a process has given itself. Quoted if it could be taken for what
-/// is said about the process.
-pub(crate) fn told_word(text: &str) -> String {
-    let text = printable(text);
-    if text.contains([',', ';', '(', ')']) {
-        return names::quoted(OsStr::new(&text));
-    }
-    text
-}
-
-fn shown(name: &OsStr, unicode: bool) -> String {
-    let fits = |c: char| !is_deceptive(c) && (unicode || c.is_ascii());
-    match name.to_str() {
-        Some(text) if text.chars().all(fits) => names::name(name),
-        _ => names::quoted(name),
-    }
+    names::told(text, is_unicode())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::ffi::OsStrExt;
 
     #[test]
     fn locales() {
@@ -150,21 +123,5 @@ mod tests {
         for locale in ["C", "POSIX", "de_DE.ISO-8859-1", "en_US", "UTF-8"] {
             assert!(!names_utf8(locale), "{locale}");
         }
-    }
-
-    #[test]
-    fn names_for_eyes() {
-        let shown = |bytes: &[u8], unicode| shown(OsStr::from_bytes(bytes), unicode);
-        assert_eq!(shown("/\u{e5}".as_bytes(), true), "/\u{e5}");
-        assert_eq!(shown("/\u{e5}".as_bytes(), false), r"$'/\xc3\xa5'");
-        assert_eq!(shown(b"/a\nb", true), r"$'/a\nb'");
-        assert_eq!(shown(b"/a\x1b[m\xff", true), r"$'/a\x1b[m\xff'");
-        assert_eq!(told_name("$'/a\\xff'"), "$'/a\\xff'");
-        assert_eq!(told_name("/a\nb"), r"$'/a\nb'");
-        assert_eq!(told_name("/a b"), "/a b");
-        assert_eq!(told_name("/a, by b"), "$'/a, by b'");
-        assert_eq!(told_name("/a (deleted)"), "$'/a (deleted)'");
-        assert_eq!(told_word("kworker/0:1 x"), "kworker/0:1 x");
-        assert_eq!(told_word("x (uid 0), by s"), "$'x (uid 0), by s'");
     }
 }

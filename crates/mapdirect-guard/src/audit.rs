@@ -60,9 +60,8 @@ pub(crate) enum Who {
         /// 0 if it is not known.
         pid: i32,
         command: String,
-        /// The thread began before this time, in clock ticks since boot; `None`
-        /// if it cannot be looked up.
-        before: Option<u64>,
+        /// How it was seen; `None` if it cannot be looked up.
+        sight: Option<actor::Sight>,
     },
 }
 
@@ -72,6 +71,8 @@ pub(crate) struct Met {
     pub(crate) pin: u64,
     pub(crate) pid: i32,
     pub(crate) uid: u32,
+    /// When the holder began, in clock ticks since boot, if that is known.
+    pub(crate) began: Option<u64>,
 }
 
 /// The time in nanoseconds since the epoch.

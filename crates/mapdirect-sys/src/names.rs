@@ -1,6 +1,7 @@
 //! Names of files as text: without losing a byte, and so that a terminal shows
 //! what is there.
 
+use crate::proc::printable;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -57,6 +58,42 @@ pub fn quoted(name: &OsStr) -> String {
     text
 }
 
+/// A file name that others shall see: itself, or [`quoted`] if something in it
+/// cannot be shown. Without `unicode` only ASCII can.
+#[must_use]
+pub fn shown(file_name: &OsStr, unicode: bool) -> String {
+    let fits = |c: char| !is_deceptive(c) && (unicode || c.is_ascii());
+    match file_name.to_str() {
+        Some(text) if text.chars().all(fits) => name(file_name),
+        _ => quoted(file_name),
+    }
+}
+
+/// A file name inside a line about it, as [`name`] wrote it: also quoted if the
+/// line would read as if it went on.
+#[must_use]
+pub fn told(text: &str, unicode: bool) -> String {
+    let original = unquoted(text).filter(|_| text.starts_with("$'/"));
+    match original {
+        Some(name) => quoted(&name),
+        None if [", ", "; ", " ("].iter().any(|mark| text.contains(mark)) => {
+            quoted(OsStr::new(text))
+        }
+        None => shown(OsStr::new(text), unicode),
+    }
+}
+
+/// A name that a process has given itself, inside a line about the process.
+/// Quoted if it could be taken for what the line says.
+#[must_use]
+pub fn told_word(text: &str) -> String {
+    let text = printable(text);
+    if text.contains([',', ';', '(', ')']) {
+        return quoted(OsStr::new(&text));
+    }
+    text
+}
+
 /// The name that [`name`] wrote.
 #[must_use]
 pub fn unquoted(text: &str) -> Option<OsString> {
@@ -105,6 +142,24 @@ mod tests {
             let _ = unquoted(wrong);
         }
         assert_eq!(unquoted("$'abc"), None);
+    }
+
+    #[test]
+    fn names_inside_a_line() {
+        let shown = |bytes: &[u8], unicode| shown(OsStr::from_bytes(bytes), unicode);
+        assert_eq!(shown("/\u{e5}".as_bytes(), true), "/\u{e5}");
+        assert_eq!(shown("/\u{e5}".as_bytes(), false), r"$'/\xc3\xa5'");
+        assert_eq!(shown(b"/a\nb", true), r"$'/a\nb'");
+        assert_eq!(shown(b"/a\x1b[m\xff", true), r"$'/a\x1b[m\xff'");
+        let told = |text| told(text, true);
+        assert_eq!(told("$'/a\\xff'"), "$'/a\\xff'");
+        assert_eq!(told("/a\nb"), r"$'/a\nb'");
+        assert_eq!(told("/a b"), "/a b");
+        assert_eq!(told("/a, by b"), "$'/a, by b'");
+        assert_eq!(told("/a (deleted)"), "$'/a (deleted)'");
+        assert_eq!(told_word("kworker/0:1 x"), "kworker/0:1 x");
+        assert_eq!(told_word("x (uid 0), by s"), "$'x (uid 0), by s'");
+        assert_eq!(told_word("\x1b[31m\n"), "\u{fffd}[31m\u{fffd}");
     }
 
     proptest! {

@@ -3,13 +3,14 @@
 mod declared;
 
 use crate::args::{GateChoice, GuardArgs};
+use crate::terminal::{told_name, told_word};
+use crate::verbs::records;
 use crate::{Exit, output};
 use anyhow::Result;
 use mapdirect::Gate;
 use mapdirect_guard::{
     Config, Ended, Notice, RefusedOperation, Running, Starter, Supervision, start, supervise,
 };
-use mapdirect_sys::proc::printable;
 use mapdirect_sys::signal::{Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Resource, getrlimit, setrlimit};
@@ -288,14 +289,14 @@ fn tell_notice(notice: &Notice) {
     match notice {
         Notice::Breach(breach) => {
             let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
-                format!("; by {}", printable(&cause.to_string()))
+                format!("; by {}", records::cause(cause))
             });
             output::complain(&format!(
                 "breach: blocks under a pin have changed: bytes {} to {} of {} (inode {} of {}), \
                  pin {}{cause}",
                 breach.range.start,
                 breach.range.end,
-                printable(&breach.path),
+                told_name(&breach.path),
                 breach.inode,
                 breach.device,
                 breach.pin,
@@ -351,8 +352,8 @@ impl Log {
             "refused {} by thread {} ({}) on {} (inode {} of {}){range}",
             refused.operation,
             refused.tid,
-            printable(&refused.command),
-            printable(&refused.path),
+            told_word(&refused.command),
+            told_name(&refused.path),
             refused.inode,
             refused.device,
         ));

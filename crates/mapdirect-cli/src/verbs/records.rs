@@ -5,6 +5,7 @@ use crate::args::{EventChoice, RecordFilters};
 use crate::terminal::{Style, told_name, told_word};
 use crate::{json, output};
 use anyhow::{Context, Result, bail};
+use mapdirect::Cause;
 use mapdirect::records::{Actor, Event, Name, NameState, Record};
 use mapdirect_guard::user_number;
 use mapdirect_sys::proc::printable;
@@ -196,6 +197,15 @@ pub(crate) fn who(actor: &Actor) -> String {
         facts.push(told_word(&actor.executable));
     }
     format!("{} ({})", told_word(command), facts.join(", "))
+}
+
+/// What caused a breach, in words.
+pub(crate) fn cause(cause: &Cause) -> String {
+    let what = match cause.what.as_str() {
+        "" => String::new(),
+        what => format!(", {}", printable(what)),
+    };
+    format!("pid {} ({}){what}", cause.pid, told_word(&cause.command))
 }
 
 /// A record for machines.

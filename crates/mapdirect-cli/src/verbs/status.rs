@@ -3,7 +3,8 @@
 use crate::args::StatusArgs;
 use crate::columns::{name_of, tell_pins};
 use crate::size::human;
-use crate::terminal::{self, Style, told_name};
+use crate::terminal::{self, Style, told_name, told_word};
+use crate::verbs::records;
 use crate::{Exit, json, output};
 use anyhow::{Context, Result};
 use mapdirect::status::{Armed, FileStatus, RefusedOperation, Status};
@@ -236,7 +237,7 @@ fn tell_file(file: &FileStatus) {
         output::prose(&format!(
             "    held by pid {} ({}): maps {}, {}",
             holder.pid,
-            printable(&holder.command),
+            told_word(&holder.command),
             human(holder.mapped),
             output::count(holder.descriptors.into(), "descriptor")
         ));
@@ -251,7 +252,7 @@ fn tell_breach(breach: &Breach) {
         told_name(&breach.path)
     };
     let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
-        format!(", by {}", printable(&cause.to_string()))
+        format!(", by {}", records::cause(cause))
     });
     output::prose(&format!(
         "  bytes {} to {} of {file}, pin {}, {} ago{cause}",
@@ -291,7 +292,7 @@ fn recent(refused: &RefusedOperation) -> String {
         "{} by thread {} ({}) on {}{range}",
         refused.operation,
         refused.tid,
-        printable(&refused.command),
+        told_word(&refused.command),
         told_name(&refused.path),
     )
 }

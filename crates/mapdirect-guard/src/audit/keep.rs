@@ -3,17 +3,18 @@
 //!
 //! What a record says of a process comes from the thread that looked at it while
 //! it waited (fanotify), or is looked up now, within a limit (bpf): a process
-//! that is gone by then stays without a user and a program.
+//! that is gone by then stays without a user, and one that executes another
+//! program without one.
 
+use super::actor::{self, Sight};
 use super::journald::Journald;
 use super::names::Question;
-use super::{Refused, Who, actor, call};
+use super::{Met, Refused, Who, call};
 use crate::Guard;
 use crate::table::{InodeId, Watched};
 use mapdirect_proto::record::{Actor, Event};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Breach, Name, Notice, Owner, Record};
-use mapdirect_sys::proc;
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,7 +69,7 @@ fn keep_refusals(guard: &Guard, refused: Vec<Refused>, lost: u64, tellers: &Tell
     let files = Files::of(guard, refused.iter().map(|refused| refused.id));
     let gate = guard.gate.kind();
     let mut records: Vec<Record> = Vec::with_capacity(refused.len());
-    let mut unknown = Vec::new();
+    let mut unknown = Unknown::default();
     for one in refused {
         let place = (one.id.device(), one.id.inode);
         let mut record = Record::new(Event::Refusal, one.time, gate, place);
@@ -78,7 +79,7 @@ fn keep_refusals(guard: &Guard, refused: Vec<Refused>, lost: u64, tellers: &Tell
         record.name = files.name(one.id, &one.path);
         if let Some(met) = one.met {
             record.pin = met.pin;
-            record.owner = Some(Owner::new(met.pid, met.uid));
+            unknown.owned(&mut record, records.len(), met);
         }
         match one.who {
             Who::Known(actor) => record.actor = *actor,
@@ -86,12 +87,14 @@ fn keep_refusals(guard: &Guard, refused: Vec<Refused>, lost: u64, tellers: &Tell
                 tid,
                 pid,
                 command,
-                before,
+                sight,
             } => {
                 record.actor.tid = tid;
                 record.actor.pid = pid;
                 record.actor.command = command;
-                unknown.extend(before.map(|before| (records.len(), before)));
+                unknown
+                    .actors
+                    .extend(sight.map(|sight| (records.len(), sight)));
             }
         }
         records.push(record);
@@ -129,18 +132,22 @@ fn keep_breach(guard: &Guard, breach: &Breach, tellers: &Tellers) -> bool {
     record.range = Some(breach.range.clone());
     record.name = files.name(id, &breach.path);
     record.pin = breach.pin;
-    record.owner = files.owner_of(id, breach.pin);
+    let mut unknown = Unknown::default();
+    if let Some(met) = files.pin(id, breach.pin) {
+        unknown.owned(&mut record, 0, met);
+    }
     record.before.clone_from(&breach.before);
     record.after.clone_from(&breach.after);
     let mut records = [record];
-    let mut unknown = None;
     if let Some(cause) = &breach.cause {
         let [record] = &mut records;
         record.actor.pid = cause.pid;
         record.actor.command.clone_from(&cause.command);
         record.operation.clone_from(&cause.what);
-        // It was seen before this record was made.
-        unknown = (cause.pid > 0).then(|| (0, ticks_now() + 1));
+        if cause.pid > 0 {
+            let before = ticks_at(breach.time) + 1;
+            unknown.actors.push((0, Sight::Before(before)));
+        }
     }
     look_up(guard, &mut records, unknown);
     let [record] = records;
@@ -165,22 +172,44 @@ pub(crate) fn ticks_now() -> u64 {
     seconds * ticks + nanoseconds * ticks / 1_000_000_000
 }
 
-/// Adds what is not known of the processes in some records. `unknown` are the
-/// records whose actor must be looked up, and when that had begun at the latest.
-fn look_up(guard: &Guard, records: &mut [Record], unknown: impl IntoIterator<Item = (usize, u64)>) {
+/// The same for a time in nanoseconds since the epoch, not long ago.
+fn ticks_at(time: u64) -> u64 {
+    let ago = super::now().saturating_sub(time);
+    let tick = 1_000_000_000 / rustix::param::clock_ticks_per_second();
+    ticks_now().saturating_sub(ago / tick)
+}
+
+/// Processes in some records of which not everything is known. Numbers of
+/// processes are used again: what is not known for sure is left out.
+#[derive(Default)]
+struct Unknown {
+    /// The records whose actor must be looked up, and how that was seen.
+    actors: Vec<(usize, Sight)>,
+    /// The records whose holder must be looked up, and when that began.
+    holders: Vec<(usize, (i32, u64))>,
+}
+
+impl Unknown {
+    /// Notes the holder of a pin in a record, which will be at `at`.
+    fn owned(&mut self, record: &mut Record, at: usize, met: Met) {
+        record.owner = Some(Owner::new(met.pid, met.uid));
+        let began = met.began.map(|began| (at, (met.pid, began)));
+        self.holders.extend(began);
+    }
+}
+
+/// Adds what is not known of the processes in some records.
+fn look_up(guard: &Guard, records: &mut [Record], unknown: Unknown) {
     let wanted: Vec<_> = unknown
+        .actors
         .into_iter()
-        .filter_map(|(at, before)| {
+        .filter_map(|(at, sight)| {
             let actor = &records.get(at)?.actor;
             let id = if actor.tid > 0 { actor.tid } else { actor.pid };
-            Some((at, id, before))
+            Some((at, id, sight))
         })
         .collect();
-    let mut holders: Vec<i32> = records
-        .iter()
-        .filter_map(|record| record.owner.as_ref())
-        .map(|owner| owner.pid)
-        .collect();
+    let mut holders: Vec<_> = unknown.holders.iter().map(|(_, holder)| *holder).collect();
     holders.sort_unstable();
     holders.dedup();
     if wanted.is_empty() && holders.is_empty() {
@@ -188,21 +217,20 @@ fn look_up(guard: &Guard, records: &mut [Record], unknown: impl IntoIterator<Ite
     }
     let asked = wanted.clone();
     let found = guard.audit.actors.within(LIMIT, move |looking| {
-        let mut known: HashMap<(i32, u64), Option<Actor>> = HashMap::new();
+        let mut known: HashMap<(i32, Sight), Option<Actor>> = HashMap::new();
         let actors: Vec<_> = asked
             .iter()
-            .map(|(_, id, before)| {
-                let found = known.entry((*id, *before)).or_insert_with(|| {
+            .map(|(_, id, sight)| {
+                let found = known.entry((*id, *sight)).or_insert_with(|| {
                     looking.at(*id).ok()?;
-                    actor::find(*id, Some(*before))
+                    actor::find(*id, *sight)
                 });
                 found.clone()
             })
             .collect();
-        let commands: HashMap<i32, String> = holders
+        let commands: HashMap<(i32, u64), String> = holders
             .into_iter()
-            .map(|pid| (pid, proc::command(pid)))
-            .filter(|(_, command)| command != "?")
+            .filter_map(|(pid, began)| Some(((pid, began), actor::command_of(pid, began)?)))
             .collect();
         (actors, commands)
     });
@@ -227,11 +255,9 @@ fn look_up(guard: &Guard, records: &mut [Record], unknown: impl IntoIterator<Ite
             record.actor.command = command;
         }
     }
-    for owner in records
-        .iter_mut()
-        .filter_map(|record| record.owner.as_mut())
-    {
-        if let Some(command) = commands.get(&owner.pid) {
+    for (at, holder) in unknown.holders {
+        let owner = records.get_mut(at).and_then(|record| record.owner.as_mut());
+        if let (Some(owner), Some(command)) = (owner, commands.get(&holder)) {
             owner.command.clone_from(command);
         }
     }
@@ -279,10 +305,15 @@ impl Files {
         owners
     }
 
-    fn owner_of(&self, id: InodeId, pin: u64) -> Option<Owner> {
+    fn pin(&self, id: InodeId, pin: u64) -> Option<Met> {
         let (_, watched) = self.of.get(&id)?;
         let pins = watched.pins.load();
         let pin = pins.iter().find(|other| other.id == pin)?;
-        Some(Owner::new(pin.pid, pin.uid))
+        Some(Met {
+            pin: pin.id,
+            pid: pin.pid,
+            uid: pin.uid,
+            began: pin.holder_began(),
+        })
     }
 }

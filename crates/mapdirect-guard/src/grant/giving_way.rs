@@ -15,7 +15,7 @@ use crate::tripwire::look_now;
 use crate::wake::Backoff;
 use crate::{Errno, Guard};
 use mapdirect_proto::{PinRequest, Reason, Refusal, YieldRequest};
-use mapdirect_sys::proc;
+use mapdirect_sys::names;
 use mapdirect_sys::unix::Sender;
 use std::fmt;
 use std::ops::Range;
@@ -176,7 +176,7 @@ impl fmt::Display for GivenWay {
             u64::MAX => f.write_str("the end")?,
             end => write!(f, "{end}")?,
         }
-        let path = proc::printable(&self.watched.path);
+        let path = names::told(&self.watched.path, true);
         write!(f, " of {path} the pins {}", numbers.join(", "))
     }
 }

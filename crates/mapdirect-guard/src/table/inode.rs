@@ -305,6 +305,7 @@ impl Watched {
             pin: pin.id,
             pid: pin.pid,
             uid: pin.uid,
+            began: pin.holder_began(),
         })
     }
 

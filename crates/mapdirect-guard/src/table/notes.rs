@@ -35,8 +35,8 @@ impl Passing {
             // Opening with O_TRUNC leaves a writer behind, too.
             writer: matches!(kind, K::OpenWrite | K::OpenTruncate),
             changes: !matches!(kind, K::OpenWrite | K::MapWrite),
-            // An unknown operation may be a mapping.
-            maps: matches!(kind, K::MapWrite | K::Unknown),
+            // What may do anything may be a mapping.
+            maps: kind == K::MapWrite || kind.may_do_anything(),
             shares: operation.brings_shared,
         }
     }

@@ -206,6 +206,17 @@ impl Pin {
         Self { family, ..self }
     }
 
+    /// When the process began that has the pin, in clock ticks since boot, if
+    /// that is known: its number may mean another process by now.
+    pub(crate) fn holder_began(&self) -> Option<u64> {
+        let family = self.family.as_ref().map(|one| (one.pid(), one.began()));
+        self.fate
+            .asker()
+            .into_iter()
+            .chain(family)
+            .find_map(|(pid, began)| (pid == self.pid).then_some(began))
+    }
+
     /// Whether nobody but the holder's family may open the file for writing.
     pub(crate) fn denies_write(&self) -> bool {
         self.flags.contains(Flags::DENY_WRITE)

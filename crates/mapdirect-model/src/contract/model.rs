@@ -298,7 +298,8 @@ impl Question {
     /// Whether it moves, frees, replaces or allocates a block of the pin.
     fn changes(&self, pin: &Pin, at: u64) -> bool {
         let block = unit(at, pin.block);
-        let everything = matches!(self.operation.kind, K::OpenTruncate | K::Unknown);
+        let kind = self.operation.kind;
+        let everything = kind == K::OpenTruncate || kind.may_do_anything();
         if pin.gives_way_at(at) && !everything {
             return false;
         }
@@ -309,7 +310,12 @@ impl Question {
             K::Read | K::OpenRead | K::MapRead | K::OpenWrite | K::MapWrite => false,
             // Names are not blocks.
             K::Unlink | K::Rename => false,
-            K::OpenTruncate | K::Unknown => true,
+            K::OpenTruncate
+            | K::Unknown
+            | K::SetUpLoop
+            | K::EnableVerity
+            | K::SetAttributes
+            | K::SetFlags => true,
             // In place, if there is such.
             K::Write | K::Allocate | K::AllocateKeepSize => {
                 meet(range, &block) && pin.is_frozen(at)
@@ -374,6 +380,10 @@ impl Question {
             | K::OpenWrite
             | K::OpenTruncate
             | K::Unknown
+            | K::SetUpLoop
+            | K::EnableVerity
+            | K::SetAttributes
+            | K::SetFlags
             | K::CollapseRange
             | K::InsertRange
             | K::Unlink

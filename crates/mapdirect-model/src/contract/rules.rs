@@ -62,6 +62,16 @@ pub enum OperationKind {
     /// Gives a name of the file another place, or takes that place for another
     /// file. Refused as [`Unlink`](Self::Unlink) is.
     Rename,
+    /// Lays a loop device on the file, which writes and discards without
+    /// asking.
+    SetUpLoop,
+    /// `FS_IOC_ENABLE_VERITY`, which writes behind the end of the file.
+    EnableVerity,
+    /// `FS_IOC_FSSETXATTR`, `FS_IOC_SETFLAGS`, `file_setattr(2)`: hints on how
+    /// to allocate, and other flags of the inode.
+    SetAttributes,
+    /// `fcntl(F_SETFL)`, which changes how a write that has been judged is made.
+    SetFlags,
 }
 
 /// The bytes that an operation reaches.
@@ -122,7 +132,7 @@ const fn rule(
 }
 
 /// The contract, in the order of [`OperationKind`].
-pub const RULES: [Rule; 25] = {
+pub const RULES: [Rule; 29] = {
     use Meets::{Any, Frozen};
     use OperationKind as K;
     use Reach::{BeyondSize, Everything, Nothing, Range, ToTheEnd};
@@ -158,6 +168,10 @@ pub const RULES: [Rule; 25] = {
         rule(K::Unknown, "unknown", Everything, Any, false),
         rule(K::Unlink, "unlink", Nothing, Any, false),
         rule(K::Rename, "rename", Nothing, Any, false),
+        rule(K::SetUpLoop, "loop-setup", Everything, Any, false),
+        rule(K::EnableVerity, "enable-verity", Everything, Any, false),
+        rule(K::SetAttributes, "set-attributes", Everything, Any, false),
+        rule(K::SetFlags, "set-flags", Everything, Any, false),
     ]
 };
 
@@ -210,7 +224,20 @@ impl OperationKind {
                 | Self::CollapseRange
                 | Self::InsertRange
                 | Self::Reshape
-                | Self::Unknown
+        ) || self.may_do_anything()
+    }
+
+    /// Whether the operation is judged by no range, since it may do whatever
+    /// there is, now or later.
+    #[must_use]
+    pub const fn may_do_anything(self) -> bool {
+        matches!(
+            self,
+            Self::Unknown
+                | Self::SetUpLoop
+                | Self::EnableVerity
+                | Self::SetAttributes
+                | Self::SetFlags
         )
     }
 

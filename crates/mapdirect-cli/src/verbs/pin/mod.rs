@@ -1,6 +1,7 @@
 //! `mapdirect pin`: pin ranges of files, and hold them: until a signal comes, or
 //! for a command.
 
+mod beyond;
 mod watch;
 
 pub(crate) use self::watch::breach_line;
@@ -53,6 +54,7 @@ fn hold(args: &PinArgs) -> Result<Exit> {
     for (path, pin) in args.files.iter().zip(&pins) {
         tell(args, path, pin)?;
     }
+    beyond::say(args, &pins);
     // Who could not be told where the blocks are has no use for the pin.
     output::check()?;
     if form(args) == Format::Table {
@@ -91,6 +93,7 @@ fn keep_for_command(args: &PinArgs, keeper: &mut Keeper) -> Result<Exit> {
     // The pins do not need them, and a duplicate would be in their way.
     drop(files);
     require_stable(args, &pins)?;
+    beyond::say(args, &pins);
     let extents = described(args, &pins)?;
     let mut held = AllHeld::new(&args.files, &pins)?;
     let (program, arguments) = args.command.split_first().context("no command")?;

@@ -1,6 +1,7 @@
 //! What becomes of pins that are held.
 
 use crate::keeper::Kept;
+use crate::verbs::records;
 use crate::{Exit, terminal};
 use anyhow::Result;
 use mapdirect::{Breach, EventFd, Extent, Integrity, Pin, State};
@@ -119,10 +120,9 @@ impl<'a> Held<'a> {
 }
 
 pub(crate) fn breach_line(breach: &Breach) -> String {
-    let cause = breach
-        .cause
-        .as_ref()
-        .map_or_else(String::new, |cause| format!("; by {cause}"));
+    let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
+        format!("; by {}", records::cause(cause))
+    });
     let count = |extents: &[Extent]| match extents {
         [one] => one.state.name().to_owned(),
         more => format!("{} extents", more.len()),

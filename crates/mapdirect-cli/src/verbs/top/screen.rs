@@ -349,7 +349,7 @@ fn details(frame: &mut Frame<'_>, model: &Model, area: Rect) {
         lines.push(Line::raw(format!(
             "  held by pid {} ({}): maps {}, {}",
             holder.pid,
-            printable(&holder.command),
+            terminal::told_word(&holder.command),
             human(holder.mapped),
             counted(holder.descriptors.into(), "descriptor"),
         )));

@@ -6,6 +6,7 @@ mod follow;
 mod journal;
 mod metrics;
 mod names;
+mod operations;
 mod top;
 
 use crate::extents::schemas::validate;
@@ -25,6 +26,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (name, run) in [
         ("who", who as fn(&World)),
+        ("another-program", another_program),
         ("unseen-opens", unseen_opens),
         ("others-see-nothing", others_see_nothing),
         ("names", names::names),
@@ -40,9 +42,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
     ] {
         trials.push(world.trial(format!("audit::{name}"), run));
     }
-    if Gate::under_test() == Gate::Fanotify {
+    match Gate::under_test() {
         // The other gate refuses what makes one here.
-        trials.push(world.trial("audit::breach", breach::breach));
+        Gate::Fanotify => trials.push(world.trial("audit::breach", breach::breach)),
+        // The other gate sees none of them.
+        Gate::Bpf => trials.push(world.trial("audit::operations", operations::operations)),
     }
     trials
 }
@@ -95,7 +99,14 @@ struct Refused(std::process::Child);
 impl Refused {
     /// By user `uid`.
     fn by(uid: u32, path: &Path) -> Self {
-        let script = "if : > \"$1\"; then echo went-through; fi; sleep 600";
+        Self::by_script(
+            uid,
+            path,
+            "if : > \"$1\"; then echo went-through; fi; sleep 600",
+        )
+    }
+
+    fn by_script(uid: u32, path: &Path, script: &str) -> Self {
         let child = Command::new("/bin/bash")
             .args(["-c", script, "bash"])
             .arg(path)
@@ -203,6 +214,38 @@ fn who(world: &World) {
         std::fs::remove_file(&path).unwrap();
     }
     validate(world, &documents);
+}
+
+/// A process that executes another program is still the same, and what it runs
+/// now was refused nothing. Its command cannot write into the line about it.
+fn another_program(world: &World) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let path = written(&world.disk(Kind::XFS), "audit-another,by\nx", 65536);
+    let pinned = pin(&guard.client(), &open(&path), 0..65536);
+    let bash = std::fs::canonicalize("/bin/bash").unwrap();
+    for _ in 0..10 {
+        let script = "printf '\\e[31m);x' > /proc/$$/comm; : > \"$1\"; exec sleep 600";
+        let refused = Refused::by_script(0, &path, script);
+        let pid = refused.pid();
+        let record = wait_for_records(&guard, 1, |record| record["pid"] == pid).remove(0);
+        let executable = &record["executable"];
+        let is_bash = executable == bash.to_str().unwrap();
+        assert!(executable.is_null() || is_bash, "{record}");
+        assert_eq!(record["command"], "\u{fffd}[31m);x", "{record}");
+        drop(refused);
+    }
+    for verb in ["log", "status"] {
+        let text = said(&mapdirect(&guard, &[verb]).output().unwrap());
+        assert!(
+            !text.contains(|c: char| c.is_control() && c != '\n'),
+            "{text:?}"
+        );
+        assert!(text.contains("audit-another,by\\nx'"), "{text}");
+        assert!(text.contains("[31m);x'"), "{text}");
+    }
+    drop(pinned);
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// An open of which nobody can see what it is for is not said to be one that

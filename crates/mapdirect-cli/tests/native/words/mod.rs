@@ -30,6 +30,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("prepare-refused", truth::prepare_refused),
         ("prepare-inline", truth::prepare_inline),
         ("first-remedy", truth::first_remedy),
+        ("beyond-the-end", truth::beyond_the_end),
     ];
     tests
         .map(|(name, test)| world.trial(format!("words::{name}"), test))

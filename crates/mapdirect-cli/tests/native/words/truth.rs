@@ -388,3 +388,54 @@ fn left_in_the_kernel(
     assert!(told["text"].as_str().unwrap().contains(says), "{told}");
     guard.kill().unwrap();
 }
+
+/// A range that goes beyond the end of the file is pinned as mmap(2) would map
+/// it, and stderr says what that is worth.
+pub(super) fn beyond_the_end(world: &World) {
+    let guard = world.guard();
+    let path = written(&world.disk(Kind::XFS), "words-beyond", 10_000);
+    let name = path.to_str().unwrap();
+    // A write by the command itself, at byte 70,000.
+    let write = "dd if=/dev/zero bs=1 count=1 seek=70000 conv=notrunc status=none of=";
+    let write = format!("{write}{name}");
+    let pin = |range: &str, more: &[&str], script: &str| {
+        let pin = ["pin", name, "--range", range];
+        let arguments = [&pin, more, &["--", "sh", "-c", script]].concat();
+        let ended = output(guard.socket(), &arguments);
+        wait_until_free(&path);
+        (ended.status.success(), flat(&ended))
+    };
+    let (ended, text) = pin("0:8192", &[], "true");
+    assert!(ended && text.is_empty(), "{text}");
+    let (ended, text) = pin("0:128K", &[], &write);
+    assert!(!ended && text.contains("Text file busy"), "{text}");
+    let part = "ends at byte 10000, inside the range: only bytes 0 to 10000 are pinned";
+    assert!(text.contains(part), "{text}");
+    assert!(
+        text.contains("nobody can write in the rest of the range (ETXTBSY)"),
+        "{text}"
+    );
+    let (ended, text) = pin("64K:64K", &[], &write);
+    assert!(!ended && text.contains("Text file busy"), "{text}");
+    let nothing = "ends at byte 10000, before the range begins: no byte of the file is pinned";
+    assert!(text.contains(nothing), "{text}");
+    assert!(!text.contains("allocated behind the end"), "{text}");
+    let allocate = "fallocate --keep-size --offset 64K --length 64K";
+    run(Command::new("sh")
+        .arg("-c")
+        .arg(format!("{allocate} {name}")))
+    .unwrap();
+    let (ended, text) = pin("64K:64K", &[], "true");
+    assert!(ended, "{text}");
+    assert!(
+        text.contains("65536 bytes allocated behind the end stay"),
+        "{text}"
+    );
+    let (ended, text) = pin("0:128K", &["--strength", "stable"], &write);
+    assert!(ended && !text.contains("ETXTBSY"), "{text}");
+    assert!(
+        text.contains("what is written behind the end is held from then on"),
+        "{text}"
+    );
+    std::fs::remove_file(&path).unwrap();
+}

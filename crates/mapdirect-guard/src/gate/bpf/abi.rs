@@ -405,6 +405,10 @@ pub(super) struct Event {
     pub(super) end: u64,
     pub(super) pin: u64,
     pub(super) file: u64,
+    /// When the thread began, in clock ticks since boot.
+    pub(super) began: u64,
+    /// The file that the thread's program is; of zeros if it runs none.
+    pub(super) program: Key,
     pub(super) command: [u8; 16],
 }
 
@@ -532,7 +536,7 @@ mod tests {
         same!(
             Event,
             "event",
-            kind_of_event kind tid tgid key start end pin file command
+            kind_of_event kind tid tgid key start end pin file began program command
         );
         same!(
             PinFacts,

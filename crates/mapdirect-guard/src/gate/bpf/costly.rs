@@ -1,6 +1,7 @@
 //! Programs that are attached only while they are needed.
 
-use super::load::{LoadError, attach, failed, link_name};
+use super::attach::{attach, link_name};
+use super::load::{LoadError, failed};
 use super::watch::Held;
 use libbpf_rs::Object;
 use std::path::{Path, PathBuf};

@@ -1,6 +1,7 @@
 //! The directory of the bpf filesystem in which a gate is pinned.
 
-use super::load::{LINKS, LoadError, failed};
+use super::attach::LINKS;
+use super::load::{LoadError, failed};
 use libbpf_rs::{MapCore, MapHandle};
 use mapdirect_sys::Errno;
 use rustix::fs::{FlockOperation, Mode, OFlags};

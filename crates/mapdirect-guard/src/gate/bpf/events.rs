@@ -3,6 +3,7 @@
 
 use super::abi::{self, Event};
 use super::{Gate, Proof};
+use crate::audit::actor::Sight;
 use crate::audit::{self, Refused, Who};
 use crate::policy::{Operation, RULES};
 use crate::table::Watched;
@@ -118,9 +119,10 @@ fn note(guard: &Guard, watched: Option<&Watched>, event: &Event) {
             tid: event.tid.cast_signed(),
             pid: event.tgid.cast_signed(),
             command: command_of(event),
-            // Numbers are given out in turn, so this one belongs to the thread
-            // for some 32,000 forks; one that began later is another.
-            before: Some(audit::keep::ticks_now() + 1),
+            sight: Some(Sight::Then {
+                began: event.began,
+                program: (event.program.dev != 0).then(|| event.program.inode()),
+            }),
         },
         kind: rule.kind,
         operation: rule.name,

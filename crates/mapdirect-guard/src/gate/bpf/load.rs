@@ -3,16 +3,17 @@
 //! guard.
 
 use super::abi::{DEAD, PAGE, SHARED_WORDS, Settings};
+use super::attach::{attach, attach_one, link_name, try_each_kind};
 use super::costly::{COSTLY, Costly, NOTES};
-use super::directory::{ENDING, empty, empty_but, enter, has_marker, remove};
+use super::directory::{empty, empty_but, enter, has_marker, remove};
 use super::functions::Kernel;
 use super::identity::ask_about;
 use super::preempts;
 use super::watch::Held;
 use libbpf_rs::btf::types::{Func, FuncProto};
 use libbpf_rs::{
-    Btf, ErrorExt, Link, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel,
-    ProgramAttachType, ProgramMut, ProgramType,
+    Btf, MapCore, MapFlags, MapHandle, Object, ObjectBuilder, PrintLevel, ProgramAttachType,
+    ProgramType,
 };
 use mapdirect_sys::Errno;
 use mapdirect_sys::mmap::page_size;
@@ -21,7 +22,6 @@ use rustix::fs::Mode;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// The programs, compiled from `prog/mapdirect.bpf.c` by `cargo xtask bpf`.
@@ -77,6 +77,9 @@ pub enum LoadError {
          `mapdirect guard --unload`"
     )]
     OtherVersion(String),
+    /// The kernel takes the programs, and cannot attach them.
+    #[error("not supported here: this kernel loads BPF programs and cannot attach them to {0}")]
+    CannotAttach(&'static str),
     /// A system call or another step failed.
     #[error("{0}")]
     Failed(String),
@@ -89,7 +92,7 @@ impl LoadError {
     pub fn is_for_good(&self) -> bool {
         matches!(
             self,
-            Self::Unsupported(_) | Self::MayLeaveOut | Self::PageSize(_)
+            Self::Unsupported(_) | Self::MayLeaveOut | Self::PageSize(_) | Self::CannotAttach(_)
         )
     }
 
@@ -101,6 +104,17 @@ impl LoadError {
             Self::PageSize(_) => {
                 return Some(format!(
                     "boot a kernel with pages of {PAGE} bytes, or use the fanotify gate"
+                ));
+            }
+            Self::CannotAttach(_) => {
+                let first = if cfg!(target_arch = "aarch64") {
+                    "Linux 6.4 or later"
+                } else {
+                    "a kernel"
+                };
+                return Some(format!(
+                    "boot {first} with CONFIG_DYNAMIC_FTRACE_WITH_DIRECT_CALLS, or use the \
+                     fanotify gate (Linux 6.14 or later)"
                 ));
             }
             _ => return None,
@@ -429,7 +443,7 @@ fn is_privileged() -> bool {
 }
 
 /// An error of libbpf together with its messages.
-fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
+pub(super) fn told(what: &str, error: &libbpf_rs::Error) -> LoadError {
     // The verifier also answers EACCES.
     let denied = error.kind() == libbpf_rs::ErrorKind::PermissionDenied;
     if denied && !is_privileged() {
@@ -473,54 +487,8 @@ fn put_in_place(directory: &Path) -> Result<Object, LoadError> {
     Ok(object)
 }
 
-/// Attaches those programs that are not attached, one after the other, and pins
-/// their links.
-pub(super) fn attach(object: &Object, directory: &Path, names: &[&str]) -> Result<(), LoadError> {
-    for wanted in names {
-        let path = directory.join(link_name(wanted));
-        if path.exists() {
-            continue;
-        }
-        let program = object.progs_mut().find(|program| program.name() == *wanted);
-        let program = program.ok_or_else(|| failed("attaching", wanted))?;
-        if !program.autoload() {
-            // This kernel has no place for the program, and works without it.
-            continue;
-        }
-        let mut link = attach_one(&program)
-            .with_context(|| format!("attaching {wanted}"))
-            .map_err(|error| told("attaching", &error))?;
-        link.pin(path)
-            .map_err(|error| told("pinning a link", &error))?;
-    }
-    Ok(())
-}
-
-/// Attaches a program. The kernel detaches an earlier one only after a while,
-/// and permits no new attachment before.
-fn attach_one(program: &ProgramMut<'_>) -> Result<Link, libbpf_rs::Error> {
-    let begun = Instant::now();
-    loop {
-        match program.attach_trace() {
-            // EBUSY has no error kind of its own.
-            Err(error)
-                if error.kind() == libbpf_rs::ErrorKind::Other && begun.elapsed() < ENDING =>
-            {
-                std::thread::sleep(Duration::from_millis(10));
-            }
-            done => return done,
-        }
-    }
-}
-
 fn marker() -> String {
     format!("version-{}", HASH.trim().get(..16).unwrap_or("none"))
-}
-
-pub(super) const LINKS: &str = "link-";
-
-pub(super) fn link_name(program: &str) -> String {
-    format!("{LINKS}{program}")
 }
 
 fn object_maps(object: &Object) -> Vec<(String, MapHandle)> {
@@ -603,7 +571,8 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
     open.load().map_err(|error| told("loading", &error))
 }
 
-/// Checks whether the gate can be loaded here: everything but attaching it.
+/// Checks whether the gate can be loaded here, and its programs attached: one of
+/// each kind is, for a moment.
 ///
 /// # Errors
 ///
@@ -611,6 +580,7 @@ pub(super) fn load_object(maps: Option<&Path>) -> Result<Object, LoadError> {
 pub fn probe() -> Result<(), LoadError> {
     require_page_size(page_size())?;
     let object = load_object(None)?;
+    try_each_kind(&object)?;
     if has_lsm() {
         return Ok(());
     }
@@ -641,7 +611,7 @@ fn preemption_mode(object: &Object, kernel: &Kernel) -> Result<i32, LoadError> {
         .map_err(|error| failed("writing the rules", error))?;
     let program = object.progs_mut().find(|program| program.name() == TELLS);
     let program = program.ok_or_else(|| failed("attaching", TELLS))?;
-    let _link = attach_one(&program).map_err(|error| told("attaching", &error))?;
+    let _link = attach_one(&program)?;
     let probe = mapdirect_sys::memfd::sealed("mapdirect-probe", b"")
         .map_err(|errno| failed("memfd_create", errno))?;
     match ask_about(&map("identities")?, probe.as_fd(), None) {

@@ -9,6 +9,7 @@
 
 mod abi;
 mod adopt;
+mod attach;
 mod census;
 mod constants;
 mod contract;

@@ -15,8 +15,9 @@
 //! reported as a breach.
 
 use super::abi::{Entry, Holder, Key, Life, Settings};
+use super::attach::LINKS;
 use super::directory::{claim, mount_bpffs};
-use super::load::{BPF_MAPS, LINKS};
+use super::load::BPF_MAPS;
 use super::{Gate, Published};
 use crate::ledger::PinSet;
 use crate::table::{Pin, Watched};

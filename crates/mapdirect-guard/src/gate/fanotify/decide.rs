@@ -155,7 +155,8 @@ impl Server<'_> {
     fn note(&self, watched: &Watched, event: &About, doing: &Doing, size: u64) {
         let operation = &doing.operation;
         watched.refused[operation.kind as usize].fetch_add(1, SeqCst);
-        let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate | K::Unknown);
+        let by_range = !matches!(operation.kind, K::OpenWrite | K::OpenTruncate)
+            && !operation.kind.may_do_anything();
         let who = match &doing.actor {
             Some(actor) => Who::Known(actor.clone()),
             // Whoever could not be seen then may have its number no more.
@@ -163,7 +164,7 @@ impl Server<'_> {
                 tid: event.tid,
                 pid: 0,
                 command: String::new(),
-                before: None,
+                sight: None,
             },
         };
         self.guard.audit.refused(Refused {

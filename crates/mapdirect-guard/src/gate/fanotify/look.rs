@@ -433,14 +433,14 @@ fn understand(question: &Question, syscall: Option<&Syscall>, functions: &[&str]
     let is_refused = question.named
         || match operation.kind {
             K::OpenWrite => !question.announced,
-            K::OpenTruncate | K::Unknown => true,
-            _ => false,
+            K::OpenTruncate => true,
+            kind => kind.may_do_anything(),
         };
     let call = classify::own_registers(syscall, functions).copied();
     Doing {
         // The thread waits for the answer, so it is the one that has this number.
         actor: is_refused
-            .then(|| actor::find(question.tid, None).map(Box::new))
+            .then(|| actor::find(question.tid, actor::Sight::Waits).map(Box::new))
             .flatten(),
         call,
         word: classify::word(operation.kind, call.as_ref(), functions),

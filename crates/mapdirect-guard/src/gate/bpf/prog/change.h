@@ -57,7 +57,7 @@ static __always_inline int refuse_exchange(struct inode *inode, u32 kind)
 #define XFS_SCRUBV 0x5840
 #define FSSETXATTR 0x5820
 #define SETFLAGS 0x6602
-#define ENABLE_VERITY 0x6685
+#define FS_ENABLE_VERITY 0x6685
 #define FS_SETVERSION 0x7602
 #define EXT4_SETVERSION 0x6604
 #define EXT4_MIGRATE 0x6609
@@ -80,7 +80,7 @@ static __noinline int sets_hint(struct inode *inode, u32 flags, u32 extents, u32
 	if (!(flags & (FS_XFLAG_REALTIME | FS_XFLAG_EXTSIZE | FS_XFLAG_COWEXTSIZE)) && !extents &&
 	    !copies)
 		return 0;
-	return refuse_pinned(inode, UNKNOWN);
+	return refuse_pinned(inode, SET_ATTRIBUTES);
 }
 
 static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
@@ -106,7 +106,7 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 		if (!may_be_pinned(q.key.dev, q.key.ino))
 			return 0;
 		// A loop device discards, and writes, without asking.
-		q.kind = UNKNOWN;
+		q.kind = SET_UP_LOOP;
 		q.at.end = END;
 		return decide(&q);
 	}
@@ -141,13 +141,13 @@ static __noinline int ioctl_of(struct inode *inode, u32 command, u64 argument)
 	if (magic == EXT4_MAGIC && (number == EXT4_SETVERSION || number == FS_SETVERSION))
 		disturb(inode);
 	// It writes its tree behind the end of the file, and frees what is there.
-	if (number == ENABLE_VERITY && behind(inode))
-		return refuse_pinned(inode, UNKNOWN);
+	if (number == FS_ENABLE_VERITY && behind(inode))
+		return refuse_pinned(inode, ENABLE_VERITY);
 	// Later kernels have a hook for what these set. Here it is in the program's
 	// memory, where others may change it: so nothing may be set.
 	if ((number == FSSETXATTR || number == SETFLAGS) &&
 	    !bpf_core_type_exists(struct file_kattr) && behind(inode))
-		return refuse_pinned(inode, UNKNOWN);
+		return refuse_pinned(inode, SET_ATTRIBUTES);
 	return 0;
 }
 
@@ -175,7 +175,7 @@ int BPF_PROG(inode_file_setattr, struct dentry *dentry, struct file_kattr *attr,
 		return 0;
 	// Whoever sets this on ext4 has it write data into the journal first.
 	if (inode->i_sb->s_magic == EXT4_MAGIC)
-		return attr->flags & EXT4_JOURNAL_DATA ? refuse_pinned(inode, UNKNOWN) : 0;
+		return attr->flags & EXT4_JOURNAL_DATA ? refuse_pinned(inode, SET_ATTRIBUTES) : 0;
 	if (inode->i_sb->s_magic != XFS_MAGIC)
 		return 0;
 	return sets_hint(inode, attr->fsx_xflags, attr->fsx_extsize, attr->fsx_cowextsize);

@@ -29,6 +29,10 @@ enum kind {
 	UNKNOWN = 22,
 	UNLINK = 23,
 	RENAME = 24,
+	SET_UP_LOOP = 25,
+	ENABLE_VERITY = 26,
+	SET_ATTRIBUTES = 27,
+	SET_FLAGS = 28,
 };
 
 enum reach {

@@ -171,6 +171,10 @@ struct event {
 	u64 end;
 	u64 pin;
 	u64 file;
+	// Of the thread that was refused: when it began, in clock ticks since boot,
+	// and which file its program is, by numbers of the kernel's own; or 0.
+	u64 began;
+	struct key program;
 	char command[16];
 };
 

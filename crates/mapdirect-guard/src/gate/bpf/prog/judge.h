@@ -369,6 +369,8 @@ static __noinline int tell(struct question *q)
 	if (!event)
 		return 0;
 	u64 ids = bpf_get_current_pid_tgid();
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct inode *program = BPF_CORE_READ(task, mm, exe_file, f_inode);
 	event->kind_of_event = EVENT_REFUSED;
 	event->kind = kind;
 	event->tid = (u32)ids;
@@ -378,6 +380,10 @@ static __noinline int tell(struct question *q)
 	event->end = q->at.end;
 	event->pin = 0;
 	event->file = 0;
+	event->began = BPF_CORE_READ(task, start_boottime) / TICK;
+	event->program.dev = BPF_CORE_READ(program, i_sb, s_dev);
+	event->program.pad = 0;
+	event->program.ino = BPF_CORE_READ(program, i_ino);
 	bpf_get_current_comm(event->command, sizeof(event->command));
 	bpf_ringbuf_submit(event, 0);
 	return 0;

@@ -256,7 +256,7 @@ static __noinline int sets_flags(struct file *file, u64 value)
 	u32 flags = *(volatile u32 *)&e->flags;
 	if ((flags & WRITES_PASS) && (!(flags & WINDOWED) || !(changed & o_direct())))
 		return 0;
-	return refuse_pinned(inode, UNKNOWN);
+	return refuse_pinned(inode, SET_FLAGS);
 }
 
 // Whether XFS has set blocks aside for copies of shared blocks of a file

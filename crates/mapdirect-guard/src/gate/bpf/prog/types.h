@@ -160,6 +160,10 @@ struct thread_info {
 	u32 status;
 } CORE;
 
+struct mm_struct {
+	struct file *exe_file;
+} CORE;
+
 struct task_struct {
 	struct thread_info thread_info;
 	struct io_uring_task *io_uring;
@@ -171,6 +175,7 @@ struct task_struct {
 	struct task_struct *real_parent;
 	struct files_struct *files;
 	const struct cred *cred;
+	struct mm_struct *mm;
 } CORE;
 
 // arch/x86/include/asm/ptrace.h

@@ -1,0 +1,68 @@
+//! What the gate in the kernel refuses beside reads, writes and the like has
+//! names.
+
+use super::{log, wait_for_records};
+use crate::world::{BINARY, World, open, pin, wait_until_free, written};
+use mapdirect_sys::Errno;
+use mapdirect_testkit::disk::run;
+use mapdirect_testkit::process::GuardProcess;
+use mapdirect_testkit::{Kind, raw};
+use rustix::fs::OFlags;
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::process::Command;
+
+/// `FS_IOC_ENABLE_VERITY`.
+const ENABLE_VERITY: u64 = 0x4080_6685;
+
+pub fn operations(world: &World) {
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    for kind in [Kind::XFS, Kind::EXT4] {
+        let disk = world.disk(kind);
+        let path = written(&disk, "audit-operations", 65_536);
+        let file = open(&path);
+        // With a hole, so that it matters how a write is made.
+        file.set_len(131_072).unwrap();
+        let pinned = pin(&guard.client(), &file, 0..131_072);
+        for (name, refused) in refusals(kind, &path, &file) {
+            assert!(refused, "{name} on {kind:?}");
+            let of_pin = |record: &serde_json::Value| {
+                record["pin"] == pinned.pin_id() && record["operation"] == name
+            };
+            let record = wait_for_records(&guard, 1, of_pin).remove(0);
+            assert_eq!(record["offset"], 0, "{record}");
+            assert!(record["length"].is_null(), "{record}");
+        }
+        let unknown = log(&guard, &["--operation", "unknown"]);
+        assert!(unknown.is_empty(), "{unknown:?}");
+        drop((pinned, file));
+        wait_until_free(&path);
+        std::fs::remove_file(&path).unwrap();
+    }
+}
+
+/// Does each of them; with its name, whether it was refused.
+fn refusals(kind: Kind, path: &Path, file: &File) -> Vec<(&'static str, bool)> {
+    let tool = |program: &str, arguments: &[&str]| {
+        let ran = run(Command::new(program).args(arguments).arg(path));
+        ran.is_err_and(|error| format!("{error:#}").contains("Text file busy"))
+    };
+    let appends = rustix::fs::fcntl_setfl(file, OFlags::RDWR | OFlags::APPEND);
+    let set_attributes = if kind.is_xfs() {
+        tool("xfs_io", &["-r", "-c", "cowextsize 1m"])
+    } else {
+        tool("chattr", &["+j"])
+    };
+    let mut refused = vec![
+        ("set-flags", appends == Err(Errno::TXTBSY)),
+        ("set-attributes", set_attributes),
+        ("loop-setup", tool("losetup", &["--find", "--show"])),
+    ];
+    if !kind.is_xfs() {
+        let reader = File::open(path).unwrap();
+        let verity = raw::ioctl(reader.as_fd(), ENABLE_VERITY, &mut [0u8; 128]);
+        refused.push(("enable-verity", verity == Err(Errno::TXTBSY)));
+    }
+    refused
+}
