@@ -83,7 +83,8 @@ fn own_numbers(link: &str, tid: i32) -> Option<InodeId> {
     /// Whoever has more mounts has made them for this.
     const MOST: u64 = 1 << 20;
     let file = rustix::fs::open(link, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
-    let about = format!("/proc/self/fdinfo/{}", file.as_raw_fd());
+    // A thread that looks has descriptors of its own.
+    let about = format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd());
     let about = std::fs::read_to_string(about).ok()?;
     let mount = about
         .lines()
