@@ -9,7 +9,11 @@
 
 use crate::table::InodeId;
 use mapdirect_proto::record::{Actor, MAX_PLACE};
-use mapdirect_sys::{proc, proc_status};
+use mapdirect_sys::{proc, proc_mountinfo, proc_status};
+use rustix::fs::{Mode, OFlags};
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
 
 /// How a thread was seen whose number this is, or was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -24,8 +28,8 @@ pub(crate) enum Sight {
     Then {
         /// When it began, in clock ticks since boot.
         began: u64,
-        /// The file that its program was, as `stat(2)` shows it on filesystems
-        /// that show the kernel's own numbers; `None` if it ran none.
+        /// The file that its program was, by the kernel's own numbers; `None` if
+        /// it ran none.
         program: Option<InodeId>,
     },
     /// It had its number before this time, in clock ticks since boot. What it ran
@@ -50,12 +54,7 @@ impl Sight {
         let is_it = || match self {
             Self::Waits => true,
             Self::Then { program, .. } => {
-                let now = rustix::fs::stat(&link).ok();
-                let now = now.map(|stat| InodeId {
-                    dev: stat.st_dev,
-                    inode: stat.st_ino,
-                });
-                program.is_some() && program == now
+                program.is_some_and(|program| is_file(program, &link, tid))
             }
             Self::Before(_) => false,
         };
@@ -66,6 +65,41 @@ impl Sight {
         let path = path.map(|path| cut(&proc::printable(&path.to_string_lossy())));
         path.ok().filter(|_| is_it()).unwrap_or_default()
     }
+}
+
+/// Whether a link leads to a file with these numbers of the kernel's own, as
+/// thread `tid` sees mounts. `stat(2)` shows them, except on btrfs and some
+/// overlays.
+fn is_file(id: InodeId, link: &str, tid: i32) -> bool {
+    let shown = rustix::fs::stat(link).map(|stat| InodeId {
+        dev: stat.st_dev,
+        inode: stat.st_ino,
+    });
+    shown == Ok(id) || own_numbers(link, tid) == Some(id)
+}
+
+/// The kernel's own numbers of the file that a link leads to.
+fn own_numbers(link: &str, tid: i32) -> Option<InodeId> {
+    /// Whoever has more mounts has made them for this.
+    const MOST: u64 = 1 << 20;
+    let file = rustix::fs::open(link, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()?;
+    // A thread that looks has descriptors of its own.
+    let about = format!("/proc/thread-self/fdinfo/{}", file.as_raw_fd());
+    let about = std::fs::read_to_string(about).ok()?;
+    let mount = about
+        .lines()
+        .find_map(|line| line.strip_prefix("mnt_id:"))?;
+    let mount: u64 = mount.trim().parse().ok()?;
+    let mut mounts = Vec::new();
+    let all = File::open(format!("/proc/{tid}/mountinfo")).ok()?;
+    all.take(MOST).read_to_end(&mut mounts).ok()?;
+    let mounts = String::from_utf8_lossy(&mounts);
+    let mut mounts = mounts.lines().filter_map(proc_mountinfo::parse_line);
+    let mount = mounts.find(|one| one.id == mount)?;
+    Some(InodeId {
+        dev: rustix::fs::makedev(mount.major, mount.minor),
+        inode: proc::parse_fdinfo(&about).inode,
+    })
 }
 
 /// What `/proc` says about a thread, or `None` if it is gone, or is another one
@@ -147,6 +181,7 @@ mod tests {
         let program = Some(id(stat.st_ino));
         let found = seen(began, program).unwrap();
         assert!(!found.executable.is_empty());
+        assert!(own_numbers("/proc/self/exe", own).is_some());
         assert_eq!(seen(began + 1, program), None, "the number was used again");
         // It has executed another since.
         for other in [None, Some(id(stat.st_ino + 1))] {
