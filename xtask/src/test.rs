@@ -253,6 +253,8 @@ const OFTEN: [(&str, &str, &[&str]); 4] = [
             "writers::",
             "policy::unpin",
             "policy::next-guard",
+            "audit::operations",
+            "audit::who",
         ],
     ),
     (
@@ -260,6 +262,7 @@ const OFTEN: [(&str, &str, &[&str]); 4] = [
         "bpf gate",
         &[
             "in-kernel::xfs",
+            "audit::operations",
             "hammer::ext4",
             "contract::xfs::io_uring",
             "contract::xfs::i386",
