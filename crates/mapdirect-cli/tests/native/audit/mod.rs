@@ -99,10 +99,11 @@ struct Refused(std::process::Child);
 impl Refused {
     /// By user `uid`.
     fn by(uid: u32, path: &Path) -> Self {
+        // With something after the sleep: the last program would take its place.
         Self::by_script(
             uid,
             path,
-            "if : > \"$1\"; then echo went-through; fi; sleep 600",
+            "if : > \"$1\"; then echo went-through; fi; sleep 600; :",
         )
     }
 

@@ -15,6 +15,9 @@ use std::process::Command;
 
 /// `FS_IOC_ENABLE_VERITY`.
 const ENABLE_VERITY: u64 = 0x4080_6685;
+/// `FS_IOC_FSGETXATTR` and `FS_IOC_FSSETXATTR`.
+const GET_ATTRIBUTES: u64 = 0x801c_581f;
+const SET_ATTRIBUTES: u64 = 0x401c_5820;
 
 pub fn operations(world: &World) {
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
@@ -50,7 +53,7 @@ fn refusals(kind: Kind, path: &Path, file: &File) -> Vec<(&'static str, bool)> {
     };
     let appends = rustix::fs::fcntl_setfl(file, OFlags::RDWR | OFlags::APPEND);
     let set_attributes = if kind.is_xfs() {
-        tool("xfs_io", &["-r", "-c", "cowextsize 1m"])
+        sets_copy_hint(file) == Err(Errno::TXTBSY)
     } else {
         tool("chattr", &["+j"])
     };
@@ -65,4 +68,16 @@ fn refusals(kind: Kind, path: &Path, file: &File) -> Vec<(&'static str, bool)> {
         refused.push(("enable-verity", verity == Err(Errno::TXTBSY)));
     }
     refused
+}
+
+/// Sets a hint on how much XFS allocates for a copy of shared blocks, in
+/// `struct fsxattr`.
+fn sets_copy_hint(file: &File) -> Result<(), Errno> {
+    const HAS_HINT: u8 = 0x1;
+    let mut attributes = [0; 28];
+    raw::ioctl(file.as_fd(), GET_ATTRIBUTES, &mut attributes)?;
+    // FS_XFLAG_COWEXTSIZE, 0x10000 of fsx_xflags.
+    attributes[2] |= HAS_HINT;
+    attributes[16..20].copy_from_slice(&(1u32 << 20).to_ne_bytes());
+    raw::ioctl(file.as_fd(), SET_ATTRIBUTES, &mut attributes).map(drop)
 }
