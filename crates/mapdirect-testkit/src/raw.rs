@@ -460,6 +460,16 @@ pub fn own_user_namespace() -> Result<()> {
     checked(ret.into()).map(drop)
 }
 
+/// Has the signals that shells and nohup(1) ignore for what they start in the
+/// background do again what they do: a shell that is started with one of them
+/// ignored cannot trap it.
+pub fn heed_signals() {
+    for signal in [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT] {
+        // SAFETY: SIG_DFL runs no code.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+    }
+}
+
 /// The user without any privilege.
 pub const NOBODY: u32 = 65_534;
 

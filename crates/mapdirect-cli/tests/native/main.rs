@@ -67,6 +67,7 @@ fn main() -> ExitCode {
     if mapdirect_testkit::process::play_role(&world::roles()) {
         return ExitCode::SUCCESS;
     }
+    mapdirect_testkit::raw::heed_signals();
     let mut arguments = Arguments::from_args();
     // Cases time themselves against the system's own clock (patience, close
     // events); twice as many as processors only disturb each other.
