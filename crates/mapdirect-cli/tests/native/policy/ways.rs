@@ -20,6 +20,13 @@ pub(super) fn strength_and_denials(world: &World) {
         asking.says("let-go");
         crate::world::wait_until_free(&path);
     }
+    // The guard hears of the end of a pin a moment later than whoever may open the
+    // file again, and its holder still counts as one until then.
+    wait_for(patience(), || {
+        let status = setting.guard.client().status()?;
+        Ok(status.files.is_empty().then_some(()))
+    })
+    .unwrap();
     // Its own pin gives way, to itself; nobody else's does.
     asking.is_refused("give-way", &path, Errno::ACCESS, "not-capable", "");
     asking.holds("pin-growth", &path);
