@@ -237,22 +237,23 @@ impl<'a> Supervisor<'a> {
         });
     }
 
-    /// Starts one more thread, if there may be one.
-    fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>) {
+    /// Starts one more thread, if there may be one; says whether it did.
+    fn start<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>) -> bool {
         let slot = self.next.fetch_add(1, SeqCst);
         if slot >= self.journal.slots() {
-            return;
+            return false;
         }
         let builder = std::thread::Builder::new()
             .name(format!("decide-{slot}"))
             .stack_size(256 * 1024);
         self.idle.fetch_add(1, SeqCst);
-        if builder
+        let started = builder
             .spawn_scoped(scope, move || self.serve(scope, slot))
-            .is_err()
-        {
+            .is_ok();
+        if !started {
             self.idle.fetch_sub(1, SeqCst);
         }
+        started
     }
 
     fn serve<'scope>(&'scope self, scope: &'scope std::thread::Scope<'scope, '_>, slot: usize) {
@@ -267,11 +268,9 @@ impl<'a> Supervisor<'a> {
                 Err(_) => return,
             };
             let is_last = self.idle.fetch_sub(1, SeqCst) == 1;
-            if is_last {
-                self.start(scope);
-            }
-            // With every other thread busy, this one has no time to wait.
-            let in_haste = is_last && self.idle.load(SeqCst) == 0;
+            // With every other thread busy, and no more to be had, this one has no
+            // time to wait. A new one may be busy by now, but it starts the next.
+            let in_haste = is_last && !self.start(scope);
             self.decide(slot, &notification, in_haste);
             self.idle.fetch_add(1, SeqCst);
         }
@@ -434,7 +433,7 @@ impl<'a> Supervisor<'a> {
             })
         } else if in_haste {
             Err(Obstacle {
-                why: format!("{AT_ONCE} other files are being pinned at this moment"),
+                why: String::from("too many other files are being pinned at this moment"),
                 help: String::from("map fewer new files at a time"),
             })
         } else if self.rules.gate == Gate::Bpf {
