@@ -4,6 +4,7 @@ use crate::Exit;
 use crate::terminal::{self, Style};
 use anyhow::{Result, anyhow};
 use mapdirect_sys::names::is_deceptive;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Write as _};
 use std::ops::Range;
@@ -70,6 +71,29 @@ pub(crate) fn complain(text: &str) {
         text = lines.join("\n");
     }
     let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// The same from a guard, or who looks after one: neither waits for whoever reads
+/// stderr. What there is no room for is not said.
+pub(crate) fn complain_at_once(text: &str) {
+    let stderr = io::stderr();
+    let mut room = [PollFd::new(&stderr, PollFlags::OUT)];
+    let none = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    let has_room = poll(&mut room, Some(&none)).is_ok_and(|ready| ready > 0)
+        && room[0].revents().contains(PollFlags::OUT);
+    if has_room {
+        // A pipe with room has that for a page (`pipe_poll`, fs/pipe.c).
+        const PAGE: usize = 3500;
+        let short: String = text
+            .char_indices()
+            .take_while(|(at, _)| *at < PAGE)
+            .map(|(_, one)| one)
+            .collect();
+        complain(&short);
+    }
 }
 
 /// How long to wait without a word.

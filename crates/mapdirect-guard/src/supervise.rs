@@ -340,7 +340,11 @@ impl Supervisor<'_> {
         if has("WATCHDOG=1") {
             self.in_vain = 0;
         }
-        worker.is_stopping |= has("STOPPING=1");
+        if has("STOPPING=1") {
+            worker.is_stopping = true;
+            // Its end is no news any more, and would be told again and again.
+            worker.gate = None;
+        }
         if let Ok(tid) = value(GATE_THREAD).parse() {
             worker.gate = pidfd::of_thread(tid).ok();
         }

@@ -63,7 +63,7 @@ pub(crate) fn run(args: &GuardArgs) -> Result<Exit> {
         socket: args.socket.clone(),
         pins: args.pins.clone(),
         signals: &signals,
-        say: &output::complain,
+        say: &output::complain_at_once,
     };
     raise_descriptor_limit();
     Ok(match supervise(&supervision, starter)? {
@@ -102,8 +102,8 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
             }
         }),
         on_notice: Box::new(tell_notice),
-        on_tampering: Box::new(output::complain),
-        on_giving_way: Box::new(output::complain),
+        on_tampering: Box::new(output::complain_at_once),
+        on_giving_way: Box::new(output::complain_at_once),
         journal: if quiet {
             None
         } else {
@@ -116,7 +116,7 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
         args.socket.display()
     ));
     if let Some(missing) = running.without_tripwire() {
-        output::complain(&format!(
+        output::complain_at_once(&format!(
             "no tripwire, so what the gate cannot refuse goes unnoticed: {missing}"
         ));
     }
@@ -148,7 +148,7 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
         watchdog.look();
         if !fds[1].revents().is_empty() {
             let why = running.failure().unwrap_or("unknown reason").to_owned();
-            output::complain(&format!("{why}; another guard takes over"));
+            output::complain_at_once(&format!("{why}; another guard takes over"));
             starter.stopping(&why);
             running.stop();
             return Ok(Exit::FAILURE);
@@ -170,7 +170,7 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
                 running.tell_that_it_ends("the supervisor of the guard has ended");
             }
             if pins > 0 {
-                output::complain(&format!("stopping; {pins} pins {fate}"));
+                output::complain_at_once(&format!("stopping; {pins} pins {fate}"));
             }
             starter.stopping(&format!("stopping; {pins} pins {fate}"));
             running.stop();
@@ -182,15 +182,15 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
 /// Reads the policy again.
 fn reload(running: &Running) {
     match running.reload_policy() {
-        Ok(rules) => output::complain(&format!(
+        Ok(rules) => output::complain_at_once(&format!(
             "SIGHUP: read the policy again: {rules} rules; {} pins stay as they are",
             running.pins()
         )),
         Err(errors) => {
             for error in errors {
-                output::complain(&format!("SIGHUP: {error}"));
+                output::complain_at_once(&format!("SIGHUP: {error}"));
             }
-            output::complain("SIGHUP: the policy stays as it was");
+            output::complain_at_once("SIGHUP: the policy stays as it was");
         }
     }
 }
@@ -278,7 +278,7 @@ fn unload(args: &GuardArgs) -> Result<Exit> {
 
 #[cfg(not(feature = "bpf"))]
 fn unload(_args: &GuardArgs) -> Result<Exit> {
-    output::complain(
+    output::complain_at_once(
         "this program was built without the bpf gate; build it with its default features",
     );
     Ok(Exit::FAILURE)
@@ -291,7 +291,7 @@ fn tell_notice(notice: &Notice) {
             let cause = breach.cause.as_ref().map_or_else(String::new, |cause| {
                 format!("; by {}", records::cause(cause))
             });
-            output::complain(&format!(
+            output::complain_at_once(&format!(
                 "breach: blocks under a pin have changed: bytes {} to {} of {} (inode {} of {}), \
                  pin {}{cause}",
                 breach.range.start,
@@ -302,8 +302,8 @@ fn tell_notice(notice: &Notice) {
                 breach.pin,
             ));
         }
-        Notice::Renamed { pin, how } => output::complain(&format!("pin {pin}: {how}")),
-        Notice::Lost { pin, why } => output::complain(&format!("pin {pin} is lost: {why}")),
+        Notice::Renamed { pin, how } => output::complain_at_once(&format!("pin {pin}: {how}")),
+        Notice::Lost { pin, why } => output::complain_at_once(&format!("pin {pin} is lost: {why}")),
         _ => {}
     }
 }
@@ -338,7 +338,7 @@ impl Log {
         }
         self.said += 1;
         if self.unsaid > 0 {
-            output::complain(&format!("{} more refusals, not printed", self.unsaid));
+            output::complain_at_once(&format!("{} more refusals, not printed", self.unsaid));
             self.unsaid = 0;
         }
         let range = refused.range.as_ref().map_or_else(String::new, |range| {
@@ -348,7 +348,7 @@ impl Log {
                 format!(", bytes {} to {}", range.start, range.end)
             }
         });
-        output::complain(&format!(
+        output::complain_at_once(&format!(
             "refused {} by thread {} ({}) on {} (inode {} of {}){range}",
             refused.operation,
             refused.tid,

@@ -34,6 +34,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         &[
             ("again-and-again", again_and_again),
             ("ends", ends),
+            ("stderr-nobody-reads", stderr_nobody_reads),
             ("service-manager", by_a_service_manager),
         ],
     )
@@ -605,4 +606,60 @@ fn ends(world: &World, kind: Kind) {
     }
     drop(guard);
     std::fs::remove_file(&path).unwrap();
+}
+
+/// A guard takes the place of one that was killed while nobody reads what both of
+/// them and their supervisor say.
+fn stderr_nobody_reads(world: &World, kind: Kind) {
+    let directory = ScratchDirectory::new("unread").unwrap();
+    let socket = directory.path().join("guard.sock");
+    let gate = BpfDirectory::new(Path::new(BINARY));
+    let (_reader, stderr) = rustix::pipe::pipe().unwrap();
+    let filled = stderr.try_clone().unwrap();
+    let flags = rustix::fs::fcntl_getfl(&filled).unwrap();
+    rustix::fs::fcntl_setfl(&filled, flags | rustix::fs::OFlags::NONBLOCK).unwrap();
+    while rustix::io::write(&filled, &[b'.'; 4096]).is_ok() {}
+    rustix::fs::fcntl_setfl(&filled, flags).unwrap();
+    let mut child = Command::new(BINARY)
+        .args(["guard", "--gate", Gate::under_test().name(), "--socket"])
+        .arg(&socket)
+        .arg("--bpf-directory")
+        .arg(gate.path())
+        .stdout(Stdio::null())
+        .stderr(stderr)
+        .spawn()
+        .unwrap();
+    let client = mapdirect::Guard::at(&socket);
+    let answers = |before: i32| {
+        wait_for(patience(), || {
+            let status = client.status().ok();
+            Ok(status.map(|status| status.pid).filter(|pid| *pid != before))
+        })
+    };
+    let result = answers(0).and_then(|first| {
+        let path = written(&world.disk(kind), "killed-unread", 65536);
+        let held = pin(&client, &open(&path), 0..65536);
+        live();
+        for _ in 0..50 {
+            assert!(
+                File::options()
+                    .write(true)
+                    .truncate(true)
+                    .open(&path)
+                    .is_err()
+            );
+        }
+        kill(first, Signal::KILL)?;
+        answers(first)?;
+        anyhow::ensure!(is_pinned(&path), "it is not pinned any more");
+        drop(held);
+        Ok(())
+    });
+    kill(child.id().cast_signed(), Signal::TERMINATE).unwrap();
+    let ended = wait_for(patience(), || Ok(child.try_wait()?));
+    if ended.is_err() {
+        child.kill().unwrap();
+    }
+    result.unwrap();
+    ended.unwrap();
 }
