@@ -65,10 +65,6 @@ pub(crate) fn native_tests(arch: Arch) -> Result<PathBuf> {
 /// Builds the unit tests of what is shipped, and says where they are.
 pub(crate) fn unit_tests(arch: Arch) -> Result<Vec<PathBuf>> {
     packages::install_for_bpf()?;
-    println!(
-        "building the unit tests for {}: some minutes the first time ...",
-        arch.name()
-    );
     let mut cargo = cargo(&[
         "test",
         "--no-run",

@@ -85,11 +85,12 @@ pub(crate) fn complain_at_once(text: &str) {
     let has_room = poll(&mut room, Some(&none)).is_ok_and(|ready| ready > 0)
         && room[0].revents().contains(PollFlags::OUT);
     if has_room {
-        // A pipe with room has that for a page (`pipe_poll`, fs/pipe.c).
-        const PAGE: usize = 3500;
+        // A pipe with room has that for a page (`pipe_poll`, fs/pipe.c), and what
+        // is told becomes a little longer.
+        const LONGEST: usize = 3500;
         let short: String = text
             .char_indices()
-            .take_while(|(at, _)| *at < PAGE)
+            .take_while(|(at, _)| *at < LONGEST)
             .map(|(_, one)| one)
             .collect();
         complain(&short);

@@ -278,7 +278,7 @@ fn unload(args: &GuardArgs) -> Result<Exit> {
 
 #[cfg(not(feature = "bpf"))]
 fn unload(_args: &GuardArgs) -> Result<Exit> {
-    output::complain_at_once(
+    output::complain(
         "this program was built without the bpf gate; build it with its default features",
     );
     Ok(Exit::FAILURE)
