@@ -169,8 +169,8 @@ pub(crate) fn text(status: Option<&Status>) -> String {
 }
 
 /// Replaces a file at once, so that a collector never reads half of it. Whoever
-/// may write to the directory may put links there, or another directory in its
-/// place: none of them is followed to another file.
+/// may write to its directory may put links there: none of them is followed. The
+/// way to the directory is: who may change that chooses where the file comes to be.
 pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
     let name = path.file_name().ok_or(Errno::ISDIR)?;
     let parent = path
