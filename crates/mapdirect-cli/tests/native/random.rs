@@ -160,6 +160,34 @@ struct Tally {
     granted: AtomicU64,
     refused: Mutex<BTreeMap<String, u64>>,
     compared: AtomicU64,
+    /// Pins during which nobody of this process stored to the file.
+    still: AtomicU64,
+    stores: [Stores; FILES as usize],
+}
+
+/// How often pinners have begun and ended to store to one file. They are one
+/// process, so they may do that beside each other's pins.
+#[derive(Default)]
+struct Stores {
+    begun: AtomicU64,
+    ended: AtomicU64,
+}
+
+impl Stores {
+    fn during(&self, store: impl FnOnce()) {
+        self.begun.fetch_add(1, SeqCst);
+        store();
+        self.ended.fetch_add(1, SeqCst);
+    }
+
+    /// Whether nobody has stored while `run` ran, and what it returned.
+    fn without<T>(&self, run: impl FnOnce() -> T) -> (bool, T) {
+        let begun = self.begun.load(SeqCst);
+        let ended = self.ended.load(SeqCst);
+        let result = run();
+        let none = begun == ended && begun == self.begun.load(SeqCst);
+        (none, result)
+    }
 }
 
 fn run(world: &World, kind: Kind) {
@@ -210,14 +238,19 @@ fn run(world: &World, kind: Kind) {
         said
     });
     let (granted, compared) = (tally.granted.load(SeqCst), tally.compared.load(SeqCst));
+    let still = tally.still.load(SeqCst);
     println!(
         "random::{kind} (seed {seed}): {granted} pins granted, refused {:?}, {compared} \
-         comparisons, attackers: {said:?}",
+         comparisons, bytes compared under {still} pins, attackers: {said:?}",
         tally.refused.lock().unwrap()
     );
     assert!(
         granted >= ENOUGH,
         "too few pins to prove anything: {granted}"
+    );
+    assert!(
+        still >= granted / 2,
+        "bytes compared under {still} of {granted} pins only"
     );
     assert!(said.iter().all(|counts| counts.contains("refused")));
     world.count("random attacks", said.len() as u64 * operations());
@@ -254,7 +287,9 @@ fn attack(directory: &Path, kind: Kind, seed: u64) -> Vec<String> {
 
 /// Pins a random range for a moment and looks whether it holds still.
 fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally) {
-    let path = file(directory, random.below(FILES));
+    let number = random.below(FILES);
+    let path = file(directory, number);
+    let stores = &tally.stores[usize::try_from(number).unwrap()];
     let start = random.below(BLOCKS) * BLOCK;
     let range = start..start + (1 + random.below(32)) * BLOCK;
     let patience = Duration::from_millis(100);
@@ -277,15 +312,8 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
             .map(&file);
         match mapped {
             Ok(map) => {
-                // Some of it may be frozen, or beyond the end of the file.
-                if let Err(error) = map.write_all_at(&[random.byte(); 100], 0) {
-                    use mapdirect::Kind as Reason;
-                    let reason = error.kind();
-                    let expected = matches!(reason, Reason::FrozenBlocks | Reason::Arguments);
-                    assert!(expected, "{error:#}");
-                }
-                store(&map, random);
-                watch(&file, map.block_map(), hold, tally);
+                stores.during(|| store(&map, random));
+                watch(&file, map.block_map(), hold, stores, tally);
             }
             Err(error) => refused(&error, tally),
         }
@@ -297,7 +325,7 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
             .guard(guard.clone())
             .pin(&file);
         match pinned {
-            Ok(pin) => watch(&file, pin.block_map(), hold, tally),
+            Ok(pin) => watch(&file, pin.block_map(), hold, stores, tally),
             Err(error) => refused(&error, tally),
         }
     }
@@ -305,6 +333,13 @@ fn pin_once(guard: &Guard, directory: &Path, random: &mut Random, tally: &Tally)
 
 /// Stores to random pages, frozen ones as well: those raise SIGBUS.
 fn store(map: &DirectMap, random: &mut Random) {
+    // Some of it may be frozen, or beyond the end of the file.
+    if let Err(error) = map.write_all_at(&[random.byte(); 100], 0) {
+        use mapdirect::Kind as Reason;
+        let reason = error.kind();
+        let expected = matches!(reason, Reason::FrozenBlocks | Reason::Arguments);
+        assert!(expected, "{error:#}");
+    }
     for _ in 0..8 {
         let offset = usize::try_from(random.below(map.len() as u64)).unwrap();
         let address = map.as_ptr() as usize + offset;
@@ -362,10 +397,10 @@ fn places(map: &BlockMap) -> BlockMap {
     )
 }
 
-/// The block map of a pinned range stays what it is, and so do its bytes:
-/// where the gate lets others write to blocks that stay where they are, those
-/// that are frozen.
-fn watch(file: &File, promised: &BlockMap, hold: Duration, tally: &Tally) {
+/// The block map of a pinned range stays what it is, and so do its bytes unless
+/// this process stores to them: where the gate lets others write to blocks that
+/// stay where they are, those that are frozen.
+fn watch(file: &File, promised: &BlockMap, hold: Duration, stores: &Stores, tally: &Tally) {
     tally.granted.fetch_add(1, SeqCst);
     let range = promised.range();
     let still: Vec<Range<u64>> = match Gate::under_test() {
@@ -381,18 +416,44 @@ fn watch(file: &File, promised: &BlockMap, hold: Duration, tally: &Tally) {
             .map(|part| read(file, part))
             .collect::<Vec<_>>()
     };
-    let before = bytes();
-    for _ in 0..3 {
-        std::thread::sleep(hold / 3);
-        let now = mapdirect::block_map(file, range.clone()).unwrap();
-        assert_eq!(
-            places(promised),
-            places(&now),
-            "the block map under a pin changed"
+    let (nobody_stored, changes) = stores.without(|| {
+        let before = bytes();
+        for _ in 0..3 {
+            std::thread::sleep(hold / 3);
+            let now = mapdirect::block_map(file, range.clone()).unwrap();
+            assert_eq!(
+                places(promised),
+                places(&now),
+                "the block map under a pin changed"
+            );
+            tally.compared.fetch_add(1, SeqCst);
+        }
+        changes(&still, &before, &bytes())
+    });
+    if nobody_stored {
+        assert!(
+            changes.is_empty(),
+            "bytes under a pin changed: {changes}: {promised:?}"
         );
-        tally.compared.fetch_add(1, SeqCst);
+        tally.still.fetch_add(1, SeqCst);
     }
-    assert!(before == bytes(), "bytes under a pin changed: {promised:?}");
+}
+
+/// Which blocks are not what they were, and the first byte of each that
+/// changed.
+fn changes(parts: &[Range<u64>], before: &[Vec<u8>], after: &[Vec<u8>]) -> String {
+    let mut said = Vec::new();
+    for ((part, before), after) in parts.iter().zip(before).zip(after) {
+        for at in (0..before.len()).step_by(512) {
+            let end = before.len().min(at + 512);
+            let differs = (at..end).find(|&byte| before[byte] != after[byte]);
+            if let Some(byte) = differs {
+                let (offset, was, is) = (part.start + byte as u64, before[byte], after[byte]);
+                said.push(format!("{offset}: {was:#x} to {is:#x}"));
+            }
+        }
+    }
+    said.join(", ")
 }
 
 /// What there is of a range before the end of the file.
