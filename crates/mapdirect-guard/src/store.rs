@@ -15,6 +15,7 @@ use mapdirect_sys::sd_listen_fds::{self, Inherited};
 use mapdirect_sys::sd_notify::Notify;
 use mapdirect_sys::unix::Socket;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -26,7 +27,7 @@ pub(crate) const LINE: &str = "supervisor";
 /// The same for a keeper of declared pins.
 pub(crate) const KEEPER: &str = "keeper";
 /// How the names of descriptors begin that a declared pin lives by.
-pub(crate) const DECLARED: &str = "declared-";
+pub(crate) const DECLARED: &str = "D";
 /// What a keeper says when it has tried to take every pin once.
 pub(crate) const TRIED: &str = "X_MAPDIRECT_TRIED=1";
 
@@ -37,6 +38,10 @@ pub(crate) const GATE_THREAD: &str = "X_MAPDIRECT_GATE_THREAD";
 /// supervisor keeps everything for the next one.
 pub(crate) const PINS_STAY: &str = "MAPDIRECT_PINS_STAY";
 
+/// The most bytes of names. There is room beside them for those of declared pins,
+/// which a supervisor keeps, and of pins that are granted at the same moment.
+const MOST_NAMES: usize = 88 << 10;
+
 /// How long to wait until something is really gone from the store.
 const LET_GO: Duration = Duration::from_millis(200);
 
@@ -46,6 +51,8 @@ pub struct Starter {
     line: Option<Line>,
     /// What it has passed, until somebody takes it.
     inherited: Mutex<Vec<Inherited>>,
+    /// The bytes of all names that are kept, with the colons between them.
+    names: AtomicUsize,
     watchdog: Option<Duration>,
     /// This process keeps declared pins, and is no guard.
     is_keeper: bool,
@@ -90,9 +97,11 @@ impl Starter {
         let is_meant =
             number("WATCHDOG_PID").is_none_or(|pid: u64| pid == std::process::id().into());
         let watchdog = number("WATCHDOG_USEC").filter(|_| is_meant && line.is_some());
+        let names = inherited.iter().map(|one| one.name.len() + 1).sum();
         Self {
             line,
             inherited: Mutex::new(inherited),
+            names: AtomicUsize::new(names),
             watchdog: watchdog.map(Duration::from_micros),
             is_keeper,
         }
@@ -104,6 +113,7 @@ impl Starter {
         Self {
             line: None,
             inherited: Mutex::default(),
+            names: AtomicUsize::new(0),
             watchdog: None,
             is_keeper: false,
         }
@@ -239,16 +249,31 @@ impl Starter {
     pub(crate) fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         // It must not be let go of because its other end is closed: the next
         // guard has to see that.
-        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(fd))
+        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(fd))?;
+        self.names.fetch_add(name.len() + 1, SeqCst);
+        Ok(())
     }
 
-    /// Ends what [`keep`](Self::keep) has begun, for all descriptors of this
-    /// name, and waits a moment until that is done.
-    pub(crate) fn let_go(&self, name: &str) {
+    /// Whether the names of what is kept leave room for more. They come to the next
+    /// process in one string, `LISTEN_FDNAMES`, and the kernel starts no program
+    /// with a longer one than 128 KiB (`MAX_ARG_STRLEN`, fs/exec.c).
+    pub(crate) fn has_room(&self) -> bool {
+        !self.keeps() || self.names.load(SeqCst) < MOST_NAMES
+    }
+
+    /// Ends what [`keep`](Self::keep) has begun, for all descriptors of this name,
+    /// and waits a moment until that is done. Says whether it is, or will be before
+    /// anything that is sent from now on.
+    pub(crate) fn let_go(&self, name: &str) -> bool {
         if !self.keeps() {
-            return;
+            return true;
         }
-        self.say(&format!("FDSTOREREMOVE=1\nFDNAME={name}"));
+        let removal = format!("FDSTOREREMOVE=1\nFDNAME={name}");
+        if self.send(&removal, None).is_err() {
+            return false;
+        }
+        let less = |names: usize| Some(names.saturating_sub(name.len() + 1));
+        let _ = self.names.fetch_update(SeqCst, SeqCst, less);
         // Messages are read in their order, and whoever has read this one closes
         // the end of the pipe that came with it: sd_notify_barrier(3).
         if let Ok((ours, theirs)) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)
@@ -258,6 +283,7 @@ impl Starter {
             // If nobody reads, it goes later.
             let _ = crate::wake::wait_any(&[ours.as_fd()], Some(LET_GO));
         }
+        true
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<Inherited>> {
@@ -294,4 +320,31 @@ fn take_named(inherited: &mut Vec<Inherited>, name: &str) -> Option<OwnedFd> {
 /// A text without the end of a line in it, which would begin another message.
 fn one_line(text: &str) -> String {
     text.replace(['\n', '\r'], " ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn there_is_room_for_names_until_they_are_let_go_of() {
+        let (line, _theirs) = Socket::pair().unwrap();
+        let starter = Starter {
+            line: Some(Line::Supervisor(line)),
+            names: AtomicUsize::new(MOST_NAMES - 5),
+            ..Starter::none()
+        };
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        assert!(starter.has_room());
+        starter.keep("P123", pipe.as_fd()).unwrap();
+        assert!(!starter.has_room());
+        assert!(starter.let_go("P123"));
+        assert!(starter.has_room());
+        // Who keeps nothing needs no room.
+        let nobody = Starter {
+            names: AtomicUsize::new(MOST_NAMES),
+            ..Starter::none()
+        };
+        assert!(nobody.has_room());
+    }
 }

@@ -72,12 +72,14 @@ fn adopt(number: RawFd) -> Option<OwnedFd> {
 ///
 /// As [`fork`](crate::fork::fork): this process must have one thread.
 pub fn start(command: &mut Command, fds: &[(&str, BorrowedFd<'_>)]) -> Result<i32> {
-    let names: Vec<&str> = fds.iter().map(|(name, _)| *name).collect();
+    let numbered = fds.iter().map(|(name, fd)| (*name, fd.as_raw_fd()));
+    let placed = places(numbered.collect());
+    let names: Vec<&str> = placed.iter().map(|(name, _)| *name).collect();
     command
         .env("LISTEN_FDS", fds.len().to_string())
         .env("LISTEN_FDNAMES", names.join(":"));
     fork::child(|| {
-        if place(fds).is_ok() {
+        if place(&placed).is_ok() {
             command.env("LISTEN_PID", std::process::id().to_string());
             // Returns only if it fails.
             let _ = command.exec();
@@ -90,21 +92,45 @@ pub fn start(command: &mut Command, fds: &[(&str, BorrowedFd<'_>)]) -> Result<i3
 /// have it.
 const CANNOT_EXEC: u8 = 127;
 
-/// Puts copies of descriptors at the numbers from [`FIRST`] on.
-fn place(fds: &[(&str, BorrowedFd<'_>)]) -> Result<()> {
-    // First out of the way of these numbers.
-    let behind = FIRST.saturating_add(RawFd::try_from(fds.len()).unwrap_or(RawFd::MAX));
-    let mut copies = Vec::with_capacity(fds.len());
-    for (_, fd) in fds {
-        copies.push(rustix::io::fcntl_dupfd_cloexec(fd, behind)?);
+/// Which descriptor goes to which number, from [`FIRST`] on. Those that have such a
+/// number keep it: there may be so many that there is no room for copies.
+fn places(fds: Vec<(&str, RawFd)>) -> Vec<(&str, RawFd)> {
+    let mut placed = vec![None; fds.len()];
+    let mut others = Vec::new();
+    for (name, number) in fds {
+        let at = number
+            .checked_sub(FIRST)
+            .and_then(|at| usize::try_from(at).ok());
+        match at.and_then(|at| placed.get_mut(at)) {
+            Some(place @ None) => *place = Some((name, number)),
+            _ => others.push((name, number)),
+        }
     }
-    for (number, copy) in (FIRST..).zip(&copies) {
+    let mut others = others.into_iter();
+    // There are as many of them as places that are free.
+    let all = placed
+        .into_iter()
+        .map(|place| place.or_else(|| others.next()));
+    all.flatten().collect()
+}
+
+/// Puts them there.
+fn place(placed: &[(&str, RawFd)]) -> Result<()> {
+    for (number, (_, from)) in (FIRST..).zip(placed) {
+        if *from == number {
+            // SAFETY: two integers and a flag.
+            checked(unsafe { libc::fcntl(number, libc::F_SETFD, 0) })?;
+            continue;
+        }
         // SAFETY: two integers. The process that comes here becomes another
         // program at once or ends, so nobody uses what had the number.
-        checked(unsafe { libc::dup2(copy.as_raw_fd(), number) })?;
+        checked(unsafe { libc::dup2(*from, number) })?;
+        if usize::try_from(from - FIRST).is_ok_and(|at| at >= placed.len()) {
+            // SAFETY: an integer, the number of a descriptor that is there a second
+            // time now. Its owner is not dropped in this process: see above.
+            unsafe { libc::close(*from) };
+        }
     }
-    // Closed by execve(2): one of them may have a number that was replaced.
-    std::mem::forget(copies);
     Ok(())
 }
 
@@ -120,6 +146,19 @@ mod tests {
         assert_eq!(all("a:b", 1), [name(3, "a")]);
         assert_eq!(all("a", 2), [name(3, "a"), name(4, "unknown")]);
         assert!(all("", 0).is_empty());
+    }
+
+    #[test]
+    fn descriptors_stay_where_they_are_if_they_may() {
+        let all = |fds: &[(&'static str, RawFd)]| places(fds.to_vec());
+        assert_eq!(all(&[("a", 3), ("b", 4)]), [("a", 3), ("b", 4)]);
+        assert_eq!(all(&[("a", 4), ("b", 3)]), [("b", 3), ("a", 4)]);
+        assert_eq!(
+            all(&[("a", 90), ("b", 4), ("c", 1)]),
+            [("a", 90), ("b", 4), ("c", 1)]
+        );
+        assert_eq!(all(&[("a", 3), ("b", 3)]), [("a", 3), ("b", 3)]);
+        assert!(all(&[]).is_empty());
     }
 
     #[test]

@@ -28,7 +28,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 pub fn trials(world: &World) -> Vec<Trial> {
-    world.trials(
+    let mut trials = world.trials(
         "killed",
         &kinds(&[Kind::XFS, Kind::EXT4]),
         &[
@@ -37,7 +37,12 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("stderr-nobody-reads", stderr_nobody_reads),
             ("service-manager", by_a_service_manager),
         ],
-    )
+    );
+    // Under the other gate a guard is started with nothing.
+    if Gate::under_test() == Gate::Fanotify {
+        trials.push(world.trial("killed::many-files", many_files));
+    }
+    trials
 }
 
 /// How many times a guard is killed.
@@ -350,6 +355,40 @@ impl Family {
         stderr.read_to_string(&mut said).unwrap();
         (self.0.wait().unwrap().code(), said)
     }
+}
+
+/// A guard is started with a descriptor for each file and each pin that an earlier
+/// one has left, and their names in one string.
+fn many_files(world: &World) {
+    // The kernel takes 128 KiB.
+    const FILES: usize = 5000;
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let client = guard.client();
+    let disk = world.disk(Kind::XFS);
+    let directory = disk.path("killed-many");
+    std::fs::create_dir(&directory).unwrap();
+    let path = |number: usize| directory.join(number.to_string());
+    let pins: Vec<Pin> = (0..FILES)
+        .map(|number| {
+            std::fs::write(path(number), [1; 4096]).unwrap();
+            pin(&client, &File::open(path(number)).unwrap(), 0..4096)
+        })
+        .collect();
+    for _ in 0..2 {
+        let before = kill_worker(&guard);
+        wait_for_next(&guard, before);
+        live();
+    }
+    for (number, pin) in pins.iter().enumerate() {
+        assert!(!pin.state().is_lost(), "{number}: {}", pin.state());
+    }
+    for number in (0..FILES).step_by(100) {
+        assert!(is_pinned(&path(number)), "{number}: {}", guard.said());
+    }
+    drop(pins);
+    wait_until_free(&path(0));
+    std::fs::remove_dir_all(&directory).unwrap();
+    world.count("files pinned while the guard was killed", FILES as u64);
 }
 
 /// Nothing slips through, nobody waits for long, and every pin survives; when

@@ -162,7 +162,7 @@ struct Tally {
     compared: AtomicU64,
     /// Pins during which nobody of this process stored to the file.
     still: AtomicU64,
-    stores: [Stores; FILES as usize],
+    stores: Vec<Stores>,
 }
 
 /// How often pinners have begun and ended to store to one file. They are one
@@ -207,7 +207,10 @@ fn run(world: &World, kind: Kind) {
     rustix::fs::sync();
     let seed = seed();
     let done = AtomicBool::new(false);
-    let tally = Tally::default();
+    let tally = Tally {
+        stores: (0..FILES).map(|_| Stores::default()).collect(),
+        ..Tally::default()
+    };
     // Also when an attacker dies, so that nobody waits for ever.
     let said: Vec<String> = std::thread::scope(|scope| {
         let finished = Finished(&done);

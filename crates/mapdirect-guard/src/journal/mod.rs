@@ -20,9 +20,8 @@ pub(crate) use self::record::fuzz;
 use self::record::{FILE, PIN, Place};
 use crate::Errno;
 use crate::store::Starter;
-use crate::table::InodeId;
 use rustix::fs::MemfdFlags;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -84,8 +83,8 @@ pub(crate) struct Kept {
     journal: Arc<Journal>,
     row: fn(&Journal) -> &Row,
     at: u64,
-    /// The name under which descriptors are kept with it.
-    name: Option<String>,
+    /// A descriptor is kept with it, under a name that begins so.
+    prefix: Option<&'static str>,
     is_over: AtomicBool,
     /// Locked while the record changes.
     changing: Mutex<()>,
@@ -108,7 +107,9 @@ impl Journal {
     /// Forgets what an earlier guard has left, after [`found`](Self::found) has
     /// found none.
     pub(crate) fn forget(starter: &Starter) {
-        NAMES.iter().for_each(|name| starter.let_go(name));
+        for name in NAMES {
+            starter.let_go(name);
+        }
     }
 
     fn of([pins, files]: [OwnedFd; 2], starter: &Arc<Starter>) -> Self {
@@ -140,17 +141,16 @@ impl Journal {
             FileRecord::decode,
             &mut nonsense,
         );
-        let (mut pins, files) = (pins.ok()?, files.ok()?);
+        let (mut pins, mut files) = (pins.ok()?, files.ok()?);
         for (record, kept) in &mut pins {
-            kept.name = (record.lives_by == LivesBy::Pipe).then(|| pipe_name(record.id));
+            kept.prefix = (record.lives_by == LivesBy::Pipe).then_some(PIPE_PREFIX);
         }
-        let named = |(record, kept): (FileRecord, Kept)| {
-            let name = Some(file_name(record.inode));
-            (record, Kept { name, ..kept })
-        };
+        for (_, kept) in &mut files {
+            kept.prefix = Some(FILE_PREFIX);
+        }
         let left = Left {
             pins,
-            files: files.into_iter().map(named).collect(),
+            files,
             nonsense,
             descriptors: descriptors.max(0).saturating_add(ROOM),
         };
@@ -185,12 +185,17 @@ impl Journal {
         Ok(found)
     }
 
-    fn kept(self: &Arc<Self>, row: fn(&Self) -> &Row, at: u64, name: Option<String>) -> Kept {
+    fn kept(
+        self: &Arc<Self>,
+        row: fn(&Self) -> &Row,
+        at: u64,
+        prefix: Option<&'static str>,
+    ) -> Kept {
         Kept {
             journal: Arc::clone(self),
             row,
             at,
-            name,
+            prefix,
             is_over: AtomicBool::new(false),
             changing: Mutex::default(),
         }
@@ -200,30 +205,50 @@ impl Journal {
     pub(crate) fn keep_pin(
         self: &Arc<Self>,
         record: &PinRecord,
-        pipe: Option<std::os::fd::BorrowedFd<'_>>,
+        pipe: Option<BorrowedFd<'_>>,
     ) -> Result<Kept, Errno> {
-        let name = pipe.map(|_| pipe_name(record.id));
-        if let (Some(name), Some(pipe)) = (&name, pipe) {
-            self.starter.keep(name, pipe)?;
-        }
-        let at = self.pins.take();
-        let kept = self.kept(|journal| &journal.pins, at, name);
-        self.pins.write(at, &record.encode())?;
-        Ok(kept)
+        self.keep(|journal| &journal.pins, &record.encode(), pipe, PIPE_PREFIX)
     }
 
     /// Records a file behind the gate. `path` is a path to it.
     pub(crate) fn keep_file(
         self: &Arc<Self>,
         record: &FileRecord,
-        path: std::os::fd::BorrowedFd<'_>,
+        path: BorrowedFd<'_>,
     ) -> Result<Kept, Errno> {
-        let name = file_name(record.inode);
-        self.starter.keep(&name, path)?;
-        let at = self.files.take();
-        let kept = self.kept(|journal| &journal.files, at, Some(name));
-        self.files.write(at, &record.encode())?;
-        Ok(kept)
+        self.keep(
+            |journal| &journal.files,
+            &record.encode(),
+            Some(path),
+            FILE_PREFIX,
+        )
+    }
+
+    fn keep(
+        self: &Arc<Self>,
+        row: fn(&Self) -> &Row,
+        record: &[u8],
+        fd: Option<BorrowedFd<'_>>,
+        prefix: &'static str,
+    ) -> Result<Kept, Errno> {
+        let at = row(self).take();
+        let kept = self.kept(row, at, fd.map(|_| prefix));
+        let named = fd.map_or(Ok(()), |fd| {
+            self.starter.keep(&format!("{prefix}{}", kept.place()), fd)
+        });
+        match named.and_then(|()| row(self).write(at, record)) {
+            Ok(()) => Ok(kept),
+            Err(errno) => {
+                kept.end();
+                Err(errno)
+            }
+        }
+    }
+
+    /// Whether more may be kept: the names of all descriptors must fit what a guard
+    /// is started with.
+    pub(crate) fn has_room(&self) -> bool {
+        self.starter.has_room()
     }
 
     /// Notes that a descriptor of this number is open. The thread of the gate calls
@@ -244,18 +269,25 @@ impl Journal {
     }
 }
 
-/// The name under which a file behind the gate is kept.
-fn file_name(inode: InodeId) -> String {
-    format!("{FILE_PREFIX}{:x}-{:x}", inode.dev, inode.inode)
-}
+/// How names of files begin, and
+pub(crate) const FILE_PREFIX: &str = "F";
+/// of pipes. The place of the record follows. Other names begin with a small
+/// letter. All of them together must fit one string of an environment, so they are
+/// as short as that.
+pub(crate) const PIPE_PREFIX: &str = "P";
 
-/// How names of files begin.
-pub(crate) const FILE_PREFIX: &str = "file-";
-/// How names of pipes begin; the number of the pin follows.
-pub(crate) const PIPE_PREFIX: &str = "pin-";
-
-fn pipe_name(pin: u64) -> String {
-    format!("{PIPE_PREFIX}{pin}")
+/// A number in as few letters and digits as there are.
+fn in_short(mut number: u64) -> String {
+    const DIGITS: &[u8; 62] = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
+    let mut reversed = Vec::new();
+    loop {
+        let digit = usize::try_from(number % 62).unwrap_or(0);
+        reversed.push(char::from(DIGITS[digit]));
+        number /= 62;
+        if number == 0 {
+            return reversed.iter().rev().collect();
+        }
+    }
 }
 
 impl Row {
@@ -321,12 +353,20 @@ impl Kept {
         if self.is_over.swap(true, SeqCst) {
             return;
         }
-        if self.row().clear(self.at).is_ok() {
+        let is_clear = self.row().clear(self.at).is_ok();
+        let is_let_go = self.prefix.is_none_or(|prefix| {
+            let name = format!("{prefix}{}", self.place());
+            self.journal.starter.let_go(&name)
+        });
+        // Whoever takes the place takes the name: it must not name two things.
+        if is_clear && is_let_go {
             self.row().places().free.push(self.at);
         }
-        if let Some(name) = &self.name {
-            self.journal.starter.let_go(name);
-        }
+    }
+
+    /// Its place, which the name of its descriptor ends with.
+    pub(crate) fn place(&self) -> String {
+        in_short(self.at)
     }
 
     fn lock(&self) -> MutexGuard<'_, ()> {
@@ -365,6 +405,7 @@ impl Kept {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::table::InodeId;
     use mapdirect_proto::Flags;
 
     fn journal() -> Arc<Journal> {
@@ -444,6 +485,17 @@ mod tests {
             (String::from(NAMES[1]), copy(&journal.files)),
         ]));
         assert!(Journal::found(&starter).is_none());
+    }
+
+    #[test]
+    fn places_are_short_and_differ() {
+        let all: std::collections::BTreeSet<_> = (0..10_000).map(in_short).collect();
+        assert_eq!(all.len(), 10_000);
+        assert!(all.iter().all(|place| place.len() <= 3));
+        assert_eq!(
+            [0, 61, 62, u64::MAX].map(in_short),
+            ["0", "Z", "10", "lYGhA16ahyf"]
+        );
     }
 
     #[test]

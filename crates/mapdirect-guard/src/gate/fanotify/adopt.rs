@@ -55,12 +55,11 @@ pub(super) fn recognise(guard: &Guard, gate: &Gate, left: Left) -> Result<Vec<Re
     let (mut files, mut pipes) = (by_name(FILE_PREFIX), by_name(PIPE_PREFIX));
     for (record, kept) in left.files {
         let id = record.inode;
-        let name = format!("{:x}-{:x}", id.dev, id.inode);
         let is_it = |file: &OwnedFd| {
             let stat = rustix::fs::fstat(file);
             stat.is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (id.dev, id.inode))
         };
-        let Some(path) = files.remove(&name).filter(is_it) else {
+        let Some(path) = files.remove(&kept.place()).filter(is_it) else {
             kept.end();
             continue;
         };
@@ -93,7 +92,7 @@ pub(super) fn recognise(guard: &Guard, gate: &Gate, left: Left) -> Result<Vec<Re
             LivesBy::Lock => Some(Carrier::Lock),
             LivesBy::Writers => Some(Carrier::Writers),
             LivesBy::Pipe => pipes
-                .remove(&record.id.to_string())
+                .remove(&kept.place())
                 .filter(|pipe| !has_hung_up(pipe.as_fd()))
                 .map(Carrier::Pipe),
         };

@@ -78,6 +78,14 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     }
 
     fn secure(&mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
+        if !self.gate.journal.has_room() {
+            return Err(refusal(
+                Reason::Limit,
+                Errno::NFILE,
+                "what is pinned already is as much as a guard can hand over to the next one",
+                "let go of other pins; several pins of one file take less than as many files",
+            ));
+        }
         let at_rest = self.exclude(state.closed)?;
         if self.granting.pin.flags.contains(Flags::DENY_RENAME) {
             let file = self.holder.file.as_fd();

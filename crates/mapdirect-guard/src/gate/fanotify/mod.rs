@@ -149,7 +149,9 @@ fn left_behind(starter: &Arc<Starter>) -> Option<(Group, Group, Arc<Journal>, Le
         (gate, closes, journal) => {
             drop((gate, closes, journal));
             Journal::forget(starter);
-            NAMES.iter().for_each(|name| starter.let_go(name));
+            for name in NAMES {
+                starter.let_go(name);
+            }
             None
         }
     }
