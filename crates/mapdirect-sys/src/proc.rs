@@ -168,9 +168,10 @@ pub fn has_ended(tid: i32) -> Result<bool> {
     Ok(matches!(state, 'Z' | 'X'))
 }
 
-/// The path `/proc/self/fd/N` of a descriptor.
+/// The path `/proc/thread-self/fd/N` of a descriptor: the calling thread may have a
+/// table of its own.
 pub(crate) fn own_fd_path(file: BorrowedFd<'_>) -> CString {
-    let name = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let name = format!("/proc/thread-self/fd/{}", file.as_raw_fd());
     // A number holds no NUL.
     CString::new(name).unwrap_or_default()
 }

@@ -18,6 +18,8 @@ use std::path::{Path, PathBuf};
 pub enum Unanswered {
     /// Of the end of a descriptor.
     Flush,
+    /// What a name leads to.
+    Lookup,
     /// For the bytes of the file.
     Read,
     /// For other attributes, such as another size.
@@ -29,6 +31,7 @@ impl Unanswered {
         opcode
             == match self {
                 Self::Flush => FLUSH,
+                Self::Lookup => LOOKUP,
                 Self::Read => READ,
                 Self::Setattr => SETATTR,
             }

@@ -1,6 +1,7 @@
 //! `mapdirect guard`: run the guard in the foreground.
 
 mod declared;
+mod opening;
 
 use crate::args::{GateChoice, GuardArgs};
 use crate::terminal::{told_name, told_word};

@@ -1,10 +1,12 @@
 //! Pins that a file declares: mapdirect-pins(5).
 
 use crate::world::{BINARY, World, is_pinned, kinds, patience, wait_until_free, written};
+use anyhow::{Context, Result};
 use libtest_mimic::Trial;
 use mapdirect_sys::signal::{Signal, kill};
-use mapdirect_testkit::Kind;
-use mapdirect_testkit::process::{GuardProcess, ScratchDirectory, wait_for};
+use mapdirect_testkit::disk::unmount;
+use mapdirect_testkit::process::{GuardProcess, Helper, ScratchDirectory, say, wait_for};
+use mapdirect_testkit::{Kind, fuse, raw};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -12,7 +14,11 @@ pub fn trials(world: &World) -> Vec<Trial> {
     world.trials(
         "declared",
         &kinds(&[Kind::XFS, Kind::EXT4]),
-        &[("pins", pins), ("mistakes", mistakes)],
+        &[
+            ("pins", pins),
+            ("mistakes", mistakes),
+            ("by-strangers", by_strangers),
+        ],
     )
 }
 
@@ -167,4 +173,83 @@ fn mistakes(world: &World, kind: Kind) {
     drop(declared);
     wait_until_free(&path);
     std::fs::remove_file(path).unwrap();
+}
+
+/// A directory in which nobody learns what is there.
+struct Served {
+    server: Option<Helper>,
+    directory: ScratchDirectory,
+}
+
+impl Served {
+    fn start() -> Self {
+        let directory = ScratchDirectory::new("served").unwrap();
+        let arguments = [directory.path().to_str().unwrap()];
+        let mut server = Helper::start("declared-server", &arguments).unwrap();
+        assert_eq!(server.hear().unwrap(), "serving");
+        Self {
+            server: Some(server),
+            directory,
+        }
+    }
+
+    /// Ends the server: whoever waits is let go.
+    fn end(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.kill().unwrap();
+            unmount(self.directory.path()).unwrap();
+        }
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Role: answers everything by FUSE, but where a name leads to. Argument: where.
+pub fn play(arguments: &[String]) -> Result<()> {
+    let [directory] = arguments else {
+        anyhow::bail!("wrong arguments");
+    };
+    raw::die_with_parent();
+    let server = fuse::mount(Path::new("/dev/fuse"), Path::new(directory))
+        .context("the server of a stranger")?;
+    say("serving");
+    fuse::serve(&server, fuse::Unanswered::Lookup, || {});
+    Ok(())
+}
+
+/// Whoever has a directory on the way to a declared file leads nobody elsewhere,
+/// and keeps no other pin waiting, nor alive.
+fn by_strangers(world: &World, kind: Kind) {
+    let disk = world.disk(kind);
+    let path = written(&disk, "declared-by-strangers", 1 << 20);
+    let link = disk.path("declared-link");
+    std::os::unix::fs::symlink(&path, &link).unwrap();
+    let mut served = Served::start();
+    let text = entry(&served.directory.path().join(fuse::FILE), "")
+        + &entry(&link, "")
+        + &entry(Path::new("/dev/null"), "")
+        + &entry(&path, "length = '8K'");
+    let mut declared = Declared::start(&text);
+    declared.says("a filesystem on the way to it does not answer");
+    declared.says("declared-link: not pinned: a part of its path is a symbolic link");
+    declared.says("/dev/null: not pinned: it is no regular file");
+    becomes_pinned(&path);
+    // It goes on doing what it is told.
+    let some = entry(&served.directory.path().join(fuse::FILE), "");
+    declared.reload(Some(&some));
+    wait_until_free(&path);
+    declared.reload(Some(&text));
+    becomes_pinned(&path);
+    // And ends, with everything that is pinned.
+    kill(declared.guard.pid(), Signal::TERMINATE).unwrap();
+    wait_until_free(&path);
+    served.end();
+    assert_eq!(declared.guard.terminate().unwrap(), Some(0));
+    for path in [path, link] {
+        std::fs::remove_file(path).unwrap();
+    }
 }

@@ -33,6 +33,7 @@ pub fn roles() -> Vec<Role> {
         ("member", crate::family::play_member),
         ("hold", crate::lifetime::play_holder),
         ("killed-attacker", crate::killed::play),
+        ("declared-server", crate::declared::play),
         ("service-manager", mapdirect_testkit::service_manager::play),
         ("random", crate::random::play_attacker),
         ("mmap", crate::errors::play_mmap),

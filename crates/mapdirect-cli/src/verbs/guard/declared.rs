@@ -5,6 +5,7 @@
 //! supervisor as well (and by systemd, where that has started the supervisor), so
 //! that they outlive the keeper, too, until the next one has taken them.
 
+use super::opening::Opening;
 use crate::output;
 use anyhow::Result;
 use mapdirect::{Guard, Pin, PinOptions, Scope, State, Strength};
@@ -13,7 +14,6 @@ use mapdirect_sys::signal::{Signal, SignalFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::File;
 use std::os::fd::AsFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -25,6 +25,9 @@ const SOON: Duration = Duration::from_secs(1);
 const LATER: Duration = Duration::from_secs(60);
 /// How often a pin is tried, until the file is read again.
 const TRIES: u32 = 12;
+/// How long it may take to open a file, at first. What takes longer is looked at
+/// again.
+const AT_ONCE: Duration = Duration::from_secs(1);
 /// How often to look what has become of pins, and whether there is still a
 /// supervisor.
 const ROUND: Duration = Duration::from_millis(500);
@@ -36,6 +39,8 @@ struct Wanted {
     /// When to try again, if that is to be done.
     next: Option<Instant>,
     tries: u32,
+    /// Whoever serves the way to the file has not answered yet.
+    opening: Option<Opening>,
     /// What was said of it last.
     said: String,
 }
@@ -47,6 +52,7 @@ impl Wanted {
             pin: None,
             next: Some(Instant::now()),
             tries: 0,
+            opening: None,
             said: String::new(),
         }
     }
@@ -58,10 +64,33 @@ impl Wanted {
         }
     }
 
+    /// The file, or why there is none. `None` if that will be known later.
+    fn open(&mut self) -> Option<std::result::Result<File, String>> {
+        let (opening, limit) = match self.opening.take() {
+            Some(opening) => (Ok(opening), Duration::ZERO),
+            None => (Opening::begin(&self.declared.path), AT_ONCE),
+        };
+        match opening.map(|opening| opening.wait(limit)) {
+            Ok(Ok(file)) => Some(file),
+            Ok(Err(opening)) => {
+                self.opening = Some(opening);
+                None
+            }
+            Err(error) => Some(Err(error.to_string())),
+        }
+    }
+
     /// Tries to take it.
     fn take(&mut self, guard: &Guard, starter: &Starter) {
+        let Some(file) = self.open() else {
+            self.say(String::from(
+                "not pinned: a filesystem on the way to it does not answer; it is waited for",
+            ));
+            self.next = Some(Instant::now() + ROUND);
+            return;
+        };
         self.tries += 1;
-        match pin(&self.declared, guard) {
+        match file.and_then(|file| pin(&file, &self.declared, guard)) {
             Ok(pin) => {
                 starter.keep_declared(pin.pin_id(), &pin.lives_by());
                 self.say(format!(
@@ -104,13 +133,7 @@ impl Wanted {
     }
 }
 
-fn pin(declared: &Declared, guard: &Guard) -> std::result::Result<Pin, String> {
-    let file = File::options()
-        .read(true)
-        // A pipe must not make the keeper wait.
-        .custom_flags(libc_nonblock())
-        .open(&declared.path)
-        .map_err(|error| error.to_string())?;
+fn pin(file: &File, declared: &Declared, guard: &Guard) -> std::result::Result<Pin, String> {
     let mut options = PinOptions::new()
         .guard(guard.clone())
         .patience(PATIENCE)
@@ -125,7 +148,7 @@ fn pin(declared: &Declared, guard: &Guard) -> std::result::Result<Pin, String> {
     if declared.whole_file {
         options = options.scope(Scope::File);
     }
-    options.pin(&file).map_err(|error| {
+    options.pin(file).map_err(|error| {
         let (obstacle, help) = (error.obstacle(), error.help());
         if help.is_empty() {
             obstacle.to_owned()
@@ -133,10 +156,6 @@ fn pin(declared: &Declared, guard: &Guard) -> std::result::Result<Pin, String> {
             format!("{obstacle} ({help})")
         }
     })
-}
-
-fn libc_nonblock() -> i32 {
-    rustix::fs::OFlags::NONBLOCK.bits().cast_signed()
 }
 
 /// Says what is wrong with the file.
