@@ -33,11 +33,15 @@ const SILENCE: Duration = Duration::from_secs(10);
 const START: Duration = Duration::from_secs(60);
 /// How long it may take to end.
 const END: Duration = Duration::from_secs(3);
-/// How many guards in a row may end without having said that they are alive. Each
-/// keeps those who wait at the gate waiting.
+/// How many guards in a row may end without having said that they are alive, however
+/// long that takes. Each keeps those who wait at the gate waiting. Some that are
+/// killed in a moment are no sign that the next one is: they may wait for
+/// [`SILENCE`], as they do for a guard that hangs.
 const MOST_IN_VAIN: u32 = 5;
-/// How long to wait before another try in vain.
+/// How long to wait before another try in vain, and how much longer each time.
 const PAUSE: Duration = Duration::from_millis(50);
+/// The longest pause.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A guard has closed its end of the pair, but is not gone: the kernel still takes
 /// it apart, or one of its threads hangs there, with nothing that matters. The next
 /// one is started without it being waited for,
@@ -83,8 +87,9 @@ struct Supervisor<'a> {
     ending: Option<Instant>,
     /// A guard was ready once.
     was_ready: bool,
-    /// How many have ended since one said that it was alive.
+    /// How many have ended since one said that it was alive, and when that was.
     in_vain: u32,
+    alive: Instant,
     /// The keeper of declared pins, and when another one may be started.
     keeper: Option<Worker>,
     keeper_after: Option<Instant>,
@@ -152,6 +157,7 @@ pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno
         ending: None,
         was_ready: false,
         in_vain: 0,
+        alive: Instant::now(),
         keeper: None,
         keeper_after: None,
         keepers_in_vain: 0,
@@ -177,13 +183,14 @@ impl Supervisor<'_> {
             }
             self.in_vain += 1;
             let how = status.map_or_else(|| String::from("has ended"), |status| status.how);
-            if self.in_vain > MOST_IN_VAIN {
+            if self.in_vain > MOST_IN_VAIN && self.alive.elapsed() > SILENCE {
                 self.give_up(&how);
                 return Ok(Ended::InVain);
             }
             (self.given.say)(&format!("the guard {how}; starting another one"));
             if self.in_vain > 1 {
-                std::thread::sleep(PAUSE * self.in_vain);
+                let pause = LONGEST_PAUSE.min(PAUSE.saturating_mul(self.in_vain));
+                wait_any(&[self.given.signals.as_fd()], Some(pause))?;
             }
         }
     }
@@ -338,7 +345,7 @@ impl Supervisor<'_> {
             worker.due = Instant::now() + SILENCE;
         }
         if has("WATCHDOG=1") {
-            self.in_vain = 0;
+            (self.in_vain, self.alive) = (0, Instant::now());
         }
         if has("STOPPING=1") {
             worker.is_stopping = true;
@@ -499,8 +506,9 @@ impl Supervisor<'_> {
     /// Lets go of everything, here and above, so that nobody waits any longer.
     fn give_up(&mut self, how: &str) {
         (self.given.say)(&format!(
-            "the guard {how}, as did the {MOST_IN_VAIN} before it, and none of them was of any \
-             use; giving up. Pins end now, and their holders are told"
+            "the guard {how}, as did the {} before it, and none of them was of any use; giving \
+             up. Pins end now, and their holders are told",
+            self.in_vain - 1
         ));
         for (name, _) in self.store.drain(..) {
             if name != LISTENER {

@@ -183,6 +183,12 @@ impl GuardProcess {
         self.gate.take().context("it has no gate")
     }
 
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        self.ended = self.child.try_wait()?.is_some();
+        Ok(self.ended)
+    }
+
     /// Ends it with SIGTERM and returns its exit code.
     pub fn terminate(&mut self) -> Result<Option<i32>> {
         self.ended = true;

@@ -41,6 +41,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
     // Under the other gate a guard is started with nothing.
     if Gate::under_test() == Gate::Fanotify {
         trials.push(world.trial("killed::many-files", many_files));
+        trials.push(world.trial("killed::for-ever", for_ever));
     }
     trials
 }
@@ -64,9 +65,15 @@ fn kills() -> u32 {
 
 /// The guard itself, which is the child of the process that was started.
 fn worker(guard: &GuardProcess) -> Option<i32> {
+    workers(guard).first().copied()
+}
+
+/// And those that the kernel still takes apart.
+fn workers(guard: &GuardProcess) -> Vec<i32> {
     let children = format!("/proc/{0}/task/{0}/children", guard.pid());
-    let children = std::fs::read_to_string(children).ok()?;
-    children.split_whitespace().next()?.parse().ok()
+    let children = std::fs::read_to_string(children).unwrap_or_default();
+    let numbers = children.split_whitespace().map(str::parse);
+    numbers.filter_map(Result::ok).collect()
 }
 
 /// Kills it; returns its number.
@@ -355,6 +362,53 @@ impl Family {
         stderr.read_to_string(&mut said).unwrap();
         (self.0.wait().unwrap().code(), said)
     }
+}
+
+/// Guards that are killed as soon as they are there end no pin, unless that goes on
+/// for so long that whoever comes to the file has waited enough.
+fn for_ever(world: &World) {
+    let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let client = guard.client();
+    let path = written(&world.disk(Kind::XFS), "killed-for-ever", 1 << 20);
+    let pinned = pin(&client, &File::open(&path).unwrap(), 0..1 << 20);
+    live();
+    let guards = |guard: &GuardProcess| guard.said().matches("starting another").count();
+    let kill_all = |guard: &GuardProcess| {
+        // One that is gone already may be among them.
+        for pid in workers(guard) {
+            let _ = kill(pid, Signal::KILL);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    };
+    while guards(&guard) < 8 {
+        kill_all(&guard);
+    }
+    wait_for(patience(), || {
+        Ok(client
+            .status()
+            .is_ok_and(|status| status.files.len() == 1)
+            .then_some(()))
+    })
+    .unwrap();
+    assert!(is_pinned(&path), "{}", guard.said());
+    assert!(!pinned.state().is_lost(), "{}", pinned.state());
+    live();
+    let began = Instant::now();
+    while !guard.has_ended().unwrap() {
+        kill_all(&guard);
+        assert!(
+            began.elapsed() < Duration::from_secs(30),
+            "{}",
+            guard.said()
+        );
+    }
+    let took = began.elapsed();
+    assert!(took > Duration::from_secs(9), "{took:?}: {}", guard.said());
+    println!("gave up after {} guards in {took:?}", guards(&guard));
+    assert!(guard.said().contains("giving up"), "{}", guard.said());
+    wait_for(limit(), || Ok(pinned.state().is_lost().then_some(()))).unwrap();
+    wait_until_free(&path);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// A guard is started with a descriptor for each file and each pin that an earlier
