@@ -8,6 +8,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Write as _};
 use std::ops::Range;
+use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -73,18 +74,29 @@ pub(crate) fn complain(text: &str) {
     let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
-/// The same from a guard, or who looks after one: neither waits for whoever reads
-/// stderr. What there is no room for is not said.
-pub(crate) fn complain_at_once(text: &str) {
-    let stderr = io::stderr();
-    let mut room = [PollFd::new(&stderr, PollFlags::OUT)];
+/// Whether a stream takes something at once.
+fn has_room(stream: impl AsFd) -> bool {
+    let mut room = [PollFd::new(&stream, PollFlags::OUT)];
     let none = Timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    let has_room = poll(&mut room, Some(&none)).is_ok_and(|ready| ready > 0)
-        && room[0].revents().contains(PollFlags::OUT);
-    if has_room {
+    poll(&mut room, Some(&none)).is_ok_and(|ready| ready > 0)
+        && room[0].revents().contains(PollFlags::OUT)
+}
+
+/// As [`line`], from a guard: it waits for nobody who reads stdout. What there is no
+/// room for is not said.
+pub(crate) fn line_at_once(text: &str) {
+    if has_room(io::stdout()) {
+        line(text);
+    }
+}
+
+/// As [`complain`], from a guard, or who looks after one: neither waits for whoever
+/// reads stderr. What there is no room for is not said.
+pub(crate) fn complain_at_once(text: &str) {
+    if has_room(io::stderr()) {
         // A pipe with room has that for a page (`pipe_poll`, fs/pipe.c), and what
         // is told becomes a little longer.
         const LONGEST: usize = 3500;

@@ -111,7 +111,7 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
             crate::journal::of_stderr()
         },
     })?;
-    output::line(&format!(
+    output::line_at_once(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",
         running.gate(),
         args.socket.display()
@@ -123,7 +123,7 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
     }
     let adopted = running.pins();
     if adopted > 0 {
-        output::line(&format!(
+        output::line_at_once(&format!(
             "mapdirect guard: took over {adopted} pins that an earlier guard has granted"
         ));
     }

@@ -59,7 +59,7 @@ impl Wanted {
 
     fn say(&mut self, what: String) {
         if self.said != what {
-            output::complain(&format!("{}: {what}", self.declared.path.display()));
+            output::complain_at_once(&format!("{}: {what}", self.declared.path.display()));
             self.said = what;
         }
     }
@@ -161,7 +161,7 @@ fn pin(file: &File, declared: &Declared, guard: &Guard) -> std::result::Result<P
 /// Says what is wrong with the file.
 fn complain(errors: &[PolicyError]) {
     for error in errors {
-        output::complain(&error.to_string());
+        output::complain_at_once(&error.to_string());
     }
 }
 
@@ -177,7 +177,9 @@ pub(super) fn keep(
         Ok(pins) => pins.into_iter().map(Wanted::new).collect(),
         Err(errors) => {
             complain(&errors);
-            output::complain("no pin of the file of pins is taken until it is mended (SIGHUP)");
+            output::complain_at_once(
+                "no pin of the file of pins is taken until it is mended (SIGHUP)",
+            );
             Vec::new()
         }
     };
@@ -216,14 +218,14 @@ pub(super) fn keep(
                 Ok(pins) => {
                     let before = wanted.len();
                     wanted = exchange(wanted, pins, starter);
-                    output::complain(&format!(
+                    output::complain_at_once(&format!(
                         "SIGHUP: read the file of pins again: it declares {} (before: {before})",
                         wanted.len()
                     ));
                 }
                 Err(errors) => {
                     complain(&errors);
-                    output::complain("SIGHUP: declared pins stay as they were");
+                    output::complain_at_once("SIGHUP: declared pins stay as they were");
                 }
             },
             _ => {}
