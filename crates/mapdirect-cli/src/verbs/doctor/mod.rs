@@ -73,6 +73,8 @@ impl Finding {
     }
 }
 
+const AS_ROOT: &str = "run `mapdirect doctor` as root";
+
 pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     let release = rustix::system::uname();
     let release = release.release().to_string_lossy();
@@ -88,16 +90,7 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
     } else {
         "fanotify"
     };
-    findings.push(in_kernel);
-    findings.push(if has_bpf && by_events.outcome == Outcome::Bad {
-        Finding {
-            outcome: Outcome::Note,
-            mend: String::from("none is needed: the bpf gate serves here, and uses no fanotify"),
-            ..by_events
-        }
-    } else {
-        by_events
-    });
+    findings.extend(both(in_kernel, by_events));
     findings.push(tripwire());
     findings.push(holder_capability());
     findings.extend(guard_needs(first));
@@ -139,6 +132,29 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
         }
     }
     Ok(if bad { Exit::FAILURE } else { Exit::SUCCESS })
+}
+
+/// What is missing of a gate matters as far as the other one does not serve.
+fn both(in_kernel: Finding, by_events: Finding) -> [Finding; 2] {
+    if by_events.outcome != Outcome::Bad {
+        return [in_kernel, by_events];
+    }
+    if in_kernel.outcome == Outcome::Good {
+        let by_events = Finding {
+            outcome: Outcome::Note,
+            mend: String::from("none is needed: the bpf gate serves here, and uses no fanotify"),
+            ..by_events
+        };
+        return [in_kernel, by_events];
+    }
+    // Whether it serves is not known, or that it does not.
+    let (of_bpf, of_events) = if in_kernel.mend == AS_ROOT {
+        (in_kernel.outcome, Outcome::Note)
+    } else {
+        (Outcome::Bad, Outcome::Bad)
+    };
+    let with = |finding, outcome| Finding { outcome, ..finding };
+    [with(in_kernel, of_bpf), with(by_events, of_events)]
 }
 
 impl Finding {
@@ -190,7 +206,7 @@ fn fanotify() -> Finding {
                     NAME,
                     Outcome::Note,
                     "this kernel should have it (6.14 and later); only root can tell",
-                    "run `mapdirect doctor` as root",
+                    AS_ROOT,
                 )
             } else {
                 no_pre_content()
@@ -266,7 +282,7 @@ fn probe_bpf(name: &'static str, kernel: &str, has_lsm: bool) -> (Finding, Gate)
             name,
             Outcome::Note,
             format!("{kernel}; only root can tell whether the programs load"),
-            "run `mapdirect doctor` as root",
+            AS_ROOT,
         ),
         Err(error) => match error.help() {
             Some(help) => Finding::new(name, Outcome::Note, error.to_string(), help),
@@ -308,7 +324,7 @@ fn tripwire() -> Finding {
             NAME,
             Outcome::Note,
             "only root can tell whether it is available",
-            "run `mapdirect doctor` as root",
+            AS_ROOT,
         ),
         Err(missing) => Finding::new(
             NAME,
@@ -436,7 +452,7 @@ fn without_guard(answering: &mapdirect::Result<Gate>) -> Option<Finding> {
             NAME,
             Outcome::Note,
             "only root can tell whether a guard has left its gate in the kernel",
-            "run `mapdirect doctor` as root",
+            AS_ROOT,
         )),
         Err(_) => None,
     }
@@ -519,5 +535,33 @@ fn filesystems() -> Finding {
             "filesystems",
             format!("can be pinned on: {}", able.join(", ")),
         )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn bpf_is(outcome: Outcome, mend: &str) -> Finding {
+        Finding::new("bpf gate", outcome, "bpf", mend)
+    }
+
+    #[test]
+    fn one_gate_is_enough_and_bpf_is_the_one_to_have() {
+        let outcomes = |findings: &[Finding; 2]| [findings[0].outcome, findings[1].outcome];
+        let found = both(bpf_is(Outcome::Good, ""), no_pre_content());
+        assert_eq!(outcomes(&found), [Outcome::Good, Outcome::Note]);
+        assert_eq!(first_remedy(&found), None);
+        // Neither serves.
+        let found = both(bpf_is(Outcome::Note, "boot another"), no_pre_content());
+        assert_eq!(outcomes(&found), [Outcome::Bad, Outcome::Bad]);
+        assert_eq!(first_remedy(&found).unwrap(), "boot another (bpf)");
+        // Nobody knows yet.
+        let found = both(bpf_is(Outcome::Note, AS_ROOT), no_pre_content());
+        assert_eq!(outcomes(&found), [Outcome::Note, Outcome::Note]);
+        // The other one serves.
+        let events = Finding::good("fanotify gate", "");
+        let found = both(bpf_is(Outcome::Note, "boot another"), events);
+        assert_eq!(outcomes(&found), [Outcome::Note, Outcome::Good]);
     }
 }
