@@ -44,15 +44,21 @@ pub(crate) struct DistArgs {
     #[arg(long)]
     twice: bool,
     /// Instead, install packages of two revisions in a virtual machine with systemd, one after the
-    /// other with a pin held, and take them away again: needs root
-    #[arg(long, conflicts_with_all = ["arch", "revision", "output", "twice"])]
+    /// other with a pin held, and take them away again; for another architecture, try what is in the
+    /// tarball on such a machine: needs root
+    #[arg(long, conflicts_with_all = ["revision", "output", "twice"])]
     check: bool,
 }
 
 /// Makes what is handed out.
 pub(crate) fn run(args: &DistArgs) -> Result<ExitCode> {
     if args.check {
-        println!("{}", check()?);
+        let found = if args.arch == Arch::OWN {
+            check()?
+        } else {
+            check::elsewhere(args.arch)?
+        };
+        println!("{found}");
         return Ok(ExitCode::SUCCESS);
     }
     let target = build::target()?;

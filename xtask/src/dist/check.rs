@@ -9,6 +9,7 @@ use anyhow::{Context, Result, ensure};
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 /// The kernel they are tried on.
@@ -51,6 +52,67 @@ pub(crate) fn run() -> Result<String> {
     }
     Ok(told.join("; "))
 }
+
+/// Makes a tarball for another architecture, and has the command in it guard a file
+/// there.
+pub(super) fn elsewhere(arch: Arch) -> Result<String> {
+    packages::require_root()?;
+    let output = build::target()?.join("dist-check").join(arch.name());
+    let _ = fs::remove_dir_all(&output);
+    let made = Release::new(arch, 1)?.make(&build::target()?.join("dist-build"), &output)?;
+    let tarball = made
+        .iter()
+        .find(|file| file.ends_with(".tar.xz"))
+        .context("there is no tarball")?;
+    // Here: that machine may have no xz.
+    let status = Command::new("tar")
+        .args(["--strip-components=1", "-xJf", tarball])
+        .current_dir(&output)
+        .status()?;
+    ensure!(status.success(), "cannot unpack {tarball}: {status}");
+    println!("in a virtual machine, {}", arch.name());
+    let boot = vm::boot(arch, KERNEL)?
+        .memory(2 << 30)
+        .time_limit(Duration::from_secs(900));
+    let mut trial = Trial {
+        machine: boot.start()?,
+        started: Instant::now(),
+    };
+    let version = trial.step(
+        "the command",
+        &format!(
+            "mkdir -p /run/mapdirect
+             ln -s {}/bin/mapdirect /usr/bin/mapdirect
+             mapdirect --version",
+            output.display()
+        ),
+    )?;
+    trial.step("doctor", "mapdirect doctor")?;
+    trial.step("a file on XFS", FILE)?;
+    trial.step("a guard", GUARD)?;
+    let status = trial.step("its gate", "mapdirect status --json")?;
+    ensure!(
+        status.contains("\"bpf\""),
+        "the gate is another one: {status}"
+    );
+    trial.step("pin", HOLD)?;
+    trial.step("the pin holds", REFUSED)?;
+    trial.machine.switch_off()?;
+    Ok(format!(
+        "{} on {}, Linux {KERNEL}, bpf gate: a pin holds; {:.0} s in all",
+        version.trim(),
+        arch.name(),
+        trial.started.elapsed().as_secs_f64()
+    ))
+}
+
+/// A guard that nobody looks after.
+const GUARD: &str = "\
+mapdirect guard > /run/guard 2>&1 &
+tries=0
+until grep -q ready /run/guard; do
+    tries=$((tries + 1)); test $tries -lt 300 || { cat /run/guard; exit 1; }; sleep 0.1
+done";
 
 /// One machine.
 struct Trial {
