@@ -553,7 +553,7 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     // stale one.
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = rustix::fs::open(directory, flags, Mode::empty()).map_err(failed)?;
-    rustix::fs::flock(&directory, FlockOperation::LockExclusive).map_err(failed)?;
+    lock_for_a_while(directory.as_fd()).map_err(failed)?;
     let socket = match Socket::listen(path, 1024) {
         Err(Errno::ADDRINUSE) => {
             match connect_to_one_that_stays(path) {
@@ -571,6 +571,21 @@ fn listen(path: &Path) -> Result<Socket, StartError> {
     // Any process may connect; each request is judged by its sender.
     rustix::fs::chmod(path, Mode::from_raw_mode(0o666)).map_err(failed)?;
     Ok(socket)
+}
+
+/// Locks a directory, unless that takes longer than another guard that starts has it
+/// locked: a stranger who may read a directory may lock it, for ever.
+fn lock_for_a_while(directory: BorrowedFd<'_>) -> Result<(), Errno> {
+    let limit = std::time::Instant::now() + GOING * 2;
+    let (first, longest) = (Duration::from_millis(1), Duration::from_millis(20));
+    let mut backoff = Backoff::until(limit, first, longest);
+    loop {
+        match rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive) {
+            Err(Errno::WOULDBLOCK) if !backoff.is_over() => backoff.pause(),
+            Ok(()) | Err(Errno::WOULDBLOCK) => return Ok(()),
+            Err(other) => return Err(other),
+        }
+    }
 }
 
 /// Whether somebody listens at a socket, and goes on to. A guard that was killed

@@ -93,7 +93,10 @@ struct Supervisor<'a> {
     /// The keeper of declared pins, and when another one may be started.
     keeper: Option<Worker>,
     keeper_after: Option<Instant>,
+    /// How many have ended since one had tried to take every pin, and when the first
+    /// of them did.
     keepers_in_vain: u32,
+    first_in_vain: Instant,
     /// What declared pins live by that the present keeper has taken, and that an
     /// earlier one has.
     declared: [Vec<(String, OwnedFd)>; 2],
@@ -161,6 +164,7 @@ pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno
         keeper: None,
         keeper_after: None,
         keepers_in_vain: 0,
+        first_in_vain: Instant::now(),
         declared: [Vec::new(), earlier],
         lingering: Vec::new(),
     };
@@ -442,9 +446,13 @@ impl Supervisor<'_> {
             self.forget_declared();
             return;
         }
+        if self.keepers_in_vain == 0 {
+            self.first_in_vain = Instant::now();
+        }
         self.keepers_in_vain += 1;
         let how = status.map_or_else(|| String::from("hangs"), |status| status.how);
-        if self.keepers_in_vain > MOST_IN_VAIN {
+        // As with guards: some that are killed in a moment are no sign.
+        if self.keepers_in_vain > MOST_IN_VAIN && self.first_in_vain.elapsed() > SILENCE {
             (self.given.say)(&format!(
                 "the keeper of pins {how} again and again; SIGHUP starts another one"
             ));
@@ -452,7 +460,8 @@ impl Supervisor<'_> {
             return;
         }
         (self.given.say)(&format!("the keeper of pins {how}; starting another one"));
-        self.keeper_after = Some(Instant::now() + PAUSE * self.keepers_in_vain);
+        let pause = LONGEST_PAUSE.min(PAUSE.saturating_mul(self.keepers_in_vain));
+        self.keeper_after = Some(Instant::now() + pause);
     }
 
     /// Lets go of what an earlier keeper has taken.

@@ -18,6 +18,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
             ("pins", pins),
             ("mistakes", mistakes),
             ("by-strangers", by_strangers),
+            ("keepers-killed", keepers_killed),
         ],
     )
 }
@@ -86,6 +87,32 @@ fn stays_pinned(path: &Path, limit: Duration) {
 
 fn entry(path: &Path, more: &str) -> String {
     format!("[[pin]]\npath = {:?}\n{more}\n", path.display().to_string())
+}
+
+/// Keepers that are killed as soon as they are there end no pin.
+fn keepers_killed(world: &World, kind: Kind) {
+    let path = written(&world.disk(kind), "declared-killed", 1 << 20);
+    let declared = Declared::start(&entry(&path, ""));
+    becomes_pinned(&path);
+    // Only then the supervisor has what it lives by.
+    declared.says("declared-killed: pinned as");
+    let (pid, worker) = (declared.guard.pid(), declared.guard.worker().unwrap());
+    let began = Instant::now();
+    while began.elapsed() < Duration::from_secs(3) {
+        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+        for child in children.unwrap_or_default().split_whitespace() {
+            let child = child.parse().unwrap();
+            if child != worker {
+                // It may be gone already.
+                let _ = kill(child, Signal::KILL);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    stays_pinned(&path, Duration::from_secs(2));
+    wait_for(patience(), || Ok(declared.keeper())).unwrap();
+    drop(declared);
+    std::fs::remove_file(&path).unwrap();
 }
 
 /// They are taken at the start and when there is something to take, and outlive

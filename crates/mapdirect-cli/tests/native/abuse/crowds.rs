@@ -238,6 +238,31 @@ pub(crate) fn second_guard(_world: &World) {
     assert!(guard.client().status().is_ok(), "the first goes on");
 }
 
+/// A stranger who may read the directory of the socket can lock it, for ever.
+pub(crate) fn locked_directory(_world: &World) {
+    use rustix::fs::FlockOperation;
+    let scratch = mapdirect_testkit::process::ScratchDirectory::new("locked").unwrap();
+    let locked = File::open(scratch.path()).unwrap();
+    rustix::fs::flock(&locked, FlockOperation::LockExclusive).unwrap();
+    let socket = scratch.path().join("guard.sock");
+    let gate = mapdirect_testkit::process::BpfDirectory::new(Path::new(BINARY));
+    let mut child = std::process::Command::new(BINARY)
+        .args(["guard", "--socket"])
+        .arg(&socket)
+        .arg("--bpf-directory")
+        .arg(gate.path())
+        .spawn()
+        .unwrap();
+    let client = mapdirect::Guard::at(&socket);
+    let answers = wait_for(Duration::from_secs(20), || {
+        Ok(client.status().is_ok().then_some(()))
+    });
+    let pid = child.id().cast_signed();
+    mapdirect_sys::signal::kill(pid, mapdirect_sys::signal::Signal::TERMINATE).unwrap();
+    child.wait().unwrap();
+    answers.unwrap();
+}
+
 /// Guards that start at the same time, each on its own socket, each with the
 /// best gate there is. In the kernel there is one gate, for one guard.
 pub(crate) fn guards_at_once(_world: &World) {
