@@ -1,6 +1,7 @@
 //! The state of the guard as OpenMetrics text, for a collector.
 
 use mapdirect::status::Status;
+use mapdirect_sys::names::is_deceptive;
 use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
@@ -68,7 +69,7 @@ fn escaped(value: &str) -> String {
             '\\' => text.push_str("\\\\"),
             '"' => text.push_str("\\\""),
             '\n' => text.push_str("\\n"),
-            other if other.is_control() => text.push('\u{fffd}'),
+            other if is_deceptive(other) => text.push('\u{fffd}'),
             other => text.push(other),
         }
     }
@@ -220,6 +221,8 @@ mod tests {
     #[test]
     fn no_label_ends_early() {
         assert_eq!(escaped("a\"b\\c\nd\x1be"), "a\\\"b\\\\c\\nd\u{fffd}e");
+        // A terminal fence would write an escape here that OpenMetrics does not have.
+        assert_eq!(escaped("a\u{202e}b\u{e5}"), "a\u{fffd}b\u{e5}");
         assert_eq!(
             text(None),
             "# HELP mapdirect_guard_up Whether a guard answers.\n\

@@ -64,6 +64,12 @@ pub(crate) fn json(value: &serde_json::Value) {
     write(&value.to_string());
 }
 
+/// Writes metrics to stdout. They escape names as OpenMetrics demands, and are
+/// the same in every locale: other escapes would be none to a collector.
+pub(crate) fn metrics(text: &str) {
+    write(text.trim_end());
+}
+
 /// Writes one complaint to stderr.
 pub(crate) fn complain(text: &str) {
     let mut text = fence(&format!("mapdirect: {}", without_numbers(text)));

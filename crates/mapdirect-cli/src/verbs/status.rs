@@ -176,7 +176,7 @@ fn tell_refusals(status: &Status, of_all: bool) {
 fn metrics(path: Option<&Path>) -> Result<Exit> {
     let status = Guard::from_env().status();
     let Some(path) = path else {
-        output::line(crate::metrics::text(Some(&status?)).trim_end());
+        output::metrics(&crate::metrics::text(Some(&status?)));
         return Ok(Exit::SUCCESS);
     };
     // A collector shall see that there is no guard.
