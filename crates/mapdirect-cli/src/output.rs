@@ -153,7 +153,8 @@ fn unwritten(error: &io::Error) -> anyhow::Error {
     anyhow!("cannot write to standard output: {error}")
 }
 
-/// `text` without the numbers that std adds to the words of an errno.
+/// `text` without the numbers that std adds to the words of an errno, and to those
+/// alone: the name of a file may look like one.
 fn without_numbers(text: &str) -> String {
     const BEGINS: &str = " (os error ";
     let mut rest = text;
@@ -161,8 +162,13 @@ fn without_numbers(text: &str) -> String {
     while let Some((before, behind)) = rest.split_once(BEGINS) {
         kept.push_str(before);
         let digits = behind.bytes().take_while(u8::is_ascii_digit).count();
+        let says_so = behind[..digits].parse().is_ok_and(|errno| {
+            let said = io::Error::from_raw_os_error(errno).to_string();
+            said.split_once(BEGINS)
+                .is_some_and(|(words, _)| before.ends_with(words))
+        });
         rest = match behind[digits..].strip_prefix(')') {
-            Some(behind) if digits > 0 => behind,
+            Some(behind) if says_so => behind,
             _ => {
                 kept.push_str(BEGINS);
                 behind
@@ -285,8 +291,17 @@ mod tests {
     #[test]
     fn errors_are_words() {
         for (text, plain) in [
-            ("No such file (os error 2)", "No such file"),
-            ("a (os error 2): b (os error 22)!", "a: b!"),
+            (
+                "No such file or directory (os error 2)",
+                "No such file or directory",
+            ),
+            (
+                "a: Input/output error (os error 5): Invalid argument (os error 22)!",
+                "a: Input/output error: Invalid argument!",
+            ),
+            // The name of a file.
+            ("cannot open y (os error 5)", "cannot open y (os error 5)"),
+            ("y (os error 99999999999)", "y (os error 99999999999)"),
             ("a (os error x) (os error ", "a (os error x) (os error "),
         ] {
             assert_eq!(without_numbers(text), plain);

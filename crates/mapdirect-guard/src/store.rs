@@ -249,9 +249,9 @@ impl Starter {
     pub(crate) fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         // It must not be let go of because its other end is closed: the next
         // guard has to see that.
-        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(fd))?;
+        // Also if it fails: it is let go of then, as what came of it is not known.
         self.names.fetch_add(name.len() + 1, SeqCst);
-        Ok(())
+        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(fd))
     }
 
     /// Whether the names of what is kept leave room for more. They come to the next
