@@ -29,8 +29,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 const NAMES: [&str; 2] = ["journal-pins", "journal-files"];
 
 /// Begins the head, and changes when a guard of another version cannot read the
-/// records.
-const MAGIC: [u8; 8] = *b"MDJRNL\x01\0";
+/// records, or looks for what belongs to them under other names.
+const MAGIC: [u8; 8] = *b"MDJRNL\x02\0";
 /// Where the number is that [`Journal::note_descriptor`] notes.
 const DESCRIPTOR_AT: u64 = 8;
 
@@ -478,7 +478,7 @@ mod tests {
     #[test]
     fn another_version_is_not_read() {
         let journal = journal();
-        journal.pins.write(0, b"MDJRNL\x02\0").unwrap();
+        journal.pins.write(0, b"MDJRNL\x03\0").unwrap();
         let copy = |row: &Row| row.file.try_clone().unwrap();
         let starter = Arc::new(Starter::with(vec![
             (String::from(NAMES[0]), copy(&journal.pins)),
