@@ -33,10 +33,10 @@ const SILENCE: Duration = Duration::from_secs(10);
 const START: Duration = Duration::from_secs(60);
 /// How long it may take to end.
 const END: Duration = Duration::from_secs(3);
-/// How many guards in a row may end without having said that they are alive, however
-/// long that takes. Each keeps those who wait at the gate waiting. Some that are
-/// killed in a moment are no sign that the next one is: they may wait for
-/// [`SILENCE`], as they do for a guard that hangs.
+/// How many guards, or keepers, in a row may end in vain, however long that takes.
+/// Each guard keeps those who wait at the gate waiting. Some that are killed in a
+/// moment are no sign that the next one is: they may wait for [`SILENCE`], as they do
+/// for a guard that hangs.
 const MOST_IN_VAIN: u32 = 5;
 /// How long to wait before another try in vain, and how much longer each time.
 const PAUSE: Duration = Duration::from_millis(50);
@@ -87,21 +87,37 @@ struct Supervisor<'a> {
     ending: Option<Instant>,
     /// A guard was ready once.
     was_ready: bool,
-    /// How many have ended since one said that it was alive, and when that was.
-    in_vain: u32,
-    alive: Instant,
+    /// Those that have ended since one said that it was alive.
+    in_vain: InVain,
     /// The keeper of declared pins, and when another one may be started.
     keeper: Option<Worker>,
     keeper_after: Option<Instant>,
-    /// How many have ended since one had tried to take every pin, and when the first
-    /// of them did.
-    keepers_in_vain: u32,
-    first_in_vain: Instant,
+    /// Those that have ended since one had tried to take every pin.
+    keepers_in_vain: InVain,
     /// What declared pins live by that the present keeper has taken, and that an
     /// earlier one has.
     declared: [Vec<(String, OwnedFd)>; 2],
     /// Guards that have ended, all but for a thread that hangs.
     lingering: Vec<Pid>,
+}
+
+/// Guards, or keepers, that have ended one after the other and were of no use.
+#[derive(Default)]
+struct InVain {
+    count: u32,
+    /// When the first of them ended.
+    since: Option<Instant>,
+}
+
+impl InVain {
+    /// Counts one more. Says how long to wait before the next one, or that there
+    /// should be none.
+    fn another(&mut self) -> Option<Duration> {
+        let since = *self.since.get_or_insert_with(Instant::now);
+        self.count += 1;
+        let is_enough = self.count > MOST_IN_VAIN && since.elapsed() > SILENCE;
+        (!is_enough).then(|| LONGEST_PAUSE.min(PAUSE.saturating_mul(self.count)))
+    }
 }
 
 /// Set for a guard that begins with the most urgent nice value: the one that it
@@ -159,12 +175,10 @@ pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno
         made: None,
         ending: None,
         was_ready: false,
-        in_vain: 0,
-        alive: Instant::now(),
+        in_vain: InVain::default(),
         keeper: None,
         keeper_after: None,
-        keepers_in_vain: 0,
-        first_in_vain: Instant::now(),
+        keepers_in_vain: InVain::default(),
         declared: [Vec::new(), earlier],
         lingering: Vec::new(),
     };
@@ -185,15 +199,13 @@ impl Supervisor<'_> {
             if self.ending.is_some() || !self.was_ready {
                 return Ok(Ended::With(status.map_or(1, |status| status.code)));
             }
-            self.in_vain += 1;
             let how = status.map_or_else(|| String::from("has ended"), |status| status.how);
-            if self.in_vain > MOST_IN_VAIN && self.alive.elapsed() > SILENCE {
+            let Some(pause) = self.in_vain.another() else {
                 self.give_up(&how);
                 return Ok(Ended::InVain);
-            }
+            };
             (self.given.say)(&format!("the guard {how}; starting another one"));
-            if self.in_vain > 1 {
-                let pause = LONGEST_PAUSE.min(PAUSE.saturating_mul(self.in_vain));
+            if self.in_vain.count > 1 {
                 wait_any(&[self.given.signals.as_fd()], Some(pause))?;
             }
         }
@@ -349,7 +361,7 @@ impl Supervisor<'_> {
             worker.due = Instant::now() + SILENCE;
         }
         if has("WATCHDOG=1") {
-            (self.in_vain, self.alive) = (0, Instant::now());
+            self.in_vain = InVain::default();
         }
         if has("STOPPING=1") {
             worker.is_stopping = true;
@@ -417,7 +429,7 @@ impl Supervisor<'_> {
                     let _ = self.above.send(&text, fd.as_ref().map(AsFd::as_fd));
                 }
                 if text == TRIED {
-                    self.keepers_in_vain = 0;
+                    self.keepers_in_vain = InVain::default();
                     self.forget_declared();
                 }
                 if let (Some(name), Some(fd)) = (name, fd) {
@@ -446,21 +458,15 @@ impl Supervisor<'_> {
             self.forget_declared();
             return;
         }
-        if self.keepers_in_vain == 0 {
-            self.first_in_vain = Instant::now();
-        }
-        self.keepers_in_vain += 1;
         let how = status.map_or_else(|| String::from("hangs"), |status| status.how);
-        // As with guards: some that are killed in a moment are no sign.
-        if self.keepers_in_vain > MOST_IN_VAIN && self.first_in_vain.elapsed() > SILENCE {
+        let Some(pause) = self.keepers_in_vain.another() else {
             (self.given.say)(&format!(
                 "the keeper of pins {how} again and again; SIGHUP starts another one"
             ));
             self.forget_declared();
             return;
-        }
+        };
         (self.given.say)(&format!("the keeper of pins {how}; starting another one"));
-        let pause = LONGEST_PAUSE.min(PAUSE.saturating_mul(self.keepers_in_vain));
         self.keeper_after = Some(Instant::now() + pause);
     }
 
@@ -499,7 +505,7 @@ impl Supervisor<'_> {
             }
             Signal::HANGUP => {
                 pass_on(Signal::HANGUP);
-                self.keepers_in_vain = 0;
+                self.keepers_in_vain = InVain::default();
                 match &self.keeper {
                     // If it is gone, that is seen soon.
                     Some(keeper) => drop(kill(keeper.pid.as_raw_nonzero().get(), Signal::HANGUP)),
@@ -517,7 +523,7 @@ impl Supervisor<'_> {
         (self.given.say)(&format!(
             "the guard {how}, as did the {} before it, and none of them was of any use; giving \
              up. Pins end now, and their holders are told",
-            self.in_vain - 1
+            self.in_vain.count - 1
         ));
         for (name, _) in self.store.drain(..) {
             if name != LISTENER {

@@ -159,14 +159,21 @@ impl GuardProcess {
         wait_until_gone(&children)
     }
 
-    /// The guard itself, and whatever else its supervisor has started.
-    fn children(&self) -> Vec<OwnedFd> {
+    /// The guard itself, and whatever else its supervisor has started, the oldest
+    /// first; also what the kernel still takes apart.
+    #[must_use]
+    pub fn started(&self) -> Vec<i32> {
         let pid = self.pid();
         let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        children
-            .unwrap_or_default()
-            .split_whitespace()
-            .filter_map(|pid| Pid::from_raw(pid.parse().ok()?))
+        let children = children.unwrap_or_default();
+        let numbers = children.split_whitespace().map(str::parse);
+        numbers.filter_map(Result::ok).collect()
+    }
+
+    fn children(&self) -> Vec<OwnedFd> {
+        self.started()
+            .into_iter()
+            .filter_map(Pid::from_raw)
             .filter_map(|pid| pidfd_open(pid, PidfdFlags::empty()).ok())
             .collect()
     }

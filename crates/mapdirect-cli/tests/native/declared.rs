@@ -58,16 +58,10 @@ impl Declared {
 
     /// The process that holds the pins.
     fn keeper(&self) -> Option<i32> {
-        let pid = self.guard.pid();
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        let children = children.unwrap_or_default();
-        children
-            .split_whitespace()
-            .find(|child| {
-                std::fs::read_to_string(format!("/proc/{child}/comm"))
-                    .is_ok_and(|name| name.trim_end() == "pins.toml")
-            })
-            .and_then(|child| child.parse().ok())
+        self.guard.started().into_iter().find(|child| {
+            std::fs::read_to_string(format!("/proc/{child}/comm"))
+                .is_ok_and(|name| name.trim_end() == "pins.toml")
+        })
     }
 }
 
@@ -96,12 +90,10 @@ fn keepers_killed(world: &World, kind: Kind) {
     becomes_pinned(&path);
     // Only then the supervisor has what it lives by.
     declared.says("declared-killed: pinned as");
-    let (pid, worker) = (declared.guard.pid(), declared.guard.worker().unwrap());
+    let worker = declared.guard.worker().unwrap();
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(3) {
-        let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-        for child in children.unwrap_or_default().split_whitespace() {
-            let child = child.parse().unwrap();
+        for child in declared.guard.started() {
             if child != worker {
                 // It may be gone already.
                 let _ = kill(child, Signal::KILL);

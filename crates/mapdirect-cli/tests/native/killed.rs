@@ -65,15 +65,7 @@ fn kills() -> u32 {
 
 /// The guard itself, which is the child of the process that was started.
 fn worker(guard: &GuardProcess) -> Option<i32> {
-    workers(guard).first().copied()
-}
-
-/// And those that the kernel still takes apart.
-fn workers(guard: &GuardProcess) -> Vec<i32> {
-    let children = format!("/proc/{0}/task/{0}/children", guard.pid());
-    let children = std::fs::read_to_string(children).unwrap_or_default();
-    let numbers = children.split_whitespace().map(str::parse);
-    numbers.filter_map(Result::ok).collect()
+    guard.started().first().copied()
 }
 
 /// Kills it; returns its number.
@@ -375,7 +367,7 @@ fn for_ever(world: &World) {
     let guards = |guard: &GuardProcess| guard.said().matches("starting another").count();
     let kill_all = |guard: &GuardProcess| {
         // One that is gone already may be among them.
-        for pid in workers(guard) {
+        for pid in guard.started() {
             let _ = kill(pid, Signal::KILL);
         }
         std::thread::sleep(Duration::from_millis(1));

@@ -442,8 +442,7 @@ fn watch(file: &File, promised: &BlockMap, hold: Duration, stores: &Stores, tall
     }
 }
 
-/// Which blocks are not what they were, and the first byte of each that
-/// changed.
+/// Which sectors are not what they were: the first byte of each that changed.
 fn changes(parts: &[Range<u64>], before: &[Vec<u8>], after: &[Vec<u8>]) -> String {
     let mut said = Vec::new();
     for ((part, before), after) in parts.iter().zip(before).zip(after) {

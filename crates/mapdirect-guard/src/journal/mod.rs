@@ -233,9 +233,10 @@ impl Journal {
     ) -> Result<Kept, Errno> {
         let at = row(self).take();
         let kept = self.kept(row, at, fd.map(|_| prefix));
-        let named = fd.map_or(Ok(()), |fd| {
-            self.starter.keep(&format!("{prefix}{}", kept.place()), fd)
-        });
+        let named = match (kept.name(), fd) {
+            (Some(name), Some(fd)) => self.starter.keep(&name, fd),
+            _ => Ok(()),
+        };
         match named.and_then(|()| row(self).write(at, record)) {
             Ok(()) => Ok(kept),
             Err(errno) => {
@@ -354,14 +355,18 @@ impl Kept {
             return;
         }
         let is_clear = self.row().clear(self.at).is_ok();
-        let is_let_go = self.prefix.is_none_or(|prefix| {
-            let name = format!("{prefix}{}", self.place());
-            self.journal.starter.let_go(&name)
-        });
+        let starter = &self.journal.starter;
+        let is_let_go = self.name().is_none_or(|name| starter.let_go(&name));
         // Whoever takes the place takes the name: it must not name two things.
         if is_clear && is_let_go {
             self.row().places().free.push(self.at);
         }
+    }
+
+    /// The name of the descriptor that is kept with it.
+    fn name(&self) -> Option<String> {
+        self.prefix
+            .map(|prefix| format!("{prefix}{}", self.place()))
     }
 
     /// Its place, which the name of its descriptor ends with.

@@ -135,26 +135,20 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<Exit> {
 }
 
 /// What is missing of a gate matters as far as the other one does not serve.
-fn both(in_kernel: Finding, by_events: Finding) -> [Finding; 2] {
-    if by_events.outcome != Outcome::Bad {
-        return [in_kernel, by_events];
+fn both(mut in_kernel: Finding, mut by_events: Finding) -> [Finding; 2] {
+    if by_events.outcome == Outcome::Bad {
+        if in_kernel.outcome == Outcome::Good {
+            by_events.outcome = Outcome::Note;
+            by_events.mend =
+                String::from("none is needed: the bpf gate serves here, and uses no fanotify");
+        } else if in_kernel.mend == AS_ROOT {
+            // Whether the other one serves is not known.
+            by_events.outcome = Outcome::Note;
+        } else {
+            in_kernel.outcome = Outcome::Bad;
+        }
     }
-    if in_kernel.outcome == Outcome::Good {
-        let by_events = Finding {
-            outcome: Outcome::Note,
-            mend: String::from("none is needed: the bpf gate serves here, and uses no fanotify"),
-            ..by_events
-        };
-        return [in_kernel, by_events];
-    }
-    // Whether it serves is not known, or that it does not.
-    let (of_bpf, of_events) = if in_kernel.mend == AS_ROOT {
-        (in_kernel.outcome, Outcome::Note)
-    } else {
-        (Outcome::Bad, Outcome::Bad)
-    };
-    let with = |finding, outcome| Finding { outcome, ..finding };
-    [with(in_kernel, of_bpf), with(by_events, of_events)]
+    [in_kernel, by_events]
 }
 
 impl Finding {
