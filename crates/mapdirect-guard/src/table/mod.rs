@@ -23,7 +23,7 @@ pub(crate) use self::notes::{Notes, Passing};
 pub(crate) use self::own_opens::OwnOpens;
 #[cfg(feature = "bpf")]
 pub(crate) use self::pin::Settled;
-pub(crate) use self::pin::{Carrier, Opinion, Pin};
+pub(crate) use self::pin::{Carrier, Changes, Opinion, Pin};
 pub(crate) use self::publish::Published;
 
 use crate::wake::Backoff;

@@ -16,7 +16,7 @@
 use super::compare::{self, difference, difference_of_stable, extents_in, grown};
 use super::wires::{Listened, Who};
 use crate::grant::read_now;
-use crate::table::{Pin, Watched};
+use crate::table::{Changes, Pin, Watched};
 use crate::{Errno, Guard};
 use mapdirect_proto::{BlockMap, Breach, Cause};
 use mapdirect_sys::{file_handle, proc_mountinfo};
@@ -201,9 +201,21 @@ pub(super) fn look(guard: &Guard, order: &Order) -> Outcome {
     outcome
 }
 
+/// What a pin promises, or `None` as long as that is not fully known: a pin of
+/// strength stable begins with a map in which nothing is held. Once it is
+/// granted it stays so. That must be asked before the map is read: the grant may
+/// come to its end at any time, and the map read before would be an older one,
+/// beside which all that is shared would seem to have come to be shared.
+fn promised(pin: &Pin) -> Option<(Changes, Arc<BlockMap>)> {
+    if pin.is_being_granted() {
+        return None;
+    }
+    let changes = pin.changes();
+    Some((changes, pin.map()?))
+}
+
 fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Outcome {
-    let before = pin.changes();
-    let Some(map) = pin.map() else {
+    let Some((before, map)) = promised(pin) else {
         return Outcome::Undecided;
     };
     let mut outcome = Outcome::Done;
@@ -217,15 +229,11 @@ fn look_at(guard: &Guard, order: &Order, pin: &Pin, file: BorrowedFd<'_>) -> Out
             return Outcome::Failed;
         };
         let Some(mut found) = difference(pin.follows(), &map, &now, &range) else {
-            if pin.follows() && !pin.is_being_granted() {
+            if pin.follows() {
                 outcome = outcome.max(grow(pin, &now, &range));
             }
             continue;
         };
-        // What is promised is not fully known yet.
-        if pin.is_being_granted() {
-            return Outcome::Undecided;
-        }
         // The holder has blocks allocated, so frozen blocks change. Stable
         // blocks must not change even then.
         if before.is_under_way() || pin.changes() != before {
@@ -385,7 +393,10 @@ fn by_mounts_of<T>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use mapdirect_proto::{DeviceId, Extent, ExtentState};
+    use crate::policy::Pinned;
+    use mapdirect_model::facts::geometry;
+    use mapdirect_proto::{DeviceId, Extent, ExtentState, Flags};
+    use mapdirect_sys::unix::Sender;
     use proptest::prelude::*;
 
     fn map() -> BlockMap {
@@ -424,6 +435,25 @@ mod tests {
             Some(1)
         );
         assert_eq!(tid(&[elsewhere]), None);
+    }
+
+    #[test]
+    fn nothing_is_promised_until_it_is_granted() {
+        let owner = Sender { pid: 1, uid: 0 };
+        let pin = Pin::unsettled(1, 100..200, None, 100..200, Flags::STABLE, owner);
+        assert_eq!(promised(&pin), None);
+        let nothing = BlockMap::new(map().device(), 10, 0, 100..200, []);
+        pin.settle(
+            &nothing,
+            &Pinned::stable(100..200, None, 10, geometry(false)),
+            None,
+        );
+        assert_eq!(promised(&pin), None);
+        pin.record(&map());
+        assert_eq!(promised(&pin), None);
+        pin.hand_over();
+        let (changes, promised) = promised(&pin).unwrap();
+        assert_eq!((changes, &*promised), (pin.changes(), &map()));
     }
 
     #[test]

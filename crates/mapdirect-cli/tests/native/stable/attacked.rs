@@ -1,15 +1,22 @@
 //! What no gate refuses, guards that die, and who asks for what.
 
 use super::{end, follow, told_by_status, truncate, wait_until_held};
-use crate::world::{BINARY, OnKind, World, kinds, open, patience, written};
+use crate::world::{
+    BINARY, OnKind, World, is_emulated, kinds, open, patience, wait_until_free, written,
+};
 use libtest_mimic::Trial;
-use mapdirect::{ExtentState, State};
+use mapdirect::{ExtentState, Integrity, State};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::Kind;
+use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::contract::{Gate, Subject};
 use mapdirect_testkit::process::{GuardProcess, wait_for};
+use std::fs::File;
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
 
 pub fn trials(world: &World) -> Vec<Trial> {
@@ -18,7 +25,12 @@ pub fn trials(world: &World) -> Vec<Trial> {
         // The other gate refuses what the test does.
         return world.trials("stable", &all, &[("breach", breach)]);
     }
-    Vec::new()
+    let xfs = kinds(&[Kind::XFS]);
+    world.trials(
+        "stable",
+        &xfs,
+        &[("granted-beside-changes", granted_beside_changes)],
+    )
 }
 
 /// Those of the bpf gate.
@@ -62,6 +74,64 @@ fn breach(world: &World, kind: Kind) {
         Ok((!pin.integrity().is_intact()).then_some(()))
     })
     .unwrap();
+}
+
+/// The tripwire looks at a file while it is being pinned, because somebody
+/// changes it all the time. What is only then found out of it is no breach.
+fn granted_beside_changes(world: &World, kind: Kind) {
+    let rounds = if is_emulated() { 15 } else { 200 };
+    let guard = world.guard();
+    let disk = world.disk(kind);
+    let (block, path) = (kind.block(), disk.path("stable-granted"));
+    let file = open(&written(
+        &disk,
+        "stable-granted",
+        64 * usize::try_from(block).unwrap(),
+    ));
+    let sharer = File::create(disk.path("stable-granted-sharer")).unwrap();
+    // The blocks beside it are not held; they were shared as well.
+    clone_range(sharer.as_fd(), file.as_fd(), 24 * block, block, 24 * block).unwrap();
+    let stopped = AtomicBool::new(false);
+    let pins = std::thread::scope(|scope| {
+        let change = || {
+            let (file, bytes) = (open(&path), vec![7; usize::try_from(block).unwrap()]);
+            let mut changes = 0u32;
+            while !stopped.load(SeqCst) {
+                // Refused as soon as somebody has a pin.
+                if super::punch(&file, 40 * block, block).is_ok() {
+                    file.write_all_at(&bytes, 40 * block).unwrap();
+                    file.sync_data().unwrap();
+                    changes += 1;
+                }
+            }
+            changes
+        };
+        let pin = || {
+            let mut pins = Vec::new();
+            for _ in 0..rounds {
+                let file = open(&path);
+                let pin = follow(&guard.client(), &file, 0);
+                std::thread::sleep(Duration::from_millis(20));
+                assert_eq!(pin.integrity(), Integrity::Intact);
+                pins.push(pin.pin_id());
+                drop((pin, file));
+                wait_until_free(&path);
+            }
+            pins
+        };
+        let changer = scope.spawn(change);
+        let pinner = scope.spawn(pin);
+        let pins = pinner.join();
+        stopped.store(true, SeqCst);
+        assert!(changer.join().unwrap() >= rounds / 2);
+        pins.unwrap()
+    });
+    let breaches = guard.client().status().unwrap().breaches;
+    assert!(
+        !breaches.iter().any(|breach| pins.contains(&breach.pin)),
+        "{breaches:#?}"
+    );
+    world.count("pins granted while the tripwire looked", pins.len() as u64);
 }
 
 /// A guard that comes later goes on with what an earlier one has left: what

@@ -4,7 +4,7 @@
 use super::follow;
 use crate::world::{World, is_brief, kinds, open};
 use libtest_mimic::Trial;
-use mapdirect::{BlockMap, ExtentState};
+use mapdirect::{BlockMap, ExtentState, Integrity};
 use mapdirect_sys::Errno;
 use mapdirect_testkit::attack::{Attack, CORPUS, Door, Needs, Row, Target, clone_range};
 use mapdirect_testkit::contract::{Attacker, BLOCKS, Expected, Gate, PINNED, Subject};
@@ -298,7 +298,12 @@ fn try_at(world: &World, disk: &Disk, attack: &'static Attack, attacker: Attacke
         "{} at {place:?}: expected {expected:?} (without a pin: {natural:?}), got {result:?}",
         attack.name
     );
-    assert!(pin.integrity().is_intact());
+    assert_eq!(
+        pin.integrity(),
+        Integrity::Intact,
+        "{} at {place:?}",
+        attack.name
+    );
     world.count("attacks on strength stable", 1);
     drop((pin, file));
     crate::world::wait_until_free(&subject.path);
