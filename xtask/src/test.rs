@@ -202,6 +202,9 @@ fn guests() -> Vec<Guest> {
     guest.parameters = "lsm=landlock,yama,apparmor";
     guest.time_limit = Duration::from_secs(600);
     guests.push(guest);
+    // Nobody else may have XFS mounted there.
+    let before_xfs = vec![String::from("gate::before-xfs")];
+    guests.push(gate_in_kernel("7.3", "bpf gate before XFS", 0, before_xfs));
     guests
 }
 

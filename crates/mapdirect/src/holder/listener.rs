@@ -62,6 +62,18 @@ enum Silence {
     NoGuard(String),
     /// Somebody does, and does not answer.
     Busy(String),
+    /// Somebody did, and was killed meanwhile.
+    Cut(String),
+}
+
+impl Silence {
+    /// Nothing is heard by a connection that was made.
+    fn after(errno: Errno, why: String) -> Self {
+        match errno {
+            Errno::CONNRESET | Errno::PIPE => Self::Cut(why),
+            _ => Self::Busy(why),
+        }
+    }
 }
 
 /// A connection that notices come by.
@@ -78,7 +90,8 @@ impl Link {
             Silence::NoGuard(format!("no guard answers at {path_name}: {errno}"))
         })?;
         let gone = |errno: Errno| {
-            Silence::Busy(format!("the guard at {path_name} does not answer: {errno}"))
+            let why = format!("the guard at {path_name} does not answer: {errno}");
+            Silence::after(errno, why)
         };
         socket.set_receive_timeout(Some(ANSWER)).map_err(gone)?;
         socket.set_send_timeout(ANSWER).map_err(gone)?;
@@ -406,7 +419,13 @@ impl Listener {
             thread.begun += 1;
         }
         drop(shared);
-        match self.connect() {
+        let mut tried = self.connect();
+        if let Err(Silence::Cut(_)) = tried {
+            // A guard is killed together with its supervisor, or without: whether
+            // anybody listens yet shows at once.
+            tried = self.connect();
+        }
+        match tried {
             Ok(()) => self.tries = 0,
             Err(silence) => {
                 self.link = None;
@@ -424,11 +443,11 @@ impl Listener {
 
     /// What becomes of pins while no guard answers.
     fn tell_without_guard(&mut self, silence: &Silence) {
-        let (Silence::NoGuard(why) | Silence::Busy(why)) = silence;
+        let (Silence::NoGuard(why) | Silence::Busy(why) | Silence::Cut(why)) = silence;
         let is_gone = match (silence, &self.guard) {
             // Somebody listens. A guard that was killed may have been in the middle of
             // its answer, and another one is about to come.
-            (Silence::Busy(_), _) => false,
+            (Silence::Busy(_) | Silence::Cut(_), _) => false,
             (Silence::NoGuard(_), Some(guard)) => has_ended(guard),
             (Silence::NoGuard(_), None) => true,
         };
@@ -462,7 +481,7 @@ impl Listener {
                 .filter(|entry| entry.thread == self.number && !entry.state.is_lost());
             own.map(|entry| entry.named).collect()
         };
-        let failed = |errno: Errno| Silence::Busy(format!("the guard does not answer: {errno}"));
+        let failed = |errno| Silence::after(errno, format!("the guard does not answer: {errno}"));
         let mut notices = Vec::new();
         let mut directory = None;
         for some in pins.chunks(AT_ONCE) {

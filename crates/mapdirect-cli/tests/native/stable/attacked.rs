@@ -7,14 +7,15 @@ use crate::world::{
 use libtest_mimic::Trial;
 use mapdirect::{ExtentState, Integrity, State};
 use mapdirect_sys::Errno;
-use mapdirect_testkit::Kind;
 use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::contract::{Gate, Subject};
 use mapdirect_testkit::process::{GuardProcess, wait_for};
+use mapdirect_testkit::{Disk, Kind};
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::SeqCst;
 use std::time::Duration;
@@ -26,11 +27,13 @@ pub fn trials(world: &World) -> Vec<Trial> {
         return world.trials("stable", &all, &[("breach", breach)]);
     }
     let xfs = kinds(&[Kind::XFS]);
-    world.trials(
+    let mut trials = world.trials(
         "stable",
         &xfs,
         &[("granted-beside-changes", granted_beside_changes)],
-    )
+    );
+    trials.push(world.trial("gate::before-xfs", before_xfs));
+    trials
 }
 
 /// Those of the bpf gate.
@@ -132,6 +135,54 @@ fn granted_beside_changes(world: &World, kind: Kind) {
         "{breaches:#?}"
     );
     world.count("pins granted while the tripwire looked", pins.len() as u64);
+}
+
+/// A guard that was there before the module of the filesystem knows as much of
+/// it as one that comes later, and so does the one that takes over from it.
+fn before_xfs(world: &World) {
+    const BLOCK: u64 = 4096;
+    let mounts = std::fs::read_to_string("/proc/mounts").unwrap();
+    if mounts.lines().any(|line| line.contains(" xfs ")) {
+        world.unavailable(String::from("a kernel whose XFS nobody uses"));
+        return;
+    }
+    if Path::new("/sys/module/xfs").exists() {
+        let removed = Command::new("modprobe").args(["-r", "xfs"]).output();
+        let removed = removed.unwrap();
+        assert!(removed.status.success(), "{removed:?}");
+    }
+    let mut guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let disk = Disk::new(Kind::XFS, 512).unwrap();
+    let plain = written(&disk, "plain", 1 << 20);
+    let path = written(&disk, "shared", 1 << 20);
+    let file = open(&path);
+    let sharer = File::create(disk.path("sharer")).unwrap();
+    let (at, end) = (100 * BLOCK, 1 << 20);
+    clone_range(sharer.as_fd(), file.as_fd(), at, BLOCK, at).unwrap();
+    // Its copy leaves blocks set aside for the neighbours.
+    file.write_all_at(&[9; 100], at).unwrap();
+    file.sync_all().unwrap();
+    let pin = follow(&guard.client(), &file, 0);
+    assert_eq!(pin.block_map().total(ExtentState::Written), end);
+    let whole = open(&plain);
+    let other = follow(&guard.client(), &whole, 0);
+    assert_eq!(other.block_map().total(ExtentState::Written), end);
+    assert_eq!(truncate(&file, end - 1), Err(Errno::TXTBSY));
+    guard.kill().unwrap();
+    guard.start_again(Path::new(BINARY)).unwrap();
+    for pin in [&pin, &other] {
+        wait_for(
+            patience(),
+            || Ok((pin.state() == State::Kept).then_some(())),
+        )
+        .unwrap();
+        assert_eq!(told_by_status(&guard, pin.pin_id()), end);
+        assert_eq!(pin.integrity(), Integrity::Intact);
+    }
+    world.count("filesystems that came after the guard", 1);
+    drop((pin, other, file, whole, sharer));
+    wait_until_free(&path);
+    wait_until_free(&plain);
 }
 
 /// A guard that comes later goes on with what an earlier one has left: what

@@ -475,7 +475,7 @@ pub(super) fn interrupted(world: &World) {
         let ended = wait_for(Duration::from_secs(10), || Ok(pin.try_wait().unwrap())).unwrap();
         assert_eq!(ended.code(), Some(128 + Signal::INTERRUPT), "{more:?}");
         assert!(
-            before.elapsed() < Duration::from_secs(1),
+            before.elapsed() < Duration::from_secs(5),
             "{:?}",
             before.elapsed()
         );

@@ -351,6 +351,20 @@ pub(super) struct Identity {
     /// Mappings by which the inode can be stored to, or could be after
     /// `mprotect(2)`; one that is being made counts for a moment.
     pub(super) mapped: i32,
+    /// Told by the guard.
+    pub(super) places: Places,
+}
+
+/// Where XFS keeps what it has set aside for copies of shared blocks.
+#[derive(Clone, Copy, Debug, Default, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub(super) struct Places {
+    /// The fork, as seen from the inode of the VFS.
+    pub(super) fork: i64,
+    /// The number of bytes in the fork.
+    pub(super) bytes: u32,
+    /// Not 0 if these are known.
+    pub(super) known: u32,
 }
 
 /// What a file is about to be to a pin.
@@ -531,8 +545,9 @@ mod tests {
             Identity,
             "identity",
             key file generation direct pin start end held stamp references writers readers preemption
-            copies role mapped
+            copies role mapped places
         );
+        same!(Places, "places", fork bytes known);
         same!(
             Event,
             "event",

@@ -5,24 +5,21 @@ use super::{Gate, errno};
 use crate::Errno;
 use crate::table::Pin;
 use libbpf_rs::{MapCore, MapFlags, MapHandle};
+use mapdirect_model::facts::Filesystem;
 use mapdirect_sys::fcntl;
 use std::os::fd::BorrowedFd;
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-/// Asks the programs to identify a descriptor of this process. If `pin` is
-/// given, the description takes this role in that pin.
+/// Asks the programs to identify a descriptor of this process. `asked` tells
+/// them more, if that is needed.
 pub(super) fn ask_about(
     identities: &MapHandle,
     file: BorrowedFd<'_>,
-    pin: Option<(&Pin, Role)>,
+    asked: Option<&Identity>,
 ) -> Result<Identity, Errno> {
     let tid = rustix::thread::gettid().as_raw_nonzero().get();
     let key = tid.to_ne_bytes();
-    if let Some((pin, role)) = pin {
-        let mut asked = Identity::new_zeroed();
-        asked.pin = pin.id;
-        asked.role = role as u32;
-        (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
+    if let Some(asked) = asked {
         identities
             .update(&key, asked.as_bytes(), MapFlags::ANY)
             .map_err(|error| errno(&error))?;
@@ -42,13 +39,22 @@ impl Gate {
         self.ask_about(file, None)
     }
 
-    /// The same. If `pin` is given, the description takes this role in that pin.
-    pub(super) fn ask_about(
+    /// The same, and the description takes this role in a pin.
+    pub(super) fn identify_for(
         &self,
         file: BorrowedFd<'_>,
-        pin: Option<(&Pin, Role)>,
+        pin: &Pin,
+        role: Role,
     ) -> Result<Identity, Errno> {
-        ask_about(&self.loaded.maps.identities, file, pin)
+        let mut asked = Identity::new_zeroed();
+        asked.pin = pin.id;
+        asked.role = role as u32;
+        (asked.start, asked.end) = (pin.shown.start, pin.shown.end);
+        self.ask_about(file, Some(&asked))
+    }
+
+    fn ask_about(&self, file: BorrowedFd<'_>, asked: Option<&Identity>) -> Result<Identity, Errno> {
+        ask_about(&self.loaded.maps.identities, file, asked)
     }
 
     /// The number of mappings by which the file of a descriptor can be stored to,
@@ -119,9 +125,14 @@ impl Gate {
     }
 
     /// Whether XFS has set blocks aside for copies of shared blocks of this
-    /// file.
+    /// file, or that cannot be found out.
     pub(crate) fn has_copy_blocks(&self, file: BorrowedFd<'_>) -> Result<bool, Errno> {
-        Ok(self.identify(file)?.copies != 0)
+        if Filesystem::of(file)? != Filesystem::Xfs {
+            return Ok(false);
+        }
+        let mut asked = Identity::new_zeroed();
+        asked.places = self.loaded.places.now();
+        Ok(self.ask_about(file, Some(&asked))?.copies != 0)
     }
 
     /// The number of direct reads and writes of a file under way.

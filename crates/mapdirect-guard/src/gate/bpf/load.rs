@@ -8,6 +8,7 @@ use super::costly::{COSTLY, Costly, NOTES};
 use super::directory::{empty, empty_but, enter, has_marker, remove};
 use super::functions::Kernel;
 use super::identity::ask_about;
+use super::places;
 use super::preempts;
 use super::watch::Held;
 use libbpf_rs::btf::types::{Func, FuncProto};
@@ -25,7 +26,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// The programs, compiled from `prog/mapdirect.bpf.c` by `cargo xtask bpf`.
-const OBJECT: &[u8] = include_bytes!("prog/mapdirect.bpf.o");
+pub(super) const OBJECT: &[u8] = include_bytes!("prog/mapdirect.bpf.o");
 /// The version of the programs: the fingerprint of the object.
 const HASH: &str = include_str!("prog/mapdirect.bpf.hash");
 
@@ -188,6 +189,8 @@ impl Maps {
 pub(super) struct Loaded {
     pub(super) maps: Maps,
     pub(super) costly: Costly,
+    /// Where XFS keeps what it has set aside for copies.
+    pub(super) places: places::Known,
     pub(super) held: Arc<Held>,
     /// A lock on the directory: only one guard may have a gate.
     claim: OwnedFd,
@@ -241,6 +244,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let held = Arc::new(held);
     Ok(Loaded {
         maps: Maps::open(directory)?,
+        places: places::Known::of(&object),
         costly: Costly::new(object, directory, Arc::clone(&held)),
         held,
         claim,

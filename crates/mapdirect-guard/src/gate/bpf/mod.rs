@@ -26,6 +26,7 @@ mod identity;
 mod left;
 mod load;
 pub mod oracle;
+mod places;
 mod watch;
 
 use crate::Errno;
@@ -432,7 +433,7 @@ impl Gate {
             Duration::from_millis(1),
         );
         loop {
-            let identity = self.ask_about(file, Some((pin, role)))?;
+            let identity = self.identify_for(file, pin, role)?;
             if identity.held != 0 || backoff.is_over() {
                 return Ok(identity);
             }
@@ -444,7 +445,7 @@ impl Gate {
     /// stays open elsewhere.
     fn end_life(&self, file: BorrowedFd<'_>, pin: &Pin) {
         // Without an answer it stays a pin of nothing until it is closed.
-        let _ = self.ask_about(file, Some((pin, Role::None)));
+        let _ = self.identify_for(file, pin, Role::None);
     }
 
     /// Keeps what a later guard must know.

@@ -182,6 +182,14 @@ struct event {
 // them all the same; nobody reads it.
 struct event *described_event SEC("described");
 
+// Where XFS keeps what it has set aside for copies: the fork, as seen from the
+// inode of the VFS, and the number of bytes in the fork.
+struct places {
+	s64 fork;
+	u32 bytes;
+	u32 known;
+};
+
 struct identity {
 	struct key key;
 	u64 file;
@@ -200,6 +208,7 @@ struct identity {
 	u32 copies;	// XFS has set blocks aside for copies, or that cannot be told
 	u32 role;	// which the file shall have with the pin
 	int mapped;	// mappings by which the inode can be stored to
+	struct places places;	// told by the guard
 };
 
 // Roles: a holder's; a program's that knows nothing of pins; none any more.

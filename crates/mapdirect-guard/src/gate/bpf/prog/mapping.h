@@ -261,16 +261,22 @@ static __noinline int sets_flags(struct file *file, u64 value)
 
 // Whether XFS has set blocks aside for copies of shared blocks of a file
 // (xfs_inode_has_cow_data); it shows them to nobody.
-static __noinline int has_copies(struct inode *inode)
+static __noinline int has_copies(struct file *file, struct places *places)
 {
-	if (inode->i_sb->s_magic != XFS_MAGIC)
-		return 0;
-	if (!bpf_core_field_exists(struct xfs_inode, i_cowfp) ||
-	    !bpf_core_field_exists(struct xfs_ifork, if_bytes))
+	u64 inode = 0, fork = 0;
+	s64 bytes = 0;
+
+	if (!places)
 		return 1;
-	struct xfs_inode *xfs = (void *)inode - bpf_core_field_offset(struct xfs_inode, i_vnode);
-	struct xfs_ifork *fork = BPF_CORE_READ(xfs, i_cowfp);
-	return fork && BPF_CORE_READ(fork, if_bytes);
+	if (file->f_inode->i_sb->s_magic != XFS_MAGIC)
+		return 0;
+	// As a number: the verifier lets no unknown offset be added to a pointer.
+	if (!places->known || bpf_probe_read_kernel(&inode, sizeof(inode), &file->f_inode) ||
+	    bpf_probe_read_kernel(&fork, sizeof(fork), (void *)(inode + places->fork)))
+		return 1;
+	return fork &&
+	       (bpf_probe_read_kernel(&bytes, sizeof(bytes), (void *)(fork + places->bytes)) ||
+		bytes);
 }
 
 SEC("lsm/file_fcntl")
@@ -304,6 +310,7 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 		identity.start = asked->start;
 		identity.end = asked->end;
 		identity.role = asked->role;
+		identity.places = asked->places;
 	}
 	name(&identity.key, inode);
 	identity.file = (u64)file;
@@ -312,7 +319,7 @@ int BPF_PROG(file_fcntl, struct file *file, unsigned int command, unsigned long 
 	identity.writers = inode->i_writecount.counter;
 	identity.readers = inode->i_readcount.counter;
 	identity.mapped = inode->i_mapping->i_mmap_writable.counter;
-	identity.copies = has_copies(inode);
+	identity.copies = has_copies(file, &identity.places);
 	if (s && s->preemption)
 		bpf_probe_read_kernel(&identity.preemption, sizeof(identity.preemption),
 				      (void *)s->preemption);
