@@ -65,12 +65,19 @@ pub struct Starter {
     inherited: Mutex<Vec<Inherited>>,
     /// The bytes of all names that are kept, with the colons between them.
     names: AtomicUsize,
-    /// How often the supervisor was asked whether it keeps something. Locked until it
-    /// has answered.
-    asked: Mutex<u64>,
+    /// Locked until the supervisor has answered.
+    asked: Mutex<Asked>,
     watchdog: Option<Duration>,
     /// This process keeps declared pins, and is no guard.
     is_keeper: bool,
+}
+
+/// What is known of questions whether the supervisor keeps something.
+#[derive(Debug, Default)]
+struct Asked {
+    count: u64,
+    /// It has not answered the last one: those who ask meanwhile do not all wait.
+    in_vain: bool,
 }
 
 #[derive(Debug)]
@@ -290,17 +297,21 @@ impl Starter {
     /// the sender is not told: unix(7).
     fn ask(&self, line: &Socket, order: &str, fd: BorrowedFd<'_>) -> Result<(), Errno> {
         let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        *asked += 1;
-        let question = format!("{order}\n{ASKED}={asked}");
+        asked.count += 1;
+        let number = asked.count;
+        let question = format!("{order}\n{ASKED}={number}");
         line.send(&[question.as_bytes()], &[fd])?;
-        let kept = format!("{KEPT}={asked}");
-        let not_kept = format!("{NOT_KEPT}={asked}");
-        let limit = Instant::now() + STORED;
+        let (kept, not_kept) = (format!("{KEPT}={number}"), format!("{NOT_KEPT}={number}"));
+        let mut limit = Instant::now();
+        if !asked.in_vain {
+            limit += STORED;
+        }
         let mut buffer = [0; 128];
         loop {
             let left = limit.saturating_duration_since(Instant::now());
             // It may be stopped. It takes what was sent before it does anything else.
             if line.wait_until_readable(left) != Ok(true) {
+                asked.in_vain = true;
                 return Ok(());
             }
             let answer = match line.receive(&mut buffer) {
@@ -309,10 +320,16 @@ impl Starter {
                 _ => return Ok(()),
             };
             if answer == kept.as_bytes() {
+                asked.in_vain = false;
                 return Ok(());
             }
             if answer == not_kept.as_bytes() {
+                asked.in_vain = false;
                 return Err(Errno::NFILE);
+            }
+            // The answer to an earlier question: it goes on.
+            if std::mem::take(&mut asked.in_vain) {
+                limit = Instant::now() + STORED;
             }
         }
     }
@@ -443,6 +460,28 @@ mod tests {
         drop(starter);
         let heard = supervisor.join().unwrap();
         assert!(heard.contains(&String::from("FDSTOREREMOVE=1\nFDNAME=D5")));
+    }
+
+    #[test]
+    fn nobody_waits_twice_for_a_supervisor_that_does_not_answer() {
+        let (line, theirs) = Socket::pair().unwrap();
+        let starter = Starter {
+            line: Some(Line::Supervisor(line)),
+            ..Starter::none()
+        };
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        let began = Instant::now();
+        for _ in 0..20 {
+            starter.keep("P1", pipe.as_fd()).unwrap();
+        }
+        assert!(began.elapsed() < STORED * 10, "{:?}", began.elapsed());
+        // It goes on.
+        for number in 1..=21 {
+            let answer = if number == 21 { NOT_KEPT } else { KEPT };
+            let answer = format!("{answer}={number}");
+            theirs.send(&[answer.as_bytes()], &[]).unwrap();
+        }
+        assert_eq!(starter.keep("P1", pipe.as_fd()), Err(Errno::NFILE));
     }
 
     #[test]

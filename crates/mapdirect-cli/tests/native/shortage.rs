@@ -210,7 +210,7 @@ fn not_kept(world: &World) {
         // A second pin of a file takes one descriptor, a first one two.
         for file in [&path, &other] {
             let options = PinOptions::new().range(0..4096).guard(client.clone());
-            let error = options.pin(&File::open(file).unwrap()).unwrap_err();
+            let error = options.pin(File::open(file).unwrap()).unwrap_err();
             assert_eq!(error.kind(), Reason::Limit, "{limit}: {error}");
         }
         assert!(!is_pinned(&other));
@@ -356,7 +356,7 @@ fn at_random(world: &World) {
         assert!(is_pinned(&path) && is_pinned(&kept), "{}", context());
         assert!(!held.state().is_lost(), "{} {}", held.state(), context());
         let options = PinOptions::new().guard(client.clone()).patience(patience());
-        match options.pin(&File::open(&other).unwrap()) {
+        match options.pin(File::open(&other).unwrap()) {
             Ok(_) => {}
             Err(_) => refused += 1,
         }
