@@ -87,8 +87,9 @@ pub(crate) enum Carrier {
 /// Where a pin of strength stable gives way.
 #[derive(Clone, Debug, Default)]
 struct GivingWay {
-    /// What the pin refuses otherwise.
-    whole: Option<Pinned>,
+    /// What the pin refuses otherwise, if it is of strength stable. Apart,
+    /// because most pins are not.
+    whole: Option<Box<Pinned>>,
     /// Nothing is refused here,
     open: Vec<Range<u64>>,
     /// and nothing held here.
@@ -337,7 +338,7 @@ impl Pin {
         let (Some(whole), Some(before)) = (&giving.whole, self.settled()) else {
             return;
         };
-        let pinned = whole.clone().giving_way(giving.open.iter().cloned());
+        let pinned = Pinned::clone(whole).giving_way(giving.open.iter().cloned());
         self.settled.store(Some(Arc::new(Settled {
             layers: Arc::new(Layers::of(&pinned)),
             // A pin of strength stable keeps no pages.
@@ -377,7 +378,7 @@ impl Pin {
         let range = map.range();
         self.record(map);
         if self.follows() {
-            self.giving_way().whole = Some(pinned.clone());
+            self.giving_way().whole = Some(Box::new(pinned.clone()));
         }
         self.settled.store(Some(Arc::new(Settled {
             layers: Arc::new(Layers::of(pinned)),
