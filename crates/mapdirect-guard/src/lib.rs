@@ -41,6 +41,7 @@ mod places;
 mod pulse;
 mod server;
 mod session;
+mod socket;
 mod status;
 mod store;
 mod supervise;

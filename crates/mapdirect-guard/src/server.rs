@@ -6,15 +6,15 @@ use crate::delegation::{self, Delegation, PolicyError};
 use crate::gate::Gate;
 use crate::places::{self, Limits, Places, Standing};
 use crate::session::Session;
-use crate::store::{LISTENER, Starter};
-use crate::wake::{Backoff, Waker, wait_any};
+use crate::socket::listen_or_go_on;
+use crate::store::Starter;
+use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard, audit, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
 use mapdirect_sys::unix::Socket;
-use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::Duration;
@@ -119,6 +119,17 @@ pub enum StartError {
     /// Another guard is running already.
     #[error("another guard listens at {0}; end it first, or give another --socket")]
     AlreadyRunning(PathBuf),
+    /// Something else is where the socket should be. It is not followed, nor removed.
+    #[error(
+        "cannot listen at {path}: {what} is there\n  \
+         help: move it away, or give another --socket"
+    )]
+    InTheWay {
+        /// The path of the socket.
+        path: PathBuf,
+        /// What is there.
+        what: &'static str,
+    },
     /// The socket could not be created.
     #[error("cannot listen at {path}: {errno}")]
     Socket {
@@ -470,6 +481,13 @@ fn no_fanotify(errno: Errno) -> StartError {
             what: String::from("there are as many fanotify groups as one user may have"),
             help: String::from("end other watchers, or raise fs.fanotify.max_user_groups"),
         },
+        // The store says the same as the call.
+        Errno::NFILE => StartError::Missing {
+            what: String::from(
+                "the supervisor of the guard, or the system, has too few descriptors",
+            ),
+            help: String::from("raise the limit (ulimit -n, LimitNOFILE; fs.file-max)"),
+        },
         other => StartError::NoGate(other),
     }
 }
@@ -532,107 +550,6 @@ pub(crate) fn descriptor_limit() -> usize {
         .map_or(usize::MAX, |limit| {
             usize::try_from(limit).unwrap_or(usize::MAX)
         })
-}
-
-fn listen(path: &Path) -> Result<Socket, StartError> {
-    let failed = |errno| StartError::Socket {
-        path: path.to_owned(),
-        errno,
-    };
-    let directory = match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
-    if !directory.exists() {
-        std::fs::create_dir_all(directory)
-            .map_err(|error| failed(Errno::from_io_error(&error).unwrap_or(Errno::IO)))?;
-        // Clients must be able to enter the directory, whatever the umask says.
-        rustix::fs::chmod(directory, Mode::from_raw_mode(0o755)).map_err(failed)?;
-    }
-    // Two guards that start at once must not take each other's socket for a
-    // stale one.
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let directory = rustix::fs::open(directory, flags, Mode::empty()).map_err(failed)?;
-    lock_for_a_while(directory.as_fd()).map_err(failed)?;
-    let socket = match Socket::listen(path, 1024) {
-        Err(Errno::ADDRINUSE) => {
-            match connect_to_one_that_stays(path) {
-                // Only a socket at which nobody listens is removed; a file of
-                // any other kind stays.
-                Err(Errno::CONNREFUSED) if is_socket(path) => {}
-                Err(Errno::CONNREFUSED) => return Err(failed(Errno::EXIST)),
-                _ => return Err(StartError::AlreadyRunning(path.to_owned())),
-            }
-            rustix::fs::unlink(path).map_err(failed)?;
-            Socket::listen(path, 1024).map_err(failed)?
-        }
-        listening => listening.map_err(failed)?,
-    };
-    // Any process may connect; each request is judged by its sender.
-    rustix::fs::chmod(path, Mode::from_raw_mode(0o666)).map_err(failed)?;
-    Ok(socket)
-}
-
-/// Locks a directory, unless that takes longer than another guard that starts has it
-/// locked: a stranger who may read a directory may lock it, for ever.
-fn lock_for_a_while(directory: BorrowedFd<'_>) -> Result<(), Errno> {
-    let limit = std::time::Instant::now() + GOING * 2;
-    let (first, longest) = (Duration::from_millis(1), Duration::from_millis(20));
-    let mut backoff = Backoff::until(limit, first, longest);
-    loop {
-        match rustix::fs::flock(directory, FlockOperation::NonBlockingLockExclusive) {
-            Err(Errno::WOULDBLOCK) if !backoff.is_over() => backoff.pause(),
-            Ok(()) | Err(Errno::WOULDBLOCK) => return Ok(()),
-            Err(other) => return Err(other),
-        }
-    }
-}
-
-/// Whether somebody listens at a socket, and goes on to. A guard that was killed
-/// may take a moment to be gone.
-fn connect_to_one_that_stays(path: &Path) -> Result<Socket, Errno> {
-    let limit = std::time::Instant::now() + GOING;
-    let (first, longest) = (Duration::from_millis(1), Duration::from_millis(20));
-    let mut backoff = Backoff::until(limit, first, longest);
-    loop {
-        let socket = Socket::connect(path)?;
-        while socket.peer_is_gone() == Ok(false) {
-            if backoff.is_over() {
-                return Ok(socket);
-            }
-            backoff.pause();
-        }
-    }
-}
-
-/// How long a guard that was killed may take to be gone.
-const GOING: Duration = Duration::from_secs(2);
-
-/// Goes on listening at the socket that whoever started this process has passed,
-/// or makes one; which it is then, so that it can be removed.
-fn listen_or_go_on(config: &Config) -> Result<(Socket, Option<(u64, u64)>), StartError> {
-    let path = &config.socket;
-    if let Some(passed) = config.starter.take(LISTENER) {
-        let socket = Socket::listening(passed).map_err(|errno| StartError::Socket {
-            path: path.clone(),
-            errno,
-        })?;
-        // It belongs to whoever has made it.
-        return Ok((socket, None));
-    }
-    let socket = listen(path)?;
-    if config.starter.keep(LISTENER, socket.as_fd()).is_ok() && config.starter.is_supervisor() {
-        // Which removes it in the end.
-        return Ok((socket, None));
-    }
-    let identity = rustix::fs::lstat(path);
-    Ok((socket, identity.ok().map(|stat| (stat.st_dev, stat.st_ino))))
-}
-
-fn is_socket(path: &Path) -> bool {
-    rustix::fs::lstat(path).is_ok_and(|stat| {
-        rustix::fs::FileType::from_raw_mode(stat.st_mode) == rustix::fs::FileType::Socket
-    })
 }
 
 fn accept_clients(shared: &Arc<Shared>, listener: &Socket, places: &Arc<Places>) {

@@ -338,14 +338,19 @@ impl<'guard> Session<'guard> {
                 fds.extend(extents.as_ref().map(AsFd::as_fd));
                 fds.extend(lifeline.as_ref().map(AsFd::as_fd));
                 // Whoever knows of the pin must find it with the next guard.
-                guard.gate.outlives(&watched, &pin);
-                // If the client is gone, the description goes with this
-                // message, and so does the pin.
-                let sent = self.send(&Reply::Granted(granted), &fds);
+                let sent = match guard.gate.outlives(&watched, &pin) {
+                    // If the client is gone, the description goes with this
+                    // message, and so does the pin.
+                    Ok(()) => self.send(&Reply::Granted(granted), &fds).map_err(End::from),
+                    Err(refusal) => {
+                        guard.gate.take_away(guard, &watched, &pin);
+                        self.refuse(refusal)
+                    }
+                };
                 drop((file, lifeline));
                 pin.hand_over();
                 self.guard.waiting.decided();
-                Ok(sent?)
+                sent
             }
             Err(refusal) => self.refuse(refusal),
         }

@@ -11,13 +11,14 @@
 //! to it, and its end tells the supervisor that the guard is gone.
 
 use crate::Errno;
+use crate::journal::in_short;
 use mapdirect_sys::sd_listen_fds::{self, Inherited};
 use mapdirect_sys::sd_notify::Notify;
 use mapdirect_sys::unix::Socket;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The name of the socket at which clients connect.
 pub(crate) const LISTENER: &str = "listener";
@@ -30,6 +31,16 @@ pub(crate) const KEEPER: &str = "keeper";
 pub(crate) const DECLARED: &str = "D";
 /// What a keeper says when it has tried to take every pin once.
 pub(crate) const TRIED: &str = "X_MAPDIRECT_TRIED=1";
+/// and when it needs nothing any more that an earlier one has taken.
+pub(crate) const TAKEN: &str = "X_MAPDIRECT_TAKEN=1";
+
+/// By which whoever hands a descriptor to the supervisor wants to know whether it is
+/// kept. The number comes back with the answer, as answers may come late.
+pub(crate) const ASKED: &str = "X_MAPDIRECT_ASKED";
+/// The answer that it is,
+pub(crate) const KEPT: &str = "X_MAPDIRECT_KEPT";
+/// and that it is not.
+pub(crate) const NOT_KEPT: &str = "X_MAPDIRECT_NOT_KEPT";
 
 /// By which a guard names the thread that everybody waits for.
 pub(crate) const GATE_THREAD: &str = "X_MAPDIRECT_GATE_THREAD";
@@ -39,11 +50,12 @@ pub(crate) const GATE_THREAD: &str = "X_MAPDIRECT_GATE_THREAD";
 pub(crate) const PINS_STAY: &str = "MAPDIRECT_PINS_STAY";
 
 /// The most bytes of names. There is room beside them for those of declared pins,
-/// which a supervisor keeps, and of pins that are granted at the same moment.
-const MOST_NAMES: usize = 88 << 10;
+/// which a supervisor keeps, twice while one keeper takes over from another, and of
+/// pins that are granted at the same moment.
+const MOST_NAMES: usize = 80 << 10;
 
-/// How long to wait until something is really gone from the store.
-const LET_GO: Duration = Duration::from_millis(200);
+/// How long to wait until something is really in the store, or gone from it.
+const STORED: Duration = Duration::from_millis(200);
 
 /// Whoever started this process.
 #[derive(Debug)]
@@ -53,9 +65,19 @@ pub struct Starter {
     inherited: Mutex<Vec<Inherited>>,
     /// The bytes of all names that are kept, with the colons between them.
     names: AtomicUsize,
+    /// Locked until the supervisor has answered.
+    asked: Mutex<Asked>,
     watchdog: Option<Duration>,
     /// This process keeps declared pins, and is no guard.
     is_keeper: bool,
+}
+
+/// What is known of questions whether the supervisor keeps something.
+#[derive(Debug, Default)]
+struct Asked {
+    count: u64,
+    /// It has not answered the last one: those who ask meanwhile do not all wait.
+    in_vain: bool,
 }
 
 #[derive(Debug)]
@@ -102,6 +124,7 @@ impl Starter {
             line,
             inherited: Mutex::new(inherited),
             names: AtomicUsize::new(names),
+            asked: Mutex::default(),
             watchdog: watchdog.map(Duration::from_micros),
             is_keeper,
         }
@@ -114,6 +137,7 @@ impl Starter {
             line: None,
             inherited: Mutex::default(),
             names: AtomicUsize::new(0),
+            asked: Mutex::default(),
             watchdog: None,
             is_keeper: false,
         }
@@ -176,21 +200,27 @@ impl Starter {
 
     /// Has the descriptors that a declared pin lives by outlive this process, or,
     /// with none, end with it.
-    pub fn keep_declared(&self, pin: u64, fds: &[BorrowedFd<'_>]) {
-        let name = format!("{DECLARED}{pin}");
-        for fd in fds {
-            // If this fails, the pin ends with this process.
-            let _ = self.keep(&name, *fd);
-        }
-        if fds.is_empty() {
+    ///
+    /// # Errors
+    ///
+    /// When nobody can keep them, and so the pin ends with this process.
+    pub fn keep_declared(&self, pin: u64, fds: &[BorrowedFd<'_>]) -> Result<(), Errno> {
+        let name = format!("{DECLARED}{}", in_short(pin));
+        let kept = fds.iter().try_for_each(|fd| self.keep(&name, *fd));
+        if fds.is_empty() || kept.is_err() {
             self.let_go(&name);
         }
+        kept
     }
 
-    /// Says that every declared pin was tried once: those that an earlier keeper
-    /// has left are not needed any more.
+    /// Says that every declared pin was tried once.
     pub fn tried_all(&self) {
         self.say(TRIED);
+    }
+
+    /// Says that those that an earlier keeper has left are not needed any more.
+    pub fn taken_all(&self) {
+        self.say(TAKEN);
     }
 
     /// Whether the supervisor is gone.
@@ -246,12 +276,62 @@ impl Starter {
 
     /// Has a descriptor outlive this process, and come back to the next one under
     /// this name.
+    ///
+    /// # Errors
+    ///
+    /// `ENFILE` if the supervisor has no room for it, and as [`send`](Self::send).
     pub(crate) fn keep(&self, name: &str, fd: BorrowedFd<'_>) -> Result<(), Errno> {
-        // It must not be let go of because its other end is closed: the next
-        // guard has to see that.
         // Also if it fails: it is let go of then, as what came of it is not known.
         self.names.fetch_add(name.len() + 1, SeqCst);
-        self.send(&format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0"), Some(fd))
+        // It must not be let go of because its other end is closed: the next
+        // guard has to see that.
+        let order = format!("FDSTORE=1\nFDNAME={name}\nFDPOLL=0");
+        match &self.line {
+            Some(Line::Supervisor(line)) => self.ask(line, &order, fd),
+            _ => self.send(&order, Some(fd)),
+        }
+    }
+
+    /// Has the supervisor keep something, and waits a moment until it has said whether
+    /// it does. A descriptor for which its reader has no room is lost on the way, and
+    /// the sender is not told: unix(7).
+    fn ask(&self, line: &Socket, order: &str, fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.count += 1;
+        let number = asked.count;
+        let question = format!("{order}\n{ASKED}={number}");
+        line.send(&[question.as_bytes()], &[fd])?;
+        let (kept, not_kept) = (format!("{KEPT}={number}"), format!("{NOT_KEPT}={number}"));
+        let mut limit = Instant::now();
+        if !asked.in_vain {
+            limit += STORED;
+        }
+        let mut buffer = [0; 128];
+        loop {
+            let left = limit.saturating_duration_since(Instant::now());
+            // It may be stopped. It takes what was sent before it does anything else.
+            if line.wait_until_readable(left) != Ok(true) {
+                asked.in_vain = true;
+                return Ok(());
+            }
+            let answer = match line.receive(&mut buffer) {
+                Ok(received) if received.length > 0 => &buffer[..received.length],
+                // It is gone, and this process ends for that.
+                _ => return Ok(()),
+            };
+            if answer == kept.as_bytes() {
+                asked.in_vain = false;
+                return Ok(());
+            }
+            if answer == not_kept.as_bytes() {
+                asked.in_vain = false;
+                return Err(Errno::NFILE);
+            }
+            // The answer to an earlier question: it goes on.
+            if std::mem::take(&mut asked.in_vain) {
+                limit = Instant::now() + STORED;
+            }
+        }
     }
 
     /// Whether the names of what is kept leave room for more. They come to the next
@@ -281,7 +361,7 @@ impl Starter {
         {
             drop(theirs);
             // If nobody reads, it goes later.
-            let _ = crate::wake::wait_any(&[ours.as_fd()], Some(LET_GO));
+            let _ = crate::wake::wait_any(&[ours.as_fd()], Some(STORED));
         }
         true
     }
@@ -325,6 +405,84 @@ fn one_line(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// A process with a supervisor that says so of all that it shall keep.
+    fn answered(answer: &'static str) -> (Starter, std::thread::JoinHandle<Vec<String>>) {
+        let (line, theirs) = Socket::pair().unwrap();
+        let supervisor = std::thread::spawn(move || {
+            let mut heard = Vec::new();
+            let mut buffer = [0; 256];
+            while let Ok(received) = theirs.receive(&mut buffer)
+                && received.length > 0
+            {
+                let text = String::from_utf8_lossy(&buffer[..received.length]).into_owned();
+                if let Some((_, number)) = text.split_once(&format!("{ASKED}=")) {
+                    // One from before comes late.
+                    for said in [format!("{NOT_KEPT}=0"), format!("{answer}={number}")] {
+                        theirs.send(&[said.as_bytes()], &[]).unwrap();
+                    }
+                }
+                heard.push(text);
+            }
+            heard
+        });
+        let starter = Starter {
+            line: Some(Line::Supervisor(line)),
+            ..Starter::none()
+        };
+        (starter, supervisor)
+    }
+
+    #[test]
+    fn declared_pins_are_kept_under_short_names() {
+        let (starter, supervisor) = answered(KEPT);
+        let (pipe, writer) = rustix::pipe::pipe().unwrap();
+        // The largest number that the first pin of a guard may have.
+        let pin = u64::MAX >> 16;
+        let both = [pipe.as_fd(), writer.as_fd()];
+        starter.keep_declared(pin, &both).unwrap();
+        drop(starter);
+        let heard = supervisor.join().unwrap();
+        assert_eq!(heard.len(), 2);
+        for message in heard {
+            let name = message.lines().find_map(|it| it.strip_prefix("FDNAME="));
+            assert!(name.unwrap().len() <= "D".len() + 9, "{message}");
+        }
+    }
+
+    #[test]
+    fn whoever_is_not_kept_is_told_and_let_go_of() {
+        let (starter, supervisor) = answered(NOT_KEPT);
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        assert_eq!(starter.keep("P1", pipe.as_fd()), Err(Errno::NFILE));
+        let declared = starter.keep_declared(5, &[pipe.as_fd()]);
+        assert_eq!(declared, Err(Errno::NFILE));
+        drop(starter);
+        let heard = supervisor.join().unwrap();
+        assert!(heard.contains(&String::from("FDSTOREREMOVE=1\nFDNAME=D5")));
+    }
+
+    #[test]
+    fn nobody_waits_twice_for_a_supervisor_that_does_not_answer() {
+        let (line, theirs) = Socket::pair().unwrap();
+        let starter = Starter {
+            line: Some(Line::Supervisor(line)),
+            ..Starter::none()
+        };
+        let (pipe, _writer) = rustix::pipe::pipe().unwrap();
+        let began = Instant::now();
+        for _ in 0..20 {
+            starter.keep("P1", pipe.as_fd()).unwrap();
+        }
+        assert!(began.elapsed() < STORED * 10, "{:?}", began.elapsed());
+        // It goes on.
+        for number in 1..=21 {
+            let answer = if number == 21 { NOT_KEPT } else { KEPT };
+            let answer = format!("{answer}={number}");
+            theirs.send(&[answer.as_bytes()], &[]).unwrap();
+        }
+        assert_eq!(starter.keep("P1", pipe.as_fd()), Err(Errno::NFILE));
+    }
 
     #[test]
     fn there_is_room_for_names_until_they_are_let_go_of() {

@@ -8,20 +8,25 @@
 //! a moment later. Where systemd is above the supervisor, everything is passed on
 //! to it, and so outlives the supervisor as well.
 //!
-//! The supervisor does nothing that could fail or take long, has one thread, and
-//! allocates little. When it is killed, the kernel kills the guard
+//! The supervisor does nothing that takes long, has one thread, and allocates
+//! little. It does not end because the system is short of processes or descriptors
+//! for a while, and takes in no descriptor without saying so to whoever has sent it.
+//! When it is killed, the kernel kills the guard
 //! (`PR_SET_PDEATHSIG`), the groups go, everybody who waits is let go, and holders
 //! are told by the end of their connections.
 
 use crate::Errno;
-use crate::store::{DECLARED, GATE_THREAD, KEEPER, LINE, LISTENER, PINS_STAY, Starter, TRIED};
+use crate::store::{
+    ASKED, DECLARED, GATE_THREAD, KEEPER, KEPT, LINE, LISTENER, NOT_KEPT, PINS_STAY, Starter,
+    TAKEN, TRIED,
+};
 use crate::wake::wait_any;
 use mapdirect_sys::pidfd;
 use mapdirect_sys::sd_listen_fds;
 use mapdirect_sys::signal::{Signal, SignalFd, kill};
 use mapdirect_sys::unix::Socket;
-use rustix::process::{Pid, WaitOptions, waitpid};
-use std::os::fd::{AsFd, OwnedFd};
+use rustix::process::{Pid, Resource, WaitOptions, getrlimit, waitpid};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -48,6 +53,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 const AT_ONCE: Duration = Duration::from_millis(2);
 /// unless there is no next one.
 const LINGERING: Duration = Duration::from_millis(200);
+/// How often it is said that there is no room for descriptors.
+const AGAIN: Duration = Duration::from_secs(60);
 
 /// What a supervisor needs to know.
 pub struct Supervision<'a> {
@@ -99,6 +106,10 @@ struct Supervisor<'a> {
     declared: [Vec<(String, OwnedFd)>; 2],
     /// Guards that have ended, all but for a thread that hangs.
     lingering: Vec<Pid>,
+    /// When it was said that there is no room for another descriptor, and that the
+    /// keeper cannot be started.
+    full_said: Option<Instant>,
+    no_keeper_said: bool,
 }
 
 /// Guards, or keepers, that have ended one after the other and were of no use.
@@ -181,6 +192,8 @@ pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno
         keepers_in_vain: InVain::default(),
         declared: [Vec::new(), earlier],
         lingering: Vec::new(),
+        full_said: None,
+        no_keeper_said: false,
     };
     let ended = supervisor.run();
     supervisor.remove_socket();
@@ -189,34 +202,49 @@ pub fn supervise(given: &Supervision<'_>, above: Starter) -> Result<Ended, Errno
 
 impl Supervisor<'_> {
     fn run(&mut self) -> Result<Ended, Errno> {
+        let mut said = String::new();
         loop {
-            let worker = self.start()?;
-            let status = self.attend(worker)?;
+            let started = self.start_with(LINE);
+            let was_started = started.is_ok();
+            let (code, how) = match started {
+                Ok(worker) => match self.attend(worker)? {
+                    Some(status) => (status.code, status.how),
+                    None => (1, String::from("has ended")),
+                },
+                // Nobody waits for it, and what an earlier one has left stays above.
+                Err(errno) if !self.was_ready => return Err(errno),
+                Err(errno) => (0, format!("cannot be started: {errno}")),
+            };
             // A signal may have told both of them to end.
             while self.ending.is_none() && self.has_signal() {
                 self.take_signal(None)?;
             }
             if self.ending.is_some() || !self.was_ready {
-                return Ok(Ended::With(status.map_or(1, |status| status.code)));
+                return Ok(Ended::With(code));
             }
-            let how = status.map_or_else(|| String::from("has ended"), |status| status.how);
             let Some(pause) = self.in_vain.another() else {
                 self.give_up(&how);
                 return Ok(Ended::InVain);
             };
-            (self.given.say)(&format!("the guard {how}; starting another one"));
-            if self.in_vain.count > 1 {
-                wait_any(&[self.given.signals.as_fd()], Some(pause))?;
+            if was_started {
+                (self.given.say)(&format!("the guard {how}; starting another one"));
+            } else if said != how {
+                (self.given.say)(&format!("the guard {how}; trying again"));
+            }
+            said = how;
+            if !was_started || self.in_vain.count > 1 {
+                let woken = wait_any(&[self.given.signals.as_fd()], Some(pause));
+                if woken.is_err() {
+                    std::thread::sleep(pause);
+                }
             }
         }
     }
 
-    fn start(&mut self) -> Result<Worker, Errno> {
-        self.start_with(LINE)
-    }
-
     /// Starts a guard, or a keeper, which gets nothing that is for a guard.
-    fn start_with(&self, role: &str) -> Result<Worker, Errno> {
+    fn start_with(&mut self, role: &str) -> Result<Worker, Errno> {
+        // Until then they take the places of processes.
+        self.bury_the_rest();
         let (line, theirs) = Socket::pair()?;
         let mut command = (self.given.command)();
         command
@@ -234,10 +262,15 @@ impl Supervisor<'_> {
             .filter(|_| role == LINE)
             .collect();
         fds.push((role, theirs.as_fd()));
-        let pid = sd_listen_fds::start(&mut command, &fds)?;
-        let process = pidfd::of_process(pid)?;
+        let pid = Pid::from_raw(sd_listen_fds::start(&mut command, &fds)?).ok_or(Errno::SRCH)?;
+        let number = pid.as_raw_nonzero().get();
+        let process = pidfd::of_process(number).inspect_err(|_| {
+            // It can be of no use if nobody sees its end.
+            let _ = kill(number, Signal::KILL);
+            self.lingering.push(pid);
+        })?;
         Ok(Worker {
-            pid: Pid::from_raw(pid).ok_or(Errno::SRCH)?,
+            pid,
             process,
             line,
             gate: None,
@@ -248,8 +281,14 @@ impl Supervisor<'_> {
 
     /// Looks after a guard until it has ended.
     fn attend(&mut self, mut worker: Worker) -> Result<Option<Status>, Errno> {
+        // When this process goes on at the latest.
+        let mut awake = Instant::now();
         loop {
             let now = Instant::now();
+            // This process was stopped, and has not heard yet what the guard has said.
+            if now.saturating_duration_since(awake) > PAUSE {
+                worker.due = worker.due.max(now + SILENCE);
+            }
             let due = self.ending.map_or(worker.due, |began| began + END);
             let left = due.saturating_duration_since(now);
             if left.is_zero() {
@@ -265,6 +304,7 @@ impl Supervisor<'_> {
             let left = self
                 .keeper_after
                 .map_or(left, |after| left.min(after.saturating_duration_since(now)));
+            awake = now + left;
             let signals = self.given.signals.as_fd();
             let keeper = self.keeper.as_ref();
             let fds = [
@@ -275,7 +315,11 @@ impl Supervisor<'_> {
                 keeper.map_or(signals, |keeper| keeper.line.as_fd()),
                 worker.gate.as_ref().map_or(signals, AsFd::as_fd),
             ];
-            let [said, ended, signalled, kept, gate] = wait_any(&fds, Some(left))?;
+            let Ok([said, ended, signalled, kept, gate]) = wait_any(&fds, Some(left)) else {
+                // So few descriptors are allowed that not even these may be waited for.
+                std::thread::sleep(PAUSE);
+                continue;
+            };
             if kept && self.keeper.is_some() {
                 self.hear_keeper();
             }
@@ -305,7 +349,8 @@ impl Supervisor<'_> {
         // Everybody at the gate waits for the next one.
         let is_urgent = self.was_ready && self.ending.is_none();
         let limit = if is_urgent { AT_ONCE } else { LINGERING };
-        wait_any(&[worker.process.as_fd()], Some(limit))?;
+        // If it cannot be waited for, it is not quite gone.
+        let _ = wait_any(&[worker.process.as_fd()], Some(limit));
         match waitpid(Some(worker.pid), WaitOptions::NOHANG)? {
             Some((_, status)) => Ok(Some(Status::of(status))),
             None => {
@@ -340,13 +385,11 @@ impl Supervisor<'_> {
         }
         let text = String::from_utf8_lossy(&buffer[..received.length]).into_owned();
         let fd = received.fds.pop();
+        if !self.takes(&worker.line, &text, fd.as_ref()) {
+            return true;
+        }
         let has = |wanted: &str| text.lines().any(|line| line == wanted);
-        let value = |name: &str| {
-            text.lines()
-                .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
-                .unwrap_or_default()
-                .to_owned()
-        };
+        let value = |name: &str| value(&text, name).to_owned();
         // It goes on being looked after above as well.
         if self.ending.is_some() || !has("STOPPING=1") {
             // Whoever is above may be gone.
@@ -389,6 +432,31 @@ impl Supervisor<'_> {
         true
     }
 
+    /// Whether what shall be kept is here and may stay, if this is about something to
+    /// keep; whoever has sent it is told.
+    fn takes(&mut self, line: &Socket, text: &str, fd: Option<&OwnedFd>) -> bool {
+        if !text.lines().any(|line| line == "FDSTORE=1") {
+            return true;
+        }
+        let limit = getrlimit(Resource::Nofile).current;
+        let is_kept = fd.is_some_and(|fd| has_room(fd.as_raw_fd(), limit));
+        let asked = value(text, ASKED);
+        if !asked.is_empty() {
+            let answer = if is_kept { KEPT } else { NOT_KEPT };
+            // Whoever does not read it has given up asking.
+            let _ = line.send_now(&[answer.as_bytes(), b"=", asked.as_bytes()], &[]);
+        }
+        if !is_kept && self.full_said.is_none_or(|said| said.elapsed() > AGAIN) {
+            self.full_said = Some(Instant::now());
+            (self.given.say)(&format!(
+                "too few descriptors (limit {}) to keep what the next guard needs; pins are \
+                 refused until others end or the limit is raised (prlimit, LimitNOFILE)",
+                limit.unwrap_or(u64::MAX)
+            ));
+        }
+        is_kept
+    }
+
     /// Has a keeper started if there is something to keep.
     fn want_keeper(&mut self) {
         if self.keeper.is_none() && self.given.pins.exists() {
@@ -407,9 +475,19 @@ impl Supervisor<'_> {
         }
         self.keeper_after = None;
         match self.start_with(KEEPER) {
-            Ok(keeper) => self.keeper = Some(keeper),
+            Ok(keeper) => {
+                self.keeper = Some(keeper);
+                self.no_keeper_said = false;
+            }
+            // What an earlier one has taken is kept here, and nobody waits for the
+            // next, so there is no need to give up.
             Err(errno) => {
-                (self.given.say)(&format!("the keeper of pins cannot be started: {errno}"))
+                self.keeper_after = Some(Instant::now() + LONGEST_PAUSE);
+                if !std::mem::replace(&mut self.no_keeper_said, true) {
+                    (self.given.say)(&format!(
+                        "the keeper of pins cannot be started: {errno}; trying again"
+                    ));
+                }
             }
         }
     }
@@ -417,7 +495,7 @@ impl Supervisor<'_> {
     /// Hears what the keeper says, or notices that it has ended.
     fn hear_keeper(&mut self) {
         let mut buffer = [0; 4096];
-        let Some(keeper) = &self.keeper else {
+        let Some(keeper) = self.keeper.take() else {
             return;
         };
         match keeper.line.receive(&mut buffer) {
@@ -425,11 +503,17 @@ impl Supervisor<'_> {
                 let text = String::from_utf8_lossy(&buffer[..received.length]).into_owned();
                 let name = text.lines().find_map(|line| line.strip_prefix("FDNAME="));
                 let fd = received.fds.pop();
+                let is_taken = self.takes(&keeper.line, &text, fd.as_ref());
+                self.keeper = Some(keeper);
+                if !is_taken {
+                    return;
+                }
                 if name.is_some_and(|name| name.starts_with(DECLARED)) || text == "BARRIER=1" {
                     let _ = self.above.send(&text, fd.as_ref().map(AsFd::as_fd));
                 }
                 if text == TRIED {
                     self.keepers_in_vain = InVain::default();
+                } else if text == TAKEN {
                     self.forget_declared();
                 }
                 if let (Some(name), Some(fd)) = (name, fd) {
@@ -438,18 +522,15 @@ impl Supervisor<'_> {
                     self.declared[0].retain(|(other, _)| other != name);
                 }
             }
-            _ => self.bury_keeper(),
+            _ => self.bury_keeper(&keeper),
         }
     }
 
-    fn bury_keeper(&mut self) {
-        let Some(keeper) = self.keeper.take() else {
-            return;
-        };
+    fn bury_keeper(&mut self, keeper: &Worker) {
         // What it has taken stays until the next one has taken it.
         let taken = std::mem::take(&mut self.declared[0]);
         self.declared[1].extend(taken);
-        let status = self.bury(&keeper).ok().flatten();
+        let status = self.bury(keeper).ok().flatten();
         if self.ending.is_some() {
             return;
         }
@@ -521,8 +602,8 @@ impl Supervisor<'_> {
     /// Lets go of everything, here and above, so that nobody waits any longer.
     fn give_up(&mut self, how: &str) {
         (self.given.say)(&format!(
-            "the guard {how}, as did the {} before it, and none of them was of any use; giving \
-             up. Pins end now, and their holders are told",
+            "the guard {how}, and none of the {} before it was of any use; giving up. Pins end \
+             now, and their holders are told",
             self.in_vain.count - 1
         ));
         for (name, _) in self.store.drain(..) {
@@ -549,6 +630,21 @@ impl Supervisor<'_> {
     }
 }
 
+/// What a message says of a name.
+fn value<'a>(text: &'a str, name: &str) -> &'a str {
+    text.lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+        .unwrap_or_default()
+}
+
+/// Whether a descriptor of this number may stay. It is the lowest that was free, so it
+/// says how many there are. The next guard begins with as many, under the same limit,
+/// so a quarter stays free for what it needs besides.
+fn has_room(number: i32, limit: Option<u64>) -> bool {
+    let most = limit.map_or(u64::MAX, |limit| limit - limit / 4);
+    u64::try_from(number).is_ok_and(|number| number < most)
+}
+
 /// How a process has ended.
 struct Status {
     code: u8,
@@ -572,5 +668,31 @@ impl Status {
                 how: String::from("has ended"),
             },
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quarter_of_the_descriptors_stays_free() {
+        for (number, limit, fits) in [
+            (767, Some(1024), true),
+            (768, Some(1024), false),
+            (2, Some(3), true),
+            (3, Some(3), false),
+            (0, Some(0), false),
+            (i32::MAX, None, true),
+        ] {
+            assert_eq!(has_room(number, limit), fits, "{number} of {limit:?}");
+        }
+    }
+
+    #[test]
+    fn what_a_message_says_is_found_by_its_whole_name() {
+        let text = "FDSTORE=1\nFDNAME=D1\nX_FDNAME=2\nFDNAMES=3";
+        assert_eq!(value(text, "FDNAME"), "D1");
+        assert_eq!(value(text, "NAME"), "");
     }
 }

@@ -24,13 +24,13 @@ pub fn trials(world: &World) -> Vec<Trial> {
 }
 
 /// A guard with a file of pins.
-struct Declared {
-    guard: GuardProcess,
+pub(crate) struct Declared {
+    pub(crate) guard: GuardProcess,
     directory: ScratchDirectory,
 }
 
 impl Declared {
-    fn start(text: &str) -> Self {
+    pub(crate) fn start(text: &str) -> Self {
         let directory = ScratchDirectory::new("declared").unwrap();
         let path = directory.path().join("pins.toml");
         std::fs::write(&path, text).unwrap();
@@ -40,7 +40,7 @@ impl Declared {
     }
 
     /// Has the guard read another text.
-    fn reload(&self, text: Option<&str>) {
+    pub(crate) fn reload(&self, text: Option<&str>) {
         let path = self.directory.path().join("pins.toml");
         match text {
             Some(text) => std::fs::write(&path, text).unwrap(),
@@ -49,7 +49,7 @@ impl Declared {
         kill(self.guard.pid(), Signal::HANGUP).unwrap();
     }
 
-    fn says(&self, what: &str) {
+    pub(crate) fn says(&self, what: &str) {
         wait_for(patience(), || {
             Ok(self.guard.said().contains(what).then_some(()))
         })
@@ -57,7 +57,7 @@ impl Declared {
     }
 
     /// The process that holds the pins.
-    fn keeper(&self) -> Option<i32> {
+    pub(crate) fn keeper(&self) -> Option<i32> {
         self.guard.started().into_iter().find(|child| {
             std::fs::read_to_string(format!("/proc/{child}/comm"))
                 .is_ok_and(|name| name.trim_end() == "pins.toml")
@@ -65,13 +65,13 @@ impl Declared {
     }
 }
 
-fn becomes_pinned(path: &Path) {
+pub(crate) fn becomes_pinned(path: &Path) {
     wait_for(patience(), || Ok(is_pinned(path).then_some(())))
         .unwrap_or_else(|_| panic!("{} is not pinned", path.display()));
 }
 
 /// For a while, a file is pinned whenever anybody looks.
-fn stays_pinned(path: &Path, limit: Duration) {
+pub(crate) fn stays_pinned(path: &Path, limit: Duration) {
     let began = Instant::now();
     while began.elapsed() < limit {
         assert!(is_pinned(path), "after {:?}", began.elapsed());
@@ -79,7 +79,7 @@ fn stays_pinned(path: &Path, limit: Duration) {
     }
 }
 
-fn entry(path: &Path, more: &str) -> String {
+pub(crate) fn entry(path: &Path, more: &str) -> String {
     format!("[[pin]]\npath = {:?}\n{more}\n", path.display().to_string())
 }
 

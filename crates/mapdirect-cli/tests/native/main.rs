@@ -43,6 +43,7 @@ mod random;
 mod read_only;
 mod segments;
 mod service;
+mod shortage;
 mod stable;
 mod states;
 mod strangers;
@@ -108,6 +109,7 @@ fn main() -> ExitCode {
     trials.extend(units::trials(&world));
     trials.extend(killed::trials(&world));
     trials.extend(declared::trials(&world));
+    trials.extend(shortage::trials(&world));
     trials.extend(tripwire::trials(&world));
     trials.extend(states::trials(&world));
     trials.extend(prepare::trials(&world));
@@ -124,6 +126,7 @@ fn main() -> ExitCode {
     // So do a second guard's programs, which judge by what it knows.
     let mut alone = stuck::trials(&world);
     alone.extend(strangers::alone(&world));
+    alone.extend(shortage::alone(&world));
     alone.extend(patience::trials(&world));
     alone.extend(policy::trials(&world));
     arguments.test_threads = Some(1);

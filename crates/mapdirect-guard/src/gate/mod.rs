@@ -87,8 +87,13 @@ pub(crate) trait Gate: std::fmt::Debug + Send + Sync {
 
     /// Has the pin outlive this guard if the kernel does not see to that, before
     /// its holder is told of it.
-    fn outlives(&self, watched: &Watched, pin: &Pin) {
+    ///
+    /// # Errors
+    ///
+    /// When it would not.
+    fn outlives(&self, watched: &Watched, pin: &Pin) -> Result<(), Refusal> {
         let _ = (watched, pin);
+        Ok(())
     }
 
     /// Notes that the guard has a descriptor of this number open for long.

@@ -21,6 +21,7 @@ use self::record::{FILE, PIN, Place};
 use crate::Errno;
 use crate::store::Starter;
 use rustix::fs::MemfdFlags;
+use std::collections::BTreeSet;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, AtomicI32, Ordering::SeqCst};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -63,6 +64,8 @@ struct Places {
     free: Vec<u64>,
     /// The first place beyond all that were ever taken.
     end: u64,
+    /// Places that are not taken, by what a name ends with that is left of them.
+    barred: BTreeSet<String>,
 }
 
 /// What an earlier guard has left.
@@ -181,6 +184,7 @@ impl Journal {
         *row(self).places() = Places {
             free,
             end: count.max(first),
+            barred: BTreeSet::new(),
         };
         Ok(found)
     }
@@ -252,6 +256,17 @@ impl Journal {
         self.starter.has_room()
     }
 
+    /// Takes nothing at a place any more: something is still kept under its name, and
+    /// no name may stand for two things.
+    pub(crate) fn bar(&self, prefix: &str, place: String) {
+        let row = if prefix == FILE_PREFIX {
+            &self.files
+        } else {
+            &self.pins
+        };
+        row.places().barred.insert(place);
+    }
+
     /// Notes that a descriptor of this number is open. The thread of the gate calls
     /// this for every event, and must not wait: it writes to memory, now and then.
     ///
@@ -278,7 +293,7 @@ pub(crate) const FILE_PREFIX: &str = "F";
 pub(crate) const PIPE_PREFIX: &str = "P";
 
 /// A number in as few letters and digits as there are.
-fn in_short(mut number: u64) -> String {
+pub(crate) fn in_short(mut number: u64) -> String {
     const DIGITS: &[u8; 62] = b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
     let mut reversed = Vec::new();
     loop {
@@ -306,10 +321,15 @@ impl Row {
 
     fn take(&self) -> u64 {
         let mut places = self.places();
-        places.free.pop().unwrap_or_else(|| {
-            places.end += 1;
-            places.end - 1
-        })
+        loop {
+            let at = places.free.pop().unwrap_or_else(|| {
+                places.end += 1;
+                places.end - 1
+            });
+            if places.barred.is_empty() || !places.barred.contains(&in_short(at)) {
+                return at;
+            }
+        }
     }
 
     fn offset(&self, at: u64) -> u64 {
@@ -478,6 +498,19 @@ mod tests {
         let (again, left) = next(&journal);
         assert_eq!((left.nonsense, left.pins.len()), (1, 1));
         assert_eq!(again.keep_pin(&pin(3), None).unwrap().at, kept.at);
+    }
+
+    #[test]
+    fn barred_places_are_not_taken() {
+        let journal = journal();
+        let kept = journal.keep_pin(&pin(1), None).unwrap();
+        let at = kept.at;
+        kept.end();
+        for place in [at, at + 2] {
+            journal.bar(PIPE_PREFIX, in_short(place));
+        }
+        let taken = [2, 3].map(|id| journal.keep_pin(&pin(id), None).unwrap().at);
+        assert_eq!(taken, [at + 1, at + 3]);
     }
 
     #[test]

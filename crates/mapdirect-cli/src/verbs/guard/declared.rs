@@ -32,6 +32,9 @@ const AT_ONCE: Duration = Duration::from_secs(1);
 /// supervisor.
 const ROUND: Duration = Duration::from_millis(500);
 
+/// How long what an earlier keeper has taken stays if a pin cannot be taken.
+const EARLIER: Duration = Duration::from_secs(15);
+
 /// A pin that shall be held.
 struct Wanted {
     declared: Declared,
@@ -92,9 +95,12 @@ impl Wanted {
         self.tries += 1;
         match file.and_then(|file| pin(&file, &self.declared, guard)) {
             Ok(pin) => {
-                starter.keep_declared(pin.pin_id(), &pin.lives_by());
+                let kept = starter.keep_declared(pin.pin_id(), &pin.lives_by());
+                let but = kept.err().map_or_else(String::new, |errno| {
+                    format!("; nobody can keep it beside this process, with which it ends: {errno}")
+                });
                 self.say(format!(
-                    "pinned as the file of pins says, pin {}",
+                    "pinned as the file of pins says, pin {}{but}",
                     pin.pin_id()
                 ));
                 (self.pin, self.next, self.tries) = (Some(pin), None, 0);
@@ -127,7 +133,8 @@ impl Wanted {
 
     fn let_go(&mut self, starter: &Starter) {
         if let Some(pin) = self.pin.take() {
-            starter.keep_declared(pin.pin_id(), &[]);
+            // With none, nothing can fail.
+            let _ = starter.keep_declared(pin.pin_id(), &[]);
             drop(pin);
         }
     }
@@ -173,7 +180,10 @@ pub(super) fn keep(
     starter: &Starter,
     signals: &SignalFd,
 ) -> Result<()> {
-    let mut wanted: Vec<Wanted> = match read_pins(path) {
+    let begun = Instant::now();
+    let read = read_pins(path);
+    let mut is_read = read.is_ok();
+    let mut wanted: Vec<Wanted> = match read {
         Ok(pins) => pins.into_iter().map(Wanted::new).collect(),
         Err(errors) => {
             complain(&errors);
@@ -183,7 +193,7 @@ pub(super) fn keep(
             Vec::new()
         }
     };
-    let mut has_tried = false;
+    let (mut has_tried, mut has_taken) = (false, false);
     loop {
         let now = Instant::now();
         for one in &mut wanted {
@@ -193,10 +203,15 @@ pub(super) fn keep(
             }
         }
         if !has_tried {
-            // Pins of an earlier keeper end now. What could not be taken meanwhile
-            // is tried again.
             starter.tried_all();
             has_tried = true;
+        }
+        let is_late = || begun.elapsed() > EARLIER;
+        if !has_taken && is_read && (wanted.iter().all(|one| one.pin.is_some()) || is_late()) {
+            // Pins of an earlier keeper end now. What could not be taken meanwhile
+            // is tried again.
+            starter.taken_all();
+            has_taken = true;
         }
         if !path.exists() && wanted.is_empty() || starter.is_alone() {
             return Ok(());
@@ -216,6 +231,7 @@ pub(super) fn keep(
             Signal::TERMINATE | Signal::INTERRUPT => return Ok(()),
             Signal::HANGUP => match read_pins(path) {
                 Ok(pins) => {
+                    is_read = true;
                     let before = wanted.len();
                     wanted = exchange(wanted, pins, starter);
                     output::complain_at_once(&format!(

@@ -238,6 +238,48 @@ pub(crate) fn second_guard(_world: &World) {
     assert!(guard.client().status().is_ok(), "the first goes on");
 }
 
+/// Whatever is where the socket should be, and no guard's, stays and is named.
+pub(crate) fn in_the_way(_world: &World) {
+    let scratch = mapdirect_testkit::process::ScratchDirectory::new("in-the-way").unwrap();
+    let path = |name: &str| scratch.path().join(name);
+    std::os::unix::fs::symlink("nowhere", path("dangling")).unwrap();
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    std::os::unix::fs::symlink(guard.socket(), path("link")).unwrap();
+    std::fs::create_dir(path("directory")).unwrap();
+    File::create(path("file")).unwrap();
+    let _other = std::os::unix::net::UnixListener::bind(path("other")).unwrap();
+    for (name, what) in [
+        (
+            "dangling",
+            "a symbolic link, which is not followed, is there",
+        ),
+        ("link", "a symbolic link, which is not followed, is there"),
+        ("directory", "a directory is there"),
+        ("file", "a file of another kind is there"),
+        ("other", "a socket of another program is there"),
+    ] {
+        let before = std::fs::symlink_metadata(path(name)).unwrap();
+        let gate = mapdirect_testkit::process::BpfDirectory::new(Path::new(BINARY));
+        let output = std::process::Command::new(BINARY)
+            .args(["guard", "--socket"])
+            .arg(path(name))
+            .arg("--bpf-directory")
+            .arg(gate.path())
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let words: Vec<_> = text.split_whitespace().collect();
+        let text = words.join(" ");
+        assert!(text.contains(what), "{name}: {text}");
+        assert!(text.contains("help: move it away"), "{name}: {text}");
+        let after = std::fs::symlink_metadata(path(name)).unwrap();
+        let identity = std::os::unix::fs::MetadataExt::ino;
+        assert_eq!(identity(&before), identity(&after), "{name}");
+    }
+    assert!(!path("nowhere").exists());
+}
+
 /// A stranger who may read the directory of the socket can lock it, for ever.
 pub(crate) fn locked_directory(_world: &World) {
     use rustix::fs::FlockOperation;

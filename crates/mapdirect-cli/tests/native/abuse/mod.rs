@@ -51,6 +51,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("out-of-descriptors", out_of_descriptors),
         ("leases", leases),
         ("second-guard", second_guard),
+        ("in-the-way", in_the_way),
         ("locked-directory", locked_directory),
         ("socket-in-the-way", socket_in_the_way),
         ("guards-at-once", guards_at_once),

@@ -121,8 +121,12 @@ pub(super) fn recognise(guard: &Guard, gate: &Gate, left: Left) -> Result<Vec<Re
     }
     // Nobody will come for what no record is about.
     for (prefix, names) in [(FILE_PREFIX, files), (PIPE_PREFIX, pipes)] {
-        for name in names.into_keys() {
-            guard.starter.let_go(&format!("{prefix}{name}"));
+        for place in names.into_keys() {
+            // What is kept under a name that somebody else takes as well could come
+            // to the next guard in place of the other, and end a pin.
+            if !guard.starter.let_go(&format!("{prefix}{place}")) {
+                gate.journal.bar(prefix, place);
+            }
         }
     }
     gate.group
@@ -256,9 +260,32 @@ fn unwatched() -> Refusal {
     )
 }
 
+/// Why a pin is refused that would not outlive the guard.
+pub(super) fn not_kept(errno: Errno) -> Refusal {
+    if errno == Errno::NFILE {
+        return no_room();
+    }
+    system("handing it over to the next guard", errno)
+}
+
+/// Why a pin is refused when there are too many.
+pub(super) fn no_room() -> Refusal {
+    refusal(
+        Reason::Limit,
+        Errno::NFILE,
+        "what is pinned already is as much as a guard can hand over to the next one",
+        "let go of other pins; several pins of one file take less than as many files; the \
+         supervisor of the guard says so if it is short of descriptors (LimitNOFILE)",
+    )
+}
+
 impl Gate {
     /// Has the next guard find a pin.
-    pub(super) fn outlives(&self, watched: &Watched, pin: &Pin) {
+    ///
+    /// # Errors
+    ///
+    /// When the pin would end with this guard.
+    pub(super) fn outlives(&self, watched: &Watched, pin: &Pin) -> Result<(), Refusal> {
         let pipe = match pin.carrier() {
             Carrier::Pipe(pipe) => {
                 self.journal.note_descriptor(pipe.as_raw_fd());
@@ -266,10 +293,9 @@ impl Gate {
             }
             Carrier::Lock | Carrier::Writers => None,
         };
-        // If this fails, the holder is told that the next guard does not know it.
-        if let Ok(kept) = self.journal.keep_pin(&pin.record_for(watched.id), pipe) {
-            pin.outlives_by(kept);
-        }
+        let kept = self.journal.keep_pin(&pin.record_for(watched.id), pipe);
+        pin.outlives_by(kept.map_err(not_kept)?);
+        Ok(())
     }
 
     /// Has the next guard find a file. From now on it is behind the gate.

@@ -71,8 +71,8 @@ impl gate::Gate for Gate {
         Ok(())
     }
 
-    fn outlives(&self, watched: &Watched, pin: &Pin) {
-        Self::outlives(self, watched, pin);
+    fn outlives(&self, watched: &Watched, pin: &Pin) -> Result<(), Refusal> {
+        Self::outlives(self, watched, pin)
     }
 
     fn has_descriptor(&self, number: RawFd) {

@@ -11,6 +11,7 @@
 //! its byte and read the block map.
 
 use super::Gate;
+use super::adopt::no_room;
 use crate::Errno;
 use crate::bounded::Stuck;
 use crate::busy::{Busy, Quiet};
@@ -79,12 +80,7 @@ impl<'a, 'h> Exclusion<'a, 'h> {
 
     fn secure(&mut self, state: &mut GrantState) -> Result<Secured, Refusal> {
         if !self.gate.journal.has_room() {
-            return Err(refusal(
-                Reason::Limit,
-                Errno::NFILE,
-                "what is pinned already is as much as a guard can hand over to the next one",
-                "let go of other pins; several pins of one file take less than as many files",
-            ));
+            return Err(no_room());
         }
         let at_rest = self.exclude(state.closed)?;
         if self.granting.pin.flags.contains(Flags::DENY_RENAME) {
@@ -156,13 +152,15 @@ impl<'a, 'h> Exclusion<'a, 'h> {
         let file = self.holder.file.as_fd();
         self.gate
             .close_at(self.granting.watched, file)
-            .map_err(|errno| {
-                refusal(
+            .map_err(|errno| match errno {
+                // The call itself has no such error.
+                Errno::NFILE => no_room(),
+                errno => refusal(
                     Reason::NoGate,
                     Errno::OPNOTSUPP,
                     format!("the kernel cannot watch this file (fanotify_mark: {errno})"),
                     "run `mapdirect doctor` to see what this kernel offers",
-                )
+                ),
             })
     }
 
