@@ -11,6 +11,7 @@ use crate::wake::{Backoff, Waker, wait_any};
 use crate::{Errno, Guard, audit, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
+use mapdirect_sys::names::path_in_line;
 use mapdirect_sys::unix::Socket;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
@@ -117,10 +118,10 @@ pub enum StartError {
     )]
     Policy(String),
     /// Another guard is running already.
-    #[error("another guard listens at {0}; end it first, or give another --socket")]
+    #[error("another guard listens at {}; end it first, or give another --socket", path_in_line(.0))]
     AlreadyRunning(PathBuf),
     /// The socket could not be created.
-    #[error("cannot listen at {path}: {errno}")]
+    #[error("cannot listen at {}: {errno}", path_in_line(path))]
     Socket {
         /// The path of the socket.
         path: PathBuf,

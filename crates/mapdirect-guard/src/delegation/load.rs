@@ -3,6 +3,7 @@
 use super::file::{PolicyError, Rule, parse};
 use super::names::Names;
 use mapdirect_sys::Errno;
+use mapdirect_sys::names::path_in_line;
 use rustix::fs::{FileType, Mode, OFlags};
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -50,7 +51,7 @@ impl Policy {
                                 place: Some((rule.line, 1)),
                                 what: format!(
                                     "{}:{} has a rule {:?} already",
-                                    other.file.display(),
+                                    path_in_line(&other.file),
                                     other.line,
                                     rule.name
                                 ),

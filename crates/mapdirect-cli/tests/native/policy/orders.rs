@@ -246,7 +246,7 @@ pub(super) fn unpin(world: &World) {
         })
         .unwrap();
         assert!(crate::world::is_pinned(&path), "the other pin");
-        assert_eq!(mapdirect(&setting, &["unpin", &id.to_string()]).0, Some(2));
+        assert_eq!(mapdirect(&setting, &["unpin", &id.to_string()]).0, Some(1));
         guard.unpin(other).unwrap();
         crate::world::wait_until_free(&path);
         // Nothing is left that refuses, though the holder lives.
