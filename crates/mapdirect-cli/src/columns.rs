@@ -3,6 +3,7 @@
 
 use crate::draw::becomes_stable;
 use crate::extents::Extents;
+use crate::verbs::records;
 use crate::{json, output, terminal};
 use clap::ValueEnum;
 use mapdirect::status::{FileStatus, PinStatus, Status};
@@ -213,10 +214,10 @@ pub(crate) fn name_of(file: &FileStatus) -> String {
 
 /// The same, with names as `show` shows them.
 fn name_as(file: &FileStatus, show: fn(&str) -> String) -> String {
-    if file.path.is_empty() {
+    if !records::is_known(&file.path) {
         format!("inode {} of {}", file.inode, file.device)
     } else {
-        crate::verbs::name_in_words(&file.name, show)
+        records::name_in_words(&file.name, show)
     }
 }
 

@@ -149,9 +149,15 @@ fn parts(record: &Record) -> (String, Style, String, String) {
     (time(record.time), style, word, rest)
 }
 
+/// Whether this is the path of a file: not all have one, and the kernel tells none
+/// that is longer than a page.
+pub(crate) fn is_known(path: &str) -> bool {
+    !matches!(path, "" | "?")
+}
+
 /// The file of a record, in words.
 pub(crate) fn name(record: &Record) -> String {
-    if record.name.path.is_empty() {
+    if !is_known(&record.name.path) {
         format!("inode {} of {}", record.inode, record.device)
     } else {
         name_in_words(&record.name, told_name)

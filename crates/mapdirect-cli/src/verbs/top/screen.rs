@@ -303,7 +303,7 @@ fn show_records(
         let time = time.get(11..19).unwrap_or_default().to_owned();
         let mut name = terminal::told_file_name(&record.name.path);
         let remark = record.name.remark_as(terminal::told_name);
-        if name.is_empty() {
+        if !records::is_known(&name) {
             name = records::name(record);
         } else if !remark.is_empty() {
             name = format!("{name} ({remark})");
