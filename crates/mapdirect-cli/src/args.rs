@@ -522,7 +522,11 @@ pub struct RunArgs {
 The place on the disk is found through partitions, and through what device-mapper maps linearly
 (LVM; only root can read its tables). Where it cannot be known, that is said. Before a form other
 than json is printed the file is written to its device (fsync). Of a file that nobody has pinned
-it may be false a moment later: `pin` has the same forms.")]
+it may be false a moment later: `pin` has the same forms.
+
+In columns every cell is one word, whatever strangers call their files and commands: a blank is
+written \\x20, and a name is quoted as shells read it if it has a blank or a backslash in it, or
+what a terminal cannot show: $'a\\x20b'. What there is none of is -.")]
 pub struct ShowArgs {
     /// The files: one that cannot be shown does not stop the others
     #[arg(required = true, value_name = "FILE")]
@@ -553,6 +557,11 @@ pub struct ShowArgs {
 
 /// Arguments of `status`.
 #[derive(Debug, Args)]
+#[command(after_help = "\
+In columns every cell is one word, whatever strangers call their files and commands: a blank is
+written \\x20, and a name is quoted as shells read it if it has a blank or a backslash in it, or
+what a terminal cannot show: $'a\\x20b'. Behind a name, as one word with it, is what must be said of
+it: \\x20(deleted). What there is none of is -.")]
 pub struct StatusArgs {
     /// Only these files: ends with status 1 if one of them is not pinned
     #[arg(value_name = "FILE")]

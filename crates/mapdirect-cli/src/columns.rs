@@ -1,11 +1,14 @@
-//! Tables with the columns that are asked for.
+//! Tables with the columns that are asked for. Every cell is one word, for those
+//! who split lines at blanks: strangers choose names of files and commands.
 
 use crate::draw::becomes_stable;
 use crate::extents::Extents;
+use crate::verbs::records;
 use crate::{json, output, terminal};
 use clap::ValueEnum;
 use mapdirect::status::{FileStatus, PinStatus, Status};
 use mapdirect::{BlockMap, Extent};
+use mapdirect_sys::names;
 use std::path::Path;
 
 /// Columns of the extents of a file.
@@ -102,6 +105,14 @@ impl Table {
         }
     }
 
+    fn add(&mut self, row: impl Iterator<Item = String>) {
+        let word = |cell: String| match cell.as_str() {
+            "" => String::from("-"),
+            cell => names::one_word(cell),
+        };
+        self.rows.push(row.map(word).collect());
+    }
+
     fn lines(&self) -> Vec<String> {
         let columns = self.rows.first().map_or(0, Vec::len);
         let width = |column: usize| {
@@ -153,7 +164,7 @@ pub(crate) fn add_extents(
     extents: &Extents<'_>,
     columns: &[ShowColumn],
 ) {
-    let name = terminal::name(file);
+    let name = terminal::cell(file);
     let none = || String::from("-");
     let cell = |extent: &Extent, column: ShowColumn| match column {
         ShowColumn::File => name.clone(),
@@ -181,8 +192,7 @@ pub(crate) fn add_extents(
         }
     };
     for extent in map.extents() {
-        let row = columns.iter().map(|column| cell(extent, *column));
-        table.rows.push(row.collect());
+        table.add(columns.iter().map(|column| cell(extent, *column)));
     }
 }
 
@@ -191,8 +201,7 @@ pub(crate) fn tell_pins(status: &Status, columns: &[StatusColumn], headings: boo
     let mut table = Table::new(columns, headings);
     for file in &status.files {
         for pin in &file.pins {
-            let row = columns.iter().map(|column| pin_cell(file, pin, *column));
-            table.rows.push(row.collect());
+            table.add(columns.iter().map(|column| pin_cell(file, pin, *column)));
         }
     }
     table.tell();
@@ -200,10 +209,15 @@ pub(crate) fn tell_pins(status: &Status, columns: &[StatusColumn], headings: boo
 
 /// The name of a file for a person: its number if the name is not told.
 pub(crate) fn name_of(file: &FileStatus) -> String {
-    if file.path.is_empty() {
+    name_as(file, terminal::told_name)
+}
+
+/// The same, with names as `show` shows them.
+fn name_as(file: &FileStatus, show: fn(&str) -> String) -> String {
+    if !records::is_known(&file.path) {
         format!("inode {} of {}", file.inode, file.device)
     } else {
-        crate::verbs::name_in_words(&file.name)
+        records::name_in_words(&file.name, show)
     }
 }
 
@@ -211,7 +225,7 @@ fn pin_cell(file: &FileStatus, pin: &PinStatus, column: StatusColumn) -> String 
     let or_none =
         |number: Option<u64>| number.map_or_else(|| String::from("-"), |number| number.to_string());
     match column {
-        StatusColumn::File => name_of(file),
+        StatusColumn::File => name_as(file, terminal::told_cell),
         StatusColumn::Pin => pin.pin.to_string(),
         StatusColumn::Offset => pin.range.start.to_string(),
         StatusColumn::Length => or_none(json::length(&pin.range)),
@@ -226,7 +240,7 @@ fn pin_cell(file: &FileStatus, pin: &PinStatus, column: StatusColumn) -> String 
             let holder = file.holders.iter().find(|holder| holder.pid == pin.pid);
             holder.map_or_else(
                 || String::from("-"),
-                |holder| terminal::told_name(&holder.command),
+                |holder| terminal::word_cell(&holder.command),
             )
         }
         StatusColumn::Uid => pin.uid.to_string(),
@@ -242,7 +256,7 @@ fn pin_cell(file: &FileStatus, pin: &PinStatus, column: StatusColumn) -> String 
         StatusColumn::Mapped => yes_or_no(pin.flags.is_mapped()),
         StatusColumn::Rule => pin.delegated.as_ref().map_or_else(
             || String::from("-"),
-            |delegated| terminal::told_name(&delegated.rule),
+            |delegated| terminal::word_cell(&delegated.rule),
         ),
         StatusColumn::Left => or_none(pin.delegated.as_ref().and_then(|by| by.left)),
         StatusColumn::Device => file.device.to_string(),

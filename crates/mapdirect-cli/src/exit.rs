@@ -2,6 +2,7 @@
 
 use crate::output;
 use mapdirect::{Error, Kind};
+use mapdirect_sys::Errno;
 use std::process::ExitCode;
 
 /// An exit status, as the manual documents it.
@@ -86,12 +87,18 @@ pub(crate) fn words(error: &anyhow::Error) -> String {
     }
 }
 
+fn is_missing(error: &anyhow::Error) -> bool {
+    let errno = error.downcast_ref::<Error>().map(Error::errno);
+    errno == Some(Errno::NOENT.raw_os_error())
+}
+
 /// Says on stderr what went wrong, and which status that is.
 pub(crate) fn explain(error: &anyhow::Error) -> Exit {
     output::complain(&words(error));
     match error.downcast_ref::<Error>().map(Error::kind) {
         Some(Kind::NoGuard) => Exit::NO_GUARD,
-        Some(Kind::Arguments) => Exit::USAGE,
+        // A pin that is there no more was not named wrongly.
+        Some(Kind::Arguments) if !is_missing(error) => Exit::USAGE,
         _ => Exit::FAILURE,
     }
 }

@@ -78,7 +78,7 @@ pub(crate) trait Kept {
 ///
 /// # Errors
 ///
-/// When there can be no second process.
+/// When there can be no second process, or it is lost before COMMAND is run.
 pub(crate) fn run(on_loss: OnLoss, work: impl FnOnce(&mut Keeper) -> Result<Exit>) -> Result<Exit> {
     let (ours, theirs) = Socket::pair().context("socketpair")?;
     let (signals, before) = SignalFd::block_all().context("signalfd")?;
@@ -93,7 +93,11 @@ pub(crate) fn run(on_loss: OnLoss, work: impl FnOnce(&mut Keeper) -> Result<Exit
                 started: false,
                 on_loss,
             };
-            front.stand()
+            match front.stand() {
+                // COMMAND was run.
+                Err(error) if front.started => Ok(exit::explain(&error)),
+                ended => ended,
+            }
         }
         Side::Child => {
             drop(ours);

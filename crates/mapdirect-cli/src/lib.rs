@@ -39,6 +39,14 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
         parsed.command,
         Command::Guard(_) | Command::Pin(_) | Command::Run(_)
     );
+    // What is executed shall find signals as they were.
+    let executes = match &parsed.command {
+        Command::Pin(args) => !args.command.is_empty(),
+        command => matches!(command, Command::Run(_)),
+    };
+    if !executes {
+        output::outlive_limits();
+    }
     let result = match parsed.command {
         Command::Guard(args) => verbs::guard::run(&args),
         Command::Pin(args) => verbs::pin::run(&args),
@@ -65,6 +73,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> Exit {
 fn usage(error: &clap::Error) -> Exit {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            output::outlive_limits();
             output::line(error.render().to_string().trim_end());
             output::finish().unwrap_or(Exit::SUCCESS)
         }

@@ -2,7 +2,7 @@
 
 use mapdirect::status::Status;
 use mapdirect_sys::names::is_deceptive;
-use rustix::fs::{AtFlags, Mode, OFlags, openat, renameat, unlinkat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, openat, readlinkat, renameat, statat, unlinkat};
 use rustix::io::Errno;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write as _;
@@ -182,6 +182,7 @@ pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
         OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
+    require_no_device(&directory, name)?;
     let (new, file) = create_beside(&directory, name)?;
     let mut file = File::from(file);
     let written = file
@@ -192,6 +193,29 @@ pub(crate) fn write(path: &Path, text: &str) -> std::io::Result<()> {
         let _ = unlinkat(&directory, &new, AtFlags::empty());
     }
     written
+}
+
+/// Fails if that is no file but something to write to: what should go to `/dev/null`
+/// or `/dev/stdout` must not take its place.
+fn require_no_device(directory: &OwnedFd, name: &OsStr) -> std::io::Result<()> {
+    let Ok(there) = statat(directory, name, AtFlags::SYMLINK_NOFOLLOW) else {
+        return Ok(());
+    };
+    let kind = match FileType::from_raw_mode(there.st_mode) {
+        FileType::RegularFile => return Ok(()),
+        // Links that others have put there are replaced, and not followed.
+        FileType::Symlink => match readlinkat(directory, name, Vec::new()) {
+            Ok(target) if target.to_bytes().starts_with(b"/proc/") => "a link to a descriptor",
+            _ => return Ok(()),
+        },
+        FileType::Directory => return Err(Errno::ISDIR.into()),
+        FileType::Fifo => "a FIFO",
+        FileType::Socket => "a socket",
+        _ => "a device",
+    };
+    Err(std::io::Error::other(format!(
+        "it is {kind}, and a file would take its place\nhelp: --metrics writes to stdout"
+    )))
 }
 
 /// Creates a file with a name that is free.
@@ -240,6 +264,29 @@ mod tests {
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1);
         assert!(write(&directory.path().join("no/a.prom"), "three").is_err());
     }
+
+    #[test]
+    fn what_is_no_file_stays() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        let cwd = rustix::fs::CWD;
+        rustix::fs::mknodat(cwd, at("fifo"), FileType::Fifo, Mode::from(0o600), 0).unwrap();
+        std::os::unix::fs::symlink("/proc/self/fd/1", at("stdout")).unwrap();
+        std::fs::create_dir(at("directory")).unwrap();
+        for (name, words) in [
+            ("fifo", "it is a FIFO"),
+            ("stdout", "it is a link to a descriptor"),
+            ("directory", "Is a directory"),
+        ] {
+            let before = std::fs::symlink_metadata(at(name)).unwrap().file_type();
+            let error = write(&at(name), "one").unwrap_err().to_string();
+            assert!(error.starts_with(words), "{error}");
+            let after = std::fs::symlink_metadata(at(name)).unwrap().file_type();
+            assert_eq!(before, after);
+        }
+        assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 3);
+    }
+
     #[test]
     fn links_in_the_directory_lead_nowhere() {
         let directory = tempfile::tempdir().unwrap();

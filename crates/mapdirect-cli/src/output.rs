@@ -4,6 +4,8 @@ use crate::Exit;
 use crate::terminal::{self, Style};
 use anyhow::{Result, anyhow};
 use mapdirect_sys::names::is_deceptive;
+use mapdirect_sys::signal::{self, Signal};
+use mapdirect_sys::{Errno, stdout};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fmt::Write as _;
 use std::io::{self, ErrorKind, Write as _};
@@ -19,11 +21,22 @@ fn failure() -> MutexGuard<'static, Option<io::Error>> {
     FAILURE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Has a write beyond `RLIMIT_FSIZE` fail as others do, where a signal would end
+/// this process without a word.
+pub(crate) fn outlive_limits() {
+    // That it can be ignored is certain.
+    let _ = signal::ignore(Signal::FILE_SIZE);
+}
+
 /// Writes a line to stdout as it is, and makes sure it is out. When that fails,
 /// nothing more is written, and [`finish`] says so.
 fn write(text: &str) {
     let mut failure = failure();
     if failure.is_some() {
+        return;
+    }
+    if stdout::was_closed() {
+        *failure = Some(Errno::BADF.into());
         return;
     }
     let mut stdout = io::stdout().lock();

@@ -303,7 +303,7 @@ pub const PAGES: &[Page] = &[
             ("1", "it failed"),
             (
                 "2",
-                "the command line makes no sense, or there is no terminal",
+                "the command line makes no sense, or there is no terminal that can show it (TERM)",
             ),
             NO_GUARD,
         ],

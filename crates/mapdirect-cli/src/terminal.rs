@@ -3,6 +3,8 @@
 pub(crate) use mapdirect_sys::names::told_word;
 
 use mapdirect_sys::names;
+use mapdirect_sys::proc::printable;
+use std::ffi::OsStr;
 use std::io::{IsTerminal, stderr, stdout};
 use std::path::Path;
 use std::sync::OnceLock;
@@ -78,11 +80,13 @@ fn chosen_width() -> Option<usize> {
 /// (no-color.org).
 fn has_colours() -> bool {
     static FOUND: OnceLock<bool> = OnceLock::new();
-    *FOUND.get_or_init(|| {
-        stdout().is_terminal()
-            && variable("NO_COLOR").is_none()
-            && variable("TERM").is_some_and(|terminal| terminal != "dumb")
-    })
+    *FOUND
+        .get_or_init(|| stdout().is_terminal() && variable("NO_COLOR").is_none() && moves_cursor())
+}
+
+/// Whether the terminal understands more than lines of text.
+pub(crate) fn moves_cursor() -> bool {
+    variable("TERM").is_some_and(|terminal| terminal != "dumb")
 }
 
 /// `text` in a style, if the terminal has some.
@@ -109,6 +113,29 @@ pub(crate) fn name(path: &Path) -> String {
 /// A file name that the guard tells: it may be quoted already.
 pub(crate) fn told_name(text: &str) -> String {
     names::told(text, is_unicode())
+}
+
+/// The file's own name in a path that the guard tells.
+pub(crate) fn told_file_name(text: &str) -> String {
+    let path = names::original(text);
+    let name = Path::new(&path).file_name().unwrap_or_default();
+    names::in_line(name, is_unicode())
+}
+
+/// A file name in a cell of a table.
+pub(crate) fn cell(path: &Path) -> String {
+    names::cell(path.as_os_str(), is_unicode())
+}
+
+/// A file name that the guard tells, in a cell of a table.
+pub(crate) fn told_cell(text: &str) -> String {
+    names::cell(&names::original(text), is_unicode())
+}
+
+/// A name in a cell of a table that is none of a file: what a process or a rule is
+/// called.
+pub(crate) fn word_cell(text: &str) -> String {
+    names::cell(OsStr::new(&printable(text)), is_unicode())
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use crate::wake::{Waker, wait_any};
 use crate::{Errno, Guard, audit, gate, needs, tripwire};
 use mapdirect_proto::status::RefusedOperation;
 use mapdirect_proto::{Notice, Refusal, Reply};
+use mapdirect_sys::names::path_in_line;
 use mapdirect_sys::unix::Socket;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::PathBuf;
@@ -117,7 +118,7 @@ pub enum StartError {
     )]
     Policy(String),
     /// Another guard is running already.
-    #[error("another guard listens at {0}; end it first, or give another --socket")]
+    #[error("another guard listens at {}; end it first, or give another --socket", path_in_line(.0))]
     AlreadyRunning(PathBuf),
     /// Something else is where the socket should be. It is not followed, nor removed.
     #[error(
@@ -131,7 +132,7 @@ pub enum StartError {
         what: &'static str,
     },
     /// The socket could not be created.
-    #[error("cannot listen at {path}: {errno}")]
+    #[error("cannot listen at {}: {errno}", path_in_line(path))]
     Socket {
         /// The path of the socket.
         path: PathBuf,

@@ -62,6 +62,7 @@ pub mod setfsuid;
 pub mod shared_words;
 pub mod signal;
 pub mod stat;
+pub mod stdout;
 pub mod sync_file_range;
 pub mod umask;
 pub mod uname;

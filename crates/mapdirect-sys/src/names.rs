@@ -5,6 +5,7 @@ use crate::proc::printable;
 use std::ffi::{OsStr, OsString};
 use std::fmt::Write;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::Path;
 
 /// Whether a character makes a terminal do something, is invisible, or changes
 /// the order in which others are shown.
@@ -69,18 +70,54 @@ pub fn shown(file_name: &OsStr, unicode: bool) -> String {
     }
 }
 
-/// A file name inside a line about it, as [`name`] wrote it: also quoted if the
-/// line would read as if it went on.
+/// A file name inside a line about it: also quoted if the line would read as if it
+/// went on.
+#[must_use]
+pub fn in_line(file_name: &OsStr, unicode: bool) -> String {
+    let goes_on = |text: &str| [", ", "; ", " ("].iter().any(|mark| text.contains(mark));
+    if file_name.to_str().is_some_and(goes_on) {
+        return quoted(file_name);
+    }
+    shown(file_name, unicode)
+}
+
+/// A path inside a message, by those who know of no terminal.
+#[must_use]
+pub fn path_in_line(path: &Path) -> String {
+    in_line(path.as_os_str(), true)
+}
+
+/// The file name that [`name`] wrote of a path.
+#[must_use]
+pub fn original(text: &str) -> OsString {
+    let quoted = text.starts_with("$'/");
+    let name = unquoted(text).filter(|_| quoted);
+    name.unwrap_or_else(|| OsString::from(text))
+}
+
+/// A file name inside a line about it, as [`name`] wrote it; see [`in_line`].
 #[must_use]
 pub fn told(text: &str, unicode: bool) -> String {
-    let original = unquoted(text).filter(|_| text.starts_with("$'/"));
-    match original {
-        Some(name) => quoted(&name),
-        None if [", ", "; ", " ("].iter().any(|mark| text.contains(mark)) => {
-            quoted(OsStr::new(text))
-        }
-        None => shown(OsStr::new(text), unicode),
+    in_line(&original(text), unicode)
+}
+
+/// A name in a cell of a table. It is one word, so that no name makes a row read as
+/// if it had another cell. Quoted if there is a blank in it, or if it could be taken
+/// for something that [`one_word`] wrote, or for an empty cell.
+#[must_use]
+pub fn cell(file_name: &OsStr, unicode: bool) -> String {
+    let splits = |c: char| c.is_whitespace() || c == '\\';
+    match file_name.to_str() {
+        Some("" | "-") => quoted(file_name),
+        Some(text) if text.contains(splits) => one_word(&quoted(file_name)),
+        _ => one_word(&shown(file_name, unicode)),
     }
+}
+
+/// Text with no blank in it, but `\x20`: what it is in a quoted name, too.
+#[must_use]
+pub fn one_word(text: &str) -> String {
+    text.replace(' ', "\\x20")
 }
 
 /// A name that a process has given itself, inside a line about the process.
@@ -160,6 +197,30 @@ mod tests {
         assert_eq!(told_word("kworker/0:1 x"), "kworker/0:1 x");
         assert_eq!(told_word("x (uid 0), by s"), "$'x (uid 0), by s'");
         assert_eq!(told_word("\x1b[31m\n"), "\u{fffd}[31m\u{fffd}");
+        // The name of the file alone, of a path that was quoted.
+        let path = original(r"$'/d/a, b\xff'");
+        let last = Path::new(&path).file_name().unwrap();
+        assert_eq!(in_line(last, true), r"$'a, b\xff'");
+    }
+
+    #[test]
+    fn a_cell_is_one_word() {
+        for (bytes, text) in [
+            (&b"/a"[..], "/a"),
+            (b"/a,b;c(d)", "/a,b;c(d)"),
+            (b"/a b", r"$'/a\x20b'"),
+            (b"/a\t\n", r"$'/a\t\n'"),
+            ("/a\u{3000}\u{a0}".as_bytes(), r"$'/a\xe3\x80\x80\xc2\xa0'"),
+            (b"/a\\x20(deleted)", r"$'/a\\x20(deleted)'"),
+            (b"$'/a'", r"$'$\'/a\''"),
+            (b"", "$''"),
+            (b"-", "$'-'"),
+        ] {
+            assert_eq!(cell(OsStr::from_bytes(bytes), true), text);
+        }
+        assert_eq!(cell(OsStr::new("/\u{e5}"), true), "/\u{e5}");
+        assert_eq!(cell(OsStr::new("/\u{e5}"), false), r"$'/\xc3\xa5'");
+        assert_eq!(one_word("a b"), r"a\x20b");
     }
 
     proptest! {
@@ -170,6 +231,16 @@ mod tests {
             let quoted = quoted(&original);
             prop_assert!(quoted.bytes().all(|byte| (b' '..=b'~').contains(&byte)));
             prop_assert_eq!(unquoted(&quoted), Some(original));
+        }
+
+        #[test]
+        fn a_cell_has_no_blank_and_is_read_again(text in "[- \\\\$'x20a\\PC\\pC\\s]{0,12}") {
+            for unicode in [true, false] {
+                let cell = cell(OsStr::new(&text), unicode);
+                prop_assert!(!cell.is_empty() && !cell.contains(char::is_whitespace));
+                prop_assert!(!cell.contains(is_deceptive));
+                prop_assert_eq!(unquoted(&cell), Some(OsString::from(&text)));
+            }
         }
 
         #[test]

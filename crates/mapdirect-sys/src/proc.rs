@@ -197,6 +197,12 @@ pub fn path_of(file: BorrowedFd<'_>) -> String {
         .map_or_else(|_| String::from("?"), |path| names::name(path.as_os_str()))
 }
 
+/// The same inside a message: quoted if something in it cannot be shown.
+#[must_use]
+pub fn shown_path_of(file: BorrowedFd<'_>) -> String {
+    names::shown(&names::original(&path_of(file)), true)
+}
+
 /// The path at which a descriptor of the calling thread was last seen, as the
 /// namespace of the descriptor's mount has it. The thread may have a descriptor
 /// table of its own.

@@ -35,6 +35,8 @@ impl Signal {
     pub const KILL: i32 = libc::SIGKILL;
     /// `SIGSTOP`.
     pub const STOP: i32 = libc::SIGSTOP;
+    /// `SIGXFSZ`.
+    pub const FILE_SIZE: i32 = libc::SIGXFSZ;
     /// `SIGIO`.
     pub const IO: i32 = libc::SIGIO;
     /// `SIGWINCH`.
@@ -201,8 +203,9 @@ fn mask_in_child(command: &mut Command, set: libc::sigset_t) {
     unsafe { command.pre_exec(unblock) };
 }
 
-/// Ignores a signal in the whole process. This is for `SIGIO`, which a short
-/// lease can raise and whose default action ends the process.
+/// Ignores a signal in the whole process, and in what it executes. This is for
+/// those whose default action ends it without a word: `SIGIO`, which a short lease
+/// can raise, and `SIGXFSZ`, beside which a write fails anyway.
 ///
 /// # Errors
 ///

@@ -4,6 +4,7 @@ use crate::error::{Error, Kind, Result};
 use crate::guard::Guard;
 use crate::holder::unexpected;
 use mapdirect_proto::{Reply, Request};
+use mapdirect_sys::names::path_in_line;
 use mapdirect_sys::{Errno, proc};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -23,7 +24,7 @@ use std::path::Path;
 /// What `open(2)` answers, and what the guard answers to the announcement.
 pub fn open(path: impl AsRef<Path>, guard: &Guard) -> Result<File> {
     let path = path.as_ref();
-    let asked = |error: Error| error.asking(format!("open {}", path.display()));
+    let asked = |error: Error| error.asking(format!("open {}", path_in_line(path)));
     let failed = |errno: Errno| asked(Error::new(Kind::System, errno, errno.to_string(), ""));
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     match rustix::fs::open(path, flags, Mode::empty()) {

@@ -197,7 +197,7 @@ impl PinOptions {
         file: BorrowedFd<'_>,
     ) -> Result<Pin> {
         self.pin_range(guard, connect, file).map_err(|error| {
-            let path = mapdirect_sys::proc::path_of(file);
+            let path = mapdirect_sys::proc::shown_path_of(file);
             error.asking(match &self.range {
                 Some(range) if range.end == u64::MAX => {
                     format!("pin {path} from byte {} on", range.start)

@@ -98,7 +98,7 @@ pub unsafe fn map(
         unsafe { options.map_as_asked((address, length), (prot, flags), fd, offset) }
     });
     map.map_err(|error| {
-        let path = mapdirect_sys::proc::path_of(fd);
+        let path = mapdirect_sys::proc::shown_path_of(fd);
         error.asking(format!(
             "map {length} bytes at {offset} of {path} MAP_DIRECT"
         ))

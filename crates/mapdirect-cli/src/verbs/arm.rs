@@ -5,13 +5,12 @@ use crate::{Exit, open, output, terminal};
 use anyhow::{Context, Result, bail};
 use mapdirect::{Guard, Who};
 use mapdirect_guard::{group_number, user_number};
-use rustix::fs::OFlags;
 use std::fs::File;
 use std::path::Path;
 
 /// Opens a file without reading it, which neither breaks leases nor is noticed.
 fn path_to(path: &Path) -> Result<File> {
-    open::open(path, OFlags::PATH).with_context(|| terminal::name(path))
+    open::find(path).with_context(|| terminal::name(path))
 }
 
 pub(crate) fn arm(args: &ArmArgs) -> Result<Exit> {

@@ -4,7 +4,7 @@ mod declared;
 mod opening;
 
 use crate::args::{GateChoice, GuardArgs};
-use crate::terminal::{told_name, told_word};
+use crate::terminal::{name, told_name, told_word};
 use crate::verbs::records;
 use crate::{Exit, output};
 use anyhow::Result;
@@ -114,7 +114,7 @@ fn guard(args: &GuardArgs, starter: Starter, signals: &SignalFd) -> Result<Exit>
     output::line_at_once(&format!(
         "mapdirect guard: ready, gate {}, listening at {}",
         running.gate(),
-        args.socket.display()
+        name(&args.socket)
     ));
     if let Some(missing) = running.without_tripwire() {
         output::complain_at_once(&format!(
@@ -272,7 +272,7 @@ fn unload(args: &GuardArgs) -> Result<Exit> {
         } else {
             "there is no gate"
         },
-        args.bpf_directory.display()
+        name(&args.bpf_directory)
     ));
     Ok(Exit::SUCCESS)
 }

@@ -7,7 +7,7 @@ pub(crate) mod log;
 pub(crate) mod pin;
 pub(crate) mod policy;
 pub(crate) mod prepare;
-mod records;
+pub(crate) mod records;
 pub(crate) mod run;
 pub(crate) mod show;
 pub(crate) mod status;
@@ -15,5 +15,3 @@ pub(crate) mod status;
 pub(crate) mod top;
 pub(crate) mod unpin;
 pub(crate) mod watch;
-
-pub(crate) use records::name_in_words;

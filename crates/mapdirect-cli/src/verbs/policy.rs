@@ -2,11 +2,11 @@
 
 use crate::args::{PolicyArgs, PolicyVerb};
 use crate::size::human;
-use crate::{Exit, open, output, terminal};
+use crate::terminal::{self, told_name, told_word};
+use crate::{Exit, open, output};
 use anyhow::{Context, Result};
 use mapdirect_guard::{Account, Policy, Rule, would_allow};
 use mapdirect_proto::Flags;
-use rustix::fs::OFlags;
 use std::os::fd::AsFd;
 
 pub(crate) fn run(args: &PolicyArgs) -> Result<Exit> {
@@ -31,14 +31,15 @@ pub(crate) fn run(args: &PolicyArgs) -> Result<Exit> {
     };
     let Some(account) = Account::find(user) else {
         output::complain(&format!(
-            "there is no user {user:?} in /etc/passwd; a number does as well"
+            "there is no user {} in /etc/passwd; a number does as well",
+            told_word(user)
         ));
         return Ok(Exit::USAGE);
     };
-    let file = open::open(path, OFlags::PATH).with_context(|| terminal::name(path))?;
+    let file = open::find(path).with_context(|| terminal::name(path))?;
     match would_allow(&policy, &account, file.as_fd(), !args.read_only) {
         Ok(rules) => {
-            let names: Vec<_> = rules.iter().map(|rule| &*rule.name).collect();
+            let names: Vec<_> = rules.iter().map(|rule| told_word(&rule.name)).collect();
             output::prose(&format!(
                 "user {} may pin {}: by rule {}",
                 account.uid,
@@ -67,9 +68,10 @@ fn tell(rule: &Rule) {
         .into_iter()
         .flatten()
         .collect();
+    let paths: Vec<_> = rule.paths().iter().map(|path| told_name(path)).collect();
     output::prose(&format!(
         "{} ({}:{}): {} may {} {}{}; {}, {}, {}, each",
-        rule.name,
+        told_word(&rule.name),
         terminal::name(&rule.file),
         rule.line,
         who.join(" and "),
@@ -78,7 +80,7 @@ fn tell(rule: &Rule) {
         } else {
             "pin, by descriptors that can only read,"
         },
-        rule.paths().join(", "),
+        paths.join(", "),
         match (
             rule.denies.contains(Flags::DENY_WRITE),
             rule.denies.contains(Flags::DENY_RENAME)

@@ -2,6 +2,7 @@
 
 use crate::args::{Format, PrepareArgs};
 use crate::extents::Extents;
+use crate::open::Unopened;
 use crate::size::human;
 use crate::terminal;
 use crate::{Exit, draw, json, output};
@@ -49,18 +50,21 @@ impl Subject {
     fn open(path: &Path, create: bool) -> Result<Self> {
         let mut created = false;
         let mut opened = crate::open::open(path, OFlags::RDWR);
-        if create && matches!(opened, Err(Errno::NOENT)) {
+        if create && matches!(opened, Err(Unopened::Errno(Errno::NOENT))) {
             // What somebody else makes at this moment is not ours to remove.
             let flags = OFlags::RDWR | OFlags::CLOEXEC | OFlags::CREATE | OFlags::EXCL;
-            opened = rustix::fs::open(path, flags, Mode::from(0o666)).map(File::from);
+            let made = rustix::fs::open(path, flags, Mode::from(0o666));
+            opened = made.map(File::from).map_err(Unopened::Errno);
             created = opened.is_ok();
         }
-        let file = opened.map_err(|errno| {
+        let file = opened.map_err(|why| {
             let name = terminal::name(path);
-            let cannot = format!("cannot open {name} for reading and writing: {errno}");
-            match errno {
-                Errno::NOENT if !create => anyhow!("{cannot}\nhelp: --size SIZE makes a file"),
-                Errno::TXTBSY => anyhow!("{cannot}{}", who_keeps(path)),
+            let cannot = format!("cannot open {name} for reading and writing: {why}");
+            match why {
+                Unopened::Errno(Errno::NOENT) if !create => {
+                    anyhow!("{cannot}\nhelp: --size SIZE makes a file")
+                }
+                Unopened::Errno(Errno::TXTBSY) => anyhow!("{cannot}{}", who_keeps(path)),
                 _ => anyhow!(cannot),
             }
         })?;

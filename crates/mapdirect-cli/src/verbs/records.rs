@@ -67,7 +67,10 @@ impl Filter {
             None => None,
             Some(user) => match user_number(user) {
                 Some(uid) => Some(uid),
-                None => bail!("there is no user {user} in /etc; a number does as well"),
+                None => bail!(
+                    "there is no user {} in /etc; a number does as well",
+                    told_word(user)
+                ),
             },
         };
         Ok(Self {
@@ -146,19 +149,25 @@ fn parts(record: &Record) -> (String, Style, String, String) {
     (time(record.time), style, word, rest)
 }
 
+/// Whether this is the path of a file: not all have one, and the kernel tells none
+/// that is longer than a page.
+pub(crate) fn is_known(path: &str) -> bool {
+    !matches!(path, "" | "?")
+}
+
 /// The file of a record, in words.
 pub(crate) fn name(record: &Record) -> String {
-    if record.name.path.is_empty() {
+    if !is_known(&record.name.path) {
         format!("inode {} of {}", record.inode, record.device)
     } else {
-        name_in_words(&record.name)
+        name_in_words(&record.name, told_name)
     }
 }
 
-/// A name, and what must be said of it.
-pub(crate) fn name_in_words(name: &Name) -> String {
-    let path = told_name(&name.path);
-    match name.remark_as(told_name) {
+/// A name, and what must be said of it, with names as `show` shows them.
+pub(crate) fn name_in_words(name: &Name, show: fn(&str) -> String) -> String {
+    let path = show(&name.path);
+    match name.remark_as(show) {
         remark if remark.is_empty() => path,
         remark => format!("{path} ({remark})"),
     }

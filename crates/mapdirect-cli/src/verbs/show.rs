@@ -73,8 +73,6 @@ fn show(args: &ShowArgs, path: &Path, is_first: bool, table: &mut Table) -> Resu
     let file = open(path)?;
     let name = terminal::name(path);
     let facts = FileFacts::read(file.as_fd()).with_context(|| format!("cannot examine {name}"))?;
-    let regular = file.metadata()?.is_file();
-    ensure!(regular, "{name} is not a regular file");
     let is_json = args.json || args.format == Some(Format::Json);
     let names_itself = is_json || args.columns.contains(&ShowColumn::File);
     if !is_first && !names_itself {
@@ -98,7 +96,7 @@ fn show(args: &ShowArgs, path: &Path, is_first: bool, table: &mut Table) -> Resu
         let none = BlockMap::new(facts.device, facts.block_size, 0, 0..0, []);
         let map = map.as_ref().unwrap_or(&none);
         if args.files.len() > 1 && !names_itself {
-            output::line(&format!("{name}:"));
+            output::line(&format!("{}:", terminal::cell(path)));
         }
         add_extents(table, path, map, &Extents::of(&file, map), &args.columns);
         if !names_itself {

@@ -181,7 +181,7 @@ fn metrics(path: Option<&Path>) -> Result<Exit> {
     };
     // A collector shall see that there is no guard.
     let text = crate::metrics::text(status.as_ref().ok());
-    crate::metrics::write(path, &text).with_context(|| path.display().to_string())?;
+    crate::metrics::write(path, &text).with_context(|| terminal::name(path))?;
     status?;
     Ok(Exit::SUCCESS)
 }

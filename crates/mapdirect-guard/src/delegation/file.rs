@@ -3,6 +3,7 @@
 use super::names::Names;
 use super::paths::Pattern;
 use mapdirect_proto::Flags;
+use mapdirect_sys::names::path_in_line;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::fmt;
@@ -73,7 +74,7 @@ pub struct PolicyError {
 
 impl fmt::Display for PolicyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", self.path.display())?;
+        write!(f, "{}", path_in_line(&self.path))?;
         if let Some((line, column)) = self.place {
             write!(f, ":{line}:{column}")?;
         }

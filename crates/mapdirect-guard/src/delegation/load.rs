@@ -2,10 +2,13 @@
 
 use super::file::{PolicyError, Rule, parse};
 use super::names::Names;
-use mapdirect_sys::Errno;
+use mapdirect_sys::names::path_in_line;
+use mapdirect_sys::{Errno, reopen};
 use rustix::fs::{FileType, Mode, OFlags};
+use std::ffi::OsStr;
 use std::io::Read;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -50,7 +53,7 @@ impl Policy {
                                 place: Some((rule.line, 1)),
                                 what: format!(
                                     "{}:{} has a rule {:?} already",
-                                    other.file.display(),
+                                    path_in_line(&other.file),
                                     other.line,
                                     rule.name
                                 ),
@@ -120,29 +123,34 @@ fn require_roots(path: &Path, file: &OwnedFd, kind: FileType) -> Result<(), Poli
     Ok(())
 }
 
-/// Opens something, and returns nothing if there is none.
-fn open(path: &Path, flags: OFlags) -> Result<Option<OwnedFd>, PolicyError> {
-    let flags = flags | OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    match rustix::fs::open(path, flags, Mode::empty()) {
-        Ok(file) => Ok(Some(file)),
-        Err(Errno::NOENT) => Ok(None),
-        Err(errno) => Err(wrong(path, format!("it cannot be opened: {errno}"))),
-    }
+/// Opens something that only root can change, and returns nothing if there is none.
+/// What is of another kind is not opened: devices may do something then.
+fn open(path: &Path, kind: FileType) -> Result<Option<OwnedFd>, PolicyError> {
+    let failed = |errno: Errno| wrong(path, format!("it cannot be opened: {errno}"));
+    let mut flags = OFlags::PATH | OFlags::CLOEXEC;
+    flags.set(OFlags::DIRECTORY, kind == FileType::Directory);
+    let there = match rustix::fs::open(path, flags, Mode::empty()) {
+        Ok(there) => there,
+        Err(Errno::NOENT) => return Ok(None),
+        Err(errno) => return Err(failed(errno)),
+    };
+    require_roots(path, &there, kind)?;
+    let opened = reopen::reopen(there.as_fd(), OFlags::RDONLY);
+    opened.map(Some).map_err(failed)
 }
 
 /// The files of a directory of policies.
 fn directory(path: &Path) -> Result<Vec<PathBuf>, PolicyError> {
     let failed = |errno: Errno| wrong(path, format!("it cannot be listed: {errno}"));
-    let Some(opened) = open(path, OFlags::DIRECTORY)? else {
+    let Some(opened) = open(path, FileType::Directory)? else {
         return Ok(Vec::new());
     };
-    require_roots(path, &opened, FileType::Directory)?;
     let mut files = Vec::new();
     for entry in rustix::fs::Dir::new(opened).map_err(failed)? {
         let entry = entry.map_err(failed)?;
-        let name = entry.file_name().to_string_lossy();
-        if name.ends_with(".toml") && !name.starts_with('.') {
-            files.push(path.join(&*name));
+        let name = entry.file_name().to_bytes();
+        if name.ends_with(b".toml") && !name.starts_with(b".") {
+            files.push(path.join(OsStr::from_bytes(name)));
         }
     }
     files.sort_unstable();
@@ -151,15 +159,14 @@ fn directory(path: &Path) -> Result<Vec<PathBuf>, PolicyError> {
 
 /// The text of a policy, or nothing if there is no such file.
 pub(crate) fn read(path: &Path) -> Result<Option<String>, PolicyError> {
-    if let Some(parent) = path.parent()
-        && let Some(opened) = open(parent, OFlags::DIRECTORY)?
-    {
-        require_roots(parent, &opened, FileType::Directory)?;
+    if let Some(parent) = path.parent() {
+        let here = parent.as_os_str().is_empty();
+        let parent = if here { Path::new(".") } else { parent };
+        open(parent, FileType::Directory)?;
     }
-    let Some(file) = open(path, OFlags::empty())? else {
+    let Some(file) = open(path, FileType::RegularFile)? else {
         return Ok(None);
     };
-    require_roots(path, &file, FileType::RegularFile)?;
     let mut bytes = Vec::new();
     std::fs::File::from(file)
         .take(MOST + 1)
@@ -277,6 +284,16 @@ mod tests {
         let errors = setting.load().unwrap_err();
         assert!(errors[0].contains("not a regular file"), "{errors:?}");
         std::fs::remove_dir(&path).unwrap();
+        // An open of one would fail where there is no terminal.
+        std::os::unix::fs::symlink("/dev/tty", &path).unwrap();
+        let errors = setting.load().unwrap_err();
+        assert!(errors[0].contains("not a regular file"), "{errors:?}");
+        std::fs::remove_file(&path).unwrap();
+        let odd = OsStr::from_bytes(b"policy.d/\xff.toml");
+        std::fs::create_dir(setting.0.path().join("policy.d")).unwrap();
+        std::fs::write(setting.0.path().join(odd), "nonsense").unwrap();
+        assert!(setting.load().is_err(), "it was left out");
+        std::fs::remove_dir_all(setting.0.path().join("policy.d")).unwrap();
         std::fs::write(&path, [b'#', 0xff]).unwrap();
         let errors = setting.load().unwrap_err();
         assert!(errors[0].contains("byte 1 is not UTF-8"), "{errors:?}");

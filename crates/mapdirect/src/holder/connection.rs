@@ -6,6 +6,7 @@ use mapdirect_proto::{
     VERSION_WITH_POLICY, WatchedPin, settle,
 };
 use mapdirect_sys::memfd::By;
+use mapdirect_sys::names::path_in_line;
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, capget, getauxval, memfd};
 use std::cell::Cell;
@@ -52,7 +53,12 @@ impl Connection {
     /// Connects; waits for the guard's first answer for ever, or no longer
     /// than `patience`.
     pub(crate) fn open(path: &Path, patience: Option<Duration>, capable: bool) -> Result<Self> {
-        let socket = Socket::connect(path).map_err(|errno| no_guard(path, errno))?;
+        let socket = Socket::connect(path).map_err(|errno| match errno {
+            Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM => {
+                Error::system("a socket for the guard", errno)
+            }
+            _ => no_guard(path, errno),
+        })?;
         let limited = |limit| {
             socket
                 .set_receive_timeout(limit)
@@ -80,7 +86,7 @@ impl Connection {
             Error::new(
                 Kind::Protocol,
                 Errno::PROTONOSUPPORT,
-                format!("the guard at {}: {unknown}", path.display()),
+                format!("the guard at {}: {unknown}", path_in_line(path)),
                 "use the guard of the same version as the library",
             )
         })?;
@@ -386,7 +392,7 @@ fn no_guard(path: &Path, errno: Errno) -> Error {
     Error::new(
         Kind::NoGuard,
         Errno::OPNOTSUPP,
-        format!("no guard answers at {}: {errno}", path.display()),
+        format!("no guard answers at {}: {errno}", path_in_line(path)),
         // With privileges of its own a program does not listen to the variable.
         if getauxval::is_secure_execution() {
             "start one as root: mapdirect guard"
@@ -420,7 +426,7 @@ fn no_descriptor() -> Error {
     Error::new(
         Kind::System,
         Errno::MFILE,
-        "this process has too many files open to take what the guard passed",
+        "this process has too many files open to speak with the guard",
         "raise its limit (RLIMIT_NOFILE), or close some: a pin needs a descriptor of its own",
     )
 }
@@ -428,6 +434,13 @@ fn no_descriptor() -> Error {
 fn not_capable(errno: Errno) -> Error {
     match errno {
         Errno::PERM => missing_capability(),
+        Errno::MFILE | Errno::NFILE => no_descriptor(),
+        Errno::FBIG => Error::new(
+            Kind::System,
+            errno,
+            "the capability cannot be proven: this process may make no file (RLIMIT_FSIZE)",
+            "raise the limit (ulimit -f)",
+        ),
         other => Error::new(
             Kind::System,
             Errno::OPNOTSUPP,

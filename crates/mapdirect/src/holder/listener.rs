@@ -19,6 +19,7 @@ use super::shared::{Entry, Watching, identity};
 use crate::state::State;
 use mapdirect_proto::request::MAX_WATCHED;
 use mapdirect_proto::{Gate, MAX_MESSAGE, Notice, Reply, Request, VERSION, WatchedPin, settle};
+use mapdirect_sys::names::path_in_line;
 use mapdirect_sys::unix::Socket;
 use mapdirect_sys::{Errno, descriptors};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -85,7 +86,7 @@ struct Link {
 
 impl Link {
     fn open(path: &std::path::Path) -> std::result::Result<Self, Silence> {
-        let path_name = path.display();
+        let path_name = path_in_line(path);
         let socket = Socket::connect(path).map_err(|errno| {
             Silence::NoGuard(format!("no guard answers at {path_name}: {errno}"))
         })?;
@@ -519,7 +520,7 @@ impl Listener {
             notices.into_iter().for_each(|notice| self.take(notice));
             return Err(Silence::Busy(format!(
                 "the guard at {} keeps another gate",
-                self.path.display()
+                path_in_line(&self.path)
             )));
         }
         if let Some(directory) = directory {

@@ -244,7 +244,7 @@ impl MapOptions {
         // SAFETY: without MAP_FIXED a mapping takes no place that is in use.
         let mapped = unsafe { self.map_range(file, &range, how) };
         mapped.map_err(|error| {
-            let path = mapdirect_sys::proc::path_of(file);
+            let path = mapdirect_sys::proc::shown_path_of(file);
             error.asking(format!(
                 "map bytes {} to {} of {path} MAP_DIRECT",
                 range.start, range.end

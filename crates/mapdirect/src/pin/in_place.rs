@@ -44,7 +44,7 @@ impl PinOptions {
     pub fn pin_in_place(&self, file: impl AsFd) -> Result<PinInPlace> {
         let guard = self.guard.clone().unwrap_or_default();
         self.in_place(&guard, file.as_fd()).map_err(|error| {
-            let path = mapdirect_sys::proc::path_of(file.as_fd());
+            let path = mapdirect_sys::proc::shown_path_of(file.as_fd());
             error.asking(format!("pin {path} in place"))
         })
     }

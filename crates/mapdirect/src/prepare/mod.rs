@@ -197,7 +197,7 @@ impl PrepareOptions {
         self.begin(file, &mut progress)
             .and_then(Job::run)
             .map_err(|error| {
-                let path = proc::path_of(file);
+                let path = proc::shown_path_of(file);
                 error.asking(match &self.range {
                     Some(range) if !range.is_empty() => {
                         format!("prepare bytes {} to {} of {path}", range.start, range.end)

@@ -6,7 +6,7 @@
 //! that they outlive the keeper, too, until the next one has taken them.
 
 use super::opening::Opening;
-use crate::output;
+use crate::{output, terminal};
 use anyhow::Result;
 use mapdirect::{Guard, Pin, PinOptions, Scope, State, Strength};
 use mapdirect_guard::{Declared, PolicyError, Starter, read_pins};
@@ -62,7 +62,8 @@ impl Wanted {
 
     fn say(&mut self, what: String) {
         if self.said != what {
-            output::complain_at_once(&format!("{}: {what}", self.declared.path.display()));
+            let path = terminal::name(&self.declared.path);
+            output::complain_at_once(&format!("{path}: {what}"));
             self.said = what;
         }
     }

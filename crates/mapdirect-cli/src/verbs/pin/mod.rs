@@ -10,7 +10,7 @@ use self::watch::AllHeld;
 use crate::args::{Denial, Format, PinArgs, ScopeChoice, StrengthChoice};
 use crate::extents::Extents;
 use crate::keeper::{self, Keeper, Kept};
-use crate::{Exit, json, output, terminal};
+use crate::{Exit, exit, json, output, terminal};
 use anyhow::{Context, Result};
 use mapdirect::{Pin, PinOptions, Scope};
 use mapdirect_sys::signal::{Signal, SignalFd};
@@ -33,7 +33,11 @@ pub(crate) fn run(args: &PinArgs) -> Result<Exit> {
     }
     // The status is that of the command, and failures of our own need one that
     // a command is unlikely to have.
-    keeper::run(args.on_loss, |keeper| keep_for_command(args, keeper))
+    let ended = keeper::run(args.on_loss, |keeper| keep_for_command(args, keeper));
+    Ok(ended.unwrap_or_else(|error| {
+        exit::explain(&error);
+        Exit::COMMAND_NOT_RUN
+    }))
 }
 
 /// Holds pins until a signal comes.

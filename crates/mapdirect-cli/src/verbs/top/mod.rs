@@ -8,7 +8,7 @@ mod model;
 mod screen;
 
 use crate::args::TopArgs;
-use crate::{Exit, output};
+use crate::{Exit, output, terminal};
 use anyhow::{Context, Result};
 use feed::Feed;
 use mapdirect::Guard;
@@ -33,6 +33,13 @@ pub(crate) fn run(args: &TopArgs) -> Result<Exit> {
         );
         return Ok(Exit::USAGE);
     }
+    if !terminal::moves_cursor() {
+        output::complain(
+            "top needs a terminal with a cursor that it can move, and TERM is not set, or is dumb; \
+             `mapdirect status`, `watch` and `log` write to anything",
+        );
+        return Ok(Exit::USAGE);
+    }
     let guard = Guard::from_env();
     let status = guard.status()?;
     // Before any thread is made, so that all of them have it blocked.
@@ -45,8 +52,8 @@ pub(crate) fn run(args: &TopArgs) -> Result<Exit> {
     let feed = Feed::start(guard, Duration::from_secs(args.interval.into()))?;
     let mut model = Model::new(status);
     // If this program panics, the terminal is restored before the message.
-    let mut terminal = ratatui::try_init().context("the terminal")?;
-    let result = show(&mut terminal, &signals, &feed, &mut model);
+    let mut screen = ratatui::try_init().context("the terminal")?;
+    let result = show(&mut screen, &signals, &feed, &mut model);
     let restored = ratatui::try_restore();
     result?;
     restored.context("the terminal")?;

@@ -1,12 +1,13 @@
 //! The screen.
 
 use super::model::{Model, bytes_of, id_of};
+use crate::columns::name_of;
 use crate::draw;
 use crate::size::human;
 use crate::terminal;
 use crate::verbs::records;
 use mapdirect::records::{Event, Record};
-use mapdirect::status::{FileStatus, PinStatus};
+use mapdirect::status::PinStatus;
 use mapdirect_sys::proc::printable;
 use ratatui::Frame;
 use ratatui::layout::{Constraint, Layout, Rect};
@@ -213,14 +214,6 @@ fn show_files(frame: &mut Frame<'_>, model: &Model, area: Rect) {
     frame.render_stateful_widget(table, area, &mut state);
 }
 
-fn name_of(file: &FileStatus) -> String {
-    if file.path.is_empty() {
-        format!("inode {} of {}", file.inode, file.device)
-    } else {
-        records::name_in_words(&file.name)
-    }
-}
-
 /// The end of a path, if all of it is too long: the file's own name is there.
 fn ending(path: &str, room: usize) -> String {
     let length = path.chars().count();
@@ -229,11 +222,6 @@ fn ending(path: &str, room: usize) -> String {
     }
     let left_out = length - room.saturating_sub(3);
     format!("...{}", path.chars().skip(left_out).collect::<String>())
-}
-
-/// A part of a name, as the terminal can show it.
-fn shown(name: &str) -> String {
-    terminal::name(std::path::Path::new(name))
 }
 
 fn show_rates(frame: &mut Frame<'_>, model: &Model, area: Rect) {
@@ -313,15 +301,17 @@ fn show_records(
         // Of the time, what matters on a screen: hours, minutes and seconds.
         let time = records::time(record.time);
         let time = time.get(11..19).unwrap_or_default().to_owned();
-        let mut name = shown(record.name.path.rsplit('/').next().unwrap_or_default());
+        let mut name = terminal::told_file_name(&record.name.path);
         let remark = record.name.remark_as(terminal::told_name);
-        if !remark.is_empty() {
+        if !records::is_known(&name) {
+            name = records::name(record);
+        } else if !remark.is_empty() {
             name = format!("{name} ({remark})");
         }
         lines.push(Line::from(vec![
             Span::raw(format!("{time} ")),
             Span::styled(format!("{what:<14} "), style),
-            Span::raw(format!("{name} by {}", records::who(&record.actor))),
+            Span::raw(format!("{name}, by {}", records::who(&record.actor))),
         ]));
     }
     frame.render_widget(Paragraph::new(lines), area);

@@ -38,6 +38,7 @@ pub fn trials(world: &World) -> Vec<Trial> {
         ("metrics", metrics::metrics),
         ("journal", journal::journal),
         ("top", top::top),
+        ("forged", top::forged),
         ("terminal", top::terminal),
     ] {
         trials.push(world.trial(format!("audit::{name}"), run));

@@ -132,7 +132,7 @@ pub fn top(world: &World) {
     assert_eq!(screen.lines().count(), 24, "{screen}");
     // What happens while it is there.
     refused(&path);
-    let screen = terminal.wait_for(&["top-one by ", "refused 2"]);
+    let screen = terminal.wait_for(&["top-one, by ", "refused 2"]);
     for line in screen.lines() {
         assert!(line.chars().count() <= 80, "{line}");
     }
@@ -180,6 +180,23 @@ pub fn top(world: &World) {
         std::fs::remove_file(path).unwrap();
     }
     world.count("screens of top under tmux", 1);
+}
+
+/// A name cannot say who did it.
+pub fn forged(world: &World) {
+    if !has_terminal(world) {
+        return;
+    }
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let path = written(&world.disk(Kind::EXT4), "top, by rm (uid 0)", 65536);
+    open_to_all(&path);
+    let pinned = pin(&guard.client(), &open(&path), 0..65536);
+    refused(&path);
+    let terminal = Terminal::new("forged", &script(&guard));
+    terminal.wait_for(&["$'top, by rm (uid 0)', by "]);
+    drop((terminal, pinned));
+    wait_until_free(&path);
+    std::fs::remove_file(path).unwrap();
 }
 
 /// A signal leaves the terminal as it was, and without one it does not begin.

@@ -1,6 +1,7 @@
 //! What the command says: in which characters, how wide, of which files, and
 //! whether it is true.
 
+mod cells;
 mod forms;
 mod truth;
 
@@ -13,6 +14,11 @@ use std::process::{Command, Output, Stdio};
 pub fn trials(world: &World) -> Vec<Trial> {
     let tests = [
         ("names", forms::names as fn(&World)),
+        ("cells", cells::cells),
+        ("paths", cells::paths),
+        ("kinds", cells::kinds),
+        ("limits", cells::limits),
+        ("sizes", cells::sizes),
         ("names-in-json", forms::names_in_json),
         ("locales", forms::locales),
         ("widths", forms::widths),

@@ -4,6 +4,7 @@ use super::attach::LINKS;
 use super::load::{LoadError, failed};
 use libbpf_rs::{MapCore, MapHandle};
 use mapdirect_sys::Errno;
+use mapdirect_sys::names::path_in_line;
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -28,13 +29,16 @@ pub(super) fn enter(directory: &Path) -> Result<(OwnedFd, bool), LoadError> {
             Ok(()) | Err(Errno::EXIST) => match claim(directory) {
                 Ok(claim) if is_at(&claim, directory) => return Ok((claim, mounted)),
                 // The directory has been removed since.
-                Ok(_) => failed("claiming", directory.display()),
+                Ok(_) => failed("claiming", path_in_line(directory)),
                 Err(error) => error,
             },
             Err(errno) => {
                 let error = match errno {
                     Errno::PERM | Errno::ACCESS => LoadError::NotPrivileged,
-                    _ => LoadError::Unsupported(format!("making {}: {errno}", directory.display())),
+                    _ => LoadError::Unsupported(format!(
+                        "making {}: {errno}",
+                        path_in_line(directory)
+                    )),
                 };
                 if is_bpffs(parent_of(directory)) {
                     return Err(error);
@@ -84,7 +88,7 @@ pub(super) fn unload(directory: &Path) -> Result<bool, LoadError> {
 pub(super) fn remove(directory: &Path) -> Result<(), LoadError> {
     empty(directory)
         .and_then(|()| std::fs::remove_dir(directory))
-        .map_err(|error| failed(&format!("removing {}", directory.display()), error))
+        .map_err(|error| failed(&format!("removing {}", path_in_line(directory)), error))
 }
 
 pub(super) fn has_marker(directory: &Path) -> bool {
@@ -128,10 +132,10 @@ pub(super) fn empty_but(directory: &Path, kept: Option<&Path>) -> std::io::Resul
 pub(super) fn claim(directory: &Path) -> Result<OwnedFd, LoadError> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let file = rustix::fs::open(directory, flags, Mode::empty())
-        .map_err(|errno| failed(&format!("opening {}", directory.display()), errno))?;
+        .map_err(|errno| failed(&format!("opening {}", path_in_line(directory)), errno))?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(Errno::AGAIN) => Err(LoadError::AlreadyRunning(directory.display().to_string())),
+        Err(Errno::AGAIN) => Err(LoadError::AlreadyRunning(path_in_line(directory))),
         Err(errno) => Err(failed("flock", errno)),
     }
 }
@@ -157,7 +161,7 @@ pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
     if parent != Path::new("/sys/fs/bpf") {
         return Err(LoadError::Failed(format!(
             "{} is not on a bpf filesystem",
-            directory.display()
+            path_in_line(directory)
         )));
     }
     let mounted = rustix::mount::mount(
@@ -173,7 +177,7 @@ pub(super) fn mount_bpffs(directory: &Path) -> Result<bool, LoadError> {
         Err(Errno::PERM | Errno::ACCESS) => Err(LoadError::NotPrivileged),
         Err(errno) => Err(LoadError::Unsupported(format!(
             "there is no bpf filesystem to mount at {} ({errno})",
-            parent.display()
+            path_in_line(parent)
         ))),
     }
 }

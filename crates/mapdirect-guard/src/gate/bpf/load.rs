@@ -18,6 +18,7 @@ use libbpf_rs::{
 };
 use mapdirect_sys::Errno;
 use mapdirect_sys::mmap::page_size;
+use mapdirect_sys::names::path_in_line;
 use mapdirect_sys::shared_words::SharedWords;
 use rustix::fs::Mode;
 use std::os::fd::{AsFd, OwnedFd};
@@ -216,7 +217,7 @@ pub(super) fn load(directory: &Path) -> Result<Loaded, LoadError> {
     let complete = directory.join(marker());
     let in_use = has_marker(directory) && keeps_pins(directory, complete.exists());
     if in_use && !complete.exists() {
-        return Err(LoadError::OtherVersion(directory.display().to_string()));
+        return Err(LoadError::OtherVersion(path_in_line(directory)));
     }
     let object = if in_use {
         // The same programs, with the existing maps. They can restore missing

@@ -24,6 +24,7 @@ use crate::table::{Pin, Watched};
 use crate::{Errno, Guard};
 use libbpf_rs::{MapCore, MapFlags};
 use mapdirect_sys::bpf;
+use mapdirect_sys::names::path_in_line;
 use rustix::fs::Mode;
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd, OwnedFd};
@@ -155,7 +156,7 @@ impl Held {
         let failed = |what: &str, why: &dyn std::fmt::Display| {
             format!(
                 "the gate is not whole: {what} is missing at {} and cannot be put back ({why})",
-                self.directory.display()
+                path_in_line(&self.directory)
             )
         };
         if !self.directory.is_dir() {
