@@ -115,7 +115,8 @@ pub(crate) fn told_name(text: &str) -> String {
     names::told(text, is_unicode())
 }
 
-/// The file's own name in a path that the guard tells.
+/// The file's own name in a path that the guard tells, for `mapdirect top`.
+#[cfg(feature = "tui")]
 pub(crate) fn told_file_name(text: &str) -> String {
     let path = names::original(text);
     let name = Path::new(&path).file_name().unwrap_or_default();
