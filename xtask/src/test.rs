@@ -3,6 +3,7 @@
 mod guest;
 mod reach;
 mod soak;
+mod tally;
 
 use crate::arch::Arch;
 use crate::{bpf, build, capi, dependencies, dist, man, packages, plot, public_api, vm};
@@ -14,6 +15,7 @@ use mapdirect_testkit::{Kind, disk};
 use std::io::{BufRead, BufReader};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
+use tally::Tally;
 
 pub(crate) use reach::{ReachArgs, run as reach};
 pub(crate) use soak::{SoakArgs, run as soak};
@@ -564,100 +566,6 @@ fn tests(name: &str, mut command: Command) -> Result<Ran> {
     Ok(tally.ran(name, status.success(), started))
 }
 
-/// What tests say, counted.
-struct Tally {
-    counts: Counts,
-    notes: Vec<String>,
-    passed_since: u64,
-    started: Instant,
-}
-
-impl Tally {
-    fn new() -> Self {
-        Self {
-            counts: Counts::default(),
-            notes: Vec::new(),
-            passed_since: 0,
-            started: Instant::now(),
-        }
-    }
-
-    /// Takes a line of theirs; returns what is to be shown.
-    fn hear(&mut self, line: &str) -> Option<String> {
-        if line.starts_with("test ") && line.ends_with(" ok") {
-            self.passed_since += 1;
-            let passed = self.passed_since;
-            return passed
-                .is_multiple_of(100)
-                .then(|| format!("{passed} passed, {:.0?}", self.started.elapsed()));
-        }
-        if let Some(found) = parse_result(line) {
-            self.counts.passed += found.passed;
-            self.counts.failed += found.failed;
-            self.counts.ignored += found.ignored;
-            return None;
-        }
-        let told = ["tried: ", "not available here: ", "wrong: "];
-        if told.iter().any(|word| line.starts_with(word)) {
-            self.notes.push(line.to_owned());
-        }
-        (!line.is_empty() && !line.starts_with("running ")).then(|| line.to_owned())
-    }
-
-    /// Takes what is no test of a binary.
-    fn count(&mut self, passed: bool) {
-        if passed {
-            self.counts.passed += 1;
-        } else {
-            self.counts.failed += 1;
-        }
-    }
-
-    /// The stage that said all this; `ok` is what the program said at its
-    /// end. A test that is ignored should have run here, and fails the stage.
-    fn ran(self, name: &str, ok: bool, started: Instant) -> Ran {
-        let Self {
-            counts, mut notes, ..
-        } = self;
-        if counts.ignored > 0 {
-            notes.push(format!("{} tests should have run here", counts.ignored));
-        }
-        if counts.passed == 0 {
-            notes.push(String::from("nothing ran"));
-        }
-        let all_is_well = counts.failed == 0 && counts.passed > 0 && counts.ignored == 0;
-        Ran {
-            name: name.to_owned(),
-            ok: ok && all_is_well,
-            counts: Some(counts),
-            took: started.elapsed(),
-            notes,
-        }
-    }
-}
-
-/// Reads the line that sums up a test binary, as in `test result: ok. 3
-/// passed; 0 failed; 0 ignored; ...`.
-fn parse_result(line: &str) -> Option<Counts> {
-    let rest = line.strip_prefix("test result: ")?;
-    let (_, numbers) = rest.split_once(". ")?;
-    let mut counts = Counts::default();
-    for part in numbers.split(';') {
-        let mut words = part.split_whitespace();
-        let (Some(number), Some(what)) = (words.next(), words.next()) else {
-            continue;
-        };
-        let place = match what {
-            "passed" => &mut counts.passed,
-            "failed" => &mut counts.failed,
-            "ignored" => &mut counts.ignored,
-            _ => continue,
-        };
-        *place = number.parse().ok()?;
-    }
-    Some(counts)
-}
-
 /// Says what ran, and whether all is well.
 fn report(ran: &[Ran]) -> ExitCode {
     println!("\n━━━ what ran");
@@ -686,26 +594,5 @@ fn report(ran: &[Ran]) -> ExitCode {
     } else {
         println!("{failed} of {} stages FAILED", ran.len());
         ExitCode::FAILURE
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn results_are_counted() {
-        let line = "test result: ok. 12 passed; 0 failed; 3 ignored; 0 measured; 1 filtered out";
-        assert_eq!(
-            parse_result(line),
-            Some(Counts {
-                passed: 12,
-                failed: 0,
-                ignored: 3
-            })
-        );
-        let line = "test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured";
-        assert_eq!(parse_result(line).map(|counts| counts.failed), Some(2));
-        assert_eq!(parse_result("test a::b ... ok"), None);
     }
 }

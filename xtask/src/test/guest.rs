@@ -1,6 +1,7 @@
 //! Tests on other kernels, in virtual machines.
 
-use super::{Counts, Ran, Tally, stage};
+use super::tally::Tally;
+use super::{Counts, Ran, stage};
 use crate::arch::Arch;
 use crate::{build, vm};
 use anyhow::{Context, Result};
