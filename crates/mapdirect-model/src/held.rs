@@ -66,6 +66,19 @@ impl Copied {
         Self(both)
     }
 
+    /// The same for what was found to be copied elsewhere.
+    #[must_use]
+    pub fn joined(&self, others: &Self) -> Self {
+        self.and(&others.0)
+    }
+
+    /// From the first to the last byte that may be copied.
+    #[must_use]
+    pub fn hull(&self) -> Option<Range<u64>> {
+        let (first, last) = self.0.first().zip(self.0.last())?;
+        Some(first.start..last.end)
+    }
+
     /// Whether nothing is copied.
     #[must_use]
     pub fn is_empty(&self) -> bool {

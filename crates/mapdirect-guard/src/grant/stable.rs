@@ -44,10 +44,21 @@ impl Survey<'_> {
         }
         let failed = |errno| system("FIEMAP", errno);
         let mut copied = held::copied(self.file, &judged.facts, &judged.range).map_err(failed)?;
-        if judged.window().is_some() && set_aside() == Some(true) {
-            // They are for blocks that are not shared any more, or right now.
-            // Nobody knows where.
-            copied = Copied::everything();
+        if judged.window().is_some() {
+            match set_aside() {
+                Some(false) => {}
+                // They are for blocks that are not shared any more, or right now.
+                // Nobody knows where.
+                Some(true) => copied = Copied::everything(),
+                // They may be what holders have left that go on writing, where
+                // blocks were shared when they got their pins.
+                None => {
+                    let pins = self.granting.watched.pins.load();
+                    for other in pins.iter().filter(|one| one.follows() && !one.is_dead()) {
+                        copied = copied.joined(&other.copied());
+                    }
+                }
+            }
         }
         let map = mapdirect_model::block_map::read(self.file, judged.range.clone());
         let map = held::told_apart(&map.map_err(failed)?, &copied);

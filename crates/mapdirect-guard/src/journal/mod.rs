@@ -454,6 +454,7 @@ mod tests {
             until: 0,
             map: 9,
             breaches: 0,
+            copied: None,
         }
     }
 

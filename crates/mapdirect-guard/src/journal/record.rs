@@ -64,6 +64,9 @@ pub(crate) struct PinRecord {
     pub(crate) map: u64,
     /// How often blocks of it were found to have changed.
     pub(crate) breaches: u64,
+    /// Where copies of shared blocks may take blocks along, for a pin of strength
+    /// stable.
+    pub(crate) copied: Option<Range<u64>>,
 }
 
 /// A file behind the gate as the journal has it.
@@ -104,7 +107,8 @@ struct RawPin {
     until: U64,
     map: U64,
     breaches: U64,
-    rest: [u8; 96],
+    copied: [U64; 2],
+    rest: [u8; 80],
 }
 
 #[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
@@ -261,6 +265,7 @@ impl PinRecord {
             until: self.until.into(),
             map: self.map.into(),
             breaches: self.breaches.into(),
+            copied: self.copied.as_ref().map_or([U64::MAX_VALUE; 2], raw_range),
             ..RawPin::new_zeroed()
         })
     }
@@ -292,6 +297,12 @@ impl PinRecord {
                 until: raw.until.get(),
                 map: raw.map.get(),
                 breaches: raw.breaches.get(),
+                copied: match raw.copied.map(U64::get) {
+                    [u64::MAX, u64::MAX] => None,
+                    // Of a guard that did not record it.
+                    [0, 0] => Some(0..u64::MAX),
+                    _ => Some(range(raw.copied)?),
+                },
             })
         })
     }
@@ -393,9 +404,10 @@ mod tests {
             mapped in proptest::option::of(any_range()),
             (family, asker) in (any_process(), any_process()),
             by in 0u32..3,
+            copied in proptest::option::of(any_range()),
         ) -> PinRecord {
             PinRecord {
-                id, inode, reach, shown, mapped, pid, uid, since, family, asker, until, map, breaches,
+                copied, id, inode, reach, shown, mapped, pid, uid, since, family, asker, until, map, breaches,
                 flags: Flags::STABLE | Flags::FAMILY,
                 lives_by: LivesBy::of(by).unwrap(),
             }

@@ -68,6 +68,9 @@ pub(crate) struct Watched {
     names: AtomicU64,
     /// A pin that knows its family was added. Stays set.
     has_families: AtomicBool,
+    /// A pin of strength stable was added: its holder may have had shared blocks
+    /// copied. Stays set.
+    was_followed: AtomicBool,
     /// Counts of refusals by operation.
     pub(crate) refused: [AtomicU64; RULES.len()],
     /// The requests that wait for a grant.
@@ -114,6 +117,7 @@ impl Watched {
             announced: ArcSwap::default(),
             names: AtomicU64::new(0),
             has_families: AtomicBool::new(false),
+            was_followed: AtomicBool::new(false),
             refused: [const { AtomicU64::new(0) }; RULES.len()],
             queue: Queue::default(),
             anchor: Mutex::default(),
@@ -313,7 +317,15 @@ impl Watched {
         if pin.family.is_some() {
             self.has_families.store(true, SeqCst);
         }
+        if pin.follows() {
+            self.was_followed.store(true, SeqCst);
+        }
         self.pins.rcu(|pins| pins.with(Arc::clone(pin)));
+    }
+
+    /// Whether a pin of strength stable was added, ever.
+    pub(crate) fn was_followed(&self) -> bool {
+        self.was_followed.load(SeqCst)
     }
 
     pub(crate) fn remove(&self, gone: impl Fn(&Pin) -> bool) {

@@ -438,6 +438,7 @@ impl Pin {
             until: self.delegated().map_or(0, Delegated::wire),
             map: UNKNOWN,
             breaches: self.fate.summary().0,
+            copied: self.copied().hull(),
         }
     }
 
@@ -456,6 +457,7 @@ impl Pin {
             pin.fate.asked_by(pid, began);
         }
         pin.fate.had(record.breaches);
+        pin.follow(Copied::NOTHING.and(record.copied.as_slice()));
         let age = Duration::from_secs(boot_time().saturating_sub(record.since));
         Self {
             since: Instant::now().checked_sub(age).unwrap_or_else(Instant::now),

@@ -106,7 +106,8 @@ impl<'a, 'h> Exclusion<'a, 'h> {
     /// a proof.
     fn exclude(&mut self, was_closed: bool) -> Result<bool, Refusal> {
         let at_rest = if was_closed {
-            self.prove_again()?
+            // What holders of pins of strength stable do is let through unseen.
+            self.prove_again()? && !self.granting.watched.was_followed()
         } else {
             self.close_the_gate()?;
             self.prove_from_scratch()?;
