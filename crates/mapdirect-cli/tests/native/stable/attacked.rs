@@ -5,8 +5,9 @@ use crate::world::{
     BINARY, OnKind, World, is_emulated, kinds, open, patience, wait_until_free, written,
 };
 use libtest_mimic::Trial;
-use mapdirect::{ExtentState, Integrity, State};
+use mapdirect::{ExtentState, Integrity, PinOptions, State};
 use mapdirect_sys::Errno;
+use mapdirect_sys::signal::{Signal, kill};
 use mapdirect_testkit::attack::clone_range;
 use mapdirect_testkit::contract::{Gate, Subject};
 use mapdirect_testkit::process::{GuardProcess, wait_for};
@@ -24,7 +25,10 @@ pub fn trials(world: &World) -> Vec<Trial> {
     let all = kinds(&[Kind::XFS, Kind::EXT4]);
     if Gate::under_test() == Gate::Fanotify {
         // The other gate refuses what the test does.
-        return world.trials("stable", &all, &[("breach", breach)]);
+        let mut trials = world.trials("stable", &all, &[("breach", breach)]);
+        let copies = ("copies-left-behind", copies_left_behind as OnKind);
+        trials.extend(world.trials("stable", &kinds(&[Kind::XFS]), &[copies]));
+        return trials;
     }
     let xfs = kinds(&[Kind::XFS]);
     let mut trials = world.trials(
@@ -77,6 +81,71 @@ fn breach(world: &World, kind: Kind) {
         Ok((!pin.integrity().is_intact()).then_some(()))
     })
     .unwrap();
+}
+
+/// XFS sets blocks aside for the neighbours of a shared block that is copied, and
+/// shows them to nobody. Whoever comes later, a guard or a pin, does not take those
+/// neighbours for held: they move with the next write to them.
+fn copies_left_behind(world: &World, kind: Kind) {
+    const BLOCK: u64 = 4096;
+    let disk = world.disk(kind);
+    let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
+    let path = written(&disk, "stable-copied", 1 << 20);
+    let file = open(&path);
+    let sharer = File::create(disk.path("stable-copied-sharer")).unwrap();
+    let store = |block: u64| {
+        file.write_all_at(&[9; 4096], block * BLOCK).unwrap();
+        file.sync_all().unwrap();
+    };
+    let place = |block: u64| {
+        let bytes = block * BLOCK..(block + 1) * BLOCK;
+        let map = mapdirect::block_map(&file, bytes).unwrap();
+        map.extents()[0].physical.unwrap()
+    };
+    let moves = |block: u64| {
+        let before = place(block);
+        store(block);
+        place(block) != before
+    };
+    for block in [40, 104, 168] {
+        let at = block * BLOCK;
+        clone_range(sharer.as_fd(), file.as_fd(), at, BLOCK, at).unwrap();
+    }
+    sharer.sync_all().unwrap();
+    let pin = follow(&guard.client(), &file, 0);
+    [40, 104, 168].into_iter().for_each(store);
+    // Not even the one pin that was there from the start holds them.
+    assert!(moves(41), "nothing was set aside");
+    let before = guard.worker().unwrap();
+    kill(before, Signal::KILL).unwrap();
+    wait_for(patience(), || {
+        let status = guard.client().status();
+        Ok(status.is_ok_and(|one| one.pid != before).then_some(()))
+    })
+    .unwrap();
+    assert!(moves(42), "nothing was set aside any more");
+    let other = follow(&guard.client(), &file, 0);
+    [105, 106].into_iter().for_each(store);
+    std::thread::sleep(Duration::from_millis(700));
+    for pin in [&pin, &other] {
+        assert_eq!(pin.integrity(), Integrity::Intact);
+        assert_eq!(pin.state(), State::Kept);
+    }
+    drop((pin, other));
+    // A pin of strength all has the blocks freed that would be taken for its own.
+    let strict = PinOptions::new()
+        .range(160 * BLOCK..176 * BLOCK)
+        .patience(patience())
+        .guard(guard.client())
+        .pin(&file)
+        .unwrap();
+    for block in [167, 169, 170] {
+        assert!(!moves(block), "{block} has moved");
+    }
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(strict.integrity(), Integrity::Intact);
+    drop((strict, file));
+    wait_until_free(&path);
 }
 
 /// The tripwire looks at a file while it is being pinned, because somebody
