@@ -122,8 +122,9 @@ pub enum StartError {
     AlreadyRunning(PathBuf),
     /// Something else is where the socket should be. It is not followed, nor removed.
     #[error(
-        "cannot listen at {path}: {what} is there\n  \
-         help: move it away, or give another --socket"
+        "cannot listen at {}: {what} is there\n  \
+         help: move it away, or give another --socket",
+        path_in_line(path)
     )]
     InTheWay {
         /// The path of the socket.
