@@ -4,7 +4,7 @@ use mapdirect_sys::{Errno, proc, reopen};
 use rustix::fs::{FileType, Mode, OFlags, fstat};
 use std::fmt;
 use std::fs::File;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 /// Why something was not opened.
@@ -59,15 +59,18 @@ pub(crate) fn find(path: &Path) -> Result<File, Errno> {
 ///
 /// As open(2), or that it is no regular file.
 pub(crate) fn open(path: &Path, access: OFlags) -> Result<File, Unopened> {
-    let there = OwnedFd::from(find(path)?);
-    let kind = FileType::from_raw_mode(fstat(&there)?.st_mode);
+    open_found(find(path)?.as_fd(), access)
+}
+
+/// The same of what was found: this very file, whatever its name leads to by now.
+pub(crate) fn open_found(there: BorrowedFd<'_>, access: OFlags) -> Result<File, Unopened> {
+    let kind = FileType::from_raw_mode(fstat(there)?.st_mode);
     if kind != FileType::RegularFile {
         return Err(Unopened::NoFile(kind));
     }
-    // This very file, whatever its name leads to by now.
-    match reopen::reopen(there.as_fd(), access) {
+    match reopen::reopen(there, access) {
         Ok(file) => Ok(File::from(file)),
-        Err(Errno::NOENT) if proc::own_path_of(there.as_fd()).is_err() => Err(Unopened::NoProc),
+        Err(Errno::NOENT) if proc::own_path_of(there).is_err() => Err(Unopened::NoProc),
         Err(errno) => Err(errno.into()),
     }
 }

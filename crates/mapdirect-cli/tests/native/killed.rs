@@ -79,20 +79,19 @@ fn kill_worker(guard: &GuardProcess) -> i32 {
 }
 
 /// Waits until another guard than this one answers.
-fn wait_for_next(guard: &GuardProcess, before: i32) {
-    wait_for(2 * patience(), || {
+pub(crate) fn wait_for_next(guard: &GuardProcess, before: i32, limit: Duration) {
+    wait_for(limit, || {
         let status = guard.client().status();
         Ok(status
             .is_ok_and(|status| status.pid != before)
             .then_some(()))
     })
-    .context("no guard came")
-    .unwrap();
+    .unwrap_or_else(|_| panic!("no guard came: {}", guard.said()));
 }
 
 /// Gives a guard the time to say that it is alive: one that is killed before is of no
 /// use to its supervisor, which gives up after some of these.
-fn live() {
+pub(crate) fn live() {
     std::thread::sleep(Duration::from_millis(if is_emulated() {
         1500
     } else {
@@ -446,7 +445,7 @@ fn many_files(world: &World) {
         .collect();
     for _ in 0..2 {
         let before = kill_worker(&guard);
-        wait_for_next(&guard, before);
+        wait_for_next(&guard, before, 2 * patience());
         live();
     }
     for (number, pin) in pins.iter().enumerate() {
@@ -515,7 +514,7 @@ fn again_and_again(world: &World, kind: Kind) {
         std::thread::sleep(Duration::from_micros((seed >> 33) % 40_000));
         let began = Instant::now();
         let before = kill_worker(&guard);
-        wait_for_next(&guard, before);
+        wait_for_next(&guard, before, 2 * patience());
         slowest = slowest.max(began.elapsed());
         for state in states() {
             assert!(!state.is_lost(), "round {round}: {state}; {}", guard.said());
@@ -708,11 +707,11 @@ fn ends(world: &World, kind: Kind) {
         drop(file);
         let before = kill_worker(&guard);
         if round % 3 == 0 {
-            wait_for_next(&guard, before);
+            wait_for_next(&guard, before, 2 * patience());
         }
         drop(held.lock().unwrap().take());
         wait_until_free(&path);
-        wait_for_next(&guard, before);
+        wait_for_next(&guard, before, 2 * patience());
         live();
         let known = client.status().unwrap().files;
         assert!(known.is_empty(), "{known:?}");

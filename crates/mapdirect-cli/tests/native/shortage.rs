@@ -4,6 +4,7 @@
 //! `MAPDIRECT_ROUNDS` says for how many rounds all of it happens at random.
 
 use crate::declared::{Declared, becomes_pinned, entry, stays_pinned};
+use crate::killed::{live, wait_for_next};
 use crate::world::{
     BINARY, World, is_emulated, is_pinned, kinds, open, patience, pin, wait_until_free, written,
 };
@@ -106,26 +107,6 @@ fn limit_descriptors(pid: i32, most: Option<u64>) {
     prlimit(pid, Resource::Nofile, limit).unwrap();
 }
 
-/// Gives a guard the time to say that it is alive.
-fn live() {
-    std::thread::sleep(Duration::from_millis(if is_emulated() {
-        1500
-    } else {
-        250
-    }));
-}
-
-/// Waits until another guard than this one answers.
-fn wait_for_next(guard: &GuardProcess, before: i32) {
-    wait_for(patience(), || {
-        let status = guard.client().status();
-        Ok(status
-            .is_ok_and(|status| status.pid != before)
-            .then_some(()))
-    })
-    .unwrap_or_else(|_| panic!("no guard came: {}", guard.said()));
-}
-
 /// A guard is killed while its supervisor can start no other one, for a second.
 fn cannot_start(world: &World, kind: Kind, name: &str, short: impl Fn(&GuardProcess, bool)) {
     let guard = GuardProcess::start(Path::new(BINARY)).unwrap();
@@ -143,7 +124,7 @@ fn cannot_start(world: &World, kind: Kind, name: &str, short: impl Fn(&GuardProc
         assert_eq!(said(), round, "{}", guard.said());
         assert!(guard.started().is_empty() || Gate::under_test() == Gate::Bpf);
         short(&guard, false);
-        wait_for_next(&guard, before);
+        wait_for_next(&guard, before, patience());
         assert!(is_pinned(&path));
         assert!(!held.state().is_lost(), "{}", held.state());
         live();
@@ -225,7 +206,7 @@ fn not_kept(world: &World) {
     let before = guard.worker().unwrap();
     live();
     kill(before, Signal::KILL).unwrap();
-    wait_for_next(&guard, before);
+    wait_for_next(&guard, before, patience());
     for (held, path) in [(&held, &path), (&also, &other)] {
         assert!(!held.state().is_lost() && is_pinned(path));
     }
@@ -297,7 +278,7 @@ fn stopped(world: &World) {
     kill(before, Signal::KILL).unwrap();
     std::thread::sleep(Duration::from_millis(500));
     kill(guard.pid(), Signal::CONTINUE).unwrap();
-    wait_for_next(&guard, before);
+    wait_for_next(&guard, before, patience());
     for (held, path) in [(held, path), (meanwhile, other)] {
         assert!(!held.state().is_lost() && is_pinned(&path));
         drop(held);

@@ -136,8 +136,8 @@ impl Survey<'_> {
         // Writing back a whole filesystem takes as long as others have written
         // to it, so do it only when there may be something to free.
         let gate = &self.granting.guard.gate;
-        let none = gate.has_copy_blocks(self.file.as_fd()) == Some(false);
-        if self.granting.judged.window().is_none() || none {
+        let none = || gate.has_copy_blocks(self.file.as_fd()) == Some(false);
+        if self.granting.judged.window().is_none() || none() {
             return Ok(());
         }
         // syncfs(2), because fsync(2) leaves the inode marked as having dirty

@@ -7,10 +7,11 @@
 //! to SIGKILL, so this is done by a thread that keeps none of the descriptors that
 //! pins live by.
 
+use crate::open::{Unopened, open_found};
+use mapdirect_sys::Errno;
 use mapdirect_sys::descriptors::spawn_apart;
 use mapdirect_sys::unix::Socket;
-use mapdirect_sys::{Errno, proc};
-use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -88,23 +89,21 @@ impl Opening {
     }
 }
 
-fn open(path: &Path) -> Result<OwnedFd, String> {
+fn open(path: &Path) -> Result<File, String> {
     let flags = OFlags::PATH | OFlags::CLOEXEC;
     let resolve = ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
-    let in_words = |errno: Errno| io::Error::from(errno).to_string();
     let there = rustix::fs::openat2(CWD, path, flags, Mode::empty(), resolve);
     let there = there.map_err(|errno| match errno {
         Errno::LOOP => String::from(
             "a part of its path is a symbolic link, which is not followed; write the path \
              that realpath(1) says",
         ),
-        other => in_words(other),
+        other => Unopened::from(other).to_string(),
     })?;
-    let stat = rustix::fs::fstat(&there).map_err(in_words)?;
-    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-        return Err(String::from("it is no regular file"));
-    }
-    proc::reopen(there.as_fd(), OFlags::RDONLY).map_err(in_words)
+    open_found(there.as_fd(), OFlags::RDONLY).map_err(|why| match why {
+        Unopened::NoFile(_) => String::from("it is no regular file"),
+        why => why.to_string(),
+    })
 }
 
 #[cfg(test)]

@@ -1,6 +1,7 @@
 //! What no gate refuses, guards that die, and who asks for what.
 
 use super::{end, follow, told_by_status, truncate, wait_until_held};
+use crate::killed::wait_for_next;
 use crate::world::{
     BINARY, OnKind, World, is_emulated, kinds, open, patience, wait_until_free, written,
 };
@@ -119,11 +120,7 @@ fn copies_left_behind(_: &World, kind: Kind) {
     assert!(moves(41), "nothing was set aside");
     let before = guard.worker().unwrap();
     kill(before, Signal::KILL).unwrap();
-    wait_for(patience(), || {
-        let status = guard.client().status();
-        Ok(status.is_ok_and(|one| one.pid != before).then_some(()))
-    })
-    .unwrap();
+    wait_for_next(&guard, before, patience());
     assert!(moves(42), "nothing was set aside any more");
     let other = follow(&guard.client(), &file, 0);
     [105, 106].into_iter().for_each(store);

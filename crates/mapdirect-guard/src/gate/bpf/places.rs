@@ -18,7 +18,7 @@ use zerocopy::IntoBytes;
 const FINDS: &str = "find_places";
 
 /// What is known.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Known(Mutex<Option<Places>>);
 
 impl Known {
